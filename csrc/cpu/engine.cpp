@@ -1,0 +1,144 @@
+// Cuts tensors into chunks, has threads summarise them, joins the chunks in order of their index.
+#include "engine.h"
+
+#include <cstring>
+
+#include "denormals.h"
+#include "strides.h"
+
+namespace paramstats::cpu {
+namespace {
+
+// Elements copied side by side at a time where a tensor has gaps: two blocks of the widest type
+// stay in L1.
+constexpr int64_t kGather = 2 * kBlock;
+
+struct Chunk {
+  const TensorView* tensor;
+  const std::vector<Dim>* dims;  // null where the tensor is dense
+  int64_t begin;
+  int64_t n;
+};
+
+Moments read_chunk(const Chunk& c, const Kernels& kernels) {
+  const ChunkKernel kernel = kernels.chunk[static_cast<int>(c.tensor->dtype)];
+  const int size = element_size(c.tensor->dtype);
+  if (c.dims == nullptr) {
+    return kernel(static_cast<const char*>(c.tensor->data) + c.begin * size, c.n);
+  }
+  alignas(64) char beside[kGather * 8];
+  Moments state;
+  for (int64_t i = 0; i < c.n; i += kGather) {
+    const int64_t n = c.n - i < kGather ? c.n - i : kGather;
+    gather(c.tensor->data, *c.dims, c.begin + i, n, size, beside);
+    state = merge(state, kernel(beside, n));
+  }
+  return state;
+}
+
+int64_t chunk_count(int64_t numel) { return (numel + kChunk - 1) / kChunk; }
+
+Chunk chunk_at(const TensorView& t, const std::vector<Dim>* dims, int64_t index) {
+  const int64_t begin = index * kChunk;
+  return {&t, dims, begin, t.numel - begin < kChunk ? t.numel - begin : kChunk};
+}
+
+// The dimensions of a tensor with gaps, in `storage`; null for a dense one.
+const std::vector<Dim>* gaps(const TensorView& t, std::vector<Dim>& storage) {
+  if (is_contiguous(t)) return nullptr;
+  storage = memory_order(t);
+  return is_dense(storage) ? nullptr : &storage;
+}
+
+void summarize_here(const std::vector<TensorView>& tensors, const std::vector<Moments*>& out,
+                    const Kernels& kernels) {
+  const WithDenormals with_denormals;
+  std::vector<Dim> storage;
+  for (size_t t = 0; t < tensors.size(); ++t) {
+    const auto* dims = gaps(tensors[t], storage);
+    Moments state;
+    for (int64_t c = 0; c < chunk_count(tensors[t].numel); ++c) {
+      state = merge(state, read_chunk(chunk_at(tensors[t], dims, c), kernels));
+    }
+    *out[t] = state;
+  }
+}
+
+// Everything that the threads share. They write to `states` by chunk index, each its own.
+struct Job {
+  std::vector<Chunk> chunks;
+  std::vector<int64_t> task_begin;  // tasks are runs of chunks of about kChunk elements together
+  std::vector<Moments> states;
+  const Kernels* kernels;
+};
+
+void run_task(int64_t i, void* context) {
+  Job& job = *static_cast<Job*>(context);
+  const WithDenormals with_denormals;
+  for (int64_t c = job.task_begin[i]; c < job.task_begin[i + 1]; ++c) {
+    job.states[c] = read_chunk(job.chunks[c], *job.kernels);
+  }
+}
+
+}  // namespace
+
+int64_t total_bytes(const std::vector<TensorView>& tensors) {
+  int64_t bytes = 0;
+  for (const TensorView& t : tensors) bytes += t.numel * element_size(t.dtype);
+  return bytes;
+}
+
+void summarize(const std::vector<TensorView>& tensors, const std::vector<Moments*>& out,
+               const Kernels& kernels, Pool pool) {
+  if (pool == nullptr || total_bytes(tensors) < kSerialBytes) {
+    return summarize_here(tensors, out, kernels);
+  }
+  Job job;
+  job.kernels = &kernels;
+  std::vector<std::vector<Dim>> storage(tensors.size());
+  int64_t in_task = 0;
+  job.task_begin.push_back(0);
+  for (size_t t = 0; t < tensors.size(); ++t) {
+    const auto* dims = gaps(tensors[t], storage[t]);
+    for (int64_t c = 0; c < chunk_count(tensors[t].numel); ++c) {
+      job.chunks.push_back(chunk_at(tensors[t], dims, c));
+      in_task += job.chunks.back().n;
+      if (in_task >= kChunk) {
+        job.task_begin.push_back(static_cast<int64_t>(job.chunks.size()));
+        in_task = 0;
+      }
+    }
+  }
+  if (in_task > 0) job.task_begin.push_back(static_cast<int64_t>(job.chunks.size()));
+  job.states.resize(job.chunks.size());
+
+  pool(static_cast<int64_t>(job.task_begin.size()) - 1, run_task, &job);
+
+  size_t c = 0;
+  for (size_t t = 0; t < tensors.size(); ++t) {
+    Moments state;
+    for (int64_t k = chunk_count(tensors[t].numel); k > 0; --k) state = merge(state, job.states[c++]);
+    *out[t] = state;
+  }
+}
+
+const std::vector<const Kernels*>& available_kernels() {
+  static const std::vector<const Kernels*> available = [] {
+    std::vector<const Kernels*> found;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    // Every processor with AVX2 has F16C; clang cannot be asked for it.
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+      found.push_back(&avx512::kKernels);
+    }
+    if (avx2) found.push_back(&avx2::kKernels);
+#endif
+    found.push_back(&plain::kKernels);
+    return found;
+  }();
+  return available;
+}
+
+}  // namespace paramstats::cpu

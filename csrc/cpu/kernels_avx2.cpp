@@ -1,0 +1,36 @@
+// The kernels for AVX2. Compiled on every x86-64 machine, called where the processor has it.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include "kernels.h"
+
+#define PARAMSTATS_LEVEL_NAME "avx2"
+// The narrow vector's width follows the element's: 64 bits of bytes, 128 bits of 16-bit integers.
+#define PARAMSTATS_EXTEND(type, p) PARAMSTATS_EXTEND_##type(p)
+#define PARAMSTATS_LOAD64(p) _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))
+#define PARAMSTATS_LOAD128(p) _mm_loadu_si128(reinterpret_cast<const __m128i*>(p))
+#define PARAMSTATS_EXTEND_epi8(p) _mm256_cvtepi8_epi32(PARAMSTATS_LOAD64(p))
+#define PARAMSTATS_EXTEND_epu8(p) _mm256_cvtepu8_epi32(PARAMSTATS_LOAD64(p))
+#define PARAMSTATS_EXTEND_epi16(p) _mm256_cvtepi16_epi32(PARAMSTATS_LOAD128(p))
+#define PARAMSTATS_EXTEND_epu16(p) _mm256_cvtepu16_epi32(PARAMSTATS_LOAD128(p))
+#define PARAMSTATS_LOAD_HALF(p) _mm256_cvtph_ps(PARAMSTATS_LOAD128(p))
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#endif
+
+namespace paramstats::cpu::avx2 {
+constexpr int kVectorBytes = 32;
+constexpr int kUnroll = 2;  // 16 registers hold the sums of two streams
+#include "kernels_body.h"
+}  // namespace paramstats::cpu::avx2
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif

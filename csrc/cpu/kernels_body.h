@@ -1,0 +1,362 @@
+// The kernels, once for every SIMD level: kernels_plain.cpp, kernels_avx2.cpp and
+// kernels_avx512.cpp each include this file inside a namespace of their own, with the target
+// switched on around it and kVectorBytes and kUnroll set. No include guard, no include and no
+// std:: template in here: what is instantiated inside the switched region may use instructions
+// that the rest of the program must not.
+//
+// The naive version, which this computes to within the bound below:
+//
+//     for x in chunk: zeros += x == 0; min, max = ...; mean = sum(x) / n; m2 = sum((x - mean)^2)
+//
+// The work is done in blocks of kBlock elements. Each sums d = x - pivot and d^2 in SIMD lanes,
+// pivot being a value close to the block's mean (the mean of an earlier block), so that
+//
+//     mean = pivot + sum(d) / n           m2 = sum(d^2) - sum(d)^2 / n
+//
+// takes one read and the subtraction is small: a block is accepted only if the pivot lay within a
+// quarter of a standard deviation of its mean, sum(d)^2 / n <= sum(d^2) / 16. If not, it is done
+// again (in L1) around its own mean.
+//
+// Error of an accepted float32 block, u = 2^-24: a sum grows by at most kInner = 8 additions in a
+// float32 lane and 2 more across lanes before it is widened to float64, where rounding no longer
+// counts. With the rounding of d itself, sum(d) is off by less than 11u sum|d| and sum(d^2) by less
+// than 13u sum(d^2). |sum d| <= sqrt(n sum(d^2)) / 4, so m2 is off by at most
+// (13 + 2 * 11 / 4) u sum(d^2) <= 18.5u (16/15) m2 = 1.2e-6 m2: std, and norm, by 6e-7 of themselves if
+// every rounding went the same way; the mean by 11u rms(d) = 7e-7 rms. In practice roundings cancel
+// and both stay below 1e-7. Integers of 32 bits and more, and float64, have float64 lanes: the same
+// with u = 2^-53.
+
+// ---- lanes ----------------------------------------------------------------------------------
+
+constexpr int kInner = 8;             // additions in a lane before it is widened to float64
+constexpr int kPrefetchBytes = 4096;  // how far ahead of the read memory is asked for
+
+typedef float FloatLanes __attribute__((vector_size(kVectorBytes)));
+typedef int32_t Int32Lanes __attribute__((vector_size(kVectorBytes)));
+typedef uint32_t UInt32Lanes __attribute__((vector_size(kVectorBytes)));
+typedef double DoubleLanes __attribute__((vector_size(kVectorBytes)));
+typedef int64_t Int64Lanes __attribute__((vector_size(kVectorBytes)));
+
+typedef float HalfFloatLanes __attribute__((vector_size(kVectorBytes / 2)));
+
+// The arithmetic of a block: float32 for what float32 holds exactly, float64 for the rest. A sum of
+// squares outside [kLeastSquares, kMostSquares] may have lost digits to under- or overflow: the
+// lower bound makes kBlock roundings at float32's smallest step, 2^-149, less than 1e-7 of the sum.
+// float64 has nothing wider to turn to, so it has no lower bound.
+struct InFloat {
+  using Scalar = float;
+  using Vector = FloatLanes;
+  using Mask = Int32Lanes;
+  static constexpr int kWidth = kVectorBytes / 4;
+  static constexpr double kLeastSquares = 1.5e-35;
+  static constexpr double kMostSquares = 3.4028234663852886e38;
+  static DoubleLanes widened(Vector v) {
+    HalfFloatLanes halves[2];
+    __builtin_memcpy(halves, &v, sizeof(v));
+    return __builtin_convertvector(halves[0], DoubleLanes) +
+           __builtin_convertvector(halves[1], DoubleLanes);
+  }
+};
+struct InDouble {
+  using Scalar = double;
+  using Vector = DoubleLanes;
+  using Mask = Int64Lanes;
+  static constexpr int kWidth = kVectorBytes / 8;
+  static constexpr double kLeastSquares = 0;
+  static constexpr double kMostSquares = 1.7976931348623157e308;
+  static DoubleLanes widened(Vector v) { return v; }
+};
+
+// Reads as many elements as V has lanes and converts them.
+template <class V, class S>
+inline V load_converted(const S* p) {
+  typedef S Narrow __attribute__((vector_size(sizeof(V) / sizeof(V{}[0]) * sizeof(S))));
+  Narrow narrow;
+  __builtin_memcpy(&narrow, p, sizeof(narrow));
+  return __builtin_convertvector(narrow, V);
+}
+
+// The same from narrow integers to 32 bits, which GCC makes element by element unless it is told
+// the instruction.
+#if defined(PARAMSTATS_EXTEND)
+inline Int32Lanes extend(const int8_t* p) { return (Int32Lanes)PARAMSTATS_EXTEND(epi8, p); }
+inline Int32Lanes extend(const uint8_t* p) { return (Int32Lanes)PARAMSTATS_EXTEND(epu8, p); }
+inline Int32Lanes extend(const int16_t* p) { return (Int32Lanes)PARAMSTATS_EXTEND(epi16, p); }
+inline Int32Lanes extend(const uint16_t* p) { return (Int32Lanes)PARAMSTATS_EXTEND(epu16, p); }
+#else
+template <class S>
+inline Int32Lanes extend(const S* p) {
+  return load_converted<Int32Lanes>(p);
+}
+#endif
+
+inline FloatLanes as_float(UInt32Lanes bits) {
+  FloatLanes out;
+  __builtin_memcpy(&out, &bits, sizeof(out));
+  return out;
+}
+
+// ---- one struct per element type: how to read a vector of it -----------------------------------
+
+template <class T, class L>
+struct Native : L {  // what converts to its lanes as it is
+  using Storage = T;
+  static typename L::Vector load(const T* p) {
+    return load_converted<typename L::Vector>(p);
+  }
+};
+
+template <class T>
+struct NarrowInteger : InFloat {
+  using Storage = T;
+  static Vector load(const T* p) { return __builtin_convertvector(extend(p), Vector); }
+};
+
+struct BFloat16 : InFloat {
+  using Storage = uint16_t;
+  static Vector load(const Storage* p) { return as_float((UInt32Lanes)extend(p) << 16); }
+};
+
+// A narrow float's magnitude, moved up against float32's mantissa, reads as its value times a power
+// of two, subnormals included; `special` marks infinity and NaN, whose exponent is all ones.
+inline FloatLanes widen(UInt32Lanes sign, UInt32Lanes magnitude, float scale, UInt32Lanes special) {
+  UInt32Lanes bits;
+  const FloatLanes value = as_float(magnitude) * scale;
+  __builtin_memcpy(&bits, &value, sizeof(bits));
+  return as_float(bits | sign | (special & (magnitude | 0x7f800000u)));
+}
+
+struct Float16 : InFloat {
+  using Storage = uint16_t;
+  static Vector load(const Storage* p) {
+#if defined(PARAMSTATS_LOAD_HALF)
+    Vector v = (Vector)PARAMSTATS_LOAD_HALF(p);
+    // clang 14 would compare the halves with zero instead, element by element: hide where v is from.
+    __asm__("" : "+v"(v));
+    return v;
+#else
+    const UInt32Lanes h = (UInt32Lanes)extend(p);
+    return widen((h & 0x8000u) << 16, (h & 0x7fffu) << 13, 0x1p112f,
+                 (UInt32Lanes)((h & 0x7c00u) == 0x7c00u));
+#endif
+  }
+};
+
+struct Float8E5M2 : InFloat {
+  using Storage = uint8_t;
+  static Vector load(const Storage* p) {
+    const UInt32Lanes h = (UInt32Lanes)extend(p);
+    return widen((h & 0x80u) << 24, (h & 0x7fu) << 21, 0x1p112f,
+                 (UInt32Lanes)((h & 0x7cu) == 0x7cu));
+  }
+};
+
+struct Float8E4M3FN : InFloat {  // no infinity; NaN is the one pattern of all ones
+  using Storage = uint8_t;
+  static Vector load(const Storage* p) {
+    const UInt32Lanes h = (UInt32Lanes)extend(p);
+    return widen((h & 0x80u) << 24, (h & 0x7fu) << 20, 0x1p120f,
+                 (UInt32Lanes)((h & 0x7fu) == 0x7fu));
+  }
+};
+
+// ---- sums of one block ---------------------------------------------------------------------
+
+// The first size < kWidth lanes from x, without reading past them.
+template <class T>
+inline typename T::Vector load_part(const typename T::Storage* x, int64_t size) {
+  typename T::Storage padded[T::kWidth] = {};
+  __builtin_memcpy(padded, x, size * sizeof(typename T::Storage));
+  return T::load(padded);
+}
+
+struct BlockSums {
+  double sum;     // of d = x - pivot
+  double sum_sq;  // of d^2; not finite if any element is not
+  double min, max;
+  int64_t zeros;
+};
+
+// One of the kUnroll independent streams of a block, so that additions need not wait for each other.
+template <class T>
+struct Stream {
+  using V = typename T::Vector;
+  V sum, sum_sq;  // since the last fold
+  V min, max;
+  typename T::Mask zeros;
+
+  void take(V v, typename T::Scalar pivot) {
+    const V d = v - pivot;
+    sum += d;
+    sum_sq += d * d;
+    min = v < min ? v : min;
+    max = v > max ? v : max;
+    zeros -= (typename T::Mask)(v == 0);
+  }
+};
+
+// Adds the streams' sums to float64 lanes and starts them anew.
+template <class T>
+inline void fold(Stream<T> (&streams)[kUnroll], DoubleLanes& sum, DoubleLanes& sum_sq) {
+  for (int half = kUnroll / 2; half > 0; half /= 2) {
+    for (int u = 0; u < half; ++u) {
+      streams[u].sum += streams[u + half].sum;
+      streams[u].sum_sq += streams[u + half].sum_sq;
+    }
+  }
+  sum += T::widened(streams[0].sum);
+  sum_sq += T::widened(streams[0].sum_sq);
+  for (auto& s : streams) s.sum = s.sum_sq = typename T::Vector{};
+}
+
+template <class T>
+inline BlockSums block_sums(const typename T::Storage* x, int64_t n, typename T::Scalar pivot) {
+  using V = typename T::Vector;
+  constexpr int kWidth = T::kWidth;
+  constexpr int kStep = kUnroll * kWidth;  // elements
+  constexpr int kStepBytes = kStep * static_cast<int>(sizeof(typename T::Storage));
+
+  BlockSums out = {0, 0, 0, 0, 0};
+  int64_t i = 0;
+  if (n >= kWidth) {
+    const V first = T::load(x);
+    Stream<T> streams[kUnroll];
+    for (auto& s : streams) s = {V{}, V{}, first, first, typename T::Mask{}};
+    DoubleLanes sum = {}, sum_sq = {};
+    const auto* ahead = reinterpret_cast<const char*>(x) + kPrefetchBytes;
+    while (i + kStep <= n) {
+      const int64_t steps = (n - i) / kStep;
+      const int64_t end = i + (steps < kInner ? steps : kInner) * kStep;
+      for (; i < end; i += kStep, ahead += kStepBytes) {
+        for (int b = 0; b < kStepBytes; b += 64) __builtin_prefetch(ahead + b);
+        for (int u = 0; u < kUnroll; ++u) streams[u].take(T::load(x + i + u * kWidth), pivot);
+      }
+      fold(streams, sum, sum_sq);
+    }
+    for (; i + kWidth <= n; i += kWidth) streams[0].take(T::load(x + i), pivot);
+    fold(streams, sum, sum_sq);
+
+    for (int l = 0; l < static_cast<int>(sizeof(sum) / sizeof(sum[0])); ++l) {
+      out.sum += sum[l];
+      out.sum_sq += sum_sq[l];
+    }
+    Stream<T>& all = streams[0];
+    for (int u = 1; u < kUnroll; ++u) {
+      all.min = streams[u].min < all.min ? streams[u].min : all.min;
+      all.max = streams[u].max > all.max ? streams[u].max : all.max;
+      all.zeros += streams[u].zeros;
+    }
+    typename T::Scalar min = all.min[0], max = all.max[0];
+    for (int l = 0; l < kWidth; ++l) {
+      min = all.min[l] < min ? all.min[l] : min;
+      max = all.max[l] > max ? all.max[l] : max;
+      out.zeros += all.zeros[l];
+    }
+    out.min = min;
+    out.max = max;
+  }
+  if (i < n) {  // fewer than kWidth are left: convert them in a padded vector, take them one by one
+    const V v = load_part<T>(x + i, n - i);
+    if (i == 0) out.min = out.max = v[0];
+    for (int l = 0; l < n - i; ++l) {
+      const double value = v[l];
+      const double d = value - pivot;
+      out.sum += d;
+      out.sum_sq += d * d;
+      out.min = value < out.min ? value : out.min;
+      out.max = value > out.max ? value : out.max;
+      out.zeros += value == 0;
+    }
+  }
+  return out;
+}
+
+// ---- from sums to a state ------------------------------------------------------------------
+
+// One block around a pivot, moved to the block's own mean where it was too far off. False: the
+// lanes could not hold the block (it has a NaN or an infinity, or d^2 over- or underflows).
+template <class T>
+inline bool try_block(const typename T::Storage* x, int64_t n, typename T::Scalar& pivot,
+                      Moments& out) {
+  constexpr int kTries = 3;
+  const double size = static_cast<double>(n);
+  for (int attempt = 0; attempt < kTries; ++attempt) {
+    const BlockSums s = block_sums<T>(x, n, pivot);
+    if (!(s.sum_sq <= T::kMostSquares)) return false;
+    const double shift = s.sum / size;
+    out.count = n;
+    out.zeros = s.zeros;
+    out.min = s.min;
+    out.max = s.max;
+    if (s.min == s.max) {  // a constant: mean and m2 without any rounding
+      out.mean = s.min;
+      out.m2 = 0;
+      return true;
+    }
+    const double off = s.sum * shift;  // sum(d)^2 / n
+    if (off <= s.sum_sq * (1.0 / 16)) {
+      if (s.sum_sq < T::kLeastSquares) return false;
+      out.mean = pivot + shift;
+      out.m2 = s.sum_sq - off;
+      return true;
+    }
+    pivot = static_cast<typename T::Scalar>(pivot + shift);
+  }
+  return false;
+}
+
+// A block of any content. Three roads, each slower and surer than the one before: the lanes of
+// its type; float64 lanes on a converted copy; the exact routine, which knows NaN and infinity.
+template <class T>
+inline Moments block(const typename T::Storage* x, int64_t n, typename T::Scalar& pivot) {
+  Moments out;
+  if (try_block<T>(x, n, pivot, out)) return out;
+
+  constexpr int kWidth = T::kWidth;
+  double values[kBlock];
+  for (int64_t i = 0; i < n; i += kWidth) {
+    const int64_t size = n - i < kWidth ? n - i : kWidth;
+    const typename T::Vector v = size < kWidth ? load_part<T>(x + i, size) : T::load(x + i);
+    for (int64_t l = 0; l < size; ++l) values[i + l] = v[l];
+  }
+  if constexpr (sizeof(typename T::Scalar) == 4) {
+    double own_pivot = values[0];
+    if (try_block<Native<double, InDouble>>(values, n, own_pivot, out)) return out;
+  }
+  out = Moments();
+  update(out, values, n);
+  // A pivot that is not finite would send every later block down this road.
+  pivot = static_cast<typename T::Scalar>(out.mean);
+  return out;
+}
+
+template <class T>
+Moments chunk(const void* data, int64_t n) {
+  const auto* x = static_cast<const typename T::Storage*>(data);
+  Moments state;
+  typename T::Scalar pivot = 0;
+  for (int64_t i = 0; i < n; i += kBlock) {
+    const Moments next = block<T>(x + i, n - i < kBlock ? n - i : kBlock, pivot);
+    state = merge(state, next);
+  }
+  return state;
+}
+
+const Kernels kKernels = {
+    PARAMSTATS_LEVEL_NAME,
+    {
+        chunk<Native<double, InDouble>>,
+        chunk<Native<float, InFloat>>,
+        chunk<BFloat16>,
+        chunk<Float16>,
+        chunk<Float8E4M3FN>,
+        chunk<Float8E5M2>,
+        chunk<NarrowInteger<int8_t>>,
+        chunk<NarrowInteger<uint8_t>>,
+        chunk<NarrowInteger<int16_t>>,
+        chunk<NarrowInteger<uint16_t>>,
+        chunk<Native<int32_t, InDouble>>,
+        chunk<Native<uint32_t, InDouble>>,
+        chunk<Native<int64_t, InDouble>>,
+        chunk<Native<uint64_t, InDouble>>,
+    }};

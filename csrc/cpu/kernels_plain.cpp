@@ -1,0 +1,9 @@
+// The kernels in the instructions that every machine of the architecture has (SSE2, NEON).
+#include "kernels.h"
+
+#define PARAMSTATS_LEVEL_NAME "plain"
+namespace paramstats::cpu::plain {
+constexpr int kVectorBytes = 16;
+constexpr int kUnroll = 4;
+#include "kernels_body.h"
+}  // namespace paramstats::cpu::plain

@@ -1,0 +1,182 @@
+// The state of a tensor, or of any part of one, and its three verbs: update, merge, finalize.
+//
+// A state counts every element and describes the finite ones by their mean and m2, the sum of
+// squared deviations from that mean:
+//
+//     count   elements seen              n   = count - nans - pos_infs - neg_infs
+//     mean    (1/n) sum x
+//     m2      sum (x - mean)^2           var = m2 / (n - correction)
+//     norm    sqrt(sum x^2)              = sqrt(m2 + n mean^2): two terms >= 0, nothing cancels
+//
+// The sums sum(x) and sum(x^2) are never formed: their difference loses every digit of a variance
+// that is small beside the mean (Chan, Golub, LeVeque: "Algorithms for computing the sample
+// variance", The American Statistician 37(3), 1983, section 1).
+//
+// Host and device; no torch, no Python. It is the only definition of the state in C++;
+// paramstats/moments.py is the same in Python, for the fallback and for reading results.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#if defined(__CUDACC__)
+#define PARAMSTATS_HD __host__ __device__
+#else
+#define PARAMSTATS_HD
+#endif
+
+namespace paramstats {
+
+// Five counts and four doubles, 72 bytes without padding: also the row format that results travel
+// in (paramstats/moments.py reads it with struct "=5q4d").
+struct Moments {
+  int64_t count = 0;     // all elements, finite or not; kAbsent marks "there is no such tensor"
+  int64_t zeros = 0;     // elements equal to zero, of either sign
+  int64_t nans = 0;      //
+  int64_t pos_infs = 0;  //
+  int64_t neg_infs = 0;  //
+  double mean = 0;       // of the finite elements, as all below; NaN marks "not read"
+  double m2 = 0;         //
+  double min = std::numeric_limits<double>::infinity();
+  double max = -std::numeric_limits<double>::infinity();
+};
+static_assert(sizeof(Moments) == 72, "the row format is 5 int64 and 4 double");
+
+constexpr int64_t kAbsent = -1;  // count of a row without a tensor: a gradient that is None
+
+PARAMSTATS_HD inline int64_t finite_count(const Moments& a) {
+  return a.count - a.nans - a.pos_infs - a.neg_infs;
+}
+
+// A state whose elements could not be read (a meta tensor): its size is known, its figures are NaN.
+PARAMSTATS_HD inline Moments unread(int64_t count) {
+  constexpr double nan = std::numeric_limits<double>::quiet_NaN();
+  return {count, 0, 0, 0, 0, nan, nan, nan, nan};
+}
+
+PARAMSTATS_HD inline bool is_unread(const Moments& a) { return a.mean != a.mean; }
+
+// Joins the states of two disjoint parts: equations 2.1a and 2.1b of Chan, Golub, LeVeque:
+// "Updating formulae and a pairwise algorithm for computing sample variances", Stanford
+// STAN-CS-79-773, 1979, for means instead of sums. Equal means leave mean and m2 free of rounding,
+// so the parts of a constant tensor join to m2 == 0.
+PARAMSTATS_HD inline Moments merge(const Moments& a, const Moments& b) {
+  Moments out;
+  out.count = a.count + b.count;
+  out.zeros = a.zeros + b.zeros;
+  out.nans = a.nans + b.nans;
+  out.pos_infs = a.pos_infs + b.pos_infs;
+  out.neg_infs = a.neg_infs + b.neg_infs;
+  out.min = b.min < a.min ? b.min : a.min;
+  out.max = b.max > a.max ? b.max : a.max;
+
+  const double na = static_cast<double>(finite_count(a));
+  const double nb = static_cast<double>(finite_count(b));
+  if (na == 0 || nb == 0) {
+    const Moments& only = na == 0 ? b : a;
+    out.mean = only.mean;
+    out.m2 = only.m2;
+    return out;
+  }
+  const double weight = nb / (na + nb);
+  const double delta = b.mean - a.mean;
+  out.mean = a.mean + delta * weight;
+  out.m2 = a.m2 + b.m2 + delta * delta * (na * weight);
+  if (!(std::fabs(delta) <= std::numeric_limits<double>::max())) {
+    // Means of opposite sign near the limit of double: the difference overflows, the mean does not.
+    out.mean = a.mean * (1 - weight) + b.mean * weight;
+    out.m2 = std::numeric_limits<double>::infinity();
+  }
+  return out;
+}
+
+// Takes in n elements of any value, two passes: the exact routine that every fast one falls back
+// to. n is a block's length; the caller keeps the block in cache.
+inline void update(Moments& state, const double* x, int64_t n) {
+  constexpr int kLanes = 8;  // independent sums, so that the loops vectorise without -ffast-math
+  constexpr double kMax = std::numeric_limits<double>::max();
+  Moments block;
+  block.count = n;
+  double sums[kLanes] = {};
+  for (int64_t i = 0; i < n; ++i) {
+    const double v = x[i];
+    const bool finite = std::fabs(v) <= kMax;
+    sums[i % kLanes] += finite ? v : 0.0;
+    block.zeros += v == 0;
+    block.nans += v != v;
+    block.pos_infs += v > kMax;
+    block.neg_infs += v < -kMax;
+    block.min = finite && v < block.min ? v : block.min;
+    block.max = finite && v > block.max ? v : block.max;
+  }
+  const int64_t finite_n = finite_count(block);
+  if (finite_n > 0) {
+    double sum = 0;
+    for (double s : sums) sum += s;
+    block.mean = sum / static_cast<double>(finite_n);
+    if (!(std::fabs(sum) <= kMax)) {  // the sum overflowed: add shares of the mean instead
+      block.mean = 0;
+      for (int64_t i = 0; i < n; ++i) {
+        if (std::fabs(x[i]) <= kMax) block.mean += x[i] / static_cast<double>(finite_n);
+      }
+    }
+    if (block.min == block.max) block.mean = block.min;  // no rounding in a constant's mean
+    double squares[kLanes] = {};
+    for (int64_t i = 0; i < n; ++i) {
+      const double d = std::fabs(x[i]) <= kMax ? x[i] - block.mean : 0.0;
+      squares[i % kLanes] += d * d;
+    }
+    for (double s : squares) block.m2 += s;
+  }
+  state = merge(state, block);
+}
+
+// What a person reads. Figures are torch's over all elements: one NaN makes them NaN, an infinity
+// makes the norm infinite. `finalize_finite` gives them over the finite elements alone.
+struct Figures {
+  double count, mean, std, var, norm, rms, min, max, abs_max, zero_count, zero_fraction;
+};
+
+inline Figures finalize_finite(const Moments& a, double correction) {
+  constexpr double nan = std::numeric_limits<double>::quiet_NaN();
+  const double n = static_cast<double>(finite_count(a));
+  const double zeros = static_cast<double>(a.zeros);
+  if (is_unread(a)) return {n, nan, nan, nan, nan, nan, nan, nan, nan, nan, nan};
+  if (n == 0) return {0, nan, nan, nan, 0, nan, nan, nan, nan, zeros, nan};
+  const double freedom = n > correction ? n - correction : 0;  // torch.var divides by no less
+  const double var = a.m2 / freedom;                           // 0 / 0 is NaN, as in torch
+  const double magnitude = std::fmax(std::fabs(a.min), std::fabs(a.max));
+  // hypot, so that the square of a mean near the limits of double neither over- nor underflows.
+  return {n,
+          a.mean,
+          std::sqrt(var),
+          var,
+          std::hypot(std::sqrt(a.m2), std::fabs(a.mean) * std::sqrt(n)),
+          std::hypot(std::sqrt(a.m2 / n), a.mean),
+          a.min,
+          a.max,
+          magnitude,
+          zeros,
+          zeros / n};
+}
+
+inline Figures finalize(const Moments& a, double correction) {
+  constexpr double nan = std::numeric_limits<double>::quiet_NaN();
+  constexpr double inf = std::numeric_limits<double>::infinity();
+  Figures out = finalize_finite(a, correction);
+  out.count = static_cast<double>(a.count);
+  if (a.count > 0 && !is_unread(a)) out.zero_fraction = out.zero_count / out.count;
+  if (a.nans > 0) {
+    out.mean = out.std = out.var = out.norm = out.rms = out.min = out.max = out.abs_max = nan;
+  } else if (a.pos_infs + a.neg_infs > 0) {
+    out.mean = a.neg_infs == 0 ? inf : a.pos_infs == 0 ? -inf : nan;
+    out.std = out.var = nan;
+    out.norm = out.rms = out.abs_max = inf;
+    out.min = a.neg_infs > 0 ? -inf : finite_count(a) > 0 ? a.min : inf;
+    out.max = a.pos_infs > 0 ? inf : finite_count(a) > 0 ? a.max : -inf;
+  }
+  return out;
+}
+
+}  // namespace paramstats
