@@ -132,50 +132,75 @@ inline void update(Moments& state, const double* x, int64_t n) {
   state = merge(state, block);
 }
 
-// What a person reads. Figures are torch's over all elements: one NaN makes them NaN, an infinity
-// makes the norm infinite. `finalize_finite` gives them over the finite elements alone.
+// What a person reads; paramstats/moments.py has the same fields in the same order. Doubles
+// throughout, so that any of them can be asked for by its position.
 struct Figures {
-  double count, mean, std, var, norm, rms, min, max, abs_max, zero_count, zero_fraction;
+  double count, mean, std, var, norm, rms, min, max, abs_max;
+  double zero_count, zero_fraction, nan_count, pos_inf_count, neg_inf_count, nonfinite_count;
 };
+constexpr int kFigures = sizeof(Figures) / sizeof(double);
 
+// Over the finite elements alone.
 inline Figures finalize_finite(const Moments& a, double correction) {
   constexpr double nan = std::numeric_limits<double>::quiet_NaN();
   const double n = static_cast<double>(finite_count(a));
   const double zeros = static_cast<double>(a.zeros);
-  if (is_unread(a)) return {n, nan, nan, nan, nan, nan, nan, nan, nan, nan, nan};
-  if (n == 0) return {0, nan, nan, nan, 0, nan, nan, nan, nan, zeros, nan};
+  Figures out{n, nan, nan, nan, nan, nan, nan, nan, nan, zeros, nan, 0, 0, 0, 0};
+  if (is_unread(a)) return out;
+  if (n == 0) {
+    out.norm = 0;
+    return out;
+  }
   const double freedom = n > correction ? n - correction : 0;  // torch.var divides by no less
-  const double var = a.m2 / freedom;                           // 0 / 0 is NaN, as in torch
-  const double magnitude = std::fmax(std::fabs(a.min), std::fabs(a.max));
+  out.mean = a.mean;
+  out.var = a.m2 / freedom;  // 0 / 0 is NaN, as in torch
+  out.std = std::sqrt(out.var);
   // hypot, so that the square of a mean near the limits of double neither over- nor underflows.
-  return {n,
-          a.mean,
-          std::sqrt(var),
-          var,
-          std::hypot(std::sqrt(a.m2), std::fabs(a.mean) * std::sqrt(n)),
-          std::hypot(std::sqrt(a.m2 / n), a.mean),
-          a.min,
-          a.max,
-          magnitude,
-          zeros,
-          zeros / n};
+  out.norm = std::hypot(std::sqrt(a.m2), std::fabs(a.mean) * std::sqrt(n));
+  out.rms = std::hypot(std::sqrt(a.m2 / n), a.mean);
+  out.min = a.min;
+  out.max = a.max;
+  out.abs_max = std::fmax(std::fabs(a.min), std::fabs(a.max));
+  out.zero_fraction = zeros / n;
+  return out;
 }
 
+// Over all elements, as torch gives them: one NaN makes them NaN, an infinity the norm infinite.
 inline Figures finalize(const Moments& a, double correction) {
   constexpr double nan = std::numeric_limits<double>::quiet_NaN();
   constexpr double inf = std::numeric_limits<double>::infinity();
   Figures out = finalize_finite(a, correction);
   out.count = static_cast<double>(a.count);
-  if (a.count > 0 && !is_unread(a)) out.zero_fraction = out.zero_count / out.count;
+  out.nan_count = static_cast<double>(a.nans);
+  out.pos_inf_count = static_cast<double>(a.pos_infs);
+  out.neg_inf_count = static_cast<double>(a.neg_infs);
+  out.nonfinite_count = static_cast<double>(a.count - finite_count(a));
+  if (out.nonfinite_count == 0) return out;
+
+  out.zero_fraction = out.zero_count / out.count;
+  out.std = out.var = nan;
   if (a.nans > 0) {
-    out.mean = out.std = out.var = out.norm = out.rms = out.min = out.max = out.abs_max = nan;
-  } else if (a.pos_infs + a.neg_infs > 0) {
-    out.mean = a.neg_infs == 0 ? inf : a.pos_infs == 0 ? -inf : nan;
-    out.std = out.var = nan;
-    out.norm = out.rms = out.abs_max = inf;
-    out.min = a.neg_infs > 0 ? -inf : finite_count(a) > 0 ? a.min : inf;
-    out.max = a.pos_infs > 0 ? inf : finite_count(a) > 0 ? a.max : -inf;
+    out.mean = out.norm = out.rms = out.min = out.max = out.abs_max = nan;
+    return out;
   }
+  out.mean = a.neg_infs == 0 ? inf : a.pos_infs == 0 ? -inf : nan;
+  out.norm = out.rms = out.abs_max = inf;
+  if (a.neg_infs > 0) out.min = -inf;
+  if (a.pos_infs > 0) out.max = inf;
+  if (finite_count(a) == 0) {  // nothing but infinities, perhaps all of one sign
+    out.min = a.neg_infs > 0 ? -inf : inf;
+    out.max = a.pos_infs > 0 ? inf : -inf;
+  }
+  return out;
+}
+
+// The state of the elements times a factor > 0: how gradients of a scaled loss are unscaled.
+PARAMSTATS_HD inline Moments scaled(const Moments& a, double factor) {
+  Moments out = a;
+  out.mean *= factor;
+  out.m2 *= factor * factor;
+  out.min *= factor;
+  out.max *= factor;
   return out;
 }
 

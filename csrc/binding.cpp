@@ -1,0 +1,239 @@
+// The Python module paramstats._native: from tensor objects to rows of Moments, and from rows to
+// what Python asks of them.
+//
+// A table of rows is a bytes object of 2 N Moments for N tensors: first the tensors' own states,
+// then those of their gradients (count == kAbsent where there is none).
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <pybind11/pybind11.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <cstring>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "cpu/engine.h"
+#include "module_walk.h"
+#include "moments.h"
+#include "thread_pool.h"
+
+namespace py = pybind11;
+
+namespace paramstats {
+namespace {
+
+// ---- which tensors the kernels may read --------------------------------------------------------
+
+// The dispatch keys of a tensor, less those that only say what autograd makes of it. A tensor with
+// exactly a plain CPU tensor's keys is its own memory: no subclass with operators of its own, no
+// lazy conjugation or negation, not sparse, quantised, nested, functorch's or on another device.
+uint64_t kind_of(const c10::TensorImpl& t) {
+  const auto autograd = c10::DispatchKeySet(c10::DispatchKey::AutogradFunctionality) |
+                        c10::DispatchKeySet(c10::DispatchKey::ADInplaceOrView);
+  return t.key_set().raw_repr() & ~autograd.raw_repr();
+}
+
+bool is_plain_cpu(const c10::TensorImpl& t) {
+  static const uint64_t plain = kind_of(*at::empty({0}).unsafeGetTensorImpl());
+  return kind_of(t) == plain && !t.has_symbolic_sizes_strides();
+}
+
+std::optional<cpu::DType> native_dtype(at::ScalarType dtype) {
+  using cpu::DType;
+  switch (dtype) {
+    case at::kDouble: return DType::kFloat64;
+    case at::kFloat: return DType::kFloat32;
+    case at::kBFloat16: return DType::kBFloat16;
+    case at::kHalf: return DType::kFloat16;
+    case at::kFloat8_e4m3fn: return DType::kFloat8E4M3FN;
+    case at::kFloat8_e5m2: return DType::kFloat8E5M2;
+    case at::kChar: return DType::kInt8;
+    case at::kByte:
+    case at::kBool: return DType::kUInt8;
+    case at::kShort: return DType::kInt16;
+    case at::kUInt16: return DType::kUInt16;
+    case at::kInt: return DType::kInt32;
+    case at::kUInt32: return DType::kUInt32;
+    case at::kLong: return DType::kInt64;
+    case at::kUInt64: return DType::kUInt64;
+    default: return std::nullopt;
+  }
+}
+
+// Whether the storage really holds all elements: sharding libraries free it behind a tensor's back.
+bool storage_holds(const c10::TensorImpl& t) {
+  int64_t last = t.storage_offset();
+  for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);
+  return (last + 1) * static_cast<int64_t>(t.itemsize()) <= static_cast<int64_t>(t.storage().nbytes());
+}
+
+std::optional<cpu::TensorView> native_view(const at::Tensor& tensor) {
+  const c10::TensorImpl& t = *tensor.unsafeGetTensorImpl();
+  if (!is_plain_cpu(t)) return std::nullopt;
+  const auto dtype = native_dtype(c10::typeMetaToScalarType(t.dtype()));
+  if (!dtype) return std::nullopt;
+  const int64_t numel = t.numel();
+  if (numel > 0 && !storage_holds(t)) return std::nullopt;
+  // Storage::data(), not data_ptr(): reading must not make a copy-on-write tensor copy itself.
+  const auto* data = static_cast<const char*>(t.storage().data());
+  if (numel > 0) data += t.storage_offset() * static_cast<int64_t>(t.itemsize());
+  return cpu::TensorView{data, *dtype, numel, static_cast<int>(t.dim()), t.sizes().data(),
+                         t.strides().data()};
+}
+
+// ---- from tensors to rows ------------------------------------------------------------------
+
+const cpu::Kernels* kernels = cpu::available_kernels().front();
+
+// What one call reads, and where it puts the results.
+struct Work {
+  std::vector<cpu::TensorView> views;
+  std::vector<Moments*> out;
+  std::vector<at::Tensor> alive;  // the GIL is let go: a thread may drop a gradient meanwhile
+  py::list left;                  // rows for Python to fill with torch's operators
+
+  void add(const at::Tensor& tensor, Moments* table, size_t row) {
+    const auto view = native_view(tensor);
+    if (view) {
+      views.push_back(*view);
+      out.push_back(table + row);
+      alive.push_back(tensor);
+    } else {
+      table[row] = unread(0);
+      left.append(row);
+    }
+  }
+};
+
+const at::Tensor& unpack(PyObject* object) {
+  if (!THPVariable_CheckExact(object) &&
+      !PyType_IsSubtype(Py_TYPE(object), reinterpret_cast<PyTypeObject*>(THPVariableClass))) {
+    throw py::type_error("read: expected a list of tensors");
+  }
+  return THPVariable_Unpack(object);
+}
+
+py::tuple read(const py::list& tensors, bool params, bool grads) {
+  const size_t n = tensors.size();
+  auto rows = py::reinterpret_steal<py::bytes>(
+      PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(2 * n * sizeof(Moments))));
+  if (!rows) throw py::error_already_set();
+  auto* table = reinterpret_cast<Moments*>(PyBytes_AS_STRING(rows.ptr()));
+
+  Work work;
+  work.views.reserve(2 * n);
+  work.out.reserve(2 * n);
+  work.alive.reserve(2 * n);
+  for (size_t i = 0; i < n; ++i) {
+    const at::Tensor& tensor = unpack(PyList_GET_ITEM(tensors.ptr(), static_cast<Py_ssize_t>(i)));
+    if (params) {
+      work.add(tensor, table, i);
+    } else {
+      const auto& t = *tensor.unsafeGetTensorImpl();
+      table[i] = unread(t.has_symbolic_sizes_strides() ? 0 : t.numel());
+    }
+    // Not Tensor::grad(), which warns where a tensor is not a leaf.
+    const at::Tensor* grad =
+        grads ? &tensor.unsafeGetTensorImpl()->grad() : nullptr;
+    if (grad != nullptr && grad->defined()) {
+      work.add(*grad, table, n + i);
+    } else {
+      table[n + i] = unread(kAbsent);
+    }
+  }
+  if (cpu::total_bytes(work.views) < cpu::kSerialBytes) {
+    cpu::summarize(work.views, work.out, *kernels, nullptr);
+  } else {
+    const py::gil_scoped_release release;
+    cpu::summarize(work.views, work.out, *kernels, torch_pool);
+  }
+  return py::make_tuple(std::move(rows), std::move(work.left));
+}
+
+// ---- from rows to figures ------------------------------------------------------------------
+
+const Moments* rows_of(const py::bytes& table, size_t begin, size_t end) {
+  const auto size = static_cast<size_t>(PyBytes_GET_SIZE(table.ptr())) / sizeof(Moments);
+  if (begin > end || end > size) throw py::index_error("rows outside the table");
+  return reinterpret_cast<const Moments*>(PyBytes_AS_STRING(table.ptr()));
+}
+
+// The rows [begin, end) as one; what is absent or unread does not count.
+py::bytes merge_rows(const py::bytes& table, size_t begin, size_t end) {
+  const Moments* rows = rows_of(table, begin, end);
+  Moments all;
+  for (size_t i = begin; i < end; ++i) {
+    if (!is_unread(rows[i])) all = merge(all, rows[i]);
+  }
+  return py::bytes(reinterpret_cast<const char*>(&all), sizeof(all));
+}
+
+// {keys[k]: figure}, the keys running over rows and, within a row, over `figures` (positions in
+// Figures). Absent rows have keys, too, and are passed over.
+py::dict figures(const py::bytes& table, const py::list& keys, const std::vector<int>& which,
+                 double correction, double grad_scale) {
+  const size_t n = keys.size() / (which.empty() ? 1 : which.size());
+  const Moments* rows = rows_of(table, 0, n);
+  for (int f : which) {
+    if (f < 0 || f >= kFigures) throw py::index_error("no such figure");
+  }
+  py::dict out;
+  Py_ssize_t key = 0;
+  for (size_t i = 0; i < n; ++i) {
+    if (rows[i].count == kAbsent) {
+      key += static_cast<Py_ssize_t>(which.size());
+      continue;
+    }
+    const bool unscale = 2 * i >= n && grad_scale != 1;
+    const Figures f = finalize(unscale ? scaled(rows[i], 1 / grad_scale) : rows[i], correction);
+    double values[kFigures];
+    std::memcpy(values, &f, sizeof(f));
+    for (int position : which) {
+      const py::float_ value(values[position]);
+      if (PyDict_SetItem(out.ptr(), PyList_GET_ITEM(keys.ptr(), key++), value.ptr()) != 0) {
+        throw py::error_already_set();
+      }
+    }
+  }
+  return out;
+}
+
+// ---- which kernels run ---------------------------------------------------------------------
+
+std::vector<std::string> simd_levels() {
+  std::vector<std::string> names;
+  for (const cpu::Kernels* k : cpu::available_kernels()) names.emplace_back(k->name);
+  return names;
+}
+
+void set_simd_level(const std::string& name) {
+  for (const cpu::Kernels* k : cpu::available_kernels()) {
+    if (name == k->name) {
+      kernels = k;
+      return;
+    }
+  }
+  throw py::value_error("this processor does not have the SIMD level '" + name + "'");
+}
+
+}  // namespace
+}  // namespace paramstats
+
+PYBIND11_MODULE(_native, m) {
+  using namespace pybind11::literals;  // NOLINT: the literal _a has no other way in
+  m.doc() = "The native engine of paramstats. Private: import paramstats instead.";
+  m.attr("BLOCK") = paramstats::cpu::kBlock;
+  m.attr("CHUNK") = paramstats::cpu::kChunk;
+  m.attr("SERIAL_BYTES") = paramstats::cpu::kSerialBytes;
+  m.def("walk", &paramstats::walk, "module"_a, "buffers"_a, "make_layout"_a);
+  m.def("cached_layouts", &paramstats::cached_layouts);
+  m.def("read", &paramstats::read, "tensors"_a, "params"_a, "grads"_a);
+  m.def("merge_rows", &paramstats::merge_rows, "table"_a, "begin"_a, "end"_a);
+  m.def("figures", &paramstats::figures, "table"_a, "keys"_a, "figures"_a, "correction"_a,
+        "grad_scale"_a);
+  m.def("threads", &paramstats::torch_threads);
+  m.def("simd_levels", &paramstats::simd_levels);
+  m.def("simd_level", [] { return std::string(paramstats::kernels->name); });
+  m.def("set_simd_level", &paramstats::set_simd_level, "name"_a);
+}

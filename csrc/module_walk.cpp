@@ -1,0 +1,324 @@
+// Reads `_parameters`, `_buffers` and `_modules` directly. No Python code runs while the tree is
+// read, so nothing can change it meanwhile (the GIL is held); only making a new layout calls out.
+#include "module_walk.h"
+
+#include <ATen/core/Tensor.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <string>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+namespace py = pybind11;
+
+namespace paramstats {
+namespace {
+
+// Deeper than this, or more modules than this, and the tree is most likely a cycle or modules
+// shared within shared modules without end: left to Python.
+constexpr int kMaxDepth = 5000;
+constexpr size_t kMaxVisits = 2'000'000;
+
+// Interned once; never freed, because extension modules are not unloaded.
+struct Strings {
+  PyObject* parameters = PyUnicode_InternFromString("_parameters");
+  PyObject* buffers = PyUnicode_InternFromString("_buffers");
+  PyObject* modules = PyUnicode_InternFromString("_modules");
+};
+const Strings& strings() {
+  static const Strings s;
+  return s;
+}
+
+// nn.Module and the functions by which it lists itself; a class whose are others lists itself
+// otherwise.
+struct ModuleClass {
+  py::object type = py::module_::import("torch.nn").attr("Module");
+  std::vector<std::pair<py::str, py::object>> listing;
+  ModuleClass() {
+    for (const char* name : {"parameters", "named_parameters", "buffers", "named_buffers", "modules",
+                             "named_modules", "children", "named_children", "_named_members"}) {
+      listing.emplace_back(py::str(name), type.attr(name));
+    }
+  }
+};
+const ModuleClass& module_class() {
+  static const ModuleClass* const c = new ModuleClass();  // outlives the interpreter's shutdown
+  return *c;
+}
+
+bool lists_itself_plainly(PyObject* module, PyTypeObject* type) {
+  PyObject* object = reinterpret_cast<PyObject*>(type);
+  const int is_module = PyObject_IsSubclass(object, module_class().type.ptr());
+  if (is_module != 1) {
+    PyErr_Clear();
+    return false;
+  }
+  for (const auto& [name, plain] : module_class().listing) {
+    const py::object own = py::reinterpret_steal<py::object>(PyObject_GetAttr(object, name.ptr()));
+    if (!own) PyErr_Clear();
+    if (!own.is(plain)) return false;
+  }
+  const auto attributes = py::reinterpret_steal<py::dict>(PyObject_GenericGetDict(module, nullptr));
+  for (const auto& [name, plain] : module_class().listing) {
+    if (attributes.contains(name)) return false;
+  }
+  return true;
+}
+
+// A tree as it was found: every pointer in it borrowed.
+struct Tree {
+  // What, compared with an earlier walk's, tells whether anything moved: for each module its
+  // address, its type and the key and value of each of its entries, in order.
+  std::vector<PyObject*> signature;
+  std::vector<size_t> members;  // positions in `signature` of entries that are tensors
+  size_t parameters = 0;        // how many of `members` are parameters; buffers follow
+  size_t visits = 0;
+
+  bool operator==(const Tree& other) const { return signature == other.signature; }
+};
+
+bool is_tensor(PyObject* object) {
+  return THPVariable_CheckExact(object) ||
+         PyType_IsSubtype(Py_TYPE(object), reinterpret_cast<PyTypeObject*>(THPVariableClass));
+}
+
+// A borrowed plain dict of the module's, or null.
+PyObject* dict_of(PyObject* attributes, PyObject* name) {
+  PyObject* dict = PyDict_GetItemWithError(attributes, name);
+  return dict != nullptr && PyDict_CheckExact(dict) ? dict : nullptr;
+}
+
+// Adds a module's entries to the tree, its own first, then its children's. False: not readable.
+bool visit(PyObject* module, PyObject* kind, int depth, Tree& tree) {
+  if (depth > kMaxDepth || ++tree.visits > kMaxVisits) return false;
+  // The owned reference may go at once: the module keeps its attributes alive.
+  PyObject* attributes = PyObject_GenericGetDict(module, nullptr);
+  if (attributes == nullptr) return false;
+  Py_DECREF(attributes);
+  PyObject* own = dict_of(attributes, kind);
+  PyObject* children = dict_of(attributes, strings().modules);
+  if (own == nullptr || children == nullptr) return false;
+
+  tree.signature.push_back(module);
+  tree.signature.push_back(reinterpret_cast<PyObject*>(Py_TYPE(module)));
+  PyObject *key, *value;
+  for (Py_ssize_t i = 0; PyDict_Next(own, &i, &key, &value);) {
+    tree.signature.push_back(key);
+    tree.signature.push_back(value);
+    if (value == Py_None) continue;
+    if (!is_tensor(value)) return false;
+    tree.members.push_back(tree.signature.size() - 1);
+  }
+  for (Py_ssize_t i = 0; PyDict_Next(children, &i, &key, &value);) {
+    tree.signature.push_back(key);
+    tree.signature.push_back(value);
+    if (value == Py_None) continue;
+    if (!visit(value, kind, depth + 1, tree)) return false;
+  }
+  tree.signature.push_back(nullptr);  // the end of this module
+  return true;
+}
+
+bool read_tree(PyObject* module, bool buffers, Tree& tree) {
+  if (!visit(module, strings().parameters, 0, tree)) return false;
+  tree.parameters = tree.members.size();
+  return !buffers || visit(module, strings().buffers, 0, tree);
+}
+
+// The names of a tree's members, found again along the signature.
+struct Names {
+  std::vector<std::string> of_member;
+  bool readable = true;
+
+  explicit Names(const Tree& tree) : tree_(tree) {
+    while (at_ < tree.signature.size() && readable) descend("");
+  }
+
+ private:
+  const Tree& tree_;
+  size_t at_ = 0;
+
+  void descend(const std::string& prefix) {
+    const auto& s = tree_.signature;
+    PyTypeObject* type = reinterpret_cast<PyTypeObject*>(s[at_ + 1]);
+    if (!(readable = lists_itself_plainly(s[at_], type))) return;
+    at_ += 2;
+    while (readable && s[at_] != nullptr) {
+      Py_ssize_t size = 0;
+      const char* key = PyUnicode_Check(s[at_]) ? PyUnicode_AsUTF8AndSize(s[at_], &size) : nullptr;
+      if (key == nullptr) {  // no string, or one that UTF-8 cannot hold
+        PyErr_Clear();
+        readable = false;
+        return;
+      }
+      const std::string name = prefix + std::string(key, size);
+      ++at_;
+      const bool is_member =
+          of_member.size() < tree_.members.size() && tree_.members[of_member.size()] == at_;
+      const bool is_none = s[at_] == Py_None;
+      if (is_member) of_member.push_back(name);
+      if (is_member || is_none) {
+        ++at_;
+      } else {
+        ++at_;
+        descend(name + ".");
+      }
+    }
+    ++at_;
+  }
+};
+
+// What a layout says of a tensor, to be compared without making Python objects.
+struct Meta {
+  PyTypeObject* type;
+  at::ScalarType dtype;
+  c10::Device device;
+  bool requires_grad;
+  std::vector<int64_t> sizes;
+
+  explicit Meta(PyObject* object)
+      : Meta(object, *THPVariable_Unpack(object).unsafeGetTensorImpl()) {}
+  Meta(PyObject* object, const c10::TensorImpl& t)
+      : type(Py_TYPE(object)),
+        dtype(c10::typeMetaToScalarType(t.dtype())),
+        device(t.device()),
+        requires_grad(t.requires_grad()),
+        sizes(t.sizes().vec()) {}
+
+  bool describes(PyObject* object) const {
+    const c10::TensorImpl& t = *THPVariable_Unpack(object).unsafeGetTensorImpl();
+    return type == Py_TYPE(object) && c10::typeMetaToScalarType(t.dtype()) == dtype &&
+           t.device() == device && t.requires_grad() == requires_grad && t.sizes() == sizes;
+  }
+};
+
+// The layout of one model, and all that must still be so for it to be true.
+struct Entry {
+  Tree tree;
+  std::vector<size_t> rows;  // positions in the signature of each tensor's first name
+  std::vector<Meta> metas;   // one a row
+  py::object layout;
+  std::vector<py::object> kept;  // keys and types, so that their addresses stay theirs
+  py::object weakref;
+
+  // Modules and tensors are not kept: a live model's are alive, and that two of its pointers are
+  // equal means what it meant before, even if both objects were exchanged.
+  void keep() {
+    const auto& s = tree.signature;
+    for (PyObject* object : s) {
+      if (object == nullptr) continue;
+      if (PyUnicode_Check(object) || PyType_Check(object)) {
+        kept.push_back(py::reinterpret_borrow<py::object>(object));
+      }
+    }
+  }
+};
+
+// By the model's address and whether buffers are listed. Never destroyed: Python objects must not
+// be let go after the interpreter has ended.
+using Cache = std::unordered_map<PyObject*, Entry>;
+Cache& cache(bool buffers) {
+  static Cache* const caches = new Cache[2];
+  return caches[buffers];
+}
+
+py::object weakref_that_forgets(PyObject* module, bool buffers) {
+  const py::cpp_function forget([module, buffers](py::handle) { cache(buffers).erase(module); });
+  auto ref = py::reinterpret_steal<py::object>(PyWeakref_NewRef(module, forget.ptr()));
+  if (!ref) PyErr_Clear();
+  return ref;
+}
+
+py::list tensors_of(const Tree& tree, const std::vector<size_t>& rows) {
+  py::list tensors(rows.size());
+  for (size_t i = 0; i < rows.size(); ++i) {
+    PyObject* tensor = tree.signature[rows[i]];
+    Py_INCREF(tensor);
+    PyList_SET_ITEM(tensors.ptr(), static_cast<Py_ssize_t>(i), tensor);
+  }
+  return tensors;
+}
+
+bool still_true(const Entry& entry, const Tree& tree) {
+  if (!(entry.tree == tree)) return false;
+  for (size_t i = 0; i < entry.rows.size(); ++i) {
+    if (!entry.metas[i].describes(tree.signature[entry.rows[i]])) return false;
+  }
+  return true;
+}
+
+// A tensor is a row under its first name; its other names are aliases.
+bool make_entry(Tree tree, py::handle make_layout, Entry& entry) {
+  const Names names(tree);
+  if (!names.readable) return false;
+  std::unordered_map<PyObject*, size_t> row_of;
+  std::vector<std::vector<std::string>> names_of_row;
+  size_t parameters = 0;
+  for (size_t m = 0; m < tree.members.size(); ++m) {
+    PyObject* tensor = tree.signature[tree.members[m]];
+    const auto [found, is_new] = row_of.try_emplace(tensor, names_of_row.size());
+    if (is_new) {
+      entry.rows.push_back(tree.members[m]);
+      entry.metas.emplace_back(tensor);
+      names_of_row.emplace_back();
+      if (m < tree.parameters) ++parameters;
+    }
+    names_of_row[found->second].push_back(names.of_member[m]);
+  }
+  py::tuple first(names_of_row.size()), others(names_of_row.size());
+  for (size_t i = 0; i < names_of_row.size(); ++i) {
+    const auto& all = names_of_row[i];
+    py::tuple rest(all.size() - 1);
+    for (size_t k = 1; k < all.size(); ++k) rest[k - 1] = py::str(all[k]);
+    first[i] = py::str(all[0]);
+    others[i] = rest;
+  }
+  entry.tree = std::move(tree);
+  entry.keep();
+  const py::list tensors = tensors_of(entry.tree, entry.rows);
+  entry.layout = make_layout(first, others, parameters, tensors);  // may run any Python code
+  return true;
+}
+
+}  // namespace
+
+py::object walk(py::handle module, bool buffers, py::handle make_layout) {
+  thread_local Tree scratch;  // its memory is used again from call to call
+  Tree tree = std::move(scratch);
+  tree.signature.clear();
+  tree.members.clear();
+  tree.visits = 0;
+  if (!read_tree(module.ptr(), buffers, tree)) {
+    PyErr_Clear();
+    scratch = std::move(tree);
+    return py::none();
+  }
+  try {
+    const auto found = cache(buffers).find(module.ptr());
+    if (found != cache(buffers).end() && still_true(found->second, tree)) {
+      py::list tensors = tensors_of(tree, found->second.rows);
+      py::object layout = found->second.layout;
+      scratch = std::move(tree);
+      return py::make_tuple(std::move(layout), std::move(tensors));
+    }
+    // Held while make_layout runs Python code that could drop a tensor from the model.
+    std::vector<py::object> alive;
+    for (size_t m : tree.members) {
+      alive.push_back(py::reinterpret_borrow<py::object>(tree.signature[m]));
+    }
+    Entry entry;
+    if (!make_entry(std::move(tree), make_layout, entry)) return py::none();
+    py::tuple result = py::make_tuple(entry.layout, tensors_of(entry.tree, entry.rows));
+    entry.weakref = weakref_that_forgets(module.ptr(), buffers);
+    if (entry.weakref) cache(buffers).insert_or_assign(module.ptr(), std::move(entry));
+    return result;
+  } catch (const c10::Error&) {  // a tensor without sizes: symbolic, nested
+    return py::none();
+  }
+}
+
+size_t cached_layouts() { return cache(false).size() + cache(true).size(); }
+
+}  // namespace paramstats

@@ -1,0 +1,47 @@
+// A file of its own: torch's stable C interface, which needs TORCH_TARGET_VERSION set, runs on
+// torch's pool whatever compiler and OpenMP flags this is built with (at::parallel_for does not).
+#define TORCH_TARGET_VERSION 0x020a000000000000  // 2.10.0, the oldest torch supported
+#include "thread_pool.h"
+
+#include <torch/csrc/stable/c/shim.h>
+
+#include <algorithm>
+#include <atomic>
+
+namespace paramstats {
+namespace {
+
+struct Shared {
+  std::atomic<int64_t> next{0};
+  int64_t n;
+  cpu::Task task;
+  void* context;
+};
+
+// Every thread takes the next task until none is left, so that a slow one holds up no other.
+void take_tasks(int64_t, int64_t, void* context) {
+  Shared& shared = *static_cast<Shared*>(context);
+  for (int64_t i; (i = shared.next.fetch_add(1, std::memory_order_relaxed)) < shared.n;) {
+    shared.task(i, shared.context);
+  }
+}
+
+}  // namespace
+
+int torch_threads() {
+  uint32_t threads = 1;
+  torch_get_num_threads(&threads);
+  return static_cast<int>(threads);
+}
+
+void torch_pool(int64_t n, cpu::Task task, void* context) {
+  Shared shared;
+  shared.n = n;
+  shared.task = task;
+  shared.context = context;
+  const int64_t threads = std::min<int64_t>(torch_threads(), n);
+  if (threads > 1) torch_parallel_for(0, threads, 1, take_tasks, &shared);
+  take_tasks(0, 0, &shared);  // alone; or what is left, should the pool have failed to start
+}
+
+}  // namespace paramstats

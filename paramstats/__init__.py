@@ -1,0 +1,14 @@
+"""Statistics of every parameter and gradient of a PyTorch model, from one read of memory.
+
+>>> import torch, paramstats
+>>> summary = paramstats.summarize(torch.nn.Linear(3, 2))
+>>> list(summary)
+['weight', 'bias']
+"""
+
+from paramstats.engine import Backend, backend
+from paramstats.summarize import summarize
+from paramstats.summary import ParamStats, Summary, TensorStats
+
+__all__ = ["Backend", "ParamStats", "Summary", "TensorStats", "backend", "summarize"]
+__version__ = "0.1.0"

@@ -1,0 +1,166 @@
+"""What a model's tensors are called and what they look like, apart from their values."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+Patterns = tuple[re.Pattern[str], ...]
+
+
+class Layout:
+    """The rows of a summary: immutable, and shared by all summaries of an unchanged model.
+
+    `parameters` is how many leading rows are parameters; the rest are buffers.
+    """
+
+    __slots__ = (
+        "_index",
+        "_keys",
+        "_selections",
+        "aliases",
+        "devices",
+        "dtypes",
+        "names",
+        "parameters",
+        "requires_grad",
+        "shapes",
+    )
+
+    def __init__(
+        self,
+        names: tuple[str, ...],
+        aliases: tuple[tuple[str, ...], ...],
+        parameters: int,
+        shapes: tuple[tuple[int, ...] | None, ...],
+        dtypes: tuple[torch.dtype, ...],
+        devices: tuple[torch.device, ...],
+        requires_grad: tuple[bool, ...],
+    ) -> None:
+        self.names = names
+        self.aliases = aliases
+        self.parameters = parameters
+        self.shapes = shapes
+        self.dtypes = dtypes
+        self.devices = devices
+        self.requires_grad = requires_grad
+        self._index: dict[str, int] | None = None
+        self._keys: dict[Any, list[str]] = {}
+        self._selections: dict[Any, tuple[Layout, list[int]]] = {}
+
+    @classmethod
+    def of(
+        cls,
+        names: tuple[str, ...],
+        aliases: tuple[tuple[str, ...], ...],
+        parameters: int,
+        tensors: Sequence[torch.Tensor],
+    ) -> Layout:
+        """The layout of `tensors`, whose names are known."""
+        return cls(
+            names,
+            aliases,
+            parameters,
+            tuple(_shape(t) for t in tensors),
+            tuple(t.dtype for t in tensors),
+            tuple(t.device for t in tensors),
+            tuple(t.requires_grad for t in tensors),
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        fields = ("names", "aliases", "parameters", "shapes", "dtypes", "devices", "requires_grad")
+        return Layout, tuple(getattr(self, field) for field in fields)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def index(self) -> dict[str, int]:
+        """The row of every name, aliases included."""
+        if self._index is None:
+            index = {alias: i for i, names in enumerate(self.aliases) for alias in names}
+            index.update({name: i for i, name in enumerate(self.names)})
+            self._index = index
+        return self._index
+
+    def kind(self, row: int) -> str:
+        return "param" if row < self.parameters else "buffer"
+
+    def keys(self, template: str, stats: tuple[str, ...]) -> list[str]:
+        """Logger keys of all rows, their gradients after them; made once."""
+        made = self._keys.get((template, stats))
+        if made is None:
+            made = [
+                template.format(kind=kind, stat=stat, name=name)
+                for grads in (False, True)
+                for row, name in enumerate(self.names)
+                for kind in ("grad" if grads else self.kind(row),)
+                for stat in stats
+            ]
+            self._keys[template, stats] = made
+        return made
+
+    def select(self, include: Patterns | None, exclude: Patterns) -> tuple[Layout, list[int]]:
+        """The rows that have a name which `passes`, and their positions in this layout."""
+        key = (include, exclude)
+        made = self._selections.get(key)
+        if made is None:
+            rows = [
+                row
+                for row, name in enumerate(self.names)
+                if any(passes(n, include, exclude) for n in (name, *self.aliases[row]))
+            ]
+            parts = (
+                tuple(column[row] for row in rows)
+                for column in (
+                    self.shapes,
+                    self.dtypes,
+                    self.devices,
+                    self.requires_grad,
+                )
+            )
+            layout = Layout(
+                tuple(self.names[row] for row in rows),
+                tuple(self.aliases[row] for row in rows),
+                sum(row < self.parameters for row in rows),
+                *parts,  # type: ignore[arg-type]
+            )
+            made = self._selections[key] = (layout, rows)
+        return made
+
+
+def passes(name: str, include: Patterns | None, exclude: Patterns) -> bool:
+    """Whether a name is asked for: any of `include` found in it, none of `exclude`."""
+    if include is not None and not any(p.search(name) for p in include):
+        return False
+    return not any(p.search(name) for p in exclude)
+
+
+def compile_patterns(patterns: Any, argument: str) -> Patterns:
+    """`patterns`, one regular expression or several, as a tuple."""
+    several = [patterns] if isinstance(patterns, (str, re.Pattern)) else patterns
+    if not isinstance(several, Iterable):
+        raise TypeError(
+            f"paramstats.summarize: expected a regular expression or several for {argument}, "
+            f"got {type(patterns).__name__}"
+        )
+    try:
+        return tuple(re.compile(p) for p in several)
+    except (re.error, TypeError) as error:
+        raise type(error)(
+            f"paramstats.summarize: expected regular expressions for {argument}, "
+            f"got {patterns!r}: {error}"
+        ) from None
+
+
+def _shape(tensor: torch.Tensor) -> tuple[int, ...] | None:
+    """None where there is no shape yet (a lazy parameter) or none in integers (nested)."""
+    if isinstance(tensor, torch.nn.parameter.UninitializedTensorMixin):
+        return None
+    try:
+        return tuple(int(size) for size in tensor.shape)
+    except RuntimeError:
+        return None

@@ -1,0 +1,296 @@
+"""The definition in plain torch operators: the engine where there is no native one.
+
+It also serves, next to the native engine, every tensor that the kernels may not read as it lies in
+memory: on another device, sparse, complex, quantised, or of a subclass with operators of its own.
+
+`exact` is the definition. On a CPU, `quick` is tried first; on other devices nothing looks at a
+value before all are done: the states stay there, and one transfer brings them over.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from paramstats.moments import ABSENT, ROW, Moments, merge, unread
+
+CHUNK = 1 << 17
+"""Elements that are worked on at a time, on a CPU: their temporaries stay in its caches."""
+
+_DEVICE_CHUNK = 1 << 24
+"""The same on an accelerator, where launches cost more and 128 MiB of float64 is little."""
+
+_LEAST_SQUARES = 1.5e-35
+"""Below this a sum of squares in float32 may have lost digits to underflow (kernels_body.h)."""
+
+_LEAST_SPREAD = 1e-4
+"""Of a mean that float32 rounds by 6e-8, a standard deviation this small is off by 4e-7 at most."""
+
+_IN_FLOAT32 = frozenset({torch.float32, torch.bfloat16, torch.float16})
+_NO_FLOAT64 = frozenset({"mps"})
+
+
+# ---- states -------------------------------------------------------------------------------------
+
+
+def exact(x: Tensor) -> Tensor:
+    """The state of a flat real tensor, as a float64 row of `Moments` on the tensor's device."""
+    x = x.to(torch.float64)
+    finite = x.isfinite()
+    n = finite.sum()
+    values = x.where(finite, 0.0)
+    low = x.where(finite, math.inf).amin()
+    high = x.where(finite, -math.inf).amax()
+    mean = values.sum() / n.clamp(min=1)
+    # A sum that overflowed is added again in shares of the mean; a constant's mean is exact.
+    mean = mean.where(mean.isfinite(), (values / n.clamp(min=1)).sum())
+    mean = low.where(low == high, mean)
+    deviations = (x - mean).where(finite, 0.0)
+    shift = deviations.sum()
+    m2 = deviations.square().sum()
+    # What is left of the mean's rounding, taken out (the corrected two-pass algorithm; skipped
+    # where it would overflow).
+    correction = shift * (shift / n.clamp(min=1))
+    m2 = (m2 - correction.where(correction.isfinite(), 0.0)).clamp(min=0.0)
+    counts = ((x == 0).sum(), x.isnan().sum(), (x == math.inf).sum(), (x == -math.inf).sum())
+    count = torch.tensor(x.numel(), dtype=torch.float64, device=x.device)
+    columns = (count, *counts, mean, m2, low, high)
+    return torch.stack([c.to(torch.float64) for c in columns])
+
+
+def quick(x: Tensor) -> Moments | None:
+    """The state of a flat real tensor on a CPU by as few operators as torch has; None where its
+    precision or its range did not suffice, or an element is not finite."""
+    in_float32 = x.dtype in _IN_FLOAT32
+    if x.dtype is not torch.float32:
+        x = x.to(torch.float32 if in_float32 else torch.float64)
+    n = x.numel()
+    low, high = x.aminmax()
+    low, high = low.item(), high.item()
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return None
+    zeros = n - x.count_nonzero().item()
+    if low == high:
+        return Moments(n, zeros, 0, 0, 0, low, 0.0, low, high)
+    mean = x.sum().item() / n
+    # Beside a mean that is large next to the deviations its rounding shows in the variance.
+    m2 = (x - mean).square_().sum().item()
+    if not math.isfinite(m2):
+        return None
+    if in_float32 and (m2 < _LEAST_SQUARES or m2 < n * (_LEAST_SPREAD * mean) ** 2):
+        return None
+    return Moments(n, zeros, 0, 0, 0, mean, m2, low, high)
+
+
+def _complex(x: Tensor) -> Moments:
+    """Complex numbers: mean is the modulus of the mean, m2 the sum of squared distances from it,
+    min and max are of the modulus; so std, norm and zero_fraction are torch's."""
+    x = x.to(torch.complex128)
+    finite = x.isfinite()
+    modulus = x.abs()
+    nans = int((x.real.isnan() | x.imag.isnan()).sum())
+    pos_infs = x.numel() - int(finite.sum()) - nans
+    zeros = x.numel() - int(x.count_nonzero())
+    values = x[finite]
+    out = Moments(x.numel(), zeros, nans, pos_infs, 0)
+    if values.numel() == 0:
+        return out
+    mean = values.mean()
+    m2 = (values - mean).abs().square().sum().item()
+    low, high = (bound.item() for bound in modulus[finite].aminmax())
+    return out._replace(mean=mean.abs().item(), m2=m2, min=low, max=high)
+
+
+def _in_memory_order(x: Tensor) -> Tensor:
+    """A dense tensor as one run of its elements as they lie, without a copy; another one copied."""
+    order = sorted(range(x.dim()), key=lambda d: x.stride(d), reverse=True)
+    return x.permute(order).reshape(-1)
+
+
+def _chunks(x: Tensor) -> Iterable[Tensor]:
+    size = CHUNK if x.device.type == "cpu" else _DEVICE_CHUNK
+    flat = x.view(-1) if x.is_contiguous() else _in_memory_order(x)
+    return (flat,) if flat.numel() <= size else flat.split(size)
+
+
+def _here(x: Tensor) -> Moments:
+    """The state of a strided real tensor on the CPU."""
+    if x.numel() == 0:
+        return Moments()
+    states = (quick(chunk) or _from_row(exact(chunk).tolist()) for chunk in _chunks(x))
+    return functools.reduce(merge, states)
+
+
+def _from_row(row: Sequence[float]) -> Moments:
+    return Moments(*(int(c) for c in row[:5]), *row[5:])
+
+
+# ---- what may stand for a tensor's elements -----------------------------------------------------
+
+
+def _elements(x: Tensor) -> tuple[Tensor, int]:
+    """A strided tensor with the elements that are stored, and how many zeros are not."""
+    if type(x) is not Tensor:
+        x = _plain(x)
+    if x.is_quantized:
+        x = x.dequantize()
+    if x.layout is torch.strided:
+        return x.resolve_neg().resolve_conj() if x.is_neg() or x.is_conj() else x, 0
+    if x.layout is torch.sparse_coo:
+        stored = x.coalesce().values()
+    elif x.layout in (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc):
+        stored = x.values()
+    elif x.layout is torch.jagged:
+        return x.values(), 0
+    else:
+        return x.to_dense(), 0
+    return stored, x.numel() - stored.numel()
+
+
+def _plain(x: Tensor) -> Tensor:
+    """A tensor of a subclass as a plain one, through what the subclass offers."""
+    if type(x) is torch.nn.Parameter:
+        return x.detach()
+    if hasattr(x, "to_local"):  # a DTensor held whole
+        return x.to_local()
+    if not torch.utils._python_dispatch.is_traceable_wrapper_subclass(x):
+        with torch._C.DisableTorchFunctionSubclass():
+            return x.detach().as_subclass(Tensor)
+    for convert in (lambda: x.dequantize(), lambda: x.to(torch.float64)):
+        try:
+            plain = convert()
+        except Exception:  # whatever an operator that the subclass does not have raises
+            continue
+        if type(plain) is Tensor and plain.numel() == x.numel():
+            return plain
+    raise TypeError(f"{type(x).__qualname__} has no operator that gives its elements")
+
+
+def _check_storage(x: Tensor) -> None:
+    """A storage that was emptied behind its tensor's back must not be read."""
+    nbytes = x.untyped_storage().nbytes()
+    if x.is_contiguous() and nbytes >= (x.storage_offset() + x.numel()) * x.element_size():
+        return
+    if x.numel() == 0:
+        return
+    last = x.storage_offset() + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+    if (last + 1) * x.element_size() > nbytes:
+        raise ValueError(f"its storage holds {nbytes} bytes, not all elements")
+
+
+# ---- tables of rows -----------------------------------------------------------------------------
+
+
+class Pending:
+    """States that are still being computed on an accelerator."""
+
+    def __init__(self, device: torch.device, rows: list[tuple[int, int]], states: list[Tensor]):
+        self._rows = rows  # (row, zeros to add) of each state, in order; a row may have several
+        stacked = torch.stack(states)
+        self._event: torch.Event | None = None
+        if device.type == "cuda":
+            self._host = torch.empty(stacked.shape, dtype=stacked.dtype, pin_memory=True)
+            self._host.copy_(stacked, non_blocking=True)
+            self._event = torch.Event(device)
+            self._event.record(torch.cuda.current_stream(device))
+        else:
+            self._host = stacked.cpu()
+
+    def ready(self) -> bool:
+        return self._event is None or self._event.query()
+
+    def wait(self) -> dict[int, Moments]:
+        """The states by row; waits for this transfer alone."""
+        if self._event is not None:
+            self._event.synchronize()
+        out: dict[int, Moments] = {}
+        for (row, zeros), state in zip(self._rows, self._host.tolist(), strict=True):
+            out[row] = merge(out.get(row, _zeros(zeros)), _from_row(state))
+        return out
+
+
+def read(tensors: list[Tensor], params: bool, grads: bool) -> tuple[bytes, list[int]]:
+    """A table in which every row is unread or absent, and the rows for `fill` to read."""
+    n = len(tensors)
+    own = range(n) if params else range(0)
+    with_grad = [n + i for i, t in enumerate(tensors) if grads and gradient(t) is not None]
+    absent = ROW.pack(*unread(ABSENT))
+    table = [ROW.pack(*unread(_numel(t))) for t in tensors] + [absent] * n
+    return b"".join(table), [*own, *with_grad]
+
+
+def fill(
+    table: bytes, left: list[int], tensors: list[Tensor]
+) -> tuple[bytes, tuple[Pending, ...], dict[int, str]]:
+    """Reads the rows `left` over by an engine.
+
+    Returns the table with them, what is pending, and why a row could not be read, by row.
+    """
+    out = bytearray(table)
+    skipped: dict[int, str] = {}
+    later: Later = {}
+    n = len(tensors)
+    with torch.no_grad():
+        for row in left:
+            tensor = tensors[row] if row < n else gradient(tensors[row - n])
+            assert tensor is not None
+            try:
+                state = _state(tensor, row, later)
+            except Exception as error:  # a subclass may raise anything; training goes on
+                state = unread(_numel(tensor))
+                skipped[row] = f"{type(error).__name__}: {error}".splitlines()[0]
+            ROW.pack_into(out, row * ROW.size, *state)
+    pending = tuple(Pending(device, *parts) for device, parts in later.items())
+    return bytes(out), pending, skipped
+
+
+Later = dict[torch.device, tuple[list[tuple[int, int]], list[Tensor]]]
+
+
+def _state(tensor: Tensor, row: int, later: Later) -> Moments:
+    """The state of any tensor; of one on an accelerator, unread for now and added to `later`."""
+    if tensor.device.type == "meta" or _is_lazy(tensor):
+        return unread(_numel(tensor))
+    x, zeros = _elements(tensor)
+    _check_storage(x)
+    if x.is_complex():
+        state = _complex(x)
+    elif x.device.type == "cpu":
+        state = _here(x)
+    elif x.device.type in _NO_FLOAT64:
+        state = _here(x.cpu())
+    elif x.numel() == 0:
+        state = Moments()
+    else:
+        rows, states = later.setdefault(x.device, ([], []))
+        for chunk in _chunks(x):
+            rows.append((row, zeros))
+            states.append(exact(chunk))
+        return unread(tensor.numel())
+    return merge(_zeros(zeros), state) if zeros else state
+
+
+def gradient(tensor: Tensor) -> Tensor | None:
+    """`tensor.grad`, without torch's warning where it is not a leaf."""
+    if tensor.is_leaf or tensor.retains_grad:
+        return tensor.grad
+    return None
+
+
+def _zeros(count: int) -> Moments:
+    return Moments(count, count, 0, 0, 0, 0.0, 0.0, 0.0, 0.0) if count else Moments()
+
+
+def _is_lazy(tensor: Tensor) -> bool:
+    return isinstance(tensor, torch.nn.parameter.UninitializedTensorMixin)
+
+
+def _numel(tensor: Tensor) -> int:
+    try:
+        return 0 if _is_lazy(tensor) else int(tensor.numel())
+    except RuntimeError:  # sizes that are symbols
+        return 0

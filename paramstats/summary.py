@@ -1,0 +1,415 @@
+"""What the caller holds: a mapping from names to statistics."""
+
+from __future__ import annotations
+
+import difflib
+import string
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from paramstats import moments, rendering
+from paramstats.engine import engine
+from paramstats.layout import Layout
+from paramstats.moments import ABSENT, ROW, Figures, Moments
+
+if TYPE_CHECKING:
+    import pandas
+
+    from paramstats.reference import Pending
+
+STATS = Figures._fields
+"""Every figure that `scalars` and `to_dict` know."""
+
+
+class TensorStats:
+    """The figures of one tensor, over all its elements.
+
+    >>> import torch, paramstats
+    >>> stats = paramstats.summarize({"w": torch.tensor([0.0, 3.0, -4.0])})["w"]
+    >>> stats.norm, stats.abs_max, stats.zero_count, stats.count
+    (5.0, 4.0, 1, 3)
+
+    Figures are what torch gives: a NaN makes mean, norm, min and max NaN, an infinity the norm
+    infinite, std of one element is NaN. `finite` has the same figures over the finite elements
+    alone. Of complex tensors, mean is the modulus of the mean; min, max and abs_max are of moduli.
+    """
+
+    __slots__ = ("_correction", "_figures", "_state")
+
+    def __init__(self, state: Moments, correction: float, figures: Figures | None = None) -> None:
+        self._state = state
+        self._correction = correction
+        self._figures = figures or moments.finalize(state, correction)
+
+    @property
+    def count(self) -> int:
+        """Number of elements."""
+        return int(self._figures.count)
+
+    @property
+    def mean(self) -> float:
+        return self._figures.mean
+
+    @property
+    def std(self) -> float:
+        """Standard deviation, with the `correction` that `summarize` was given."""
+        return self._figures.std
+
+    @property
+    def var(self) -> float:
+        return self._figures.var
+
+    @property
+    def norm(self) -> float:
+        """L2 norm: the square root of the sum of squares."""
+        return self._figures.norm
+
+    @property
+    def rms(self) -> float:
+        """Root mean square: norm / sqrt(count)."""
+        return self._figures.rms
+
+    @property
+    def min(self) -> float:
+        return self._figures.min
+
+    @property
+    def max(self) -> float:
+        return self._figures.max
+
+    @property
+    def abs_max(self) -> float:
+        return self._figures.abs_max
+
+    @property
+    def zero_count(self) -> int:
+        return int(self._figures.zero_count)
+
+    @property
+    def zero_fraction(self) -> float:
+        """Share of the elements that are zero, 0 to 1."""
+        return self._figures.zero_fraction
+
+    @property
+    def nan_count(self) -> int:
+        return int(self._figures.nan_count)
+
+    @property
+    def pos_inf_count(self) -> int:
+        return int(self._figures.pos_inf_count)
+
+    @property
+    def neg_inf_count(self) -> int:
+        return int(self._figures.neg_inf_count)
+
+    @property
+    def nonfinite_count(self) -> int:
+        return int(self._figures.nonfinite_count)
+
+    @property
+    def finite(self) -> TensorStats:
+        """The same figures over the finite elements alone."""
+        figures = moments.finalize_finite(self._state, self._correction)
+        finite = self._state._replace(
+            count=moments.finite_count(self._state), nans=0, pos_infs=0, neg_infs=0
+        )
+        return TensorStats(finite, self._correction, figures)
+
+    def to_dict(self) -> dict[str, float]:
+        """Every figure by name; counts are int."""
+        return {stat: getattr(self, stat) for stat in STATS}
+
+    def __repr__(self) -> str:
+        return f"<{rendering.one_line(self)}>"
+
+
+class ParamStats(TensorStats):
+    """The figures of one parameter (or buffer), with what it is and the figures of its gradient.
+
+    `shape` is None while a lazy parameter has none. `aliases` are the other names of a tied
+    parameter. `grad` is None where there is no gradient, which is not the same as one of zeros.
+    """
+
+    __slots__ = ("aliases", "device", "dtype", "grad", "kind", "name", "requires_grad", "shape")
+
+    name: str
+    shape: tuple[int, ...] | None
+    dtype: torch.dtype
+    device: torch.device
+    requires_grad: bool
+    aliases: tuple[str, ...]
+    kind: str
+    grad: TensorStats | None
+
+    def __init__(
+        self,
+        state: Moments,
+        correction: float,
+        layout: Layout,
+        row: int,
+        grad: TensorStats | None,
+    ) -> None:
+        super().__init__(state, correction)
+        self.name = layout.names[row]
+        self.shape = layout.shapes[row]
+        self.dtype = layout.dtypes[row]
+        self.device = layout.devices[row]
+        self.requires_grad = layout.requires_grad[row]
+        self.aliases = layout.aliases[row]
+        self.kind = layout.kind(row)
+        self.grad = grad
+
+    def to_dict(self) -> dict[str, Any]:
+        """What it is, its figures, and those of `grad` (None, or a dict); ready for JSON."""
+        return {
+            "shape": None if self.shape is None else list(self.shape),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": str(self.device),
+            "requires_grad": self.requires_grad,
+            "aliases": list(self.aliases),
+            "kind": self.kind,
+            **super().to_dict(),
+            "grad": None if self.grad is None else self.grad.to_dict(),
+        }
+
+
+class TotalStats(TensorStats):
+    """All parameters as one, and in `grad` all gradients as one (None where there are none)."""
+
+    __slots__ = ("grad",)
+
+    grad: TensorStats | None
+
+    def __init__(self, state: Moments, correction: float, grad: TensorStats | None) -> None:
+        super().__init__(state, correction)
+        self.grad = grad
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            **super().to_dict(),
+            "grad": None if self.grad is None else self.grad.to_dict(),
+        }
+
+
+class Summary(Mapping[str, ParamStats]):
+    """Statistics by parameter name, in `named_parameters()` order; a read-only snapshot.
+
+    >>> import torch, paramstats
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2))
+    >>> summary = paramstats.summarize(model)
+    >>> list(summary)
+    ['0.weight', '0.bias', '1.weight', '1.bias']
+    >>> summary["0.weight"].shape, summary.total.count
+    ((3, 4), 23)
+
+    A tied parameter answers to all its names; iteration gives the first. Figures are ready, or, of
+    tensors on a GPU, on their way: reading one waits for this summary's transfer alone.
+    """
+
+    __slots__ = ("_correction", "_grad_scale", "_layout", "_pending", "_skipped", "_table")
+
+    def __init__(
+        self,
+        layout: Layout,
+        table: bytes,
+        correction: float,
+        grad_scale: float,
+        pending: Sequence[Pending] = (),
+        skipped: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        self._layout = layout
+        self._table = table
+        self._correction = correction
+        self._grad_scale = grad_scale
+        self._pending = tuple(pending)
+        self._skipped = skipped
+
+    # ---- the mapping
+
+    def __getitem__(self, name: str) -> ParamStats:
+        row = self._layout.index.get(name)
+        if row is None:
+            raise KeyError(self._unknown(name))
+        grad = self._state(len(self) + row)
+        return ParamStats(
+            self._state(row),
+            self._correction,
+            self._layout,
+            row,
+            None if grad.count == ABSENT else TensorStats(grad, self._correction),
+        )
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layout.names)
+
+    def __len__(self) -> int:
+        return len(self._layout)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._layout.index
+
+    # ---- beyond the mapping
+
+    @property
+    def total(self) -> TotalStats:
+        """All parameters merged into one, each counted once; `.grad`: all gradients likewise.
+
+        Buffers do not count, nor what could not be read.
+        """
+        n, parameters = len(self), self._layout.parameters
+        grad = None
+        if any(self._state(n + row).count != ABSENT for row in range(parameters)):
+            grad = TensorStats(self._merged(n, n + parameters), self._correction)
+        return TotalStats(self._merged(0, parameters), self._correction, grad)
+
+    @property
+    def skipped(self) -> Mapping[str, str]:
+        """Why a tensor could not be read, by name; empty when all is well."""
+        return MappingProxyType(dict(self._skipped))
+
+    def ready(self) -> bool:
+        """Whether reading a figure would not wait."""
+        return all(pending.ready() for pending in self._pending)
+
+    def wait(self) -> Summary:
+        """Waits until all figures are here, and returns this summary."""
+        if self._pending:
+            table = bytearray(self._table)
+            for pending in self._pending:
+                for row, state in pending.wait().items():
+                    ROW.pack_into(table, row * ROW.size, *state)
+            self._table = bytes(table)
+            self._pending = ()
+        return self
+
+    def scalars(
+        self,
+        key: str = "{kind}_{stat}/{name}",
+        stats: Sequence[str] = ("mean", "std", "norm", "zero_fraction"),
+        totals: bool = True,
+    ) -> dict[str, float]:
+        """A flat dict of floats, as loggers take it.
+
+        >>> import torch, paramstats
+        >>> summary = paramstats.summarize({"w": torch.ones(4)})
+        >>> summary.scalars(stats=("mean", "norm"), totals=False)
+        {'param_mean/w': 1.0, 'param_norm/w': 2.0}
+
+        Args:
+            key: a format string with fields `kind` ("param", "grad" or "buffer"), `stat`, `name`.
+            stats: names of figures, out of those that `TensorStats` has.
+            totals: also `total` and its gradient, under the name "total".
+
+        Raises:
+            ValueError: an unknown stat or field, or a key that would stand for two figures.
+        """
+        self.wait()
+        stats = (stats,) if isinstance(stats, str) else tuple(stats)
+        for stat in stats:
+            if stat not in STATS:
+                raise ValueError(
+                    f"paramstats.scalars: expected stats out of {', '.join(STATS)}, got '{stat}'"
+                )
+        keys = self._layout.keys(_checked_template(key), stats)
+        which = [STATS.index(stat) for stat in stats]
+        out = engine().figures(self._table, keys, which, self._correction, self._grad_scale)
+        expected = len(keys) - len(stats) * self._absent()
+        if totals:
+            total = self.total
+            for kind, figures in (("param", total), ("grad", total.grad)):
+                if figures is None:
+                    continue
+                expected += len(stats)
+                for stat in stats:
+                    out[key.format(kind=kind, stat=stat, name="total")] = float(
+                        getattr(figures, stat)
+                    )
+        if len(out) != expected:
+            raise ValueError(
+                f"paramstats.scalars: expected a key for each figure, got {len(out)} keys for "
+                f"{expected} figures from '{key}'; use {{kind}}, {{stat}} and {{name}}, and "
+                f"totals=False where a parameter is called 'total'"
+            )
+        return out
+
+    def to_dict(self) -> dict[str, Any]:
+        """`{"params": {name: ...}, "total": ...}`, nested, of JSON's types alone.
+
+        NaN and infinities are floats, which `json.dumps` and `json.loads` carry.
+        """
+        return {
+            "params": {name: entry.to_dict() for name, entry in self.items()},
+            "total": self.total.to_dict(),
+        }
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """A DataFrame with a row per parameter; columns of gradients begin with `grad_`."""
+        import pandas
+
+        rows = {}
+        for name, entry in self.items():
+            record = entry.to_dict()
+            grad = record.pop("grad")
+            record["shape"] = entry.shape
+            rows[name] = {
+                **record,
+                **{f"grad_{stat}": grad[stat] if grad else float("nan") for stat in STATS},
+            }
+        return pandas.DataFrame.from_dict(rows, orient="index").rename_axis("name")
+
+    def table(self, width: int | None = None) -> str:
+        """An aligned table in at most `width` columns (default: the terminal's)."""
+        return rendering.table(self, width)
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def __repr__(self) -> str:
+        grads = len(self) - self._absent()
+        return f"<Summary of {len(self)} tensors, {grads} with gradients>"
+
+    def _repr_html_(self) -> str:
+        return rendering.html(self)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        self.wait()
+        state = (self._layout, self._table, self._correction, self._grad_scale)
+        return Summary, (*state, (), dict(self._skipped))
+
+    def _state(self, row: int) -> Moments:
+        self.wait()
+        state = moments.row(self._table, row)
+        return self._unscaled(state) if row >= len(self) else state
+
+    def _merged(self, begin: int, end: int) -> Moments:
+        state = moments.row(engine().merge_rows(self._table, begin, end), 0)
+        return self._unscaled(state) if begin >= len(self) and end > begin else state
+
+    def _unscaled(self, state: Moments) -> Moments:
+        if self._grad_scale == 1:
+            return state
+        return moments.scaled(state, 1 / self._grad_scale)
+
+    def _absent(self) -> int:
+        """How many tensors have no gradient."""
+        n = len(self)
+        return sum(moments.row(self._table, n + row).count == ABSENT for row in range(n))
+
+    def _unknown(self, name: object) -> str:
+        close = difflib.get_close_matches(str(name), self._layout.index, n=1, cutoff=0.5)
+        hint = f"; did you mean '{close[0]}'?" if close else ""
+        return f"no parameter '{name}' among {len(self)}{hint}"
+
+
+def _checked_template(key: str) -> str:
+    fields = {field for _, field, _, _ in string.Formatter().parse(key) if field is not None}
+    unknown = fields - {"kind", "stat", "name"}
+    if unknown:
+        raise ValueError(
+            f"paramstats.scalars: expected the fields kind, stat and name in key, got "
+            f"'{', '.join(sorted(unknown))}' in '{key}'"
+        )
+    return key

@@ -1,0 +1,150 @@
+"""From a source to named tensors: modules by their own methods, mappings, pairs.
+
+The native engine reads plain modules faster (csrc/module_walk.cpp); this is the road for those
+that list their parameters in a way of their own, and for all modules without it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from paramstats.layout import Layout, Patterns, passes
+
+MakeLayout = Callable[[tuple[str, ...], tuple[tuple[str, ...], ...], int, list[torch.Tensor]], Any]
+
+_MOST_NAMES = 1_000_000
+"""More names than this come from modules that contain themselves, by whatever detour."""
+
+
+def walk(
+    module: torch.nn.Module, buffers: bool, make_layout: MakeLayout
+) -> tuple[Any, list[torch.Tensor]]:
+    """The layout of a module's parameters (then buffers), and the tensors themselves."""
+    rows = _Rows()
+    rows.add_all(_every_name(module.named_parameters))
+    parameters = len(rows.tensors)
+    if buffers:
+        rows.add_all(_every_name(module.named_buffers))
+    return make_layout(rows.names, rows.aliases, parameters, rows.tensors), rows.tensors
+
+
+def walk_named(
+    source: Any, include: Patterns | None, exclude: Patterns, make_layout: MakeLayout
+) -> tuple[Any, list[torch.Tensor]]:
+    """The same of a mapping name -> tensor or of (name, tensor) pairs.
+
+    Two names for one tensor, or for the very same elements in memory (which is how a `state_dict`
+    holds a tied parameter), are one row.
+    """
+    rows = _Rows(key=_memory)
+    names = set()
+    for name, value in _pairs(source):
+        if not isinstance(name, str):
+            raise TypeError(
+                f"paramstats.summarize: expected names to be str, got {type(name).__name__} "
+                f"for {name!r}"
+            )
+        if not passes(name, include, exclude):
+            continue
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(
+                f"paramstats.summarize: expected a torch.Tensor, got {_type_name(value)} for "
+                f"'{name}'; leave it out with exclude=..."
+            )
+        if name in names:
+            raise ValueError(
+                f"paramstats.summarize: expected every name once, got '{name}' twice"
+            )
+        names.add(name)
+        rows.add(name, value)
+    return make_layout(rows.names, rows.aliases, len(rows.tensors), rows.tensors), rows.tensors
+
+
+class _Rows:
+    """Tensors in order of their first name, with all their names."""
+
+    def __init__(self, key: Callable[[torch.Tensor], Any] = id) -> None:
+        self.tensors: list[torch.Tensor] = []
+        self._key = key
+        self._row_of: dict[Any, int] = {}
+        self._names: list[list[str]] = []
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        row = self._row_of.setdefault(self._key(tensor), len(self.tensors))
+        if row == len(self.tensors):
+            self.tensors.append(tensor)
+            self._names.append([])
+        self._names[row].append(name)
+
+    def add_all(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
+        for name, tensor in named:
+            self.add(name, tensor)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(names[0] for names in self._names)
+
+    @property
+    def aliases(self) -> tuple[tuple[str, ...], ...]:
+        return tuple(tuple(names[1:]) for names in self._names)
+
+
+def _every_name(named: Callable[..., Iterable[tuple[str, Any]]]) -> list[tuple[str, Any]]:
+    """All names of every tensor where the module can tell them, the first one where it cannot."""
+    try:
+        found = list(itertools.islice(named(remove_duplicate=False), _MOST_NAMES + 1))
+        if len(found) <= _MOST_NAMES:
+            return found
+    except (TypeError, RecursionError):  # an override without the argument; a cycle of modules
+        pass
+    return list(named())
+
+
+def _memory(tensor: torch.Tensor) -> Any:
+    """Equal for tensors that are the same elements in memory with the same gradient."""
+    if tensor.layout is not torch.strided or type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+        return id(tensor)
+    if tensor.numel() == 0 or tensor.device.type == "meta":
+        return id(tensor)
+    grad = tensor.grad if tensor.is_leaf else None
+    return (
+        tensor.device,
+        tensor.data_ptr(),
+        tensor.dtype,
+        tensor.shape,
+        tensor.stride(),
+        tensor.is_conj(),
+        tensor.is_neg(),
+        id(grad),
+    )
+
+
+def _pairs(source: Any) -> Iterator[tuple[Any, Any]]:
+    if isinstance(source, Mapping):
+        yield from source.items()
+        return
+    expected = "an nn.Module, a mapping of names to tensors or an iterable of (name, tensor) pairs"
+    if isinstance(source, (str, bytes, torch.Tensor)) or not isinstance(source, Iterable):
+        hint = "; for one tensor pass {'name': tensor}" if isinstance(source, torch.Tensor) else ""
+        raise TypeError(
+            f"paramstats.summarize: expected {expected}, got {_type_name(source)}{hint}"
+        )
+    for position, pair in enumerate(source):
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            hint = ""
+            if isinstance(pair, torch.Tensor):
+                hint = "; for a model's parameters pass the model or model.named_parameters()"
+            raise TypeError(
+                f"paramstats.summarize: expected (name, tensor) pairs, got {_type_name(pair)} "
+                f"at position {position}{hint}"
+            )
+        yield pair[0], pair[1]
+
+
+def _type_name(value: Any) -> str:
+    cls = type(value)
+    return cls.__qualname__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__qualname__}"
