@@ -106,6 +106,12 @@ struct Work {
   }
 };
 
+// A lazy parameter is a tensor of a class of its own with no elements yet.
+bool is_lazy_perhaps(PyObject* object, const at::Tensor& tensor) {
+  const c10::TensorImpl& t = *tensor.unsafeGetTensorImpl();
+  return !THPVariable_CheckExact(object) && !t.has_symbolic_sizes_strides() && t.numel() == 0;
+}
+
 const at::Tensor& unpack(PyObject* object) {
   if (!THPVariable_CheckExact(object) &&
       !PyType_IsSubtype(Py_TYPE(object), reinterpret_cast<PyTypeObject*>(THPVariableClass))) {
@@ -126,8 +132,12 @@ py::tuple read(const py::list& tensors, bool params, bool grads) {
   work.out.reserve(2 * n);
   work.alive.reserve(2 * n);
   for (size_t i = 0; i < n; ++i) {
-    const at::Tensor& tensor = unpack(PyList_GET_ITEM(tensors.ptr(), static_cast<Py_ssize_t>(i)));
-    if (params) {
+    PyObject* object = PyList_GET_ITEM(tensors.ptr(), static_cast<Py_ssize_t>(i));
+    const at::Tensor& tensor = unpack(object);
+    if (params && is_lazy_perhaps(object, tensor)) {
+      table[i] = unread(0);
+      work.left.append(i);
+    } else if (params) {
       work.add(tensor, table, i);
     } else {
       const auto& t = *tensor.unsafeGetTensorImpl();

@@ -157,7 +157,7 @@ def _plain(x: Tensor) -> Tensor:
         return x.detach()
     if hasattr(x, "to_local"):  # a DTensor held whole
         return x.to_local()
-    if not torch.utils._python_dispatch.is_traceable_wrapper_subclass(x):
+    if type(x).__torch_dispatch__ == Tensor.__torch_dispatch__:  # its memory is its own
         with torch._C.DisableTorchFunctionSubclass():
             return x.detach().as_subclass(Tensor)
     for convert in (lambda: x.dequantize(), lambda: x.to(torch.float64)):

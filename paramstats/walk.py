@@ -113,7 +113,8 @@ def _memory(tensor: torch.Tensor) -> Any:
     grad = tensor.grad if tensor.is_leaf else None
     return (
         tensor.device,
-        tensor.data_ptr(),
+        tensor.untyped_storage()._cdata,  # data_ptr() would make a copy-on-write tensor copy itself
+        tensor.storage_offset(),
         tensor.dtype,
         tensor.shape,
         tensor.stride(),

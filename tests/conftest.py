@@ -1,0 +1,50 @@
+"""Fixtures that every test may use: each engine in turn, and a model with gradients."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from hypothesis import settings
+
+from paramstats import engine as engines
+
+settings.register_profile("default", deadline=None, derandomize=True)  # one seed: CI repeats itself
+settings.register_profile("explore", deadline=None, max_examples=2000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+def load_engine(name: str) -> engines.Engine:
+    """The engine called `name`; skips, saying why, where the native one is not installed."""
+    try:
+        return engines.choose(name)
+    except RuntimeError as error:
+        if os.environ.get("PARAMSTATS_STRICT_BUILD", "0") not in ("", "0"):
+            raise
+        pytest.skip(str(error))
+
+
+@pytest.fixture(params=["native", "reference"])
+def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> engines.Engine:
+    """Runs the test once with each engine."""
+    chosen = load_engine(request.param)
+    monkeypatch.setattr(engines, "_engine", chosen)
+    return chosen
+
+
+@pytest.fixture
+def native(monkeypatch: pytest.MonkeyPatch) -> engines.Engine:
+    """Runs the test with the native engine alone."""
+    chosen = load_engine("native")
+    monkeypatch.setattr(engines, "_engine", chosen)
+    return chosen
+
+
+@pytest.fixture
+def model() -> torch.nn.Module:
+    """Two layers after a backward pass."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.ReLU(), torch.nn.Linear(6, 3))
+    model(torch.randn(4, 8)).square().mean().backward()
+    return model

@@ -1,0 +1,110 @@
+"""Bitwise the same for any number of threads, on every run, in any company."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+import paramstats
+from tests import oracle
+
+
+@pytest.fixture
+def tensors() -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    out = [torch.randn(n) + 0.3 for n in (5, 1023, 131_072, 131_073, 700_001)]
+    out += [torch.randn(1200, 900).t(), torch.randn(900, 700)[:, ::2]]
+    out += [x.to(torch.bfloat16) for x in out[:5]]
+    out[4][3000] = float("nan")
+    return out
+
+
+@pytest.fixture
+def restore_threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("level", ["avx512", "avx2", "plain"])
+def test_threads_runs_and_company(native, tensors, level, restore_threads):
+    extension = native.native
+    if level not in extension.simd_levels():
+        pytest.skip(f"this processor has no {level}")
+    before = extension.simd_level()
+    extension.set_simd_level(level)
+    try:
+        expected = _states(extension, tensors)
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            for _ in range(10):
+                assert _states(extension, tensors) == expected
+        company = [torch.randn(300_000), *tensors, torch.randn(77)]
+        assert _states(extension, company)[1:-1] == expected
+        alone = [_states(extension, [t])[0] for t in tensors]
+        assert alone == expected
+    finally:
+        extension.set_simd_level(before)
+
+
+def _states(extension, tensors: list[torch.Tensor]) -> list[bytes]:
+    table, left = extension.read(tensors, True, False)
+    assert not left
+    size = paramstats.moments.ROW.size
+    return [table[i * size : (i + 1) * size] for i in range(len(tensors))]
+
+
+def test_flushing_denormals_changes_nothing(native):
+    tiny = torch.full((5000,), 2.0**-140)
+    tiny[::2] = 2.0**-130
+    expected = _states(native.native, [tiny])
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush denormals")
+    try:
+        assert _states(native.native, [tiny]) == expected
+        assert (tiny[:1] * 0.5).item() == 0, "the caller's setting is still in force"
+    finally:
+        torch.set_flush_denormal(False)
+
+
+def test_from_many_threads_at_once(native):
+    """Four threads summarise two models while a fifth trains another."""
+    torch.manual_seed(0)
+    models = [torch.nn.Sequential(torch.nn.Linear(300, 900), torch.nn.Linear(900, n)) for n in (10, 500)]
+    for model in models:
+        model(torch.randn(4, 300)).sum().backward()
+    expected = [paramstats.summarize(m).to_dict() for m in models]
+    trained = torch.nn.Sequential(torch.nn.Linear(64, 512), torch.nn.ReLU(), torch.nn.Linear(512, 8))
+    stop, failures = threading.Event(), []
+
+    def guarded(work):
+        try:
+            work()
+        except Exception as error:  # reported by the assertion below, in the main thread
+            failures.append(error)
+
+    def train():
+        optimizer = torch.optim.SGD(trained.parameters(), lr=0.01)
+        while not stop.is_set():
+            optimizer.zero_grad()
+            trained(torch.randn(32, 64)).square().mean().backward()
+            optimizer.step()
+
+    def summarise(which: int):
+        for _ in range(40):
+            assert paramstats.summarize(models[which]).to_dict() == expected[which]
+            summary = paramstats.summarize(trained)  # while it changes: sane, and no crash
+            assert 0 < summary["0.weight"].std < 10
+
+    trainer = threading.Thread(target=guarded, args=(train,))
+    readers = [threading.Thread(target=guarded, args=(lambda i=i: summarise(i % 2),)) for i in range(4)]
+    for thread in (trainer, *readers):
+        thread.start()
+    for thread in readers:
+        thread.join()
+    stop.set()
+    trainer.join()
+    assert not failures, failures
+    oracle.check(paramstats.summarize(trained)["0.weight"], trained[0].weight)

@@ -1,0 +1,107 @@
+"""The state in Python: the laws of merge, and agreement with its C++ twin."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from paramstats import moments, reference
+from paramstats.moments import ABSENT, ROW, Figures, Moments, finalize, merge, scaled, unread
+from tests.conftest import load_engine
+
+elements = st.lists(
+    st.one_of(st.floats(-1e6, 1e6), st.sampled_from([0.0, math.nan, math.inf, -math.inf])),
+    max_size=30,
+)
+
+
+def state_of(values: list[float]) -> Moments:
+    if not values:
+        return Moments()
+    return reference._from_row(reference.exact(torch.tensor(values, dtype=torch.float64)).tolist())
+
+
+@given(elements, elements)
+def test_merge_is_the_state_of_both(a, b):
+    merged, whole = merge(state_of(a), state_of(b)), state_of(a + b)
+    assert merged[:5] == whole[:5] and merged[7:] == whole[7:]
+    size = max((abs(v) for v in a + b if math.isfinite(v)), default=0.0)
+    assert merged.mean == pytest.approx(whole.mean, rel=1e-12, abs=1e-12 * size)
+    assert merged.m2 == pytest.approx(whole.m2, rel=1e-9, abs=1e-12 * size**2)
+
+
+@given(elements)
+def test_nothing_merged_changes_nothing(a):
+    state = state_of(a)
+    assert merge(state, Moments()) == state == merge(Moments(), state)
+
+
+def test_parts_of_a_constant_merge_without_rounding():
+    part = Moments(3, 0, 0, 0, 0, 0.1, 0.0, 0.1, 0.1)
+    total = Moments()
+    for _ in range(1000):
+        total = merge(total, part)
+    assert (total.mean, total.m2, total.count) == (0.1, 0.0, 3000)
+
+
+def test_opposite_means_near_the_limit_do_not_overflow():
+    a = Moments(1, 0, 0, 0, 0, 1.7e308, 0.0, 1.7e308, 1.7e308)
+    b = Moments(1, 0, 0, 0, 0, -1.7e308, 0.0, -1.7e308, -1.7e308)
+    assert merge(a, b).mean == 0.0 and merge(a, b).m2 == math.inf
+
+
+STATES = [
+    Moments(),
+    Moments(1, 0, 0, 0, 0, 2.0, 0.0, 2.0, 2.0),
+    Moments(5, 2, 0, 0, 0, 0.3, 7.1, -1.0, 3.0),
+    Moments(5, 1, 1, 1, 1, 0.3, 7.1, -1.0, 3.0),
+    Moments(5, 1, 0, 2, 0, 0.3, 7.1, -1.0, 3.0),
+    Moments(5, 1, 0, 0, 2, 0.3, 7.1, -1.0, 3.0),
+    Moments(2, 0, 0, 2, 0),
+    Moments(2, 0, 0, 0, 2),
+    Moments(2, 0, 2, 0, 0),
+    unread(7),
+    unread(0),
+]
+
+
+@pytest.mark.parametrize("correction", [0, 1, 2, 6])
+@pytest.mark.parametrize("grad_scale", [1.0, 0.125, 1024.0])
+def test_the_cpp_twin_agrees(correction, grad_scale):
+    """Bulk figures and merges of the native engine, against these, on every kind of state."""
+    native = load_engine("native")
+    rows = [*STATES, *STATES]
+    table = b"".join(ROW.pack(*state) for state in rows)
+    which = list(range(len(Figures._fields)))
+    keys = [f"{i}/{f}" for i in range(len(rows)) for f in Figures._fields]
+    arguments = (table, keys, which, correction, grad_scale)
+    ours, theirs = moments.figures(*arguments), native.figures(*arguments)
+    assert list(ours) == list(theirs)
+    for key, value in ours.items():
+        assert theirs[key] == pytest.approx(value, rel=1e-15, nan_ok=True), key
+        assert type(theirs[key]) is type(value) is float
+    for end in range(len(rows) + 1):
+        ours, theirs = moments.merge_rows(table, 0, end), native.merge_rows(table, 0, end)
+        assert moments.row(ours, 0)[:5] == moments.row(theirs, 0)[:5]
+        assert moments.row(theirs, 0)[5:] == pytest.approx(moments.row(ours, 0)[5:], rel=1e-15)
+
+
+def test_absent_rows_have_no_figures():
+    table = ROW.pack(*Moments(1, 0, 0, 0, 0, 2.0, 0.0, 2.0, 2.0)) + ROW.pack(*unread(ABSENT))
+    for engine in (moments, load_engine("native")):
+        assert engine.figures(table, ["a", "b"], [1], 1, 1.0) == {"a": 2.0}
+
+
+def test_scaling_is_scaling_the_elements():
+    values = [1.0, -2.0, 5.0, math.inf, math.nan, 0.0]
+    assert scaled(state_of(values), 0.25) == state_of([v / 4 for v in values])
+
+
+def test_the_figures_of_a_state_by_hand():
+    figures = finalize(Moments(4, 1, 0, 0, 0, 0.0, 26.0, -4.0, 3.0), correction=1)
+    assert figures.norm == math.sqrt(26) and figures.var == 26 / 3 and figures.abs_max == 4
+    assert figures.rms == math.sqrt(6.5) and figures.zero_fraction == 0.25

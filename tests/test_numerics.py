@@ -1,0 +1,205 @@
+"""Numbers that can be trusted: nasty data, every dtype, every size at which something changes."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import paramstats
+from paramstats import engine as engines
+from paramstats import reference
+from tests import oracle
+
+FLOATS = [
+    torch.float64,
+    torch.float32,
+    torch.bfloat16,
+    torch.float16,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+]
+INTEGERS = [
+    torch.int8,
+    torch.uint8,
+    torch.int16,
+    torch.uint16,
+    torch.int32,
+    torch.uint32,
+    torch.int64,
+    torch.uint64,
+    torch.bool,
+]
+BLOCK, CHUNK = 1024, reference.CHUNK
+SIZES = [0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 127, 129, BLOCK - 1, BLOCK, BLOCK + 1]
+CHUNK_SIZES = [CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 77]
+
+
+def stats_of(tensor: torch.Tensor, **kwargs) -> paramstats.TensorStats:
+    return paramstats.summarize({"x": tensor}, **kwargs)["x"]
+
+
+def outlier(n: int, position: int) -> torch.Tensor:
+    x = torch.full((n,), 1e-6) * (1 + 0.1 * torch.randn(n))
+    x[position] = 1e6
+    return x
+
+
+NASTY = {
+    "layer norm weight": lambda: 1 + 1e-4 * torch.randn(768),
+    "long layer norm weight": lambda: 1 + 1e-4 * torch.randn(300_000),
+    "N(1000, 0.02)": lambda: 1000 + 0.02 * torch.randn(400_000),
+    "N(-1e6, 1)": lambda: -1e6 + torch.randn(300_000),
+    "a constant": lambda: torch.full((200_001,), 0.1),
+    "1e30": lambda: 1e30 * torch.randn(200_000),
+    "1e-30": lambda: 1e-30 * torch.randn(200_000),
+    "3e38": lambda: torch.tensor([3e38, -3e38, 3.4e38] * 1000),
+    "outlier first": lambda: outlier(200_000, 0),
+    "outlier last": lambda: outlier(200_000, -1),
+    "outlier in the middle": lambda: outlier(200_000, 77_777),
+    "subnormals": lambda: torch.randint(-5, 6, (5000,)) * 2.0**-149,
+    "subnormals among ones": lambda: torch.where(torch.rand(5000) < 0.5, 2.0**-149, 1.0),
+    "alternating blocks": lambda: (
+        torch.randn(100, 1024) + 1e3 * (torch.arange(100) % 2)[:, None]
+    ).flatten(),
+    "a ramp": lambda: torch.arange(500_000, dtype=torch.float32),
+    "mostly zeros": lambda: torch.randn(300_000) * (torch.rand(300_000) < 0.01),
+    "all zeros": lambda: torch.zeros(5000),
+    "negative zeros": lambda: torch.zeros(5000).neg(),
+    "one 1e-20 among 1e18": lambda: torch.cat([torch.full((2000,), 1e18), torch.tensor([1e-20])]),
+}
+
+
+@pytest.mark.parametrize("name", NASTY)
+def test_nasty_data(engine, name):
+    torch.manual_seed(0)
+    x = NASTY[name]()
+    oracle.check(stats_of(x), x)
+
+
+@pytest.mark.parametrize("n", SIZES + CHUNK_SIZES)
+def test_every_size(engine, n):
+    torch.manual_seed(n)
+    x = 0.02 * torch.randn(n) + 0.01
+    oracle.check(stats_of(x), x)
+
+
+@pytest.mark.parametrize("dtype", FLOATS + INTEGERS, ids=str)
+@pytest.mark.parametrize("n", [0, 1, 5, 63, 1025, CHUNK + 3])
+def test_every_dtype(engine, dtype, n):
+    torch.manual_seed(n)
+    if dtype in FLOATS:
+        x = (3 * torch.randn(n)).to(dtype)
+    else:
+        low = 0 if dtype in (torch.bool, torch.uint8) or "uint" in str(dtype) else -100
+        x = torch.randint(low, 2 if dtype is torch.bool else 101, (n,)).to(dtype)
+    oracle.check(stats_of(x), x)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_non_finite_values(engine, dtype):
+    torch.manual_seed(0)
+    for position in (0, 1, 1500, 4999):
+        for values in ([math.nan], [math.inf], [-math.inf], [math.nan, math.inf, -math.inf]):
+            x = torch.randn(5000).to(dtype).to(torch.float64)
+            x[position : position + len(values)] = torch.tensor(values[: 5000 - position]).double()
+            oracle.check(stats_of(x.to(dtype)), x.to(dtype))  # e4m3fn has no infinity: NaN
+
+
+def test_figures_spread_non_finite_values_as_torch_does(engine):
+    x = torch.tensor([1.0, -2.0, math.inf])
+    stats = stats_of(x)
+    assert stats.mean == x.mean().item() == math.inf
+    assert stats.norm == x.norm().item() == math.inf
+    assert math.isnan(stats.std) and math.isnan(x.std().item())
+    assert (stats.min, stats.max, stats.abs_max) == (-2.0, math.inf, math.inf)
+    both = stats_of(torch.tensor([math.inf, -math.inf]))
+    assert math.isnan(both.mean) and (both.min, both.max) == (-math.inf, math.inf)
+    assert (stats_of(torch.tensor([math.inf] * 3)).min) == math.inf
+    bad = stats_of(torch.tensor([1.0, math.nan, math.inf, 0.0]))
+    assert all(math.isnan(getattr(bad, s)) for s in ("mean", "std", "norm", "min", "max", "rms"))
+    assert (bad.zero_fraction, bad.zero_count, bad.nonfinite_count) == (0.25, 1, 2)
+    assert (bad.finite.mean, bad.finite.norm, bad.finite.max) == (0.5, 1.0, 1.0)
+
+
+def test_figures_that_a_person_can_check(engine):
+    stats = stats_of(torch.tensor([3.0, -4.0, 0.0, 1.0]))
+    assert (stats.count, stats.zero_count, stats.zero_fraction) == (4, 1, 0.25)
+    assert (stats.mean, stats.min, stats.max, stats.abs_max) == (0.0, -4.0, 3.0, 4.0)
+    assert stats.norm == pytest.approx(math.sqrt(26), rel=1e-15)
+    assert stats.var == pytest.approx(26 / 3, rel=1e-15)
+    assert stats.rms == pytest.approx(math.sqrt(6.5), rel=1e-15)
+
+
+@pytest.mark.filterwarnings("ignore:std")  # torch's, at more correction than elements
+@pytest.mark.parametrize("correction", [0, 1, 2, 0.5, 5, 7])
+def test_correction_is_torchs(engine, correction):
+    x = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0], dtype=torch.float64)
+    expected = x.std(correction=correction).item()
+    assert stats_of(x, correction=correction).std == pytest.approx(expected, nan_ok=True)
+
+
+@pytest.mark.parametrize("value", [0.1, 1e-40, 3e38, -7.0, 1e-300])
+def test_a_constant_has_no_deviation(engine, value):
+    x = torch.full((300_000,), value, dtype=torch.float64 if value == 1e-300 else torch.float32)
+    stats = stats_of(x)
+    assert stats.std == 0 and stats.mean == x[0].item()
+
+
+def test_float64_near_its_limits(engine):
+    x = torch.tensor([1.7e308, -1.7e308, 1.7e308], dtype=torch.float64)
+    stats = stats_of(x)
+    assert stats.mean == pytest.approx(1.7e308 / 3) and stats.norm == math.inf  # as torch
+    assert (stats.nonfinite_count, stats.max) == (0, 1.7e308)
+
+
+@pytest.mark.parametrize("level", ["avx512", "avx2", "plain"])
+def test_every_simd_level(native, level):
+    extension = native.native
+    if level not in extension.simd_levels():
+        pytest.skip(f"this processor has no {level}")
+    before = extension.simd_level()
+    extension.set_simd_level(level)
+    try:
+        torch.manual_seed(0)
+        for make in NASTY.values():
+            x = make()
+            oracle.check(stats_of(x), x)
+        for dtype in FLOATS + INTEGERS[:-1]:
+            x = torch.randint(0, 100, (3000,)).to(dtype)
+            oracle.check(stats_of(x), x)
+    finally:
+        extension.set_simd_level(before)
+
+
+@given(
+    st.lists(st.floats(width=32), min_size=0, max_size=200),
+    st.integers(0, 3),
+)
+def test_any_floats(data, offset):
+    x = torch.tensor(data, dtype=torch.float32)[offset:]
+    for name in ("native", "reference"):
+        try:
+            table, left = (chosen := engines.choose(name)).read([x], True, False)
+        except RuntimeError:
+            continue  # the native engine is not installed; the fixtures of other tests say so
+        table, _, skipped = reference.fill(table, left, [x])
+        assert not skipped
+        state = paramstats.moments.row(table, 0)
+        oracle.check(paramstats.TensorStats(state, 1), x)
+        assert chosen.name == name
+
+
+@pytest.mark.huge
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16], ids=str)
+def test_more_than_two_to_the_31_elements(native, dtype):
+    n = 2**31 + 5
+    x = torch.zeros(n, dtype=dtype)
+    x[-5:] = 2
+    stats = stats_of(x)
+    assert (stats.count, stats.zero_count, stats.max, stats.min) == (n, 2**31, 2.0, 0.0)
+    assert stats.norm == pytest.approx(math.sqrt(20), rel=1e-12)
+    assert stats.mean == pytest.approx(10 / n, rel=1e-12)

@@ -1,0 +1,190 @@
+"""What the caller holds: a read-only mapping with tables, scalars and copies."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import pickle
+from collections.abc import Mapping
+
+import pytest
+import torch
+
+import paramstats
+from paramstats import rendering
+
+summarize = paramstats.summarize
+
+
+def test_it_is_a_mapping(engine, model):
+    summary = summarize(model)
+    assert isinstance(summary, Mapping)
+    assert list(summary) == list(summary.keys()) == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    assert len(summary) == 4 and "0.weight" in summary and "weight" not in summary
+    assert [entry.name for entry in summary.values()] == list(summary)
+    assert summary.get("nothing") is None
+    with pytest.raises(TypeError):
+        summary["0.weight"] = 1  # type: ignore[index]
+
+
+def test_an_entry_says_what_it_is(engine, model):
+    model[0].bias.requires_grad_(False)
+    entry = summarize(model)["0.bias"]
+    assert (entry.name, entry.shape, entry.dtype) == ("0.bias", (6,), torch.float32)
+    assert (entry.device, entry.requires_grad) == (torch.device("cpu"), False)
+    assert (entry.aliases, entry.kind) == ((), "param")
+
+
+def test_the_closest_name_is_named(engine, model):
+    with pytest.raises(KeyError, match=r"no parameter '0.weigth' among 4; did you mean '0.weight'"):
+        summarize(model)["0.weigth"]
+
+
+def test_it_is_a_snapshot(engine, model):
+    summary = summarize(model)
+    before = summary["0.weight"].mean
+    with torch.no_grad():
+        model[0].weight.add_(100)
+    model.zero_grad()
+    assert summary["0.weight"].mean == before and summary["0.weight"].grad is not None
+
+
+def test_total_is_all_as_one(engine, model):
+    total = summarize(model).total
+    everything = torch.cat([p.flatten() for p in model.parameters()]).double()
+    gradients = torch.cat([p.grad.flatten() for p in model.parameters()]).double()
+    for stats, x in ((total, everything), (total.grad, gradients)):
+        assert stats.count == x.numel()
+        assert stats.mean == pytest.approx(x.mean().item(), abs=1e-7)
+        assert stats.std == pytest.approx(x.std().item(), rel=1e-6)
+        assert stats.norm == pytest.approx(x.norm().item(), rel=1e-6)
+        assert (stats.min, stats.max) == (x.min().item(), x.max().item())
+
+
+def test_scalars(engine, model):
+    summary = summarize(model)
+    scalars = summary.scalars()
+    assert len(scalars) == 2 * 4 * (4 + 1)
+    assert all(type(value) is float for value in scalars.values())
+    assert scalars["grad_norm/0.weight"] == summary["0.weight"].grad.norm
+    assert scalars["param_zero_fraction/total"] == summary.total.zero_fraction
+    composer = summary.scalars(key="l2_norm/{kind}/{name}", stats=("norm",), totals=False)
+    assert list(composer)[0] == "l2_norm/param/0.weight" and len(composer) == 8
+    assert composer["l2_norm/grad/2.bias"] == summary["2.bias"].grad.norm
+    counts = summary.scalars(stats=("nan_count", "count"), totals=False)
+    assert counts["param_nan_count/0.bias"] == 0.0 and counts["grad_count/0.bias"] == 6.0
+    assert summary.scalars(stats="norm", totals=False).keys() == {
+        f"{kind}_norm/{name}" for kind in ("param", "grad") for name in summary
+    }
+
+
+def test_scalars_without_gradients(engine):
+    assert list(summarize(torch.nn.Linear(2, 2)).scalars(stats=("mean",))) == [
+        "param_mean/weight",
+        "param_mean/bias",
+        "param_mean/total",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"stats": ("median",)}, "expected stats out of count, mean.*got 'median'"),
+        ({"key": "{name}/{layer}"}, "got 'layer' in"),
+        ({"key": "{name}"}, "a key for each figure"),
+        ({"key": "{kind}/{stat}"}, "a key for each figure"),
+    ],
+)
+def test_bad_scalars(engine, model, arguments, message):
+    with pytest.raises(ValueError, match=f"^paramstats.scalars: .*{message}"):
+        summarize(model).scalars(**arguments)
+
+
+def test_a_parameter_called_total(engine):
+    summary = summarize({"total": torch.ones(2)})
+    with pytest.raises(ValueError, match="totals=False where a parameter is called 'total'"):
+        summary.scalars()
+    assert summary.scalars(totals=False)["param_mean/total"] == 1.0
+
+
+def test_to_dict_survives_json(engine):
+    summary = summarize(
+        {"bad": torch.tensor([math.nan, 1.0]), "inf": torch.tensor([math.inf, 1.0])}
+    )
+    back = json.loads(json.dumps(summary.to_dict()))
+    assert math.isnan(back["params"]["bad"]["mean"]) and back["params"]["bad"]["nan_count"] == 1
+    assert back["params"]["inf"]["max"] == math.inf and back["params"]["inf"]["shape"] == [2]
+    assert back["params"]["inf"]["dtype"] == "float32" and back["params"]["inf"]["grad"] is None
+    assert back["total"]["count"] == 4 and back["total"]["nan_count"] == 1
+
+
+def test_to_pandas(engine, model):
+    frame = summarize(model).to_pandas()
+    assert list(frame.index) == list(summarize(model)) and frame.index.name == "name"
+    assert frame.loc["0.weight", "shape"] == (6, 8)
+    assert frame.loc["0.weight", "grad_norm"] == summarize(model)["0.weight"].grad.norm
+    model.zero_grad()
+    assert math.isnan(summarize(model).to_pandas().loc["0.weight", "grad_norm"])
+
+
+@pytest.mark.parametrize(
+    "duplicate", [copy.copy, copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))]
+)
+def test_copies(engine, model, duplicate):
+    for p in model.parameters():
+        p.grad *= 4
+    summary = summarize(model, correction=0, grad_scale=4.0)
+    other = duplicate(summary)
+    assert other.to_dict() == summary.to_dict() and str(other) == str(summary)
+
+
+def test_a_pickled_summary_needs_no_native_engine(native, model, monkeypatch):
+    data = pickle.dumps(summarize(model))
+    expected = summarize(model).scalars()
+    monkeypatch.setattr("paramstats.engine._engine", paramstats.engine.choose("reference"))
+    assert pickle.loads(data).scalars() == pytest.approx(expected, rel=1e-14)
+
+
+def test_ready_and_wait(engine, model):
+    summary = summarize(model)
+    assert summary.ready() is True and summary.wait() is summary
+
+
+def test_table(engine, model):
+    model[2].bias.requires_grad_(False)
+    model[2].bias.grad = None
+    model[0].bias.grad = None
+    lines = str(summarize(model)).splitlines()
+    assert len({len(line) for line in lines}) == 1, "aligned"
+    assert lines[0].split()[:6] == ["parameter", "shape", "mean", "std", "norm", "zeros"]
+    assert [line.split()[0] for line in lines[2:6]] == list(summarize(model))
+    assert "frozen" in lines[5] and "none" in lines[3] and lines[-1].startswith("total")
+
+
+def test_long_names_are_elided_in_the_middle(engine):
+    summary = summarize({f"model.layers.{i}.{'x' * 80}.weight": torch.ones(2) for i in range(12)})
+    lines = summary.table(width=110).splitlines()
+    assert all(len(line) == 110 for line in lines)
+    assert "…" in lines[2] and "model.lay" in lines[2] and ".weight" in lines[2]
+
+
+def test_html_escapes_names(engine):
+    html = summarize({"<script>": torch.ones(2)})._repr_html_()
+    assert "&lt;script&gt;" in html and "<script>" not in html
+
+
+def test_one_line(engine, model):
+    model[0].weight.data[0, 0] = math.nan
+    model[0].weight.data[0, 1] = math.inf
+    line = repr(summarize(model)["0.weight"])
+    assert "\n" not in line and "0.weight" in line and "NaN!=1" in line and "Inf!=1" in line
+    assert "4 tensors, 4 with gradients" in repr(summarize(model))
+
+
+def test_the_tables_order_and_percentages():
+    assert rendering.percent(0.0) == "0%" and rendering.percent(1.0) == "100%"
+    assert rendering.percent(1e-9) == "<0.1%" and rendering.percent(1 - 1e-9) == ">99.9%"
+    assert rendering.percent(0.125) == "12.5%" and rendering.percent(math.nan) == "nan"
+    assert rendering.elide("abcdefghij", 6) == "a…ghij"
+    assert rendering.number(0) == "0" and rendering.number(1e-7) == "1.000e-07"

@@ -1,0 +1,223 @@
+"""Names, order, ties and changes of a model: always what `named_parameters()` says."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+import sys
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+import paramstats
+
+summarize = paramstats.summarize
+
+
+def expected_names(model: nn.Module, buffers: bool = False) -> list[str]:
+    names = [name for name, _ in model.named_parameters()]
+    return names + ([name for name, _ in model.named_buffers()] if buffers else [])
+
+
+class Block(nn.Module):
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+        self.none = None
+        self.register_parameter("absent", None)
+        self.norm = nn.BatchNorm1d(3)
+        self.extra = nn.ParameterList([nn.Parameter(torch.ones(2)) for _ in range(2)])
+        if depth:
+            self.inner = nn.ModuleDict({"a": Block(depth - 1), "ü \n": nn.Identity()})
+        self.scale = nn.Parameter(torch.tensor(2.0))
+
+
+@pytest.mark.parametrize("buffers", [False, True])
+def test_names_and_order(engine, buffers):
+    model = nn.Sequential(Block(2), nn.Conv2d(1, 2, 3), nn.MultiheadAttention(4, 2))
+    assert list(summarize(model, buffers=buffers)) == expected_names(model, buffers)
+    assert list(summarize(model, buffers=buffers)) == expected_names(model, buffers)
+
+
+def test_nested_blocks_by_name(engine):
+    model = nn.Sequential(Block(2))
+    name = "0.inner.a.inner.a.linear.weight"
+    entry = summarize(model)[name]
+    assert entry.mean == pytest.approx(model.get_parameter(name).mean().item(), abs=1e-6)
+    assert list(summarize(model, include=r"inner\.a\.inner\.a\.linear"))[0] == name
+
+
+def changed(model: nn.Module) -> None:
+    model[0].added = nn.Linear(2, 2)
+
+
+def replaced(model: nn.Module) -> None:
+    model[0] = nn.Linear(2, 2)
+
+
+def renamed(model: nn.Module) -> None:
+    model[0]._modules["renamed"] = model[0]._modules.pop("inner")
+
+
+def frozen(model: nn.Module) -> None:
+    model[0].linear.weight.requires_grad_(False)
+
+
+def removed(model: nn.Module) -> None:
+    del model[0].linear
+
+
+def tied(model: nn.Module) -> None:
+    model[0].linear.weight = model[0].inner["a"].linear.weight
+
+
+def reshaped(model: nn.Module) -> None:
+    model[0].linear.weight.data = torch.ones(7, 3)
+
+
+def converted(model: nn.Module) -> None:
+    model.double()
+
+
+def reordered(model: nn.Module) -> None:
+    model[0]._parameters["scale"] = model[0]._parameters.pop("scale")
+    model[0]._modules["linear"] = model[0]._modules.pop("linear")
+
+
+def exchanged(model: nn.Module) -> None:
+    model[0].linear.weight = nn.Parameter(torch.full((3, 3), 5.0))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [changed, replaced, renamed, frozen, removed, tied, reshaped, converted, reordered, exchanged],
+    ids=lambda f: f.__name__,
+)
+def test_a_changed_model_is_noticed(engine, change):
+    model = nn.Sequential(Block(1), nn.Linear(3, 2))
+    before = summarize(model)
+    names = list(before)
+    snapshot = json.dumps(before.to_dict())
+    change(model)
+    after = summarize(model)
+    assert list(after) == expected_names(model)
+    for name, p in model.named_parameters():
+        entry = after[name]
+        assert (entry.shape, entry.dtype) == (tuple(p.shape), p.dtype)
+        assert entry.requires_grad == p.requires_grad
+        assert entry.mean == pytest.approx(p.double().mean().item(), abs=1e-6)
+    assert list(before) == names and json.dumps(before.to_dict()) == snapshot  # a summary is a snapshot
+
+
+def test_an_unchanged_model_keeps_its_layout(native):
+    model = nn.Sequential(Block(1))
+    assert summarize(model)._layout is summarize(model)._layout
+    assert summarize(model, include="linear")._layout is summarize(model, include="linear")._layout
+
+
+def test_layouts_go_with_their_model(native):
+    before = native.native.cached_layouts()
+    model = nn.Sequential(Block(1))
+    summarize(model)
+    summarize(model, buffers=True)
+    assert native.native.cached_layouts() == before + 2
+    alive = weakref.ref(model)
+    del model
+    gc.collect()
+    assert alive() is None and native.native.cached_layouts() == before
+
+
+def test_many_models_come_and_go(native):
+    before = native.native.cached_layouts()
+    for i in range(200):
+        model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1 + i % 3))
+        assert list(summarize(model)) == expected_names(model)
+    del model
+    gc.collect()
+    assert native.native.cached_layouts() == before
+
+
+def test_references_stay_where_they_were(native):
+    model = nn.Linear(3, 3)
+    summarize(model)
+    counted = [model, model.weight, model._parameters, type(model)]
+    before = [sys.getrefcount(o) for o in counted]
+    for _ in range(100):
+        summarize(model)
+    assert [sys.getrefcount(o) for o in counted] == before
+
+
+class Doubled(nn.Linear):
+    """Lists itself in a way of its own."""
+
+    def named_parameters(self, *args, **kwargs):
+        for name, p in super().named_parameters(*args, **kwargs):
+            yield f"mine.{name}", p
+
+
+class Listed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.child = nn.Linear(2, 2)
+
+    def named_modules(self, memo=None, prefix="", remove_duplicate=True):
+        yield prefix, self
+        yield prefix + ("." if prefix else "") + "other", self.child
+
+
+@pytest.mark.parametrize("cls", [lambda: Doubled(3, 2), Listed, lambda: nn.Sequential(Listed())])
+def test_classes_that_list_themselves_are_asked(engine, cls):
+    model = cls()
+    assert list(summarize(model)) == expected_names(model)
+    assert list(summarize(model)) == expected_names(model)
+
+
+def test_an_instance_that_lists_itself_is_asked(engine):
+    model = nn.Linear(3, 2)
+    weight = model.weight
+    model.named_parameters = lambda **_: iter([("only", weight)])
+    assert list(summarize(model)) == ["only"]
+
+
+def test_scripted_and_wrapped_models(engine):
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
+    scripted = torch.jit.script(model)
+    assert list(summarize(scripted)) == expected_names(scripted)
+    parallel = nn.DataParallel(model)
+    assert list(summarize(parallel)) == expected_names(parallel) == ["module.0.weight", "module.0.bias"]
+    nn.utils.parametrizations.weight_norm(model[0])
+    assert list(summarize(model)) == expected_names(model)
+
+
+def test_a_cycle_of_modules_ends(engine):
+    model = nn.Sequential(nn.Linear(2, 2))
+    model[0].parent = model
+    assert list(summarize(model)) == ["0.weight", "0.bias"]
+
+
+def test_deep_nesting(engine):
+    model = nn.Linear(2, 2)
+    for _ in range(150):
+        model = nn.Sequential(model)
+    assert list(summarize(model)) == expected_names(model)
+
+
+def test_modules_without_hash_or_equality(native):  # torch's own listing needs the hash
+    class Odd(nn.Linear):
+        __hash__ = None
+
+        def __eq__(self, other):
+            raise AssertionError("compared")
+
+    assert list(summarize(Odd(2, 2))) == ["weight", "bias"]
+
+
+def test_copies_have_layouts_of_their_own(engine):
+    model = nn.Sequential(nn.Linear(2, 2))
+    summarize(model)
+    other = copy.deepcopy(model)
+    other[0].bias.data.fill_(3)
+    assert summarize(other)["0.bias"].mean == 3.0 != summarize(model)["0.bias"].mean
