@@ -17,8 +17,7 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 SOURCES = sorted(
-    str(path.relative_to(ROOT))
-    for path in [*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp")]
+    str(path.relative_to(ROOT)) for path in [*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp")]
 )
 HEADERS = sorted(
     str(path.relative_to(ROOT)) for path in [*ROOT.glob("csrc/*.h"), *ROOT.glob("csrc/cpu/*.h")]

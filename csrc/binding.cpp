@@ -65,7 +65,8 @@ std::optional<cpu::DType> native_dtype(at::ScalarType dtype) {
 bool storage_holds(const c10::TensorImpl& t) {
   int64_t last = t.storage_offset();
   for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);
-  return (last + 1) * static_cast<int64_t>(t.itemsize()) <= static_cast<int64_t>(t.storage().nbytes());
+  return (last + 1) * static_cast<int64_t>(t.itemsize()) <=
+         static_cast<int64_t>(t.storage().nbytes());
 }
 
 std::optional<cpu::TensorView> native_view(const at::Tensor& tensor) {
@@ -78,8 +79,8 @@ std::optional<cpu::TensorView> native_view(const at::Tensor& tensor) {
   // Storage::data(), not data_ptr(): reading must not make a copy-on-write tensor copy itself.
   const auto* data = static_cast<const char*>(t.storage().data());
   if (numel > 0) data += t.storage_offset() * static_cast<int64_t>(t.itemsize());
-  return cpu::TensorView{data, *dtype, numel, static_cast<int>(t.dim()), t.sizes().data(),
-                         t.strides().data()};
+  return cpu::TensorView{
+      data, *dtype, numel, static_cast<int>(t.dim()), t.sizes().data(), t.strides().data()};
 }
 
 // ---- from tensors to rows ------------------------------------------------------------------
@@ -144,8 +145,7 @@ py::tuple read(const py::list& tensors, bool params, bool grads) {
       table[i] = unread(t.has_symbolic_sizes_strides() ? 0 : t.numel());
     }
     // Not Tensor::grad(), which warns where a tensor is not a leaf.
-    const at::Tensor* grad =
-        grads ? &tensor.unsafeGetTensorImpl()->grad() : nullptr;
+    const at::Tensor* grad = grads ? &tensor.unsafeGetTensorImpl()->grad() : nullptr;
     if (grad != nullptr && grad->defined()) {
       work.add(*grad, table, n + i);
     } else {

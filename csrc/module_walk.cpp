@@ -37,8 +37,9 @@ struct ModuleClass {
   py::object type = py::module_::import("torch.nn").attr("Module");
   std::vector<std::pair<py::str, py::object>> listing;
   ModuleClass() {
-    for (const char* name : {"parameters", "named_parameters", "buffers", "named_buffers", "modules",
-                             "named_modules", "children", "named_children", "_named_members"}) {
+    for (const char* name :
+         {"parameters", "named_parameters", "buffers", "named_buffers", "modules", "named_modules",
+          "children", "named_children", "_named_members"}) {
       listing.emplace_back(py::str(name), type.attr(name));
     }
   }

@@ -100,9 +100,7 @@ def choose(wanted: str | None) -> Engine:
     native, missing = _load_native()
     if native is not None:
         _set_simd_level(native)
-        return Engine(
-            "native", native.walk, native.read, native.merge_rows, native.figures, native
-        )
+        return Engine("native", native.walk, native.read, native.merge_rows, native.figures, native)
     if wanted == "native":
         raise RuntimeError(
             f"paramstats: expected the native engine ({_ENGINE_VARIABLE}=native), but {missing}"

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 Patterns = tuple[re.Pattern[str], ...]
 
@@ -156,9 +157,14 @@ def compile_patterns(patterns: Any, argument: str) -> Patterns:
         ) from None
 
 
+def is_lazy(tensor: torch.Tensor) -> bool:
+    """Whether it is a parameter of a lazy layer that has not seen its first batch."""
+    return isinstance(tensor, UninitializedTensorMixin)
+
+
 def _shape(tensor: torch.Tensor) -> tuple[int, ...] | None:
     """None where there is no shape yet (a lazy parameter) or none in integers (nested)."""
-    if isinstance(tensor, torch.nn.parameter.UninitializedTensorMixin):
+    if is_lazy(tensor):
         return None
     try:
         return tuple(int(size) for size in tensor.shape)

@@ -20,7 +20,7 @@ ABSENT = -1
 class Moments(NamedTuple):
     """Counts over all elements; mean, m2 (sum of squared deviations), min, max over finite ones."""
 
-    count: int = 0
+    count: int = 0  # type: ignore[assignment]  # hides tuple.count, which nothing needs here
     zeros: int = 0
     nans: int = 0
     pos_infs: int = 0
@@ -38,7 +38,7 @@ ROW = struct.Struct("=5q4d")
 class Figures(NamedTuple):
     """What a person reads, in the order of the C++ struct of this name."""
 
-    count: float
+    count: float  # type: ignore[assignment]
     mean: float
     std: float
     var: float
@@ -105,9 +105,7 @@ def finalize_finite(a: Moments, correction: float) -> Figures:
     n = finite_count(a)
     if is_unread(a) or n == 0:
         norm = 0.0 if n == 0 and not is_unread(a) else NAN
-        return Figures(
-            n, NAN, NAN, NAN, norm, NAN, NAN, NAN, NAN, a.zeros, NAN, 0, 0, 0, 0
-        )
+        return Figures(n, NAN, NAN, NAN, norm, NAN, NAN, NAN, NAN, a.zeros, NAN, 0, 0, 0, 0)
     freedom = max(n - correction, 0)  # as in torch.var
     var = a.m2 / freedom if freedom else (NAN if a.m2 == 0 or math.isnan(a.m2) else INF)
     return Figures(

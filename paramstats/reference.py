@@ -16,6 +16,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from paramstats.layout import is_lazy
 from paramstats.moments import ABSENT, ROW, Moments, merge, unread
 
 CHUNK = 1 << 17
@@ -69,11 +70,10 @@ def quick(x: Tensor) -> Moments | None:
     if x.dtype is not torch.float32:
         x = x.to(torch.float32 if in_float32 else torch.float64)
     n = x.numel()
-    low, high = x.aminmax()
-    low, high = low.item(), high.item()
+    low, high = (bound.item() for bound in x.aminmax())
     if not (math.isfinite(low) and math.isfinite(high)):
         return None
-    zeros = n - x.count_nonzero().item()
+    zeros = n - int(x.count_nonzero().item())
     if low == high:
         return Moments(n, zeros, 0, 0, 0, low, 0.0, low, high)
     mean = x.sum().item() / n
@@ -156,7 +156,7 @@ def _plain(x: Tensor) -> Tensor:
     if type(x) is torch.nn.Parameter:
         return x.detach()
     if hasattr(x, "to_local"):  # a DTensor held whole
-        return x.to_local()
+        return x.to_local()  # type: ignore[no-any-return]
     if type(x).__torch_dispatch__ == Tensor.__torch_dispatch__:  # its memory is its own
         with torch._C.DisableTorchFunctionSubclass():
             return x.detach().as_subclass(Tensor)
@@ -253,7 +253,7 @@ Later = dict[torch.device, tuple[list[tuple[int, int]], list[Tensor]]]
 
 def _state(tensor: Tensor, row: int, later: Later) -> Moments:
     """The state of any tensor; of one on an accelerator, unread for now and added to `later`."""
-    if tensor.device.type == "meta" or _is_lazy(tensor):
+    if tensor.device.type == "meta" or is_lazy(tensor):
         return unread(_numel(tensor))
     x, zeros = _elements(tensor)
     _check_storage(x)
@@ -285,12 +285,8 @@ def _zeros(count: int) -> Moments:
     return Moments(count, count, 0, 0, 0, 0.0, 0.0, 0.0, 0.0) if count else Moments()
 
 
-def _is_lazy(tensor: Tensor) -> bool:
-    return isinstance(tensor, torch.nn.parameter.UninitializedTensorMixin)
-
-
 def _numel(tensor: Tensor) -> int:
     try:
-        return 0 if _is_lazy(tensor) else int(tensor.numel())
+        return 0 if is_lazy(tensor) else int(tensor.numel())
     except RuntimeError:  # sizes that are symbols
         return 0

@@ -15,27 +15,31 @@ _GRAD_HEADINGS = ("grad mean", "grad std", "grad norm", "grad zeros")
 _GAP = "  "
 _NARROWEST_NAME = 12
 _ELLIPSIS = "…"
+_ALIAS = "  = "
 
 
 def table(summary: Summary, width: int | None = None) -> str:
-    """Names left, figures right, the total under a line; long names elided in the middle."""
+    """Names left, figures right, the total under a line; long names elided in the middle.
+
+    The other names of a tied parameter stand in lines of their own under it.
+    """
     if width is None:
         width = shutil.get_terminal_size((120, 24)).columns
-    lines = [list(_HEADINGS + _GRAD_HEADINGS), *_cells(summary)]
-    columns = list(zip(*lines, strict=True))
-    widths = [max(len(cell) for cell in column) for column in columns]
+    lines = _cells(summary)
+    widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
     rest = sum(widths[1:]) + len(_GAP) * (len(widths) - 1)
     widths[0] = min(widths[0], max(width - rest, _NARROWEST_NAME))
-    out = [_line(line, widths) for line in lines]
-    rule = "─" * len(out[0])
-    return "\n".join([out[0], rule, *out[1:-1], rule, out[-1]])
+    head, *body, total = (_line(line, widths) for line in lines)
+    rule = "─" * len(head)
+    return "\n".join([head, rule, *body, rule, total])
 
 
 def html(summary: Summary) -> str:
     """The same as an HTML table."""
-    head, *body = [list(_HEADINGS + _GRAD_HEADINGS), *_cells(summary)]
-    rows = [_html_row("th", head), *(_html_row("td", line) for line in body[:-1])]
-    return f"<table>{''.join(rows)}{_html_row('th', body[-1])}</table>"
+    head, *body = _cells(summary)
+    return (
+        f"<table>{_html_row('th', head)}{''.join(_html_row('td', line) for line in body)}</table>"
+    )
 
 
 def one_line(stats: TensorStats) -> str:
@@ -93,14 +97,17 @@ def elide(text: str, width: int) -> str:
 
 
 def _cells(summary: Summary) -> list[list[str]]:
-    """A line for every tensor and, last, for the total."""
-    lines = []
-    for entry in summary.values():
-        name = " = ".join((entry.name, *entry.aliases))
-        lines.append([name, _shape(entry), *_figures(entry), *_grad_figures(entry)])
+    """The headings, a line for every name, and the total; gradients where there are any."""
     total = summary.total
-    grad = ["", "", "", ""] if total.grad is None else _figures(total.grad)
+    lines = [[*_HEADINGS, *_GRAD_HEADINGS]]
+    for entry in summary.values():
+        lines.append([entry.name, _shape(entry), *_figures(entry), *_grad_figures(entry)])
+        for alias in entry.aliases:
+            lines.append([f"{_ALIAS}{alias}", *[""] * (len(lines[0]) - 1)])
+    grad = [""] * len(_GRAD_HEADINGS) if total.grad is None else _figures(total.grad)
     lines.append(["total", f"{total.count:,}", *_figures(total), *grad])
+    if all(entry.grad is None for entry in summary.values()):
+        lines = [line[: len(_HEADINGS)] for line in lines]
     return lines
 
 

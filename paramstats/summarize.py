@@ -6,7 +6,6 @@ import math
 import re
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from paramstats.layout import Layout, Patterns, passes
+from paramstats.layout import Patterns, passes
 
 MakeLayout = Callable[[tuple[str, ...], tuple[tuple[str, ...], ...], int, list[torch.Tensor]], Any]
 
@@ -56,9 +56,7 @@ def walk_named(
                 f"'{name}'; leave it out with exclude=..."
             )
         if name in names:
-            raise ValueError(
-                f"paramstats.summarize: expected every name once, got '{name}' twice"
-            )
+            raise ValueError(f"paramstats.summarize: expected every name once, got '{name}' twice")
         names.add(name)
         rows.add(name, value)
     return make_layout(rows.names, rows.aliases, len(rows.tensors), rows.tensors), rows.tensors
@@ -148,4 +146,6 @@ def _pairs(source: Any) -> Iterator[tuple[Any, Any]]:
 
 def _type_name(value: Any) -> str:
     cls = type(value)
-    return cls.__qualname__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__qualname__}"
+    return (
+        cls.__qualname__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__qualname__}"
+    )

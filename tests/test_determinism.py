@@ -72,11 +72,15 @@ def test_flushing_denormals_changes_nothing(native):
 def test_from_many_threads_at_once(native):
     """Four threads summarise two models while a fifth trains another."""
     torch.manual_seed(0)
-    models = [torch.nn.Sequential(torch.nn.Linear(300, 900), torch.nn.Linear(900, n)) for n in (10, 500)]
+    models = [
+        torch.nn.Sequential(torch.nn.Linear(300, 900), torch.nn.Linear(900, n)) for n in (10, 500)
+    ]
     for model in models:
         model(torch.randn(4, 300)).sum().backward()
     expected = [paramstats.summarize(m).to_dict() for m in models]
-    trained = torch.nn.Sequential(torch.nn.Linear(64, 512), torch.nn.ReLU(), torch.nn.Linear(512, 8))
+    trained = torch.nn.Sequential(
+        torch.nn.Linear(64, 512), torch.nn.ReLU(), torch.nn.Linear(512, 8)
+    )
     stop, failures = threading.Event(), []
 
     def guarded(work):
@@ -99,7 +103,9 @@ def test_from_many_threads_at_once(native):
             assert 0 < summary["0.weight"].std < 10
 
     trainer = threading.Thread(target=guarded, args=(train,))
-    readers = [threading.Thread(target=guarded, args=(lambda i=i: summarise(i % 2),)) for i in range(4)]
+    readers = [
+        threading.Thread(target=guarded, args=(lambda i=i: summarise(i % 2),)) for i in range(4)
+    ]
     for thread in (trainer, *readers):
         thread.start()
     for thread in readers:

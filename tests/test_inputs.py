@@ -118,7 +118,9 @@ def test_sparse_gradient(engine, coalesced):
 def test_sparse_layouts(engine, layout):
     x = torch.zeros(40, 60)
     x[3, 5], x[30, 7], x[39, 59] = 2.0, -3.0, 7.0
-    sparse = x.to_sparse(layout=getattr(torch, f"sparse_{layout}"), blocksize=(2, 2) if layout == "bsr" else None)
+    sparse = x.to_sparse(
+        layout=getattr(torch, f"sparse_{layout}"), blocksize=(2, 2) if layout == "bsr" else None
+    )
     oracle.check(stats_of(sparse), x)
 
 
@@ -265,8 +267,8 @@ def test_wrapper_subclass_through_its_own_operators(engine):
 
 
 def test_unreadable_subclass_is_skipped_with_a_reason(engine):
+    paramstats.summarize.__globals__["_warned"].clear()
     with pytest.warns(RuntimeWarning, match="'a'.*Opaque has no operator"):
-        paramstats.summarize.__globals__["_warned"].clear()
         summary = summarize({"a": Opaque(torch.randn(10)), "b": torch.ones(3)})
     assert math.isnan(summary["a"].mean) and summary["b"].mean == 1.0
     assert "Opaque" in summary.skipped["a"] and summary.total.count == 3
@@ -276,8 +278,8 @@ def test_unreadable_subclass_is_skipped_with_a_reason(engine):
 def test_freed_storage_is_not_read(engine):
     x = torch.randn(1000)
     x.untyped_storage().resize_(0)
+    paramstats.summarize.__globals__["_warned"].clear()
     with pytest.warns(RuntimeWarning, match="holds 0 bytes"):
-        paramstats.summarize.__globals__["_warned"].clear()
         summary = summarize({"x": x, "y": torch.ones(2)})
     assert math.isnan(summary["x"].norm) and summary["x"].count == 1000
     assert summary["y"].norm == pytest.approx(math.sqrt(2))
@@ -288,7 +290,9 @@ def test_shards_are_refused(engine, tmp_path):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
+    )
     try:
         mesh = init_device_mesh("cpu", (1,))
         sharded = distribute_tensor(torch.randn(8, 4), mesh, [Shard(0)])

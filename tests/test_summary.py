@@ -70,7 +70,7 @@ def test_scalars(engine, model):
     assert scalars["grad_norm/0.weight"] == summary["0.weight"].grad.norm
     assert scalars["param_zero_fraction/total"] == summary.total.zero_fraction
     composer = summary.scalars(key="l2_norm/{kind}/{name}", stats=("norm",), totals=False)
-    assert list(composer)[0] == "l2_norm/param/0.weight" and len(composer) == 8
+    assert next(iter(composer)) == "l2_norm/param/0.weight" and len(composer) == 8
     assert composer["l2_norm/grad/2.bias"] == summary["2.bias"].grad.norm
     counts = summary.scalars(stats=("nan_count", "count"), totals=False)
     assert counts["param_nan_count/0.bias"] == 0.0 and counts["grad_count/0.bias"] == 6.0
@@ -160,6 +160,14 @@ def test_table(engine, model):
     assert lines[0].split()[:6] == ["parameter", "shape", "mean", "std", "norm", "zeros"]
     assert [line.split()[0] for line in lines[2:6]] == list(summarize(model))
     assert "frozen" in lines[5] and "none" in lines[3] and lines[-1].startswith("total")
+
+
+def test_aliases_and_gradients_in_the_table(engine, model):
+    model[2].bias = model[0].bias  # tied
+    lines = summarize(model).table(width=200).splitlines()
+    assert lines[4].split() == ["=", "2.bias"] and "grad norm" in lines[0]
+    model.zero_grad()
+    assert "grad" not in str(summarize(model))
 
 
 def test_long_names_are_elided_in_the_middle(engine):

@@ -47,7 +47,7 @@ def test_nested_blocks_by_name(engine):
     name = "0.inner.a.inner.a.linear.weight"
     entry = summarize(model)[name]
     assert entry.mean == pytest.approx(model.get_parameter(name).mean().item(), abs=1e-6)
-    assert list(summarize(model, include=r"inner\.a\.inner\.a\.linear"))[0] == name
+    assert next(iter(summarize(model, include=r"inner\.a\.inner\.a\.linear"))) == name
 
 
 def changed(model: nn.Module) -> None:
@@ -109,7 +109,9 @@ def test_a_changed_model_is_noticed(engine, change):
         assert (entry.shape, entry.dtype) == (tuple(p.shape), p.dtype)
         assert entry.requires_grad == p.requires_grad
         assert entry.mean == pytest.approx(p.double().mean().item(), abs=1e-6)
-    assert list(before) == names and json.dumps(before.to_dict()) == snapshot  # a summary is a snapshot
+    assert (
+        list(before) == names and json.dumps(before.to_dict()) == snapshot
+    )  # a summary is a snapshot
 
 
 def test_an_unchanged_model_keeps_its_layout(native):
@@ -187,7 +189,11 @@ def test_scripted_and_wrapped_models(engine):
     scripted = torch.jit.script(model)
     assert list(summarize(scripted)) == expected_names(scripted)
     parallel = nn.DataParallel(model)
-    assert list(summarize(parallel)) == expected_names(parallel) == ["module.0.weight", "module.0.bias"]
+    assert (
+        list(summarize(parallel))
+        == expected_names(parallel)
+        == ["module.0.weight", "module.0.bias"]
+    )
     nn.utils.parametrizations.weight_norm(model[0])
     assert list(summarize(model)) == expected_names(model)
 

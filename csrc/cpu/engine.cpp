@@ -117,7 +117,8 @@ void summarize(const std::vector<TensorView>& tensors, const std::vector<Moments
   size_t c = 0;
   for (size_t t = 0; t < tensors.size(); ++t) {
     Moments state;
-    for (int64_t k = chunk_count(tensors[t].numel); k > 0; --k) state = merge(state, job.states[c++]);
+    for (int64_t k = chunk_count(tensors[t].numel); k > 0; --k)
+      state = merge(state, job.states[c++]);
     *out[t] = state;
   }
 }

@@ -21,10 +21,10 @@
 // float32 lane and 2 more across lanes before it is widened to float64, where rounding no longer
 // counts. With the rounding of d itself, sum(d) is off by less than 11u sum|d| and sum(d^2) by less
 // than 13u sum(d^2). |sum d| <= sqrt(n sum(d^2)) / 4, so m2 is off by at most
-// (13 + 2 * 11 / 4) u sum(d^2) <= 18.5u (16/15) m2 = 1.2e-6 m2: std, and norm, by 6e-7 of themselves if
-// every rounding went the same way; the mean by 11u rms(d) = 7e-7 rms. In practice roundings cancel
-// and both stay below 1e-7. Integers of 32 bits and more, and float64, have float64 lanes: the same
-// with u = 2^-53.
+// (13 + 2 * 11 / 4) u sum(d^2) <= 18.5u (16/15) m2 = 1.2e-6 m2: std, and norm, by 6e-7 of
+// themselves if every rounding went the same way; the mean by 11u rms(d) = 7e-7 rms. In practice
+// roundings cancel and both stay below 1e-7. Integers of 32 bits and more, and float64, have
+// float64 lanes: the same with u = 2^-53.
 
 // ---- lanes ----------------------------------------------------------------------------------
 
@@ -101,9 +101,7 @@ inline FloatLanes as_float(UInt32Lanes bits) {
 template <class T, class L>
 struct Native : L {  // what converts to its lanes as it is
   using Storage = T;
-  static typename L::Vector load(const T* p) {
-    return load_converted<typename L::Vector>(p);
-  }
+  static typename L::Vector load(const T* p) { return load_converted<typename L::Vector>(p); }
 };
 
 template <class T>
@@ -131,7 +129,8 @@ struct Float16 : InFloat {
   static Vector load(const Storage* p) {
 #if defined(PARAMSTATS_LOAD_HALF)
     Vector v = (Vector)PARAMSTATS_LOAD_HALF(p);
-    // clang 14 would compare the halves with zero instead, element by element: hide where v is from.
+    // clang 14 would compare the halves with zero instead, element by element: hide where v is
+    // from.
     __asm__("" : "+v"(v));
     return v;
 #else
@@ -177,7 +176,8 @@ struct BlockSums {
   int64_t zeros;
 };
 
-// One of the kUnroll independent streams of a block, so that additions need not wait for each other.
+// One of the kUnroll independent streams of a block, so that additions need not wait for each
+// other.
 template <class T>
 struct Stream {
   using V = typename T::Vector;
@@ -342,21 +342,20 @@ Moments chunk(const void* data, int64_t n) {
   return state;
 }
 
-const Kernels kKernels = {
-    PARAMSTATS_LEVEL_NAME,
-    {
-        chunk<Native<double, InDouble>>,
-        chunk<Native<float, InFloat>>,
-        chunk<BFloat16>,
-        chunk<Float16>,
-        chunk<Float8E4M3FN>,
-        chunk<Float8E5M2>,
-        chunk<NarrowInteger<int8_t>>,
-        chunk<NarrowInteger<uint8_t>>,
-        chunk<NarrowInteger<int16_t>>,
-        chunk<NarrowInteger<uint16_t>>,
-        chunk<Native<int32_t, InDouble>>,
-        chunk<Native<uint32_t, InDouble>>,
-        chunk<Native<int64_t, InDouble>>,
-        chunk<Native<uint64_t, InDouble>>,
-    }};
+const Kernels kKernels = {PARAMSTATS_LEVEL_NAME,
+                          {
+                              chunk<Native<double, InDouble>>,
+                              chunk<Native<float, InFloat>>,
+                              chunk<BFloat16>,
+                              chunk<Float16>,
+                              chunk<Float8E4M3FN>,
+                              chunk<Float8E5M2>,
+                              chunk<NarrowInteger<int8_t>>,
+                              chunk<NarrowInteger<uint8_t>>,
+                              chunk<NarrowInteger<int16_t>>,
+                              chunk<NarrowInteger<uint16_t>>,
+                              chunk<Native<int32_t, InDouble>>,
+                              chunk<Native<uint32_t, InDouble>>,
+                              chunk<Native<int64_t, InDouble>>,
+                              chunk<Native<uint64_t, InDouble>>,
+                          }};

@@ -1,0 +1,70 @@
+# One command for each thing a developer does. `make` or `make help` lists them.
+#
+# Everything happens in an environment of the project's own, .venv, made on first use.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# The version that the environment is built with; any torch >= 2.10 will do for users.
+TORCH ?= torch==2.13.0
+CXX ?= g++
+NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-cpp test-huge sanitize bench check format clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(VENV)/torch: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)"
+	@touch $@
+
+# Editable, so that Python edits count at once; the C++ is built again when it changes.
+$(VENV)/installed: $(VENV)/torch setup.py $(NATIVE)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	@touch $@
+
+demo: $(VENV)/installed  ## train on real data, show the tables and the speed against the loop
+	$(BIN)/python -m paramstats demo
+
+test: $(VENV)/installed test-cpp  ## all tests
+	$(BIN)/python -m pytest --quiet
+
+test-cpp:  ## the C++ tests of the state and the kernels, without torch
+	@mkdir -p build/cpp
+	$(CXX) -std=c++17 -O2 -Wall -Wextra -Werror tests/cpp/test_moments.cpp -o build/cpp/test_moments
+	$(CXX) -std=c++17 -O2 -Wall -Wextra -Werror -pthread tests/cpp/test_kernels.cpp csrc/cpu/*.cpp \
+		-o build/cpp/test_kernels
+	build/cpp/test_moments
+	build/cpp/test_kernels
+
+test-huge: $(VENV)/installed  ## tensors of more than 2^31 elements (5 GB of memory)
+	$(BIN)/python -m pytest --quiet -m huge
+
+sanitize:  ## the C++ tests under the address and undefined-behaviour sanitizers
+	@mkdir -p build/cpp
+	$(CXX) -std=c++17 -O1 -g $(SANITIZE) tests/cpp/test_moments.cpp -o build/cpp/moments_sanitized
+	$(CXX) -std=c++17 -O1 -g $(SANITIZE) -pthread tests/cpp/test_kernels.cpp csrc/cpu/*.cpp \
+		-o build/cpp/kernels_sanitized
+	build/cpp/moments_sanitized
+	build/cpp/kernels_sanitized
+
+bench: $(VENV)/installed  ## all benchmarks; writes benches/results and the README's table
+	$(BIN)/python -m benches.report
+
+check: $(VENV)/installed  ## formatters, linters and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h csrc/cpu/* tests/cpp/*
+
+format: $(VENV)/installed  ## format everything
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$(BIN)/clang-format -i csrc/*.cpp csrc/*.h csrc/cpu/* tests/cpp/*
+
+clean:  ## remove what was built, the environment included
+	rm -rf $(VENV) build dist *.egg-info paramstats/*.so paramstats/_build.json .pytest_cache

@@ -1,0 +1,72 @@
+"""Building the native engine, or installing without it: what setup.py leaves, and what it says."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.test_engine import SUMMARIZE, run
+
+ROOT = Path(__file__).parent.parent
+
+
+def build(to: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    pytest.importorskip("setuptools", reason="setuptools is not installed")
+    keep = {k: v for k, v in os.environ.items() if not k.startswith("PARAMSTATS_")}
+    command = [sys.executable, "setup.py", "build", "--build-base", str(to), "--build-lib"]
+    return subprocess.run(
+        [*command, str(to / "lib")],
+        cwd=ROOT,
+        env=keep | environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+def check_reference(to: Path, reason: str) -> None:
+    """What was built runs without the native engine and says once why."""
+    record = json.loads((to / "lib/paramstats/_build.json").read_text())
+    assert record["native"] is False and reason in record["reason"]
+    assert (to / "lib/paramstats/py.typed").exists()
+    result = run(SUMMARIZE, PYTHONPATH=str(to / "lib"))
+    assert result.stdout.split() == ["reference", "5.0"], result.stderr
+    assert result.stderr.count("RuntimeWarning") == 1 and reason in result.stderr
+
+
+def test_a_failing_compiler(tmp_path):
+    result = build(tmp_path, CC="false", CXX="false")
+    assert result.returncode == 0, result.stderr
+    check_reference(tmp_path, "it could not be compiled")
+
+
+def test_no_torch_at_build_time(tmp_path):
+    fake = tmp_path / "fake/torch"
+    fake.mkdir(parents=True)
+    (fake / "__init__.py").write_text("raise ImportError('none here')")
+    result = build(tmp_path, PYTHONPATH=str(fake.parent))
+    assert result.returncode == 0, result.stderr
+    check_reference(tmp_path, "torch could not be imported when it was built (none here)")
+
+
+def test_unwanted(tmp_path):
+    assert build(tmp_path, PARAMSTATS_NO_NATIVE="1").returncode == 0
+    check_reference(tmp_path, "PARAMSTATS_NO_NATIVE was set")
+
+
+def test_strict(tmp_path):
+    result = build(tmp_path, CC="false", CXX="false", PARAMSTATS_STRICT_BUILD="1")
+    assert result.returncode != 0 and "PARAMSTATS_STRICT_BUILD is set" in result.stderr
+
+
+@pytest.mark.slow
+def test_a_working_compiler(tmp_path, native):
+    result = build(tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert list((tmp_path / "lib/paramstats").glob("_native*.so"))
+    output = run(SUMMARIZE, PYTHONPATH=str(tmp_path / "lib"))
+    assert output.stdout.split() == ["native", "5.0"] and output.stderr == ""

@@ -1,0 +1,40 @@
+"""`python -m paramstats`, as a person runs it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+
+def paramstats(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "paramstats", *arguments],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"COLUMNS": "120"} | environment,
+    )
+
+
+def test_info():
+    result = paramstats("info")
+    assert result.returncode == 0 and "CPU tensors" in result.stdout
+
+
+@pytest.mark.parametrize("backend", ["", "reference"])
+def test_demo(backend):
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+    result = paramstats("demo", "--epochs", "3", PARAMSTATS_BACKEND=backend)
+    assert result.returncode == 0, result.stderr
+    out = result.stdout
+    assert "lazy" in out and "stem.weight" in out and "= hidden_again.weight" in out
+    assert "Agreement with the .item() loop: largest difference" in out
+    assert "times as fast" in out and "3 epochs on 1797 digits" in out
+    assert "training" in result.stderr
+
+
+def test_unknown_command():
+    result = paramstats("undo")
+    assert result.returncode == 2 and "invalid choice" in result.stderr
