@@ -87,15 +87,18 @@ def native_extension(outcome):
 
         def run(self):
             error = "the compiler made no library"
+            built = [Path(self.get_ext_fullpath(e.name)) for e in self.extensions]
+            built += [Path(self.build_lib) / self.get_ext_filename(e.name) for e in self.extensions]
+            for path in built:  # an earlier build's, for another torch perhaps
+                path.unlink(missing_ok=True)
             try:
                 super().run()
             except (Exception, SystemExit) as e:
                 error = f"{type(e).__name__}: {e}".strip().splitlines()[0]
-            built = [Path(self.get_ext_fullpath(e.name)) for e in self.extensions]
             package = Path(self.get_finalized_command("build_py").get_package_dir("paramstats"))
             if not self.inplace:
                 package = Path(self.build_lib) / "paramstats"
-            if all(path.exists() for path in built):
+            if any(path.exists() for path in built):
                 outcome.native = True
             else:
                 outcome.failed(f"it could not be compiled ({error})")

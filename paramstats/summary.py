@@ -28,9 +28,9 @@ class TensorStats:
     """The figures of one tensor, over all its elements.
 
     >>> import torch, paramstats
-    >>> stats = paramstats.summarize({"w": torch.tensor([0.0, 3.0, -4.0])})["w"]
+    >>> stats = paramstats.summarize({"w": torch.tensor([0.0, 1.0, -1.0, 1.0, -1.0])})["w"]
     >>> stats.norm, stats.abs_max, stats.zero_count, stats.count
-    (5.0, 4.0, 1, 3)
+    (2.0, 1.0, 1, 5)
 
     Figures are what torch gives: a NaN makes mean, norm, min and max NaN, an infinity the norm
     infinite, std of one element is NaN. `finite` has the same figures over the finite elements

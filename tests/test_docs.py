@@ -1,0 +1,52 @@
+"""What the documentation shows is what happens: docstrings and the README's code."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+NUMBER = re.compile(r"^-?\d[\d.,]*(e[+-]\d+)?%?$")
+
+
+@pytest.mark.parametrize("module", ["", ".engine", ".summarize", ".summary"])
+def test_docstrings(module, engine):
+    results = doctest.testmod(importlib.import_module(f"paramstats{module}"))
+    assert results.failed == 0
+    assert results.attempted > 0
+
+
+def test_readme(engine, capsys):
+    """Runs the README's Python blocks in order; a text block after one is what it printed."""
+    blocks = re.findall(r"```(python|text)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert [kind for kind, _ in blocks].count("python") >= 3
+    namespace: dict[str, object] = {}
+    printed = ""
+    for kind, text in blocks:
+        if kind == "python":
+            exec(compile(text, "README.md", "exec"), namespace)
+            printed = capsys.readouterr().out
+        else:
+            assert_same_up_to_rounding(printed, text)
+
+
+def assert_same_up_to_rounding(printed: str, shown: str) -> None:
+    left, right = printed.split(), shown.split()
+    assert len(left) == len(right)
+    for a, b in zip(left, right, strict=True):
+        if NUMBER.match(a) and NUMBER.match(b):
+            numbers = [float(x.replace(",", "").removesuffix("%")) for x in (a, b)]
+            assert numbers[0] == pytest.approx(numbers[1], rel=2e-3), (a, b)
+        else:
+            assert a == b
+
+
+def test_every_environment_variable_is_documented():
+    sources = [*ROOT.glob("paramstats/*.py"), ROOT / "setup.py"]
+    used = {v for path in sources for v in re.findall(r"PARAMSTATS_[A-Z_]+", path.read_text())}
+    readme = (ROOT / "README.md").read_text()
+    assert {v for v in used if v not in readme} == set()
