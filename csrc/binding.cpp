@@ -4,7 +4,6 @@
 // A table of rows is a bytes object of 2 N Moments for N tensors: first the tensors' own states,
 // then those of their gradients (count == kAbsent where there is none).
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 #include <pybind11/pybind11.h>
 #include <torch/csrc/autograd/python_variable.h>
 
@@ -35,7 +34,10 @@ uint64_t kind_of(const c10::TensorImpl& t) {
 }
 
 bool is_plain_cpu(const c10::TensorImpl& t) {
-  static const uint64_t plain = kind_of(*at::empty({0}).unsafeGetTensorImpl());
+  // Made by hand: a dispatch mode that is active at the first call would meddle with at::empty.
+  static const uint64_t plain = kind_of(*c10::make_intrusive<c10::TensorImpl>(
+      c10::DispatchKeySet(c10::DispatchKey::CPU), caffe2::TypeMeta::Make<float>(),
+      c10::Device(c10::kCPU)));
   return kind_of(t) == plain && !t.has_symbolic_sizes_strides();
 }
 
@@ -91,19 +93,40 @@ const cpu::Kernels* kernels = cpu::available_kernels().front();
 struct Work {
   std::vector<cpu::TensorView> views;
   std::vector<Moments*> out;
-  std::vector<at::Tensor> alive;  // the GIL is let go: a thread may drop a gradient meanwhile
-  py::list left;                  // rows for Python to fill with torch's operators
+  std::vector<const c10::TensorImpl*> tensors;
+  py::list left;  // rows for Python to fill with torch's operators
+
+  explicit Work(size_t rows) {
+    views.reserve(rows);
+    out.reserve(rows);
+    tensors.reserve(rows);
+  }
 
   void add(const at::Tensor& tensor, Moments* table, size_t row) {
     const auto view = native_view(tensor);
     if (view) {
       views.push_back(*view);
       out.push_back(table + row);
-      alive.push_back(tensor);
+      tensors.push_back(tensor.unsafeGetTensorImpl());
     } else {
       table[row] = unread(0);
       left.append(row);
     }
+  }
+
+  void run() const {
+    if (cpu::total_bytes(views) < cpu::kSerialBytes) {
+      return cpu::summarize(views, out, *kernels, nullptr);
+    }
+    // The GIL is let go while threads read, and another thread may drop a gradient meanwhile: its
+    // memory stays. (Sizes and strides are looked at before that.)
+    std::vector<c10::Storage> alive;
+    alive.reserve(tensors.size());
+    for (const c10::TensorImpl* t : tensors) alive.push_back(t->storage());
+    cpu::summarize(views, out, *kernels, [](int64_t n, cpu::Task task, void* context) {
+      const py::gil_scoped_release release;
+      torch_pool(n, task, context);
+    });
   }
 };
 
@@ -128,10 +151,7 @@ py::tuple read(const py::list& tensors, bool params, bool grads) {
   if (!rows) throw py::error_already_set();
   auto* table = reinterpret_cast<Moments*>(PyBytes_AS_STRING(rows.ptr()));
 
-  Work work;
-  work.views.reserve(2 * n);
-  work.out.reserve(2 * n);
-  work.alive.reserve(2 * n);
+  Work work(2 * n);
   for (size_t i = 0; i < n; ++i) {
     PyObject* object = PyList_GET_ITEM(tensors.ptr(), static_cast<Py_ssize_t>(i));
     const at::Tensor& tensor = unpack(object);
@@ -152,12 +172,7 @@ py::tuple read(const py::list& tensors, bool params, bool grads) {
       table[n + i] = unread(kAbsent);
     }
   }
-  if (cpu::total_bytes(work.views) < cpu::kSerialBytes) {
-    cpu::summarize(work.views, work.out, *kernels, nullptr);
-  } else {
-    const py::gil_scoped_release release;
-    cpu::summarize(work.views, work.out, *kernels, torch_pool);
-  }
+  work.run();
   return py::make_tuple(std::move(rows), std::move(work.left));
 }
 

@@ -11,6 +11,9 @@ from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-def
 
 Patterns = tuple[re.Pattern[str], ...]
 
+_MOST_KEPT = 16
+"""Templates and selections remembered; a caller who makes new ones each step must not fill memory."""
+
 
 class Layout:
     """The rows of a summary: immutable, and shared by all summaries of an unchanged model.
@@ -101,7 +104,7 @@ class Layout:
                 for kind in ("grad" if grads else self.kind(row),)
                 for stat in stats
             ]
-            self._keys[template, stats] = made
+            _remember(self._keys, (template, stats), made)
         return made
 
     def select(self, include: Patterns | None, exclude: Patterns) -> tuple[Layout, list[int]]:
@@ -114,23 +117,24 @@ class Layout:
                 for row, name in enumerate(self.names)
                 if any(passes(n, include, exclude) for n in (name, *self.aliases[row]))
             ]
-            parts = (
-                tuple(column[row] for row in rows)
-                for column in (
-                    self.shapes,
-                    self.dtypes,
-                    self.devices,
-                    self.requires_grad,
-                )
-            )
             layout = Layout(
                 tuple(self.names[row] for row in rows),
                 tuple(self.aliases[row] for row in rows),
                 sum(row < self.parameters for row in rows),
-                *parts,  # type: ignore[arg-type]
+                tuple(self.shapes[row] for row in rows),
+                tuple(self.dtypes[row] for row in rows),
+                tuple(self.devices[row] for row in rows),
+                tuple(self.requires_grad[row] for row in rows),
             )
-            made = self._selections[key] = (layout, rows)
+            made = (layout, rows)
+            _remember(self._selections, key, made)
         return made
+
+
+def _remember(kept: dict[Any, Any], key: Any, value: Any) -> None:
+    if len(kept) >= _MOST_KEPT:
+        kept.clear()
+    kept[key] = value
 
 
 def passes(name: str, include: Patterns | None, exclude: Patterns) -> bool:

@@ -58,7 +58,7 @@ def exact(x: Tensor) -> Tensor:
     correction = shift * (shift / n.clamp(min=1))
     m2 = (m2 - correction.where(correction.isfinite(), 0.0)).clamp(min=0.0)
     counts = ((x == 0).sum(), x.isnan().sum(), (x == math.inf).sum(), (x == -math.inf).sum())
-    count = torch.tensor(x.numel(), dtype=torch.float64, device=x.device)
+    count = x.new_full((), x.numel())  # torch.tensor(...) would wait for an accelerator
     columns = (count, *counts, mean, m2, low, high)
     return torch.stack([c.to(torch.float64) for c in columns])
 

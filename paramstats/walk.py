@@ -108,10 +108,14 @@ def _memory(tensor: torch.Tensor) -> Any:
         return id(tensor)
     if tensor.numel() == 0 or tensor.device.type == "meta":
         return id(tensor)
+    try:  # not data_ptr(), which would make a copy-on-write tensor copy itself
+        storage = tensor.untyped_storage()._cdata
+    except NotImplementedError:  # a wrapper of functorch's
+        return id(tensor)
     grad = tensor.grad if tensor.is_leaf else None
     return (
         tensor.device,
-        tensor.untyped_storage()._cdata,  # data_ptr() would make a copy-on-write tensor copy itself
+        storage,
         tensor.storage_offset(),
         tensor.dtype,
         tensor.shape,

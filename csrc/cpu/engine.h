@@ -34,7 +34,8 @@ constexpr int64_t kSerialBytes = 1 << 20;
 int64_t total_bytes(const std::vector<TensorView>& tensors);
 
 // Writes the state of tensors[i] to *out[i]. Bitwise the same for any pool and any company that a
-// tensor is in. Throws std::bad_alloc alone, before anything is read.
+// tensor is in. Throws std::bad_alloc alone, before anything is read; sizes and strides are not
+// looked at any more once the pool runs.
 void summarize(const std::vector<TensorView>& tensors, const std::vector<Moments*>& out,
                const Kernels& kernels, Pool pool);
 
