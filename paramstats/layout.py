@@ -12,7 +12,7 @@ from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-def
 Patterns = tuple[re.Pattern[str], ...]
 
 _MOST_KEPT = 16
-"""Templates and selections remembered; a caller who makes new ones each step must not fill memory."""
+"""Templates and selections remembered: a caller with new ones each step must not fill memory."""
 
 
 class Layout:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -27,6 +27,10 @@ _DEVICE_CHUNK = 1 << 24
 
 _LEAST_SQUARES = 1.5e-35
 """Below this a sum of squares in float32 may have lost digits to underflow (kernels_body.h)."""
+
+_SHORT = 4096
+"""Up to here one dot product is cheaper than squares and their sum, and as good; beyond, the sum's
+cascade loses fewer digits."""
 
 _LEAST_SPREAD = 1e-4
 """Of a mean that float32 rounds by 6e-8, a standard deviation this small is off by 4e-7 at most."""
@@ -78,7 +82,8 @@ def quick(x: Tensor) -> Moments | None:
         return Moments(n, zeros, 0, 0, 0, low, 0.0, low, high)
     mean = x.sum().item() / n
     # Beside a mean that is large next to the deviations its rounding shows in the variance.
-    m2 = (x - mean).square_().sum().item()
+    d = x - mean
+    m2 = d.dot(d).item() if n <= _SHORT else d.square_().sum().item()
     if not math.isfinite(m2):
         return None
     if in_float32 and (m2 < _LEAST_SQUARES or m2 < n * (_LEAST_SPREAD * mean) ** 2):
@@ -111,18 +116,23 @@ def _in_memory_order(x: Tensor) -> Tensor:
     return x.permute(order).reshape(-1)
 
 
-def _chunks(x: Tensor) -> Iterable[Tensor]:
-    size = CHUNK if x.device.type == "cpu" else _DEVICE_CHUNK
-    flat = x.view(-1) if x.is_contiguous() else _in_memory_order(x)
-    return (flat,) if flat.numel() <= size else flat.split(size)
+def _flat(x: Tensor) -> Tensor:
+    return x.view(-1) if x.is_contiguous() else _in_memory_order(x)
 
 
 def _here(x: Tensor) -> Moments:
     """The state of a strided real tensor on the CPU."""
-    if x.numel() == 0:
+    n = x.numel()
+    if n == 0:
         return Moments()
-    states = (quick(chunk) or _from_row(exact(chunk).tolist()) for chunk in _chunks(x))
-    return functools.reduce(merge, states)
+    flat = _flat(x)
+    if n <= CHUNK:
+        return _chunk(flat)
+    return functools.reduce(merge, map(_chunk, flat.split(CHUNK)))
+
+
+def _chunk(x: Tensor) -> Moments:
+    return quick(x) or _from_row(exact(x).tolist())
 
 
 def _from_row(row: Sequence[float]) -> Moments:
@@ -267,7 +277,7 @@ def _state(tensor: Tensor, row: int, later: Later) -> Moments:
         state = Moments()
     else:
         rows, states = later.setdefault(x.device, ([], []))
-        for chunk in _chunks(x):
+        for chunk in _flat(x).split(_DEVICE_CHUNK):
             rows.append((row, zeros))
             states.append(exact(chunk))
         return unread(tensor.numel())
