@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/denormals.h"
 #include "cpu/engine.h"
 #include "module_walk.h"
 #include "moments.h"
@@ -186,6 +187,7 @@ const Moments* rows_of(const py::bytes& table, size_t begin, size_t end) {
 
 // The rows [begin, end) as one; what is absent or unread does not count.
 py::bytes merge_rows(const py::bytes& table, size_t begin, size_t end) {
+  const cpu::WithDenormals with_denormals;
   const Moments* rows = rows_of(table, begin, end);
   Moments all;
   for (size_t i = begin; i < end; ++i) {
@@ -198,6 +200,7 @@ py::bytes merge_rows(const py::bytes& table, size_t begin, size_t end) {
 // Figures). Absent rows have keys, too, and are passed over.
 py::dict figures(const py::bytes& table, const py::list& keys, const std::vector<int>& which,
                  double correction, double grad_scale) {
+  const cpu::WithDenormals with_denormals;
   const size_t n = keys.size() / (which.empty() ? 1 : which.size());
   const Moments* rows = rows_of(table, 0, n);
   for (int f : which) {

@@ -121,7 +121,10 @@ inline void update(Moments& state, const double* x, int64_t n) {
         if (std::fabs(x[i]) <= kMax) block.mean += x[i] / static_cast<double>(finite_n);
       }
     }
-    if (block.min == block.max) block.mean = block.min;  // no rounding in a constant's mean
+    // Rounding must not carry the mean past the elements: of a constant it is the constant, and
+    // next to the limit of double it is not infinite.
+    block.mean = block.mean < block.min ? block.min : block.mean;
+    block.mean = block.mean > block.max ? block.max : block.mean;
     double squares[kLanes] = {};
     for (int64_t i = 0; i < n; ++i) {
       const double d = std::fabs(x[i]) <= kMax ? x[i] - block.mean : 0.0;

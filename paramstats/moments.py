@@ -96,7 +96,7 @@ def merge(a: Moments, b: Moments) -> Moments:
 def scaled(a: Moments, factor: float) -> Moments:
     """The state of the elements times `factor` > 0."""
     return a._replace(
-        mean=a.mean * factor, m2=a.m2 * factor * factor, min=a.min * factor, max=a.max * factor
+        mean=a.mean * factor, m2=a.m2 * (factor * factor), min=a.min * factor, max=a.max * factor
     )
 
 

@@ -52,7 +52,6 @@ const std::vector<Dim>* gaps(const TensorView& t, std::vector<Dim>& storage) {
 
 void summarize_here(const std::vector<TensorView>& tensors, const std::vector<Moments*>& out,
                     const Kernels& kernels) {
-  const WithDenormals with_denormals;
   std::vector<Dim> storage;
   for (size_t t = 0; t < tensors.size(); ++t) {
     const auto* dims = gaps(tensors[t], storage);
@@ -90,6 +89,7 @@ int64_t total_bytes(const std::vector<TensorView>& tensors) {
 
 void summarize(const std::vector<TensorView>& tensors, const std::vector<Moments*>& out,
                const Kernels& kernels, Pool pool) {
+  const WithDenormals with_denormals;
   if (pool == nullptr || total_bytes(tensors) < kSerialBytes) {
     return summarize_here(tensors, out, kernels);
   }

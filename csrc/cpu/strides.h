@@ -9,6 +9,9 @@
 
 namespace paramstats::cpu {
 
+// Dimensions of two elements or more that a tensor of fewer than 2^63 elements can have.
+constexpr int kMostDims = 63;
+
 struct Dim {
   int64_t size;
   int64_t stride;  // elements; 0 where a tensor is expanded
@@ -60,7 +63,7 @@ template <class T>
 void gather(const void* data, const std::vector<Dim>& dims, int64_t begin, int64_t n, void* to) {
   const T* x = static_cast<const T*>(data);
   T* out = static_cast<T*>(to);
-  std::vector<int64_t> index(dims.size());
+  int64_t index[kMostDims];
   int64_t rest = begin, offset = 0;
   for (size_t d = dims.size(); d-- > 0;) {
     index[d] = rest % dims[d].size;
@@ -68,7 +71,7 @@ void gather(const void* data, const std::vector<Dim>& dims, int64_t begin, int64
     offset += index[d] * dims[d].stride;
   }
   const Dim inner = dims.back();
-  int64_t& column = index.back();
+  int64_t& column = index[dims.size() - 1];
   while (n > 0) {
     const int64_t left = inner.size - column;
     const int64_t run = left < n ? left : n;

@@ -32,8 +32,8 @@ template <class A, class B>
 void failure(const char* file, int line, const char* text, const A& got, const B& want) {
   if (++tally.wrong > kShown) return;
   std::cout.precision(std::numeric_limits<long double>::max_digits10);
-  std::cout << file << ":" << line << ": " << text << " is " << got << ", expected " << want
-            << " (" << tally.where << ")\n";
+  std::cout << file << ":" << line << ": " << text << " is " << got << ", expected " << want << " ("
+            << tally.where << ")\n";
 }
 
 template <class A, class B>
@@ -68,21 +68,21 @@ inline int report(const std::string& title) {
 }  // namespace check
 
 // Equal: numbers as ==, NaN to NaN.
-#define CHECK(got, want)                                                                      \
-  do {                                                                                        \
-    const auto& got_ = (got);                                                                 \
-    const auto& want_ = (want);                                                               \
-    if (!check::same(got_, want_)) check::failure(__FILE__, __LINE__, #got, got_, want_);     \
+#define CHECK(got, want)                                                                  \
+  do {                                                                                    \
+    const auto& got_ = (got);                                                             \
+    const auto& want_ = (want);                                                           \
+    if (!check::same(got_, want_)) check::failure(__FILE__, __LINE__, #got, got_, want_); \
   } while (0)
 
 // Equal, or apart by `tolerance` (absolute) at most.
-#define CHECK_NEAR(got, want, tolerance)                                                      \
-  do {                                                                                        \
-    const auto& got_ = (got);                                                                 \
-    const auto& want_ = (want);                                                               \
-    if (!check::near(got_, want_, tolerance)) {                                               \
-      check::failure(__FILE__, __LINE__, #got, got_, want_);                                  \
-    }                                                                                         \
+#define CHECK_NEAR(got, want, tolerance)                     \
+  do {                                                       \
+    const auto& got_ = (got);                                \
+    const auto& want_ = (want);                              \
+    if (!check::near(got_, want_, tolerance)) {              \
+      check::failure(__FILE__, __LINE__, #got, got_, want_); \
+    }                                                        \
   } while (0)
 
 #define RUN(test) check::run(#test, test)

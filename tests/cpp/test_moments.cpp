@@ -12,9 +12,9 @@
 #include "check.h"
 #include "oracle.h"
 
+namespace paramstats {
 namespace {
 
-using namespace paramstats;
 using oracle::check_counts;
 using oracle::check_same;
 using oracle::check_state;
@@ -88,6 +88,10 @@ void empty_is_the_identity_of_merge() {
     CHECK(oracle::same_bits(merge(Moments(), state), state), true);
     CHECK(oracle::same_bits(merge(state, Moments()), state), true);
   }
+  check::at("a state that no merge has made");
+  const Moments literal = {9, 2, 1, 1, 2, -0.25, 3.5, -2, 0.5};
+  check_same(merge(Moments(), literal), literal);
+  check_same(merge(literal, Moments()), literal);
 }
 
 void merge_commutes() {
@@ -247,79 +251,87 @@ void check_figures(const Figures& got, const Figures& want) {
   for (int i = 0; i < kFigures; ++i) CHECK_NEAR(g[i], w[i], 4e-16 * std::fabs(w[i]));
 }
 
-struct Finalized {
-  const char* name;
-  Values x;
-  double correction;
-  Figures all, finite;
-};
-
-// count, mean, std, var, norm, rms, min, max, abs_max,
-// zero_count, zero_fraction, nan_count, pos_inf_count, neg_inf_count, nonfinite_count
-void finalize_gives_the_figures_of_torch() {
-  const double r = std::sqrt(37.0 / 3);  // of {3,-4,0}: m2 = 25 - 1/3 = 74/3, var = 37/3
-  const double s2 = std::sqrt(2.0), s5 = std::sqrt(5.0);
-  const Figures none = {0, kNaN, kNaN, kNaN, 0, kNaN, kNaN, kNaN, kNaN, 0, kNaN, 0, 0, 0, 0};
-  const Figures x345 = {3,  -1.0 / 3, r, 37.0 / 3, 5, 5 / std::sqrt(3.0), -4, 3, 4,
-                        1, 1.0 / 3,  0, 0,        0, 0};
-  const Figures one3 = {2, 2, s2, 2, std::sqrt(10.0), s5, 1, 3, 3, 0, 0, 0, 0, 0, 0};
-  const Figures zero2 = {2, 1, s2, 2, 2, s2, 0, 2, 2, 1, 0.5, 0, 0, 0, 0};
-  const std::vector<Finalized> table = {
-      {"{3,-4,0}", {3, -4, 0}, 1, x345, x345},
-      {"empty", {}, 1, none, none},
-      {"NaN", {1, kNaN, 3}, 1,
-       {3, kNaN, kNaN, kNaN, kNaN, kNaN, kNaN, kNaN, kNaN, 0, 0, 1, 0, 0, 1}, one3},
-      {"+inf", {0, kInf, 2}, 1,
-       {3, kInf, kNaN, kNaN, kInf, kInf, 0, kInf, kInf, 1, 1.0 / 3, 0, 1, 0, 1}, zero2},
-      {"-inf", {0, -kInf, 2}, 1,
-       {3, -kInf, kNaN, kNaN, kInf, kInf, -kInf, 2, kInf, 1, 1.0 / 3, 0, 0, 1, 1}, zero2},
-      {"both infinities", {0, -kInf, 2, kInf}, 1,
-       {4, kNaN, kNaN, kNaN, kInf, kInf, -kInf, kInf, kInf, 1, 0.25, 0, 1, 1, 2}, zero2},
-      {"NaN beats infinities", {0, -kInf, 2, kInf, kNaN}, 1,
-       {5, kNaN, kNaN, kNaN, kNaN, kNaN, kNaN, kNaN, kNaN, 1, 0.2, 1, 1, 1, 3}, zero2},
-      {"all +inf", {kInf, kInf}, 1,
-       {2, kInf, kNaN, kNaN, kInf, kInf, kInf, kInf, kInf, 0, 0, 0, 2, 0, 2}, none},
-      {"all -inf", {-kInf, -kInf}, 1,
-       {2, -kInf, kNaN, kNaN, kInf, kInf, -kInf, -kInf, kInf, 0, 0, 0, 0, 2, 2}, none},
-      {"infinities alone", {-kInf, kInf}, 1,
-       {2, kNaN, kNaN, kNaN, kInf, kInf, -kInf, kInf, kInf, 0, 0, 0, 1, 1, 2}, none},
-      {"all NaN", {kNaN}, 1,
-       {1, kNaN, kNaN, kNaN, kNaN, kNaN, kNaN, kNaN, kNaN, 0, 0, 1, 0, 0, 1}, none},
-  };
-  for (const Finalized& c : table) {
-    check::at(c.name);
-    check_figures(finalize(state_of(c.x), c.correction), c.all);
-    check_figures(finalize_finite(state_of(c.x), c.correction), c.finite);
-  }
+void finalize_of_3_minus_4_and_0() {
+  const Figures got = finalize(state_of({3, -4, 0}), 1);
+  const double var = 37.0 / 3;  // m2 = 3^2 + 4^2 - 3 (1/3)^2 = 74/3, over 3 - 1
+  const double rms = 5 / std::sqrt(3.0);
+  check_figures(got, {3, -1.0 / 3, std::sqrt(var), var, 5, rms, -4, 3, 4, 1, 1.0 / 3, 0, 0, 0, 0});
+  check_figures(finalize_finite(state_of({3, -4, 0}), 1), got);
 }
 
-void corrections_divide_as_torch_does() {
-  struct Row { Values x; double correction, var; };
-  const std::vector<Row> table = {
-      {{1, 3}, 0, 1},      {{1, 3}, 0.5, 4.0 / 3},     // m2 = 2
-      {{1, 3}, 1, 2},      {{1, 3}, 2, kInf},          // 2 / 0
-      {{1, 3}, 5, kInf},   {{7}, 0, 0},                // not 2 / -3
-      {{7}, 1, kNaN},      {{7}, 2, kNaN},             // 0 / 0
-      {{7, 7}, 1, 0},      {{7, 7}, 9, kNaN},          //
-      {{}, 0, kNaN},       {{}, -1, kNaN},             // of nothing there is no variance
-      {{1, 3, 5}, -1, 2},  {{1, 3, kNaN}, 0, kNaN},    //
-  };
-  for (const Row& row : table) {
-    check::at(std::to_string(row.x.size()) + " elements, correction " +
-              std::to_string(row.correction));
-    const Figures got = finalize(state_of(row.x), row.correction);
-    CHECK_NEAR(got.var, row.var, 4e-16 * row.var);
-    CHECK_NEAR(got.std, std::sqrt(row.var), 4e-16 * std::sqrt(row.var));
-  }
+void what_is_empty_has_a_norm_and_no_other_figure() {
+  const Figures want = {0, kNaN, kNaN, kNaN, 0, kNaN, kNaN, kNaN, kNaN, 0, kNaN, 0, 0, 0, 0};
+  check_figures(finalize(Moments(), 1), want);
+  check_figures(finalize_finite(Moments(), 1), want);
 }
 
 void what_was_not_read_has_a_count_and_no_figures() {
   for (int64_t n : {int64_t{0}, int64_t{12}, kAbsent}) {
     check::at("count " + std::to_string(n));
-    const Figures want = {static_cast<double>(n), kNaN, kNaN, kNaN, kNaN, kNaN, kNaN, kNaN,
-                          kNaN, 0, kNaN, 0, 0, 0, 0};
-    check_figures(finalize(unread(n), 1), want);
-    check_figures(finalize_finite(unread(n), 1), want);
+    for (const Figures& f : {finalize(unread(n), 1), finalize_finite(unread(n), 1)}) {
+      CHECK(f.count, n);
+      for (double figure :
+           {f.mean, f.std, f.var, f.norm, f.rms, f.min, f.max, f.abs_max, f.zero_fraction}) {
+        CHECK(figure, kNaN);
+      }
+      CHECK(f.nonfinite_count, 0);
+    }
+  }
+}
+
+void nan_and_infinities_spread_as_in_torch() {
+  struct Row {
+    Values x;
+    double mean, norm, min, max, abs_max, zero_fraction, nans, pos_infs, neg_infs;
+    Values finite;
+  };
+  const std::vector<Row> table = {
+      {{1, kNaN, 3}, kNaN, kNaN, kNaN, kNaN, kNaN, 0, 1, 0, 0, {1, 3}},
+      {{0, kInf, 2}, kInf, kInf, 0, kInf, kInf, 1.0 / 3, 0, 1, 0, {0, 2}},
+      {{0, -kInf, 2}, -kInf, kInf, -kInf, 2, kInf, 1.0 / 3, 0, 0, 1, {0, 2}},
+      {{0, -kInf, 2, kInf}, kNaN, kInf, -kInf, kInf, kInf, 0.25, 0, 1, 1, {0, 2}},
+      {{0, -kInf, kNaN, kInf, 7}, kNaN, kNaN, kNaN, kNaN, kNaN, 0.2, 1, 1, 1, {0, 7}},
+      {{kInf, kInf}, kInf, kInf, kInf, kInf, kInf, 0, 0, 2, 0, {}},
+      {{-kInf, -kInf}, -kInf, kInf, -kInf, -kInf, kInf, 0, 0, 0, 2, {}},
+      {{-kInf, kInf}, kNaN, kInf, -kInf, kInf, kInf, 0, 0, 1, 1, {}},
+      {{kNaN}, kNaN, kNaN, kNaN, kNaN, kNaN, 0, 1, 0, 0, {}},
+  };
+  for (const Row& r : table) {
+    check::at("row " + std::to_string(&r - table.data()));
+    const double count = static_cast<double>(r.x.size());
+    const double zeros = r.zero_fraction * count;
+    check_figures(
+        finalize(state_of(r.x), 1),
+        {count, r.mean, kNaN, kNaN, r.norm, r.norm, r.min, r.max, r.abs_max, zeros, r.zero_fraction,
+         r.nans, r.pos_infs, r.neg_infs, r.nans + r.pos_infs + r.neg_infs});
+    check_figures(finalize_finite(state_of(r.x), 1), finalize(state_of(r.finite), 1));
+  }
+}
+
+void corrections_divide_as_in_torch() {
+  struct Row {
+    Values x;
+    double correction, var;
+    const char* why;
+  };
+  const std::vector<Row> table = {
+      {{1, 3}, 0, 1, "m2 / n"},
+      {{1, 3}, 0.5, 4.0 / 3, "2 / 1.5"},
+      {{1, 3}, 1, 2, "2 / 1"},
+      {{1, 3}, 2, kInf, "2 / 0"},
+      {{1, 3}, 5, kInf, "more than n is as n: not 2 / -3"},
+      {{1, 3, 5}, -1, 2, "8 / 4"},
+      {{7}, 0, 0, "0 / 1"},
+      {{7}, 1, kNaN, "0 / 0"},
+      {{7, 7}, 9, kNaN, "0 / 0 again"},
+      {{}, -1, kNaN, "of nothing there is no variance"},
+      {{1, 3, kNaN}, 0, kNaN, "a NaN"},
+  };
+  for (const Row& r : table) {
+    check::at(r.why);
+    const Figures got = finalize(state_of(r.x), r.correction);
+    CHECK_NEAR(got.var, r.var, 4e-16 * r.var);
+    CHECK_NEAR(got.std, std::sqrt(r.var), 4e-16 * std::sqrt(r.var));
   }
 }
 
@@ -351,9 +363,7 @@ void scaled_is_the_state_of_the_scaled_elements() {
   CHECK(scaled(unread(3), 0.5).count, 3);
 }
 
-}  // namespace
-
-int main() {
+int run_all() {
   RUN(empty_is_the_identity_of_merge);
   RUN(merge_commutes);
   RUN(merge_is_associative);
@@ -367,10 +377,17 @@ int main() {
   RUN(update_near_the_largest_double);
   RUN(the_mean_lies_between_min_and_max);
   RUN(subnormals_are_numbers_and_not_zeros);
-  RUN(finalize_gives_the_figures_of_torch);
-  RUN(corrections_divide_as_torch_does);
+  RUN(finalize_of_3_minus_4_and_0);
+  RUN(what_is_empty_has_a_norm_and_no_other_figure);
   RUN(what_was_not_read_has_a_count_and_no_figures);
+  RUN(nan_and_infinities_spread_as_in_torch);
+  RUN(corrections_divide_as_in_torch);
   RUN(norms_at_the_ends_of_double);
   RUN(scaled_is_the_state_of_the_scaled_elements);
   return check::report("cpp moments: the state and its verbs");
 }
+
+}  // namespace
+}  // namespace paramstats
+
+int main() { return paramstats::run_all(); }

@@ -1,0 +1,115 @@
+// A tensor of any type and layout with random content, its summaries at every SIMD level, and the
+// comparison of these with the oracle.
+#pragma once
+
+#include <cstring>
+#include <numeric>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "../../csrc/cpu/engine.h"
+#include "check.h"
+#include "oracle.h"
+
+namespace paramstats::cpu::test {
+
+using Shape = std::vector<int64_t>;
+
+inline oracle::Rng rng(oracle::kSeed);
+
+inline double noise() { return std::normal_distribution<double>()(rng); }
+
+inline std::string name_of(DType dtype) {
+  static const char* kNames[kDTypes] = {"float64", "float32", "bfloat16", "float16", "e4m3fn",
+                                        "e5m2",    "int8",    "uint8",    "int16",   "uint16",
+                                        "int32",   "uint32",  "int64",    "uint64"};
+  return kNames[static_cast<int>(dtype)];
+}
+
+inline std::vector<DType> all_dtypes() {
+  std::vector<DType> out;
+  for (int i = 0; i < kDTypes; ++i) out.push_back(static_cast<DType>(i));
+  return out;
+}
+
+// What float32 does not hold is summed in float64.
+inline const oracle::Bounds& bounds(DType dtype) {
+  return dtype == DType::kFloat64 || dtype >= DType::kInt32 ? oracle::kDoubleLanes
+                                                            : oracle::kFloatLanes;
+}
+
+// Memory that ends with the last element, so that an address sanitizer sees any read beyond.
+struct Tensor {
+  DType dtype;
+  Shape sizes, strides;
+  int64_t first;  // elements before the first: moves it off the boundaries of vectors
+  std::vector<unsigned char> memory;
+
+  Tensor(DType dtype, Shape sizes, Shape strides, int64_t first = 0)
+      : dtype(dtype), sizes(sizes), strides(strides), first(first) {
+    int64_t extent = 1;
+    for (size_t d = 0; d < sizes.size(); ++d) extent += (sizes[d] - 1) * strides[d];
+    memory.resize((first + (numel() > 0 ? extent : 0)) * element_size(dtype));
+    fill([=](int64_t) { return oracle::random_bits(dtype, rng); });
+  }
+  Tensor(DType dtype, int64_t n, int64_t first = 0) : Tensor(dtype, Shape{n}, Shape{1}, first) {}
+
+  template <class Bits>
+  void fill(Bits bits_at) {  // every element in memory, the ones in gaps too
+    const int64_t n = static_cast<int64_t>(memory.size()) / element_size(dtype);
+    for (int64_t i = 0; i < n; ++i) {
+      const uint64_t bits = bits_at(i);  // its low bytes come first, as on all machines we run on
+      std::memcpy(memory.data() + i * element_size(dtype), &bits, element_size(dtype));
+    }
+  }
+  int64_t numel() const {
+    return std::accumulate(sizes.begin(), sizes.end(), int64_t{1}, std::multiplies<int64_t>());
+  }
+  const unsigned char* data() const { return memory.data() + first * element_size(dtype); }
+  TensorView view() const {
+    return {data(), dtype, numel(), static_cast<int>(sizes.size()), sizes.data(), strides.data()};
+  }
+  std::vector<double> values() const {  // in row-major order of the logical index
+    std::vector<double> out;
+    for (int64_t i = 0; i < numel(); ++i) {
+      int64_t rest = i, offset = 0;
+      for (size_t d = sizes.size(); d-- > 0; rest /= sizes[d]) {
+        offset += rest % sizes[d] * strides[d];
+      }
+      uint64_t bits = 0;
+      std::memcpy(&bits, data() + offset * element_size(dtype), element_size(dtype));
+      out.push_back(oracle::decode(dtype, bits));
+    }
+    return out;
+  }
+};
+
+inline std::vector<Moments> summaries_of(const std::vector<const Tensor*>& tensors,
+                                         const Kernels& kernels, Pool pool = nullptr) {
+  std::vector<Moments> states(tensors.size());
+  std::vector<TensorView> views;
+  std::vector<Moments*> out;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    states[i].count = -7;  // overwritten, or seen
+    views.push_back(tensors[i]->view());
+    out.push_back(&states[i]);
+  }
+  summarize(views, out, kernels, pool);
+  return states;
+}
+
+inline Moments summary_of(const Tensor& tensor, const Kernels& kernels) {
+  return summaries_of({&tensor}, kernels)[0];
+}
+
+inline void check_at_every_level(const std::string& what, const Tensor& t,
+                                 const oracle::Bounds& bounds) {
+  const auto truth = oracle::truth_of(t.values());
+  for (const Kernels* kernels : available_kernels()) {
+    check::at(std::string(kernels->name) + " " + name_of(t.dtype) + " " + what);
+    oracle::check_state(summary_of(t, *kernels), truth, bounds);
+  }
+}
+
+}  // namespace paramstats::cpu::test
