@@ -12,7 +12,7 @@ NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-cpp test-huge sanitize bench check format clean
+.PHONY: help demo test test-cpp test-arm64 test-huge sanitize bench check format clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,15 @@ test-cpp:  ## the C++ tests of the state and the kernels, without torch
 		-o build/cpp/test_kernels
 	build/cpp/test_moments
 	build/cpp/test_kernels
+
+test-arm64:  ## the C++ tests for arm64, emulated (g++-aarch64-linux-gnu, qemu-user)
+	@mkdir -p build/cpp
+	aarch64-linux-gnu-g++ -static -std=c++17 -O2 tests/cpp/test_moments.cpp \
+		-o build/cpp/moments_arm64
+	aarch64-linux-gnu-g++ -static -std=c++17 -O2 -pthread tests/cpp/test_kernels.cpp \
+		csrc/cpu/*.cpp -o build/cpp/kernels_arm64
+	qemu-aarch64 build/cpp/moments_arm64
+	qemu-aarch64 build/cpp/kernels_arm64
 
 test-huge: $(VENV)/installed  ## tensors of more than 2^31 elements (5 GB of memory)
 	$(BIN)/python -m pytest --quiet -m huge
