@@ -1,0 +1,131 @@
+"""The things that are timed, each a function of a model, all for the same figures.
+
+They return the figures as whoever calls them would take them. What makes them comparable for the
+check, `Contestant.figures`, is not timed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+import paramstats
+from benches.exact import PARAMSTATS, TORCH, Figures, Tolerances
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One way to get at the figures of every parameter and gradient."""
+
+    name: str
+    run: Callable[[nn.Module], Any]
+    figures: Callable[[Any], dict[str, Figures]]
+    """What `run` returned, by `models.tensors`' names."""
+    tolerances: Tolerances
+    engine: str | None = None
+    """The engine of paramstats that is forced, if any."""
+
+
+# ---- what paramstats replaces -------------------------------------------------------------------
+
+
+def item_loop(model: nn.Module) -> dict[str, Figures]:
+    log: dict[str, Figures] = {}
+    for name, p in model.named_parameters():
+        log[name] = (
+            p.mean().item(), p.std().item(), p.norm().item(), (p == 0).float().mean().item()
+        )  # fmt: skip
+        g = p.grad
+        if g is not None:
+            log[f"{name}.grad"] = (
+                g.mean().item(), g.std().item(), g.norm().item(), (g == 0).float().mean().item()
+            )  # fmt: skip
+    return log
+
+
+item_loop_no_grad = torch.no_grad()(item_loop)
+
+
+# ---- what a careful user would write instead ----------------------------------------------------
+
+
+@torch.no_grad()
+def batched_torch(model: nn.Module) -> dict[str, Figures]:
+    """One wait for all; zeros are counted without the loop's two temporaries."""
+    names, figures = [], []
+    for name, p in model.named_parameters():
+        for key, t in ((name, p), (f"{name}.grad", p.grad)):
+            if t is not None:
+                zero_fraction = (t.numel() - t.count_nonzero()) / t.numel()
+                names.append(key)
+                figures += [t.mean(), t.std(), t.norm(), zero_fraction]
+    rows = torch.stack(figures).view(-1, 4).tolist()
+    return {name: tuple(row) for name, row in zip(names, rows, strict=True)}
+
+
+@torch.no_grad()
+def foreach_norm_only(model: nn.Module) -> dict[str, float]:
+    """One figure of the four."""
+    names, tensors = [], []
+    for name, p in model.named_parameters():
+        for key, t in ((name, p), (f"{name}.grad", p.grad)):
+            if t is not None:
+                names.append(key)
+                tensors.append(t)
+    norms = torch.stack(torch._foreach_norm(tensors)).tolist()
+    return dict(zip(names, norms, strict=True))
+
+
+def _only_norms(norms: dict[str, float]) -> dict[str, Figures]:
+    return {name: (None, None, norm, None) for name, norm in norms.items()}
+
+
+# ---- paramstats -----------------------------------------------------------------------------
+
+
+def scalars(model: nn.Module) -> dict[str, float]:
+    """To the last float, as the loops: what a logger is handed."""
+    return paramstats.summarize(model).scalars(totals=False)
+
+
+def _from_summary(summary: paramstats.Summary) -> dict[str, Figures]:
+    figures = {}
+    for name, entry in summary.items():
+        figures[name] = _four(entry)
+        if entry.grad is not None:
+            figures[f"{name}.grad"] = _four(entry.grad)
+    return figures
+
+
+def _four(stats: paramstats.TensorStats) -> Figures:
+    return stats.mean, stats.std, stats.norm, stats.zero_fraction
+
+
+def _from_scalars(values: dict[str, float]) -> dict[str, Figures]:
+    figures: dict[str, list[float]] = {}
+    for key, value in values.items():  # mean, std, norm and zero_fraction of a tensor in a row
+        kind_and_stat, _, name = key.partition("/")
+        kind = kind_and_stat.partition("_")[0]
+        figures.setdefault(f"{name}.grad" if kind == "grad" else name, []).append(value)
+    return {name: (four[0], four[1], four[2], four[3]) for name, four in figures.items()}
+
+
+def _as_it_is(figures: dict[str, Figures]) -> dict[str, Figures]:
+    return figures
+
+
+CONTESTANTS = (
+    Contestant("paramstats", paramstats.summarize, _from_summary, PARAMSTATS),
+    Contestant("paramstats_scalars", scalars, _from_scalars, PARAMSTATS),
+    Contestant(
+        "paramstats_reference", paramstats.summarize, _from_summary, PARAMSTATS, "reference"
+    ),
+    Contestant("item_loop", item_loop, _as_it_is, TORCH),
+    Contestant("item_loop_no_grad", item_loop_no_grad, _as_it_is, TORCH),
+    Contestant("batched_torch", batched_torch, _as_it_is, TORCH),
+    Contestant("foreach_norm_only", foreach_norm_only, _only_norms, TORCH),
+)

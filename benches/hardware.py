@@ -1,0 +1,87 @@
+"""What a run was measured on, and with what."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import paramstats
+
+LEAST_FREE = 0.9
+"""Share of the processors that must be free for a timing to be published (`FreeShare`)."""
+
+
+def cores() -> int:
+    """Processors that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+class FreeShare:
+    """The share of all processors that was this process's own or idle since this was made.
+
+    What is missing to 1 went to others, and a timing under such company is not to be believed.
+    """
+
+    def __init__(self) -> None:
+        self._begin = _times()
+
+    def __call__(self) -> float | None:
+        """None where /proc/stat does not tell."""
+        end = _times()
+        if self._begin is None or end is None or end[0] == self._begin[0]:
+            return None
+        return min(1.0, (end[1] - self._begin[1]) / (end[0] - self._begin[0]))
+
+
+def _times() -> tuple[float, float] | None:
+    """Seconds of all processors together; of those, idle ones and this process's own."""
+    try:
+        fields = Path("/proc/stat").read_text().splitlines()[0].split()[1:9]
+    except OSError:
+        return None
+    ticks = [int(field) / os.sysconf("SC_CLK_TCK") for field in fields]
+    idle = ticks[3] + ticks[4]  # idle, iowait
+    return sum(ticks), idle + time.process_time()
+
+
+def describe(device: str) -> dict[str, Any]:
+    """Hardware, versions, engine and date, ready for JSON; nothing that names the machine."""
+    backend = paramstats.backend()
+    on_gpu = device == "cuda" and torch.cuda.is_available()
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": device,
+        "hardware": {
+            "cpu": _cpu(),
+            "cores": cores(),
+            "threads": torch.get_num_threads(),
+            "gpu": torch.cuda.get_device_name() if on_gpu else None,
+        },
+        "versions": {
+            "paramstats": backend.version,
+            "torch": backend.torch,
+            "python": platform.python_version(),
+        },
+        "engine": backend.cuda if device == "cuda" else backend.cpu,
+        "simd": backend.simd,
+    }
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        key, _, value = line.partition(":")
+        if key.strip() == "model name":
+            return value.strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,111 @@
+// The memory limit: what it costs to read some memory and do next to nothing with it.
+//
+// It adds up all bytes as 64-bit words, one SIMD addition for 64 bytes; the sum proves that every
+// byte was read. read_only.py compiles this on the spot and keeps the prefetch distance that is
+// fastest for the memory at hand.
+//
+// c++ -std=c++20 -O3 -march=native -shared -fPIC -pthread read_only.cpp
+#include <atomic>
+#include <cstdint>
+#include <cstring>
+#include <deque>
+#include <thread>
+
+namespace {
+
+// ---- one thread ----------------------------------------------------------------------------
+
+constexpr int kVectorBytes = 64;
+constexpr int kUnroll = 8;  // independent sums, so that no addition waits for another
+typedef uint64_t Words __attribute__((vector_size(kVectorBytes)));
+
+// kAhead: how many bytes ahead of the read memory is asked for; 0 leaves it to the processor.
+template <int kAhead>
+uint64_t sum_words(const char* p, int64_t size) {
+  constexpr int kStep = kUnroll * kVectorBytes;
+  Words sums[kUnroll] = {};
+  int64_t i = 0;
+  for (; i + kStep <= size; i += kStep) {
+    for (int u = 0; u < kUnroll; ++u) {
+      const char* from = p + i + u * kVectorBytes;
+      if (kAhead > 0) __builtin_prefetch(from + kAhead);
+      Words words;
+      std::memcpy(&words, from, sizeof(words));
+      sums[u] += words;
+    }
+  }
+  uint64_t sum = 0;
+  for (const Words& s : sums) {
+    for (int l = 0; l < kVectorBytes / 8; ++l) sum += s[l];
+  }
+  for (; i < size; i += 8) {
+    uint64_t word = 0;
+    std::memcpy(&word, p + i, size - i < 8 ? size - i : 8);
+    sum += word;
+  }
+  return sum;
+}
+
+// ---- several threads -----------------------------------------------------------------------
+
+struct Job {
+  const char* const* starts;
+  const int64_t* sizes;
+  int64_t pieces;
+  uint64_t (*reader)(const char*, int64_t);
+  std::atomic<int64_t> next;  // pieces are taken one by one: a slow thread holds up no other
+  std::atomic<uint64_t> sum;
+  std::atomic<int> working;
+};
+Job job;
+
+void take_pieces() {
+  uint64_t sum = 0;
+  for (int64_t i; (i = job.next.fetch_add(1, std::memory_order_relaxed)) < job.pieces;) {
+    sum += job.reader(job.starts[i], job.sizes[i]);
+  }
+  job.sum.fetch_add(sum, std::memory_order_relaxed);
+}
+
+// Threads stay, and stay awake for about a millisecond: OpenMP's, on which torch and paramstats
+// run, do too, and starting one takes tens of microseconds.
+constexpr int kYields = 2000;
+
+struct alignas(64) Helper {
+  std::atomic<int> asked{0};  // how often it was asked for help
+
+  void serve() {
+    for (int served = 0;; ++served) {
+      for (int i = 0; i < kYields && asked.load() == served; ++i) std::this_thread::yield();
+      asked.wait(served);
+      take_pieces();
+      job.working.fetch_sub(1, std::memory_order_release);
+    }
+  }
+};
+
+}  // namespace
+
+// Reads `pieces` pieces of memory with up to `threads` threads; one call at a time. Returns the sum
+// of their 64-bit words, modulo 2^64, the last word of a piece filled up with zeros.
+extern "C" uint64_t read_only(const char* const* starts, const int64_t* sizes, int64_t pieces,
+                              int threads, int ahead) {
+  static auto& helpers = *new std::deque<Helper>;  // never destroyed: its threads run to the end
+  while (static_cast<int>(helpers.size()) < threads - 1) {
+    std::thread(&Helper::serve, &helpers.emplace_back()).detach();
+  }
+  job.starts = starts;
+  job.sizes = sizes;
+  job.pieces = pieces;
+  job.reader = ahead == 0 ? sum_words<0> : ahead <= 4096 ? sum_words<4096> : sum_words<16384>;
+  job.next = 0;
+  job.sum = 0;
+  job.working = threads - 1;
+  for (int k = 0; k < threads - 1; ++k) {
+    helpers[k].asked.fetch_add(1);
+    helpers[k].asked.notify_one();
+  }
+  take_pieces();
+  while (job.working.load(std::memory_order_acquire) > 0) std::this_thread::yield();
+  return job.sum;
+}

@@ -1,0 +1,121 @@
+"""Runs the benchmarks and writes what came out: a JSON file of medians, and the README's tables.
+
+    python -m benches.report                      runs `pytest benches` first
+    python -m benches.report --json FILE          takes what `pytest benches --benchmark-json` wrote
+    python -m benches.report --dry-run            prints, and writes nothing
+
+The tables go between two lines of README.md, <!-- benchmark:begin --> and <!-- benchmark:end -->
+(benchmark-cuda for a run on CUDA).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benches.hardware import LEAST_FREE
+from benches.tables import render
+
+_HERE = Path(__file__).parent
+_RESULTS = _HERE / "results"
+_README = _HERE.parent / "README.md"
+
+_MOST_SPREAD = 0.2
+"""Interquartile range, in parts of the median, that a timing to be published may have."""
+
+Report = dict[str, Any]
+
+
+def run(device: str) -> dict[str, Any]:
+    """Everything that pytest-benchmark has to say about a run."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "benchmark.json"
+        command = (sys.executable, "-m", "pytest", str(_HERE), "-q", "--device", device)
+        done = subprocess.run([*command, f"--benchmark-json={out}"], cwd=_HERE.parent, check=False)
+        if done.returncode != 0 or not out.exists():
+            sys.exit("benches.report: the benchmarks did not pass, so nothing is reported")
+        return json.loads(out.read_text())  # type: ignore[no-any-return]
+
+
+def condense(raw: dict[str, Any]) -> Report:
+    """Medians by case and contestant, how steady they were, and where they were measured."""
+    if "benches" not in raw.get("machine_info", {}):
+        sys.exit("benches.report: expected a file of `pytest benches --benchmark-json`")
+    if not raw["benchmarks"]:
+        sys.exit("benches.report: nothing was measured (see the reasons of what was skipped)")
+    cases: dict[str, Any] = {}
+    for entry in raw["benchmarks"]:
+        about = dict(entry["extra_info"])
+        contestant, free = about.pop("contestant"), about.pop("free")
+        errors = about.pop("errors", None)
+        empty: dict[str, Any] = {"median_s": {}, "iqr_s": {}, "free": {}, "error": {}}
+        case = cases.setdefault(about.pop("case"), {**about, **empty})
+        case["median_s"][contestant] = entry["stats"]["median"]
+        case["iqr_s"][contestant] = entry["stats"]["iqr"]
+        case["free"][contestant] = free
+        if errors:
+            case["error"][contestant] = errors
+    return {**raw["machine_info"]["benches"], "cases": cases}
+
+
+def noisy(report: Report) -> list[str]:
+    """Medians that a second run may not confirm, and why."""
+    found = []
+    for name, case in report["cases"].items():
+        for contestant, median in case["median_s"].items():
+            spread, free = case["iqr_s"][contestant] / median, case["free"][contestant]
+            if spread > _MOST_SPREAD or (free is not None and free < LEAST_FREE):
+                free_text = "" if free is None else f", {free:.0%} of the processors free"
+                found.append(f"{name}: {contestant}, spread {spread:.0%}{free_text}")
+    return found
+
+
+def place(text: str, tables: str, device: str) -> str | None:
+    """`text` with the tables between its markers; None where it has none."""
+    name = "benchmark" if device == "cpu" else f"benchmark-{device}"
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    before, found, rest = text.partition(begin)
+    _, ended, after = rest.partition(end)
+    if not (found and ended):
+        return None
+    return f"{before}{begin}\n{tables}\n{end}{after}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser("python -m benches.report", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--json", type=Path, help="of `pytest benches --benchmark-json`")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--name", help="of the file in benches/results (default: the processor's)")
+    parser.add_argument("--dry-run", action="store_true", help="print the tables, write nothing")
+    options = parser.parse_args()
+
+    raw = json.loads(options.json.read_text()) if options.json else run(options.device)
+    report = condense(raw)
+    hardware = report["hardware"]
+    name = options.name or f"{hardware['gpu'] or hardware['cpu']} {hardware['threads']} threads"
+    path = _RESULTS / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
+    tables = render(report)
+    print(tables, end="\n\n")
+    for what in noisy(report):
+        print(f"noisy, better measured again: {what}")
+    if options.dry_run:
+        return
+    _RESULTS.mkdir(exist_ok=True)
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"medians: {path.relative_to(_HERE.parent)}")
+    text = place(_README.read_text(), tables, report["device"])
+    if text is None:
+        print("README.md is left as it is: it has no two lines for these tables (see --help)")
+    else:
+        _README.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
