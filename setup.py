@@ -8,6 +8,7 @@ a failure an error; PARAMSTATS_NO_NATIVE=1 does not try.
 import json
 import os
 import platform
+import shlex
 import sys
 import sysconfig
 from pathlib import Path
@@ -23,6 +24,7 @@ HEADERS = sorted(
     str(path.relative_to(ROOT)) for path in [*ROOT.glob("csrc/*.h"), *ROOT.glob("csrc/cpu/*.h")]
 )
 COMPILE_ARGS = ["-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
+COMPILE_ARGS += shlex.split(os.environ.get("PARAMSTATS_CFLAGS", ""))
 STRICT = os.environ.get("PARAMSTATS_STRICT_BUILD", "0") not in ("", "0")
 UNWANTED = os.environ.get("PARAMSTATS_NO_NATIVE", "0") not in ("", "0")
 

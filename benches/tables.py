@@ -25,7 +25,7 @@ _MODEL_HEAD = (
     "parameters and gradients of",
     "paramstats",
     "GB/s",
-    "and `scalars()`",
+    "with `scalars()`",
     "`.item()` loop",
     "batched torch",
     "`_foreach_norm`",
