@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import shlex
+import site
 import sys
 import sysconfig
 from pathlib import Path
@@ -39,7 +40,8 @@ def import_torch():
     try:
         import torch
     except ImportError:
-        sys.path.append(sysconfig.get_paths()["purelib"])
+        paths = sysconfig.get_paths()
+        sys.path += [paths["purelib"], paths["platlib"], site.getusersitepackages()]
         import torch
     return torch
 
@@ -89,6 +91,7 @@ def native_extension(outcome):
 
         def run(self):
             error = "the compiler made no library"
+            inplace = self.inplace  # which run() changes, and not back where it fails
             built = [Path(self.get_ext_fullpath(e.name)) for e in self.extensions]
             built += [Path(self.build_lib) / self.get_ext_filename(e.name) for e in self.extensions]
             for path in built:  # an earlier build's, for another torch perhaps
@@ -98,7 +101,7 @@ def native_extension(outcome):
             except (Exception, SystemExit) as e:
                 error = f"{type(e).__name__}: {e}".strip().splitlines()[0]
             package = Path(self.get_finalized_command("build_py").get_package_dir("paramstats"))
-            if not self.inplace:
+            if not inplace:
                 package = Path(self.build_lib) / "paramstats"
             if any(path.exists() for path in built):
                 outcome.native = True

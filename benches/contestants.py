@@ -27,7 +27,7 @@ class Contestant:
     """What `run` returned, by `models.tensors`' names."""
     tolerances: Tolerances
     engine: str | None = None
-    """The engine of paramstats that is forced, if any."""
+    """The engine that paramstats must run on."""
 
 
 # ---- what paramstats replaces -------------------------------------------------------------------
@@ -119,8 +119,8 @@ def _as_it_is(figures: dict[str, Figures]) -> dict[str, Figures]:
 
 
 CONTESTANTS = (
-    Contestant("paramstats", paramstats.summarize, _from_summary, PARAMSTATS),
-    Contestant("paramstats_scalars", scalars, _from_scalars, PARAMSTATS),
+    Contestant("paramstats", paramstats.summarize, _from_summary, PARAMSTATS, "native"),
+    Contestant("paramstats_scalars", scalars, _from_scalars, PARAMSTATS, "native"),
     Contestant(
         "paramstats_reference", paramstats.summarize, _from_summary, PARAMSTATS, "reference"
     ),

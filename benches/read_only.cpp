@@ -48,21 +48,31 @@ uint64_t sum_words(const char* p, int64_t size) {
 
 // ---- several threads -----------------------------------------------------------------------
 
+// A thread's share of the pieces: at every call the same memory, which its core may have kept.
+struct alignas(64) Share {
+  std::atomic<int64_t> next;
+  int64_t end;
+};
+
 struct Job {
   const char* const* starts;
   const int64_t* sizes;
-  int64_t pieces;
   uint64_t (*reader)(const char*, int64_t);
-  std::atomic<int64_t> next;  // pieces are taken one by one: a slow thread holds up no other
+  std::deque<Share> shares;
+  int threads;
   std::atomic<uint64_t> sum;
   std::atomic<int> working;
 };
-Job job;
+Job& job = *new Job;  // never destroyed: the threads run to the end
 
-void take_pieces() {
+// The thread's own share, then what is left of the others': a slow thread holds up no other.
+void take_pieces(int thread) {
   uint64_t sum = 0;
-  for (int64_t i; (i = job.next.fetch_add(1, std::memory_order_relaxed)) < job.pieces;) {
-    sum += job.reader(job.starts[i], job.sizes[i]);
+  for (int k = 0; k < job.threads; ++k) {
+    Share& share = job.shares[(thread + k) % job.threads];
+    for (int64_t i; (i = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end;) {
+      sum += job.reader(job.starts[i], job.sizes[i]);
+    }
   }
   job.sum.fetch_add(sum, std::memory_order_relaxed);
 }
@@ -74,11 +84,11 @@ constexpr int kYields = 2000;
 struct alignas(64) Helper {
   std::atomic<int> asked{0};  // how often it was asked for help
 
-  void serve() {
+  void serve(int thread) {
     for (int served = 0;; ++served) {
       for (int i = 0; i < kYields && asked.load() == served; ++i) std::this_thread::yield();
       asked.wait(served);
-      take_pieces();
+      take_pieces(thread);
       job.working.fetch_sub(1, std::memory_order_release);
     }
   }
@@ -90,22 +100,27 @@ struct alignas(64) Helper {
 // of their 64-bit words, modulo 2^64, the last word of a piece filled up with zeros.
 extern "C" uint64_t read_only(const char* const* starts, const int64_t* sizes, int64_t pieces,
                               int threads, int ahead) {
-  static auto& helpers = *new std::deque<Helper>;  // never destroyed: its threads run to the end
+  static auto& helpers = *new std::deque<Helper>;
   while (static_cast<int>(helpers.size()) < threads - 1) {
-    std::thread(&Helper::serve, &helpers.emplace_back()).detach();
+    Helper& helper = helpers.emplace_back();
+    std::thread(&Helper::serve, &helper, static_cast<int>(helpers.size())).detach();
+  }
+  while (static_cast<int>(job.shares.size()) < threads) job.shares.emplace_back();
+  for (int k = 0; k < threads; ++k) {
+    job.shares[k].next = pieces * k / threads;
+    job.shares[k].end = pieces * (k + 1) / threads;
   }
   job.starts = starts;
   job.sizes = sizes;
-  job.pieces = pieces;
   job.reader = ahead == 0 ? sum_words<0> : ahead <= 4096 ? sum_words<4096> : sum_words<16384>;
-  job.next = 0;
+  job.threads = threads;
   job.sum = 0;
   job.working = threads - 1;
   for (int k = 0; k < threads - 1; ++k) {
     helpers[k].asked.fetch_add(1);
     helpers[k].asked.notify_one();
   }
-  take_pieces();
+  take_pieces(0);
   while (job.working.load(std::memory_order_acquire) > 0) std::this_thread::yield();
   return job.sum;
 }

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-_PIECE = 1 << 22
+_PIECE = 1 << 20
 """Bytes that a thread takes at a time: long enough for the processor's own prefetching to run."""
 
 _AHEAD = (0, 4096, 16384)

@@ -68,7 +68,10 @@ def read_only(memory: Memory, threads: int) -> ReadOnly:
     return loop
 
 
-def test_paramstats(memory: Memory, name: str, measure: Measure) -> None:
+def test_paramstats(
+    memory: Memory, name: str, measure: Measure, use_engine: Callable[[str], None]
+) -> None:
+    use_engine("native")
     source = {"x": memory.tensor}
     stats = paramstats.summarize(source)["x"]
     figures = {"x": (stats.mean, stats.std, stats.norm, stats.zero_fraction)}

@@ -6,10 +6,12 @@
 #include <ATen/core/Tensor.h>
 #include <pybind11/pybind11.h>
 #include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/pybind.h>
 
 #include <cstring>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cpu/denormals.h"
@@ -52,8 +54,8 @@ std::optional<cpu::DType> native_dtype(at::ScalarType dtype) {
     case at::kFloat8_e4m3fn: return DType::kFloat8E4M3FN;
     case at::kFloat8_e5m2: return DType::kFloat8E5M2;
     case at::kChar: return DType::kInt8;
-    case at::kByte:
-    case at::kBool: return DType::kUInt8;
+    case at::kByte: return DType::kUInt8;
+    case at::kBool: return DType::kBool;
     case at::kShort: return DType::kInt16;
     case at::kUInt16: return DType::kUInt16;
     case at::kInt: return DType::kInt32;
@@ -90,12 +92,13 @@ std::optional<cpu::TensorView> native_view(const at::Tensor& tensor) {
 
 const cpu::Kernels* kernels = cpu::available_kernels().front();
 
-// What one call reads, and where it puts the results.
+// What one call reads, and where it puts the results. Until `run` is over no Python code may run:
+// it could let go of the memory that the views show.
 struct Work {
   std::vector<cpu::TensorView> views;
   std::vector<Moments*> out;
   std::vector<const c10::TensorImpl*> tensors;
-  py::list left;  // rows for Python to fill with torch's operators
+  std::vector<std::pair<size_t, at::Tensor>> left;  // rows for Python, and what to read
 
   explicit Work(size_t rows) {
     views.reserve(rows);
@@ -110,9 +113,13 @@ struct Work {
       out.push_back(table + row);
       tensors.push_back(tensor.unsafeGetTensorImpl());
     } else {
-      table[row] = unread(0);
-      left.append(row);
+      leave(tensor, table, row);
     }
+  }
+
+  void leave(const at::Tensor& tensor, Moments* table, size_t row) {
+    table[row] = unread(0);
+    left.emplace_back(row, tensor);
   }
 
   void run() const {
@@ -129,12 +136,18 @@ struct Work {
       torch_pool(n, task, context);
     });
   }
+
+  py::list left_for_python() const {
+    py::list rows;
+    for (const auto& [row, tensor] : left) rows.append(py::make_tuple(row, tensor));
+    return rows;
+  }
 };
 
-// A lazy parameter is a tensor of a class of its own with no elements yet.
-bool is_lazy_perhaps(PyObject* object, const at::Tensor& tensor) {
-  const c10::TensorImpl& t = *tensor.unsafeGetTensorImpl();
-  return !THPVariable_CheckExact(object) && !t.has_symbolic_sizes_strides() && t.numel() == 0;
+// A lazy parameter is a tensor of a class of its own with no elements yet. (Only of a plain tensor
+// may numel be asked: another's class may answer with Python code.)
+bool is_lazy_perhaps(PyObject* object, const c10::TensorImpl& t) {
+  return !THPVariable_CheckExact(object) && is_plain_cpu(t) && t.numel() == 0;
 }
 
 const at::Tensor& unpack(PyObject* object) {
@@ -143,6 +156,13 @@ const at::Tensor& unpack(PyObject* object) {
     throw py::type_error("read: expected a list of tensors");
   }
   return THPVariable_Unpack(object);
+}
+
+// tensor.grad where torch lets one ask for it without a warning; undefined elsewhere.
+const at::Tensor& gradient_of(const at::Tensor& tensor) {
+  static const at::Tensor none;
+  const at::Tensor& grad = tensor.unsafeGetTensorImpl()->grad();
+  return !grad.defined() || tensor.is_leaf() || tensor.retains_grad() ? grad : none;
 }
 
 py::tuple read(const py::list& tensors, bool params, bool grads) {
@@ -156,17 +176,15 @@ py::tuple read(const py::list& tensors, bool params, bool grads) {
   for (size_t i = 0; i < n; ++i) {
     PyObject* object = PyList_GET_ITEM(tensors.ptr(), static_cast<Py_ssize_t>(i));
     const at::Tensor& tensor = unpack(object);
-    if (params && is_lazy_perhaps(object, tensor)) {
-      table[i] = unread(0);
-      work.left.append(i);
-    } else if (params) {
+    const c10::TensorImpl& t = *tensor.unsafeGetTensorImpl();
+    if (params && !is_lazy_perhaps(object, t)) {
       work.add(tensor, table, i);
+    } else if (!params && is_plain_cpu(t)) {
+      table[i] = unread(t.numel());
     } else {
-      const auto& t = *tensor.unsafeGetTensorImpl();
-      table[i] = unread(t.has_symbolic_sizes_strides() ? 0 : t.numel());
+      work.leave(tensor, table, i);
     }
-    // Not Tensor::grad(), which warns where a tensor is not a leaf.
-    const at::Tensor* grad = grads ? &tensor.unsafeGetTensorImpl()->grad() : nullptr;
+    const at::Tensor* grad = grads ? &gradient_of(tensor) : nullptr;
     if (grad != nullptr && grad->defined()) {
       work.add(*grad, table, n + i);
     } else {
@@ -174,7 +192,7 @@ py::tuple read(const py::list& tensors, bool params, bool grads) {
     }
   }
   work.run();
-  return py::make_tuple(std::move(rows), std::move(work.left));
+  return py::make_tuple(std::move(rows), work.left_for_python());
 }
 
 // ---- from rows to figures ------------------------------------------------------------------
@@ -185,19 +203,30 @@ const Moments* rows_of(const py::bytes& table, size_t begin, size_t end) {
   return reinterpret_cast<const Moments*>(PyBytes_AS_STRING(table.ptr()));
 }
 
-// The rows [begin, end) as one; what is absent or unread does not count.
+bool is_absent(const Moments& a) { return a.count == kAbsent; }
+
+// The rows [begin, end) as one; what is absent or unread does not count, unless nothing was read.
 py::bytes merge_rows(const py::bytes& table, size_t begin, size_t end) {
   const cpu::WithDenormals with_denormals;
   const Moments* rows = rows_of(table, begin, end);
   Moments all;
+  int64_t unread_rows = 0, unread_count = 0, read_rows = 0;
   for (size_t i = begin; i < end; ++i) {
-    if (!is_unread(rows[i])) all = merge(all, rows[i]);
+    if (is_absent(rows[i])) continue;
+    if (is_unread(rows[i])) {
+      ++unread_rows;
+      unread_count += rows[i].count;
+    } else {
+      ++read_rows;
+      all = merge(all, rows[i]);
+    }
   }
+  if (read_rows == 0 && unread_rows > 0) all = unread(unread_count);
   return py::bytes(reinterpret_cast<const char*>(&all), sizeof(all));
 }
 
 // {keys[k]: figure}, the keys running over rows and, within a row, over `figures` (positions in
-// Figures). Absent rows have keys, too, and are passed over.
+// Figures). Absent and unread rows have keys, too, and are passed over.
 py::dict figures(const py::bytes& table, const py::list& keys, const std::vector<int>& which,
                  double correction, double grad_scale) {
   const cpu::WithDenormals with_denormals;
@@ -209,7 +238,7 @@ py::dict figures(const py::bytes& table, const py::list& keys, const std::vector
   py::dict out;
   Py_ssize_t key = 0;
   for (size_t i = 0; i < n; ++i) {
-    if (rows[i].count == kAbsent) {
+    if (is_unread(rows[i])) {  // an absent row is, too
       key += static_cast<Py_ssize_t>(which.size());
       continue;
     }

@@ -1,5 +1,7 @@
-// Reads `_parameters`, `_buffers` and `_modules` directly. No Python code runs while the tree is
-// read, so nothing can change it meanwhile (the GIL is held); only making a new layout calls out.
+// Reads `_parameters`, `_buffers` and `_modules` directly. While the tree is read no Python code
+// runs and nothing is allocated that could set off the garbage collector, so nothing can change it
+// (the GIL is held). Whatever comes after that and may run Python code, as making a list may, comes
+// after references to all that is still needed were taken.
 #include "module_walk.h"
 
 #include <ATen/core/Tensor.h>
@@ -7,6 +9,7 @@
 
 #include <string>
 #include <unordered_map>
+#include <unordered_set>
 #include <utility>
 #include <vector>
 
@@ -17,8 +20,11 @@ namespace {
 
 // Deeper than this, or more modules than this, and the tree is most likely a cycle or modules
 // shared within shared modules without end: left to Python.
-constexpr int kMaxDepth = 5000;
-constexpr size_t kMaxVisits = 2'000'000;
+constexpr int kMaxDepth = 1000;  // also what a small thread's stack holds
+constexpr size_t kMaxVisits = 200'000;
+
+// Pointers: a larger tree's memory is not kept for the next call.
+constexpr size_t kMostScratch = 1 << 20;
 
 // Interned once; never freed, because extension modules are not unloaded.
 struct Strings {
@@ -39,7 +45,7 @@ struct ModuleClass {
   ModuleClass() {
     for (const char* name :
          {"parameters", "named_parameters", "buffers", "named_buffers", "modules", "named_modules",
-          "children", "named_children", "_named_members"}) {
+          "children", "named_children", "_named_members", "__getattribute__"}) {
       listing.emplace_back(py::str(name), type.attr(name));
     }
   }
@@ -73,16 +79,43 @@ struct Tree {
   // What, compared with an earlier walk's, tells whether anything moved: for each module its
   // address, its type and the key and value of each of its entries, in order.
   std::vector<PyObject*> signature;
-  std::vector<size_t> members;  // positions in `signature` of entries that are tensors
-  size_t parameters = 0;        // how many of `members` are parameters; buffers follow
+  std::vector<Py_ssize_t> attributes;  // of each module, how many: an override may be among them
+  std::vector<size_t> members;         // positions in `signature` of entries that are tensors
+  size_t parameters = 0;               // how many of `members` are parameters; buffers follow
   size_t visits = 0;
 
-  bool operator==(const Tree& other) const { return signature == other.signature; }
+  bool operator==(const Tree& other) const {
+    return signature == other.signature && attributes == other.attributes;
+  }
+
+  void clear() {
+    signature.clear();
+    attributes.clear();
+    members.clear();
+    parameters = visits = 0;
+  }
+
+  // References to everything, so that Python code may run.
+  std::vector<py::object> owned() const {
+    std::vector<py::object> objects;
+    objects.reserve(signature.size());
+    for (PyObject* object : signature) {
+      if (object != nullptr) objects.push_back(py::reinterpret_borrow<py::object>(object));
+    }
+    return objects;
+  }
 };
 
 bool is_tensor(PyObject* object) {
   return THPVariable_CheckExact(object) ||
          PyType_IsSubtype(Py_TYPE(object), reinterpret_cast<PyTypeObject*>(THPVariableClass));
+}
+
+// Whether sizes and the like can be asked for without a subclass's Python code answering.
+bool answers_by_itself(PyObject* object) {
+  const c10::TensorImpl& t = *THPVariable_Unpack(object).unsafeGetTensorImpl();
+  return !t.key_set().has(c10::DispatchKey::Python) && !t.is_nested() &&
+         !t.has_symbolic_sizes_strides();
 }
 
 // A borrowed plain dict of the module's, or null.
@@ -102,6 +135,7 @@ bool visit(PyObject* module, PyObject* kind, int depth, Tree& tree) {
   PyObject* children = dict_of(attributes, strings().modules);
   if (own == nullptr || children == nullptr) return false;
 
+  tree.attributes.push_back(PyDict_GET_SIZE(attributes));
   tree.signature.push_back(module);
   tree.signature.push_back(reinterpret_cast<PyObject*>(Py_TYPE(module)));
   PyObject *key, *value;
@@ -109,7 +143,7 @@ bool visit(PyObject* module, PyObject* kind, int depth, Tree& tree) {
     tree.signature.push_back(key);
     tree.signature.push_back(value);
     if (value == Py_None) continue;
-    if (!is_tensor(value)) return false;
+    if (!is_tensor(value) || !answers_by_itself(value)) return false;
     tree.members.push_back(tree.signature.size() - 1);
   }
   for (Py_ssize_t i = 0; PyDict_Next(children, &i, &key, &value);) {
@@ -195,24 +229,47 @@ struct Meta {
   }
 };
 
-// The layout of one model, and all that must still be so for it to be true.
+// A class as it was when it was found to list itself plainly. Not owned: a class may own a model,
+// which would then never go.
+struct Class {
+  py::object weakref;
+  PyTypeObject* type;
+  unsigned int version;  // Python's own, which changes with the class or a base of it
+
+  explicit Class(PyTypeObject* t)
+      : weakref(py::reinterpret_steal<py::object>(
+            PyWeakref_NewRef(reinterpret_cast<PyObject*>(t), nullptr))),
+        type(t),
+        version(t->tp_version_tag) {}
+
+  bool is_unchanged() const {
+    // No other class can have the address of one that is alive.
+    PyObject* alive = nullptr;
+    if (!weakref || PyWeakref_GetRef(weakref.ptr(), &alive) != 1) return false;
+    Py_DECREF(alive);  // not the last reference: an instance in the tree holds one
+    return version != 0 && type->tp_version_tag == version;
+  }
+};
+
+// The layout of one model, and all that must still be so for it to be true. Modules and tensors are
+// not owned either: that two pointers of a live model are equal means what it meant before, even if
+// both objects were exchanged.
 struct Entry {
   Tree tree;
   std::vector<size_t> rows;  // positions in the signature of each tensor's first name
   std::vector<Meta> metas;   // one a row
+  std::vector<Class> classes;
+  std::vector<py::object> keys;  // owned: their addresses must stay theirs, and they own nothing
   py::object layout;
-  std::vector<py::object> kept;  // keys and types, so that their addresses stay theirs
   py::object weakref;
 
-  // Modules and tensors are not kept: a live model's are alive, and that two of its pointers are
-  // equal means what it meant before, even if both objects were exchanged.
-  void keep() {
-    const auto& s = tree.signature;
-    for (PyObject* object : s) {
-      if (object == nullptr) continue;
-      if (PyUnicode_Check(object) || PyType_Check(object)) {
-        kept.push_back(py::reinterpret_borrow<py::object>(object));
-      }
+  void remember(Tree t) {
+    tree = std::move(t);
+    std::unordered_set<PyObject*> seen;
+    for (PyObject* object : tree.signature) {
+      if (object == nullptr || !seen.insert(object).second) continue;
+      if (PyType_Check(object)) classes.emplace_back(reinterpret_cast<PyTypeObject*>(object));
+      if (PyUnicode_Check(object)) keys.push_back(py::reinterpret_borrow<py::object>(object));
     }
   }
 };
@@ -232,18 +289,26 @@ py::object weakref_that_forgets(PyObject* module, bool buffers) {
   return ref;
 }
 
+// A list of the rows' tensors. Making one may set off the garbage collector, hence the references
+// taken before.
 py::list tensors_of(const Tree& tree, const std::vector<size_t>& rows) {
-  py::list tensors(rows.size());
-  for (size_t i = 0; i < rows.size(); ++i) {
-    PyObject* tensor = tree.signature[rows[i]];
-    Py_INCREF(tensor);
-    PyList_SET_ITEM(tensors.ptr(), static_cast<Py_ssize_t>(i), tensor);
+  std::vector<py::object> tensors;
+  tensors.reserve(rows.size());
+  for (size_t row : rows) {
+    tensors.push_back(py::reinterpret_borrow<py::object>(tree.signature[row]));
   }
-  return tensors;
+  py::list out(rows.size());
+  for (size_t i = 0; i < rows.size(); ++i) {
+    PyList_SET_ITEM(out.ptr(), static_cast<Py_ssize_t>(i), tensors[i].release().ptr());
+  }
+  return out;
 }
 
 bool still_true(const Entry& entry, const Tree& tree) {
   if (!(entry.tree == tree)) return false;
+  for (const Class& c : entry.classes) {
+    if (!c.is_unchanged()) return false;
+  }
   for (size_t i = 0; i < entry.rows.size(); ++i) {
     if (!entry.metas[i].describes(tree.signature[entry.rows[i]])) return false;
   }
@@ -276,8 +341,7 @@ bool make_entry(Tree tree, py::handle make_layout, Entry& entry) {
     first[i] = py::str(all[0]);
     others[i] = rest;
   }
-  entry.tree = std::move(tree);
-  entry.keep();
+  entry.remember(std::move(tree));
   const py::list tensors = tensors_of(entry.tree, entry.rows);
   entry.layout = make_layout(first, others, parameters, tensors);  // may run any Python code
   return true;
@@ -288,36 +352,32 @@ bool make_entry(Tree tree, py::handle make_layout, Entry& entry) {
 py::object walk(py::handle module, bool buffers, py::handle make_layout) {
   thread_local Tree scratch;  // its memory is used again from call to call
   Tree tree = std::move(scratch);
-  tree.signature.clear();
-  tree.members.clear();
-  tree.visits = 0;
+  tree.clear();
+  const auto put_back = [](Tree& t) {
+    if (t.signature.capacity() < kMostScratch) scratch = std::move(t);
+  };
   if (!read_tree(module.ptr(), buffers, tree)) {
     PyErr_Clear();
-    scratch = std::move(tree);
+    put_back(tree);
     return py::none();
   }
-  try {
-    const auto found = cache(buffers).find(module.ptr());
-    if (found != cache(buffers).end() && still_true(found->second, tree)) {
-      py::list tensors = tensors_of(tree, found->second.rows);
-      py::object layout = found->second.layout;
-      scratch = std::move(tree);
-      return py::make_tuple(std::move(layout), std::move(tensors));
-    }
-    // Held while make_layout runs Python code that could drop a tensor from the model.
-    std::vector<py::object> alive;
-    for (size_t m : tree.members) {
-      alive.push_back(py::reinterpret_borrow<py::object>(tree.signature[m]));
-    }
-    Entry entry;
-    if (!make_entry(std::move(tree), make_layout, entry)) return py::none();
-    py::tuple result = py::make_tuple(entry.layout, tensors_of(entry.tree, entry.rows));
-    entry.weakref = weakref_that_forgets(module.ptr(), buffers);
-    if (entry.weakref) cache(buffers).insert_or_assign(module.ptr(), std::move(entry));
-    return result;
-  } catch (const c10::Error&) {  // a tensor without sizes: symbolic, nested
-    return py::none();
+  const auto found = cache(buffers).find(module.ptr());
+  if (found != cache(buffers).end() && still_true(found->second, tree)) {
+    py::object layout = found->second.layout;  // before anything that may change the cache
+    py::list tensors = tensors_of(tree, found->second.rows);
+    put_back(tree);
+    return py::make_tuple(std::move(layout), std::move(tensors));
   }
+  const std::vector<py::object> owned = tree.owned();
+  Entry entry;
+  if (!make_entry(std::move(tree), make_layout, entry)) return py::none();
+  py::tuple result = py::make_tuple(entry.layout, tensors_of(entry.tree, entry.rows));
+  entry.weakref = weakref_that_forgets(module.ptr(), buffers);
+  if (entry.weakref) {
+    // The old entry goes after the new one is in: letting go of it may run Python code.
+    std::swap(cache(buffers)[module.ptr()], entry);
+  }
+  return result;
 }
 
 size_t cached_layouts() { return cache(false).size() + cache(true).size(); }

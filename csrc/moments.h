@@ -125,12 +125,18 @@ inline void update(Moments& state, const double* x, int64_t n) {
     // next to the limit of double it is not infinite.
     block.mean = block.mean < block.min ? block.min : block.mean;
     block.mean = block.mean > block.max ? block.max : block.mean;
-    double squares[kLanes] = {};
+    double squares[kLanes] = {}, shifts[kLanes] = {};
     for (int64_t i = 0; i < n; ++i) {
       const double d = std::fabs(x[i]) <= kMax ? x[i] - block.mean : 0.0;
       squares[i % kLanes] += d * d;
+      shifts[i % kLanes] += d;
     }
     for (double s : squares) block.m2 += s;
+    // What is left of the mean's rounding, which shows where deviations are as small as it.
+    double shift = 0;
+    for (double s : shifts) shift += s;
+    const double off = shift * (shift / static_cast<double>(finite_n));
+    if (off <= kMax && off <= block.m2) block.m2 -= off;
   }
   state = merge(state, block);
 }
@@ -201,7 +207,7 @@ inline Figures finalize(const Moments& a, double correction) {
 PARAMSTATS_HD inline Moments scaled(const Moments& a, double factor) {
   Moments out = a;
   out.mean *= factor;
-  out.m2 *= factor * factor;
+  out.m2 = a.m2 * factor * factor;  // in this order: factor * factor may overflow alone
   out.min *= factor;
   out.max *= factor;
   return out;

@@ -22,8 +22,8 @@ from paramstats import walk as python_walk
 _ENGINE_VARIABLE = "PARAMSTATS_BACKEND"
 _SIMD_VARIABLE = "PARAMSTATS_SIMD"
 _REBUILD = (
-    "pip install --force-reinstall --no-cache-dir --no-deps paramstats, with a C++17 compiler "
-    "in an environment that has torch"
+    "pip install --force-reinstall --no-deps . in a checkout of paramstats, with a C++ compiler, "
+    "in an environment that has torch (uv: --no-build-isolation, too)"
 )
 
 
@@ -34,8 +34,8 @@ class Engine:
     name: str
     walk: Callable[..., Any]
     """`(module, buffers, make_layout) -> (layout, tensors)`, or None: use the Python walk."""
-    read: Callable[[list[torch.Tensor], bool, bool], tuple[bytes, list[int]]]
-    """`(tensors, params, grads) -> (table, rows left for reference.fill)`."""
+    read: Callable[[list[torch.Tensor], bool, bool], tuple[bytes, reference.Left]]
+    """`(tensors, params, grads) -> (table, what is left for reference.fill)`."""
     merge_rows: Callable[[bytes, int, int], bytes]
     figures: Callable[[bytes, list[str], list[int], float, float], dict[str, float]]
     native: Any = None
@@ -71,7 +71,7 @@ class Backend:
             f"  CUDA tensors  {self.cuda} (torch operators on the device, one transfer)",
         ]
         if self.missing:
-            lines.append(f"  native engine missing: {self.missing}")
+            lines.append(f"  why not native: {self.missing}")
         return "\n".join(lines)
 
 
@@ -96,7 +96,7 @@ def choose(wanted: str | None) -> Engine:
             f"paramstats: expected {_ENGINE_VARIABLE} to be native or reference, got '{wanted}'"
         )
     if wanted == "reference":
-        return _reference(f"{_ENGINE_VARIABLE}=reference asks for the other")
+        return _reference(f"{_ENGINE_VARIABLE}=reference was set")
     native, missing = _load_native()
     if native is not None:
         _set_simd_level(native)
@@ -155,7 +155,7 @@ def _load_native() -> tuple[Any, str | None]:
     except (OSError, ValueError):
         record = {}
     if not record.get("native"):
-        reason = record.get("reason") or "it was never built"
+        reason = record.get("reason") or f"it was never built in {Path(__file__).parent}"
         return None, f"the native engine is not installed: {reason}. To get it: {_REBUILD}"
     built, running = (_minor(v) for v in (record.get("torch") or "", torch.__version__))
     if built != running:

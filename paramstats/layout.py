@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
@@ -13,6 +13,14 @@ Patterns = tuple[re.Pattern[str], ...]
 
 _MOST_KEPT = 16
 """Templates and selections remembered: a caller with new ones each step must not fill memory."""
+
+
+class Keys(NamedTuple):
+    """What the figures of a summary are called in a logger."""
+
+    rows: list[str]
+    total: dict[str, list[str]]
+    are_distinct: bool
 
 
 class Layout:
@@ -52,7 +60,7 @@ class Layout:
         self.devices = devices
         self.requires_grad = requires_grad
         self._index: dict[str, int] | None = None
-        self._keys: dict[Any, list[str]] = {}
+        self._keys: dict[Any, Keys] = {}
         self._selections: dict[Any, tuple[Layout, list[int]]] = {}
 
     @classmethod
@@ -90,20 +98,38 @@ class Layout:
             self._index = index
         return self._index
 
+    def row(self, row: int) -> tuple[Any, ...]:
+        """All that is known of a row."""
+        return (
+            self.names[row],
+            self.aliases[row],
+            self.shapes[row],
+            self.dtypes[row],
+            self.devices[row],
+            self.requires_grad[row],
+        )
+
+    def row_name(self, row: int) -> str:
+        """What a row of the table is called: gradients follow the tensors."""
+        n = len(self.names)
+        return self.names[row] if row < n else f"{self.names[row - n]} (gradient)"
+
     def kind(self, row: int) -> str:
         return "param" if row < self.parameters else "buffer"
 
-    def keys(self, template: str, stats: tuple[str, ...]) -> list[str]:
-        """Logger keys of all rows, their gradients after them; made once."""
+    def keys(self, template: str, stats: tuple[str, ...]) -> Keys:
+        """Logger keys of all rows, their gradients after them, and of the total; made once."""
         made = self._keys.get((template, stats))
         if made is None:
-            made = [
-                template.format(kind=kind, stat=stat, name=name)
-                for grads in (False, True)
-                for row, name in enumerate(self.names)
-                for kind in ("grad" if grads else self.kind(row),)
-                for stat in stats
-            ]
+
+            def some(kind: str, name: str) -> list[str]:
+                return [template.format(kind=kind, stat=stat, name=name) for stat in stats]
+
+            own = [k for row, name in enumerate(self.names) for k in some(self.kind(row), name)]
+            grads = [k for name in self.names for k in some("grad", name)]
+            total = {kind: some(kind, "total") for kind in ("param", "grad")}
+            everything = [*own, *grads, *total["param"], *total["grad"]]
+            made = Keys([*own, *grads], total, len(set(everything)) == len(everything))
             _remember(self._keys, (template, stats), made)
         return made
 
@@ -167,10 +193,10 @@ def is_lazy(tensor: torch.Tensor) -> bool:
 
 
 def _shape(tensor: torch.Tensor) -> tuple[int, ...] | None:
-    """None where there is no shape yet (a lazy parameter) or none in integers (nested)."""
+    """None where there is no shape yet (a lazy parameter) or none in integers."""
     if is_lazy(tensor):
         return None
     try:
         return tuple(int(size) for size in tensor.shape)
-    except RuntimeError:
+    except Exception:  # whatever a subclass raises that has no such shape
         return None

@@ -96,50 +96,44 @@ def merge(a: Moments, b: Moments) -> Moments:
 def scaled(a: Moments, factor: float) -> Moments:
     """The state of the elements times `factor` > 0."""
     return a._replace(
-        mean=a.mean * factor, m2=a.m2 * (factor * factor), min=a.min * factor, max=a.max * factor
+        mean=a.mean * factor, m2=a.m2 * factor * factor, min=a.min * factor, max=a.max * factor
     )
 
 
 def finalize_finite(a: Moments, correction: float) -> Figures:
     """The figures of the finite elements alone."""
     n = finite_count(a)
-    if is_unread(a) or n == 0:
-        norm = 0.0 if n == 0 and not is_unread(a) else NAN
-        return Figures(n, NAN, NAN, NAN, norm, NAN, NAN, NAN, NAN, a.zeros, NAN, 0, 0, 0, 0)
+    zeros = a.zeros
+    if n == 0 or is_unread(a):
+        norm = NAN if is_unread(a) else 0.0
+        return Figures(n, NAN, NAN, NAN, norm, NAN, NAN, NAN, NAN, zeros, NAN, 0, 0, 0, 0)
+    mean, m2 = a.mean, a.m2
     freedom = max(n - correction, 0)  # as in torch.var
-    var = a.m2 / freedom if freedom else (NAN if a.m2 == 0 or math.isnan(a.m2) else INF)
-    return Figures(
-        count=n,
-        mean=a.mean,
-        std=math.sqrt(var),
-        var=var,
-        norm=math.hypot(math.sqrt(a.m2), abs(a.mean) * math.sqrt(n)),
-        rms=math.hypot(math.sqrt(a.m2 / n), a.mean),
-        min=a.min,
-        max=a.max,
-        abs_max=max(abs(a.min), abs(a.max)),
-        zero_count=a.zeros,
-        zero_fraction=a.zeros / n,
-        nan_count=0,
-        pos_inf_count=0,
-        neg_inf_count=0,
-        nonfinite_count=0,
-    )
+    var = m2 / freedom if freedom else (NAN if m2 == 0 else INF)
+    norm = math.hypot(math.sqrt(m2), mean * math.sqrt(n))
+    rms = math.hypot(math.sqrt(m2 / n), mean)
+    largest = max(abs(a.min), abs(a.max))
+    share = zeros / n
+    std = math.sqrt(var)
+    return Figures(n, mean, std, var, norm, rms, a.min, a.max, largest, zeros, share, 0, 0, 0, 0)
 
 
 def finalize(a: Moments, correction: float) -> Figures:
     """The figures over all elements, as torch gives them: NaN and infinities spread."""
     n = finite_count(a)
-    out = finalize_finite(a, correction)._replace(
+    out = finalize_finite(a, correction)
+    if n == a.count:
+        return out
+    out = out._replace(
         count=a.count,
+        std=NAN,
+        var=NAN,
+        zero_fraction=a.zeros / a.count,
         nan_count=a.nans,
         pos_inf_count=a.pos_infs,
         neg_inf_count=a.neg_infs,
         nonfinite_count=a.count - n,
     )
-    if n == a.count:
-        return out
-    out = out._replace(zero_fraction=a.zeros / a.count, std=NAN, var=NAN)
     if a.nans:
         return out._replace(mean=NAN, norm=NAN, rms=NAN, min=NAN, max=NAN, abs_max=NAN)
     return out._replace(
@@ -161,11 +155,14 @@ def row(table: bytes, index: int) -> Moments:
 
 
 def merge_rows(table: bytes, begin: int, end: int) -> bytes:
-    """Rows [begin, end) as one row; what is absent or unread does not count."""
+    """Rows [begin, end) as one, without what is absent or unread; unread if nothing was read."""
     out = Moments()
-    for state in _rows(table, begin, end):
+    states = [state for state in _rows(table, begin, end) if state.count != ABSENT]
+    for state in states:
         if not is_unread(state):
             out = merge(out, state)
+    if states and all(map(is_unread, states)):
+        out = unread(sum(state.count for state in states))
     return ROW.pack(*out)
 
 
@@ -178,7 +175,7 @@ def figures(
     remaining = iter(keys)
     for i, state in enumerate(_rows(table, 0, n)):
         here = [next(remaining) for _ in figures]
-        if state.count == ABSENT:
+        if is_unread(state):  # an absent row is, too
             continue
         if 2 * i >= n and grad_scale != 1:
             state = scaled(state, 1 / grad_scale)

@@ -28,12 +28,12 @@ _DEVICE_CHUNK = 1 << 24
 _LEAST_SQUARES = 1.5e-35
 """Below this a sum of squares in float32 may have lost digits to underflow (kernels_body.h)."""
 
-_SHORT = 4096
-"""Up to here one dot product is cheaper than squares and their sum, and as good; beyond, the sum's
-cascade loses fewer digits."""
+_SHORT = 512
+"""Up to here one dot product is cheaper than squares and their sum, and as good; beyond, it adds up
+too many numbers in a row, and the sum's cascade loses fewer digits."""
 
-_LEAST_SPREAD = 1e-4
-"""Of a mean that float32 rounds by 6e-8, a standard deviation this small is off by 4e-7 at most."""
+_LEAST_SPREAD = {torch.float32: 1e-4, torch.float64: 1e-12}
+"""Of the mean: its rounding (6e-8, 1e-16) shows in a standard deviation smaller than this."""
 
 _IN_FLOAT32 = frozenset({torch.float32, torch.bfloat16, torch.float16})
 _NO_FLOAT64 = frozenset({"mps"})
@@ -86,7 +86,7 @@ def quick(x: Tensor) -> Moments | None:
     m2 = d.dot(d).item() if n <= _SHORT else d.square_().sum().item()
     if not math.isfinite(m2):
         return None
-    if in_float32 and (m2 < _LEAST_SQUARES or m2 < n * (_LEAST_SPREAD * mean) ** 2):
+    if m2 < n * (_LEAST_SPREAD[x.dtype] * mean) ** 2 or (in_float32 and m2 < _LEAST_SQUARES):
         return None
     return Moments(n, zeros, 0, 0, 0, mean, m2, low, high)
 
@@ -146,6 +146,8 @@ def _elements(x: Tensor) -> tuple[Tensor, int]:
     """A strided tensor with the elements that are stored, and how many zeros are not."""
     if type(x) is not Tensor:
         x = _plain(x)
+    if x.is_nested:
+        raise TypeError("nested tensors are not read; pass their parts")
     if x.is_quantized:
         x = x.dequantize()
     if x.layout is torch.strided:
@@ -154,8 +156,6 @@ def _elements(x: Tensor) -> tuple[Tensor, int]:
         stored = x.coalesce().values()
     elif x.layout in (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc):
         stored = x.values()
-    elif x.layout is torch.jagged:
-        return x.values(), 0
     else:
         return x.to_dense(), 0
     return stored, x.numel() - stored.numel()
@@ -203,7 +203,9 @@ class Pending:
         stacked = torch.stack(states)
         self._event: torch.Event | None = None
         if device.type == "cuda":
-            self._host = torch.empty(stacked.shape, dtype=stacked.dtype, pin_memory=True)
+            self._host = torch.empty(
+                stacked.shape, dtype=stacked.dtype, device="cpu", pin_memory=True
+            )
             self._host.copy_(stacked, non_blocking=True)
             self._event = torch.Event(device)
             self._event.record(torch.cuda.current_stream(device))
@@ -223,37 +225,41 @@ class Pending:
         return out
 
 
-def read(tensors: list[Tensor], params: bool, grads: bool) -> tuple[bytes, list[int]]:
-    """A table in which every row is unread or absent, and the rows for `fill` to read."""
+Left = list[tuple[int, Tensor]]
+"""Rows that are still to be read, each with the tensor that belongs there."""
+
+
+def read(tensors: list[Tensor], params: bool, grads: bool) -> tuple[bytes, Left]:
+    """A table in which every row is unread or absent, and what `fill` is to read."""
     n = len(tensors)
-    own = range(n) if params else range(0)
-    with_grad = [n + i for i, t in enumerate(tensors) if grads and gradient(t) is not None]
+    left: Left = list(enumerate(tensors)) if params else []
     absent = ROW.pack(*unread(ABSENT))
     table = [ROW.pack(*unread(_numel(t))) for t in tensors] + [absent] * n
-    return b"".join(table), [*own, *with_grad]
+    if grads:
+        found = ((n + i, gradient(t)) for i, t in enumerate(tensors))
+        left += [(row, grad) for row, grad in found if grad is not None]
+    return b"".join(table), left
 
 
 def fill(
-    table: bytes, left: list[int], tensors: list[Tensor]
+    table: bytes, left: Left, params: bool = True
 ) -> tuple[bytes, tuple[Pending, ...], dict[int, str]]:
-    """Reads the rows `left` over by an engine.
+    """Reads what an engine `left` over; where not `params`, of the tensors' own rows their size.
 
     Returns the table with them, what is pending, and why a row could not be read, by row.
     """
     out = bytearray(table)
     skipped: dict[int, str] = {}
     later: Later = {}
-    n = len(tensors)
+    n = len(table) // ROW.size // 2
     with torch.no_grad():
-        for row in left:
-            tensor = tensors[row] if row < n else gradient(tensors[row - n])
-            assert tensor is not None
+        for row, tensor in left:
             try:
-                state = _state(tensor, row, later)
+                state = _state(tensor, row, later) if params or row >= n else None
             except Exception as error:  # a subclass may raise anything; training goes on
-                state = unread(_numel(tensor))
+                state = None
                 skipped[row] = f"{type(error).__name__}: {error}".splitlines()[0]
-            ROW.pack_into(out, row * ROW.size, *state)
+            ROW.pack_into(out, row * ROW.size, *(state or unread(_numel(tensor))))
     pending = tuple(Pending(device, *parts) for device, parts in later.items())
     return bytes(out), pending, skipped
 
@@ -298,5 +304,5 @@ def _zeros(count: int) -> Moments:
 def _numel(tensor: Tensor) -> int:
     try:
         return 0 if is_lazy(tensor) else int(tensor.numel())
-    except RuntimeError:  # sizes that are symbols
+    except Exception:  # sizes that are symbols, or a subclass that will not tell
         return 0

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import html as markup
 import math
+import os
 import shutil
+import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -12,9 +15,15 @@ if TYPE_CHECKING:
 
 _HEADINGS = ("parameter", "shape", "mean", "std", "norm", "zeros")
 _GRAD_HEADINGS = ("grad mean", "grad std", "grad norm", "grad zeros")
+_LEFT_OUT = ("grad mean", "mean", "grad zeros", "zeros", "grad std", "std", "shape")
+"""In this order, where a terminal is too narrow for all columns."""
+
 _GAP = "  "
+_WHOLE_NAME = 48
+"""Names up to this long are kept whole at the cost of columns; a terminal of 80 has room for norms."""
+
 _NARROWEST_NAME = 12
-_ELLIPSIS = "…"
+_UNLIMITED = 1 << 30
 _ALIAS = "  = "
 
 
@@ -24,13 +33,16 @@ def table(summary: Summary, width: int | None = None) -> str:
     The other names of a tied parameter stand in lines of their own under it.
     """
     if width is None:
-        width = shutil.get_terminal_size((120, 24)).columns
-    lines = _cells(summary)
-    widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
-    rest = sum(widths[1:]) + len(_GAP) * (len(widths) - 1)
-    widths[0] = min(widths[0], max(width - rest, _NARROWEST_NAME))
-    head, *body, total = (_line(line, widths) for line in lines)
-    rule = "─" * len(head)
+        width = shutil.get_terminal_size().columns if _on_a_terminal() else _UNLIMITED
+    columns = [list(column) for column in zip(*_cells(summary), strict=True)]
+    for heading in _LEFT_OUT:
+        if _width(columns[1:]) + min(_longest(columns[0]), _WHOLE_NAME) <= width:
+            break
+        columns = [column for column in columns if column[0] != heading]
+    widths = [_longest(column) for column in columns]
+    widths[0] = min(widths[0], max(width - _width(columns[1:]), _NARROWEST_NAME))
+    head, *body, total = (_line(line, widths) for line in zip(*columns, strict=True))
+    rule = _printable("─", "-") * len(head)
     return "\n".join([head, rule, *body, rule, total])
 
 
@@ -49,7 +61,7 @@ def one_line(stats: TensorStats) -> str:
     if name is not None:
         entry: ParamStats = stats  # type: ignore[assignment]
         dtype = str(entry.dtype).removeprefix("torch.")
-        parts += [f"{entry.name}:", f"{dtype}{_shape(entry)}"]
+        parts += [f"{_one_line_name(entry.name)}:", f"{dtype} {_shape(entry)}"]
     parts += [
         f"mean={number(stats.mean)}",
         f"std={number(stats.std)}",
@@ -89,11 +101,34 @@ def percent(fraction: float) -> str:
 
 
 def elide(text: str, width: int) -> str:
-    """`text` with its middle left out, its end kept longest: that is where layers differ."""
+    """`text` with its middle left out, the end kept longer: that is where layers differ."""
     if len(text) <= width:
         return text
-    head = (width - 1) // 3
-    return text[:head] + _ELLIPSIS + text[len(text) - (width - 1 - head) :]
+    mark = _printable("…", "~")
+    head = (width - len(mark)) // 3
+    return text[:head] + mark + text[len(text) - (width - len(mark) - head) :]
+
+
+def _on_a_terminal() -> bool:
+    return "COLUMNS" in os.environ or (sys.stdout is not None and sys.stdout.isatty())
+
+
+def _printable(text: str, plain: str) -> str:
+    """`text` where standard output can hold it: a table must not stop a run with an error."""
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        return plain
+    return text
+
+
+def _longest(column: list[str]) -> int:
+    return max(map(len, column))
+
+
+def _width(columns: list[list[str]]) -> int:
+    """Of columns with a gap before each."""
+    return sum(_longest(column) + len(_GAP) for column in columns)
 
 
 def _cells(summary: Summary) -> list[list[str]]:
@@ -101,14 +136,20 @@ def _cells(summary: Summary) -> list[list[str]]:
     total = summary.total
     lines = [[*_HEADINGS, *_GRAD_HEADINGS]]
     for entry in summary.values():
-        lines.append([entry.name, _shape(entry), *_figures(entry), *_grad_figures(entry)])
+        lines.append(
+            [_one_line_name(entry.name), _shape(entry), *_figures(entry), *_grad_figures(entry)]
+        )
         for alias in entry.aliases:
-            lines.append([f"{_ALIAS}{alias}", *[""] * (len(lines[0]) - 1)])
+            lines.append([f"{_ALIAS}{_one_line_name(alias)}", *[""] * (len(lines[0]) - 1)])
     grad = [""] * len(_GRAD_HEADINGS) if total.grad is None else _figures(total.grad)
     lines.append(["total", f"{total.count:,}", *_figures(total), *grad])
     if all(entry.grad is None for entry in summary.values()):
         lines = [line[: len(_HEADINGS)] for line in lines]
     return lines
+
+
+def _one_line_name(name: str) -> str:
+    return name if name.isprintable() else repr(name)[1:-1]
 
 
 def _grad_figures(entry: ParamStats) -> list[str]:
@@ -127,10 +168,12 @@ def _shape(entry: ParamStats) -> str:
     return "lazy" if entry.shape is None else f"[{', '.join(map(str, entry.shape))}]"
 
 
-def _line(cells: list[str], widths: list[int]) -> str:
-    name, shape, *figures = cells
-    padded = [elide(name, widths[0]).ljust(widths[0]), shape.ljust(widths[1])]
-    padded += [cell.rjust(width) for cell, width in zip(figures, widths[2:], strict=True)]
+def _line(cells: Sequence[str], widths: list[int]) -> str:
+    name, *rest = cells
+    padded = [elide(name, widths[0]).ljust(widths[0])]
+    for cell, width in zip(rest, widths[1:], strict=True):
+        left = cell.startswith("[") or cell in ("shape", "lazy")
+        padded.append(cell.ljust(width) if left else cell.rjust(width))
     return _GAP.join(padded)
 
 

@@ -7,13 +7,14 @@ from collections.abc import Iterable
 
 import torch
 
-_WHOLE = (torch.Tensor, torch.nn.Parameter)
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
-def refuse_shards(names: Iterable[str], tensors: Iterable[torch.Tensor]) -> None:
-    """Raises NotImplementedError at the first tensor that is a shard (DTensor, ZeRO-3)."""
-    for name, tensor in zip(names, tensors, strict=True):
-        if type(tensor) not in _WHOLE and hasattr(tensor, "placements"):
+def refuse_shards(named: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Raises NotImplementedError at the first tensor that is a shard (DTensor, FSDP, ZeRO-3)."""
+    fsdp = "torch.distributed.fsdp" in sys.modules
+    for name, tensor in named:
+        if tensor.__class__ not in _PLAIN and hasattr(tensor, "placements"):
             if not all(placement.is_replicate() for placement in tensor.placements):
                 raise _refusal(
                     f"a DTensor placed as {tuple(tensor.placements)}",
@@ -26,18 +27,11 @@ def refuse_shards(names: Iterable[str], tensors: Iterable[torch.Tensor]) -> None
                 name,
                 "gather it first, as with deepspeed.zero.GatheredParameters",
             )
-
-
-def refuse_sharded_modules(module: torch.nn.Module) -> None:
-    """Raises NotImplementedError for FSDP's first generation, whose shards are plain tensors."""
-    if "torch.distributed.fsdp" not in sys.modules:
-        return
-    for name, child in module.named_modules():
-        if any(cls.__name__ == "FullyShardedDataParallel" for cls in type(child).__mro__):
+        elif fsdp and getattr(tensor, "_fsdp_flattened", False):
             raise _refusal(
-                "a FullyShardedDataParallel module",
+                "a parameter flattened by FullyShardedDataParallel",
                 name,
-                "gather it first, as with FullyShardedDataParallel.summon_full_params",
+                "pass its full state_dict(), with StateDictType.FULL_STATE_DICT",
             )
 
 

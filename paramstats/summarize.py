@@ -6,14 +6,15 @@ import math
 import re
 import warnings
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 
 from paramstats import reference
 from paramstats import walk as python_walk
-from paramstats.engine import Engine, engine
+from paramstats.engine import engine
 from paramstats.layout import Layout, compile_patterns
-from paramstats.sharding import refuse_sharded_modules, refuse_shards
+from paramstats.sharding import refuse_shards
 from paramstats.summary import Summary
 
 Pattern = str | re.Pattern[str]
@@ -50,10 +51,11 @@ def summarize(
         buffers: list the module's buffers, too, after its parameters.
         include: one regular expression or several, searched in the name (`re.search`): only
             tensors with a name in which one of them is found are read.
-        exclude: likewise: tensors all of whose names contain a match are left out.
+        exclude: likewise: tensors all of whose names contain a match are left out (a tied one has
+            several).
         correction: what `torch.std` calls so: var = m2 / (n - correction).
-        grad_scale: what a gradient scaler multiplied the loss by (`scaler.get_scale()`): figures of
-            gradients come out divided by it.
+        grad_scale: what a gradient scaler multiplied the loss by: figures of gradients come out
+            divided by it. Pass `scaler.get_scale()` before `scaler.unscale_(optimizer)`, 1 after.
 
     Returns:
         A `Summary`, in the order of `named_parameters()`. A parameter with several names is one
@@ -72,11 +74,11 @@ def summarize(
     within 1e-6 of the tensor's root mean square.
     """
     chosen = engine()
-    if not isinstance(correction, (int, float)) or not math.isfinite(correction):
+    if not _is_finite(correction):
         raise ValueError(
             f"paramstats.summarize: expected a finite number for correction, got {correction!r}"
         )
-    if not isinstance(grad_scale, (int, float)) or not 0 < grad_scale < math.inf:
+    if not (_is_finite(grad_scale) and grad_scale > 0 and math.isfinite(1 / float(grad_scale))):
         raise ValueError(
             f"paramstats.summarize: expected a finite number > 0 for grad_scale, got {grad_scale!r}"
             "; a GradScaler's is scaler.get_scale()"
@@ -85,31 +87,36 @@ def summarize(
     excluded = () if exclude is None else compile_patterns(exclude, "exclude")
 
     if isinstance(source, torch.nn.Module):
-        layout, tensors = _walk(chosen, source, buffers)
-        if included is not None or excluded:
-            layout, rows = layout.select(included, excluded)
-            tensors = [tensors[row] for row in rows]
+        found = chosen.walk(source, buffers, _make_layout)
+        layout, tensors = found or python_walk.walk(source, buffers, _make_layout)
     else:
         layout, tensors = python_walk.walk_named(source, included, excluded, _make_layout)
+    if included is not None or excluded:
+        layout, rows = layout.select(included, excluded)
+        tensors = [tensors[row] for row in rows]
+        if not rows:
+            warnings.warn(
+                f"paramstats.summarize: no name passes include={include!r}, exclude={exclude!r}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     table, left = chosen.read(tensors, params, grads)
     if not left:
-        return Summary(layout, table, correction, grad_scale)
-    table, pending, unreadable = reference.fill(table, left, tensors)
-    return Summary(
-        layout, table, correction, grad_scale, pending, _name_skipped(layout, tensors, unreadable)
-    )
+        return Summary(layout, table, float(correction), float(grad_scale))
+    refuse_shards((layout.row_name(row), tensor) for row, tensor in left)
+    table, pending, unreadable = reference.fill(table, left, params)
+    skipped = {layout.row_name(row): reason for row, reason in unreadable.items()}
+    if skipped:
+        _warn_once({layout.row_name(row): type(tensor) for row, tensor in left}, skipped)
+    return Summary(layout, table, float(correction), float(grad_scale), pending, skipped)
 
 
-def _walk(
-    chosen: Engine, module: torch.nn.Module, buffers: bool
-) -> tuple[Layout, list[torch.Tensor]]:
-    found = chosen.walk(module, buffers, _make_layout)
-    if found is None or chosen.native is None:
-        refuse_sharded_modules(module)
-    if found is None:
-        found = python_walk.walk(module, buffers, _make_layout)
-    return found  # type: ignore[no-any-return]
+def _is_finite(value: Any) -> bool:
+    try:
+        return math.isfinite(value)
+    except TypeError:
+        return False
 
 
 def _make_layout(
@@ -118,23 +125,17 @@ def _make_layout(
     parameters: int,
     tensors: list[torch.Tensor],
 ) -> Layout:
-    refuse_shards(names, tensors)
+    refuse_shards(zip(names, tensors, strict=True))
     return Layout.of(names, aliases, parameters, tensors)
 
 
 _warned: set[tuple[type, str]] = set()
 
 
-def _name_skipped(
-    layout: Layout, tensors: list[torch.Tensor], unreadable: dict[int, str]
-) -> dict[str, str]:
-    """Reasons by name; a warning for each kind of tensor and reason, once."""
-    skipped = {}
-    n = len(layout)
-    for row, reason in unreadable.items():
-        name = layout.names[row] if row < n else f"{layout.names[row - n]} (gradient)"
-        skipped[name] = reason
-        kind = (type(tensors[row % n]), reason)
+def _warn_once(types: dict[str, type], skipped: dict[str, str]) -> None:
+    """A warning for each kind of tensor and reason, once in a process."""
+    for name, reason in skipped.items():
+        kind = (types[name], reason)
         if kind not in _warned:
             _warned.add(kind)
             warnings.warn(
@@ -142,4 +143,3 @@ def _name_skipped(
                 RuntimeWarning,
                 stacklevel=3,
             )
-    return skipped

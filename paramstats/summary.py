@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import string
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -37,12 +38,31 @@ class TensorStats:
     alone. Of complex tensors, mean is the modulus of the mean; min, max and abs_max are of moduli.
     """
 
-    __slots__ = ("_correction", "_figures", "_state")
+    __slots__ = ("_correction", "_made", "_state")
 
-    def __init__(self, state: Moments, correction: float, figures: Figures | None = None) -> None:
+    def __init__(self, state: Moments, correction: float) -> None:
         self._state = state
         self._correction = correction
-        self._figures = figures or moments.finalize(state, correction)
+        self._made: Figures | None = None
+
+    @property
+    def _figures(self) -> Figures:
+        """Made when a figure is first asked for."""
+        if self._made is None:
+            self._made = moments.finalize(self._state, self._correction)
+        return self._made
+
+    def _identity(self) -> tuple[object, ...]:
+        """What makes two of these equal; bytes, so that NaN equals itself."""
+        return ROW.pack(*self._state), self._correction
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        return self._identity() == other._identity()
+
+    def __hash__(self) -> int:
+        return hash(self._identity())
 
     @property
     def count(self) -> int:
@@ -113,10 +133,12 @@ class TensorStats:
     def finite(self) -> TensorStats:
         """The same figures over the finite elements alone."""
         figures = moments.finalize_finite(self._state, self._correction)
-        finite = self._state._replace(
-            count=moments.finite_count(self._state), nans=0, pos_infs=0, neg_infs=0
+        count = int(figures.count)
+        finite = TensorStats(
+            self._state._replace(count=count, nans=0, pos_infs=0, neg_infs=0), self._correction
         )
-        return TensorStats(finite, self._correction, figures)
+        finite._made = figures
+        return finite
 
     def to_dict(self) -> dict[str, float]:
         """Every figure by name; counts are int."""
@@ -129,20 +151,13 @@ class TensorStats:
 class ParamStats(TensorStats):
     """The figures of one parameter (or buffer), with what it is and the figures of its gradient.
 
-    `shape` is None while a lazy parameter has none. `aliases` are the other names of a tied
-    parameter. `grad` is None where there is no gradient, which is not the same as one of zeros.
+    >>> import torch, paramstats
+    >>> entry = paramstats.summarize(torch.nn.Linear(3, 2))["weight"]
+    >>> entry.shape, entry.dtype, entry.requires_grad, entry.grad
+    ((2, 3), torch.float32, True, None)
     """
 
-    __slots__ = ("aliases", "device", "dtype", "grad", "kind", "name", "requires_grad", "shape")
-
-    name: str
-    shape: tuple[int, ...] | None
-    dtype: torch.dtype
-    device: torch.device
-    requires_grad: bool
-    aliases: tuple[str, ...]
-    kind: str
-    grad: TensorStats | None
+    __slots__ = ("_grad", "_layout", "_row")
 
     def __init__(
         self,
@@ -153,17 +168,51 @@ class ParamStats(TensorStats):
         grad: TensorStats | None,
     ) -> None:
         super().__init__(state, correction)
-        self.name = layout.names[row]
-        self.shape = layout.shapes[row]
-        self.dtype = layout.dtypes[row]
-        self.device = layout.devices[row]
-        self.requires_grad = layout.requires_grad[row]
-        self.aliases = layout.aliases[row]
-        self.kind = layout.kind(row)
-        self.grad = grad
+        self._layout = layout
+        self._row = row
+        self._grad = grad
+
+    @property
+    def name(self) -> str:
+        return self._layout.names[self._row]
+
+    @property
+    def shape(self) -> tuple[int, ...] | None:
+        """None while a lazy parameter has no shape."""
+        return self._layout.shapes[self._row]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._layout.dtypes[self._row]
+
+    @property
+    def device(self) -> torch.device:
+        return self._layout.devices[self._row]
+
+    @property
+    def requires_grad(self) -> bool:
+        return self._layout.requires_grad[self._row]
+
+    @property
+    def aliases(self) -> tuple[str, ...]:
+        """The other names of a tied parameter."""
+        return self._layout.aliases[self._row]
+
+    @property
+    def kind(self) -> str:
+        """ "param" or "buffer"."""
+        return self._layout.kind(self._row)
+
+    @property
+    def grad(self) -> TensorStats | None:
+        """None where there is no gradient, which is not the same as one of zeros."""
+        return self._grad
+
+    def _identity(self) -> tuple[object, ...]:
+        return *super()._identity(), self._layout.row(self._row), self._grad
 
     def to_dict(self) -> dict[str, Any]:
-        """What it is, its figures, and those of `grad` (None, or a dict); ready for JSON."""
+        """What it is, its figures, and those of `grad` (None, or a dict); of JSON's types."""
         return {
             "shape": None if self.shape is None else list(self.shape),
             "dtype": str(self.dtype).removeprefix("torch."),
@@ -179,13 +228,18 @@ class ParamStats(TensorStats):
 class TotalStats(TensorStats):
     """All parameters as one, and in `grad` all gradients as one (None where there are none)."""
 
-    __slots__ = ("grad",)
-
-    grad: TensorStats | None
+    __slots__ = ("_grad",)
 
     def __init__(self, state: Moments, correction: float, grad: TensorStats | None) -> None:
         super().__init__(state, correction)
-        self.grad = grad
+        self._grad = grad
+
+    @property
+    def grad(self) -> TensorStats | None:
+        return self._grad
+
+    def _identity(self) -> tuple[object, ...]:
+        return *super()._identity(), self._grad
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -251,13 +305,26 @@ class Summary(Mapping[str, ParamStats]):
     def __contains__(self, name: object) -> bool:
         return name in self._layout.index
 
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Summary):
+            return NotImplemented
+        return self._identity() == other._identity()
+
+    __hash__ = None  # type: ignore[assignment]  # as every Mapping
+
+    def _identity(self) -> tuple[object, ...]:
+        self.wait()
+        rows = [self._layout.row(row) for row in range(len(self))]
+        return rows, self._layout.parameters, self._table, self._correction, self._grad_scale
+
     # ---- beyond the mapping
 
     @property
     def total(self) -> TotalStats:
         """All parameters merged into one, each counted once; `.grad`: all gradients likewise.
 
-        Buffers do not count, nor what could not be read.
+        Buffers do not count, nor what could not be read. Of complex parameters `norm` and counts
+        are exact; `mean` and `std` take the modulus of each one's mean.
         """
         n, parameters = len(self), self._layout.parameters
         grad = None
@@ -291,7 +358,7 @@ class Summary(Mapping[str, ParamStats]):
         stats: Sequence[str] = ("mean", "std", "norm", "zero_fraction"),
         totals: bool = True,
     ) -> dict[str, float]:
-        """A flat dict of floats, as loggers take it.
+        """A flat dict of floats, as loggers take it; without what could not be read.
 
         >>> import torch, paramstats
         >>> summary = paramstats.summarize({"w": torch.ones(4)})
@@ -315,18 +382,15 @@ class Summary(Mapping[str, ParamStats]):
                 )
         keys = self._layout.keys(_checked_template(key), stats)
         which = [STATS.index(stat) for stat in stats]
-        out = engine().figures(self._table, keys, which, self._correction, self._grad_scale)
-        expected = len(keys) - len(stats) * self._absent()
+        out = engine().figures(self._table, keys.rows, which, self._correction, self._grad_scale)
+        expected = len(out) if keys.are_distinct else len(stats) * self._count(_is_read)
         if totals:
             total = self.total
             for kind, figures in (("param", total), ("grad", total.grad)):
-                if figures is None:
-                    continue
-                expected += len(stats)
-                for stat in stats:
-                    out[key.format(kind=kind, stat=stat, name="total")] = float(
-                        getattr(figures, stat)
-                    )
+                if figures is not None and _is_read(figures._state):
+                    expected += len(stats)
+                    values = [float(figures._figures[position]) for position in which]
+                    out.update(zip(keys.total[kind], values, strict=True))
         if len(out) != expected:
             raise ValueError(
                 f"paramstats.scalars: expected a key for each figure, got {len(out)} keys for "
@@ -361,14 +425,19 @@ class Summary(Mapping[str, ParamStats]):
         return pandas.DataFrame.from_dict(rows, orient="index").rename_axis("name")
 
     def table(self, width: int | None = None) -> str:
-        """An aligned table in at most `width` columns (default: the terminal's)."""
+        """An aligned table, names elided to fit `width` columns.
+
+        By default the terminal's width; outside a terminal names are never elided. In a narrow
+        one the columns that do not fit are left out, those of means first.
+        """
         return rendering.table(self, width)
 
     def __str__(self) -> str:
         return self.table()
 
     def __repr__(self) -> str:
-        grads = len(self) - self._absent()
+        n = len(self)
+        grads = self._count(lambda state: state.count != ABSENT) - n
         return f"<Summary of {len(self)} tensors, {grads} with gradients>"
 
     def _repr_html_(self) -> str:
@@ -393,10 +462,9 @@ class Summary(Mapping[str, ParamStats]):
             return state
         return moments.scaled(state, 1 / self._grad_scale)
 
-    def _absent(self) -> int:
-        """How many tensors have no gradient."""
-        n = len(self)
-        return sum(moments.row(self._table, n + row).count == ABSENT for row in range(n))
+    def _count(self, condition: Callable[[Moments], bool]) -> int:
+        """How many rows, of tensors and gradients, are so."""
+        return sum(condition(moments.row(self._table, row)) for row in range(2 * len(self)))
 
     def _unknown(self, name: object) -> str:
         close = difflib.get_close_matches(str(name), self._layout.index, n=1, cutoff=0.5)
@@ -404,6 +472,11 @@ class Summary(Mapping[str, ParamStats]):
         return f"no parameter '{name}' among {len(self)}{hint}"
 
 
+def _is_read(state: Moments) -> bool:
+    return not moments.is_unread(state)
+
+
+@functools.lru_cache(maxsize=16)
 def _checked_template(key: str) -> str:
     fields = {field for _, field, _, _ in string.Formatter().parse(key) if field is not None}
     unknown = fields - {"kind", "stat", "name"}

@@ -16,8 +16,9 @@ from paramstats.layout import Patterns, passes
 
 MakeLayout = Callable[[tuple[str, ...], tuple[tuple[str, ...], ...], int, list[torch.Tensor]], Any]
 
-_MOST_NAMES = 1_000_000
-"""More names than this come from modules that contain themselves, by whatever detour."""
+_MOST_VISITS = 10
+"""Times the modules' number: more paths than this lead through modules shared within shared
+modules, which double with every level, or through a cycle."""
 
 
 def walk(
@@ -25,10 +26,11 @@ def walk(
 ) -> tuple[Any, list[torch.Tensor]]:
     """The layout of a module's parameters (then buffers), and the tensors themselves."""
     rows = _Rows()
-    rows.add_all(_every_name(module.named_parameters))
+    every_name = _few_paths(module)
+    rows.add_all(_named(module.named_parameters, every_name))
     parameters = len(rows.tensors)
     if buffers:
-        rows.add_all(_every_name(module.named_buffers))
+        rows.add_all(_named(module.named_buffers, every_name))
     return make_layout(rows.names, rows.aliases, parameters, rows.tensors), rows.tensors
 
 
@@ -48,18 +50,19 @@ def walk_named(
                 f"paramstats.summarize: expected names to be str, got {type(name).__name__} "
                 f"for {name!r}"
             )
-        if not passes(name, include, exclude):
-            continue
         if not isinstance(value, torch.Tensor):
+            if not passes(name, include, exclude):
+                continue
             raise TypeError(
                 f"paramstats.summarize: expected a torch.Tensor, got {_type_name(value)} for "
-                f"'{name}'; leave it out with exclude=..."
+                f"'{name}'; {_remedy(value)}"
             )
         if name in names:
             raise ValueError(f"paramstats.summarize: expected every name once, got '{name}' twice")
         names.add(name)
         rows.add(name, value)
-    return make_layout(rows.names, rows.aliases, len(rows.tensors), rows.tensors), rows.tensors
+    layout = make_layout(rows.names, rows.aliases, len(rows.tensors), rows.tensors)
+    return layout, rows.tensors
 
 
 class _Rows:
@@ -91,22 +94,31 @@ class _Rows:
         return tuple(tuple(names[1:]) for names in self._names)
 
 
-def _every_name(named: Callable[..., Iterable[tuple[str, Any]]]) -> list[tuple[str, Any]]:
-    """All names of every tensor where the module can tell them, the first one where it cannot."""
+def _few_paths(module: torch.nn.Module) -> bool:
+    """Whether all paths to all modules can be walked."""
+    most = _MOST_VISITS * sum(1 for _ in module.named_modules()) + 1000
     try:
-        found = list(itertools.islice(named(remove_duplicate=False), _MOST_NAMES + 1))
-        if len(found) <= _MOST_NAMES:
-            return found
+        paths = itertools.islice(module.named_modules(remove_duplicate=False), most)
+        return sum(1 for _ in paths) < most
     except (TypeError, RecursionError):  # an override without the argument; a cycle of modules
-        pass
+        return False
+
+
+def _named(named: Callable[..., Iterable[tuple[str, Any]]], every_name: bool) -> Any:
+    """All names of every tensor where the module can tell them, the first one where it cannot."""
+    if every_name:
+        try:
+            return list(named(remove_duplicate=False))
+        except TypeError:
+            pass
     return list(named())
 
 
 def _memory(tensor: torch.Tensor) -> Any:
     """Equal for tensors that are the same elements in memory with the same gradient."""
-    if tensor.layout is not torch.strided or type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.is_nested:
         return id(tensor)
-    if tensor.numel() == 0 or tensor.device.type == "meta":
+    if tensor.layout is not torch.strided or tensor.is_meta or tensor.numel() == 0:
         return id(tensor)
     try:  # not data_ptr(), which would make a copy-on-write tensor copy itself
         storage = tensor.untyped_storage()._cdata
@@ -132,7 +144,11 @@ def _pairs(source: Any) -> Iterator[tuple[Any, Any]]:
         return
     expected = "an nn.Module, a mapping of names to tensors or an iterable of (name, tensor) pairs"
     if isinstance(source, (str, bytes, torch.Tensor)) or not isinstance(source, Iterable):
-        hint = "; for one tensor pass {'name': tensor}" if isinstance(source, torch.Tensor) else ""
+        hint = ""
+        if isinstance(source, torch.Tensor):
+            hint = "; for one tensor pass {'name': tensor}"
+        elif isinstance(source, torch.optim.Optimizer):
+            hint = "; pass the model"
         raise TypeError(
             f"paramstats.summarize: expected {expected}, got {_type_name(source)}{hint}"
         )
@@ -146,6 +162,14 @@ def _pairs(source: Any) -> Iterator[tuple[Any, Any]]:
                 f"at position {position}{hint}"
             )
         yield pair[0], pair[1]
+
+
+def _remedy(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "pass that mapping itself"
+    if hasattr(value, "__array_interface__"):
+        return "convert it with torch.from_numpy"
+    return "leave it out with exclude=..."
 
 
 def _type_name(value: Any) -> str:

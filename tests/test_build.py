@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +43,25 @@ def test_a_failing_compiler(tmp_path):
     result = build(tmp_path, CC="false", CXX="false")
     assert result.returncode == 0, result.stderr
     check_reference(tmp_path, "it could not be compiled")
+
+
+def test_a_failing_compiler_in_place(tmp_path):
+    """As an editable installation builds: the record of an earlier, better build must go."""
+    tree = tmp_path / "tree"
+    shutil.copytree(
+        ROOT, tree, ignore=shutil.ignore_patterns(".git", ".venv", "build", "*.so", "tests")
+    )
+    (tree / "paramstats/_build.json").write_text('{"native": true, "torch": "2.13.0"}')
+    keep = {k: v for k, v in os.environ.items() if not k.startswith("PARAMSTATS_")}
+    subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--inplace"],
+        cwd=tree,
+        env=keep | {"CC": "false", "CXX": "false"},
+        check=True,
+        capture_output=True,
+    )
+    record = json.loads((tree / "paramstats/_build.json").read_text())
+    assert record["native"] is False and "could not be compiled" in record["reason"]
 
 
 def test_no_torch_at_build_time(tmp_path):

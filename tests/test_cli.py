@@ -31,8 +31,13 @@ def test_demo(backend):
     out = result.stdout
     assert "lazy" in out and "stem.weight" in out and "= hidden_again.weight" in out
     assert "Agreement with the .item() loop: largest difference" in out
-    assert "times as fast" in out and "3 epochs on 1797 digits" in out
+    assert "times as fast" in out and "Epochs: 3; digits: 1797" in out
     assert "training" in result.stderr
+
+
+def test_a_forced_engine_that_is_no_engine_is_one_line():
+    result = paramstats("info", PARAMSTATS_BACKEND="typo")
+    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
 
 
 def test_unknown_command():

@@ -193,7 +193,8 @@ def test_meta_tensors_are_listed_unread(engine):
     summary = summarize(layer)
     assert (summary["weight"].count, summary["weight"].shape) == (15, (3, 5))
     assert math.isnan(summary["weight"].norm) and math.isnan(summary["weight"].zero_fraction)
-    assert summary.total.count == 0
+    assert summary.total.count == 18 and math.isnan(summary.total.norm)
+    assert summary.scalars() == {}
     assert str(summary) and summary.to_dict()
 
 
@@ -310,8 +311,13 @@ def test_shards_are_refused(engine, tmp_path):
         first_generation = torch.nn.Sequential(
             FullyShardedDataParallel(torch.nn.Linear(4, 4), use_orig_params=True, device_id="cpu")
         )
-        with pytest.raises(NotImplementedError, match="FullyShardedDataParallel"):
-            summarize(first_generation)
+        for source in (first_generation, first_generation[0].module):
+            with pytest.raises(NotImplementedError, match="FullyShardedDataParallel"):
+                summarize(source)
+        replicated = distribute_tensor(whole, mesh, [Replicate()]).requires_grad_()
+        replicated.grad = sharded
+        with pytest.raises(NotImplementedError, match=r"'r \(gradient\)'"):
+            summarize({"r": replicated})
     finally:
         dist.destroy_process_group()
 
@@ -342,6 +348,7 @@ def test_nothing(engine):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
+        ({"model": {"w": torch.ones(1)}}, "got dict for 'model'; pass that mapping itself"),
         (None, "expected an nn.Module, a mapping .* got NoneType"),
         (3, "got int"),
         ("model", "got str"),
@@ -393,7 +400,115 @@ def test_include_and_exclude(engine, model):
     only = summarize(model, include="^2.weight")
     assert only.total.count == 18 and only["2.weight"].grad.norm > 0
     assert summarize({"a": torch.ones(1), "b": "no tensor"}, exclude="b")["a"].count == 1
-    assert list(summarize(model, include="nothing")) == []
+    with pytest.warns(RuntimeWarning, match="no name passes include='nothing'"):
+        assert list(summarize(model, include="nothing")) == []
+
+
+def test_ties_are_selected_alike_from_models_and_mappings(engine):
+    model = torch.nn.ModuleDict({"embed": torch.nn.Linear(3, 2), "head": torch.nn.Linear(3, 2)})
+    model["head"].weight = model["embed"].weight
+    for source in (model, model.state_dict(), list(model.named_parameters(remove_duplicate=False))):
+        assert list(summarize(source, include="head")) == ["embed.weight", "head.bias"]
+        assert list(summarize(source, exclude="embed")) == ["embed.weight", "head.bias"]
+
+
+def test_selected_buffers_stay_out_of_the_total(engine):
+    layer = torch.nn.BatchNorm1d(4)
+    assert summarize(layer, buffers=True, include="weight|mean").total.count == 4
+
+
+def test_views_that_only_look_alike_are_not_one_tensor(engine):
+    x = torch.arange(8, dtype=torch.float32)
+    z = torch.randn(4, dtype=torch.complex64)
+    source = {
+        "floats": x,
+        "bits": x.view(torch.int32),
+        "half": x[:4],
+        "z": z,
+        "conjugate": z.conj(),
+    }
+    assert list(summarize(source)) == list(source)
+    a = x.clone().requires_grad_()
+    b = a.detach().requires_grad_()
+    a.grad, b.grad = torch.ones(8), torch.zeros(8)
+    assert summarize({"a": a, "b": b})["b"].grad.zero_fraction == 1.0
+
+
+def test_bools_of_any_byte(engine):
+    x = torch.tensor([0, 255, 2], dtype=torch.uint8).view(torch.bool)
+    stats = stats_of(x)
+    assert (stats.max, stats.zero_count) == (1.0, 1) and stats.mean == pytest.approx(2 / 3)
+
+
+def test_nested_tensors_are_skipped_with_a_reason(engine):
+    warnings.simplefilter("ignore")  # torch's, that they are a prototype, and ours
+    parts = [torch.ones(2, 3), torch.ones(3, 3)]
+    for layout in (torch.strided, torch.jagged):
+        nested = torch.nested.nested_tensor(parts, layout=layout)
+        summary = summarize({"n": nested, "x": torch.ones(4)})
+        assert math.isnan(summary["n"].mean) and summary["x"].norm == 2.0
+        assert "n" in summary.skipped
+        module = torch.nn.Linear(2, 2)
+        module.register_buffer("n", nested)
+        assert "n" in summarize(module, buffers=True).skipped
+
+
+class TellsSizesItself(Wrapper):
+    """Answers `numel()` with Python code, which lets go of another tensor's gradient."""
+
+    @staticmethod
+    def __new__(cls, inner, other):
+        return torch.Tensor._make_wrapper_subclass(
+            cls, inner.shape, dtype=inner.dtype, dispatch_sizes_strides_policy="sizes"
+        )
+
+    def __init__(self, inner, other):
+        self.inner, self.other = inner, other
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        args[0].other.grad = None
+        raise NotImplementedError(f"no {func}")
+
+
+@pytest.mark.parametrize("params", [True, False])
+def test_a_subclass_that_drops_a_gradient_meanwhile(engine, params):
+    warnings.simplefilter("ignore")
+    w = torch.ones(300_000, requires_grad=True)
+    w.grad = torch.full((300_000,), 7.0)
+    odd = TellsSizesItself(torch.ones(3), w)
+    summary = summarize([("w", w), ("odd", odd)], params=params)
+    grad = summary["w"].grad
+    assert grad is None or grad.mean == 7.0
+
+
+def test_a_zero3_partition_is_refused(engine):
+    p = torch.nn.Parameter(torch.empty(0))
+    p.ds_id, p.ds_numel = 3, 100
+    with pytest.raises(NotImplementedError, match="ZeRO-3 for 'p'"):
+        summarize({"p": p})
+
+
+def test_a_hand_set_gradient_of_no_leaf_is_torchs_business(engine):
+    inner = torch.ones(3, requires_grad=True) * 2
+    inner.grad = torch.ones(3)
+    assert stats_of(inner).grad is None  # as torch warns: it is no leaf and retains none
+
+
+def test_extreme_grad_scales(engine):
+    x = torch.ones(4, requires_grad=True)
+    x.grad = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    for scale in (1e-200, 1e200):
+        grad = summarize({"x": x}, grad_scale=scale)["x"].grad
+        assert grad.mean == pytest.approx(2.5 / scale)
+    x.grad = torch.ones(4)
+    assert summarize({"x": x}, grad_scale=1e-200)["x"].grad.std == 0.0
+
+
+def test_numpys_numbers_are_numbers(engine, model):
+    np = pytest.importorskip("numpy", reason="numpy is not installed")
+    summary = summarize(model, correction=np.int64(0), grad_scale=np.float32(2))
+    assert summary == summarize(model, correction=0, grad_scale=2.0)
 
 
 def test_buffers(engine):

@@ -149,6 +149,19 @@ def test_a_constant_has_no_deviation(engine, value):
     assert stats.std == 0 and stats.mean == x[0].item()
 
 
+@pytest.mark.parametrize("e", [30, 40, 44])
+def test_integers_far_from_zero(engine, e):
+    torch.manual_seed(0)
+    x = torch.randint(0, 3, (1000,)) + 2**e  # one block: beyond, merging rounds the means
+    oracle.check(stats_of(x), x)
+
+
+def test_many_values_of_one_size_and_both_signs(engine):
+    x = torch.ones(4095) * 1.8237813583927718
+    x[:2047] *= -1
+    oracle.check(stats_of(x), x)
+
+
 def test_float64_near_its_limits(engine):
     x = torch.tensor([1.7e308, -1.7e308, 1.7e308], dtype=torch.float64)
     stats = stats_of(x)

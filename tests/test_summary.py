@@ -137,6 +137,20 @@ def test_copies(engine, model, duplicate):
     summary = summarize(model, correction=0, grad_scale=4.0)
     other = duplicate(summary)
     assert other.to_dict() == summary.to_dict() and str(other) == str(summary)
+    assert other == summary and other["2.bias"] == summary["2.bias"]
+
+
+def test_equality(engine, model):
+    summary = summarize(model)
+    assert summary == summarize(model) != summarize(model, correction=0)
+    assert summary["0.bias"] == summary["0.bias"] != summary["2.bias"]
+    assert summary["0.bias"].grad == summary["0.bias"].grad != summary["0.bias"].finite
+    assert summary.total == summarize(model).total
+
+
+def test_entries_are_read_only(engine, model):
+    with pytest.raises(AttributeError):
+        summarize(model)["0.weight"].name = "mine"
 
 
 def test_a_pickled_summary_needs_no_native_engine(native, model, monkeypatch):
@@ -173,8 +187,34 @@ def test_aliases_and_gradients_in_the_table(engine, model):
 def test_long_names_are_elided_in_the_middle(engine):
     summary = summarize({f"model.layers.{i}.{'x' * 80}.weight": torch.ones(2) for i in range(12)})
     lines = summary.table(width=110).splitlines()
-    assert all(len(line) == 110 for line in lines)
-    assert "…" in lines[2] and "model.lay" in lines[2] and ".weight" in lines[2]
+    assert all(len(line) <= 110 for line in lines)
+    assert "…" in lines[2] and "model." in lines[2] and ".weight" in lines[2]
+
+
+def test_a_narrow_terminal_loses_columns_before_names(engine, model):
+    names = [f"model.layers.{i}.self_attn.q_proj.weight" for i in range(12)]
+    source = {name: torch.ones(512, 512, requires_grad=True) for name in names}
+    for x in source.values():
+        x.grad = torch.ones(512, 512)
+    for width in (60, 80, 100):
+        lines = summarize(source).table(width=width).splitlines()
+        assert len(lines[0]) <= width and "grad norm" in lines[0]
+        assert len({line.split()[0] for line in lines[2:14]}) == 12, "names differ"
+
+
+def test_outside_a_terminal_names_are_whole(engine, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    name = "x" * 300
+    assert name in str(summarize({name: torch.ones(2)}))
+
+
+def test_a_table_prints_on_any_output(engine, model, monkeypatch):
+    import io
+    import sys
+
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    summarize(model).table(width=40).encode("ascii")
+    assert "a\\nb" in str(summarize({"a\nb": torch.ones(2)}))
 
 
 def test_html_escapes_names(engine):

@@ -132,6 +132,98 @@ def test_layouts_go_with_their_model(native):
     assert alive() is None and native.native.cached_layouts() == before
 
 
+def test_models_whose_class_knows_them_go_too(native):
+    """A parametrized module's class reaches the module: a cycle that the cache must not root."""
+
+    def parametrized():
+        return nn.utils.parametrizations.weight_norm(nn.Linear(3, 2))
+
+    def closure():
+        class Own(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.w = nn.Parameter(torch.ones(2))
+
+            def forward(self):
+                return model
+
+        model = Own()
+        return model
+
+    before = native.native.cached_layouts()
+    for make in (parametrized, closure):
+        model = make()
+        summarize(model)
+        alive = weakref.ref(model)
+        del model
+        gc.collect()
+        assert alive() is None
+    assert native.native.cached_layouts() == before
+
+
+def test_the_garbage_collector_may_run_at_any_time(native):
+    """A finalizer that empties the model, at every allocation that can set the collector off."""
+
+    class Evil:
+        def __init__(self, model):
+            self.me, self.model = self, model
+
+        def __del__(self):
+            for name in list(self.model._parameters):
+                self.model._parameters[name] = None
+
+    thresholds = gc.get_threshold()
+    try:
+        for warm in (True, False):
+            for threshold in range(1, 30):
+                model = nn.Linear(2, 2)
+                if warm:
+                    summarize(model)
+                gc.collect()
+                gc.disable()
+                Evil(model)
+                gc.set_threshold(threshold, 10, 10)
+                gc.enable()
+                summarize(model)
+                gc.disable()
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.enable()
+
+
+def test_overrides_after_the_first_call_are_noticed(engine):
+    model = nn.Linear(3, 2)
+    assert list(summarize(model)) == ["weight", "bias"]
+    weight = model.weight
+    model.named_parameters = lambda **_: iter([("only", weight)])
+    assert list(summarize(model)) == ["only"]
+
+    class Later(nn.Linear):
+        pass
+
+    model = Later(3, 2)
+    assert list(summarize(model)) == ["weight", "bias"]
+    Later.named_parameters = lambda self, **_: iter([("mine", self.weight)])
+    assert list(summarize(model)) == ["mine"]
+
+
+def test_modules_shared_within_shared_modules_end(engine):
+    """2^24 paths lead to the leaf."""
+    model = nn.Linear(2, 2)
+    for _ in range(24):
+        model = nn.Sequential(model, model)
+    assert list(summarize(model)) == expected_names(model)
+
+
+def test_templates_and_selections_do_not_pile_up(engine):
+    model = nn.Linear(2, 2)
+    layout = summarize(model)._layout
+    for i in range(100):
+        summary = summarize(model, include=f"weight|{i}")
+        summary.scalars(key=f"{i}/{{kind}}_{{stat}}/{{name}}")
+    assert len(layout._selections) <= 16 and len(summary._layout._keys) <= 16
+
+
 def test_many_models_come_and_go(native):
     before = native.native.cached_layouts()
     for i in range(200):

@@ -13,18 +13,19 @@ enum class DType : uint8_t {
   kFloat8E4M3FN,
   kFloat8E5M2,
   kInt8,
-  kUInt8,  // and bool, which is stored as 0 or 1 in a byte
+  kUInt8,
   kInt16,
   kUInt16,
   kInt32,
   kUInt32,
   kInt64,
   kUInt64,
+  kBool,  // a byte; any but 0 is true
 };
-constexpr int kDTypes = 14;
+constexpr int kDTypes = 15;
 
 constexpr int element_size(DType dtype) {
-  constexpr int kBytes[kDTypes] = {8, 4, 2, 2, 1, 1, 1, 1, 2, 2, 4, 4, 8, 8};
+  constexpr int kBytes[kDTypes] = {8, 4, 2, 2, 1, 1, 1, 1, 2, 2, 4, 4, 8, 8, 1};
   return kBytes[static_cast<int>(dtype)];
 }
 

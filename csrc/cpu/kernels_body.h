@@ -110,6 +110,13 @@ struct NarrowInteger : InFloat {
   static Vector load(const T* p) { return __builtin_convertvector(extend(p), Vector); }
 };
 
+struct Bool : InFloat {
+  using Storage = uint8_t;
+  static Vector load(const Storage* p) {
+    return __builtin_convertvector((extend(p) != 0) & 1, Vector);
+  }
+};
+
 struct BFloat16 : InFloat {
   using Storage = uint16_t;
   static Vector load(const Storage* p) { return as_float((UInt32Lanes)extend(p) << 16); }
@@ -358,4 +365,5 @@ const Kernels kKernels = {PARAMSTATS_LEVEL_NAME,
                               chunk<Native<uint32_t, InDouble>>,
                               chunk<Native<int64_t, InDouble>>,
                               chunk<Native<uint64_t, InDouble>>,
+                              chunk<Bool>,
                           }};
