@@ -20,7 +20,7 @@ _LEFT_OUT = ("grad mean", "mean", "grad zeros", "zeros", "grad std", "std", "sha
 
 _GAP = "  "
 _WHOLE_NAME = 48
-"""Names up to this long are kept whole at the cost of columns; a terminal of 80 has room for norms."""
+"""Names up to this long are kept whole at the cost of columns; 80 columns have room for norms."""
 
 _NARROWEST_NAME = 12
 _UNLIMITED = 1 << 30

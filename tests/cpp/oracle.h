@@ -59,6 +59,7 @@ inline double decode(DType dtype, uint64_t bits) {
   switch (dtype) {
     case DType::kInt8: return static_cast<int8_t>(bits);
     case DType::kUInt8: return static_cast<uint8_t>(bits);
+    case DType::kBool: return static_cast<uint8_t>(bits) != 0;
     case DType::kInt16: return static_cast<int16_t>(bits);
     case DType::kUInt16: return static_cast<uint16_t>(bits);
     case DType::kInt32: return static_cast<int32_t>(bits);

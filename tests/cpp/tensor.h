@@ -22,8 +22,8 @@ inline double noise() { return std::normal_distribution<double>()(rng); }
 
 inline std::string name_of(DType dtype) {
   static const char* kNames[kDTypes] = {"float64", "float32", "bfloat16", "float16", "e4m3fn",
-                                        "e5m2",    "int8",    "uint8",    "int16",   "uint16",
-                                        "int32",   "uint32",  "int64",    "uint64"};
+                                        "e5m2",    "int8",    "uint8",    "bool",    "int16",
+                                        "uint16",  "int32",   "uint32",   "int64",   "uint64"};
   return kNames[static_cast<int>(dtype)];
 }
 
