@@ -1,9 +1,11 @@
 """Runs the benchmarks and writes what came out: a JSON file of medians, and the README's tables.
 
     python -m benches.report                      runs `pytest benches` first
-    python -m benches.report --json FILE          takes what `pytest benches --benchmark-json` wrote
+    python -m benches.report --repeat 3           three times, against slow spells of the machine
+    python -m benches.report --json FILE ...      takes what `pytest benches --benchmark-json` wrote
     python -m benches.report --dry-run            prints, and writes nothing
 
+Of several runs, each figure is the median of their medians.
 The tables go between two lines of README.md, <!-- benchmark:begin --> and <!-- benchmark:end -->
 (benchmark-cuda for a run on CUDA).
 """
@@ -43,14 +45,22 @@ def run(device: str) -> dict[str, Any]:
         return json.loads(out.read_text())  # type: ignore[no-any-return]
 
 
-def condense(raw: dict[str, Any]) -> Report:
+def condense(runs: list[dict[str, Any]]) -> Report:
     """Medians by case and contestant, how steady they were, and where they were measured."""
-    if "benches" not in raw.get("machine_info", {}):
-        sys.exit("benches.report: expected a file of `pytest benches --benchmark-json`")
-    if not raw["benchmarks"]:
+    where = [run.get("machine_info", {}).get("benches") for run in runs]
+    if None in where:
+        sys.exit("benches.report: expected files of `pytest benches --benchmark-json`")
+    if any(other != where[0] for other in where):
+        sys.exit("benches.report: expected runs of one day, machine and version")
+    entries: dict[str, list[dict[str, Any]]] = {}
+    for run in runs:
+        for entry in run["benchmarks"]:
+            entries.setdefault(entry["fullname"], []).append(entry)
+    if not entries:
         sys.exit("benches.report: nothing was measured (see the reasons of what was skipped)")
     cases: dict[str, Any] = {}
-    for entry in raw["benchmarks"]:
+    for same in entries.values():
+        entry = sorted(same, key=lambda e: e["stats"]["median"])[len(same) // 2]
         about = dict(entry["extra_info"])
         contestant, free = about.pop("contestant"), about.pop("free")
         errors = about.pop("errors", None)
@@ -61,7 +71,7 @@ def condense(raw: dict[str, Any]) -> Report:
         case["free"][contestant] = free
         if errors:
             case["error"][contestant] = errors
-    return {**raw["machine_info"]["benches"], "cases": cases}
+    return {**where[0], "runs": len(runs), "cases": cases}
 
 
 def noisy(report: Report) -> list[str]:
@@ -90,14 +100,18 @@ def place(text: str, tables: str, device: str) -> str | None:
 def main() -> None:
     parser = argparse.ArgumentParser("python -m benches.report", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--json", type=Path, help="of `pytest benches --benchmark-json`")
+    parser.add_argument("--json", type=Path, nargs="+", help="of pytest benches --benchmark-json")
+    parser.add_argument("--repeat", type=int, default=1, help="how often to run them")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--name", help="of the file in benches/results (default: the processor's)")
     parser.add_argument("--dry-run", action="store_true", help="print the tables, write nothing")
     options = parser.parse_args()
 
-    raw = json.loads(options.json.read_text()) if options.json else run(options.device)
-    report = condense(raw)
+    if options.json:
+        runs = [json.loads(path.read_text()) for path in options.json]
+    else:
+        runs = [run(options.device) for _ in range(options.repeat)]
+    report = condense(runs)
     hardware = report["hardware"]
     name = options.name or f"{hardware['gpu'] or hardware['cpu']} {hardware['threads']} threads"
     path = _RESULTS / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.json"

@@ -87,11 +87,12 @@ def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 def _legend(report: dict[str, Any]) -> str:
     hardware, versions = report["hardware"], report["versions"]
+    runs = "1 run" if report["runs"] == 1 else f"{report['runs']} runs"
     engine = report["engine"] + (f" engine, {report['simd']}" if report["simd"] else " engine")
     return (
         "Nx: takes N times as long as paramstats (the loop under `no_grad`; `_foreach_norm` gives "
         "the norm alone). The limit is a loop that only reads the same bytes; 1.00 is as fast. "
-        f"Medians on {hardware['gpu'] or hardware['cpu']}, {hardware['cores']} cores, "
+        f"Medians of {runs} on {hardware['gpu'] or hardware['cpu']}, {hardware['cores']} cores, "
         f"{hardware['threads']} threads where no other number is given; "
         f"paramstats {versions['paramstats']} ({engine}), torch {versions['torch']}, "
         f"Python {versions['python']}, {report['date']}."
