@@ -62,7 +62,8 @@ sanitize:  ## the C++ tests under the address and undefined-behaviour sanitizers
 	build/cpp/kernels_sanitized
 
 bench: $(VENV)/installed  ## all benchmarks; writes benches/results and the README's table
-	$(BIN)/python -m benches.report
+	$(BIN)/python -m benches.report --repeat 3
+	$(BIN)/python -m benches.in_turns
 
 check: $(VENV)/installed  ## formatters, linters and types
 	$(BIN)/ruff format --check .
