@@ -7,8 +7,9 @@
 """
 
 from paramstats.engine import Backend, backend
+from paramstats.stats import ParamStats, TensorStats
 from paramstats.summarize import summarize
-from paramstats.summary import ParamStats, Summary, TensorStats
+from paramstats.summary import Summary
 
 __all__ = ["Backend", "ParamStats", "Summary", "TensorStats", "backend", "summarize"]
 __version__ = "0.1.0"

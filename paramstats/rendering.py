@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from paramstats.summary import ParamStats, Summary, TensorStats
+    from paramstats.stats import ParamStats, TensorStats
+    from paramstats.summary import Summary
 
 _HEADINGS = ("parameter", "shape", "mean", "std", "norm", "zeros")
 _GRAD_HEADINGS = ("grad mean", "grad std", "grad norm", "grad zeros")
