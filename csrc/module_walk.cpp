@@ -240,14 +240,23 @@ struct Class {
       : weakref(py::reinterpret_steal<py::object>(
             PyWeakref_NewRef(reinterpret_cast<PyObject*>(t), nullptr))),
         type(t),
-        version(t->tp_version_tag) {}
+        version(version_of(t)) {
+    if (!weakref) PyErr_Clear();
+  }
+
+  static unsigned int version_of(PyTypeObject* t) {
+#if PY_VERSION_HEX < 0x030b0000  // where a flag says whether the number holds
+    if (!PyType_HasFeature(t, Py_TPFLAGS_VALID_VERSION_TAG)) return 0;
+#endif
+    return t->tp_version_tag;
+  }
 
   bool is_unchanged() const {
     // No other class can have the address of one that is alive.
     PyObject* alive = nullptr;
     if (!weakref || PyWeakref_GetRef(weakref.ptr(), &alive) != 1) return false;
     Py_DECREF(alive);  // not the last reference: an instance in the tree holds one
-    return version != 0 && type->tp_version_tag == version;
+    return version != 0 && version_of(type) == version;
   }
 };
 
@@ -297,8 +306,8 @@ py::list tensors_of(const Tree& tree, const std::vector<size_t>& rows) {
   for (size_t row : rows) {
     tensors.push_back(py::reinterpret_borrow<py::object>(tree.signature[row]));
   }
-  py::list out(rows.size());
-  for (size_t i = 0; i < rows.size(); ++i) {
+  py::list out(tensors.size());  // from here on `tree` and `rows` may be gone
+  for (size_t i = 0; i < tensors.size(); ++i) {
     PyList_SET_ITEM(out.ptr(), static_cast<Py_ssize_t>(i), tensors[i].release().ptr());
   }
   return out;
