@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -39,6 +40,18 @@ def native(monkeypatch: pytest.MonkeyPatch) -> engines.Engine:
     chosen = load_engine("native")
     monkeypatch.setattr(engines, "_engine", chosen)
     return chosen
+
+
+@pytest.fixture(params=["avx512", "avx2", "plain"])
+def simd_level(request: pytest.FixtureRequest, native: engines.Engine) -> Iterator[str]:
+    """Runs the test once with the native kernels of each SIMD level that is here."""
+    extension = native.native
+    if request.param not in extension.simd_levels():
+        pytest.skip(f"this processor has no {request.param}")
+    before = extension.simd_level()
+    extension.set_simd_level(request.param)
+    yield request.param
+    extension.set_simd_level(before)
 
 
 @pytest.fixture

@@ -28,25 +28,17 @@ def restore_threads():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("level", ["avx512", "avx2", "plain"])
-def test_threads_runs_and_company(native, tensors, level, restore_threads):
+def test_threads_runs_and_company(native, tensors, simd_level, restore_threads):
     extension = native.native
-    if level not in extension.simd_levels():
-        pytest.skip(f"this processor has no {level}")
-    before = extension.simd_level()
-    extension.set_simd_level(level)
-    try:
-        expected = _states(extension, tensors)
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            for _ in range(10):
-                assert _states(extension, tensors) == expected
-        company = [torch.randn(300_000), *tensors, torch.randn(77)]
-        assert _states(extension, company)[1:-1] == expected
-        alone = [_states(extension, [t])[0] for t in tensors]
-        assert alone == expected
-    finally:
-        extension.set_simd_level(before)
+    expected = _states(extension, tensors)
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        for _ in range(10):
+            assert _states(extension, tensors) == expected
+    company = [torch.randn(300_000), *tensors, torch.randn(77)]
+    assert _states(extension, company)[1:-1] == expected
+    alone = [_states(extension, [t])[0] for t in tensors]
+    assert alone == expected
 
 
 def _states(extension, tensors: list[torch.Tensor]) -> list[bytes]:
