@@ -44,8 +44,7 @@ bool is_plain_cpu(const c10::TensorImpl& t) {
   return kind_of(t) == plain && !t.has_symbolic_sizes_strides();
 }
 
-std::optional<cpu::DType> native_dtype(at::ScalarType dtype) {
-  using cpu::DType;
+std::optional<DType> native_dtype(at::ScalarType dtype) {
   switch (dtype) {
     case at::kDouble: return DType::kFloat64;
     case at::kFloat: return DType::kFloat32;

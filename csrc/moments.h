@@ -16,15 +16,11 @@
 // paramstats/moments.py is the same in Python, for the fallback and for reading results.
 #pragma once
 
+#if !defined(__CUDACC_RTC__)
 #include <cmath>
-#include <cstdint>
-#include <limits>
-
-#if defined(__CUDACC__)
-#define PARAMSTATS_HD __host__ __device__
-#else
-#define PARAMSTATS_HD
 #endif
+
+#include "portable.h"
 
 namespace paramstats {
 
@@ -38,10 +34,12 @@ struct Moments {
   int64_t neg_infs = 0;  //
   double mean = 0;       // of the finite elements, as all below; NaN marks "not read"
   double m2 = 0;         //
-  double min = std::numeric_limits<double>::infinity();
-  double max = -std::numeric_limits<double>::infinity();
+  double min = kInfinity;
+  double max = -kInfinity;
 };
 static_assert(sizeof(Moments) == 72, "the row format is 5 int64 and 4 double");
+
+PARAMSTATS_HD inline bool is_finite(double x) { return x - x == 0; }
 
 constexpr int64_t kAbsent = -1;  // count of a row without a tensor: a gradient that is None
 
@@ -51,8 +49,7 @@ PARAMSTATS_HD inline int64_t finite_count(const Moments& a) {
 
 // A state whose elements could not be read (a meta tensor): its size is known, its figures are NaN.
 PARAMSTATS_HD inline Moments unread(int64_t count) {
-  constexpr double nan = std::numeric_limits<double>::quiet_NaN();
-  return {count, 0, 0, 0, 0, nan, nan, nan, nan};
+  return {count, 0, 0, 0, 0, kNaN, kNaN, kNaN, kNaN};
 }
 
 PARAMSTATS_HD inline bool is_unread(const Moments& a) { return a.mean != a.mean; }
@@ -74,39 +71,49 @@ PARAMSTATS_HD inline Moments merge(const Moments& a, const Moments& b) {
   const double na = static_cast<double>(finite_count(a));
   const double nb = static_cast<double>(finite_count(b));
   if (na == 0 || nb == 0) {
-    const Moments& only = na == 0 ? b : a;
-    out.mean = only.mean;
-    out.m2 = only.m2;
+    out.mean = na == 0 ? b.mean : a.mean;
+    out.m2 = na == 0 ? b.m2 : a.m2;
     return out;
   }
   const double weight = nb / (na + nb);
   const double delta = b.mean - a.mean;
   out.mean = a.mean + delta * weight;
   out.m2 = a.m2 + b.m2 + delta * delta * (na * weight);
-  if (!(std::fabs(delta) <= std::numeric_limits<double>::max())) {
+  if (!(is_finite(delta))) {
     // Means of opposite sign near the limit of double: the difference overflows, the mean does not.
     out.mean = a.mean * (1 - weight) + b.mean * weight;
-    out.m2 = std::numeric_limits<double>::infinity();
+    out.m2 = kInfinity;
   }
   return out;
+}
+
+// Takes in one element of any value.
+PARAMSTATS_HD inline void update(Moments& state, double x) {
+  Moments one;
+  one.count = 1;
+  one.zeros = x == 0;
+  one.nans = x != x;
+  one.pos_infs = x > kLargest;
+  one.neg_infs = x < -kLargest;
+  if (is_finite(x)) one.mean = one.min = one.max = x;
+  state = merge(state, one);
 }
 
 // Takes in n elements of any value, two passes: the exact routine that every fast one falls back
 // to. n is a block's length; the caller keeps the block in cache.
 inline void update(Moments& state, const double* x, int64_t n) {
   constexpr int kLanes = 8;  // independent sums, so that the loops vectorise without -ffast-math
-  constexpr double kMax = std::numeric_limits<double>::max();
   Moments block;
   block.count = n;
   double sums[kLanes] = {};
   for (int64_t i = 0; i < n; ++i) {
     const double v = x[i];
-    const bool finite = std::fabs(v) <= kMax;
+    const bool finite = is_finite(v);
     sums[i % kLanes] += finite ? v : 0.0;
     block.zeros += v == 0;
     block.nans += v != v;
-    block.pos_infs += v > kMax;
-    block.neg_infs += v < -kMax;
+    block.pos_infs += v > kLargest;
+    block.neg_infs += v < -kLargest;
     block.min = finite && v < block.min ? v : block.min;
     block.max = finite && v > block.max ? v : block.max;
   }
@@ -115,10 +122,10 @@ inline void update(Moments& state, const double* x, int64_t n) {
     double sum = 0;
     for (double s : sums) sum += s;
     block.mean = sum / static_cast<double>(finite_n);
-    if (!(std::fabs(sum) <= kMax)) {  // the sum overflowed: add shares of the mean instead
+    if (!(is_finite(sum))) {  // the sum overflowed: add shares of the mean instead
       block.mean = 0;
       for (int64_t i = 0; i < n; ++i) {
-        if (std::fabs(x[i]) <= kMax) block.mean += x[i] / static_cast<double>(finite_n);
+        if (is_finite(x[i])) block.mean += x[i] / static_cast<double>(finite_n);
       }
     }
     // Rounding must not carry the mean past the elements: of a constant it is the constant, and
@@ -127,7 +134,7 @@ inline void update(Moments& state, const double* x, int64_t n) {
     block.mean = block.mean > block.max ? block.max : block.mean;
     double squares[kLanes] = {}, shifts[kLanes] = {};
     for (int64_t i = 0; i < n; ++i) {
-      const double d = std::fabs(x[i]) <= kMax ? x[i] - block.mean : 0.0;
+      const double d = is_finite(x[i]) ? x[i] - block.mean : 0.0;
       squares[i % kLanes] += d * d;
       shifts[i % kLanes] += d;
     }
@@ -136,9 +143,50 @@ inline void update(Moments& state, const double* x, int64_t n) {
     double shift = 0;
     for (double s : shifts) shift += s;
     const double off = shift * (shift / static_cast<double>(finite_n));
-    if (off <= kMax && off <= block.m2) block.m2 -= off;
+    if (off <= kLargest && off <= block.m2) block.m2 -= off;
   }
   state = merge(state, block);
+}
+
+// What a kernel sums over n elements around a pivot, a value that it took to be near their mean.
+struct ShiftedSums {
+  double sum;     // of d = x - pivot
+  double sum_sq;  // of d^2; not finite if any element is not
+  double min, max;
+  int64_t zeros;
+};
+
+enum class Fit {
+  kGood,      // `out` is their state
+  kFar,       // the pivot was too far off: try pivot + sum / n
+  kUnusable,  // the sums could not hold the elements: NaN, an infinity, d^2 over- or underflowed
+};
+
+// The state of n > 0 elements from their sums,
+//
+//     mean = pivot + sum / n              m2 = sum_sq - sum^2 / n
+//
+// where the subtraction is small: sum^2 / n is at most the share `most_off` of sum_sq. A sum of
+// squares outside [least, most] may have lost digits to under- or overflow.
+PARAMSTATS_HD inline Fit from_sums(const ShiftedSums& s, int64_t n, double pivot, double most_off,
+                                   double least, double most, Moments& out) {
+  if (!(s.sum_sq <= most)) return Fit::kUnusable;
+  out.count = n;
+  out.zeros = s.zeros;
+  out.min = s.min;
+  out.max = s.max;
+  if (s.min == s.max) {  // a constant: mean and m2 without any rounding
+    out.mean = s.min;
+    out.m2 = 0;
+    return Fit::kGood;
+  }
+  const double shift = s.sum / static_cast<double>(n);
+  const double off = s.sum * shift;
+  if (!(off <= s.sum_sq * most_off)) return Fit::kFar;
+  if (s.sum_sq < least) return Fit::kUnusable;
+  out.mean = pivot + shift;
+  out.m2 = s.sum_sq - off;
+  return Fit::kGood;
 }
 
 // What a person reads; paramstats/moments.py has the same fields in the same order. Doubles
@@ -151,10 +199,9 @@ constexpr int kFigures = sizeof(Figures) / sizeof(double);
 
 // Over the finite elements alone.
 inline Figures finalize_finite(const Moments& a, double correction) {
-  constexpr double nan = std::numeric_limits<double>::quiet_NaN();
   const double n = static_cast<double>(finite_count(a));
   const double zeros = static_cast<double>(a.zeros);
-  Figures out{n, nan, nan, nan, nan, nan, nan, nan, nan, zeros, nan, 0, 0, 0, 0};
+  Figures out{n, kNaN, kNaN, kNaN, kNaN, kNaN, kNaN, kNaN, kNaN, zeros, kNaN, 0, 0, 0, 0};
   if (is_unread(a)) return out;
   if (n == 0) {
     out.norm = 0;
@@ -176,8 +223,6 @@ inline Figures finalize_finite(const Moments& a, double correction) {
 
 // Over all elements, as torch gives them: one NaN makes them NaN, an infinity the norm infinite.
 inline Figures finalize(const Moments& a, double correction) {
-  constexpr double nan = std::numeric_limits<double>::quiet_NaN();
-  constexpr double inf = std::numeric_limits<double>::infinity();
   Figures out = finalize_finite(a, correction);
   out.count = static_cast<double>(a.count);
   out.nan_count = static_cast<double>(a.nans);
@@ -187,18 +232,18 @@ inline Figures finalize(const Moments& a, double correction) {
   if (out.nonfinite_count == 0) return out;
 
   out.zero_fraction = out.zero_count / out.count;
-  out.std = out.var = nan;
+  out.std = out.var = kNaN;
   if (a.nans > 0) {
-    out.mean = out.norm = out.rms = out.min = out.max = out.abs_max = nan;
+    out.mean = out.norm = out.rms = out.min = out.max = out.abs_max = kNaN;
     return out;
   }
-  out.mean = a.neg_infs == 0 ? inf : a.pos_infs == 0 ? -inf : nan;
-  out.norm = out.rms = out.abs_max = inf;
-  if (a.neg_infs > 0) out.min = -inf;
-  if (a.pos_infs > 0) out.max = inf;
+  out.mean = a.neg_infs == 0 ? kInfinity : a.pos_infs == 0 ? -kInfinity : kNaN;
+  out.norm = out.rms = out.abs_max = kInfinity;
+  if (a.neg_infs > 0) out.min = -kInfinity;
+  if (a.pos_infs > 0) out.max = kInfinity;
   if (finite_count(a) == 0) {  // nothing but infinities, perhaps all of one sign
-    out.min = a.neg_infs > 0 ? -inf : inf;
-    out.max = a.pos_infs > 0 ? inf : -inf;
+    out.min = a.neg_infs > 0 ? -kInfinity : kInfinity;
+    out.max = a.pos_infs > 0 ? kInfinity : -kInfinity;
   }
   return out;
 }

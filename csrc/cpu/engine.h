@@ -7,8 +7,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "../dtypes.h"
 #include "../moments.h"
-#include "dtypes.h"
 #include "kernels.h"
 
 namespace paramstats::cpu {

@@ -3,8 +3,8 @@
 
 #include <cstdint>
 
+#include "../dtypes.h"
 #include "../moments.h"
-#include "dtypes.h"
 
 namespace paramstats::cpu {
 

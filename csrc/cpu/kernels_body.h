@@ -41,13 +41,6 @@ inline typename T::Vector load_part(const typename T::Storage* x, int64_t size) 
   return T::load(padded);
 }
 
-struct BlockSums {
-  double sum;     // of d = x - pivot
-  double sum_sq;  // of d^2; not finite if any element is not
-  double min, max;
-  int64_t zeros;
-};
-
 // One of the kUnroll independent streams of a block, so that additions need not wait for each
 // other.
 template <class T>
@@ -82,13 +75,13 @@ inline void fold(Stream<T> (&streams)[kUnroll], DoubleLanes& sum, DoubleLanes& s
 }
 
 template <class T>
-inline BlockSums block_sums(const typename T::Storage* x, int64_t n, typename T::Scalar pivot) {
+inline ShiftedSums block_sums(const typename T::Storage* x, int64_t n, typename T::Scalar pivot) {
   using V = typename T::Vector;
   constexpr int kWidth = T::kWidth;
   constexpr int kStep = kUnroll * kWidth;  // elements
   constexpr int kStepBytes = kStep * static_cast<int>(sizeof(typename T::Storage));
 
-  BlockSums out = {0, 0, 0, 0, 0};
+  ShiftedSums out = {0, 0, 0, 0, 0};
   int64_t i = 0;
   if (n >= kWidth) {
     const V first = T::load(x);
@@ -151,28 +144,12 @@ template <class T>
 inline bool try_block(const typename T::Storage* x, int64_t n, typename T::Scalar& pivot,
                       Moments& out) {
   constexpr int kTries = 3;
-  const double size = static_cast<double>(n);
+  constexpr double kMostOff = 1.0 / 16;
   for (int attempt = 0; attempt < kTries; ++attempt) {
-    const BlockSums s = block_sums<T>(x, n, pivot);
-    if (!(s.sum_sq <= T::kMostSquares)) return false;
-    const double shift = s.sum / size;
-    out.count = n;
-    out.zeros = s.zeros;
-    out.min = s.min;
-    out.max = s.max;
-    if (s.min == s.max) {  // a constant: mean and m2 without any rounding
-      out.mean = s.min;
-      out.m2 = 0;
-      return true;
-    }
-    const double off = s.sum * shift;  // sum(d)^2 / n
-    if (off <= s.sum_sq * (1.0 / 16)) {
-      if (s.sum_sq < T::kLeastSquares) return false;
-      out.mean = pivot + shift;
-      out.m2 = s.sum_sq - off;
-      return true;
-    }
-    pivot = static_cast<typename T::Scalar>(pivot + shift);
+    const ShiftedSums s = block_sums<T>(x, n, pivot);
+    const Fit fit = from_sums(s, n, pivot, kMostOff, T::kLeastSquares, T::kMostSquares, out);
+    if (fit != Fit::kFar) return fit == Fit::kGood;
+    pivot = static_cast<typename T::Scalar>(pivot + s.sum / static_cast<double>(n));
   }
   return false;
 }

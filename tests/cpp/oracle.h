@@ -9,14 +9,14 @@
 #include <random>
 #include <vector>
 
-#include "../../csrc/cpu/dtypes.h"
+#include "../../csrc/dtypes.h"
 #include "../../csrc/moments.h"
 #include "check.h"
 
 namespace oracle {
 
 using paramstats::Moments;
-using paramstats::cpu::DType;
+using paramstats::DType;
 using Rng = std::mt19937_64;
 
 constexpr uint64_t kSeed = 20240229;

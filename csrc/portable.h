@@ -1,0 +1,30 @@
+// What host compilers, nvcc and NVRTC (which has no standard headers) do not agree on.
+#pragma once
+
+#if defined(__CUDACC_RTC__)
+typedef signed char int8_t;
+typedef unsigned char uint8_t;
+typedef short int16_t;
+typedef unsigned short uint16_t;
+typedef int int32_t;
+typedef unsigned int uint32_t;
+typedef long long int64_t;
+typedef unsigned long long uint64_t;
+#else
+#include <cstdint>
+#endif
+
+#if defined(__CUDACC__)
+#define PARAMSTATS_HD __host__ __device__
+#else
+#define PARAMSTATS_HD
+#endif
+
+namespace paramstats {
+
+// Of double: std::numeric_limits' functions are not for device code.
+constexpr double kInfinity = __builtin_huge_val();
+constexpr double kNaN = __builtin_nan("");
+constexpr double kLargest = 1.7976931348623157e308;
+
+}  // namespace paramstats
