@@ -8,14 +8,19 @@ BIN := $(VENV)/bin
 # The version that the environment is built with; any torch >= 2.10 will do for users.
 TORCH ?= torch==2.13.0
 CXX ?= g++
-NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
+NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*)
+CXX_FILES := $(NATIVE) $(wildcard tests/cpp/*.* tests/cpp/*/* tests/fake_cuda/*)
+# The CUDA source as C++, on the runtime that tests/cpp/cuda_shim pretends to be.
+SHIM := -std=c++17 -Wall -Wextra -Werror -Wno-unknown-pragmas -pthread -I tests/cpp/cuda_shim
+SHIM_SOURCES := tests/cpp/cuda_shim/shim.cpp csrc/cpu/*.cpp -x c++ csrc/cuda/engine.cu
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-cpp test-arm64 test-huge sanitize bench check format clean
+.PHONY: help demo test test-cpp test-cuda-shim test-arm64 test-huge sanitize cuda-compile gpu-check \
+	bench check format clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(VENV)/torch: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -30,7 +35,7 @@ $(VENV)/installed: $(VENV)/torch setup.py $(NATIVE)
 demo: $(VENV)/installed  ## train on real data, show the tables and the speed against the loop
 	$(BIN)/python -m paramstats demo
 
-test: $(VENV)/installed test-cpp  ## all tests
+test: $(VENV)/installed test-cpp test-cuda-shim  ## all tests
 	$(BIN)/python -m pytest --quiet
 
 test-cpp:  ## the C++ tests of the state and the kernels, without torch
@@ -40,6 +45,15 @@ test-cpp:  ## the C++ tests of the state and the kernels, without torch
 		-o build/cpp/test_kernels
 	build/cpp/test_moments
 	build/cpp/test_kernels
+
+test-cuda-shim:  ## the CUDA kernels on the CPU, without a GPU and without nvcc
+	@mkdir -p build/cpp
+	$(CXX) $(SHIM) -O2 tests/cpp/test_cuda_shim.cpp tests/cpp/cuda_shim/shim.cpp \
+		-o build/cpp/test_cuda_shim
+	$(CXX) $(SHIM) -O2 tests/cpp/test_cuda_kernels.cpp $(SHIM_SOURCES) \
+		-o build/cpp/test_cuda_kernels
+	build/cpp/test_cuda_shim
+	build/cpp/test_cuda_kernels
 
 test-arm64:  ## the C++ tests for arm64, emulated (g++-aarch64-linux-gnu, qemu-user)
 	@mkdir -p build/cpp
@@ -58,8 +72,17 @@ sanitize:  ## the C++ tests under the address and undefined-behaviour sanitizers
 	$(CXX) -std=c++17 -O1 -g $(SANITIZE) tests/cpp/test_moments.cpp -o build/cpp/moments_sanitized
 	$(CXX) -std=c++17 -O1 -g $(SANITIZE) -pthread tests/cpp/test_kernels.cpp csrc/cpu/*.cpp \
 		-o build/cpp/kernels_sanitized
+	$(CXX) $(SHIM) -O1 -g $(SANITIZE) tests/cpp/test_cuda_kernels.cpp $(SHIM_SOURCES) \
+		-o build/cpp/cuda_kernels_sanitized
 	build/cpp/moments_sanitized
 	build/cpp/kernels_sanitized
+	build/cpp/cuda_kernels_sanitized
+
+cuda-compile:  ## the CUDA engine by nvcc for every architecture; fails on spills (no GPU needed)
+	$(PYTHON) tests/cuda_compile.py
+
+gpu-check:  ## build, test, sanitize and measure on a GPU, with PYTHON's own torch; ten minutes
+	$(PYTHON) -m benches.gpu_check
 
 bench: $(VENV)/installed  ## all benchmarks; writes benches/results and the README's table
 	$(BIN)/python -m benches.report --repeat 3
@@ -69,12 +92,12 @@ check: $(VENV)/installed  ## formatters, linters and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h csrc/cpu/* tests/cpp/*
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 
 format: $(VENV)/installed  ## format everything
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
-	$(BIN)/clang-format -i csrc/*.cpp csrc/*.h csrc/cpu/* tests/cpp/*
+	$(BIN)/clang-format -i $(CXX_FILES)
 
 clean:  ## remove what was built, the environment included
 	rm -rf $(VENV) build dist *.egg-info paramstats/*.so paramstats/_build.json .pytest_cache

@@ -99,6 +99,8 @@ PARAMSTATS_HD inline void update(Moments& state, double x) {
   state = merge(state, one);
 }
 
+#if !defined(__CUDACC_RTC__)
+
 // Takes in n elements of any value, two passes: the exact routine that every fast one falls back
 // to. n is a block's length; the caller keeps the block in cache.
 inline void update(Moments& state, const double* x, int64_t n) {
@@ -148,6 +150,8 @@ inline void update(Moments& state, const double* x, int64_t n) {
   state = merge(state, block);
 }
 
+#endif
+
 // What a kernel sums over n elements around a pivot, a value that it took to be near their mean.
 struct ShiftedSums {
   double sum;     // of d = x - pivot
@@ -188,6 +192,8 @@ PARAMSTATS_HD inline Fit from_sums(const ShiftedSums& s, int64_t n, double pivot
   out.m2 = s.sum_sq - off;
   return Fit::kGood;
 }
+
+#if !defined(__CUDACC_RTC__)
 
 // What a person reads; paramstats/moments.py has the same fields in the same order. Doubles
 // throughout, so that any of them can be asked for by its position.
@@ -247,6 +253,8 @@ inline Figures finalize(const Moments& a, double correction) {
   }
   return out;
 }
+
+#endif
 
 // The state of the elements times a factor > 0: how gradients of a scaled loss are unscaled.
 PARAMSTATS_HD inline Moments scaled(const Moments& a, double factor) {

@@ -20,11 +20,18 @@ typedef unsigned long long uint64_t;
 #define PARAMSTATS_HD
 #endif
 
+// Of double: std::numeric_limits' functions are not for device code.
+#if defined(__CUDACC_RTC__)
+#define kInfinity __longlong_as_double(0x7ff0000000000000)
+#define kNaN __longlong_as_double(0x7ff8000000000000)
+#endif
+
 namespace paramstats {
 
-// Of double: std::numeric_limits' functions are not for device code.
+#if !defined(__CUDACC_RTC__)
 constexpr double kInfinity = __builtin_huge_val();
 constexpr double kNaN = __builtin_nan("");
+#endif
 constexpr double kLargest = 1.7976931348623157e308;
 
 }  // namespace paramstats

@@ -15,8 +15,8 @@
 
 namespace oracle {
 
-using paramstats::Moments;
 using paramstats::DType;
+using paramstats::Moments;
 using Rng = std::mt19937_64;
 
 constexpr uint64_t kSeed = 20240229;

@@ -1,0 +1,344 @@
+// The CUDA kernels: tensors of any types in, one Moments each out, one read of memory. Device code
+// alone, without any include that NVRTC would miss.
+//
+// Every tensor is cut into chunks of kChunkBytes. `summarize_chunks` runs one block per chunk, of
+// all tensors of a launch, and writes a state per chunk; `merge_chunks` runs one block per tensor
+// and joins its states in order of their index. No atomics, and nothing depends on which block ran
+// when: results are bitwise the same on every run, and in any company that a tensor is in.
+//
+// A block reads its chunk once, 16 bytes a load and E::kTile loads at a time in each thread, and
+// sums d = x - pivot and d^2. The pivot is the mean of 32 elements spread over the chunk; from_sums
+// accepts it if sum(d)^2 / n <= sum(d^2) / 4, which of 32 elements of one distribution fails once
+// in a thousand times, and then the chunk is read again around its own mean.
+//
+// Error of an accepted chunk in float32 lanes, u = 2^-24. A tile's sums take at most 7 additions in
+// a lane and 3 across lanes, c = 10, before they are widened to float64, where rounding no longer
+// counts: float64 works once in 16 elements or more, so that cards on which it is slow still wait
+// for memory. With the rounding of d, sum(d) is off by less than (c + 1)u sum|d| and sum(d^2),
+// whose products are fused, by less than (c + 2)u sum(d^2). As |sum d| <= sqrt(n sum(d^2)) / 2, m2
+// is off by at most (2c + 3) u sum(d^2) <= 23u (4/3) m2 = 1.9e-6 m2: std, and norm, by 9.2e-7 of
+// themselves if every rounding went the same way, and the mean by 11u sqrt(4/3) = 7.6e-7 of rms.
+// Integers of 32 bits and more, and float64, have float64 lanes.
+#pragma once
+
+#include "../moments.h"
+#include "elements.h"
+#include "engine.h"
+
+namespace paramstats::cuda {
+
+constexpr int kThreads = 128;    // of a block, in both kernels
+constexpr int kBlocksPerSM = 6;  // that registers must suffice for: 80 a thread
+constexpr int kWarps = kThreads / 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+// ---- over the threads of a block ------------------------------------------------------------
+
+// Of elements, none of which is NaN: where one is, what they make is not used.
+__device__ inline float smaller(float a, float b) { return fminf(a, b); }
+__device__ inline float larger(float a, float b) { return fmaxf(a, b); }
+__device__ inline double smaller(double a, double b) { return fmin(a, b); }
+__device__ inline double larger(double a, double b) { return fmax(a, b); }
+
+// What a thread, then a warp, then a block has summed.
+template <class L>
+struct Sums {
+  double sum = 0, sum_sq = 0;
+  typename L::Lane min, max;
+  typename L::Count zeros = 0;
+};
+
+template <class L>
+__device__ inline void add(Sums<L>& a, const Sums<L>& b) {
+  a.sum += b.sum;
+  a.sum_sq += b.sum_sq;
+  a.min = smaller(a.min, b.min);
+  a.max = larger(a.max, b.max);
+  a.zeros += b.zeros;
+}
+
+// Room for what the warps of a block tell each other; double, for its alignment.
+struct Shared {
+  double bytes[kWarps * sizeof(Moments) / sizeof(double)];
+};
+
+// The sums of all threads, in every thread, in an order that is always the same.
+template <class L>
+__device__ inline ShiftedSums block_sums(Sums<L> s, Shared& shared) {
+#pragma unroll 1
+  for (int lanes = 16; lanes > 0; lanes /= 2) {
+    Sums<L> other;
+    other.sum = __shfl_xor_sync(kAllLanes, s.sum, lanes);
+    other.sum_sq = __shfl_xor_sync(kAllLanes, s.sum_sq, lanes);
+    other.min = __shfl_xor_sync(kAllLanes, s.min, lanes);
+    other.max = __shfl_xor_sync(kAllLanes, s.max, lanes);
+    other.zeros = __shfl_xor_sync(kAllLanes, s.zeros, lanes);
+    add(s, other);
+  }
+  auto* warps = reinterpret_cast<Sums<L>*>(shared.bytes);
+  static_assert(sizeof(Sums<L>) * kWarps <= sizeof(Shared), "the sums of all warps fit");
+  __syncthreads();  // whoever read what stands there is done
+  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = s;
+  __syncthreads();
+  Sums<L> all = warps[0];
+#pragma unroll 1
+  for (int w = 1; w < kWarps; ++w) add(all, warps[w]);
+  return {all.sum, all.sum_sq, all.min, all.max, static_cast<int64_t>(all.zeros)};
+}
+
+__device__ inline Moments from_lane(const Moments& a, int lanes_up) {
+  Moments b;
+  b.count = __shfl_down_sync(kAllLanes, a.count, lanes_up);
+  b.zeros = __shfl_down_sync(kAllLanes, a.zeros, lanes_up);
+  b.nans = __shfl_down_sync(kAllLanes, a.nans, lanes_up);
+  b.pos_infs = __shfl_down_sync(kAllLanes, a.pos_infs, lanes_up);
+  b.neg_infs = __shfl_down_sync(kAllLanes, a.neg_infs, lanes_up);
+  b.mean = __shfl_down_sync(kAllLanes, a.mean, lanes_up);
+  b.m2 = __shfl_down_sync(kAllLanes, a.m2, lanes_up);
+  b.min = __shfl_down_sync(kAllLanes, a.min, lanes_up);
+  b.max = __shfl_down_sync(kAllLanes, a.max, lanes_up);
+  return b;
+}
+
+// The states of all threads merged in order, in thread 0.
+__device__ inline Moments block_merge(Moments state, Shared& shared) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll 1  // or more than a thread's registers are under way at once
+  for (int lanes = 1; lanes < 32; lanes *= 2) {
+    const Moments next = from_lane(state, lanes);
+    if (lane % (2 * lanes) == 0) state = merge(state, next);
+  }
+  auto* warps = reinterpret_cast<Moments*>(shared.bytes);
+  __syncthreads();
+  if (lane == 0) warps[threadIdx.x / 32] = state;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    for (int w = 1; w < kWarps; ++w) state = merge(state, warps[w]);
+  }
+  return state;
+}
+
+// ---- one chunk ------------------------------------------------------------------------------
+
+template <class L>
+__device__ inline void take(typename L::Lane x, typename L::Lane pivot, typename L::Lane& sum,
+                            typename L::Lane& sum_sq, Sums<L>& s) {
+  const typename L::Lane d = x - pivot;
+  sum += d;
+  sum_sq += d * d;  // fused
+  s.min = smaller(s.min, x);
+  s.max = larger(s.max, x);
+  s.zeros += x == 0 ? typename L::Count{1} : typename L::Count{0};
+}
+
+// kVectors loads' worth of elements.
+template <class E, int kVectors>
+__device__ inline void take_vectors(const Words (&v)[kVectors], typename E::Lane pivot,
+                                    Sums<typename E::Lanes>& s) {
+  using Lane = typename E::Lane;
+  constexpr int kLanes = kPerVector<E> == 16 ? 8 : kPerVector<E> == 2 ? 2 : 4;
+  Lane sum[kLanes] = {}, sum_sq[kLanes] = {};
+#pragma unroll
+  for (int k = 0; k < kVectors; ++k) {
+    Lane x[kPerVector<E>];
+    E::unpack(v[k], x);
+#pragma unroll
+    for (int i = 0; i < kPerVector<E>; ++i) {
+      take(x[i], pivot, sum[i % kLanes], sum_sq[i % kLanes], s);
+    }
+  }
+#pragma unroll
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+#pragma unroll
+    for (int l = 0; l < half; ++l) {
+      sum[l] += sum[l + half];
+      sum_sq[l] += sum_sq[l + half];
+    }
+  }
+  s.sum += sum[0];
+  s.sum_sq += sum_sq[0];
+}
+
+// This thread's share of a chunk's elements, around a pivot. Indices into a chunk fit in 32 bits.
+template <class E>
+__device__ inline Sums<typename E::Lanes> thread_sums(const typename E::Storage* x, int n,
+                                                      typename E::Lane pivot) {
+  constexpr int kTile = E::kTile;
+  const int misaligned = static_cast<int>(reinterpret_cast<uint64_t>(x) % 16);
+  int head = (16 - misaligned) % 16 / static_cast<int>(sizeof(typename E::Storage));
+  if (head > n) head = n;
+  const int vectors = (n - head) / kPerVector<E>;
+  const int body = vectors * kPerVector<E>;
+  const auto* v = reinterpret_cast<const uint4*>(x + head);
+
+  Sums<typename E::Lanes> s;
+  s.min = s.max = element<E>(x, 0);
+  int i = threadIdx.x;
+#pragma unroll 1
+  for (; i + (kTile - 1) * kThreads < vectors; i += kTile * kThreads) {
+    Words tile[kTile];
+#pragma unroll
+    for (int k = 0; k < kTile; ++k) {
+      const uint4 load = __ldg(v + i + k * kThreads);
+      tile[k] = {{load.x, load.y, load.z, load.w}};
+    }
+    take_vectors<E, kTile>(tile, pivot, s);
+  }
+#pragma unroll 1
+  for (; i < vectors; i += kThreads) {
+    const uint4 load = __ldg(v + i);
+    const Words one[1] = {{{load.x, load.y, load.z, load.w}}};
+    take_vectors<E, 1>(one, pivot, s);
+  }
+  // What does not fill a vector, before the first and after the last: a thread each.
+  const int edge = threadIdx.x;
+  if (edge < n - body) {
+    typename E::Lane sum = 0, sum_sq = 0;
+    take(element<E>(x, edge < head ? edge : edge + body), pivot, sum, sum_sq, s);
+    s.sum += sum;
+    s.sum_sq += sum_sq;
+  }
+  return s;
+}
+
+// The mean of 32 elements spread over the chunk; every warp of a block finds the same.
+template <class E>
+__device__ inline typename E::Lane sample_mean(const typename E::Storage* x, int n) {
+  using Lane = typename E::Lane;
+  Lane sum = element<E>(x, static_cast<int64_t>(threadIdx.x % 32) * n / 32);
+  for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(kAllLanes, sum, lanes);
+  return sum / 32;
+}
+
+// False: the lanes could not hold the chunk.
+template <class E>
+__device__ inline bool try_chunk(const void* data, int n, Shared& shared, Moments& out) {
+  constexpr int kTries = 3;
+  constexpr double kMostOff = 1.0 / 4;
+  const auto* x = static_cast<const typename E::Storage*>(data);
+  auto pivot = sample_mean<E>(x, n);
+#pragma unroll 1
+  for (int attempt = 0; attempt < kTries; ++attempt) {
+    const ShiftedSums s = block_sums(thread_sums<E>(x, n, pivot), shared);
+    const Fit fit = from_sums(s, n, pivot, kMostOff, E::kLeastSquares, E::kMostSquares, out);
+    if (fit != Fit::kFar) return fit == Fit::kGood;
+    pivot = static_cast<typename E::Lane>(pivot + s.sum / n);
+  }
+  return false;
+}
+
+__device__ inline double element_of(DType dtype, const void* data, int64_t i) {
+  const auto* x8 = static_cast<const uint8_t*>(data);
+  const auto* x16 = static_cast<const uint16_t*>(data);
+  const auto* x32 = static_cast<const uint32_t*>(data);
+  const auto* x64 = static_cast<const unsigned long long*>(data);
+  switch (dtype) {
+    case DType::kFloat64: return element<Float64>(x64, i);
+    case DType::kFloat32: return element<Float32>(x32, i);
+    case DType::kBFloat16: return element<BFloat16>(x16, i);
+    case DType::kFloat16: return element<Float16>(x16, i);
+    case DType::kFloat8E4M3FN: return element<Float8E4M3FN>(x8, i);
+    case DType::kFloat8E5M2: return element<Float8E5M2>(x8, i);
+    case DType::kInt8: return element<Int8>(x8, i);
+    case DType::kUInt8: return element<UInt8>(x8, i);
+    case DType::kBool: return element<Bool>(x8, i);
+    case DType::kInt16: return element<Int16>(x16, i);
+    case DType::kUInt16: return element<UInt16>(x16, i);
+    case DType::kInt32: return element<Int32>(x32, i);
+    case DType::kUInt32: return element<UInt32>(x32, i);
+    case DType::kInt64: return element<Int64>(x64, i);
+    case DType::kUInt64: return element<UInt64>(x64, i);
+  }
+  return 0;
+}
+
+// A chunk of any content, element by element in float64: for NaN, infinities, and values whose
+// squares float32 does not hold. A function of its own, for its registers.
+__device__ __noinline__ void exact_chunk(DType dtype, const void* data, int n, Shared& shared,
+                                         Moments* out) {
+  Moments state;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < n; i += kThreads) update(state, element_of(dtype, data, i));
+  state = block_merge(state, shared);
+  if (threadIdx.x == 0) *out = state;
+}
+
+__device__ inline bool try_chunk_of(DType dtype, const void* data, int n, Shared& shared,
+                                    Moments& out) {
+  switch (dtype) {
+    case DType::kFloat64: return try_chunk<Float64>(data, n, shared, out);
+    case DType::kFloat32: return try_chunk<Float32>(data, n, shared, out);
+    case DType::kBFloat16: return try_chunk<BFloat16>(data, n, shared, out);
+    case DType::kFloat16: return try_chunk<Float16>(data, n, shared, out);
+    case DType::kFloat8E4M3FN: return try_chunk<Float8E4M3FN>(data, n, shared, out);
+    case DType::kFloat8E5M2: return try_chunk<Float8E5M2>(data, n, shared, out);
+    case DType::kInt8: return try_chunk<Int8>(data, n, shared, out);
+    case DType::kUInt8: return try_chunk<UInt8>(data, n, shared, out);
+    case DType::kBool: return try_chunk<Bool>(data, n, shared, out);
+    case DType::kInt16: return try_chunk<Int16>(data, n, shared, out);
+    case DType::kUInt16: return try_chunk<UInt16>(data, n, shared, out);
+    case DType::kInt32: return try_chunk<Int32>(data, n, shared, out);
+    case DType::kUInt32: return try_chunk<UInt32>(data, n, shared, out);
+    case DType::kInt64: return try_chunk<Int64>(data, n, shared, out);
+    case DType::kUInt64: return try_chunk<UInt64>(data, n, shared, out);
+  }
+  return false;
+}
+
+// ---- kernels --------------------------------------------------------------------------------
+
+// The tensor that a chunk belongs to: the last one whose first chunk is not after it. A warp
+// compares with 32 at a time.
+__device__ inline int find_tensor(const int64_t* first_chunk, int tensors, int64_t chunk) {
+  const int lane = threadIdx.x % 32;
+  int begin = 0, end = tensors;
+  while (end - begin > 1) {
+    const int step = (end - begin + 31) / 32;
+    const int at = begin + lane * step;
+    const bool before = at < end && first_chunk[at] <= chunk;
+    const int last = __popc(__ballot_sync(kAllLanes, before)) - 1;
+    begin += last * step;
+    end = begin + step < end ? begin + step : end;
+  }
+  return begin;
+}
+
+// One block per chunk. first_chunk[t] counts the chunks of all tensors before tensors[t].
+extern "C" __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
+    paramstats_summarize_chunks(const int64_t* first_chunk, const TensorView* tensors, int count,
+                                Moments* states) {
+  __shared__ Shared shared;
+  const int64_t chunk = blockIdx.x;
+  const int t = find_tensor(first_chunk, count, chunk);
+  const TensorView tensor = tensors[t];
+  const int64_t size = chunk_size(tensor.dtype);
+  const int64_t begin = (chunk - first_chunk[t]) * size;
+  const int64_t left = tensor.numel - begin;
+  const int n = static_cast<int>(left < size ? left : size);
+  const void* data = static_cast<const char*>(tensor.data) + begin * element_size(tensor.dtype);
+  Moments state;
+  if (!try_chunk_of(tensor.dtype, data, n, shared, state)) {
+    return exact_chunk(tensor.dtype, data, n, shared, states + chunk);
+  }
+  if (threadIdx.x == 0) states[chunk] = state;
+}
+
+// One block per tensor. A thread merges a run of neighbouring chunks; then the threads' states are
+// merged in order.
+extern "C" __global__ void __launch_bounds__(kThreads)
+    paramstats_merge_chunks(const int64_t* first_chunk, const TensorView* tensors,
+                            const Moments* states, Moments* rows) {
+  __shared__ Shared shared;
+  const int t = blockIdx.x;
+  const int64_t chunks = chunk_count(tensors[t]);
+  const Moments* mine = states + first_chunk[t];
+  const int64_t run = (chunks + kThreads - 1) / kThreads;
+  const int64_t begin = threadIdx.x * run;
+  const int64_t end = begin + run < chunks ? begin + run : chunks;
+  Moments state;
+  for (int64_t c = begin; c < end; ++c) state = merge(state, mine[c]);
+  if (chunks > 1) state = block_merge(state, shared);
+  if (threadIdx.x == 0) rows[t] = state;
+}
+
+}  // namespace paramstats::cuda

@@ -1,0 +1,588 @@
+// The one definition of what cuda_runtime.h declares: fibers, the scheduler, streams.
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <cstdarg>
+#include <cstdio>
+#include <cstdlib>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <numeric>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "cuda_runtime.h"
+
+#ifdef CUDA_SHIM_ASAN
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+uint3 threadIdx, blockIdx;
+dim3 blockDim, gridDim;
+
+extern "C" {
+extern char __start_cuda_shared[] __attribute__((weak, visibility("hidden")));
+extern char __stop_cuda_shared[] __attribute__((weak, visibility("hidden")));
+
+// Saves the callee's registers and stack pointer in *from, goes on where `to` was saved. Not
+// longjmp: the address sanitizer's forgets what it knows of the stack that is left.
+void cuda_shim_switch(void** from, void* to);
+}
+
+#if defined(__x86_64__)
+constexpr size_t kFrame = 8, kEntry = 6;  // words of a saved frame; which one is the way on
+asm(R"(
+.text
+.globl cuda_shim_switch
+cuda_shim_switch:
+  push %rbp; push %rbx; push %r12; push %r13; push %r14; push %r15
+  mov %rsp, (%rdi)
+  mov %rsi, %rsp
+  pop %r15; pop %r14; pop %r13; pop %r12; pop %rbx; pop %rbp
+  ret
+)");
+#elif defined(__aarch64__)
+constexpr size_t kFrame = 20, kEntry = 1;
+asm(R"(
+.text
+.globl cuda_shim_switch
+cuda_shim_switch:
+  stp x29, x30, [sp, #-160]!
+  stp x19, x20, [sp, #16]; stp x21, x22, [sp, #32]; stp x23, x24, [sp, #48]
+  stp x25, x26, [sp, #64]; stp x27, x28, [sp, #80]
+  stp d8, d9, [sp, #96]; stp d10, d11, [sp, #112]
+  stp d12, d13, [sp, #128]; stp d14, d15, [sp, #144]
+  mov x9, sp
+  str x9, [x0]
+  mov sp, x1
+  ldp x19, x20, [sp, #16]; ldp x21, x22, [sp, #32]; ldp x23, x24, [sp, #48]
+  ldp x25, x26, [sp, #64]; ldp x27, x28, [sp, #80]
+  ldp d8, d9, [sp, #96]; ldp d10, d11, [sp, #112]
+  ldp d12, d13, [sp, #128]; ldp d14, d15, [sp, #144]
+  ldp x29, x30, [sp], #160
+  ret
+)");
+#else
+#error "cuda_shim switches fibers on x86-64 and arm64 only"
+#endif
+
+struct CUstream_st {
+  std::deque<std::function<void()>> queue;
+  int device = 0;
+  bool capturing = false;
+};
+
+namespace cuda_shim {
+namespace {
+
+// ---- Fibers ----
+
+constexpr unsigned kMaxThreads = 1024, kLanes = 32;
+constexpr size_t kStack = 256 * 1024;  // reserved; the system gives what is touched
+
+struct Fiber {
+  void* stack_pointer = nullptr;
+  uint3 index{};
+  unsigned id = 0;
+  // What it waits for, and then what came of it.
+  Op op = kNone;
+  unsigned mask = 0, argument = 0;
+  uint64_t value = 0;
+  // The address sanitizer's.
+  void* fake_stack = nullptr;
+  const void* bottom = nullptr;
+  size_t size = 0;
+};
+
+struct Warp {
+  unsigned waiting, gone;  // lanes at a warp's collective; lanes that have exited or never were
+};
+
+Fiber fibers[kMaxThreads], host;
+Warp warps[kMaxThreads / kLanes];
+Fiber* current = &host;
+Fiber* came_from = &host;
+Fiber* ready[kMaxThreads];
+unsigned threads, ready_count, exited, arrived;  // of the running block; arrived at the barrier
+Op barrier;                                      // if arrived > 0
+bool any, all;
+const std::function<void()>* kernel;
+uint64_t random_state = 1;
+
+constexpr const char* kNames[] = {"nothing",           "__syncthreads",    "__syncthreads_or",
+                                  "__syncthreads_and", "__syncwarp",       "__ballot_sync",
+                                  "__any_sync",        "__all_sync",       "__shfl_sync",
+                                  "__shfl_up_sync",    "__shfl_down_sync", "__shfl_xor_sync"};
+const char* name(Op op) { return kNames[op]; }
+
+// In [0, n), by splitmix64: the same on every machine.
+uint32_t draw(uint32_t n) {
+  uint64_t z = random_state += 0x9e3779b97f4a7c15u;
+  z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9u;
+  z = (z ^ z >> 27) * 0x94d049bb133111ebu;
+  return static_cast<uint32_t>(((z ^ z >> 31) >> 32) * n >> 32);
+}
+
+void landed() {
+#ifdef CUDA_SHIM_ASAN
+  __sanitizer_finish_switch_fiber(current->fake_stack, &came_from->bottom, &came_from->size);
+#endif
+}
+
+void switch_to(Fiber* next) {
+  if (next == current) return;
+  Fiber* self = came_from = current;
+  current = next;
+  threadIdx = next->index;
+#ifdef CUDA_SHIM_ASAN
+  __sanitizer_start_switch_fiber(&self->fake_stack, next->bottom, next->size);
+#endif
+  cuda_shim_switch(&self->stack_pointer, next->stack_pointer);
+  landed();
+}
+
+void wake(Fiber& fiber) {
+  fiber.op = kNone;
+  ready[ready_count++] = &fiber;
+}
+
+// The first thread of each kind of wait, as nobody can end any of them.
+[[noreturn]] void deadlock() {
+  std::string waits;
+  std::set<std::pair<Op, unsigned>> seen;
+  for (unsigned i = 0; i < threads; ++i) {
+    const Fiber& f = fibers[i];
+    if (f.op == kNone || seen.size() == 4 || !seen.insert({f.op, f.mask}).second) continue;
+    char text[128];
+    std::snprintf(text, sizeof text, "%s thread (%u,%u,%u) at %s mask 0x%08x",
+                  waits.empty() ? "" : ",", f.index.x, f.index.y, f.index.z, name(f.op), f.mask);
+    waits += text;
+  }
+  die("no thread can go on:%s", waits.c_str());
+}
+
+Fiber* next() {
+  if (ready_count == 0) deadlock();
+  const unsigned i = draw(ready_count);
+  Fiber* fiber = ready[i];
+  ready[i] = ready[--ready_count];
+  return fiber;
+}
+
+Warp& warp_of(const Fiber& fiber) { return warps[fiber.id / kLanes]; }
+
+void leave() {
+  Warp& warp = warp_of(*current);
+  const unsigned lane = current->id % kLanes;
+  if (arrived > 0) die("exits while others wait at %s", name(barrier));
+  for (unsigned i = 0; i < kLanes && warp.waiting >> i; ++i) {
+    const Fiber& other = fibers[current->id - lane + i];
+    if ((warp.waiting >> i & 1) && (other.mask >> lane & 1)) {
+      die("exits while lane %u waits for it at %s mask 0x%08x", i, name(other.op), other.mask);
+    }
+  }
+  warp.gone |= 1u << lane;
+  switch_to(++exited == threads ? &host : next());
+}
+
+// A fiber runs a thread of one block after the other and never ends, so that no frame of an earlier
+// life is left on its stack.
+[[noreturn]] void fiber_main() noexcept {
+  landed();
+  for (;;) {
+    (*kernel)();
+    leave();
+  }
+}
+
+void make_fibers() {
+  void* memory = mmap(nullptr, kStack * kMaxThreads, PROT_READ | PROT_WRITE,
+                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (memory == MAP_FAILED) die("no memory for stacks");
+  const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+  for (unsigned i = 0; i < kMaxThreads; ++i) {
+    char* bottom = static_cast<char*>(memory) + i * kStack;
+    mprotect(bottom, page, PROT_NONE);
+    // Tops at the same place in every page would share a few lines of the cache.
+    const size_t size = kStack - i % 32 * 128;
+    void** frame = reinterpret_cast<void**>(bottom + size) - kFrame;
+    frame[kEntry] = reinterpret_cast<void*>(&fiber_main);
+    fibers[i].stack_pointer = frame;
+    fibers[i].bottom = bottom;
+    fibers[i].size = size;
+    fibers[i].id = i;
+  }
+}
+
+void run_block(uint64_t number) {
+  blockIdx.x = static_cast<unsigned>(number % gridDim.x);
+  blockIdx.y = static_cast<unsigned>(number / gridDim.x % gridDim.y);
+  blockIdx.z = static_cast<unsigned>(number / gridDim.x / gridDim.y);
+  if (__start_cuda_shared != nullptr) {
+    std::memset(__start_cuda_shared, 0xa5,
+                static_cast<size_t>(__stop_cuda_shared - __start_cuda_shared));
+  }
+  for (unsigned i = 0; i < threads; i += kLanes) {
+    warps[i / kLanes] = {0, threads - i >= kLanes ? 0 : ~0u << (threads - i)};
+  }
+  ready_count = exited = arrived = 0;
+  for (unsigned i = 0; i < threads; ++i) wake(fibers[i]);
+  switch_to(next());
+}
+
+void run_kernel(dim3 grid, dim3 block, const std::function<void()>& body) {
+  if (fibers[0].stack_pointer == nullptr) make_fibers();
+  gridDim = grid;
+  blockDim = block;
+  threads = block.x * block.y * block.z;
+  kernel = &body;
+  for (unsigned i = 0; i < threads; ++i) {
+    fibers[i].index = {i % block.x, i / block.x % block.y, i / block.x / block.y};
+  }
+  std::vector<uint32_t> order(uint64_t{1} * grid.x * grid.y * grid.z);
+  std::iota(order.begin(), order.end(), 0u);
+  for (size_t left = order.size(); left > 0; --left) {
+    std::swap(order[left - 1], order[draw(static_cast<uint32_t>(left))]);
+    run_block(order[left - 1]);
+  }
+}
+
+void require_kernel(const char* what) {
+  if (current == &host) die("%s outside a kernel", what);
+}
+
+// ---- Streams ----
+
+struct Record {  // of an event: a place in a stream's queue
+  cudaStream_t stream;
+  bool done;
+};
+
+std::recursive_mutex mutex;
+CUstream_st default_streams[kDevices];
+std::set<cudaStream_t> streams;  // that were created
+int64_t call_count, launch_count, copy_count, synchronisation_count;
+bool touched;
+cudaError_t planned_error = cudaSuccess;
+int planned_skip;
+thread_local int device;
+thread_local cudaError_t last_error = cudaSuccess;
+
+// Every runtime call that can fail is body() in here.
+template <class Body>
+cudaError_t call(Body&& body) {
+  const std::lock_guard<std::recursive_mutex> lock(mutex);
+  ++call_count;
+  cudaError_t error = cudaSuccess;
+  if (planned_error != cudaSuccess && planned_skip-- == 0) std::swap(error, planned_error);
+  if (error == cudaSuccess) error = body();
+  if (error != cudaSuccess) last_error = error;
+  return error;
+}
+
+cudaStream_t resolve(cudaStream_t stream) {
+  return stream != nullptr ? stream : &default_streams[device];
+}
+
+// One that a stream in capture refuses.
+template <class Body>
+cudaError_t call_on(cudaStream_t stream, Body&& body) {
+  return call([&] {
+    stream = resolve(stream);
+    if (!stream->capturing) return body(stream);
+    touched = true;
+    return cudaErrorStreamCaptureUnsupported;
+  });
+}
+
+// Runs what is queued, up to a record if one is given.
+void advance(cudaStream_t stream, const Record* until = nullptr) {
+  while (until != nullptr ? !until->done : !stream->queue.empty()) {
+    const std::function<void()> work = std::move(stream->queue.front());
+    stream->queue.pop_front();
+    work();
+  }
+}
+
+}  // namespace
+}  // namespace cuda_shim
+
+struct CUevent_st {
+  std::shared_ptr<cuda_shim::Record> last;
+};
+
+namespace cuda_shim {
+
+void die(const char* format, ...) {
+  std::fprintf(stderr, "cuda_shim: deadlock/divergence: ");
+  if (current != &host) {
+    std::fprintf(stderr, "block (%u,%u,%u) thread (%u,%u,%u): ", blockIdx.x, blockIdx.y, blockIdx.z,
+                 threadIdx.x, threadIdx.y, threadIdx.z);
+  }
+  va_list arguments;
+  va_start(arguments, format);
+  std::vfprintf(stderr, format, arguments);
+  va_end(arguments);
+  std::fprintf(stderr, "\n");
+  std::abort();
+}
+
+int block_collective(Op op, bool value) {
+  require_kernel(name(op));
+  Fiber& self = *current;
+  if (exited > 0) die("%s after %u threads have exited", name(op), exited);
+  if (arrived == 0) {
+    barrier = op;
+    any = false;
+    all = true;
+  }
+  if (op != barrier) die("%s while others wait at %s", name(op), name(barrier));
+  any |= value;
+  all &= value;
+  self.op = op;
+  self.mask = ~0u;
+  if (++arrived == threads) {
+    arrived = 0;
+    for (unsigned i = 0; i < threads; ++i) {
+      fibers[i].value = op == kSyncThreadsOr ? any : all;
+      wake(fibers[i]);
+    }
+  }
+  switch_to(next());
+  return static_cast<int>(self.value);
+}
+
+uint64_t warp_collective(Op op, unsigned mask, uint64_t value, unsigned argument) {
+  require_kernel(name(op));
+  Fiber& self = *current;
+  Warp& warp = warp_of(self);
+  const unsigned lane = self.id % kLanes;
+  Fiber* lanes = &self - lane;
+  if (!(mask >> lane & 1)) die("%s mask 0x%08x lacks its own lane %u", name(op), mask, lane);
+  if (mask & warp.gone) die("%s mask 0x%08x names lanes that have exited", name(op), mask);
+  if (op >= kShfl) {  // which lane to read: its own where there is no such lane
+    unsigned from = argument % kLanes;
+    if (op == kShflUp) from = argument > lane ? lane : lane - argument;
+    if (op == kShflDown) from = argument >= kLanes - lane ? lane : lane + argument;
+    if (op == kShflXor) from = (lane ^ argument) >= kLanes ? lane : lane ^ argument;
+    if (!(mask >> from & 1)) die("%s mask 0x%08x reads lane %u", name(op), mask, from);
+    argument = from;
+  }
+  self.op = op;
+  self.mask = mask;
+  self.value = value;
+  self.argument = argument;
+  warp.waiting |= 1u << lane;
+
+  bool complete = (warp.waiting & mask) == mask;
+  for (unsigned i = 0; i < kLanes && complete; ++i) {
+    complete = !(mask >> i & 1) || (lanes[i].op == op && lanes[i].mask == mask);
+  }
+  if (complete) {
+    uint64_t given[kLanes] = {}, ballot = 0;
+    for (unsigned i = 0; i < kLanes; ++i) {
+      if (!(mask >> i & 1)) continue;
+      given[i] = lanes[i].value;
+      ballot |= (given[i] & 1) << i;
+    }
+    for (unsigned i = 0; i < kLanes; ++i) {
+      if (!(mask >> i & 1)) continue;
+      lanes[i].value = op >= kShfl ? given[lanes[i].argument] : ballot;
+      wake(lanes[i]);
+    }
+    warp.waiting &= ~mask;
+  }
+  switch_to(next());
+  return self.value;
+}
+
+void reschedule() {
+  require_kernel("an atomic or a fence");
+  wake(*current);
+  switch_to(next());
+}
+
+void set_seed(uint64_t seed) { random_state = seed; }
+
+void run(cudaStream_t stream) {
+  const std::lock_guard<std::recursive_mutex> lock(mutex);
+  advance(resolve(stream));
+}
+
+void run_all() {
+  const std::lock_guard<std::recursive_mutex> lock(mutex);
+  for (CUstream_st& stream : default_streams) advance(&stream);
+  for (cudaStream_t stream : streams) advance(stream);
+}
+
+void set_capturing(cudaStream_t stream, bool capturing) {
+  resolve(stream)->capturing = capturing;
+  touched = false;
+}
+bool capture_touched() { return touched; }
+
+void fail_next(cudaError_t error, int skip) {
+  planned_error = error;
+  planned_skip = skip;
+}
+
+int64_t calls() { return call_count; }
+int64_t launches() { return launch_count; }
+int64_t copies() { return copy_count; }
+int64_t synchronisations() { return synchronisation_count; }
+
+cudaError_t launch(dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
+                   std::function<void()> body) {
+  return call_on(stream, [&](cudaStream_t queue) {
+    const auto within = [](unsigned n, unsigned most) { return n >= 1 && n <= most; };
+    if (!within(grid.x, 0x7fffffffu) || !within(grid.y, 65535) || !within(grid.z, 65535) ||
+        !within(block.x, kMaxThreads) || !within(block.y, kMaxThreads) || !within(block.z, 64) ||
+        block.x * block.y * block.z > kMaxThreads || shared != 0) {
+      return cudaErrorInvalidConfiguration;
+    }
+    if (queue->device != device) return cudaErrorInvalidResourceHandle;
+    queue->queue.push_back(
+        [grid, block, body = std::move(body)] { run_kernel(grid, block, body); });
+    ++launch_count;
+    return cudaSuccess;
+  });
+}
+
+cudaError_t attributes(cudaFuncAttributes* attributes) {
+  return call([&] {
+    if (attributes == nullptr) return cudaErrorInvalidValue;
+    *attributes = {0, 0, 0, static_cast<int>(kMaxThreads), 32, 90, 90};
+    return cudaSuccess;
+  });
+}
+
+}  // namespace cuda_shim
+
+using namespace cuda_shim;
+
+const char* cudaGetErrorName(cudaError_t error) {
+#define CUDA_SHIM_NAME(name, number) \
+  if (error == name) return #name;
+  CUDA_SHIM_ERRORS(CUDA_SHIM_NAME)
+#undef CUDA_SHIM_NAME
+  return "unrecognized error code";
+}
+const char* cudaGetErrorString(cudaError_t error) { return cudaGetErrorName(error); }
+cudaError_t cudaGetLastError() { return std::exchange(last_error, cudaSuccess); }
+cudaError_t cudaPeekAtLastError() { return last_error; }
+
+cudaError_t cudaGetDevice(int* result) {
+  return call([&] {
+    *result = device;
+    return cudaSuccess;
+  });
+}
+cudaError_t cudaSetDevice(int wanted) {
+  return call([&] {
+    if (wanted < 0 || wanted >= kDevices) return cudaErrorInvalidDevice;
+    default_streams[wanted].device = device = wanted;
+    return cudaSuccess;
+  });
+}
+
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind,
+                            cudaStream_t stream) {
+  return call_on(stream, [&](cudaStream_t queue) {
+    if (kind < cudaMemcpyHostToHost || kind > cudaMemcpyDefault) return cudaErrorInvalidValue;
+    if (bytes > 0 && (to == nullptr || from == nullptr)) return cudaErrorInvalidValue;
+    queue->queue.push_back([=] {
+      if (bytes > 0) std::memcpy(to, from, bytes);
+    });
+    ++copy_count;
+    return cudaSuccess;
+  });
+}
+cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t stream) {
+  return call_on(stream, [&](cudaStream_t queue) {
+    if (bytes > 0 && to == nullptr) return cudaErrorInvalidValue;
+    queue->queue.push_back([=] {
+      if (bytes > 0) std::memset(to, value, bytes);
+    });
+    return cudaSuccess;
+  });
+}
+
+cudaError_t cudaStreamCreate(cudaStream_t* stream) {
+  return call([&] {
+    *stream = new CUstream_st;
+    (*stream)->device = device;
+    streams.insert(*stream);
+    return cudaSuccess;
+  });
+}
+cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+  return call([&] {
+    if (streams.count(stream) == 0) return cudaErrorInvalidResourceHandle;
+    advance(stream);
+    streams.erase(stream);
+    delete stream;
+    return cudaSuccess;
+  });
+}
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+  return call_on(stream, [](cudaStream_t queue) {
+    advance(queue);
+    ++synchronisation_count;
+    return cudaSuccess;
+  });
+}
+cudaError_t cudaStreamQuery(cudaStream_t stream) {
+  return call_on(stream, [](cudaStream_t queue) {
+    return queue->queue.empty() ? cudaSuccess : cudaErrorNotReady;
+  });
+}
+cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status) {
+  return call([&] {
+    *status =
+        resolve(stream)->capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+    return cudaSuccess;
+  });
+}
+cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
+  return call_on(stream, [&](cudaStream_t queue) {
+    if (event->last != nullptr) {
+      queue->queue.push_back([last = event->last] { advance(last->stream, last.get()); });
+    }
+    return cudaSuccess;
+  });
+}
+
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
+  return call([&] {
+    *event = new CUevent_st;
+    return cudaSuccess;
+  });
+}
+cudaError_t cudaEventDestroy(cudaEvent_t event) {
+  return call([&] {
+    delete event;
+    return cudaSuccess;
+  });
+}
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+  return call_on(stream, [&](cudaStream_t queue) {
+    event->last = std::make_shared<Record>(Record{queue, false});
+    queue->queue.push_back([last = event->last] { last->done = true; });
+    return cudaSuccess;
+  });
+}
+cudaError_t cudaEventQuery(cudaEvent_t event) {
+  return call([&] {
+    return event->last == nullptr || event->last->done ? cudaSuccess : cudaErrorNotReady;
+  });
+}
+cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+  return call([&] {
+    if (event->last != nullptr) advance(event->last->stream, event->last.get());
+    ++synchronisation_count;
+    return cudaSuccess;
+  });
+}
