@@ -2,7 +2,8 @@
 // what Python asks of them.
 //
 // A table of rows is a bytes object of 2 N Moments for N tensors: first the tensors' own states,
-// then those of their gradients (count == kAbsent where there is none).
+// then those of their gradients (count == kAbsent where there is none). Rows of tensors on a GPU
+// are unread at first; `Transfer`s fill them in later.
 #include <ATen/core/Tensor.h>
 #include <pybind11/pybind11.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -16,6 +17,8 @@
 
 #include "cpu/denormals.h"
 #include "cpu/engine.h"
+#include "cpu/strides.h"
+#include "cuda_call.h"
 #include "module_walk.h"
 #include "moments.h"
 #include "thread_pool.h"
@@ -28,21 +31,31 @@ namespace {
 // ---- which tensors the kernels may read --------------------------------------------------------
 
 // The dispatch keys of a tensor, less those that only say what autograd makes of it. A tensor with
-// exactly a plain CPU tensor's keys is its own memory: no subclass with operators of its own, no
-// lazy conjugation or negation, not sparse, quantised, nested, functorch's or on another device.
+// exactly a plain tensor's keys is its own memory: no subclass with operators of its own, no lazy
+// conjugation or negation, not sparse, quantised, nested, functorch's or on yet another device.
 uint64_t kind_of(const c10::TensorImpl& t) {
   const auto autograd = c10::DispatchKeySet(c10::DispatchKey::AutogradFunctionality) |
                         c10::DispatchKeySet(c10::DispatchKey::ADInplaceOrView);
   return t.key_set().raw_repr() & ~autograd.raw_repr();
 }
 
+// Made by hand: a dispatch mode that is active at the first call would meddle with at::empty.
+uint64_t plain_kind(c10::DispatchKey key, c10::DeviceType device) {
+  return kind_of(*c10::make_intrusive<c10::TensorImpl>(
+      c10::DispatchKeySet(key), caffe2::TypeMeta::Make<float>(), c10::Device(device, 0)));
+}
+
 bool is_plain_cpu(const c10::TensorImpl& t) {
-  // Made by hand: a dispatch mode that is active at the first call would meddle with at::empty.
-  static const uint64_t plain = kind_of(*c10::make_intrusive<c10::TensorImpl>(
-      c10::DispatchKeySet(c10::DispatchKey::CPU), caffe2::TypeMeta::Make<float>(),
-      c10::Device(c10::kCPU)));
+  static const uint64_t plain = plain_kind(c10::DispatchKey::CPU, c10::kCPU);
   return kind_of(t) == plain && !t.has_symbolic_sizes_strides();
 }
+
+bool is_plain_cuda(const c10::TensorImpl& t) {
+  static const uint64_t plain = plain_kind(c10::DispatchKey::CUDA, c10::kCUDA);
+  return kind_of(t) == plain && !t.has_symbolic_sizes_strides();
+}
+
+bool is_plain(const c10::TensorImpl& t) { return is_plain_cpu(t) || is_plain_cuda(t); }
 
 std::optional<DType> native_dtype(at::ScalarType dtype) {
   switch (dtype) {
@@ -73,9 +86,8 @@ bool storage_holds(const c10::TensorImpl& t) {
          static_cast<int64_t>(t.storage().nbytes());
 }
 
-std::optional<cpu::TensorView> native_view(const at::Tensor& tensor) {
-  const c10::TensorImpl& t = *tensor.unsafeGetTensorImpl();
-  if (!is_plain_cpu(t)) return std::nullopt;
+// Of a plain tensor, on whatever device.
+std::optional<cpu::TensorView> native_view(const c10::TensorImpl& t) {
   const auto dtype = native_dtype(c10::typeMetaToScalarType(t.dtype()));
   if (!dtype) return std::nullopt;
   const int64_t numel = t.numel();
@@ -85,6 +97,17 @@ std::optional<cpu::TensorView> native_view(const at::Tensor& tensor) {
   if (numel > 0) data += t.storage_offset() * static_cast<int64_t>(t.itemsize());
   return cpu::TensorView{
       data, *dtype, numel, static_cast<int>(t.dim()), t.sizes().data(), t.strides().data()};
+}
+
+// What the CUDA kernels read: the same without gaps.
+std::optional<cuda::TensorView> native_cuda_view(const c10::TensorImpl& t) {
+  const auto view = native_view(t);
+  if (!view) return std::nullopt;
+  const bool dense =
+      view->numel == 0 || cpu::is_contiguous(*view) || cpu::is_dense(cpu::memory_order(*view));
+  const auto misaligned = reinterpret_cast<uintptr_t>(view->data) % element_size(view->dtype);
+  if (!dense || misaligned != 0) return std::nullopt;
+  return cuda::TensorView{view->data, view->numel, view->dtype};
 }
 
 // ---- from tensors to rows ------------------------------------------------------------------
@@ -97,6 +120,7 @@ struct Work {
   std::vector<cpu::TensorView> views;
   std::vector<Moments*> out;
   std::vector<const c10::TensorImpl*> tensors;
+  CudaCall on_cuda;
   std::vector<std::pair<size_t, at::Tensor>> left;  // rows for Python, and what to read
 
   explicit Work(size_t rows) {
@@ -106,14 +130,22 @@ struct Work {
   }
 
   void add(const at::Tensor& tensor, Moments* table, size_t row) {
-    const auto view = native_view(tensor);
-    if (view) {
-      views.push_back(*view);
-      out.push_back(table + row);
-      tensors.push_back(tensor.unsafeGetTensorImpl());
-    } else {
-      leave(tensor, table, row);
+    const c10::TensorImpl& t = *tensor.unsafeGetTensorImpl();
+    if (is_plain_cpu(t)) {
+      if (const auto view = native_view(t)) {
+        views.push_back(*view);
+        out.push_back(table + row);
+        tensors.push_back(&t);
+        return;
+      }
+    } else if (is_plain_cuda(t) && on_cuda.takes(t)) {
+      if (const auto view = native_cuda_view(t)) {
+        table[row] = view->numel == 0 ? Moments() : unread(view->numel);
+        if (view->numel > 0) on_cuda.add(*view, t, row);
+        return;
+      }
     }
+    leave(tensor, table, row);
   }
 
   void leave(const at::Tensor& tensor, Moments* table, size_t row) {
@@ -146,7 +178,7 @@ struct Work {
 // A lazy parameter is a tensor of a class of its own with no elements yet. (Only of a plain tensor
 // may numel be asked: another's class may answer with Python code.)
 bool is_lazy_perhaps(PyObject* object, const c10::TensorImpl& t) {
-  return !THPVariable_CheckExact(object) && is_plain_cpu(t) && t.numel() == 0;
+  return !THPVariable_CheckExact(object) && is_plain(t) && t.numel() == 0;
 }
 
 const at::Tensor& unpack(PyObject* object) {
@@ -178,7 +210,7 @@ py::tuple read(const py::list& tensors, bool params, bool grads) {
     const c10::TensorImpl& t = *tensor.unsafeGetTensorImpl();
     if (params && !is_lazy_perhaps(object, t)) {
       work.add(tensor, table, i);
-    } else if (!params && is_plain_cpu(t)) {
+    } else if (!params && is_plain(t)) {
       table[i] = unread(t.numel());
     } else {
       work.leave(tensor, table, i);
@@ -190,8 +222,11 @@ py::tuple read(const py::list& tensors, bool params, bool grads) {
       table[n + i] = unread(kAbsent);
     }
   }
+  auto started = work.on_cuda.start();  // the devices, before the CPU is busy
   work.run();
-  return py::make_tuple(std::move(rows), work.left_for_python());
+  py::list transfers;
+  for (auto& transfer : started) transfers.append(py::cast(std::move(transfer)));
+  return py::make_tuple(std::move(rows), work.left_for_python(), std::move(transfers));
 }
 
 // ---- from rows to figures ------------------------------------------------------------------
@@ -255,6 +290,11 @@ py::dict figures(const py::bytes& table, const py::list& keys, const std::vector
   return out;
 }
 
+void write_transfer(const Transfer& transfer, const py::bytearray& table) {
+  auto* rows = reinterpret_cast<Moments*>(PyByteArray_AS_STRING(table.ptr()));
+  transfer.write(rows, PyByteArray_GET_SIZE(table.ptr()) / sizeof(Moments));
+}
+
 // ---- which kernels run ---------------------------------------------------------------------
 
 std::vector<std::string> simd_levels() {
@@ -284,6 +324,11 @@ PYBIND11_MODULE(_native, m) {
   m.attr("SERIAL_BYTES") = paramstats::cpu::kSerialBytes;
   m.def("walk", &paramstats::walk, "module"_a, "buffers"_a, "make_layout"_a);
   m.def("cached_layouts", &paramstats::cached_layouts);
+  py::class_<paramstats::Transfer, std::shared_ptr<paramstats::Transfer>>(m, "Transfer")
+      .def("ready", &paramstats::Transfer::ready)
+      .def("write", &paramstats::write_transfer, "table"_a);
+  m.def("use_cuda_engine", &paramstats::use_cuda_engine, "api"_a);
+  m.def("cuda_trouble", &paramstats::cuda_trouble, "device"_a);
   m.def("read", &paramstats::read, "tensors"_a, "params"_a, "grads"_a);
   m.def("merge_rows", &paramstats::merge_rows, "table"_a, "begin"_a, "end"_a);
   m.def("figures", &paramstats::figures, "table"_a, "keys"_a, "figures"_a, "correction"_a,

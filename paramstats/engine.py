@@ -9,7 +9,7 @@ import platform
 import re
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,14 +34,51 @@ class Engine:
     name: str
     walk: Callable[..., Any]
     """`(module, buffers, make_layout) -> (layout, tensors)`, or None: use the Python walk."""
-    read: Callable[[list[torch.Tensor], bool, bool], tuple[bytes, reference.Left]]
-    """`(tensors, params, grads) -> (table, what is left for reference.fill)`."""
+    read: Callable[
+        [list[torch.Tensor], bool, bool],
+        tuple[bytes, reference.Left, Sequence[reference.Transfer]],
+    ]
+    """`(tensors, params, grads) -> (table, what is left for reference.fill, what is under way)`."""
     merge_rows: Callable[[bytes, int, int], bytes]
     figures: Callable[[bytes, list[str], list[int], float, float], dict[str, float]]
     native: Any = None
     """The extension module, where it is this engine."""
     missing: str | None = None
     """Why the native engine is not this one."""
+    cuda: Any = None
+    """The extension module of the CUDA engine, where there is one."""
+    cuda_missing: str | None = None
+    """Why there is none."""
+    forced: bool = False
+    """Whether no other will do."""
+
+    def cuda_trouble(self, device: torch.device) -> str | None:
+        """Why this engine's kernels do not read tensors of a CUDA device; None where they do."""
+        if self.cuda is None:
+            return self.cuda_missing
+        trouble = self.native.cuda_trouble(device.index)
+        return f"the CUDA engine does not run on {device}: {trouble}" if trouble else None
+
+    def explain_cuda(self, devices: Iterable[torch.device]) -> None:
+        """Says once why tensors of a CUDA device go through torch operators.
+
+        Raises RuntimeError where the native engine was forced.
+        """
+        for device in {device for device in devices if device.type == "cuda"}:
+            trouble = self.cuda_trouble(device) if self.name == "native" else None
+            if trouble and self.forced:
+                raise RuntimeError(
+                    f"paramstats: expected the native engine ({_ENGINE_VARIABLE}=native) for "
+                    f"tensors on {device}, but {trouble}"
+                )
+            if trouble and device not in _explained:
+                _explained.add(device)
+                warnings.warn(
+                    f"paramstats runs on torch operators on {device}, correct but slower: "
+                    f"{trouble}",
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
 
 
 @dataclass(frozen=True)
@@ -51,13 +88,19 @@ class Backend:
     cpu: str
     """The engine of CPU tensors: "native" or "reference"."""
     cuda: str
-    """The engine of CUDA tensors: "reference"."""
+    """The engine of CUDA tensors: "native" or "reference"."""
     simd: str | None
     """The instructions that native kernels use: "avx512", "avx2" or "plain"."""
     threads: int
     """Threads that share a large model: torch's own."""
     missing: str | None
     """Why the native engine does not run, and what to do about it; None where it does."""
+    cuda_missing: str | None
+    """Why it is not the native one; None where it is."""
+    cuda_architectures: str | None
+    """What the native one was compiled for, as nvcc calls it: "sm_80 sm_90 ..."."""
+    cuda_devices: tuple[str, ...]
+    """The GPUs that torch sees; by name once CUDA is initialised."""
     torch: str
     """The version of torch."""
     version: str
@@ -65,18 +108,24 @@ class Backend:
 
     def __str__(self) -> str:
         simd = f", {self.simd} kernels" if self.simd else ""
+        cuda = "reference (torch operators on the device, one transfer)"
+        if self.cuda == "native":
+            cuda = f"native, compiled for {self.cuda_architectures}"
         lines = [
             f"paramstats {self.version} on torch {self.torch}, Python {platform.python_version()}",
             f"  CPU tensors   {self.cpu}{simd}, {self.threads} threads",
-            f"  CUDA tensors  {self.cuda} (torch operators on the device, one transfer)",
+            f"  CUDA tensors  {cuda}; {', '.join(self.cuda_devices) or 'no device here'}",
         ]
         if self.missing:
             lines.append(f"  why not native: {self.missing}")
+        if self.cuda_missing and self.cuda_missing != self.missing:
+            lines.append(f"  why not native on CUDA: {self.cuda_missing}")
         return "\n".join(lines)
 
 
 _engine: Engine | None = None
 _lock = threading.Lock()
+_explained: set[torch.device] = set()
 
 
 def engine() -> Engine:
@@ -100,7 +149,18 @@ def choose(wanted: str | None) -> Engine:
     native, missing = _load_native()
     if native is not None:
         _set_simd_level(native)
-        return Engine("native", native.walk, native.read, native.merge_rows, native.figures, native)
+        cuda, cuda_missing = _load_cuda(native)
+        return Engine(
+            "native",
+            native.walk,
+            native.read,
+            native.merge_rows,
+            native.figures,
+            native,
+            cuda=cuda,
+            cuda_missing=cuda_missing,
+            forced=wanted == "native",
+        )
     if wanted == "native":
         raise RuntimeError(
             f"paramstats: expected the native engine ({_ENGINE_VARIABLE}=native), but {missing}"
@@ -126,12 +186,21 @@ def backend() -> Backend:
     from paramstats import __version__
 
     chosen = engine()
+    devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    cuda_missing = chosen.cuda_missing
+    if devices and torch.cuda.is_initialized():  # else asking would initialise CUDA
+        devices = [torch.cuda.get_device_name(i) for i in range(len(devices))]
+        if chosen.cuda:
+            cuda_missing = chosen.cuda_trouble(torch.device("cuda", torch.cuda.current_device()))
     return Backend(
         cpu=chosen.name,
-        cuda="reference",
+        cuda="reference" if cuda_missing else "native",
         simd=chosen.native.simd_level() if chosen.native else None,
         threads=torch.get_num_threads(),
         missing=chosen.missing,
+        cuda_missing=cuda_missing,
+        cuda_architectures=_record().get("cuda_architectures") if chosen.cuda else None,
+        cuda_devices=tuple(devices),
         torch=torch.__version__,
         version=__version__,
     )
@@ -145,15 +214,22 @@ def _reference(missing: str | None) -> Engine:
         moments.merge_rows,
         moments.figures,
         missing=missing,
+        cuda_missing=missing,
     )
+
+
+def _record() -> dict[str, Any]:
+    """What setup.py left: which extensions it built, for which torch, and why not."""
+    try:
+        record = json.loads((Path(__file__).parent / "_build.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 def _load_native() -> tuple[Any, str | None]:
     """The extension module, or why there is none."""
-    try:
-        record = json.loads((Path(__file__).parent / "_build.json").read_text())
-    except (OSError, ValueError):
-        record = {}
+    record = _record()
     if not record.get("native"):
         reason = record.get("reason") or f"it was never built in {Path(__file__).parent}"
         return None, f"the native engine is not installed: {reason}. To get it: {_REBUILD}"
@@ -167,6 +243,20 @@ def _load_native() -> tuple[Any, str | None]:
         return importlib.import_module("paramstats._native"), None
     except ImportError as error:
         return None, f"the native engine does not load ({error}). To rebuild it: {_REBUILD}"
+
+
+def _load_cuda(native: Any) -> tuple[Any, str | None]:
+    """The CUDA engine's extension module, made known to the native one; or why there is none."""
+    record = _record()
+    if not record.get("cuda"):
+        reason = record.get("cuda_reason") or "it was never built"
+        return None, f"the CUDA engine is not installed: {reason}"
+    try:
+        cuda = importlib.import_module("paramstats._cuda")
+        native.use_cuda_engine(cuda.api())
+    except (ImportError, ValueError) as error:
+        return None, f"the CUDA engine does not load ({error}). To rebuild it: {_REBUILD}"
+    return cuda, None
 
 
 def _minor(version: str) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -195,8 +196,18 @@ def _check_storage(x: Tensor) -> None:
 # ---- tables of rows -----------------------------------------------------------------------------
 
 
-class Pending:
+class Transfer(Protocol):
     """States that are still being computed on an accelerator."""
+
+    def ready(self) -> bool:
+        """Whether `write` would not wait."""
+
+    def write(self, table: bytearray) -> None:
+        """Waits for this transfer alone and puts its states into their rows of a table."""
+
+
+class Pending:
+    """The transfer of what torch operators compute."""
 
     def __init__(self, device: torch.device, rows: list[tuple[int, int]], states: list[Tensor]):
         self._rows = rows  # (row, zeros to add) of each state, in order; a row may have several
@@ -215,22 +226,24 @@ class Pending:
     def ready(self) -> bool:
         return self._event is None or self._event.query()
 
-    def wait(self) -> dict[int, Moments]:
-        """The states by row; waits for this transfer alone."""
+    def write(self, table: bytearray) -> None:
         if self._event is not None:
             self._event.synchronize()
-        out: dict[int, Moments] = {}
+        states: dict[int, Moments] = {}
         for (row, zeros), state in zip(self._rows, self._host.tolist(), strict=True):
-            out[row] = merge(out.get(row, _zeros(zeros)), _from_row(state))
-        return out
+            states[row] = merge(states.get(row, _zeros(zeros)), _from_row(state))
+        for row, merged in states.items():
+            ROW.pack_into(table, row * ROW.size, *merged)
 
 
 Left = list[tuple[int, Tensor]]
 """Rows that are still to be read, each with the tensor that belongs there."""
 
 
-def read(tensors: list[Tensor], params: bool, grads: bool) -> tuple[bytes, Left]:
-    """A table in which every row is unread or absent, and what `fill` is to read."""
+def read(
+    tensors: list[Tensor], params: bool, grads: bool
+) -> tuple[bytes, Left, Sequence[Transfer]]:
+    """A table in which every row is unread or absent, and what `fill` is to read; no transfers."""
     n = len(tensors)
     left: Left = list(enumerate(tensors)) if params else []
     absent = ROW.pack(*unread(ABSENT))
@@ -238,16 +251,17 @@ def read(tensors: list[Tensor], params: bool, grads: bool) -> tuple[bytes, Left]
     if grads:
         found = ((n + i, gradient(t)) for i, t in enumerate(tensors))
         left += [(row, grad) for row, grad in found if grad is not None]
-    return b"".join(table), left
+    return b"".join(table), left, ()
 
 
 def fill(
     table: bytes, left: Left, params: bool = True
-) -> tuple[bytes, tuple[Pending, ...], dict[int, str]]:
+) -> tuple[bytes, tuple[Transfer, ...], dict[int, str]]:
     """Reads what an engine `left` over; where not `params`, of the tensors' own rows their size.
 
-    Returns the table with them, what is pending, and why a row could not be read, by row.
+    Returns the table with them, what is under way, and why a row could not be read, by row.
     """
+    _refuse_capture(left)
     out = bytearray(table)
     skipped: dict[int, str] = {}
     later: Later = {}
@@ -260,8 +274,20 @@ def fill(
                 state = None
                 skipped[row] = f"{type(error).__name__}: {error}".splitlines()[0]
             ROW.pack_into(out, row * ROW.size, *(state or unread(_numel(tensor))))
-    pending = tuple(Pending(device, *parts) for device, parts in later.items())
-    return bytes(out), pending, skipped
+    transfers = tuple(Pending(device, *parts) for device, parts in later.items())
+    return bytes(out), transfers, skipped
+
+
+def _refuse_capture(left: Left) -> None:
+    """Raises RuntimeError where a stream that would be read on is being captured into a graph."""
+    for device in {tensor.device for _, tensor in left if tensor.device.type == "cuda"}:
+        with torch.cuda.device(device):
+            if torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    f"paramstats.summarize: expected no CUDA graph capture under way, got a stream "
+                    f"that is being captured (call it before the capture, or between replays) on "
+                    f"{device}"
+                )
 
 
 Later = dict[torch.device, tuple[list[tuple[int, int]], list[Tensor]]]

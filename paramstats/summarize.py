@@ -16,11 +16,13 @@ from paramstats.engine import engine
 from paramstats.layout import Layout, compile_patterns
 from paramstats.sharding import refuse_shards
 from paramstats.summary import Summary
+from paramstats.untraced import untraced
 
 Pattern = str | re.Pattern[str]
 Source = torch.nn.Module | Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]
 
 
+@untraced
 def summarize(
     source: Source,
     *,
@@ -66,6 +68,10 @@ def summarize(
         TypeError: `source` is none of the above, a name is no str or a value no tensor.
         ValueError: a name stands twice; `correction` or `grad_scale` is no usable number.
         NotImplementedError: the model is sharded and this process holds only a part of a tensor.
+        RuntimeError: a CUDA graph is being captured on a stream that would have to be waited for.
+
+    On a GPU it returns without waiting: each device's tensors are read by its current stream, after
+    the work that is there already, and figures, when they are looked at, wait for that read alone.
 
     A tensor that cannot be read (a subclass that hides its elements) does not raise: its figures
     are NaN, `Summary.skipped` names the reason, and a warning says so once.
@@ -101,15 +107,17 @@ def summarize(
                 stacklevel=2,
             )
 
-    table, left = chosen.read(tensors, params, grads)
+    table, left, transfers = chosen.read(tensors, params, grads)
     if not left:
-        return Summary(layout, table, float(correction), float(grad_scale))
+        return Summary(layout, table, float(correction), float(grad_scale), transfers)
     refuse_shards((layout.row_name(row), tensor) for row, tensor in left)
-    table, pending, unreadable = reference.fill(table, left, params)
+    chosen.explain_cuda(tensor.device for _, tensor in left)
+    table, more, unreadable = reference.fill(table, left, params)
     skipped = {layout.row_name(row): reason for row, reason in unreadable.items()}
     if skipped:
         _warn_once({layout.row_name(row): type(tensor) for row, tensor in left}, skipped)
-    return Summary(layout, table, float(correction), float(grad_scale), pending, skipped)
+    transfers = (*transfers, *more)
+    return Summary(layout, table, float(correction), float(grad_scale), transfers, skipped)
 
 
 def _is_finite(value: Any) -> bool:

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 from paramstats import moments, rendering
 from paramstats.engine import engine
 from paramstats.layout import Layout
-from paramstats.moments import ABSENT, ROW, Moments
+from paramstats.moments import ABSENT, Moments
 from paramstats.stats import STATS, ParamStats, TensorStats, TotalStats
+from paramstats.untraced import untraced
 
 if TYPE_CHECKING:
     import pandas
 
-    from paramstats.reference import Pending
+    from paramstats.reference import Transfer
 
 
 class Summary(Mapping[str, ParamStats]):
@@ -44,7 +45,7 @@ class Summary(Mapping[str, ParamStats]):
         table: bytes,
         correction: float,
         grad_scale: float,
-        pending: Sequence[Pending] = (),
+        pending: Sequence[Transfer] = (),
         skipped: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self._layout = layout
@@ -56,6 +57,7 @@ class Summary(Mapping[str, ParamStats]):
 
     # ---- the mapping
 
+    @untraced
     def __getitem__(self, name: str) -> ParamStats:
         row = self._layout.index.get(name)
         if row is None:
@@ -93,6 +95,7 @@ class Summary(Mapping[str, ParamStats]):
     # ---- beyond the mapping
 
     @property
+    @untraced
     def total(self) -> TotalStats:
         """All parameters merged into one, each counted once; `.grad`: all gradients likewise.
 
@@ -110,21 +113,23 @@ class Summary(Mapping[str, ParamStats]):
         """Why a tensor could not be read, by name; empty when all is well."""
         return MappingProxyType(dict(self._skipped))
 
+    @untraced
     def ready(self) -> bool:
         """Whether reading a figure would not wait."""
-        return all(pending.ready() for pending in self._pending)
+        return all(transfer.ready() for transfer in self._pending)
 
+    @untraced
     def wait(self) -> Summary:
         """Waits until all figures are here, and returns this summary."""
         if self._pending:
             table = bytearray(self._table)
-            for pending in self._pending:
-                for row, state in pending.wait().items():
-                    ROW.pack_into(table, row * ROW.size, *state)
+            for transfer in self._pending:
+                transfer.write(table)
             self._table = bytes(table)
             self._pending = ()
         return self
 
+    @untraced
     def scalars(
         self,
         key: str = "{kind}_{stat}/{name}",
@@ -172,6 +177,7 @@ class Summary(Mapping[str, ParamStats]):
             )
         return out
 
+    @untraced
     def to_dict(self) -> dict[str, Any]:
         """`{"params": {name: ...}, "total": ...}`, nested, of JSON's types alone.
 
@@ -182,6 +188,7 @@ class Summary(Mapping[str, ParamStats]):
             "total": self.total.to_dict(),
         }
 
+    @untraced
     def to_pandas(self) -> pandas.DataFrame:
         """A DataFrame with a row per parameter; columns of gradients begin with `grad_`."""
         import pandas
@@ -197,6 +204,7 @@ class Summary(Mapping[str, ParamStats]):
             }
         return pandas.DataFrame.from_dict(rows, orient="index").rename_axis("name")
 
+    @untraced
     def table(self, width: int | None = None) -> str:
         """An aligned table, names elided to fit `width` columns.
 

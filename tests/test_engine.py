@@ -36,7 +36,15 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 def test_backend_tells_what_runs(engine):
     backend = paramstats.backend()
-    assert backend.cpu == engine.name and backend.cuda == "reference"
+    assert backend.cpu == engine.name
+    assert (backend.cuda == "native") == (backend.cuda_missing is None)
+    assert (backend.cuda == "native") == (engine.cuda is not None)
+    assert len(backend.cuda_devices) == torch.cuda.device_count()
+    assert ("no device here" in str(backend)) == (torch.cuda.device_count() == 0)
+    if backend.cuda == "native":
+        assert "sm_" in backend.cuda_architectures or "." in backend.cuda_architectures
+    elif engine.name == "native":
+        assert f"why not native on CUDA: {backend.cuda_missing}" in str(backend)
     assert backend.threads == torch.get_num_threads() and backend.torch == torch.__version__
     if engine.name == "native":
         assert backend.simd in ("avx512", "avx2", "plain") and backend.missing is None

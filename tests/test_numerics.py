@@ -187,7 +187,7 @@ def test_any_floats(data, offset):
     x = torch.tensor(data, dtype=torch.float32)[offset:]
     for name in ("native", "reference"):
         try:
-            table, left = (chosen := engines.choose(name)).read([x], True, False)
+            table, left, _ = (chosen := engines.choose(name)).read([x], True, False)
         except RuntimeError:
             continue  # the native engine is not installed; the fixtures of other tests say so
         table, _, skipped = reference.fill(table, left, [x])

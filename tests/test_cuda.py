@@ -1,0 +1,254 @@
+"""What only a GPU shows. `make gpu-check` runs it; elsewhere every test says why it is left out.
+
+The road of CUDA tensors without a GPU is in test_fake_cuda.py, the kernels are in
+tests/cpp/test_cuda_kernels.cpp.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import paramstats
+from paramstats import engine as engines
+from tests import oracle
+from tests.conftest import load_engine
+from tests.test_fake_cuda import DTYPES
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device"),
+]
+
+
+@pytest.fixture
+def cuda_engine(monkeypatch: pytest.MonkeyPatch) -> engines.Engine:
+    """The native engine, where its CUDA half must be there, too."""
+    chosen = load_engine("native")
+    trouble = chosen.cuda_trouble(torch.device("cuda", torch.cuda.current_device()))
+    assert trouble is None, trouble
+    monkeypatch.setattr(engines, "_engine", chosen)
+    return chosen
+
+
+def check(summary: paramstats.Summary, tensors: dict[str, torch.Tensor]) -> None:
+    for name, tensor in tensors.items():
+        oracle.check(summary[name], tensor.cpu())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_type_size_and_address(cuda_engine, dtype):
+    torch.manual_seed(0)
+    whole = (7 * torch.randn(300_000)).abs().to(dtype).cuda()
+    sizes = (0, 1, 2, 15, 16, 17, 31, 33, 127, 129, 16384, 32768 + 1, 131072 - 1, 131072 + 13)
+    tensors = {
+        f"{n}+{first}": whole[first : first + n] for n in sizes for first in (0, 1, 2, 3, 5, 15)
+    }
+    check(paramstats.summarize(tensors), tensors)
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2, torch.int8],
+    ids=str,
+)
+def test_every_pattern_of_8_and_16_bits(cuda_engine, dtype):
+    """The device's own conversions, which the CPU's stand-in does not have."""
+    bits = torch.int16 if dtype.itemsize == 2 else torch.int8
+    low, high = torch.iinfo(bits).min, torch.iinfo(bits).max
+    x = torch.arange(low, high + 1, dtype=torch.int32).to(bits).view(dtype)
+    blocks = {str(i): part.cuda() for i, part in enumerate(x.split(16))}
+    check(paramstats.summarize(blocks), blocks)
+
+
+HOSTILE = {
+    "1000 + 0.02 N": lambda n: 1000 + 0.02 * torch.randn(n),
+    "1 + 1e-4 N": lambda n: 1 + 1e-4 * torch.randn(n),
+    "constant": lambda n: torch.full((n,), 0.1),
+    "1e30 N": lambda n: 1e30 * torch.randn(n),
+    "1e-30 N": lambda n: 1e-30 * torch.randn(n),
+    "subnormals": lambda n: 1e-40 * torch.randn(n),
+    "one 1e6": lambda n: (1e-6 * torch.randn(n)).index_fill_(0, torch.tensor([n // 3]), 1e6),
+    "one NaN": lambda n: torch.randn(n).index_fill_(0, torch.tensor([n // 3]), torch.nan),
+    "infinities": lambda n: torch.randn(n).index_fill_(0, torch.tensor([5, n - 1]), -torch.inf),
+    "all NaN": lambda n: torch.full((n,), torch.nan),
+    "zeros": lambda n: torch.zeros(n),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_hostile_values(cuda_engine, dtype):
+    torch.manual_seed(0)
+    tensors = {name: make(100_003).to(dtype).cuda() for name, make in HOSTILE.items()}
+    check(paramstats.summarize(tensors), tensors)
+
+
+def test_more_elements_than_32_bits_count(cuda_engine):
+    free, _ = torch.cuda.mem_get_info()
+    if free < 3 << 30:
+        pytest.skip("needs 3 GiB of GPU memory")
+    x = torch.ones(2**31 + 9, dtype=torch.int8, device="cuda")
+    x[-1] = 3
+    stats = paramstats.summarize({"x": x})["x"]
+    assert (stats.count, stats.max, stats.min) == (2**31 + 9, 3.0, 1.0)
+    assert stats.mean == pytest.approx(1 + 2 / (2**31 + 9), rel=1e-12)
+
+
+def test_layouts_and_what_goes_through_operators(cuda_engine):
+    torch.manual_seed(0)
+    x = torch.randn(4, 6, 8, 10, device="cuda")
+    tensors = {
+        "plain": x,
+        "transposed": x.transpose(0, 3),
+        "channels last": x.contiguous(memory_format=torch.channels_last),
+        "slice": x[..., ::2],
+        "expanded": x[:1].expand(4, 6, 8, 10),
+        "scalar": torch.tensor(2.5, device="cuda"),
+    }
+    check(paramstats.summarize(tensors), tensors)
+    complex_ = torch.randn(100, dtype=torch.complex64, device="cuda")
+    sparse = torch.eye(5, device="cuda").to_sparse()
+    summary = paramstats.summarize({"complex": complex_, "sparse": sparse})
+    assert summary["complex"].norm == pytest.approx(complex_.norm().item(), rel=1e-5)
+    assert summary["sparse"].zero_count == 20
+
+
+def busy(milliseconds: float) -> None:
+    """Keeps the current stream from what comes next for about so long."""
+    torch.cuda._sleep(int(milliseconds * 1e6))
+
+
+def test_nothing_waits_and_the_result_knows(cuda_engine, model):
+    model.cuda()
+    model(torch.randn(4, 8, device="cuda")).sum().backward()
+    expected = paramstats.summarize(model).scalars()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        busy(200)
+        summary = paramstats.summarize(model)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert not summary.ready()
+    assert summary.scalars() == expected and summary.ready()
+
+
+def test_launches_and_waits_in_the_profiler(cuda_engine, model):
+    model.cuda()
+    model(torch.randn(4, 8, device="cuda")).sum().backward()
+    for _ in range(3):
+        paramstats.summarize(model).wait()
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        summary = paramstats.summarize(model)
+    names = [event.name for event in profile.events() if event.name.startswith("cuda")]
+    launches = sum("LaunchKernel" in name for name in names)
+    waits = [
+        name for name in names if "Synchronize" in name or name in ("cudaMemcpy", "cudaMalloc")
+    ]
+    # The profiler itself waits for the device when it ends.
+    assert launches <= 3 and waits <= {"cudaDeviceSynchronize"}, names
+    assert summary.total.count == 75
+
+
+@pytest.mark.parametrize("side", [False, True])
+def test_what_is_let_go_meanwhile_is_read_all_the_same(cuda_engine, side):
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(512, 512) for _ in range(8)))
+    model(torch.randn(2, 512)).sum().backward()
+    expected = {n: (p.detach().clone(), p.grad.clone()) for n, p in model.named_parameters()}
+    model.cuda()
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream() if side else torch.cuda.current_stream()
+    with torch.cuda.stream(stream):
+        busy(200)
+        summary = paramstats.summarize(model)
+    for p in model.parameters():
+        p.grad = None
+    del model, p
+    gc.collect()
+    garbage = [torch.full((512, 512), 7.0, device="cuda") for _ in range(32)]
+    for name, (p, grad) in expected.items():
+        oracle.check(summary[name], p)
+        oracle.check(summary[name].grad, grad)
+    assert garbage
+
+
+def test_summaries_thrown_away(cuda_engine, model):
+    model.cuda()
+    for _ in range(50):
+        paramstats.summarize(model)
+    assert paramstats.summarize(model).total.count == 75
+
+
+def test_ten_runs_give_the_same_bits(cuda_engine):
+    torch.manual_seed(0)
+    tensors = {str(d): (9 * torch.randn(1_000_003)).to(d).cuda() for d in DTYPES}
+    first = pickle.dumps(paramstats.summarize(tensors))
+    for _ in range(9):
+        assert pickle.dumps(paramstats.summarize(tensors)) == first
+    alone = {name: paramstats.summarize({name: t})[name] for name, t in tensors.items()}
+    assert all(pickle.loads(first)[name] == stats for name, stats in alone.items())
+
+
+def test_the_cpu_and_a_gpu_in_one_model(cuda_engine, model):
+    on_cpu = copy.deepcopy(model)
+    model[0].cuda()
+    summary = paramstats.summarize(model)
+    check(summary, dict(on_cpu.named_parameters()))
+    assert [str(entry.device) for entry in summary.values()] == ["cuda:0", "cuda:0", "cpu", "cpu"]
+
+
+def test_two_gpus(cuda_engine, model):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("there is one GPU")
+    expected = copy.deepcopy(model)
+    model[0].cuda(1)
+    model[2].cuda(0)
+    check(paramstats.summarize(model), dict(expected.named_parameters()))
+    assert torch.cuda.current_device() == 0
+
+
+@pytest.mark.parametrize("engine_name", ["native", "reference"])
+def test_graph_capture_is_refused_and_goes_on(cuda_engine, model, monkeypatch, engine_name):
+    monkeypatch.setattr(engines, "_engine", load_engine(engine_name))
+    model.cuda()
+    paramstats.summarize(model).wait()
+    x = torch.ones(8, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = 2 * x
+        with pytest.raises(RuntimeError, match="expected no CUDA graph capture under way"):
+            paramstats.summarize(model)
+        y += 1
+    x.fill_(5.0)
+    graph.replay()
+    assert y.tolist() == [11.0] * 8
+    assert paramstats.summarize(model).total.count == 75
+
+
+def test_the_reference_engine_agrees(cuda_engine, model, monkeypatch):
+    model.cuda()
+    model(torch.randn(4, 8, device="cuda")).sum().backward()
+    native = paramstats.summarize(model).scalars()
+    monkeypatch.setattr(engines, "_engine", load_engine("reference"))
+    assert paramstats.summarize(model).scalars() == pytest.approx(native, rel=1e-6, abs=1e-6)
+
+
+def test_in_a_compiled_step(cuda_engine, model):
+    model.cuda()
+
+    @torch.compile
+    def step(x: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        return model(x).square().mean(), paramstats.summarize(model)
+
+    for _ in range(3):
+        loss, summary = step(torch.randn(4, 8, device="cuda"))
+        loss.backward()
+        assert summary.total.norm == paramstats.summarize(model).total.norm
