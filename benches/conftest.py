@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import paramstats
-from benches import hardware
+from benches import compiling, hardware
+from benches.device_time import device_seconds
 
 _SECONDS = 0.8
 """That a contestant is timed for, about, after its warm-up."""
@@ -29,6 +30,12 @@ Measure = Callable[..., None]
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--device", choices=("cpu", "cuda"), default="cpu", help="where the benchmarks' tensors are"
+    )
+    parser.addoption(
+        "--compile-seconds",
+        type=float,
+        default=compiling.MOST_SECONDS,
+        help="after which torch.compile is given up (default: %(default)s)",
     )
 
 
@@ -58,11 +65,13 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     wanted = torch.device(_device(request.config))
     if wanted.type == "cuda" and not torch.cuda.is_available():
         pytest.skip(f"torch {torch.__version__} finds no CUDA device")
+    if wanted.type == "cuda":
+        torch.cuda.init()  # before paramstats is asked what it can do there
     return wanted
 
 
 @pytest.fixture
-def use_engine(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+def use_engine(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> Callable[[str], None]:
     """Forces an engine of paramstats until the test is over; skips the test where it is missing,
     so that nothing runs under another's name."""
 
@@ -72,8 +81,23 @@ def use_engine(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
         except RuntimeError as missing:
             pytest.skip(str(missing))
         monkeypatch.setattr(paramstats.engine, "_engine", chosen)
+        if device.type == "cuda" and paramstats.backend().cuda != name:
+            pytest.skip(f"CUDA tensors have the {paramstats.backend().cuda} engine")
 
     return use
+
+
+@pytest.fixture
+def compile_first(request: pytest.FixtureRequest) -> Callable[[Callable[[], Any]], None]:
+    """Has a call compiled, or skips the test, saying why it cannot be."""
+    seconds = float(request.config.getoption("--compile-seconds"))
+
+    def compile_first(call: Callable[[], Any]) -> None:
+        reason = compiling.why_not_compiled(call, seconds)
+        if reason is not None:
+            pytest.skip(reason)
+
+    return compile_first
 
 
 @pytest.fixture(params=(1, 2), ids="{}_threads".format)
@@ -91,7 +115,8 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 def measure(benchmark: Any, device: torch.device) -> Measure:
     """`measure(call, case, contestant, **about)` times `call`; `about` goes to the report.
 
-    On CUDA a call is over when the device is done.
+    On CUDA a call is over when the device is done. Of one that `queues`, the time by the device's
+    own clock is told, too.
     """
 
     def timed_on(call: Callable[[], Any]) -> Callable[[], Any]:
@@ -104,7 +129,9 @@ def measure(benchmark: Any, device: torch.device) -> Measure:
 
         return call_and_wait
 
-    def measure(call: Callable[[], Any], case: str, contestant: str, **about: Any) -> None:
+    def measure(
+        call: Callable[[], Any], case: str, contestant: str, queues: bool = False, **about: Any
+    ) -> None:
         timed = timed_on(call)
         seconds = _seconds_of(timed)
         iterations = max(1, round(_LEAST_ROUND / seconds))
@@ -117,6 +144,8 @@ def measure(benchmark: Any, device: torch.device) -> Measure:
         free = hardware.FreeShare()
         benchmark.pedantic(timed, rounds=rounds, iterations=iterations, warmup_rounds=rounds // 10)
         benchmark.extra_info["free"] = free()
+        if queues and device.type == "cuda":
+            benchmark.extra_info["device_s"] = device_seconds(call)
 
     return measure
 

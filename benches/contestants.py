@@ -6,6 +6,7 @@ check, `Contestant.figures`, is not timed.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,10 @@ class Contestant:
     tolerances: Tolerances
     engine: str | None = None
     """The engine that paramstats must run on."""
+    queues: bool = False
+    """Whether it returns before a GPU is done, so that the GPU's own time can be told."""
+    compiles: bool = False
+    """Whether its first call of a model compiles, which may take long or fail."""
 
 
 # ---- what paramstats replaces -------------------------------------------------------------------
@@ -54,30 +59,56 @@ item_loop_no_grad = torch.no_grad()(item_loop)
 
 
 @torch.no_grad()
+def four_of_each(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """A row of figures for each tensor, on its device, without a wait; zeros are counted without
+    the loop's two temporaries."""
+    figures = []
+    for tensor in tensors:
+        t = tensor.float() if tensor.element_size() == 1 else tensor  # torch has no mean of bytes
+        zero_fraction = (t.numel() - t.count_nonzero()) / t.numel()
+        figures += [t.mean(), t.std(), t.norm(), zero_fraction]
+    return torch.stack(figures).view(-1, 4)
+
+
 def batched_torch(model: nn.Module) -> dict[str, Figures]:
-    """One wait for all; zeros are counted without the loop's two temporaries."""
-    names, figures = [], []
-    for name, p in model.named_parameters():
-        for key, t in ((name, p), (f"{name}.grad", p.grad)):
-            if t is not None:
-                zero_fraction = (t.numel() - t.count_nonzero()) / t.numel()
-                names.append(key)
-                figures += [t.mean(), t.std(), t.norm(), zero_fraction]
-    rows = torch.stack(figures).view(-1, 4).tolist()
-    return {name: tuple(row) for name, row in zip(names, rows, strict=True)}
+    """One wait for all."""
+    names, tensors = _named_tensors(model)
+    return by_name(names, four_of_each(tensors))
+
+
+@functools.cache
+def compiled_four_of_each() -> Callable[[list[torch.Tensor]], torch.Tensor]:
+    """Each list of shapes is compiled for itself, all its tensors in one graph."""
+    return torch.compile(four_of_each, dynamic=False)
+
+
+def compiled_torch(model: nn.Module) -> dict[str, Figures]:
+    """The same, each tensor's four reductions fused as torch's compiler can."""
+    names, tensors = _named_tensors(model)
+    return by_name(names, compiled_four_of_each()(tensors))
+
+
+def by_name(names: list[str], rows: torch.Tensor) -> dict[str, Figures]:
+    """The one transfer."""
+    return {name: tuple(row) for name, row in zip(names, rows.tolist(), strict=True)}
 
 
 @torch.no_grad()
 def foreach_norm_only(model: nn.Module) -> dict[str, float]:
     """One figure of the four."""
+    names, tensors = _named_tensors(model)
+    norms = torch.stack(torch._foreach_norm(tensors)).tolist()
+    return dict(zip(names, norms, strict=True))
+
+
+def _named_tensors(model: nn.Module) -> tuple[list[str], list[torch.Tensor]]:
     names, tensors = [], []
     for name, p in model.named_parameters():
         for key, t in ((name, p), (f"{name}.grad", p.grad)):
             if t is not None:
                 names.append(key)
                 tensors.append(t)
-    norms = torch.stack(torch._foreach_norm(tensors)).tolist()
-    return dict(zip(names, norms, strict=True))
+    return names, tensors
 
 
 def _only_norms(norms: dict[str, float]) -> dict[str, Figures]:
@@ -119,13 +150,22 @@ def _as_it_is(figures: dict[str, Figures]) -> dict[str, Figures]:
 
 
 CONTESTANTS = (
-    Contestant("paramstats", paramstats.summarize, _from_summary, PARAMSTATS, "native"),
+    Contestant(
+        "paramstats", paramstats.summarize, _from_summary, PARAMSTATS, "native", queues=True
+    ),
     Contestant("paramstats_scalars", scalars, _from_scalars, PARAMSTATS, "native"),
     Contestant(
-        "paramstats_reference", paramstats.summarize, _from_summary, PARAMSTATS, "reference"
+        "paramstats_reference",
+        paramstats.summarize,
+        _from_summary,
+        PARAMSTATS,
+        "reference",
+        queues=True,
     ),
+    Contestant("paramstats_reference_scalars", scalars, _from_scalars, PARAMSTATS, "reference"),
     Contestant("item_loop", item_loop, _as_it_is, TORCH),
     Contestant("item_loop_no_grad", item_loop_no_grad, _as_it_is, TORCH),
     Contestant("batched_torch", batched_torch, _as_it_is, TORCH),
     Contestant("foreach_norm_only", foreach_norm_only, _only_norms, TORCH),
+    Contestant("compiled_torch", compiled_torch, _as_it_is, TORCH, compiles=True),
 )

@@ -54,8 +54,9 @@ def _times() -> tuple[float, float] | None:
 
 def describe(device: str) -> dict[str, Any]:
     """Hardware, versions, engine and date, ready for JSON; nothing that names the machine."""
-    backend = paramstats.backend()
     on_gpu = device == "cuda" and torch.cuda.is_available()
+    gpu = _gpu() if on_gpu else {}
+    backend = paramstats.backend()  # which knows more of a device that is in use
     return {
         "date": datetime.date.today().isoformat(),
         "device": device,
@@ -64,6 +65,7 @@ def describe(device: str) -> dict[str, Any]:
             "cores": cores(),
             "threads": torch.get_num_threads(),
             "gpu": torch.cuda.get_device_name() if on_gpu else None,
+            **gpu,
         },
         "versions": {
             "paramstats": backend.version,
@@ -72,6 +74,17 @@ def describe(device: str) -> dict[str, Any]:
         },
         "engine": backend.cuda if device == "cuda" else backend.cpu,
         "simd": backend.simd,
+    }
+
+
+def _gpu() -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties()
+    return {
+        "gpu_capability": f"{properties.major}.{properties.minor}",
+        "gpu_multiprocessors": properties.multi_processor_count,
+        "gpu_memory_bytes": properties.total_memory,
+        "gpu_l2_bytes": getattr(properties, "L2_cache_size", None),
+        "cuda": torch.version.cuda,
     }
 
 

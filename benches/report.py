@@ -4,6 +4,8 @@
     python -m benches.report --repeat 3           three times, against slow spells of the machine
     python -m benches.report --json FILE ...      takes what `pytest benches --benchmark-json` wrote
     python -m benches.report --dry-run            prints, and writes nothing
+    python -m benches.report --device cuda        on a GPU; runs `python -m benches.on_gpu`, too
+    python -m benches.report --json FILE ... --on-gpu FILE      takes what both of them wrote
 
 Of several runs, each figure is the median of their medians.
 The tables go between two lines of README.md, <!-- benchmark:begin --> and <!-- benchmark:end -->
@@ -45,6 +47,25 @@ def run(device: str) -> dict[str, Any]:
         return json.loads(out.read_text())  # type: ignore[no-any-return]
 
 
+def run_on_gpu() -> dict[str, Any] | None:
+    """What is no contest between contestants; None where it could not be measured."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "on-gpu.json"
+        command = (sys.executable, "-m", "benches.on_gpu", "--json", str(out))
+        done = subprocess.run(command, cwd=_HERE.parent, check=False)
+        if done.returncode != 0:
+            print(f"benches.report: benches.on_gpu ended with {done.returncode}", file=sys.stderr)
+        return json.loads(out.read_text()) if out.exists() else None
+
+
+def joined(report: Report, on_gpu: dict[str, Any]) -> Report:
+    """One report of both, of the same machine and versions."""
+    for key in ("hardware", "versions", "engine"):
+        if report[key] != on_gpu[key]:
+            sys.exit(f"benches.report: expected both on one machine, got another {key}")
+    return {**report, "on_gpu": on_gpu["parts"]}
+
+
 def condense(runs: list[dict[str, Any]]) -> Report:
     """Medians by case and contestant, how steady they were, and where they were measured."""
     where = [run.get("machine_info", {}).get("benches") for run in runs]
@@ -55,6 +76,8 @@ def condense(runs: list[dict[str, Any]]) -> Report:
     entries: dict[str, list[dict[str, Any]]] = {}
     for run in runs:
         for entry in run["benchmarks"]:
+            if "free" not in entry["extra_info"]:
+                continue  # interrupted while it was measured
             entries.setdefault(entry["fullname"], []).append(entry)
     if not entries:
         sys.exit("benches.report: nothing was measured (see the reasons of what was skipped)")
@@ -64,6 +87,7 @@ def condense(runs: list[dict[str, Any]]) -> Report:
         about = dict(entry["extra_info"])
         contestant, free = about.pop("contestant"), about.pop("free")
         errors = about.pop("errors", None)
+        device_s = about.pop("device_s", None)
         empty: dict[str, Any] = {"median_s": {}, "iqr_s": {}, "free": {}, "error": {}}
         case = cases.setdefault(about.pop("case"), {**about, **empty})
         case["median_s"][contestant] = entry["stats"]["median"]
@@ -71,6 +95,8 @@ def condense(runs: list[dict[str, Any]]) -> Report:
         case["free"][contestant] = free
         if errors:
             case["error"][contestant] = errors
+        if device_s is not None:
+            case.setdefault("device_s", {})[contestant] = device_s
     return {**where[0], "runs": len(runs), "cases": cases}
 
 
@@ -101,6 +127,7 @@ def main() -> None:
     parser = argparse.ArgumentParser("python -m benches.report", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--json", type=Path, nargs="+", help="of pytest benches --benchmark-json")
+    parser.add_argument("--on-gpu", type=Path, help="of benches.on_gpu --json; with --json")
     parser.add_argument("--repeat", type=int, default=1, help="how often to run them")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--name", help="of the file in benches/results (default: the processor's)")
@@ -112,6 +139,14 @@ def main() -> None:
     else:
         runs = [run(options.device) for _ in range(options.repeat)]
     report = condense(runs)
+    on_gpu = None
+    if options.json:
+        if options.on_gpu and options.on_gpu.exists():  # benches.gpu_check names it in any case
+            on_gpu = json.loads(options.on_gpu.read_text())
+    elif options.device == "cuda":
+        on_gpu = run_on_gpu()
+    if on_gpu is not None:
+        report = joined(report, on_gpu)
     hardware = report["hardware"]
     name = options.name or f"{hardware['gpu'] or hardware['cpu']} {hardware['threads']} threads"
     path = _RESULTS / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.json"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,9 @@ from benches.conftest import Measure
 from benches.contestants import CONTESTANTS, Contestant
 from benches.exact import Exact, exact, worst_errors
 from benches.read_only import NoCompilerError, ReadOnly, checksum
+
+_MOST_COMPILED = 64
+"""Tensors of a model that torch.compile makes a program for a CPU of in some ten seconds."""
 
 
 @dataclass(frozen=True)
@@ -43,14 +47,28 @@ def case(request: pytest.FixtureRequest, device: torch.device) -> Case:
 
 @pytest.mark.parametrize("contestant", CONTESTANTS, ids=lambda contestant: contestant.name)
 def test_model(
-    case: Case, contestant: Contestant, measure: Measure, use_engine: Callable[[str], None]
+    case: Case,
+    contestant: Contestant,
+    measure: Measure,
+    use_engine: Callable[[str], None],
+    compile_first: Callable[[Callable[[], Any]], None],
+    device: torch.device,
 ) -> None:
     if contestant.engine is not None:
         use_engine(contestant.engine)
+    if contestant.compiles:
+        if device.type == "cpu" and len(case.tensors) > _MOST_COMPILED:
+            pytest.skip("compiling so many tensors for a CPU takes minutes")
+        compile_first(lambda: contestant.run(case.model))
     figures = contestant.figures(contestant.run(case.model))
     errors = worst_errors(figures, case.expected, contestant.tolerances)
     measure(
-        lambda: contestant.run(case.model), case.name, contestant.name, errors=errors, **case.about
+        lambda: contestant.run(case.model),
+        case.name,
+        contestant.name,
+        contestant.queues,
+        errors=errors,
+        **case.about,
     )
 
 
@@ -65,6 +83,17 @@ def test_read_only(case: Case, measure: Measure, device: torch.device) -> None:
         pytest.skip(str(missing))
     assert read_only() == checksum(tensors)
     measure(read_only, case.name, "read_only", **case.about)
+
+
+def test_copy(case: Case, measure: Measure, device: torch.device) -> None:
+    """A GPU's memory limit: the same number of bytes, copied from one place to another."""
+    if device.type != "cuda":
+        pytest.skip("a CPU's limit is the read-only loop")
+    source = torch.ones(int(case.about["bytes"]), dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+    target.copy_(source)
+    assert torch.equal(source, target)
+    measure(lambda: target.copy_(source), case.name, "copy", queues=True, **case.about)
 
 
 def test_nothing_is_remembered(case: Case) -> None:
