@@ -138,10 +138,10 @@ struct Work {
         tensors.push_back(&t);
         return;
       }
-    } else if (is_plain_cuda(t) && on_cuda.takes(t)) {
-      if (const auto view = native_cuda_view(t)) {
+    } else if (is_plain_cuda(t)) {
+      const auto view = native_cuda_view(t);
+      if (view && (view->numel == 0 || on_cuda.add(*view, t, row))) {
         table[row] = view->numel == 0 ? Moments() : unread(view->numel);
-        if (view->numel > 0) on_cuda.add(*view, t, row);
         return;
       }
     }

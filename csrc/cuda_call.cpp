@@ -90,25 +90,33 @@ const std::string& cuda_trouble(c10::DeviceIndex device) {
   return troubles[device] = error == nullptr ? "" : error;
 }
 
-bool CudaCall::takes(const c10::TensorImpl& tensor) const {
-  return cuda_trouble(tensor.device().index()).empty();
+CudaCall::Group& CudaCall::group_of(const c10::Device& device) {
+  for (Group& g : groups_) {
+    if (g.device == device) return g;
+  }
+  constexpr size_t kCommon = 512;  // tensors: not to grow from nothing at every call
+  groups_.push_back({device, cuda_trouble(device.index()).empty(), {}, {}, {}});
+  Group& g = groups_.back();
+  g.views.reserve(kCommon);
+  g.tensors.reserve(kCommon);
+  g.rows.reserve(kCommon);
+  return g;
 }
 
-void CudaCall::add(const cuda::TensorView& view, const c10::TensorImpl& tensor, size_t row) {
-  const c10::Device device = tensor.device();
-  auto group = std::find_if(groups_.begin(), groups_.end(),
-                            [&](const Group& g) { return g.device == device; });
-  if (group == groups_.end()) {
-    groups_.push_back({device, {}, {}, {}});
-    group = groups_.end() - 1;
-  }
-  group->views.push_back(view);
-  group->tensors.push_back(&tensor);
-  group->rows.push_back(row);
+bool CudaCall::add(const cuda::TensorView& view, const c10::TensorImpl& tensor, size_t row) {
+  Group& g = group_of(tensor.device());
+  if (!g.runs) return false;
+  g.views.push_back(view);
+  g.tensors.push_back(&tensor);
+  g.rows.push_back(row);
+  return true;
 }
 
 std::vector<std::shared_ptr<Transfer>> CudaCall::start() {
   std::vector<std::shared_ptr<Transfer>> out;
+  groups_.erase(std::remove_if(groups_.begin(), groups_.end(),
+                               [](const Group& g) { return g.views.empty(); }),
+                groups_.end());
   if (groups_.empty()) return out;
   const c10::impl::VirtualGuardImpl impl(c10::DeviceType::CUDA);
   for (const Group& g : groups_) {

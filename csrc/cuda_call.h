@@ -33,8 +33,7 @@ class Transfer {
 class CudaCall {
  public:
   // False where there is no CUDA engine for the tensor's device.
-  bool takes(const c10::TensorImpl& tensor) const;
-  void add(const cuda::TensorView& view, const c10::TensorImpl& tensor, size_t row);
+  bool add(const cuda::TensorView& view, const c10::TensorImpl& tensor, size_t row);
 
   // Has each device's current stream read its tensors; does not wait. Raises std::runtime_error,
   // before any stream is touched, where one is being captured into a CUDA graph.
@@ -48,10 +47,12 @@ class CudaCall {
  private:
   struct Group {
     c10::Device device;
+    bool runs;
     std::vector<cuda::TensorView> views;
     std::vector<const c10::TensorImpl*> tensors;
     std::vector<size_t> rows;
   };
+  Group& group_of(const c10::Device& device);
   std::vector<Group> groups_;
 };
 

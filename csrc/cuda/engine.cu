@@ -67,13 +67,12 @@ const char* enqueue(const TensorView* tensors, int64_t n, void* host_memory, voi
   }
   std::memcpy(host + places.tensors, tensors, n * sizeof(TensorView));
 
-  const auto* device_first = reinterpret_cast<const int64_t*>(device + places.first_chunk);
-  const auto* device_tensors = reinterpret_cast<const TensorView*>(device + places.tensors);
+  Table table{reinterpret_cast<const int64_t*>(device + places.first_chunk),
+              reinterpret_cast<const TensorView*>(device + places.tensors), static_cast<int>(n)};
   auto* states = reinterpret_cast<Moments*>(device + places.states);
   auto* rows = reinterpret_cast<Moments*>(device);
-  int count = static_cast<int>(n);
-  void* of_chunks[] = {&device_first, &device_tensors, &count, &states};
-  void* of_tensors[] = {&device_first, &device_tensors, &states, &rows};
+  void* of_chunks[] = {&table, &states};
+  void* of_tensors[] = {&table, &states, &rows};
 
   cudaError_t error =
       cudaMemcpyAsync(device + places.first_chunk, host + places.first_chunk,

@@ -21,11 +21,11 @@ struct TensorView {
 };
 
 PARAMSTATS_HD constexpr int64_t chunk_size(DType dtype) {  // elements
-  return kChunkBytes / element_size(dtype);
+  return kChunkBytes >> log2_size(dtype);
 }
 
 PARAMSTATS_HD inline int64_t chunk_count(const TensorView& t) {
-  return (t.numel + chunk_size(t.dtype) - 1) / chunk_size(t.dtype);
+  return ((t.numel << log2_size(t.dtype)) + kChunkBytes - 1) / kChunkBytes;
 }
 
 #if !defined(__CUDACC_RTC__)

@@ -118,6 +118,50 @@ __device__ inline Moments block_merge(Moments state, Shared& shared) {
   return state;
 }
 
+// ---- which chunk -----------------------------------------------------------------------------
+
+// All tensors of a launch, in device memory. first_chunk[t] counts the chunks of all before
+// tensors[t].
+struct Table {
+  const int64_t* first_chunk;
+  const TensorView* tensors;
+  int count;
+};
+
+// The tensor that a chunk belongs to: the last one whose first chunk is not after it. A warp
+// compares with 32 at a time.
+__device__ inline int find_tensor(const Table& table, int64_t chunk) {
+  const int lane = threadIdx.x % 32;
+  int begin = 0, end = table.count;
+  while (end - begin > 1) {
+    const int step = (end - begin + 31) / 32;
+    const int at = begin + lane * step;
+    const bool before = at < end && table.first_chunk[at] <= chunk;
+    const int last = __popc(__ballot_sync(kAllLanes, before)) - 1;
+    begin += last * step;
+    end = begin + step < end ? begin + step : end;
+  }
+  return begin;
+}
+
+struct Chunk {
+  DType dtype;
+  const void* data;
+  int n;
+};
+
+// The chunk of this block.
+__device__ inline Chunk own_chunk(const Table& table) {
+  const int64_t index = blockIdx.x;
+  const int t = find_tensor(table, index);
+  const TensorView tensor = table.tensors[t];
+  const int64_t before = index - table.first_chunk[t];
+  const int64_t size = chunk_size(tensor.dtype);
+  const int64_t left = tensor.numel - before * size;
+  return {tensor.dtype, static_cast<const char*>(tensor.data) + before * kChunkBytes,
+          static_cast<int>(left < size ? left : size)};
+}
+
 // ---- one chunk ------------------------------------------------------------------------------
 
 template <class L>
@@ -252,86 +296,60 @@ __device__ inline double element_of(DType dtype, const void* data, int64_t i) {
   return 0;
 }
 
-// A chunk of any content, element by element in float64: for NaN, infinities, and values whose
-// squares float32 does not hold. A function of its own, for its registers.
-__device__ __noinline__ void exact_chunk(DType dtype, const void* data, int n, Shared& shared,
-                                         Moments* out) {
+// This block's chunk, of any content, element by element in float64: for NaN, infinities, and
+// values whose squares float32 does not hold. A function of its own that finds its chunk again:
+// what the fast road would have to keep for it, it would have to keep in registers.
+__device__ __noinline__ void exact_chunk(Table table, Shared& shared, Moments* states) {
+  const Chunk chunk = own_chunk(table);
   Moments state;
 #pragma unroll 1
-  for (int i = threadIdx.x; i < n; i += kThreads) update(state, element_of(dtype, data, i));
+  for (int i = threadIdx.x; i < chunk.n; i += kThreads) {
+    update(state, element_of(chunk.dtype, chunk.data, i));
+  }
   state = block_merge(state, shared);
-  if (threadIdx.x == 0) *out = state;
+  if (threadIdx.x == 0) states[blockIdx.x] = state;
 }
 
-__device__ inline bool try_chunk_of(DType dtype, const void* data, int n, Shared& shared,
-                                    Moments& out) {
-  switch (dtype) {
-    case DType::kFloat64: return try_chunk<Float64>(data, n, shared, out);
-    case DType::kFloat32: return try_chunk<Float32>(data, n, shared, out);
-    case DType::kBFloat16: return try_chunk<BFloat16>(data, n, shared, out);
-    case DType::kFloat16: return try_chunk<Float16>(data, n, shared, out);
-    case DType::kFloat8E4M3FN: return try_chunk<Float8E4M3FN>(data, n, shared, out);
-    case DType::kFloat8E5M2: return try_chunk<Float8E5M2>(data, n, shared, out);
-    case DType::kInt8: return try_chunk<Int8>(data, n, shared, out);
-    case DType::kUInt8: return try_chunk<UInt8>(data, n, shared, out);
-    case DType::kBool: return try_chunk<Bool>(data, n, shared, out);
-    case DType::kInt16: return try_chunk<Int16>(data, n, shared, out);
-    case DType::kUInt16: return try_chunk<UInt16>(data, n, shared, out);
-    case DType::kInt32: return try_chunk<Int32>(data, n, shared, out);
-    case DType::kUInt32: return try_chunk<UInt32>(data, n, shared, out);
-    case DType::kInt64: return try_chunk<Int64>(data, n, shared, out);
-    case DType::kUInt64: return try_chunk<UInt64>(data, n, shared, out);
+__device__ inline bool try_chunk_of(const Chunk& chunk, Shared& shared, Moments& out) {
+  switch (chunk.dtype) {
+    case DType::kFloat64: return try_chunk<Float64>(chunk.data, chunk.n, shared, out);
+    case DType::kFloat32: return try_chunk<Float32>(chunk.data, chunk.n, shared, out);
+    case DType::kBFloat16: return try_chunk<BFloat16>(chunk.data, chunk.n, shared, out);
+    case DType::kFloat16: return try_chunk<Float16>(chunk.data, chunk.n, shared, out);
+    case DType::kFloat8E4M3FN: return try_chunk<Float8E4M3FN>(chunk.data, chunk.n, shared, out);
+    case DType::kFloat8E5M2: return try_chunk<Float8E5M2>(chunk.data, chunk.n, shared, out);
+    case DType::kInt8: return try_chunk<Int8>(chunk.data, chunk.n, shared, out);
+    case DType::kUInt8: return try_chunk<UInt8>(chunk.data, chunk.n, shared, out);
+    case DType::kBool: return try_chunk<Bool>(chunk.data, chunk.n, shared, out);
+    case DType::kInt16: return try_chunk<Int16>(chunk.data, chunk.n, shared, out);
+    case DType::kUInt16: return try_chunk<UInt16>(chunk.data, chunk.n, shared, out);
+    case DType::kInt32: return try_chunk<Int32>(chunk.data, chunk.n, shared, out);
+    case DType::kUInt32: return try_chunk<UInt32>(chunk.data, chunk.n, shared, out);
+    case DType::kInt64: return try_chunk<Int64>(chunk.data, chunk.n, shared, out);
+    case DType::kUInt64: return try_chunk<UInt64>(chunk.data, chunk.n, shared, out);
   }
   return false;
 }
 
 // ---- kernels --------------------------------------------------------------------------------
 
-// The tensor that a chunk belongs to: the last one whose first chunk is not after it. A warp
-// compares with 32 at a time.
-__device__ inline int find_tensor(const int64_t* first_chunk, int tensors, int64_t chunk) {
-  const int lane = threadIdx.x % 32;
-  int begin = 0, end = tensors;
-  while (end - begin > 1) {
-    const int step = (end - begin + 31) / 32;
-    const int at = begin + lane * step;
-    const bool before = at < end && first_chunk[at] <= chunk;
-    const int last = __popc(__ballot_sync(kAllLanes, before)) - 1;
-    begin += last * step;
-    end = begin + step < end ? begin + step : end;
-  }
-  return begin;
-}
-
-// One block per chunk. first_chunk[t] counts the chunks of all tensors before tensors[t].
+// One block per chunk.
 extern "C" __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
-    paramstats_summarize_chunks(const int64_t* first_chunk, const TensorView* tensors, int count,
-                                Moments* states) {
+    paramstats_summarize_chunks(Table table, Moments* states) {
   __shared__ Shared shared;
-  const int64_t chunk = blockIdx.x;
-  const int t = find_tensor(first_chunk, count, chunk);
-  const TensorView tensor = tensors[t];
-  const int64_t size = chunk_size(tensor.dtype);
-  const int64_t begin = (chunk - first_chunk[t]) * size;
-  const int64_t left = tensor.numel - begin;
-  const int n = static_cast<int>(left < size ? left : size);
-  const void* data = static_cast<const char*>(tensor.data) + begin * element_size(tensor.dtype);
   Moments state;
-  if (!try_chunk_of(tensor.dtype, data, n, shared, state)) {
-    return exact_chunk(tensor.dtype, data, n, shared, states + chunk);
-  }
-  if (threadIdx.x == 0) states[chunk] = state;
+  if (!try_chunk_of(own_chunk(table), shared, state)) return exact_chunk(table, shared, states);
+  if (threadIdx.x == 0) states[blockIdx.x] = state;
 }
 
 // One block per tensor. A thread merges a run of neighbouring chunks; then the threads' states are
 // merged in order.
 extern "C" __global__ void __launch_bounds__(kThreads)
-    paramstats_merge_chunks(const int64_t* first_chunk, const TensorView* tensors,
-                            const Moments* states, Moments* rows) {
+    paramstats_merge_chunks(Table table, const Moments* states, Moments* rows) {
   __shared__ Shared shared;
   const int t = blockIdx.x;
-  const int64_t chunks = chunk_count(tensors[t]);
-  const Moments* mine = states + first_chunk[t];
+  const int64_t chunks = chunk_count(table.tensors[t]);
+  const Moments* mine = states + table.first_chunk[t];
   const int64_t run = (chunks + kThreads - 1) / kThreads;
   const int64_t begin = threadIdx.x * run;
   const int64_t end = begin + run < chunks ? begin + run : chunks;
