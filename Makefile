@@ -24,6 +24,7 @@ help:  ## this list
 
 $(VENV)/torch: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing $(TORCH) and what is needed to build and test: a minute or two"
 	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)"
 	@touch $@
 
@@ -82,6 +83,7 @@ cuda-compile:  ## the CUDA engine by nvcc for every architecture; fails on spill
 	$(PYTHON) tests/cuda_compile.py
 
 gpu-check:  ## build, test, sanitize and measure on a GPU, with PYTHON's own torch; ten minutes
+	@rm -f $(VENV)/installed  # it builds in place, for that torch: .venv's must build again
 	$(PYTHON) -m benches.gpu_check
 
 bench: $(VENV)/installed  ## all benchmarks; writes benches/results and the README's table

@@ -6,6 +6,7 @@ that; `paramstats.backend()` says why. PARAMSTATS_STRICT_BUILD=1 makes
 a failure an error; PARAMSTATS_NO_NATIVE=1 does not try.
 """
 
+import contextlib
 import json
 import os
 import platform
@@ -81,6 +82,10 @@ class Outcome:
         (package / "_build.json").write_text(json.dumps(self.record, indent=2) + "\n")
 
 
+def nvcc_of(home):
+    return str(Path(home) / "bin/nvcc")
+
+
 def cuda_home():
     """Where CUDA's compiler and headers are; None where they are not.
 
@@ -89,7 +94,7 @@ def cuda_home():
     """
     for variable in ("CUDA_HOME", "CUDA_PATH"):
         if os.environ.get(variable):
-            return os.environ[variable]
+            return os.environ[variable] if shutil.which(nvcc_of(os.environ[variable])) else None
     nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
     if nvcc is None:
         return None
@@ -111,13 +116,22 @@ def cuda_architectures(home):
     if wanted:
         return wanted, []
     known = subprocess.run(
-        [Path(home) / "bin/nvcc", "--list-gpu-arch"], capture_output=True, text=True, check=True
+        [nvcc_of(home), "--list-gpu-arch"], capture_output=True, text=True, check=True
     )
     numbers = sorted(int(n) for n in re.findall(r"compute_(\d+)", known.stdout) if int(n) >= 75)
     firsts = [n for n in numbers if n == min(m for m in numbers if m // 10 == n // 10)]
     flags = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in firsts]
     flags.append(f"-gencode=arch=compute_{numbers[-1]},code=compute_{numbers[-1]}")
     return " ".join(f"sm_{n}" for n in firsts) + f" compute_{numbers[-1]}", flags
+
+
+def told(error):
+    """The first line of an exception; torch raises some whose text is not formatted yet."""
+    text = str(error)
+    if len(error.args) > 1 and isinstance(error.args[0], str):
+        with contextlib.suppress(TypeError, ValueError):
+            text = error.args[0] % error.args[1:]
+    return f"{type(error).__name__}: {text}".strip().splitlines()[0]
 
 
 def cuda_extension(outcome, torch):
@@ -127,7 +141,7 @@ def cuda_extension(outcome, torch):
         outcome.record["cuda_reason"] = (
             f"torch {torch.__version__} has no CUDA"
             if torch.version.cuda is None
-            else "CUDA's compiler, nvcc, was not found when it was built (CUDA_HOME says where)"
+            else "nvcc was not found when it was built: not on the PATH, nor where CUDA_HOME says"
         )
         return None
     os.environ["CUDA_HOME"] = home  # torch.utils.cpp_extension looks once, when it is imported
@@ -145,7 +159,7 @@ def cuda_extension(outcome, torch):
             },
         )
     except Exception as error:
-        outcome.failed("cuda", f"it could not be compiled ({type(error).__name__}: {error})")
+        outcome.failed("cuda", f"it could not be compiled ({told(error)})")
         return None
     extension.libraries = ["cudart"]  # nothing of torch: the other module has all of that
     return extension
@@ -189,12 +203,14 @@ def extensions(outcome):
                 try:
                     super().run()
                 except (Exception, SystemExit) as e:
-                    error = f"{type(e).__name__}: {e}".strip().splitlines()[0]
+                    error = told(e)
                 if any(place.exists() for place in places):
                     outcome.record[engine] = True
                     built.append(extension)
                 else:
-                    outcome.failed(engine, f"it could not be compiled ({error})")
+                    outcome.failed(
+                        engine, f"it could not be compiled ({error}; pip install -v . shows more)"
+                    )
             wanted[:] = built  # so that nothing later looks for the other files
             self.extensions = wanted
             outcome.save(package)

@@ -2,7 +2,9 @@
 
     python -m benches.gpu_check [--out DIR] [--quick] [--dry-run]
 
-Needs no network. Every step has a limit of its own and none stops the next one; at the end stands a
+Needs no network, and in the Python that runs it torch with CUDA, setuptools 77 or later, ninja,
+pybind11, pytest, pytest-benchmark, hypothesis, numpy, pandas, scikit-learn and transformers. Every
+step has a limit of its own and none stops the next one; at the end stands a
 table of them, and the exit status is 1 where one failed. DIR (default: $OUT, else build/gpu-check)
 gets gpu-check.json and gpu-check.log, on-gpu.json, and benchmark.json, from which
 
@@ -47,6 +49,17 @@ _NATIVE = (
     "import torch, paramstats; torch.cuda.init(); b = paramstats.backend(); print(b); "
     "assert b.cuda == 'native', b.cuda"
 )
+_TOOLS = """
+import importlib.util as util, importlib.metadata as metadata, sys
+build, run = "torch ninja pybind11", "pytest pytest_benchmark hypothesis numpy pandas sklearn"
+names = f"{build} {run} transformers".split()
+missing = [name for name in names if util.find_spec(name) is None]
+version = metadata.version("setuptools") if util.find_spec("setuptools") else "0"
+if int(version.split(".")[0]) < 77:
+    missing.append(f"setuptools>=77 (here {version})")
+print("missing: " + ", ".join(missing) if missing else "all there")
+sys.exit(any("setuptools" in name or name in ("torch", "ninja", "pybind11") for name in missing))
+"""
 _CAPABILITY = "import torch; print('%d.%d' % torch.cuda.get_device_capability())"
 
 Result = Literal["pass", "FAIL", "skip"]
@@ -67,6 +80,8 @@ class Step:
     """A file of an earlier step."""
     impossible: str | None = None
     """Why it cannot be tried here."""
+    essential: bool = False
+    """Whether nothing after it is worth its time where it fails."""
     excuse: str | None = None
     """Words in its output by which the machine, not paramstats, is to blame."""
 
@@ -91,28 +106,28 @@ def steps(out: Path, quick: bool) -> list[Step]:
     pytest = (python, "-m", "pytest", "-q", "-p", "no:cacheprovider")
     on_gpu, benchmark = out / "on-gpu.json", out / "benchmark.json"
     few = ("-m", "not large", "-k", "mlp or 32_MB") if quick else ()
-    found = [
+    memcheck, *more_checks = (_sanitizer(tool) for tool in _sanitizers(quick))
+    return [
         _tool_step("driver", "nvidia-smi", "--query-gpu=name,driver_version,memory.total",
                    "--format=csv"),
         _tool_step("compiler", "nvcc", "--version"),
-        Step("build", (python, "setup.py", "build_ext", "--inplace"), 200,
+        Step("packages", (python, "-c", _TOOLS), 30, essential=True),
+        Step("build", (python, "setup.py", "build_ext", "--inplace"), 200, essential=True,
              environment={"PARAMSTATS_STRICT_BUILD": "1"}),
-        Step("native engine", (python, "-c", _NATIVE), 40),
+        Step("native engine", (python, "-c", _NATIVE), 40, essential=True),
         Step("CUDA tests", (*pytest, "-m", "cuda", "tests"), 120),
-    ]  # fmt: skip
-    found += [_sanitizer(tool) for tool in _sanitizers(quick)]
-    found += [
+        memcheck,
         Step("on_gpu", (python, "-m", "benches.on_gpu", "--json", str(on_gpu))
              + (("--quick",) if quick else ()), 120),
-        Step("benchmarks", (*pytest, "benches", "--device", "cuda",
+        Step("benchmarks", (*pytest, "benches", "--device", "cuda", "--compile-seconds", "30",
              "--ignore", "benches/test_gpu_tools.py", *few,
              f"--benchmark-json={benchmark}"), BUDGET, reserve=20),
         Step("report", (python, "-m", "benches.report", "--json", str(benchmark),
              "--on-gpu", str(on_gpu), "--dry-run"), 20, needs=benchmark),
+        *more_checks,
         Step("all tests", (*pytest, "-x", "-m", "not huge and not slow and not cuda", "tests"),
              150),
     ]  # fmt: skip
-    return found
 
 
 def _sanitizers(quick: bool) -> tuple[str, ...]:
@@ -313,6 +328,9 @@ def main() -> int:
             "on_gpu": _measured(out / "on-gpu.json"),
         }
         (out / "gpu-check.json").write_text(json.dumps(report, indent=1) + "\n")
+        if step.essential and outcomes[-1].result == "FAIL":
+            print(f"== without {step.name} the rest is worth nothing")
+            break
     print(f"\n{table(outcomes)}\n{out}")
     return 1 if any(outcome.result == "FAIL" for outcome in outcomes) else 0
 

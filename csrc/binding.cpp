@@ -6,6 +6,7 @@
 // are unread at first; `Transfer`s fill them in later.
 #include <ATen/core/Tensor.h>
 #include <pybind11/pybind11.h>
+#include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
@@ -196,6 +197,16 @@ const at::Tensor& gradient_of(const at::Tensor& tensor) {
   return !grad.defined() || tensor.is_leaf() || tensor.retains_grad() ? grad : none;
 }
 
+// torch's own exceptions as Python knows them: out of memory above all.
+std::vector<std::shared_ptr<Transfer>> start(CudaCall& call) {
+  try {
+    return call.start();
+  } catch (const c10::Error&) {
+    torch::translate_exception_to_python(std::current_exception());
+    throw py::error_already_set();
+  }
+}
+
 py::tuple read(const py::list& tensors, bool params, bool grads) {
   const size_t n = tensors.size();
   auto rows = py::reinterpret_steal<py::bytes>(
@@ -222,10 +233,10 @@ py::tuple read(const py::list& tensors, bool params, bool grads) {
       table[n + i] = unread(kAbsent);
     }
   }
-  auto started = work.on_cuda.start();  // the devices, before the CPU is busy
+  const auto started = start(work.on_cuda);  // the devices, before the CPU is busy
   work.run();
   py::list transfers;
-  for (auto& transfer : started) transfers.append(py::cast(std::move(transfer)));
+  for (const auto& transfer : started) transfers.append(py::cast(transfer));
   return py::make_tuple(std::move(rows), work.left_for_python(), std::move(transfers));
 }
 

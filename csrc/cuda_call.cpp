@@ -10,8 +10,6 @@
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/headeronly/version.h>
 
-#include <algorithm>
-#include <cstring>
 #include <map>
 #include <stdexcept>
 #include <utility>
@@ -35,7 +33,7 @@ void check(const char* error, const c10::Device& device) {
 }
 
 // The cudaStream_t of a stream.
-void* native_handle(const c10::Stream& stream) {
+void* handle_of(const c10::Stream& stream) {
 #if TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 11
   return c10::impl::VirtualGuardImpl(stream.device_type()).getStreamNativeHandle(stream);
 #else  // only the current one's; it is
@@ -44,19 +42,61 @@ void* native_handle(const c10::Stream& stream) {
 #endif
 }
 
+// Lets this thread ask events while somebody captures a graph: those here are no part of it.
+class DuringCapture {
+ public:
+  DuringCapture() : before_(engine->exchange_capture_mode(cuda::kRelaxedCapture)) {}
+  ~DuringCapture() { engine->exchange_capture_mode(before_); }
+  DuringCapture(const DuringCapture&) = delete;
+  DuringCapture& operator=(const DuringCapture&) = delete;
+
+ private:
+  int before_;
+};
+
 class CudaTransfer : public Transfer {
  public:
   CudaTransfer(c10::DataPtr host, std::vector<size_t> rows, const c10::Stream& stream)
-      : host_(std::move(host)), rows_(std::move(rows)), event_(c10::DeviceType::CUDA) {
-    event_.record(stream);
+      : host_(std::move(host)),
+        rows_(std::move(rows)),
+        stream_(stream),
+        event_(std::make_unique<c10::Event>(c10::DeviceType::CUDA)) {}
+
+  void enqueued() { event_->record(stream_); }
+
+  // The pinned memory goes back to torch, for others, once the stream no longer writes to it. After
+  // an error of the device, which is for ever, nothing can be known or freed any more, and whatever
+  // raised here would end the process before it has told of that error: memory and event are left.
+  ~CudaTransfer() override {
+    try {
+      const DuringCapture during_capture;
+      if (!event_->was_marked_for_recording()) throw std::runtime_error("enqueuing failed");
+      if (!event_->query()) {
+        bool capturing = false;
+        engine->is_capturing(handle_of(stream_), capturing);
+        if (capturing) {
+          event_->synchronize();  // recording another event would be captured
+        } else {
+          at::getHostAllocator(c10::DeviceType::CUDA)
+              ->record_event(host_.get(), host_.get_context(), stream_);
+        }
+      }
+    } catch (...) {
+      host_.release_context();
+      static_cast<void>(event_.release());
+    }
   }
 
-  bool ready() const override { return event_.query(); }
+  bool ready() const override {
+    const DuringCapture during_capture;
+    return event_->query();
+  }
 
   void write(Moments* table, size_t rows) const override {
     {
       const py::gil_scoped_release release;
-      event_.synchronize();
+      const DuringCapture during_capture;
+      event_->synchronize();
     }
     const auto* states = static_cast<const Moments*>(host_.get());
     for (size_t i = 0; i < rows_.size(); ++i) {
@@ -65,9 +105,10 @@ class CudaTransfer : public Transfer {
   }
 
  private:
-  c10::DataPtr host_;  // pinned; torch does not reuse it before its stream has been here
+  c10::DataPtr host_;
   std::vector<size_t> rows_;
-  c10::Event event_;
+  c10::Stream stream_;
+  std::unique_ptr<c10::Event> event_;
 };
 
 }  // namespace
@@ -92,13 +133,27 @@ const std::string& cuda_trouble(c10::DeviceIndex device) {
 
 CudaCall::Group& CudaCall::group_of(const c10::Device& device) {
   for (Group& g : groups_) {
-    if (g.device == device) return g;
+    if (g.stream.device() == device) return g;
   }
-  constexpr size_t kCommon = 512;  // tensors: not to grow from nothing at every call
-  groups_.push_back({device, cuda_trouble(device.index()).empty(), {}, {}, {}});
+  if (engine == nullptr) {
+    groups_.push_back({c10::Stream(c10::Stream::DEFAULT, device), nullptr, false, {}, {}, {}});
+    return groups_.back();
+  }
+  const c10::DeviceGuard guard(device);  // a default stream is the current device's
+  const c10::Stream stream = c10::impl::VirtualGuardImpl(c10::DeviceType::CUDA).getStream(device);
+  void* handle = handle_of(stream);
+  bool capturing = false;
+  check(engine->is_capturing(handle, capturing), device);
+  if (capturing) {
+    throw failure(device,
+                  "expected no CUDA graph capture under way, got a stream that is being captured "
+                  "(call it before the capture, or between replays)");
+  }
+  groups_.push_back({stream, handle, cuda_trouble(device.index()).empty(), {}, {}, {}});
   Group& g = groups_.back();
+  constexpr size_t kCommon = 512;  // tensors: not to grow from nothing at every call
   g.views.reserve(kCommon);
-  g.tensors.reserve(kCommon);
+  g.storages.reserve(kCommon);
   g.rows.reserve(kCommon);
   return g;
 }
@@ -107,48 +162,38 @@ bool CudaCall::add(const cuda::TensorView& view, const c10::TensorImpl& tensor, 
   Group& g = group_of(tensor.device());
   if (!g.runs) return false;
   g.views.push_back(view);
-  g.tensors.push_back(&tensor);
+  g.storages.push_back(tensor.storage());
   g.rows.push_back(row);
   return true;
 }
 
 std::vector<std::shared_ptr<Transfer>> CudaCall::start() {
-  std::vector<std::shared_ptr<Transfer>> out;
-  groups_.erase(std::remove_if(groups_.begin(), groups_.end(),
-                               [](const Group& g) { return g.views.empty(); }),
-                groups_.end());
-  if (groups_.empty()) return out;
-  const c10::impl::VirtualGuardImpl impl(c10::DeviceType::CUDA);
-  for (const Group& g : groups_) {
-    const c10::DeviceGuard guard(g.device);  // a default stream is the current device's
-    bool capturing = false;
-    check(engine->is_capturing(native_handle(impl.getStream(g.device)), capturing), g.device);
-    if (capturing) {
-      throw failure(g.device,
-                    "expected no CUDA graph capture under way, got a stream that is being captured "
-                    "(call it before the capture, or between replays)");
-    }
-  }
+  std::vector<std::shared_ptr<Transfer>> transfers;
+  if (groups_.empty()) return transfers;
+  const py::gil_scoped_release release;
   for (Group& g : groups_) {
-    const c10::DeviceGuard guard(g.device);
-    const c10::Stream stream = impl.getStream(g.device);
-    const auto n = static_cast<int64_t>(g.views.size());
-    const cuda::Sizes sizes = engine->sizes(g.views.data(), n);
-    at::HostAllocator* pinned = at::getHostAllocator(c10::DeviceType::CUDA);
-    c10::DataPtr host = pinned->allocate(sizes.host);
-    const c10::DataPtr device = c10::GetAllocator(c10::DeviceType::CUDA)->allocate(sizes.device);
-    const char* error =
-        engine->enqueue(g.views.data(), n, host.get(), device.get(), native_handle(stream));
-    pinned->record_event(host.get(), host.get_context(), stream);
-    check(error, g.device);
-    if (stream != impl.getDefaultStream(g.device)) {
-      for (const c10::TensorImpl* t : g.tensors) {
-        impl.recordDataPtrOnStream(t->storage().data_ptr(), stream);
-      }
-    }
-    out.push_back(std::make_shared<CudaTransfer>(std::move(host), std::move(g.rows), stream));
+    if (!g.views.empty()) transfers.push_back(start(g));
   }
-  return out;
+  return transfers;
+}
+
+std::shared_ptr<Transfer> CudaCall::start(Group& g) {
+  const c10::Device device = g.stream.device();
+  const c10::DeviceGuard guard(device);
+  const c10::impl::VirtualGuardImpl impl(c10::DeviceType::CUDA);
+  const auto n = static_cast<int64_t>(g.views.size());
+  const cuda::Sizes sizes = engine->sizes(g.views.data(), n);
+  c10::DataPtr host = at::getHostAllocator(c10::DeviceType::CUDA)->allocate(sizes.host);
+  void* results = host.get();
+  // Let go at the end of this function: torch's allocator gives it to others in the stream's order.
+  const c10::DataPtr workspace = c10::GetAllocator(c10::DeviceType::CUDA)->allocate(sizes.device);
+  auto transfer = std::make_shared<CudaTransfer>(std::move(host), std::move(g.rows), g.stream);
+  check(engine->enqueue(g.views.data(), n, results, workspace.get(), g.handle), device);
+  transfer->enqueued();
+  if (g.stream != impl.getDefaultStream(device)) {
+    for (const c10::Storage& s : g.storages) impl.recordDataPtrOnStream(s.data_ptr(), g.stream);
+  }
+  return transfer;
 }
 
 }  // namespace paramstats

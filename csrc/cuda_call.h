@@ -2,6 +2,7 @@
 // events, which c10 offers without CUDA. So this compiles and loads where CUDA is not.
 #pragma once
 
+#include <c10/core/Stream.h>
 #include <c10/core/TensorImpl.h>
 #include <pybind11/pybind11.h>
 
@@ -32,11 +33,12 @@ class Transfer {
 // The tensors of one call. Adding reads no memory; they are read when their device gets to it.
 class CudaCall {
  public:
-  // False where there is no CUDA engine for the tensor's device.
+  // False where there is no CUDA engine for the tensor's device. Raises std::runtime_error where
+  // the device's current stream is being captured into a CUDA graph; nothing has touched it then.
   bool add(const cuda::TensorView& view, const c10::TensorImpl& tensor, size_t row);
 
-  // Has each device's current stream read its tensors; does not wait. Raises std::runtime_error,
-  // before any stream is touched, where one is being captured into a CUDA graph.
+  // Has each device's current stream read its tensors; does not wait. The GIL is let go meanwhile:
+  // a launch may have to wait for room in a queue that Python code is to empty.
   //
   // Memory: the results, the table and the workspace are of torch's allocators, which reuse what is
   // let go in the order of the stream. So are the tensors themselves, if they were allocated on the
@@ -46,13 +48,15 @@ class CudaCall {
 
  private:
   struct Group {
-    c10::Device device;
-    bool runs;
+    c10::Stream stream;
+    void* handle;  // its cudaStream_t
+    bool runs;     // the CUDA engine does, on this device
     std::vector<cuda::TensorView> views;
-    std::vector<const c10::TensorImpl*> tensors;
+    std::vector<c10::Storage> storages;  // alive until their reading is enqueued
     std::vector<size_t> rows;
   };
   Group& group_of(const c10::Device& device);
+  static std::shared_ptr<Transfer> start(Group& group);
   std::vector<Group> groups_;
 };
 

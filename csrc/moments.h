@@ -184,10 +184,10 @@ PARAMSTATS_HD inline Fit from_sums(const ShiftedSums& s, int64_t n, double pivot
     out.m2 = 0;
     return Fit::kGood;
   }
+  if (s.sum_sq < least) return Fit::kUnusable;  // around the mean it is smaller yet
   const double shift = s.sum / static_cast<double>(n);
   const double off = s.sum * shift;
   if (!(off <= s.sum_sq * most_off)) return Fit::kFar;
-  if (s.sum_sq < least) return Fit::kUnusable;
   out.mean = pivot + shift;
   out.m2 = s.sum_sq - off;
   return Fit::kGood;

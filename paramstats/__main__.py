@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
+import torch
+
 import paramstats
 
 
@@ -20,6 +22,8 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     try:
         if chosen.command == "info":
+            if torch.cuda.is_available():
+                torch.cuda.init()  # only then it is known whether the kernels run there
             print(paramstats.backend())
             return 0
         from paramstats import demo as module

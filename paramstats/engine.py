@@ -25,6 +25,11 @@ _REBUILD = (
     "pip install --force-reinstall --no-deps . in a checkout of paramstats, with a C++ compiler, "
     "in an environment that has torch (uv: --no-build-isolation, too)"
 )
+if (Path(__file__).parent.parent / "setup.py").exists():
+    _REBUILD = (
+        "this is a checkout, not what was installed from it: work in another folder, or build it "
+        "here with pip install --editable . in an environment that has torch"
+    )
 
 
 @dataclass(frozen=True)
@@ -250,7 +255,8 @@ def _load_cuda(native: Any) -> tuple[Any, str | None]:
     record = _record()
     if not record.get("cuda"):
         reason = record.get("cuda_reason") or "it was never built"
-        return None, f"the CUDA engine is not installed: {reason}"
+        remedy = "" if torch.version.cuda is None else f". To get it, with nvcc: {_REBUILD}"
+        return None, f"the CUDA engine is not installed: {reason}{remedy}"
     try:
         cuda = importlib.import_module("paramstats._cuda")
         native.use_cuda_engine(cuda.api())

@@ -68,7 +68,7 @@ def summarize(
         TypeError: `source` is none of the above, a name is no str or a value no tensor.
         ValueError: a name stands twice; `correction` or `grad_scale` is no usable number.
         NotImplementedError: the model is sharded and this process holds only a part of a tensor.
-        RuntimeError: a CUDA graph is being captured on a stream that would have to be waited for.
+        RuntimeError: the current stream of a tensor's device is being captured into a CUDA graph.
 
     On a GPU it returns without waiting: each device's tensors are read by its current stream, after
     the work that is there already, and figures, when they are looked at, wait for that read alone.
@@ -76,8 +76,8 @@ def summarize(
     A tensor that cannot be read (a subclass that hides its elements) does not raise: its figures
     are NaN, `Summary.skipped` names the reason, and a warning says so once.
 
-    Figures are computed in float64 from sums around a local mean (Chan, Golub, LeVeque 1979), to
-    within 1e-6 of the tensor's root mean square.
+    Figures are computed in float64, from short sums around a local mean (Chan, Golub, LeVeque 1979)
+    in float32 or float64 as the type demands, to within 1e-6 of the tensor's root mean square.
     """
     chosen = engine()
     if not _is_finite(correction):

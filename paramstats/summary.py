@@ -121,9 +121,10 @@ class Summary(Mapping[str, ParamStats]):
     @untraced
     def wait(self) -> Summary:
         """Waits until all figures are here, and returns this summary."""
-        if self._pending:
+        pending = self._pending  # once: another thread may be waiting, too, and be done first
+        if pending:
             table = bytearray(self._table)
-            for transfer in self._pending:
+            for transfer in pending:
                 transfer.write(table)
             self._table = bytes(table)
             self._pending = ()

@@ -9,6 +9,11 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import subprocess
+import sys
+import textwrap
+import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -231,6 +236,95 @@ def test_graph_capture_is_refused_and_goes_on(cuda_engine, model, monkeypatch, e
     graph.replay()
     assert y.tolist() == [11.0] * 8
     assert paramstats.summarize(model).total.count == 75
+
+
+def in_a_process_of_its_own(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+        timeout=120,
+    )
+
+
+def test_a_first_call_inside_a_capture(cuda_engine):
+    done = in_a_process_of_its_own("""
+        import torch, paramstats
+        model, x = torch.nn.Linear(4, 4).cuda(), torch.ones(8, device="cuda")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = 2 * x
+            try:
+                paramstats.summarize(model)
+            except RuntimeError as error:
+                print("refused" if "graph capture" in str(error) else error)
+        graph.replay()
+        print(y.sum().item(), paramstats.summarize(model).total.count, paramstats.backend().cuda)
+    """)
+    assert done.stdout.split() == ["refused", "16.0", "20", "native"], done.stderr
+
+
+def test_earlier_summaries_during_a_capture(cuda_engine, model):
+    model.cuda()
+    expected = paramstats.summarize(model).total.norm
+    x = torch.ones(8, device="cuda")
+    torch.cuda.synchronize()
+    read, asked, dropped = (paramstats.summarize(model) for _ in range(3))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = 2 * x
+        asked.ready()
+        assert read.total.norm == expected
+        del dropped
+        gc.collect()
+    graph.replay()
+    assert y.sum().item() == 16.0 and asked.total.norm == expected
+
+
+def test_a_device_assertion_is_told_and_ends_nothing_else(cuda_engine):
+    """Summaries that are freed after it must not end the process before its traceback."""
+    done = in_a_process_of_its_own("""
+        import torch, paramstats
+        model = torch.nn.Linear(4, 4).cuda()
+        kept, dropped = paramstats.summarize(model), paramstats.summarize(model)
+        torch.zeros(3, device="cuda")[torch.tensor([7], device="cuda")]
+        last = paramstats.summarize(model)
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            print("told", "assert" in str(error))
+        del dropped, last
+        print("alive", flush=True)
+    """)
+    assert done.stdout.split()[:3] == ["told", "True", "alive"], done.stderr
+    assert done.returncode >= 0, done.stderr  # no signal
+
+
+def test_two_threads(cuda_engine, model):
+    model.cuda()
+    expected = paramstats.summarize(model).scalars()
+    found: list[Any] = []
+
+    def look() -> None:
+        for _ in range(200):
+            found.append(paramstats.summarize(model).scalars())
+
+    threads = [threading.Thread(target=look) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 400 and all(scalars == expected for scalars in found)
+
+
+def test_the_cache_emptied_meanwhile(cuda_engine, model):
+    model.cuda()
+    expected = paramstats.summarize(model).total.norm
+    busy(50)
+    summary = paramstats.summarize(model)
+    torch.cuda.empty_cache()
+    assert summary.total.norm == expected
 
 
 def test_the_reference_engine_agrees(cuda_engine, model, monkeypatch):

@@ -11,7 +11,10 @@ import copy
 import dataclasses
 import gc
 import importlib.util
+import linecache
 import pickle
+import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -264,6 +267,67 @@ def test_an_error_of_the_runtime_is_told(cuda, model, function, error):
         paramstats.summarize(model)
     cuda.fail("")
     assert paramstats.summarize(model).total.count == 75
+
+
+def test_an_error_that_stays_ends_no_process(cuda, model):
+    """After a device's assertion, say: whatever is freed then must raise nothing from destructors,
+    where an exception would end the process before it has told of the assertion."""
+    moved(model, cuda)
+    read, dropped = paramstats.summarize(model), paramstats.summarize(model)
+    cuda.fail("device")
+    try:
+        with pytest.raises(RuntimeError, match="CUDA error"):
+            read.total.norm  # noqa: B018
+        with pytest.raises(RuntimeError, match="CUDA error"):
+            read.ready()
+        del read, dropped
+        gc.collect()
+        assert not cuda.ended()
+    finally:
+        cuda.fail("")
+
+
+def test_during_a_capture_earlier_summaries_are_read_and_freed(cuda, model):
+    """Elsewhere, or here: asking their events must not spoil it, nor become a part of it."""
+    moved(model, cuda)
+    expected = paramstats.summarize(model).total.norm
+    cuda.use_stream(0, 2)
+    read, asked, dropped = (paramstats.summarize(model) for _ in range(3))
+    cuda.set_capturing(0, 2, True)
+    assert not asked.ready()
+    assert read.total.norm == expected
+    del dropped
+    gc.collect()
+    touched = cuda.capture_touched()
+    cuda.set_capturing(0, 2, False)
+    assert not touched and asked.total.norm == expected
+
+
+def test_figures_wanted_by_two_threads(cuda, model):
+    """The second waits and is done while the first stands before the loop over what is pending."""
+    arrived, go_on = threading.Event(), threading.Event()
+
+    def trace(frame, event, _):
+        if frame.f_code.co_name != "wait" or "paramstats" not in frame.f_code.co_filename:
+            return None
+        if "for transfer in" in linecache.getline(frame.f_code.co_filename, frame.f_lineno):
+            arrived.set()
+            go_on.wait(10)
+        return trace
+
+    def first():
+        sys.settrace(trace)
+        found.append(summary.total.norm)
+
+    found: list[float] = []
+    summary = paramstats.summarize(moved(model, cuda))
+    thread = threading.Thread(target=first)
+    thread.start()
+    assert arrived.wait(10)
+    norm = summary.total.norm
+    go_on.set()
+    thread.join()
+    assert norm > 0 and found == [norm] and summary.total.norm == norm
 
 
 @pytest.mark.parametrize("forced", [False, True])

@@ -19,7 +19,6 @@ struct InFloat {
   using Lane = float;
   using Count = float;  // of elements in a chunk, which it holds exactly and adds at less cost
   static constexpr double kLeastSquares = 2e-33;
-  static constexpr double kMostSquares = 3.4028234663852886e38;
 };
 struct InDouble {
   static constexpr int kTile = 2;
@@ -27,7 +26,6 @@ struct InDouble {
   using Lane = double;
   using Count = int;
   static constexpr double kLeastSquares = 0;
-  static constexpr double kMostSquares = kLargest;
 };
 
 __device__ inline float as_float(uint32_t bits) { return __uint_as_float(bits); }

@@ -27,16 +27,21 @@ int64_t chunks_of_all(const TensorView* tensors, int64_t n) {
   return chunks;
 }
 
+// The error's text, and nothing left of it for somebody else's next call.
 const char* text_of(cudaError_t error) {
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();
+  return cudaGetErrorString(error);
 }
 
 const char* check() {
   cudaFuncAttributes attributes;
-  cudaError_t error = cudaFuncGetAttributes(&attributes, paramstats_summarize_chunks);
-  if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, paramstats_merge_chunks);
-  if (error != cudaSuccess) cudaGetLastError();  // told here, not at somebody else's next call
-  return text_of(error);
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, paramstats_summarize_chunks);
+  const char* text = text_of(error);
+  // Whatever else is wrong is not so for ever, and the call itself will tell.
+  const bool never =
+      error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction;
+  return never ? text : nullptr;
 }
 
 const char* is_capturing(void* stream, bool& capturing) {
@@ -44,6 +49,13 @@ const char* is_capturing(void* stream, bool& capturing) {
   const cudaError_t error = cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status);
   capturing = error == cudaSuccess && status != cudaStreamCaptureStatusNone;
   return text_of(error);
+}
+
+int exchange_capture_mode(int mode) {
+  static_assert(kRelaxedCapture == cudaStreamCaptureModeRelaxed, "as CUDA numbers them");
+  auto exchanged = static_cast<cudaStreamCaptureMode>(mode);
+  cudaThreadExchangeStreamCaptureMode(&exchanged);
+  return exchanged;
 }
 
 Sizes sizes(const TensorView* tensors, int64_t n) {
@@ -83,19 +95,18 @@ const char* enqueue(const TensorView* tensors, int64_t n, void* host_memory, voi
   }
   if (error == cudaSuccess) {
     error = cudaLaunchKernel(paramstats_merge_chunks, dim3(static_cast<unsigned>(n)),
-                             dim3(kThreads), of_tensors, 0, stream);
+                             dim3(kMergeThreads), of_tensors, 0, stream);
   }
   if (error == cudaSuccess) {
     error = cudaMemcpyAsync(host, device, places.first_chunk, cudaMemcpyDeviceToHost, stream);
   }
-  if (error != cudaSuccess) cudaGetLastError();  // told here, not at somebody else's next call
   return text_of(error);
 }
 
 }  // namespace
 
 const Api& api() {
-  static const Api functions = {check, is_capturing, sizes, enqueue};
+  static const Api functions = {check, is_capturing, exchange_capture_mode, sizes, enqueue};
   return functions;
 }
 

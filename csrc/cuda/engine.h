@@ -38,10 +38,14 @@ struct Sizes {
 
 // An error is a text that lives as long as the module; null means none. Nothing here waits.
 struct Api {
-  // What stands in the way of running on the current device: machine code that it understands, say.
+  // What stands in the way of running on the current device at all: no machine code that it
+  // understands.
   const char* (*check)();
   // Whether `stream` (a cudaStream_t) is being captured into a graph.
   const char* (*is_capturing)(void* stream, bool& capturing);
+  // Sets how careful the runtime is for this thread while somebody captures a graph, and returns
+  // how careful it was: cudaStreamCaptureMode as an int.
+  int (*exchange_capture_mode)(int mode);
   Sizes (*sizes)(const TensorView* tensors, int64_t n);
   // Has `stream` read n > 0 tensors of the current device into the first n Moments of `host`. The
   // tensors, `host` and `device` belong to the stream until it gets there.
@@ -50,6 +54,8 @@ struct Api {
 };
 
 const Api& api();
+
+constexpr int kRelaxedCapture = 2;  // cudaStreamCaptureModeRelaxed: events may be asked after
 
 constexpr const char* kApiName = "paramstats.cuda.Api/1";  // of the capsule; counts its changes
 

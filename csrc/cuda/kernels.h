@@ -7,18 +7,19 @@
 // when: results are bitwise the same on every run, and in any company that a tensor is in.
 //
 // A block reads its chunk once, 16 bytes a load and E::kTile loads at a time in each thread, and
-// sums d = x - pivot and d^2. The pivot is the mean of 32 elements spread over the chunk; from_sums
-// accepts it if sum(d)^2 / n <= sum(d^2) / 4, which of 32 elements of one distribution fails once
-// in a thousand times, and then the chunk is read again around its own mean.
+// sums d = x - pivot and d^2. The pivot is the mean of 64 elements spread over the chunk; from_sums
+// accepts it if sum(d)^2 / n <= sum(d^2) / 8, which of 64 elements of one distribution fails three
+// times in a thousand, and then the chunk is read again around its own mean.
 //
 // Error of an accepted chunk in float32 lanes, u = 2^-24. A tile's sums take at most 7 additions in
 // a lane and 3 across lanes, c = 10, before they are widened to float64, where rounding no longer
 // counts: float64 works once in 16 elements or more, so that cards on which it is slow still wait
 // for memory. With the rounding of d, sum(d) is off by less than (c + 1)u sum|d| and sum(d^2),
-// whose products are fused, by less than (c + 2)u sum(d^2). As |sum d| <= sqrt(n sum(d^2)) / 2, m2
-// is off by at most (2c + 3) u sum(d^2) <= 23u (4/3) m2 = 1.9e-6 m2: std, and norm, by 9.2e-7 of
-// themselves if every rounding went the same way, and the mean by 11u sqrt(4/3) = 7.6e-7 of rms.
-// Integers of 32 bits and more, and float64, have float64 lanes.
+// whose products are fused, by less than (c + 2)u sum(d^2) =: (c + 2)u S. As |sum d| <= sqrt(n S /
+// 8) and S <= (8/7) m2, m2 is off by at most (12 + 11 / sqrt(2)) u S <= 22.6u m2, std by 11.3u
+// = 6.8e-7 of itself, the mean by 11u rms(d) <= 11.8u std = 7.0e-7 rms, and norm^2 = m2 + n mean^2,
+// with r = |mean| / std, by (22.6 + 23.5 r) / (1 + r^2) u <= 27.7u of itself: norm by 8.3e-7, if
+// every rounding went the same way. Integers of 32 bits and more, and float64, have float64 lanes.
 #pragma once
 
 #include "../moments.h"
@@ -27,9 +28,9 @@
 
 namespace paramstats::cuda {
 
-constexpr int kThreads = 128;    // of a block, in both kernels
+constexpr int kThreads = 128;    // of a block that reads a chunk
 constexpr int kBlocksPerSM = 6;  // that registers must suffice for: 80 a thread
-constexpr int kWarps = kThreads / 32;
+constexpr int kMergeThreads = 512;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 // ---- over the threads of a block ------------------------------------------------------------
@@ -58,13 +59,16 @@ __device__ inline void add(Sums<L>& a, const Sums<L>& b) {
 }
 
 // Room for what the warps of a block tell each other; double, for its alignment.
+template <int kBlock>
 struct Shared {
+  static constexpr int kWarps = kBlock / 32;
   double bytes[kWarps * sizeof(Moments) / sizeof(double)];
 };
 
 // The sums of all threads, in every thread, in an order that is always the same.
 template <class L>
-__device__ inline ShiftedSums block_sums(Sums<L> s, Shared& shared) {
+__device__ inline ShiftedSums block_sums(Sums<L> s, Shared<kThreads>& shared) {
+  constexpr int kWarps = Shared<kThreads>::kWarps;
 #pragma unroll 1
   for (int lanes = 16; lanes > 0; lanes /= 2) {
     Sums<L> other;
@@ -76,7 +80,7 @@ __device__ inline ShiftedSums block_sums(Sums<L> s, Shared& shared) {
     add(s, other);
   }
   auto* warps = reinterpret_cast<Sums<L>*>(shared.bytes);
-  static_assert(sizeof(Sums<L>) * kWarps <= sizeof(Shared), "the sums of all warps fit");
+  static_assert(sizeof(Sums<L>) * kWarps <= sizeof(shared.bytes), "the sums of all warps fit");
   __syncthreads();  // whoever read what stands there is done
   if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = s;
   __syncthreads();
@@ -100,20 +104,30 @@ __device__ inline Moments from_lane(const Moments& a, int lanes_up) {
   return b;
 }
 
-// The states of all threads merged in order, in thread 0.
-__device__ inline Moments block_merge(Moments state, Shared& shared) {
-  const int lane = threadIdx.x % 32;
+// The states of a warp's threads merged in order, in its lane 0.
+__device__ inline Moments warp_merge(Moments state) {
 #pragma unroll 1  // or more than a thread's registers are under way at once
   for (int lanes = 1; lanes < 32; lanes *= 2) {
     const Moments next = from_lane(state, lanes);
-    if (lane % (2 * lanes) == 0) state = merge(state, next);
+    if (threadIdx.x % (2 * lanes) == 0) state = merge(state, next);
   }
+  return state;
+}
+
+// The states of all threads merged in order, in thread 0.
+template <int kBlock>
+__device__ inline Moments block_merge(Moments state, Shared<kBlock>& shared) {
+  state = warp_merge(state);
   auto* warps = reinterpret_cast<Moments*>(shared.bytes);
   __syncthreads();
-  if (lane == 0) warps[threadIdx.x / 32] = state;
+  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = state;
   __syncthreads();
-  if (threadIdx.x == 0) {
-    for (int w = 1; w < kWarps; ++w) state = merge(state, warps[w]);
+  if (threadIdx.x < 32) {
+    if (threadIdx.x > 0) {
+      state =
+          static_cast<int>(threadIdx.x) < Shared<kBlock>::kWarps ? warps[threadIdx.x] : Moments();
+    }
+    state = warp_merge(state);
   }
   return state;
 }
@@ -245,26 +259,33 @@ __device__ inline Sums<typename E::Lanes> thread_sums(const typename E::Storage*
   return s;
 }
 
-// The mean of 32 elements spread over the chunk; every warp of a block finds the same.
+// The mean of 64 elements spread over the chunk; every warp of a block finds the same. They are not
+// at equal distances, which could be a row's length.
 template <class E>
 __device__ inline typename E::Lane sample_mean(const typename E::Storage* x, int n) {
-  using Lane = typename E::Lane;
-  Lane sum = element<E>(x, static_cast<int64_t>(threadIdx.x % 32) * n / 32);
+  constexpr int kSamples = 64;
+  const int stride = n / kSamples;
+  typename E::Lane sum = 0;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int k = 2 * (threadIdx.x % 32) + half;
+    sum += element<E>(x, stride > 0 ? k * stride + (k * 37 + 11) % stride : k % n);
+  }
   for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(kAllLanes, sum, lanes);
-  return sum / 32;
+  return sum / kSamples;
 }
 
 // False: the lanes could not hold the chunk.
 template <class E>
-__device__ inline bool try_chunk(const void* data, int n, Shared& shared, Moments& out) {
+__device__ inline bool try_chunk(const void* data, int n, Shared<kThreads>& shared, Moments& out) {
   constexpr int kTries = 3;
-  constexpr double kMostOff = 1.0 / 4;
+  constexpr double kMostOff = 1.0 / 8;
   const auto* x = static_cast<const typename E::Storage*>(data);
   auto pivot = sample_mean<E>(x, n);
 #pragma unroll 1
   for (int attempt = 0; attempt < kTries; ++attempt) {
     const ShiftedSums s = block_sums(thread_sums<E>(x, n, pivot), shared);
-    const Fit fit = from_sums(s, n, pivot, kMostOff, E::kLeastSquares, E::kMostSquares, out);
+    const Fit fit = from_sums(s, n, pivot, kMostOff, E::kLeastSquares, kLargest, out);
     if (fit != Fit::kFar) return fit == Fit::kGood;
     pivot = static_cast<typename E::Lane>(pivot + s.sum / n);
   }
@@ -299,7 +320,7 @@ __device__ inline double element_of(DType dtype, const void* data, int64_t i) {
 // This block's chunk, of any content, element by element in float64: for NaN, infinities, and
 // values whose squares float32 does not hold. A function of its own that finds its chunk again:
 // what the fast road would have to keep for it, it would have to keep in registers.
-__device__ __noinline__ void exact_chunk(Table table, Shared& shared, Moments* states) {
+__device__ __noinline__ void exact_chunk(Table table, Shared<kThreads>& shared, Moments* states) {
   const Chunk chunk = own_chunk(table);
   Moments state;
 #pragma unroll 1
@@ -310,7 +331,7 @@ __device__ __noinline__ void exact_chunk(Table table, Shared& shared, Moments* s
   if (threadIdx.x == 0) states[blockIdx.x] = state;
 }
 
-__device__ inline bool try_chunk_of(const Chunk& chunk, Shared& shared, Moments& out) {
+__device__ inline bool try_chunk_of(const Chunk& chunk, Shared<kThreads>& shared, Moments& out) {
   switch (chunk.dtype) {
     case DType::kFloat64: return try_chunk<Float64>(chunk.data, chunk.n, shared, out);
     case DType::kFloat32: return try_chunk<Float32>(chunk.data, chunk.n, shared, out);
@@ -336,7 +357,7 @@ __device__ inline bool try_chunk_of(const Chunk& chunk, Shared& shared, Moments&
 // One block per chunk.
 extern "C" __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
     paramstats_summarize_chunks(Table table, Moments* states) {
-  __shared__ Shared shared;
+  __shared__ Shared<kThreads> shared;
   Moments state;
   if (!try_chunk_of(own_chunk(table), shared, state)) return exact_chunk(table, shared, states);
   if (threadIdx.x == 0) states[blockIdx.x] = state;
@@ -344,18 +365,31 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
 
 // One block per tensor. A thread merges a run of neighbouring chunks; then the threads' states are
 // merged in order.
-extern "C" __global__ void __launch_bounds__(kThreads)
+extern "C" __global__ void __launch_bounds__(kMergeThreads)
     paramstats_merge_chunks(Table table, const Moments* states, Moments* rows) {
-  __shared__ Shared shared;
+  __shared__ Shared<kMergeThreads> shared;
   const int t = blockIdx.x;
   const int64_t chunks = chunk_count(table.tensors[t]);
   const Moments* mine = states + table.first_chunk[t];
-  const int64_t run = (chunks + kThreads - 1) / kThreads;
+  const int64_t run = (chunks + kMergeThreads - 1) / kMergeThreads;
   const int64_t begin = threadIdx.x * run;
   const int64_t end = begin + run < chunks ? begin + run : chunks;
   Moments state;
-  for (int64_t c = begin; c < end; ++c) state = merge(state, mine[c]);
-  if (chunks > 1) state = block_merge(state, shared);
+  if (begin < end) {
+    state = mine[begin];
+    Moments next = mine[begin + 1 < end ? begin + 1 : begin];
+#pragma unroll 1
+    for (int64_t c = begin + 1; c < end; ++c) {
+      const Moments current = next;
+      next = mine[c + 1 < end ? c + 1 : c];  // on its way while the current one is merged
+      state = merge(state, current);
+    }
+  }
+  if (chunks > 32) {
+    state = block_merge(state, shared);
+  } else if (threadIdx.x < 32) {
+    state = warp_merge(state);
+  }
   if (threadIdx.x == 0) rows[t] = state;
 }
 

@@ -153,7 +153,10 @@ void every_size_at_every_address() {
 // More chunks than a block has threads, so that each merges a run of them.
 void a_tensor_of_many_chunks() {
   Tensors tensors;
-  tensors.emplace_back(DType::kUInt8, 290 * chunk_size(DType::kUInt8) + 5, 3);
+  tensors.emplace_back(DType::kFloat64, 1030 * chunk_size(DType::kFloat64) + 5, 1);
+  for (int64_t chunks : {31, 32, 33, 511, 512, 513}) {
+    tensors.emplace_back(DType::kInt64, (chunks - 1) * chunk_size(DType::kInt64) + 7);
+  }
   tensors.emplace_back(DType::kFloat32, 3);
   check_all("many chunks", tensors);
 }
@@ -209,20 +212,61 @@ void hostile_values() {
   }
 }
 
-// A sample of 32 that says nothing of the rest: the chunk must be read again. Rounding to float32
+// A sample that says nothing of the rest: the chunk must be read again. Rounding to float32
 // once a tile hides much of what a bad pivot does, hence the tight bounds.
 void a_sample_that_misleads() {
   static constexpr oracle::Bounds kTight = {1e-6, 1e-6, 1e-6};
-  static constexpr int64_t kN = 32 * 1024;  // a chunk; every 1,024th element is sampled
+  static constexpr int64_t kN = 32 * 1024;  // a chunk of float32, two of float64
+  static const auto sampled = [](int64_t i) {
+    const int64_t stride = kN / 64;
+    return i % stride == (i / stride * 37 + 11) % stride;
+  };
   for (double (*at)(int64_t) : {
-           +[](int64_t i) { return i % (kN / 32) == 0 ? 1e4 : 3 + noise(); },
-           +[](int64_t i) { return i % (kN / 32) == 0 ? double{cpu::test::kNaN} : noise(); },
-           +[](int64_t i) { return i % (kN / 32) == 0 ? 3e38 : 3e38 * (i % 2); },
-           +[](int64_t i) { return i % (kN / 32) == 0 ? 0.0 : 1000 + 0.02 * noise(); },
-           +[](int64_t i) { return i % (kN / 32) == 0 ? 1e30 : 1e-3 * noise(); },
+           +[](int64_t i) { return sampled(i) ? 1e4 : 3 + noise(); },
+           +[](int64_t i) { return sampled(i) ? double{cpu::test::kNaN} : noise(); },
+           +[](int64_t i) { return sampled(i) ? 3e38 : 3e38 * (i % 2); },
+           +[](int64_t i) { return sampled(i) ? 0.0 : 1000 + 0.02 * noise(); },
+           +[](int64_t i) { return sampled(i) ? 1e30 : 1e-3 * noise(); },
        }) {
     check_all("misled", {of_values(DType::kFloat32, kN, at), of_values(DType::kFloat64, kN, at)},
               &kTight);
+  }
+}
+
+// What is read is what tells the roads apart: once where the pivot is good, twice where the sample
+// misled, and element by element after the first time where float32 cannot hold the sums.
+void a_chunk_is_read_as_often_as_it_must_be() {
+  static constexpr int64_t kN = 32 * 1024;
+  const double bytes = 4 * kN;
+  const struct {
+    const char* what;
+    double (*at)(int64_t);
+    double reads;
+  } cases[] = {
+      {"noise", [](int64_t) { return noise(); }, 1},
+      {"a mean far from zero", [](int64_t) { return 1000 + 0.02 * noise(); }, 1},
+      {"a first element unlike the others", [](int64_t i) { return i == 0 ? 9.0 : 1e-3 * noise(); },
+       1},
+      {"columns of powers of two", [](int64_t i) { return i % 512 == 0 ? 50.0 : noise(); }, 1},
+      {"large", [](int64_t) { return 1e16 * noise(); }, 1},
+      {"a sample unlike the rest",
+       [](int64_t i) {
+         return i % (kN / 64) == (i / (kN / 64) * 37 + 11) % (kN / 64) ? 1e4 : noise();
+       },
+       2},
+      {"squares too large", [](int64_t) { return 1e30 * noise(); }, 2},
+      {"squares too small", [](int64_t) { return 1e-30 * noise(); }, 2},
+      {"a NaN", [](int64_t i) { return i == 77 ? double{cpu::test::kNaN} : noise(); }, 2},
+  };
+  for (const auto& c : cases) {
+    const Tensors tensors = {of_values(DType::kFloat32, kN, c.at)};
+    const int64_t before = cuda_shim::loaded;
+    summaries_of(tensors);
+    check::at(c.what);
+    // Every thread also looks at 65 elements or fewer a read, most of them the others' too.
+    const double reads = static_cast<double>(cuda_shim::loaded - before) / bytes;
+    CHECK(std::floor(reads), c.reads);
+    CHECK(reads < c.reads + 0.05, true);
   }
 }
 
@@ -319,9 +363,13 @@ void an_error_is_told_and_nothing_follows_it() {
     cuda_shim::run_all();
   }
   CHECK(api().check() == nullptr, true);
-  cuda_shim::fail_next(cudaErrorNoKernelImageForDevice);
-  CHECK(std::string(api().check()),
-        std::string(cudaGetErrorString(cudaErrorNoKernelImageForDevice)));
+  for (cudaError_t never : {cudaErrorNoKernelImageForDevice, cudaErrorInvalidDeviceFunction}) {
+    cuda_shim::fail_next(never);
+    CHECK(std::string(api().check()), std::string(cudaGetErrorString(never)));
+    CHECK(cudaGetLastError(), cudaSuccess);
+  }
+  cuda_shim::fail_next(cudaErrorUnknown);  // may be over at the next call
+  CHECK(api().check() == nullptr, true);
 }
 
 void capture_is_seen_without_touching_it() {
@@ -346,6 +394,7 @@ int run_all() {
   RUN(constants_have_no_variance);
   RUN(hostile_values);
   RUN(a_sample_that_misleads);
+  RUN(a_chunk_is_read_as_often_as_it_must_be);
   RUN(one_that_is_not_finite_anywhere);
   RUN(any_schedule_and_any_company_give_the_same_bits);
   RUN(a_call_is_two_launches_and_two_copies_and_never_waits);

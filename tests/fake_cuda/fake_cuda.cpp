@@ -14,6 +14,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <cstring>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -29,6 +30,9 @@ using c10::DeviceType;
 constexpr DeviceIndex kDevices = 2;
 constexpr int kStreams = 4;  // of a device; the first is its default
 constexpr int kGarbage = 0xa5;
+
+std::string failing;  // what a test wants to fail; "device" is an error that stays
+bool ended = false;   // whether the process would have been, by an exception where none may be
 
 struct State {
   int allocations = 0, recorded = 0;
@@ -77,6 +81,7 @@ struct Block {
 
 void let_go(void* context) {
   auto* block = static_cast<Block*>(context);
+  if (failing == "device" && !block->recorded.empty()) ended = true;  // torch records events now
   const OnDevice on(block->owner.device_index());
   if (block->is_host && block->recorded.empty()) {
     std::memset(block->memory.data(), kGarbage, block->memory.size());
@@ -158,15 +163,22 @@ struct Guard : c10::impl::DeviceGuardImplInterface {
   void block(void* event, const c10::Stream& s) const override {
     cudaStreamWaitEvent(handle(s), static_cast<cudaEvent_t>(event));
   }
-  bool queryEvent(void* event) const override {
-    const bool done = cudaEventQuery(static_cast<cudaEvent_t>(event)) == cudaSuccess;
+  static void check(cudaError_t error) {
+    if (error == cudaSuccess && failing != "device") return;
     cudaGetLastError();
-    return done;
+    throw std::runtime_error(std::string("CUDA error: ") + cudaGetErrorString(error));
+  }
+  bool queryEvent(void* event) const override {
+    const cudaError_t error = cudaEventQuery(static_cast<cudaEvent_t>(event));
+    if (error != cudaErrorNotReady || failing == "device") check(error);
+    cudaGetLastError();
+    return error == cudaSuccess;
   }
   void synchronizeEvent(void* event) const override {
-    cudaEventSynchronize(static_cast<cudaEvent_t>(event));
+    check(cudaEventSynchronize(static_cast<cudaEvent_t>(event)));
   }
   void destroyEvent(void* event, DeviceIndex) const noexcept override {
+    if (failing == "device") ended = true;
     if (event != nullptr) cudaEventDestroy(static_cast<cudaEvent_t>(event));
   }
   void recordDataPtrOnStream(const c10::DataPtr& data, const c10::Stream& s) const override {
@@ -186,8 +198,6 @@ void install() {
 }
 
 // The engine, with a function that fails where a test wants one to.
-std::string failing;
-
 const char* check() {
   return failing == "check" ? "no kernel image" : paramstats::cuda::api().check();
 }
@@ -204,8 +214,9 @@ const char* enqueue(const paramstats::cuda::TensorView* tensors, int64_t n, void
 }
 
 const paramstats::cuda::Api& api() {
-  static const paramstats::cuda::Api functions = {check, is_capturing,
-                                                  paramstats::cuda::api().sizes, enqueue};
+  const auto& real = paramstats::cuda::api();
+  static const paramstats::cuda::Api functions = {check, is_capturing, real.exchange_capture_mode,
+                                                  real.sizes, enqueue};
   return functions;
 }
 
@@ -236,6 +247,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   });
   m.def("capture_touched", &cuda_shim::capture_touched);
   m.def("run", &cuda_shim::run_all);
+  m.def("ended", [] { return ended; });
   m.def("fail", [](const std::string& function) { failing = function; });
   m.def("counts", [] {
     py::dict counts;

@@ -95,6 +95,8 @@ enum Op {  // in the order of kNames
   kShflXor
 };
 
+extern int64_t loaded;  // bytes that went through __ldg and __ldcs
+
 int block_collective(Op op, bool value);
 // A shuffle returns the value of the lane that `argument` leads to; all others the ballot.
 uint64_t warp_collective(Op op, unsigned mask, uint64_t value, unsigned argument = 0);
@@ -175,11 +177,12 @@ inline double __longlong_as_double(long long x) { return cuda_shim::bits<double>
 inline long long __double_as_longlong(double x) { return cuda_shim::bits<long long>(x); }
 template <class T>
 T __ldg(const T* address) {
+  cuda_shim::loaded += sizeof(T);
   return *address;
 }
 template <class T>
 T __ldcs(const T* address) {
-  return *address;
+  return __ldg(address);
 }
 inline void __threadfence() { cuda_shim::reschedule(); }
 inline unsigned atomicAdd(unsigned* address, unsigned value) {
@@ -195,6 +198,7 @@ inline unsigned atomicAdd(unsigned* address, unsigned value) {
   X(cudaSuccess, 0)                         \
   X(cudaErrorInvalidValue, 1)               \
   X(cudaErrorInvalidConfiguration, 9)       \
+  X(cudaErrorInvalidDeviceFunction, 98)     \
   X(cudaErrorInvalidDevice, 101)            \
   X(cudaErrorNoKernelImageForDevice, 209)   \
   X(cudaErrorInvalidResourceHandle, 400)    \
@@ -215,6 +219,11 @@ enum cudaStreamCaptureStatus {
   cudaStreamCaptureStatusNone,
   cudaStreamCaptureStatusActive,
   cudaStreamCaptureStatusInvalidated
+};
+enum cudaStreamCaptureMode {
+  cudaStreamCaptureModeGlobal,
+  cudaStreamCaptureModeThreadLocal,
+  cudaStreamCaptureModeRelaxed
 };
 constexpr unsigned cudaEventDefault = 0, cudaEventBlockingSync = 1, cudaEventDisableTiming = 2;
 struct cudaFuncAttributes {
@@ -238,6 +247,7 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream);
 cudaError_t cudaStreamSynchronize(cudaStream_t stream);
 cudaError_t cudaStreamQuery(cudaStream_t stream);
 cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status);
+cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode);
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned flags = 0);
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned flags);
 cudaError_t cudaEventDestroy(cudaEvent_t event);

@@ -266,6 +266,7 @@ CUstream_st default_streams[kDevices];
 std::set<cudaStream_t> streams;  // that were created
 int64_t call_count, launch_count, copy_count, synchronisation_count;
 bool touched;
+thread_local cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;
 cudaError_t planned_error = cudaSuccess;
 int planned_skip;
 thread_local int device;
@@ -429,6 +430,8 @@ void fail_next(cudaError_t error, int skip) {
   planned_skip = skip;
 }
 
+int64_t loaded = 0;
+
 int64_t calls() { return call_count; }
 int64_t launches() { return launch_count; }
 int64_t copies() { return copy_count; }
@@ -574,13 +577,29 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
     return cudaSuccess;
   });
 }
+cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
+  std::swap(capture_mode, *mode);
+  return cudaSuccess;
+}
+// While any stream captures, asking an event spoils the capture, unless this thread said that it
+// knows what it does.
+static bool spoils_a_capture() {
+  bool any = false;
+  for (const CUstream_st& stream : default_streams) any = any || stream.capturing;
+  for (cudaStream_t stream : streams) any = any || stream->capturing;
+  const bool spoils = any && capture_mode == cudaStreamCaptureModeGlobal;
+  touched = touched || spoils;
+  return spoils;
+}
 cudaError_t cudaEventQuery(cudaEvent_t event) {
   return call([&] {
+    if (spoils_a_capture()) return cudaErrorStreamCaptureUnsupported;
     return event->last == nullptr || event->last->done ? cudaSuccess : cudaErrorNotReady;
   });
 }
 cudaError_t cudaEventSynchronize(cudaEvent_t event) {
   return call([&] {
+    if (spoils_a_capture()) return cudaErrorStreamCaptureUnsupported;
     if (event->last != nullptr) advance(event->last->stream, event->last.get());
     ++synchronisation_count;
     return cudaSuccess;
