@@ -26,8 +26,9 @@ CHUNK = 1 << 17
 _DEVICE_CHUNK = 1 << 24
 """The same on an accelerator, where launches cost more and 128 MiB of float64 is little."""
 
-_LEAST_SQUARES = 1.5e-35
-"""Below this a sum of squares in float32 may have lost digits to underflow (kernels_body.h)."""
+_LEAST_SQUARES = 2e-33
+"""Below this a sum of squares in float32 may have lost digits to underflow: the roundings of a chunk
+at float32's smallest step, 2^-149, are less than 1e-7 of more."""
 
 _SHORT = 512
 """Up to here one dot product is cheaper than squares and their sum, and as good; beyond, it adds up

@@ -33,7 +33,7 @@ INTEGERS = [
     torch.uint64,
     torch.bool,
 ]
-BLOCK, CHUNK = 1024, reference.CHUNK
+BLOCK, CHUNK = 4096, reference.CHUNK
 SIZES = [0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 127, 129, BLOCK - 1, BLOCK, BLOCK + 1]
 CHUNK_SIZES = [CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 77]
 

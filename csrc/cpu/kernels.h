@@ -8,13 +8,13 @@
 
 namespace paramstats::cpu {
 
-// Elements whose sums are kept in SIMD lanes before they become a Moments. 1,024 float32 are 4 KiB:
-// a block that must be read twice is still in L1 (32 KiB or more) with its float64 copy.
-constexpr int64_t kBlock = 1024;
+// Elements whose sums are kept in SIMD lanes before they become a state. 4,096 float32 are 16 KiB:
+// a block that must be read twice is still in L1, and with its float64 copy in L2.
+constexpr int64_t kBlock = 4096;
 
 // Elements that one thread takes at a time. Part boundaries depend on the tensor alone, so results
 // do not depend on the number of threads. From 64 Ki to 1 Mi elements make no difference in speed.
-constexpr int64_t kChunk = 128 * kBlock;
+constexpr int64_t kChunk = 32 * kBlock;
 
 // Summarises n elements that lie side by side.
 using ChunkKernel = Moments (*)(const void* data, int64_t n);

@@ -14,6 +14,16 @@
 #define PARAMSTATS_EXTEND_epi16(p) _mm256_cvtepi16_epi32(PARAMSTATS_LOAD128(p))
 #define PARAMSTATS_EXTEND_epu16(p) _mm256_cvtepu16_epi32(PARAMSTATS_LOAD128(p))
 #define PARAMSTATS_LOAD_HALF(p) _mm256_cvtph_ps(PARAMSTATS_LOAD128(p))
+#define PARAMSTATS_BYTES_AS_HALVES(p) _mm256_cvtepu8_epi16(PARAMSTATS_LOAD128(p))
+#define PARAMSTATS_LOW_HALVES(h) _mm256_cvtph_ps(_mm256_castsi256_si128((__m256i)(h)))
+#define PARAMSTATS_HIGH_HALVES(h) _mm256_cvtph_ps(_mm256_extracti128_si256((__m256i)(h), 1))
+#define PARAMSTATS_MIN_PS(v, m) ((FloatLanes)_mm256_min_ps((__m256)(v), (__m256)(m)))
+#define PARAMSTATS_MAX_PS(v, m) ((FloatLanes)_mm256_max_ps((__m256)(v), (__m256)(m)))
+#define PARAMSTATS_MIN_PD(v, m) ((DoubleLanes)_mm256_min_pd((__m256d)(v), (__m256d)(m)))
+#define PARAMSTATS_MAX_PD(v, m) ((DoubleLanes)_mm256_max_pd((__m256d)(v), (__m256d)(m)))
+#define PARAMSTATS_WIDENED(v)                                          \
+  ((DoubleLanes)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)(v))) + \
+   (DoubleLanes)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)(v), 1)))
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)

@@ -15,6 +15,33 @@
 #define PARAMSTATS_EXTEND_epi16(p) _mm512_maskz_cvtepi16_epi32(0xffff, PARAMSTATS_LOAD256(p))
 #define PARAMSTATS_EXTEND_epu16(p) _mm512_maskz_cvtepu16_epi32(0xffff, PARAMSTATS_LOAD256(p))
 #define PARAMSTATS_LOAD_HALF(p) _mm512_maskz_cvtph_ps(0xffff, PARAMSTATS_LOAD256(p))
+#define PARAMSTATS_BYTES_AS_HALVES(p) _mm512_maskz_cvtepu8_epi16(0xffffffff, PARAMSTATS_LOAD256(p))
+#define PARAMSTATS_LOW_HALVES(h) \
+  _mm512_maskz_cvtph_ps(0xffff, _mm512_maskz_extracti64x4_epi64(0xf, (__m512i)(h), 0))
+#define PARAMSTATS_HIGH_HALVES(h) \
+  _mm512_maskz_cvtph_ps(0xffff, _mm512_maskz_extracti64x4_epi64(0xf, (__m512i)(h), 1))
+#define PARAMSTATS_MIN_PS(v, m) ((FloatLanes)_mm512_maskz_min_ps(0xffff, (__m512)(v), (__m512)(m)))
+#define PARAMSTATS_MAX_PS(v, m) ((FloatLanes)_mm512_maskz_max_ps(0xffff, (__m512)(v), (__m512)(m)))
+#define PARAMSTATS_MIN_PD(v, m) ((DoubleLanes)_mm512_maskz_min_pd(0xff, (__m512d)(v), (__m512d)(m)))
+#define PARAMSTATS_MAX_PD(v, m) ((DoubleLanes)_mm512_maskz_max_pd(0xff, (__m512d)(v), (__m512d)(m)))
+#define PARAMSTATS_WIDENED(v)                                                                     \
+  ((DoubleLanes)_mm512_maskz_cvtps_pd(0xff, _mm512_maskz_extractf32x8_ps(0xff, (__m512)(v), 0)) + \
+   (DoubleLanes)_mm512_maskz_cvtps_pd(0xff, _mm512_maskz_extractf32x8_ps(0xff, (__m512)(v), 1)))
+#define PARAMSTATS_COUNT_ZEROS_PS(count, v)                                                   \
+  count = (Int32Lanes)_mm512_mask_sub_epi32(                                                  \
+      (__m512i)(count), _mm512_testn_epi32_mask((__m512i)(v), _mm512_set1_epi32(0x7fffffff)), \
+      (__m512i)(count), _mm512_set1_epi32(-1))
+#define PARAMSTATS_COUNT_ZEROS_PD(count, v)                                         \
+  count = (Int64Lanes)_mm512_mask_sub_epi64(                                        \
+      (__m512i)(count),                                                             \
+      _mm512_testn_epi64_mask((__m512i)(v), _mm512_set1_epi64(0x7fffffffffffffff)), \
+      (__m512i)(count), _mm512_set1_epi64(-1))
+#define PARAMSTATS_COUNT_WITHOUT(type, count, v, mask)                             \
+  count = (decltype(count + count))_mm512_mask_sub_##type(                         \
+      (__m512i)(count), _mm512_testn_##type##_mask((__m512i)(v), (__m512i)(mask)), \
+      (__m512i)(count), _mm512_set1_##type(-1))
+#define PARAMSTATS_COUNT_WITHOUT_EPI8(c, v, m) PARAMSTATS_COUNT_WITHOUT(epi8, c, v, m)
+#define PARAMSTATS_COUNT_WITHOUT_EPI16(c, v, m) PARAMSTATS_COUNT_WITHOUT(epi16, c, v, m)
 
 #if defined(__clang__)
 #pragma clang attribute push(                                                    \

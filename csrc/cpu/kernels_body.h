@@ -15,7 +15,8 @@
 //
 // takes one read and the subtraction is small: a block is accepted only if the pivot lay within a
 // quarter of a standard deviation of its mean, sum(d)^2 / n <= sum(d^2) / 16. If not, it is done
-// again (in L1) around its own mean.
+// again (in L1) around its own mean. Minimum, maximum and zeros stay in lanes from block to block,
+// for narrow types as the integers that lie in memory, and are looked at when the chunk is done.
 //
 // Error of an accepted float32 block, u = 2^-24: a sum grows by at most kInner = 8 additions in a
 // float32 lane and 2 more across lanes before it is widened to float64, where rounding no longer
@@ -29,166 +30,258 @@
 #include "lanes_body.h"
 
 constexpr int kInner = 8;             // additions in a lane before it is widened to float64
-constexpr int kPrefetchBytes = 4096;  // how far ahead of the read memory is asked for
+constexpr int kPrefetchBytes = 8192;  // how far ahead of the read memory is asked for
 
 // ---- sums of one block ---------------------------------------------------------------------
 
-// The first size < kWidth lanes from x, without reading past them.
-template <class T>
-inline typename T::Vector load_part(const typename T::Storage* x, int64_t size) {
-  typename T::Storage padded[T::kWidth] = {};
-  __builtin_memcpy(padded, x, size * sizeof(typename T::Storage));
-  return T::load(padded);
-}
+struct BlockSums {
+  double sum;     // of d = x - pivot
+  double sum_sq;  // of d^2; not finite if any element is not
+};
 
-// One of the kUnroll independent streams of a block, so that additions need not wait for each
-// other.
+// Vectors are taken kGroup at a time, in kUnits units of as many as one load gives: independent
+// sums, so that additions need not wait for each other.
 template <class T>
-struct Stream {
-  using V = typename T::Vector;
-  V sum, sum_sq;  // since the last fold
-  V min, max;
-  typename T::Mask zeros;
+constexpr int kUnits = kUnroll > T::kVectors ? kUnroll / T::kVectors : 1;
+template <class T>
+constexpr int kGroup = kUnits<T> * T::kVectors;
+template <class T>
+constexpr int kUnit = T::kVectors * T::kWidth;  // elements
 
-  void take(V v, typename T::Scalar pivot) {
-    const V d = v - pivot;
-    sum += d;
-    sum_sq += d * d;
-    min = v < min ? v : min;
-    max = v > max ? v : max;
-    zeros -= (typename T::Mask)(v == 0);
+// Minimum, maximum and zeros of what has been taken, one for each unit.
+template <class T>
+struct Extremes {
+  typename T::Extremes units[kUnits<T>];
+  int64_t zeros = 0;  // beside those in lanes
+
+  int64_t zero_count() const {
+    auto lanes = units[0].zeros;
+    for (int u = 1; u < kUnits<T>; ++u) lanes += units[u].zeros;
+    return zeros + lanes_sum(lanes);
+  }
+  void empty_lanes() {  // before narrow ones overflow
+    zeros = zero_count();
+    for (auto& unit : units) unit.zeros -= unit.zeros;
   }
 };
 
-// Adds the streams' sums to float64 lanes and starts them anew.
-template <class T>
-inline void fold(Stream<T> (&streams)[kUnroll], DoubleLanes& sum, DoubleLanes& sum_sq) {
-  for (int half = kUnroll / 2; half > 0; half /= 2) {
-    for (int u = 0; u < half; ++u) {
-      streams[u].sum += streams[u + half].sum;
-      streams[u].sum_sq += streams[u + half].sum_sq;
+// Takes `groups` groups of vectors and adds their sums to float64 lanes. Most tensors have means
+// near zero and are happy with the pivot that they begin with, 0: no need to subtract it.
+template <class T, bool kPivot>
+inline __attribute__((always_inline)) void take_tile(const typename T::Storage* x, int groups,
+                                                     typename T::Vector pivot, Extremes<T>& e,
+                                                     DoubleLanes& sum, DoubleLanes& sum_sq) {
+  using V = typename T::Vector;
+  constexpr int kStep = kUnits<T> * kUnit<T>;
+  V sums[kGroup<T>] = {}, squares[kGroup<T>] = {};
+  for (int g = 0; g < groups; ++g, x += kStep) {
+#pragma GCC unroll 8
+    for (int b = 0; b < static_cast<int>(kStep * sizeof(typename T::Storage)); b += 64) {
+      __builtin_prefetch(reinterpret_cast<const char*>(x) + kPrefetchBytes + b);
+    }
+#pragma GCC unroll 8
+    for (int u = 0; u < kUnits<T>; ++u) {
+      V v[T::kVectors];
+      T::load(x + u * kUnit<T>, v);
+      e.units[u].take(x + u * kUnit<T>, v);
+#pragma GCC unroll 8
+      for (int k = 0; k < T::kVectors; ++k) {
+        const V d = kPivot ? v[k] - pivot : v[k];
+        sums[u * T::kVectors + k] += d;
+        squares[u * T::kVectors + k] += d * d;
+      }
     }
   }
-  sum += T::widened(streams[0].sum);
-  sum_sq += T::widened(streams[0].sum_sq);
-  for (auto& s : streams) s.sum = s.sum_sq = typename T::Vector{};
+  V all = sums[0], all_squares = squares[0];
+  if constexpr (kGroup<T> == 4) {
+    all = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    all_squares = (squares[0] + squares[1]) + (squares[2] + squares[3]);
+  } else if constexpr (kGroup<T> == 2) {
+    all = sums[0] + sums[1];
+    all_squares = squares[0] + squares[1];
+  }
+  static_assert(kGroup<T> == 1 || kGroup<T> == 2 || kGroup<T> == 4, "");
+  sum += widened(all);
+  sum_sq += widened(all_squares);
+}
+
+// The first n < kUnit elements at x, without reading past them: the rest of the unit is filled up
+// with the first element, which changes no extreme, and left out of the sums.
+template <class T>
+inline void take_rest(const typename T::Storage* x, int64_t n, typename T::Vector pivot,
+                      Extremes<T>& e, BlockSums& out) {
+  using V = typename T::Vector;
+  typename T::Storage padded[kUnit<T>];
+  for (int i = 0; i < kUnit<T>; ++i) padded[i] = x[0];
+  __builtin_memcpy(padded, x, n * sizeof(x[0]));
+  V v[T::kVectors];
+  T::load(padded, v);
+  e.units[0].take(padded, v);
+  if (v[0][0] == 0) e.zeros -= kUnit<T> - n;
+  for (int k = 0; k < T::kVectors; ++k) {
+    const V d = v[k] - pivot;
+    for (int l = 0; l < T::kWidth; ++l) {
+      if ((T::kInterleaved ? l * T::kVectors + k : k * T::kWidth + l) >= n) continue;
+      out.sum += d[l];
+      out.sum_sq += static_cast<double>(d[l]) * d[l];
+    }
+  }
 }
 
 template <class T>
-inline ShiftedSums block_sums(const typename T::Storage* x, int64_t n, typename T::Scalar pivot) {
-  using V = typename T::Vector;
-  constexpr int kWidth = T::kWidth;
-  constexpr int kStep = kUnroll * kWidth;  // elements
-  constexpr int kStepBytes = kStep * static_cast<int>(sizeof(typename T::Storage));
-
-  ShiftedSums out = {0, 0, 0, 0, 0};
+inline BlockSums block_sums(const typename T::Storage* x, int64_t n, typename T::Scalar pivot,
+                            Extremes<T>& extremes) {
+  constexpr int kStep = kUnits<T> * kUnit<T>;
+  Extremes<T> e = extremes;
+  BlockSums out = {0, 0};
+  const typename T::Vector pivots = typename T::Vector{} + pivot;
+  DoubleLanes sum = {}, sum_sq = {};
   int64_t i = 0;
-  if (n >= kWidth) {
-    const V first = T::load(x);
-    Stream<T> streams[kUnroll];
-    for (auto& s : streams) s = {V{}, V{}, first, first, typename T::Mask{}};
-    DoubleLanes sum = {}, sum_sq = {};
-    const auto* ahead = reinterpret_cast<const char*>(x) + kPrefetchBytes;
-    while (i + kStep <= n) {
-      const int64_t steps = (n - i) / kStep;
-      const int64_t end = i + (steps < kInner ? steps : kInner) * kStep;
-      for (; i < end; i += kStep, ahead += kStepBytes) {
-        for (int b = 0; b < kStepBytes; b += 64) __builtin_prefetch(ahead + b);
-        for (int u = 0; u < kUnroll; ++u) streams[u].take(T::load(x + i + u * kWidth), pivot);
-      }
-      fold(streams, sum, sum_sq);
-    }
-    for (; i + kWidth <= n; i += kWidth) streams[0].take(T::load(x + i), pivot);
-    fold(streams, sum, sum_sq);
-
-    for (int l = 0; l < static_cast<int>(sizeof(sum) / sizeof(sum[0])); ++l) {
-      out.sum += sum[l];
-      out.sum_sq += sum_sq[l];
-    }
-    Stream<T>& all = streams[0];
-    for (int u = 1; u < kUnroll; ++u) {
-      all.min = streams[u].min < all.min ? streams[u].min : all.min;
-      all.max = streams[u].max > all.max ? streams[u].max : all.max;
-      all.zeros += streams[u].zeros;
-    }
-    typename T::Scalar min = all.min[0], max = all.max[0];
-    for (int l = 0; l < kWidth; ++l) {
-      min = all.min[l] < min ? all.min[l] : min;
-      max = all.max[l] > max ? all.max[l] : max;
-      out.zeros += all.zeros[l];
-    }
-    out.min = min;
-    out.max = max;
-  }
-  if (i < n) {  // fewer than kWidth are left: convert them in a padded vector, take them one by one
-    const V v = load_part<T>(x + i, n - i);
-    if (i == 0) out.min = out.max = v[0];
-    for (int l = 0; l < n - i; ++l) {
-      const double value = v[l];
-      const double d = value - pivot;
-      out.sum += d;
-      out.sum_sq += d * d;
-      out.min = value < out.min ? value : out.min;
-      out.max = value > out.max ? value : out.max;
-      out.zeros += value == 0;
+  if (pivot == 0) {
+    for (; i + kInner * kStep <= n; i += kInner * kStep) {
+      take_tile<T, false>(x + i, kInner, pivots, e, sum, sum_sq);
     }
   }
+  for (; i + kInner * kStep <= n; i += kInner * kStep) {
+    take_tile<T, true>(x + i, kInner, pivots, e, sum, sum_sq);
+  }
+  if (i + kStep <= n) {
+    const int groups = static_cast<int>((n - i) / kStep);
+    take_tile<T, true>(x + i, groups, pivots, e, sum, sum_sq);
+    i += groups * kStep;
+  }
+  for (; i < n; i += kUnit<T>) {
+    if (n - i < kUnit<T>) {
+      take_rest<T>(x + i, n - i, pivots, e, out);
+      break;
+    }
+    typename T::Vector v[T::kVectors];
+    T::load(x + i, v);
+    e.units[0].take(x + i, v);
+    for (int k = 0; k < T::kVectors; ++k) {
+      const typename T::Vector d = v[k] - pivots;
+      sum += widened(d);
+      sum_sq += widened_squares(d);
+    }
+  }
+  out.sum += lanes_total(sum);
+  out.sum_sq += lanes_total(sum_sq);
+  if (sizeof(x[0]) == 1) e.empty_lanes();
+  for (const auto& unit : e.units) {
+    if (unit.is_nan()) out.sum_sq = kNaN;
+  }
+  extremes = e;
   return out;
 }
 
 // ---- from sums to a state ------------------------------------------------------------------
 
+// A chunk while its blocks go by.
+template <class T>
+struct Running {
+  Moments state;  // without the extremes of the elements that `extremes` has seen
+  Extremes<T> extremes;
+  typename T::Scalar pivot = 0;
+  bool seen = false;  // whether `extremes` has seen any
+};
+
+template <class T>
+inline bool all_same(const typename T::Storage* x, int64_t n, int64_t zeros) {
+  return zeros == n || __builtin_memcmp(x, x + 1, (n - 1) * sizeof(x[0])) == 0;
+}
+
 // One block around a pivot, moved to the block's own mean where it was too far off. False: the
 // lanes could not hold the block (it has a NaN or an infinity, or d^2 over- or underflows).
 template <class T>
-inline bool try_block(const typename T::Storage* x, int64_t n, typename T::Scalar& pivot,
-                      Moments& out) {
+inline bool try_block(const typename T::Storage* x, int64_t n, Running<T>& r) {
   constexpr int kTries = 3;
   constexpr double kMostOff = 1.0 / 16;
   for (int attempt = 0; attempt < kTries; ++attempt) {
-    const ShiftedSums s = block_sums<T>(x, n, pivot);
-    const Fit fit = from_sums(s, n, pivot, kMostOff, T::kLeastSquares, T::kMostSquares, out);
-    if (fit != Fit::kFar) return fit == Fit::kGood;
-    pivot = static_cast<typename T::Scalar>(pivot + s.sum / static_cast<double>(n));
+    Extremes<T> extremes = r.extremes;
+    const BlockSums s = block_sums<T>(x, n, r.pivot, extremes);
+    Moments out;
+    Fit fit = Fit::kUnusable;
+    if (s.sum_sq == 0 &&  // mean and m2 without any rounding
+        all_same<T>(x, n, extremes.zero_count() - r.extremes.zero_count())) {
+      typename T::Storage first[kUnit<T>] = {x[0]};
+      typename T::Vector v[T::kVectors];
+      T::load(first, v);
+      fit = Fit::kGood;
+      out.count = n;
+      out.mean = v[0][0];
+    } else {
+      fit = from_sums({s.sum, s.sum_sq, -kInfinity, kInfinity, 0}, n, r.pivot, kMostOff,
+                      T::kLeastSquares, kLargest, out);
+      out.min = kInfinity;
+      out.max = -kInfinity;
+    }
+    if (fit == Fit::kUnusable) return false;
+    if (fit == Fit::kGood) {
+      r.state = merge(r.state, out);
+      r.extremes = extremes;
+      r.seen = true;
+      return true;
+    }
+    r.pivot = static_cast<typename T::Scalar>(r.pivot + s.sum / static_cast<double>(n));
   }
   return false;
 }
 
-// A block of any content. Three roads, each slower and surer than the one before: the lanes of
-// its type; float64 lanes on a converted copy; the exact routine, which knows NaN and infinity.
 template <class T>
-inline Moments block(const typename T::Storage* x, int64_t n, typename T::Scalar& pivot) {
-  Moments out;
-  if (try_block<T>(x, n, pivot, out)) return out;
+inline Moments finish(const Running<T>& r) {
+  Moments state = r.state;
+  if (!r.seen) return state;
+  state.zeros += r.extremes.zero_count();
+  typename T::Extremes all = r.extremes.units[0];
+  for (int u = 1; u < kUnits<T>; ++u) all.join(r.extremes.units[u]);
+  const double least = all.least(), most = all.most();
+  state.min = least < state.min ? least : state.min;
+  state.max = most > state.max ? most : state.max;
+  return state;
+}
 
-  constexpr int kWidth = T::kWidth;
+// A block that the lanes of its type could not hold. Two roads, the second slower and surer:
+// float64 lanes on a converted copy; the exact routine, which knows NaN and infinity.
+template <class T>
+__attribute__((noinline)) void hard_block(const typename T::Storage* x, int64_t n, Running<T>& r) {
   double values[kBlock];
-  for (int64_t i = 0; i < n; i += kWidth) {
-    const int64_t size = n - i < kWidth ? n - i : kWidth;
-    const typename T::Vector v = size < kWidth ? load_part<T>(x + i, size) : T::load(x + i);
-    for (int64_t l = 0; l < size; ++l) values[i + l] = v[l];
+  for (int64_t i = 0; i < n; i += kUnit<T>) {
+    const int64_t size = n - i < kUnit<T> ? n - i : kUnit<T>;
+    typename T::Storage padded[kUnit<T>] = {};
+    __builtin_memcpy(padded, x + i, size * sizeof(x[0]));
+    typename T::Vector v[T::kVectors];
+    T::load(padded, v);
+    for (int64_t l = 0; l < size; ++l) {
+      values[i + l] =
+          T::kInterleaved ? v[l % T::kVectors][l / T::kVectors] : v[l / T::kWidth][l % T::kWidth];
+      if (T::is_nan(padded[l])) values[i + l] = kNaN;
+    }
   }
   if constexpr (sizeof(typename T::Scalar) == 4) {
-    double own_pivot = values[0];
-    if (try_block<Native<double, InDouble>>(values, n, own_pivot, out)) return out;
+    Running<Native<double, InDouble>> wide;
+    wide.pivot = values[0];
+    if (try_block<Native<double, InDouble>>(values, n, wide)) {
+      r.state = merge(r.state, finish(wide));
+      return;
+    }
   }
-  out = Moments();
+  Moments out;
   update(out, values, n);
+  r.state = merge(r.state, out);
   // A pivot that is not finite would send every later block down this road.
-  pivot = static_cast<typename T::Scalar>(out.mean);
-  return out;
+  r.pivot = static_cast<typename T::Scalar>(out.mean);
 }
 
 template <class T>
 Moments chunk(const void* data, int64_t n) {
+  constexpr int64_t kSize = sizeof(typename T::Storage) == 1 ? kBlock / 2 : kBlock;  // for counters
   const auto* x = static_cast<const typename T::Storage*>(data);
-  Moments state;
-  typename T::Scalar pivot = 0;
-  for (int64_t i = 0; i < n; i += kBlock) {
-    const Moments next = block<T>(x + i, n - i < kBlock ? n - i : kBlock, pivot);
-    state = merge(state, next);
+  Running<T> running;
+  for (int64_t i = 0; i < n; i += kSize) {
+    const int64_t size = n - i < kSize ? n - i : kSize;
+    if (!try_block<T>(x + i, size, running)) hard_block<T>(x + i, size, running);
   }
-  return state;
+  return finish(running);
 }
 
 const Kernels kKernels = {PARAMSTATS_LEVEL_NAME,
@@ -199,11 +292,11 @@ const Kernels kKernels = {PARAMSTATS_LEVEL_NAME,
                               chunk<Float16>,
                               chunk<Float8E4M3FN>,
                               chunk<Float8E5M2>,
-                              chunk<NarrowInteger<int8_t>>,
-                              chunk<NarrowInteger<uint8_t>>,
+                              chunk<NarrowInteger<int8_t, Int8Lanes>>,
+                              chunk<NarrowInteger<uint8_t, UInt8Lanes>>,
                               chunk<Bool>,
-                              chunk<NarrowInteger<int16_t>>,
-                              chunk<NarrowInteger<uint16_t>>,
+                              chunk<NarrowInteger<int16_t, Int16Lanes>>,
+                              chunk<NarrowInteger<uint16_t, UInt16Lanes>>,
                               chunk<Native<int32_t, InDouble>>,
                               chunk<Native<uint32_t, InDouble>>,
                               chunk<Native<int64_t, InDouble>>,

@@ -4,30 +4,119 @@
 // ---- lanes ----------------------------------------------------------------------------------
 
 typedef float FloatLanes __attribute__((vector_size(kVectorBytes)));
-typedef int32_t Int32Lanes __attribute__((vector_size(kVectorBytes)));
-typedef uint32_t UInt32Lanes __attribute__((vector_size(kVectorBytes)));
 typedef double DoubleLanes __attribute__((vector_size(kVectorBytes)));
 typedef int64_t Int64Lanes __attribute__((vector_size(kVectorBytes)));
+typedef int32_t Int32Lanes __attribute__((vector_size(kVectorBytes)));
+typedef uint32_t UInt32Lanes __attribute__((vector_size(kVectorBytes)));
+typedef int16_t Int16Lanes __attribute__((vector_size(kVectorBytes)));
+typedef uint16_t UInt16Lanes __attribute__((vector_size(kVectorBytes)));
+typedef int8_t Int8Lanes __attribute__((vector_size(kVectorBytes)));
+typedef uint8_t UInt8Lanes __attribute__((vector_size(kVectorBytes)));
 
 typedef float HalfFloatLanes __attribute__((vector_size(kVectorBytes / 2)));
 
+// What compilers would make of `v < m ? v : m` is right for NaN and slow, unless they are told the
+// instruction. (Where an element is NaN, nothing of what is made here is used.)
+#if !defined(PARAMSTATS_MIN_PS)
+inline FloatLanes smaller(FloatLanes v, FloatLanes m) { return v < m ? v : m; }
+inline FloatLanes larger(FloatLanes v, FloatLanes m) { return v > m ? v : m; }
+inline DoubleLanes smaller(DoubleLanes v, DoubleLanes m) { return v < m ? v : m; }
+inline DoubleLanes larger(DoubleLanes v, DoubleLanes m) { return v > m ? v : m; }
+inline DoubleLanes widened(FloatLanes v) {
+  HalfFloatLanes halves[2];
+  __builtin_memcpy(halves, &v, sizeof(v));
+  return __builtin_convertvector(halves[0], DoubleLanes) +
+         __builtin_convertvector(halves[1], DoubleLanes);
+}
+#else
+inline FloatLanes smaller(FloatLanes v, FloatLanes m) { return PARAMSTATS_MIN_PS(v, m); }
+inline FloatLanes larger(FloatLanes v, FloatLanes m) { return PARAMSTATS_MAX_PS(v, m); }
+inline DoubleLanes smaller(DoubleLanes v, DoubleLanes m) { return PARAMSTATS_MIN_PD(v, m); }
+inline DoubleLanes larger(DoubleLanes v, DoubleLanes m) { return PARAMSTATS_MAX_PD(v, m); }
+inline DoubleLanes widened(FloatLanes v) { return PARAMSTATS_WIDENED(v); }
+#endif
+inline DoubleLanes widened(DoubleLanes v) { return v; }
+
+// Squares of float32 in float32, as everywhere: one that overflows says so.
+template <class V>
+inline DoubleLanes widened_squares(V d) {
+  return widened(d * d);
+}
+
+// Counts zeros in lanes.
+#if defined(PARAMSTATS_COUNT_ZEROS_PS)
+inline void count_zeros(Int32Lanes& count, FloatLanes v) { PARAMSTATS_COUNT_ZEROS_PS(count, v); }
+inline void count_zeros(Int64Lanes& count, DoubleLanes v) { PARAMSTATS_COUNT_ZEROS_PD(count, v); }
+#else
+inline void count_zeros(Int32Lanes& count, FloatLanes v) { count -= (Int32Lanes)(v == 0); }
+inline void count_zeros(Int64Lanes& count, DoubleLanes v) { count -= (Int64Lanes)(v == 0); }
+#endif
+// Counts where no bit of `mask` is set.
+template <class Lanes>
+inline void count_without(Lanes& count, Lanes v, Lanes mask) {
+#if defined(PARAMSTATS_COUNT_WITHOUT_EPI8)
+  if constexpr (sizeof(v[0]) == 1) {
+    PARAMSTATS_COUNT_WITHOUT_EPI8(count, v, mask);
+  } else {
+    PARAMSTATS_COUNT_WITHOUT_EPI16(count, v, mask);
+  }
+#else
+  count -= (Lanes)((v & mask) == 0);
+#endif
+}
+
+inline FloatLanes as_float(UInt32Lanes bits) { return (FloatLanes)bits; }
+
+template <class V>
+constexpr int kLanes = static_cast<int>(sizeof(V) / sizeof(V{}[0]));
+
+// Of counts: narrow lanes, signed or not, hold them up to 2^8 or 2^16.
+template <class V>
+inline int64_t lanes_sum(V v) {
+  constexpr int64_t kMask = (int64_t{1} << (8 * (sizeof(v[0]) < 4 ? sizeof(v[0]) : 4))) - 1;
+  int64_t sum = 0;
+  for (int l = 0; l < kLanes<V>; ++l) sum += v[l] & kMask;
+  return sum;
+}
+template <class V>
+inline bool lanes_any(V v) {
+  Int64Lanes words;
+  __builtin_memcpy(&words, &v, sizeof(v));
+  int64_t any = 0;
+  for (int l = 0; l < kLanes<Int64Lanes>; ++l) any |= words[l];
+  return any != 0;
+}
+inline double lanes_total(DoubleLanes v) {
+  double halves[kLanes<DoubleLanes>];
+  __builtin_memcpy(halves, &v, sizeof(v));
+  for (int n = kLanes<DoubleLanes> / 2; n > 0; n /= 2) {
+    for (int l = 0; l < n; ++l) halves[l] += halves[l + n];
+  }
+  return halves[0];
+}
+template <class V>
+inline auto lanes_min(V v) {
+  auto least = v[0];
+  for (int l = 1; l < kLanes<V>; ++l) least = v[l] < least ? v[l] : least;
+  return least;
+}
+template <class V>
+inline auto lanes_max(V v) {
+  auto most = v[0];
+  for (int l = 1; l < kLanes<V>; ++l) most = v[l] > most ? v[l] : most;
+  return most;
+}
+
 // The arithmetic of a block: float32 for what float32 holds exactly, float64 for the rest. A sum of
-// squares outside [kLeastSquares, kMostSquares] may have lost digits to under- or overflow: the
-// lower bound makes kBlock roundings at float32's smallest step, 2^-149, less than 1e-7 of the sum.
-// float64 has nothing wider to turn to, so it has no lower bound.
+// squares below kLeastSquares may have lost digits to underflow: it makes kBlock roundings at
+// float32's smallest step, 2^-149, less than 1e-7 of the sum. float64 has nothing wider to turn to,
+// so it has no such bound.
 struct InFloat {
   using Scalar = float;
   using Vector = FloatLanes;
   using Mask = Int32Lanes;
   static constexpr int kWidth = kVectorBytes / 4;
-  static constexpr double kLeastSquares = 1.5e-35;
-  static constexpr double kMostSquares = 3.4028234663852886e38;
-  static DoubleLanes widened(Vector v) {
-    HalfFloatLanes halves[2];
-    __builtin_memcpy(halves, &v, sizeof(v));
-    return __builtin_convertvector(halves[0], DoubleLanes) +
-           __builtin_convertvector(halves[1], DoubleLanes);
-  }
+  static constexpr double kLeastSquares = 6e-35;
 };
 struct InDouble {
   using Scalar = double;
@@ -35,8 +124,6 @@ struct InDouble {
   using Mask = Int64Lanes;
   static constexpr int kWidth = kVectorBytes / 8;
   static constexpr double kLeastSquares = 0;
-  static constexpr double kMostSquares = 1.7976931348623157e308;
-  static DoubleLanes widened(Vector v) { return v; }
 };
 
 // Reads as many elements as V has lanes and converts them.
@@ -62,78 +149,248 @@ inline Int32Lanes extend(const S* p) {
 }
 #endif
 
-inline FloatLanes as_float(UInt32Lanes bits) {
-  FloatLanes out;
-  __builtin_memcpy(&out, &bits, sizeof(out));
-  return out;
+template <class V, class S>
+inline V load_bits(const S* p) {
+  V v;
+  __builtin_memcpy(&v, p, sizeof(v));
+  return v;
 }
 
-// ---- one struct per element type: how to read a vector of it -----------------------------------
+// ---- minimum, maximum and zeros ----------------------------------------------------------------
+// Kept in lanes while elements go by. `take` is given some as they lie in memory, and converted.
 
-template <class T, class L>
-struct Native : L {  // what converts to its lanes as it is
-  using Storage = T;
-  static typename L::Vector load(const T* p) { return load_converted<typename L::Vector>(p); }
-};
-
+// Of the converted elements.
 template <class T>
-struct NarrowInteger : InFloat {
-  using Storage = T;
-  static Vector load(const T* p) { return __builtin_convertvector(extend(p), Vector); }
+struct Converted {
+  typename T::Vector min = typename T::Vector{} + kInfinity;
+  typename T::Vector max = typename T::Vector{} - kInfinity;
+  typename T::Mask zeros = {};
+
+  void take(const typename T::Storage*, const typename T::Vector (&v)[T::kVectors]) {
+    for (int k = 0; k < T::kVectors; ++k) {
+      min = smaller(v[k], min);
+      max = larger(v[k], max);
+      count_zeros(zeros, v[k]);
+    }
+  }
+  void join(const Converted& other) {
+    min = smaller(other.min, min);
+    max = larger(other.max, max);
+  }
+  static bool is_nan() { return false; }  // the sums tell
+  double least() const { return lanes_min(min); }
+  double most() const { return lanes_max(max); }
 };
 
-struct Bool : InFloat {
-  using Storage = uint8_t;
-  static Vector load(const Storage* p) {
-    return __builtin_convertvector((extend(p) != 0) & 1, Vector);
+// Of narrow floats as they lie in memory, several where a float32 has its place: a sign and a
+// magnitude that grows with the number that it is. Unsigned, every negative pattern is larger than
+// every positive one, and the larger the more negative; signed, the positive ones are larger.
+template <class T, class Unsigned, class Signed>
+struct SignMagnitude {
+  static constexpr auto kMagnitude = static_cast<typename T::Storage>(~typename T::Storage{0}) >> 1;
+  Unsigned most_bits = {}, least_bits = ~Unsigned{};
+  Signed most_signed = (Signed)(Unsigned{} + static_cast<typename T::Storage>(kMagnitude + 1));
+  Unsigned zeros = {};
+
+  void take(const typename T::Storage* p, const typename T::Vector (&)[T::kVectors]) {
+    Unsigned v;
+    __builtin_memcpy(&v, p, sizeof(v));
+    most_bits = v > most_bits ? v : most_bits;
+    least_bits = v < least_bits ? v : least_bits;
+    most_signed = (Signed)v > most_signed ? (Signed)v : most_signed;
+    count_without(zeros, v, Unsigned{} + static_cast<typename T::Storage>(kMagnitude));
+  }
+  void join(const SignMagnitude& other) {
+    most_bits = other.most_bits > most_bits ? other.most_bits : most_bits;
+    least_bits = other.least_bits < least_bits ? other.least_bits : least_bits;
+    most_signed = other.most_signed > most_signed ? other.most_signed : most_signed;
+  }
+  // Of a type whose conversion takes its NaN, the pattern of all ones, for a number.
+  bool is_nan() const {
+    if (!T::kNaNIsNumber) return false;
+    const auto found =
+        (Unsigned)(most_bits == static_cast<typename T::Storage>(-1)) |
+        (Unsigned)((Unsigned)most_signed == static_cast<typename T::Storage>(kMagnitude));
+    return lanes_any(found);
+  }
+  double least() const {
+    const auto bits = lanes_max(most_bits);
+    return T::value(bits > kMagnitude ? bits : lanes_min(least_bits));  // is any negative?
+  }
+  double most() const {
+    const auto bits = lanes_max(most_signed);
+    return T::value(bits >= 0 ? static_cast<typename T::Storage>(bits) : lanes_min(least_bits));
   }
 };
 
-struct BFloat16 : InFloat {
-  using Storage = uint16_t;
-  static Vector load(const Storage* p) { return as_float((UInt32Lanes)extend(p) << 16); }
+// Of narrow integers as they lie in memory.
+template <class T, class Lanes>
+struct Integers {
+  Lanes min = Lanes{} + kMost, max = Lanes{} + kLeast, zeros = {};
+  static constexpr bool kSigned = static_cast<typename T::Storage>(-1) < 0;
+  static constexpr int kBits = 8 * sizeof(typename T::Storage);
+  static constexpr typename T::Storage kLeast = kSigned ? -(1 << (kBits - 1)) : 0;
+  static constexpr typename T::Storage kMost = kSigned ? (1 << (kBits - 1)) - 1 : (1 << kBits) - 1;
+
+  void take(const typename T::Storage* p, const typename T::Vector (&)[T::kVectors]) {
+    Lanes v;
+    __builtin_memcpy(&v, p, sizeof(v));
+    min = v < min ? v : min;
+    max = v > max ? v : max;
+    count_without(zeros, v, ~Lanes{});
+  }
+  void join(const Integers& other) {
+    min = other.min < min ? other.min : min;
+    max = other.max > max ? other.max : max;
+  }
+  static bool is_nan() { return false; }
+  double least() const { return lanes_min(min); }
+  double most() const { return lanes_max(max); }
+};
+
+// ---- one struct per element type: how to read vectors of it -------------------------------------
+// load(p, v) converts the elements of kVectors vectors. Lane l of vector k is element
+// k * kWidth + l, or, where kInterleaved, element l * kVectors + k.
+
+template <int n>
+struct Vectors {
+  static constexpr int kVectors = n;
+  static constexpr bool kInterleaved = false;
+  static constexpr bool kNaNIsNumber = false;
+  template <class S>
+  static bool is_nan(S) {  // where load does not tell
+    return false;
+  }
+};
+
+template <class T_, class L>
+struct Native : L, Vectors<1> {  // what converts to its lanes as it is
+  using Storage = T_;
+  using Extremes = Converted<Native>;
+  static void load(const Storage* p, typename L::Vector (&v)[1]) {
+    v[0] = load_converted<typename L::Vector>(p);
+  }
+};
+
+template <class T_, class Lanes>
+struct NarrowInteger : InFloat, Vectors<sizeof(float) / sizeof(T_)> {
+  using Storage = T_;
+  using Extremes = Integers<NarrowInteger, Lanes>;
+  static void load(const Storage* p, Vector (&v)[NarrowInteger::kVectors]) {
+#pragma GCC unroll 4
+    for (int k = 0; k < NarrowInteger::kVectors; ++k, p += kWidth) {
+      v[k] = __builtin_convertvector(extend(p), Vector);
+    }
+  }
+};
+
+struct Bool : InFloat, Vectors<1> {
+  using Storage = uint8_t;
+  using Extremes = Converted<Bool>;
+  static void load(const Storage* p, Vector (&v)[1]) {
+    v[0] = __builtin_convertvector((extend(p) != 0) & 1, Vector);
+  }
 };
 
 // A narrow float's magnitude, moved up against float32's mantissa, reads as its value times a power
 // of two, subnormals included; `special` marks infinity and NaN, whose exponent is all ones.
 inline FloatLanes widen(UInt32Lanes sign, UInt32Lanes magnitude, float scale, UInt32Lanes special) {
-  UInt32Lanes bits;
   const FloatLanes value = as_float(magnitude) * scale;
-  __builtin_memcpy(&bits, &value, sizeof(bits));
-  return as_float(bits | sign | (special & (magnitude | 0x7f800000u)));
+  return as_float((UInt32Lanes)value | sign | (special & (magnitude | 0x7f800000u)));
 }
 
-struct Float16 : InFloat {
+// A narrow float on its own, by the same road as many.
+template <class T>
+inline double value_of(typename T::Storage bits) {
+  typename T::Storage all[T::kVectors * T::kWidth] = {bits};
+  typename T::Vector v[T::kVectors];
+  T::load(all, v);
+  return v[0][0];
+}
+
+struct BFloat16 : InFloat, Vectors<2> {
   using Storage = uint16_t;
-  static Vector load(const Storage* p) {
+  using Extremes = SignMagnitude<BFloat16, UInt16Lanes, Int16Lanes>;
+  static constexpr bool kInterleaved = true;  // in the byte order that all machines here have
+  static void load(const Storage* p, Vector (&v)[2]) {
+    UInt32Lanes pairs;
+    __builtin_memcpy(&pairs, p, sizeof(pairs));
+    v[0] = as_float(pairs << 16);
+    v[1] = as_float(pairs & 0xffff0000u);
+  }
+  static double value(Storage bits) { return value_of<BFloat16>(bits); }
+};
+
+struct Float16 : InFloat, Vectors<2> {
+  using Storage = uint16_t;
+  using Extremes = SignMagnitude<Float16, UInt16Lanes, Int16Lanes>;
+  static void load(const Storage* p, Vector (&v)[2]) {
+    for (int k = 0; k < 2; ++k, p += kWidth) {
 #if defined(PARAMSTATS_LOAD_HALF)
-    Vector v = (Vector)PARAMSTATS_LOAD_HALF(p);
-    // clang 14 would compare the halves with zero instead, element by element: hide where v is
-    // from.
-    __asm__("" : "+v"(v));
-    return v;
+      v[k] = (Vector)PARAMSTATS_LOAD_HALF(p);
+      // clang 14 would compare the halves with zero instead, element by element: hide where they
+      // are from.
+      __asm__("" : "+v"(v[k]));
 #else
-    const UInt32Lanes h = (UInt32Lanes)extend(p);
-    return widen((h & 0x8000u) << 16, (h & 0x7fffu) << 13, 0x1p112f,
-                 (UInt32Lanes)((h & 0x7c00u) == 0x7c00u));
+      const UInt32Lanes h = (UInt32Lanes)extend(p);
+      v[k] = widen((h & 0x8000u) << 16, (h & 0x7fffu) << 13, 0x1p112f,
+                   (UInt32Lanes)((h & 0x7c00u) == 0x7c00u));
+#endif
+    }
+  }
+  static double value(Storage bits) { return value_of<Float16>(bits); }
+};
+
+#if defined(PARAMSTATS_BYTES_AS_HALVES)
+// Four vectors, by the float16 patterns that T::half(h) makes of bytes in 16-bit lanes. (No lambda:
+// GCC compiles those for the base architecture.)
+template <class T>
+inline void load_bytes_as_halves(const uint8_t* p, FloatLanes (&v)[4]) {
+#pragma GCC unroll 2
+  for (int half = 0; half < 2; ++half, p += kVectorBytes / 2) {
+    const UInt16Lanes h = T::half((UInt16Lanes)PARAMSTATS_BYTES_AS_HALVES(p));
+    v[2 * half] = (FloatLanes)PARAMSTATS_LOW_HALVES(h);
+    v[2 * half + 1] = (FloatLanes)PARAMSTATS_HIGH_HALVES(h);
+  }
+}
+#endif
+
+struct Float8E5M2 : InFloat, Vectors<4> {  // the upper half of a float16
+  using Storage = uint8_t;
+  using Extremes = SignMagnitude<Float8E5M2, UInt8Lanes, Int8Lanes>;
+  static void load(const Storage* p, Vector (&v)[4]) {
+#if defined(PARAMSTATS_BYTES_AS_HALVES)
+    load_bytes_as_halves<Float8E5M2>(p, v);
+#else
+    for (int k = 0; k < 4; ++k, p += kWidth) {
+      const UInt32Lanes h = (UInt32Lanes)extend(p);
+      v[k] = widen((h & 0x80u) << 24, (h & 0x7fu) << 21, 0x1p112f,
+                   (UInt32Lanes)((h & 0x7cu) == 0x7cu));
+    }
 #endif
   }
+  static UInt16Lanes half(UInt16Lanes h) { return h << 8; }
+  static double value(Storage bits) { return value_of<Float8E5M2>(bits); }
 };
 
-struct Float8E5M2 : InFloat {
+// No infinity; NaN is the one pattern of all ones, which reads as 480: see kNaNIsNumber.
+struct Float8E4M3FN : InFloat, Vectors<4> {
   using Storage = uint8_t;
-  static Vector load(const Storage* p) {
-    const UInt32Lanes h = (UInt32Lanes)extend(p);
-    return widen((h & 0x80u) << 24, (h & 0x7fu) << 21, 0x1p112f,
-                 (UInt32Lanes)((h & 0x7cu) == 0x7cu));
+  using Extremes = SignMagnitude<Float8E4M3FN, UInt8Lanes, Int8Lanes>;
+  static constexpr bool kNaNIsNumber = true;
+  static bool is_nan(Storage bits) { return (bits & 0x7f) == 0x7f; }
+  static void load(const Storage* p, Vector (&v)[4]) {
+#if defined(PARAMSTATS_BYTES_AS_HALVES)
+    // Its exponent has a bit less than a float16's.
+    load_bytes_as_halves<Float8E4M3FN>(p, v);
+    for (auto& lanes : v) lanes *= 256.0f;
+#else
+    for (int k = 0; k < 4; ++k, p += kWidth) {
+      const UInt32Lanes h = (UInt32Lanes)extend(p);
+      v[k] = widen((h & 0x80u) << 24, (h & 0x7fu) << 20, 0x1p120f, UInt32Lanes{});
+    }
+#endif
   }
-};
-
-struct Float8E4M3FN : InFloat {  // no infinity; NaN is the one pattern of all ones
-  using Storage = uint8_t;
-  static Vector load(const Storage* p) {
-    const UInt32Lanes h = (UInt32Lanes)extend(p);
-    return widen((h & 0x80u) << 24, (h & 0x7fu) << 20, 0x1p120f,
-                 (UInt32Lanes)((h & 0x7fu) == 0x7fu));
-  }
+  static UInt16Lanes half(UInt16Lanes h) { return (h << 8 & 0x8000) | (h << 7 & 0x3f80); }
+  static double value(Storage bits) { return value_of<Float8E4M3FN>(bits); }
 };

@@ -38,6 +38,7 @@ inline const Hostile kHostiles[] = {
     {"squares just representable", [](int64_t) { return 1e-19 * noise(); }},
     {"squares just too small", [](int64_t) { return 2e-21 * noise(); }},
     {"squares' sum just too large", [](int64_t) { return 1e18 * noise(); }},
+    {"squares and sum vanish", [](int64_t i) { return i % 2 ? 1e-30 : -1e-30; }},
     {"1e6 first", [](int64_t i) { return i == 0 ? 1e6 : 1e-6; }},
     {"1e6 middle", [](int64_t i) { return i == kHostile / 2 ? 1e6 : 1e-6; }},
     {"1e6 last", [](int64_t i) { return i == kHostile - 1 ? 1e6 : 1e-6; }},

@@ -121,6 +121,61 @@ void constants_have_no_variance() {
   }
 }
 
+// Narrow lanes count to 255; a chunk of zeros has more in each.
+void zeros_of_either_sign_are_all_counted() {
+  for (DType dtype : all_dtypes()) {
+    const uint64_t negative =
+        oracle::is_float(dtype) ? uint64_t{1} << (8 * element_size(dtype) - 1) : 0;
+    for (int64_t n : {int64_t{5}, kBlock, kChunk + 3}) {
+      for (int every : {1, 3}) {
+        Tensor t(dtype, n);
+        t.fill([=](int64_t i) { return i % every ? negative : 0; });
+        check_at_every_level("zeros of " + std::to_string(n), t, bounds(dtype));
+      }
+    }
+  }
+}
+
+// What tells the smallest and the largest apart by their bits depends on the signs that there are.
+void extremes_of_one_sign() {
+  for (DType dtype : all_dtypes()) {
+    if (!oracle::is_float(dtype)) continue;
+    const uint64_t sign = uint64_t{1} << (8 * element_size(dtype) - 1);
+    for (int64_t n : {1, 3, 64, 100, 1000, 9999}) {
+      for (int kind = 0; kind < 4;
+           ++kind) {  // positive, negative, with a zero, with one of the other
+        Tensor t(dtype, n);
+        t.fill([=](int64_t i) {
+          uint64_t bits = oracle::random_bits(dtype, rng) & ~sign;
+          if (kind % 2) bits |= sign;
+          if (kind >= 2 && i == n / 2) bits = kind == 2 ? 0 : bits ^ sign;
+          return bits;
+        });
+        check_at_every_level("sign " + std::to_string(kind), t, bounds(dtype));
+      }
+    }
+  }
+}
+
+void one_nan_of_a_narrow_float_anywhere() {
+  const struct {
+    DType dtype;
+    uint64_t nan;
+  } kNaNs[] = {{DType::kBFloat16, 0x7fc0},   {DType::kBFloat16, 0xff81},
+               {DType::kFloat16, 0x7e01},    {DType::kFloat16, 0xfe00},
+               {DType::kFloat8E4M3FN, 0x7f}, {DType::kFloat8E4M3FN, 0xff},
+               {DType::kFloat8E5M2, 0x7d},   {DType::kFloat8E5M2, 0xfe}};
+  for (const auto& [dtype, nan] : kNaNs) {
+    for (int64_t n : {int64_t{1}, int64_t{70}, 2 * kBlock + 19}) {
+      for (int64_t at : {int64_t{0}, n / 3, n / 2, n - 1}) {
+        Tensor t(dtype, n);
+        std::memcpy(t.memory.data() + at * element_size(dtype), &nan, element_size(dtype));
+        check_at_every_level("NaN at " + std::to_string(at), t, bounds(dtype));
+      }
+    }
+  }
+}
+
 void hostile_values() {
   for (const Hostile& h : kHostiles) {
     for (DType dtype : {DType::kFloat32, DType::kFloat64}) {
@@ -312,6 +367,9 @@ int run_all() {
   RUN(wide_integers_keep_their_extremes);
   RUN(every_size_at_every_address);
   RUN(constants_have_no_variance);
+  RUN(zeros_of_either_sign_are_all_counted);
+  RUN(extremes_of_one_sign);
+  RUN(one_nan_of_a_narrow_float_anywhere);
   RUN(hostile_values);
   RUN(one_that_is_not_finite_anywhere);
   RUN(strided_views_count_every_logical_element);
