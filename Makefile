@@ -17,7 +17,7 @@ SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-cpp test-cuda-shim test-arm64 test-huge sanitize cuda-compile gpu-check \
-	bench check format clean
+	bench bench-compare check format clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -86,9 +86,17 @@ gpu-check:  ## build, test, sanitize and measure on a GPU, with PYTHON's own tor
 	@rm -f $(VENV)/installed  # it builds in place, for that torch: .venv's must build again
 	$(PYTHON) -m benches.gpu_check
 
-bench: $(VENV)/installed  ## all benchmarks; writes benches/results and the README's table
-	$(BIN)/python -m benches.report --repeat 3
+$(VENV)/peers: $(VENV)/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check numpy lovely-tensors wandb lightning matplotlib
+	@touch $@
+
+bench: $(VENV)/peers  ## all benchmarks; writes benches/results, the README's tables, docs/speed.svg
+	$(BIN)/python -m benches.report --repeat 2
 	$(BIN)/python -m benches.in_turns
+	$(BIN)/python -m benches.chart
+
+bench-compare: $(VENV)/installed  ## BASE=<revision>: what the present tree made faster or slower
+	$(BIN)/python -m benches.compare $(or $(BASE),HEAD)
 
 check: $(VENV)/installed  ## formatters, linters and types
 	$(BIN)/ruff format --check .

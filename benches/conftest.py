@@ -14,7 +14,7 @@ from benches import compiling, hardware
 from benches.device_time import device_seconds
 
 _SECONDS = 0.8
-"""That a contestant is timed for, about, after its warm-up."""
+"""That a contestant is timed for, about, after its warm-up, where the test does not say."""
 
 _LEAST_ROUNDS = 3
 _MOST_ROUNDS = 1000
@@ -130,12 +130,17 @@ def measure(benchmark: Any, device: torch.device) -> Measure:
         return call_and_wait
 
     def measure(
-        call: Callable[[], Any], case: str, contestant: str, queues: bool = False, **about: Any
+        call: Callable[[], Any],
+        case: str,
+        contestant: str,
+        queues: bool = False,
+        seconds: float = _SECONDS,
+        **about: Any,
     ) -> None:
         timed = timed_on(call)
-        seconds = _seconds_of(timed)
-        iterations = max(1, round(_LEAST_ROUND / seconds))
-        rounds = int(_SECONDS / (seconds * iterations))
+        one = _seconds_of(timed)
+        iterations = max(1, round(_LEAST_ROUND / one))
+        rounds = int(seconds / (one * iterations))
         rounds = min(max(rounds, _LEAST_ROUNDS), _MOST_ROUNDS)
         benchmark.group = case
         benchmark.extra_info.update(

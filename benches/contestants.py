@@ -7,7 +7,10 @@ check, `Contestant.figures`, is not timed.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import importlib
+import importlib.util
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +19,8 @@ from torch import nn
 
 import paramstats
 from benches.exact import PARAMSTATS, TORCH, Figures, Tolerances
+
+Tensors = Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,8 @@ class Contestant:
     """Whether it returns before a GPU is done, so that the GPU's own time can be told."""
     compiles: bool = False
     """Whether its first call of a model compiles, which may take long or fail."""
+    why_not: Callable[[Tensors], str | None] = lambda tensors: None
+    """Why it cannot read some tensors, or cannot run here at all."""
 
 
 # ---- what paramstats replaces -------------------------------------------------------------------
@@ -115,6 +122,72 @@ def _only_norms(norms: dict[str, float]) -> dict[str, Figures]:
     return {name: (None, None, norm, None) for name, norm in norms.items()}
 
 
+# ---- other libraries -----------------------------------------------------------------------------
+
+
+def numpy_views(model: nn.Module) -> dict[str, Figures]:
+    """NumPy's own reductions of the tensors' memory, without a copy."""
+    import numpy as np
+
+    figures: dict[str, Figures] = {}
+    for name, tensor in zip(*_named_tensors(model), strict=True):
+        x = tensor.detach().numpy().ravel()
+        figures[name] = (
+            float(x.mean()),
+            float(x.std(ddof=1)),
+            float(np.linalg.norm(x)),
+            1 - np.count_nonzero(x) / x.size,
+        )
+    return figures
+
+
+def _why_not_numpy(tensors: Tensors) -> str | None:
+    if any(tensor.dtype != torch.float32 for tensor in tensors.values()):
+        return "NumPy is tried on float32 alone: it has no bfloat16"
+    if any(tensor.device.type != "cpu" for tensor in tensors.values()):
+        return "NumPy reads the CPU's memory"
+    return _why_not_installed("numpy")
+
+
+def lovely(model: nn.Module) -> dict[str, str]:
+    """lovely-tensors' line for each: minimum, maximum, mean, std and a histogram of a sample."""
+    line = importlib.import_module("lovely_tensors").lovely
+    return {name: str(line(t.detach())) for name, t in zip(*_named_tensors(model), strict=True)}
+
+
+_LOVELY = Tolerances(mean=0.1, std=0.1, norm=0.0, zero_fraction=0.0, roundings=0)
+"""It prints three digits after the point, which cannot be checked to the last place: only a gross
+error would be seen."""
+
+_LOVELY_FIGURES = re.compile(r"\u03bc=(\S+) \u03c3=(\S+)")
+
+
+def _from_lines(lines: dict[str, str]) -> dict[str, Figures]:
+    figures: dict[str, Figures] = {}
+    for name, line in lines.items():
+        found = _LOVELY_FIGURES.search(line)
+        assert found or "all_zeros" in line, line
+        mean, std = (_printed(figure) for figure in found.groups()) if found else (0.0, 0.0)
+        figures[name] = (mean, std, None, None)
+    return figures
+
+
+def _printed(figure: str) -> float | None:
+    """None for "0.002" and the like, of which too little is left to be checked."""
+    value = float(figure)
+    return None if "e" not in figure and abs(value) < 0.01 else value
+
+
+def _why_not_lovely(tensors: Tensors) -> str | None:
+    if len(tensors) > 1000 or sum(tensor.nbytes for tensor in tensors.values()) > 1 << 26:
+        return "lovely-tensors takes seconds for one call of so large a model"
+    return _why_not_installed("lovely_tensors")
+
+
+def _why_not_installed(package: str) -> str | None:
+    return None if importlib.util.find_spec(package) else f"{package} is not installed"
+
+
 # ---- paramstats -----------------------------------------------------------------------------
 
 
@@ -123,7 +196,7 @@ def scalars(model: nn.Module) -> dict[str, float]:
     return paramstats.summarize(model).scalars(totals=False)
 
 
-def _from_summary(summary: paramstats.Summary) -> dict[str, Figures]:
+def from_summary(summary: paramstats.Summary) -> dict[str, Figures]:
     figures = {}
     for name, entry in summary.items():
         figures[name] = _four(entry)
@@ -136,7 +209,7 @@ def _four(stats: paramstats.TensorStats) -> Figures:
     return stats.mean, stats.std, stats.norm, stats.zero_fraction
 
 
-def _from_scalars(values: dict[str, float]) -> dict[str, Figures]:
+def from_scalars(values: dict[str, float]) -> dict[str, Figures]:
     figures: dict[str, list[float]] = {}
     for key, value in values.items():  # mean, std, norm and zero_fraction of a tensor in a row
         kind_and_stat, _, name = key.partition("/")
@@ -150,22 +223,22 @@ def _as_it_is(figures: dict[str, Figures]) -> dict[str, Figures]:
 
 
 CONTESTANTS = (
-    Contestant(
-        "paramstats", paramstats.summarize, _from_summary, PARAMSTATS, "native", queues=True
-    ),
-    Contestant("paramstats_scalars", scalars, _from_scalars, PARAMSTATS, "native"),
+    Contestant("paramstats", paramstats.summarize, from_summary, PARAMSTATS, "native", queues=True),
+    Contestant("paramstats_scalars", scalars, from_scalars, PARAMSTATS, "native"),
     Contestant(
         "paramstats_reference",
         paramstats.summarize,
-        _from_summary,
+        from_summary,
         PARAMSTATS,
         "reference",
         queues=True,
     ),
-    Contestant("paramstats_reference_scalars", scalars, _from_scalars, PARAMSTATS, "reference"),
+    Contestant("paramstats_reference_scalars", scalars, from_scalars, PARAMSTATS, "reference"),
     Contestant("item_loop", item_loop, _as_it_is, TORCH),
     Contestant("item_loop_no_grad", item_loop_no_grad, _as_it_is, TORCH),
     Contestant("batched_torch", batched_torch, _as_it_is, TORCH),
     Contestant("foreach_norm_only", foreach_norm_only, _only_norms, TORCH),
     Contestant("compiled_torch", compiled_torch, _as_it_is, TORCH, compiles=True),
+    Contestant("numpy", numpy_views, _as_it_is, TORCH, why_not=_why_not_numpy),
+    Contestant("lovely_tensors", lovely, _from_lines, _LOVELY, why_not=_why_not_lovely),
 )

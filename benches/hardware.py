@@ -27,7 +27,8 @@ def cores() -> int:
 class FreeShare:
     """The share of all processors that was this process's own or idle since this was made.
 
-    What is missing to 1 went to others, and a timing under such company is not to be believed.
+    Its own is also what children took that have ended and were waited for. What is missing to 1
+    went to others, and a timing under such company is not to be believed.
     """
 
     def __init__(self) -> None:
@@ -49,7 +50,9 @@ def _times() -> tuple[float, float] | None:
         return None
     ticks = [int(field) / os.sysconf("SC_CLK_TCK") for field in fields]
     idle = ticks[3] + ticks[4]  # idle, iowait
-    return sum(ticks), idle + time.process_time()
+    children = os.times()
+    own = time.process_time() + children.children_user + children.children_system
+    return sum(ticks), idle + own
 
 
 def describe(device: str) -> dict[str, Any]:

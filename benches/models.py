@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -68,6 +69,13 @@ def _llama(device: torch.device) -> nn.Module:
     return _after_backward(transformers.LlamaForCausalLM(config).to(device, torch.bfloat16))
 
 
+def _many(parameters: int, elements: int, device: torch.device) -> nn.Module:
+    """Parameters of one dimension in one list: all cost is a tensor's, not its elements'."""
+    model = nn.ParameterList(torch.randn(elements, device=device) for _ in range(parameters))
+    _backward(torch.cat(tuple(model)).sin().sum())
+    return model
+
+
 def _after_backward(model: Any) -> nn.Module:
     device = next(model.parameters()).device
     tokens = torch.randint(model.config.vocab_size, (1, _TOKENS), device=device)
@@ -76,7 +84,7 @@ def _after_backward(model: Any) -> nn.Module:
 
 
 def _backward(loss: torch.Tensor) -> None:
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
 
 
 def _transformers() -> Any:
@@ -88,6 +96,8 @@ MODELS = (
     Model("mlp_16_layers", "MLP of 16 layers", _deep_mlp),
     Model("gpt2", "GPT-2, 124 M parameters, float32", _gpt2),
     Model("llama_bfloat16", "Llama-shaped, 134 M parameters, bfloat16", _llama),
+    Model("tensors_of_16", "1,000 parameters of 16 elements", partial(_many, 1000, 16)),
+    Model("tensors_of_100", "5,000 parameters of 100 elements", partial(_many, 5000, 100)),
 )
 
 

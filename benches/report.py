@@ -1,11 +1,12 @@
 """Runs the benchmarks and writes what came out: a JSON file of medians, and the README's tables.
 
-    python -m benches.report                      runs `pytest benches` first
+    python -m benches.report                      runs `pytest benches` and benches.step_cost first
     python -m benches.report --repeat 3           three times, against slow spells of the machine
     python -m benches.report --json FILE ...      takes what `pytest benches --benchmark-json` wrote
     python -m benches.report --dry-run            prints, and writes nothing
     python -m benches.report --device cuda        on a GPU; runs `python -m benches.on_gpu`, too
-    python -m benches.report --json FILE ... --on-gpu FILE      takes what both of them wrote
+    python -m benches.report --json FILE ... --step-cost FILE   takes what both of them wrote
+    python -m benches.report --json FILE ... --on-gpu FILE      the same for a GPU
 
 Of several runs, each figure is the median of their medians.
 The tables go between two lines of README.md, <!-- benchmark:begin --> and <!-- benchmark:end -->
@@ -36,34 +37,38 @@ _MOST_SPREAD = 0.2
 Report = dict[str, Any]
 
 
-def run(device: str) -> dict[str, Any]:
+def run(device: str, timings_alone: bool = False) -> dict[str, Any]:
     """Everything that pytest-benchmark has to say about a run."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "benchmark.json"
-        command = (sys.executable, "-m", "pytest", str(_HERE), "-q", "--device", device)
+        command = [sys.executable, "-m", "pytest", str(_HERE), "-q", "--device", device]
+        if timings_alone:
+            command.append("--benchmark-only")
         done = subprocess.run([*command, f"--benchmark-json={out}"], cwd=_HERE.parent, check=False)
         if done.returncode != 0 or not out.exists():
             sys.exit("benches.report: the benchmarks did not pass, so nothing is reported")
         return json.loads(out.read_text())  # type: ignore[no-any-return]
 
 
-def run_on_gpu() -> dict[str, Any] | None:
+def run_module(module: str) -> dict[str, Any] | None:
     """What is no contest between contestants; None where it could not be measured."""
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "on-gpu.json"
-        command = (sys.executable, "-m", "benches.on_gpu", "--json", str(out))
+        out = Path(folder) / "out.json"
+        command = (sys.executable, "-m", module, "--json", str(out))
         done = subprocess.run(command, cwd=_HERE.parent, check=False)
         if done.returncode != 0:
-            print(f"benches.report: benches.on_gpu ended with {done.returncode}", file=sys.stderr)
+            print(f"benches.report: {module} ended with {done.returncode}", file=sys.stderr)
         return json.loads(out.read_text()) if out.exists() else None
 
 
-def joined(report: Report, on_gpu: dict[str, Any]) -> Report:
+def joined(report: Report, other: dict[str, Any]) -> Report:
     """One report of both, of the same machine and versions."""
     for key in ("hardware", "versions", "engine"):
-        if report[key] != on_gpu[key]:
+        if report[key] != other[key]:
             sys.exit(f"benches.report: expected both on one machine, got another {key}")
-    return {**report, "on_gpu": on_gpu["parts"]}
+    if "parts" in other:
+        return {**report, "on_gpu": other["parts"]}
+    return {**report, "step_cost": {key: other[key] for key in ("steps", "missing", "quick")}}
 
 
 def condense(runs: list[dict[str, Any]]) -> Report:
@@ -109,6 +114,14 @@ def noisy(report: Report) -> list[str]:
             if spread > _MOST_SPREAD or (free is not None and free < LEAST_FREE):
                 free_text = "" if free is None else f", {free:.0%} of the processors free"
                 found.append(f"{name}: {contestant}, spread {spread:.0%}{free_text}")
+    for name, step in report.get("step_cost", {}).get("steps", {}).items():
+        for tool, timing in step["tools"].items():
+            low, high = timing["step_quartiles_s"]
+            spread, free = (high - low) / timing["step_s"], timing["free"]
+            company = free is not None and free < LEAST_FREE and tool != "wandb_watch"  # its own
+            if spread > _MOST_SPREAD or company:
+                free_text = "" if free is None else f", {free:.0%} of the processors free"
+                found.append(f"a step of {name}: {tool}, spread {spread:.0%}{free_text}")
     return found
 
 
@@ -127,6 +140,7 @@ def main() -> None:
     parser = argparse.ArgumentParser("python -m benches.report", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--json", type=Path, nargs="+", help="of pytest benches --benchmark-json")
+    parser.add_argument("--step-cost", type=Path, help="of benches.step_cost --json; with --json")
     parser.add_argument("--on-gpu", type=Path, help="of benches.on_gpu --json; with --json")
     parser.add_argument("--repeat", type=int, default=1, help="how often to run them")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -137,16 +151,17 @@ def main() -> None:
     if options.json:
         runs = [json.loads(path.read_text()) for path in options.json]
     else:
-        runs = [run(options.device) for _ in range(options.repeat)]
+        runs = [run(options.device, timings_alone=turn > 0) for turn in range(options.repeat)]
     report = condense(runs)
-    on_gpu = None
+    other = None
     if options.json:
-        if options.on_gpu and options.on_gpu.exists():  # benches.gpu_check names it in any case
-            on_gpu = json.loads(options.on_gpu.read_text())
-    elif options.device == "cuda":
-        on_gpu = run_on_gpu()
-    if on_gpu is not None:
-        report = joined(report, on_gpu)
+        path = options.on_gpu or options.step_cost
+        if path and path.exists():  # benches.gpu_check names it in any case
+            other = json.loads(path.read_text())
+    else:
+        other = run_module("benches.on_gpu" if options.device == "cuda" else "benches.step_cost")
+    if other is not None:
+        report = joined(report, other)
     hardware = report["hardware"]
     name = options.name or f"{hardware['gpu'] or hardware['cpu']} {hardware['threads']} threads"
     path = _RESULTS / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.json"

@@ -1,10 +1,12 @@
 """The README's tables, in Markdown, from the medians that benches.report collected.
 
-A row for each model and each tensor. Every ratio is printed as it is, losses too.
+A row for each model, each type of elements and each tool. Every ratio is printed as it is, losses
+too.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 
@@ -13,55 +15,122 @@ def render(report: dict[str, Any]) -> str:
     if report["device"] == "cuda":
         return _render_cuda(report)
     cases = report["cases"].values()
-    models = [_model_row(case) for case in cases if case["tensors"] > 1]
-    memories = [_memory_row(case) for case in cases if case["tensors"] == 1]
+    models = [case for case in cases if case["tensors"] > 1]
+    memories = [case for case in cases if case["tensors"] == 1]
     parts = []
-    if any("compiled_torch" in case["median_s"] for case in cases):
-        compiled = [_ratio(c, "compiled_torch", "paramstats") for c in cases if c["tensors"] > 1]
-        models = [(*row, ratio) for row, ratio in zip(models, compiled, strict=True)]
-        parts.append(_table((*_MODEL_HEAD, "compiled torch"), models))
-    elif models:
-        parts.append(_table(_MODEL_HEAD, models))
+    if models:
+        columns = [[head, *map(cell, models)] for head, cell in _MODEL_COLUMNS]
+        shown = [column for column in columns if set(column[1:]) != {_NONE}]
+        head, *rows = zip(*shown, strict=True)
+        parts.append(_table(head, rows))
     if memories:
-        parts.append(_table(_MEMORY_HEAD, memories))
+        parts.append(_memory_table(memories))
+    steps = list(report.get("step_cost", {}).get("steps", {}).values())
+    if steps:
+        parts.append(_step_table(steps))
     return "\n\n".join([*parts, _legend(report)])
 
 
-_MODEL_HEAD = (
-    "parameters and gradients of",
-    "paramstats",
-    "GB/s",
-    "with `scalars()`",
-    "`.item()` loop",
-    "batched torch",
-    "`_foreach_norm`",
-    "of the read-only limit",
-    "reference engine against the loop",
-)
-_MEMORY_HEAD = ("one tensor", "threads", "paramstats", "GB/s", "of the read-only limit")
+_NONE = "-"
+"""Not measured."""
+
+_MANY = 1000
+"""Tensors from which on it says what one takes."""
+
+Cell = Callable[[dict[str, Any]], str]
 
 
-def _model_row(case: dict[str, Any]) -> tuple[str, ...]:
-    return (
-        case["title"],
-        *_speed(case),
-        _duration(case, "paramstats_scalars"),
-        _ratio(case, "item_loop_no_grad", "paramstats"),
-        _ratio(case, "batched_torch", "paramstats"),
-        _ratio(case, "foreach_norm_only", "paramstats"),
-        _share(case),
-        _ratio(case, "item_loop_no_grad", "paramstats_reference"),
-    )
+def _times_as_long(contestant: str, base: str = "paramstats") -> Cell:
+    return lambda case: _ratio(case, contestant, base)
 
 
-def _memory_row(case: dict[str, Any]) -> tuple[str, ...]:
-    return (case["title"], str(case["threads"]), *_speed(case), _share(case))
-
-
-def _speed(case: dict[str, Any]) -> tuple[str, str]:
+def _paramstats(case: dict[str, Any]) -> str:
     seconds = case["median_s"].get("paramstats")
-    rate = "-" if seconds is None else f"{case['bytes'] / seconds / 1e9:.1f}"
-    return _duration(case, "paramstats"), rate
+    if seconds is None or case["tensors"] < _MANY:
+        return _time(seconds)
+    return f"{_time(seconds)} ({seconds / case['tensors'] * 1e9:.0f} ns a tensor)"
+
+
+_MODEL_COLUMNS: tuple[tuple[str, Cell], ...] = (
+    ("parameters and gradients of", lambda case: str(case["title"])),
+    ("paramstats", _paramstats),
+    ("with `scalars()`", lambda case: _duration(case, "paramstats_scalars")),
+    ("`.item()` loop", _times_as_long("item_loop_no_grad")),
+    ("batched torch", _times_as_long("batched_torch")),
+    ("compiled torch", _times_as_long("compiled_torch")),
+    ("NumPy", _times_as_long("numpy")),
+    ("lovely-tensors", _times_as_long("lovely_tensors")),
+    ("`_foreach_norm`", _times_as_long("foreach_norm_only")),
+    ("of the read-only limit", lambda case: _share(case)),
+    (
+        "reference engine against the loop",
+        _times_as_long("item_loop_no_grad", "paramstats_reference"),
+    ),
+)
+
+
+def _memory_table(cases: list[dict[str, Any]]) -> str:
+    """A row for each type, a column for each size and number of threads."""
+    columns = sorted({(case["bytes"], case["threads"]) for case in cases})
+    cells = {}
+    sizes = {}
+    for case in cases:
+        size, dtype = size_and_dtype(case)
+        sizes[case["bytes"]] = size
+        cells[dtype, (case["bytes"], case["threads"])] = _share_and_rate(case)
+    head = []
+    for size, threads in columns:
+        alone = sum(other == size for other, _ in columns) == 1
+        head.append(sizes[size] if alone else f"{sizes[size]}, {_threads(threads)}")
+    dtypes = in_order(dtype for dtype, _ in cells)
+    rows = [(dtype, *(cells.get((dtype, at), _NONE) for at in columns)) for dtype in dtypes]
+    return _table(("one tensor", *head), rows)
+
+
+def size_and_dtype(case: dict[str, Any]) -> tuple[str, str]:
+    """("1 GiB", "float32") of "1 GiB of float32"."""
+    size, _, dtype = case["title"].partition(" of ")
+    return size, dtype
+
+
+def in_order(dtypes: Iterable[str]) -> list[str]:
+    """Each once, those read with other instructions last ("float32, avx2")."""
+    return sorted(dict.fromkeys(dtypes), key=lambda dtype: "," in dtype)
+
+
+def _threads(number: int) -> str:
+    return "1 thread" if number == 1 else f"{number} threads"
+
+
+def _share_and_rate(case: dict[str, Any]) -> str:
+    seconds = case["median_s"].get("paramstats")
+    if seconds is None:
+        return _NONE
+    return f"{_share(case)} ({case['bytes'] / seconds / 1e9:.0f} GB/s)"
+
+
+def _step_table(steps: list[dict[str, Any]]) -> str:
+    """A row for each tool, a column for each training."""
+    head = [f"{step['title']} ({_time(step['tools']['nothing']['step_s'])})" for step in steps]
+    titles = {
+        name: tool["title"]
+        for step in steps
+        for name, tool in step["tools"].items()
+        if name != "nothing"
+    }
+    rows = [
+        (title, *(_added(step["tools"].get(name)) for step in steps))
+        for name, title in titles.items()
+    ]
+    return _table(("added to a training step of", *head), rows)
+
+
+def _added(tool: dict[str, Any] | None) -> str:
+    if tool is None:
+        return _NONE
+    seconds, more = tool["added_s"], tool["more"]
+    percent = f"{more:+.0%}" if abs(more) >= 0.1 else f"{more:+.1%}"
+    return f"{'-' if seconds < 0 else ''}{_time(abs(seconds))}, {percent}"
 
 
 def _duration(case: dict[str, Any], contestant: str) -> str:
@@ -70,7 +139,7 @@ def _duration(case: dict[str, Any], contestant: str) -> str:
 
 def _time(seconds: float | None) -> str:
     if seconds is None:
-        return "-"
+        return _NONE
     return f"{seconds * 1e3:.1f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.1f} us"
 
 
@@ -81,7 +150,7 @@ def _ratio(case: dict[str, Any], contestant: str, base: str) -> str:
 
 def _times(seconds: float | None, one: float | None) -> str:
     if seconds is None or one is None:
-        return "-"
+        return _NONE
     ratio = seconds / one
     return f"{ratio:.0f}x" if ratio >= 10 else f"{ratio:.2g}x"
 
@@ -89,7 +158,7 @@ def _times(seconds: float | None, one: float | None) -> str:
 def _share(case: dict[str, Any]) -> str:
     """The read-only loop's time in parts of paramstats'."""
     limit, seconds = (case["median_s"].get(name) for name in ("read_only", "paramstats"))
-    return "-" if limit is None or seconds is None else f"{limit / seconds:.2f}"
+    return _NONE if limit is None or seconds is None else f"{limit / seconds:.2f}"
 
 
 # ---- on a GPU -----------------------------------------------------------------------------------
@@ -179,7 +248,7 @@ def _device_s(case: dict[str, Any], contestant: str) -> float | None:
 def _share_of_copy(case: dict[str, Any]) -> str:
     """Bytes read a second in parts of the bytes that a copy reads and writes a second."""
     copy, seconds = (_device_s(case, name) for name in ("copy", "paramstats"))
-    return "-" if copy is None or seconds is None else f"{copy / 2 / seconds:.2f}"
+    return _NONE if copy is None or seconds is None else f"{copy / 2 / seconds:.2f}"
 
 
 def _on_gpu(found: dict[str, Any]) -> list[str]:
@@ -225,16 +294,22 @@ def _cuda_legend(report: dict[str, Any]) -> str:
 # ---- both ---------------------------------------------------------------------------------------
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     rule = ("---", *("---:" for _ in head[1:]))
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *rows))
 
 
 def _legend(report: dict[str, Any]) -> str:
+    steps = (
+        "What is added to a step is told from steps without a tool, in turns; `wandb.watch` makes "
+        "histograms, `grad_norm` norms of gradients. "
+        if report.get("step_cost")
+        else ""
+    )
     return (
         "Nx: takes N times as long as paramstats (the loop under `no_grad`; `_foreach_norm` gives "
         "the norm alone). The limit is a loop that only reads the same bytes; 1.00 is as fast. "
-        f"{_measured_on(report)}"
+        f"{steps}{_measured_on(report)}"
     )
 
 

@@ -54,6 +54,9 @@ def test_model(
     compile_first: Callable[[Callable[[], Any]], None],
     device: torch.device,
 ) -> None:
+    reason = contestant.why_not(case.tensors)
+    if reason is not None:
+        pytest.skip(reason)
     if contestant.engine is not None:
         use_engine(contestant.engine)
     if contestant.compiles:
