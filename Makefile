@@ -16,7 +16,7 @@ SHIM_SOURCES := tests/cpp/cuda_shim/shim.cpp csrc/cpu/*.cpp -x c++ csrc/cuda/eng
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-cpp test-cuda-shim test-arm64 test-huge sanitize cuda-compile gpu-check \
+.PHONY: help demo test test-cpp test-cuda-shim test-arm64 test-huge sanitize count cuda-compile gpu-check \
 	bench bench-compare check format clean
 
 help:  ## this list
@@ -78,6 +78,11 @@ sanitize:  ## the C++ tests under the address and undefined-behaviour sanitizers
 	build/cpp/moments_sanitized
 	build/cpp/kernels_sanitized
 	build/cpp/cuda_kernels_sanitized
+
+count:  ## instructions that the kernels take for an element, against limits (valgrind)
+	@mkdir -p build/cpp
+	$(CXX) -std=c++17 -O3 -Wall -Wextra tests/cpp/one_kernel.cpp csrc/cpu/*.cpp -o build/cpp/one_kernel
+	$(PYTHON) tests/count_instructions.py
 
 cuda-compile:  ## the CUDA engine by nvcc for every architecture; fails on spills (no GPU needed)
 	$(PYTHON) tests/cuda_compile.py

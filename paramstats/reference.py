@@ -27,7 +27,7 @@ _DEVICE_CHUNK = 1 << 24
 """The same on an accelerator, where launches cost more and 128 MiB of float64 is little."""
 
 _LEAST_SQUARES = 2e-33
-"""Below this a sum of squares in float32 may have lost digits to underflow: the roundings of a chunk
+"""Below this a sum of squares in float32 may have lost digits to underflow: a chunk's roundings
 at float32's smallest step, 2^-149, are less than 1e-7 of more."""
 
 _SHORT = 512
