@@ -4,8 +4,8 @@
 
 A count is the same on every run and on a busy machine, so it guards what a timing cannot: that the
 kernels are vectorised, that a narrow type is not read element by element, that a chunk is not read
-twice. Limits are what GCC 12 needs, and a quarter more. (valgrind knows no AVX-512; that level is made
-of the same source.)
+twice. Limits are what GCC 12 needs, and a quarter more. (valgrind knows no AVX-512, which is made of
+the same source.)
 """
 
 from __future__ import annotations
