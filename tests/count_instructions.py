@@ -2,10 +2,10 @@
 
     make count
 
-A count is the same on every run and on a busy machine, so it guards what a timing cannot: that the
-kernels are vectorised, that a narrow type is not read element by element, that a chunk is not read
-twice. Limits are what GCC 12 needs, and a quarter more. (valgrind knows no AVX-512, which is made of
-the same source.)
+A count is the same on every run and on a busy machine, so it guards what a timing cannot: that
+the kernels are vectorised, that a narrow type is not read element by element, that a chunk is not
+read twice. Limits are what GCC 12 needs, and a quarter more. (valgrind knows no AVX-512, which is
+made of the same source.)
 """
 
 from __future__ import annotations
