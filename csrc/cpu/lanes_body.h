@@ -70,12 +70,10 @@ inline FloatLanes as_float(UInt32Lanes bits) { return (FloatLanes)bits; }
 template <class V>
 constexpr int kLanes = static_cast<int>(sizeof(V) / sizeof(V{}[0]));
 
-// Of counts: narrow lanes, signed or not, hold them up to 2^8 or 2^16.
 template <class V>
 inline int64_t lanes_sum(V v) {
-  constexpr int64_t kMask = (int64_t{1} << (8 * (sizeof(v[0]) < 4 ? sizeof(v[0]) : 4))) - 1;
   int64_t sum = 0;
-  for (int l = 0; l < kLanes<V>; ++l) sum += v[l] & kMask;
+  for (int l = 0; l < kLanes<V>; ++l) sum += v[l];
   return sum;
 }
 template <class V>
@@ -156,97 +154,7 @@ inline V load_bits(const S* p) {
   return v;
 }
 
-// ---- minimum, maximum and zeros ----------------------------------------------------------------
-// Kept in lanes while elements go by. `take` is given some as they lie in memory, and converted.
-
-// Of the converted elements.
-template <class T>
-struct Converted {
-  typename T::Vector min = typename T::Vector{} + kInfinity;
-  typename T::Vector max = typename T::Vector{} - kInfinity;
-  typename T::Mask zeros = {};
-
-  void take(const typename T::Storage*, const typename T::Vector (&v)[T::kVectors]) {
-    for (int k = 0; k < T::kVectors; ++k) {
-      min = smaller(v[k], min);
-      max = larger(v[k], max);
-      count_zeros(zeros, v[k]);
-    }
-  }
-  void join(const Converted& other) {
-    min = smaller(other.min, min);
-    max = larger(other.max, max);
-  }
-  static bool is_nan() { return false; }  // the sums tell
-  double least() const { return lanes_min(min); }
-  double most() const { return lanes_max(max); }
-};
-
-// Of narrow floats as they lie in memory, several where a float32 has its place: a sign and a
-// magnitude that grows with the number that it is. Unsigned, every negative pattern is larger than
-// every positive one, and the larger the more negative; signed, the positive ones are larger.
-template <class T, class Unsigned, class Signed>
-struct SignMagnitude {
-  static constexpr auto kMagnitude = static_cast<typename T::Storage>(~typename T::Storage{0}) >> 1;
-  Unsigned most_bits = {}, least_bits = ~Unsigned{};
-  Signed most_signed = (Signed)(Unsigned{} + static_cast<typename T::Storage>(kMagnitude + 1));
-  Unsigned zeros = {};
-
-  void take(const typename T::Storage* p, const typename T::Vector (&)[T::kVectors]) {
-    Unsigned v;
-    __builtin_memcpy(&v, p, sizeof(v));
-    most_bits = v > most_bits ? v : most_bits;
-    least_bits = v < least_bits ? v : least_bits;
-    most_signed = (Signed)v > most_signed ? (Signed)v : most_signed;
-    count_without(zeros, v, Unsigned{} + static_cast<typename T::Storage>(kMagnitude));
-  }
-  void join(const SignMagnitude& other) {
-    most_bits = other.most_bits > most_bits ? other.most_bits : most_bits;
-    least_bits = other.least_bits < least_bits ? other.least_bits : least_bits;
-    most_signed = other.most_signed > most_signed ? other.most_signed : most_signed;
-  }
-  // Of a type whose conversion takes its NaN, the pattern of all ones, for a number.
-  bool is_nan() const {
-    if (!T::kNaNIsNumber) return false;
-    const auto found =
-        (Unsigned)(most_bits == static_cast<typename T::Storage>(-1)) |
-        (Unsigned)((Unsigned)most_signed == static_cast<typename T::Storage>(kMagnitude));
-    return lanes_any(found);
-  }
-  double least() const {
-    const auto bits = lanes_max(most_bits);
-    return T::value(bits > kMagnitude ? bits : lanes_min(least_bits));  // is any negative?
-  }
-  double most() const {
-    const auto bits = lanes_max(most_signed);
-    return T::value(bits >= 0 ? static_cast<typename T::Storage>(bits) : lanes_min(least_bits));
-  }
-};
-
-// Of narrow integers as they lie in memory.
-template <class T, class Lanes>
-struct Integers {
-  Lanes min = Lanes{} + kMost, max = Lanes{} + kLeast, zeros = {};
-  static constexpr bool kSigned = static_cast<typename T::Storage>(-1) < 0;
-  static constexpr int kBits = 8 * sizeof(typename T::Storage);
-  static constexpr typename T::Storage kLeast = kSigned ? -(1 << (kBits - 1)) : 0;
-  static constexpr typename T::Storage kMost = kSigned ? (1 << (kBits - 1)) - 1 : (1 << kBits) - 1;
-
-  void take(const typename T::Storage* p, const typename T::Vector (&)[T::kVectors]) {
-    Lanes v;
-    __builtin_memcpy(&v, p, sizeof(v));
-    min = v < min ? v : min;
-    max = v > max ? v : max;
-    count_without(zeros, v, ~Lanes{});
-  }
-  void join(const Integers& other) {
-    min = other.min < min ? other.min : min;
-    max = other.max > max ? other.max : max;
-  }
-  static bool is_nan() { return false; }
-  double least() const { return lanes_min(min); }
-  double most() const { return lanes_max(max); }
-};
+#include "extremes_body.h"
 
 // ---- one struct per element type: how to read vectors of it -------------------------------------
 // load(p, v) converts the elements of kVectors vectors. Lane l of vector k is element
@@ -272,10 +180,10 @@ struct Native : L, Vectors<1> {  // what converts to its lanes as it is
   }
 };
 
-template <class T_, class Lanes>
+template <class T_, class Lanes, class Unsigned>
 struct NarrowInteger : InFloat, Vectors<sizeof(float) / sizeof(T_)> {
   using Storage = T_;
-  using Extremes = Integers<NarrowInteger, Lanes>;
+  using Extremes = Integers<NarrowInteger, Lanes, Unsigned>;
   static void load(const Storage* p, Vector (&v)[NarrowInteger::kVectors]) {
 #pragma GCC unroll 4
     for (int k = 0; k < NarrowInteger::kVectors; ++k, p += kWidth) {
