@@ -22,7 +22,7 @@
 // every rounding went the same way. Integers of 32 bits and more, and float64, have float64 lanes.
 #pragma once
 
-#include "../moments.h"
+#include "block.h"
 #include "elements.h"
 #include "engine.h"
 
@@ -31,106 +31,6 @@ namespace paramstats::cuda {
 constexpr int kThreads = 128;    // of a block that reads a chunk
 constexpr int kBlocksPerSM = 6;  // that registers must suffice for: 80 a thread
 constexpr int kMergeThreads = 512;
-constexpr unsigned kAllLanes = 0xffffffffu;
-
-// ---- over the threads of a block ------------------------------------------------------------
-
-// Of elements, none of which is NaN: where one is, what they make is not used.
-__device__ inline float smaller(float a, float b) { return fminf(a, b); }
-__device__ inline float larger(float a, float b) { return fmaxf(a, b); }
-__device__ inline double smaller(double a, double b) { return fmin(a, b); }
-__device__ inline double larger(double a, double b) { return fmax(a, b); }
-
-// What a thread, then a warp, then a block has summed.
-template <class L>
-struct Sums {
-  double sum = 0, sum_sq = 0;
-  typename L::Lane min, max;
-  typename L::Count zeros = 0;
-};
-
-template <class L>
-__device__ inline void add(Sums<L>& a, const Sums<L>& b) {
-  a.sum += b.sum;
-  a.sum_sq += b.sum_sq;
-  a.min = smaller(a.min, b.min);
-  a.max = larger(a.max, b.max);
-  a.zeros += b.zeros;
-}
-
-// Room for what the warps of a block tell each other; double, for its alignment.
-template <int kBlock>
-struct Shared {
-  static constexpr int kWarps = kBlock / 32;
-  double bytes[kWarps * sizeof(Moments) / sizeof(double)];
-};
-
-// The sums of all threads, in every thread, in an order that is always the same.
-template <class L>
-__device__ inline ShiftedSums block_sums(Sums<L> s, Shared<kThreads>& shared) {
-  constexpr int kWarps = Shared<kThreads>::kWarps;
-#pragma unroll 1
-  for (int lanes = 16; lanes > 0; lanes /= 2) {
-    Sums<L> other;
-    other.sum = __shfl_xor_sync(kAllLanes, s.sum, lanes);
-    other.sum_sq = __shfl_xor_sync(kAllLanes, s.sum_sq, lanes);
-    other.min = __shfl_xor_sync(kAllLanes, s.min, lanes);
-    other.max = __shfl_xor_sync(kAllLanes, s.max, lanes);
-    other.zeros = __shfl_xor_sync(kAllLanes, s.zeros, lanes);
-    add(s, other);
-  }
-  auto* warps = reinterpret_cast<Sums<L>*>(shared.bytes);
-  static_assert(sizeof(Sums<L>) * kWarps <= sizeof(shared.bytes), "the sums of all warps fit");
-  __syncthreads();  // whoever read what stands there is done
-  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = s;
-  __syncthreads();
-  Sums<L> all = warps[0];
-#pragma unroll 1
-  for (int w = 1; w < kWarps; ++w) add(all, warps[w]);
-  return {all.sum, all.sum_sq, all.min, all.max, static_cast<int64_t>(all.zeros)};
-}
-
-__device__ inline Moments from_lane(const Moments& a, int lanes_up) {
-  Moments b;
-  b.count = __shfl_down_sync(kAllLanes, a.count, lanes_up);
-  b.zeros = __shfl_down_sync(kAllLanes, a.zeros, lanes_up);
-  b.nans = __shfl_down_sync(kAllLanes, a.nans, lanes_up);
-  b.pos_infs = __shfl_down_sync(kAllLanes, a.pos_infs, lanes_up);
-  b.neg_infs = __shfl_down_sync(kAllLanes, a.neg_infs, lanes_up);
-  b.mean = __shfl_down_sync(kAllLanes, a.mean, lanes_up);
-  b.m2 = __shfl_down_sync(kAllLanes, a.m2, lanes_up);
-  b.min = __shfl_down_sync(kAllLanes, a.min, lanes_up);
-  b.max = __shfl_down_sync(kAllLanes, a.max, lanes_up);
-  return b;
-}
-
-// The states of a warp's threads merged in order, in its lane 0.
-__device__ inline Moments warp_merge(Moments state) {
-#pragma unroll 1  // or more than a thread's registers are under way at once
-  for (int lanes = 1; lanes < 32; lanes *= 2) {
-    const Moments next = from_lane(state, lanes);
-    if (threadIdx.x % (2 * lanes) == 0) state = merge(state, next);
-  }
-  return state;
-}
-
-// The states of all threads merged in order, in thread 0.
-template <int kBlock>
-__device__ inline Moments block_merge(Moments state, Shared<kBlock>& shared) {
-  state = warp_merge(state);
-  auto* warps = reinterpret_cast<Moments*>(shared.bytes);
-  __syncthreads();
-  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = state;
-  __syncthreads();
-  if (threadIdx.x < 32) {
-    if (threadIdx.x > 0) {
-      state =
-          static_cast<int>(threadIdx.x) < Shared<kBlock>::kWarps ? warps[threadIdx.x] : Moments();
-    }
-    state = warp_merge(state);
-  }
-  return state;
-}
 
 // ---- which chunk -----------------------------------------------------------------------------
 
