@@ -49,6 +49,9 @@ def _one_tensor(size: str, dtype: str) -> Callable[[], Any]:
     return lambda: {"x": torch.empty(numel, dtype=_DTYPES[dtype]).normal_()}
 
 
+_SHARED = ("32 MB", "256 MB")
+"""Sizes that are worth a second thread; smaller ones stay on the caller's."""
+
 CASES: dict[str, tuple[Callable[[], Any], int]] = {
     "tiny MLP": (_tiny_mlp, 1),
     "1,000 small tensors": (_small_tensors, 1),
@@ -59,7 +62,7 @@ CASES: dict[str, tuple[Callable[[], Any], int]] = {
         )
         for size in _SIZES
         for dtype in _DTYPES
-        for threads in (1, 2)
+        for threads in ((1, 2) if size in _SHARED else (1,))
     },
 }
 """What is summarised, and torch's threads."""
@@ -86,7 +89,8 @@ class Worker:
             paramstats.summarize(self._source)
             calls += 1
         self._iterations = max(1, round(_TURN_SECONDS / _ROUNDS / (seconds / calls)))
-        return {"figures": [total.mean, total.std, total.norm]}
+        shares = [total.mean / total.rms, total.std / total.rms, total.zero_fraction]
+        return {"figures": [*shares, total.rms, total.min, total.max]}
 
     def turn(self) -> dict[str, Any]:
         """Seconds a call."""

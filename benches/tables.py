@@ -40,7 +40,8 @@ _MANY = 1000
 Cell = Callable[[dict[str, Any]], str]
 
 
-def _times_as_long(contestant: str, base: str = "paramstats") -> Cell:
+def _times_as_long(contestant: str, base: str = "paramstats_scalars") -> Cell:
+    """To the last float, as those others give them."""
     return lambda case: _ratio(case, contestant, base)
 
 
@@ -219,10 +220,10 @@ def _cuda_model_row(case: dict[str, Any]) -> tuple[str, ...]:
         _time(_device_s(case, "paramstats")),
         _share_of_copy(case),
         _duration(case, "paramstats_scalars"),
-        _ratio(case, "item_loop_no_grad", "paramstats"),
-        _ratio(case, "batched_torch", "paramstats"),
-        _ratio(case, "compiled_torch", "paramstats"),
-        _ratio(case, "foreach_norm_only", "paramstats"),
+        _ratio(case, "item_loop_no_grad", "paramstats_scalars"),
+        _ratio(case, "batched_torch", "paramstats_scalars"),
+        _ratio(case, "compiled_torch", "paramstats_scalars"),
+        _ratio(case, "foreach_norm_only", "paramstats_scalars"),
         _ratio(case, "item_loop_no_grad", "paramstats_reference"),
     )
 
@@ -282,11 +283,11 @@ def _on_gpu(found: dict[str, Any]) -> list[str]:
 
 def _cuda_legend(report: dict[str, Any]) -> str:
     return (
-        "Nx: takes N times as long as paramstats; of one tensor by the GPU's own clock, and the "
-        "others leave their figures there (`_foreach_norm` gives the norm alone; the loop runs "
-        "under `no_grad`; compiled: batched torch under `torch.compile`, whose compilation is not "
-        "timed). The copy is from device to device, of the same bytes; its rate counts bytes read "
-        "and written, and 1.00 is as fast. "
+        "Nx: takes N times as long as paramstats with `scalars()`; of one tensor, as the call "
+        "alone, by the GPU's own clock, and the others leave their figures there (`_foreach_norm` "
+        "gives the norm alone; the loop runs under `no_grad`; compiled: batched torch under "
+        "`torch.compile`, whose compilation is not timed). The copy is from device to device, of "
+        "the same bytes; its rate counts bytes read and written, and 1.00 is as fast. "
         f"{_measured_on(report)}"
     )
 
@@ -307,8 +308,10 @@ def _legend(report: dict[str, Any]) -> str:
         else ""
     )
     return (
-        "Nx: takes N times as long as paramstats (the loop under `no_grad`; `_foreach_norm` gives "
-        "the norm alone). The limit is a loop that only reads the same bytes; 1.00 is as fast. "
+        "Nx: takes N times as long as paramstats with `scalars()`, which makes floats of all "
+        "figures, as the others do (the loop under `no_grad`; `_foreach_norm` gives the norm "
+        "alone; compiled torch: up to 64 tensors, beyond which compiling takes minutes). The limit "
+        "is a loop that only reads the same bytes; 1.00 is as fast. "
         f"{steps}{_measured_on(report)}"
     )
 

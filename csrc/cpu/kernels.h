@@ -16,7 +16,7 @@ constexpr int64_t kBlock = 4096;
 // do not depend on the number of threads. From 64 Ki to 1 Mi elements make no difference in speed.
 constexpr int64_t kChunk = 32 * kBlock;
 
-// Summarises n elements that lie side by side.
+// Summarises n <= kChunk elements that lie side by side: counters in narrow lanes hold no more.
 using ChunkKernel = Moments (*)(const void* data, int64_t n);
 
 struct Kernels {

@@ -219,7 +219,8 @@ inline double value_of(typename T::Storage bits) {
 struct BFloat16 : InFloat, Vectors<2> {
   using Storage = uint16_t;
   using Extremes = SignMagnitude<BFloat16, UInt16Lanes, Int16Lanes>;
-  static constexpr bool kInterleaved = true;  // in the byte order that all machines here have
+  static constexpr bool kInterleaved = true;
+  static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the first of two is the low half");
   static void load(const Storage* p, Vector (&v)[2]) {
     UInt32Lanes pairs;
     __builtin_memcpy(&pairs, p, sizeof(pairs));

@@ -1,6 +1,7 @@
-// Runs one kernel over one chunk of N(0, 1)-like elements: what tests/count_instructions.py counts.
+// Runs one kernel over a part of a chunk: what tests/count_instructions.py counts. The elements'
+// mean is near zero, as most tensors' is, or, with `far`, too far from it to do without a pivot.
 //
-//     one_kernel LEVEL DTYPE N
+//     one_kernel LEVEL DTYPE N near|far
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -9,9 +10,16 @@
 
 int main(int argc, char** argv) {
   using namespace paramstats;
-  if (argc != 4) return 2;
+  if (argc != 5) return 2;
   const auto dtype = static_cast<DType>(std::atoi(argv[2]));
-  const cpu::test::Tensor t(dtype, 65536);
+  cpu::test::Tensor t(dtype, 65536);
+  const uint64_t sign = uint64_t{1} << (8 * element_size(dtype) - 1);
+  if (oracle::is_float(dtype) && std::strcmp(argv[4], "near") == 0) {
+    t.fill([=](int64_t i) {
+      const uint64_t magnitude = oracle::random_bits(dtype, cpu::test::rng) & ~sign;
+      return i % 2 ? magnitude | sign : magnitude;
+    });
+  }
   for (const cpu::Kernels* kernels : cpu::available_kernels()) {
     if (std::strcmp(kernels->name, argv[1]) != 0) continue;
     const Moments state = kernels->chunk[static_cast<int>(dtype)](t.data(), std::atoll(argv[3]));
