@@ -95,7 +95,7 @@ enum Op {  // in the order of kNames
   kShflXor
 };
 
-extern int64_t loaded;  // bytes that went through __ldg and __ldcs
+extern int64_t loads;  // that went through __ldg and __ldcs
 
 int block_collective(Op op, bool value);
 // A shuffle returns the value of the lane that `argument` leads to; all others the ballot.
@@ -177,7 +177,7 @@ inline double __longlong_as_double(long long x) { return cuda_shim::bits<double>
 inline long long __double_as_longlong(double x) { return cuda_shim::bits<long long>(x); }
 template <class T>
 T __ldg(const T* address) {
-  cuda_shim::loaded += sizeof(T);
+  ++cuda_shim::loads;
   return *address;
 }
 template <class T>

@@ -430,7 +430,7 @@ void fail_next(cudaError_t error, int skip) {
   planned_skip = skip;
 }
 
-int64_t loaded = 0;
+int64_t loads = 0;
 
 int64_t calls() { return call_count; }
 int64_t launches() { return launch_count; }
