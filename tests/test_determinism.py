@@ -62,7 +62,11 @@ def test_flushing_denormals_changes_nothing(native):
 
 
 def test_from_many_threads_at_once(native):
-    """Four threads summarise two models while a fifth trains another."""
+    """Four threads summarise two models while a fifth trains another.
+
+    Its gradients stay where they are: torch itself crashes where a thread looks at `p.grad` while
+    another's backward, which needs no GIL, puts a new one there.
+    """
     torch.manual_seed(0)
     models = [
         torch.nn.Sequential(torch.nn.Linear(300, 900), torch.nn.Linear(900, n)) for n in (10, 500)
@@ -73,6 +77,7 @@ def test_from_many_threads_at_once(native):
     trained = torch.nn.Sequential(
         torch.nn.Linear(64, 512), torch.nn.ReLU(), torch.nn.Linear(512, 8)
     )
+    trained(torch.randn(32, 64)).square().mean().backward()
     stop, failures = threading.Event(), []
 
     def guarded(work):
@@ -84,7 +89,7 @@ def test_from_many_threads_at_once(native):
     def train():
         optimizer = torch.optim.SGD(trained.parameters(), lr=0.01)
         while not stop.is_set():
-            optimizer.zero_grad()
+            optimizer.zero_grad(set_to_none=False)
             trained(torch.randn(32, 64)).square().mean().backward()
             optimizer.step()
 
