@@ -56,10 +56,11 @@ class DuringCapture {
 
 class CudaTransfer : public Transfer {
  public:
-  CudaTransfer(c10::DataPtr host, std::vector<size_t> rows, const c10::Stream& stream)
+  CudaTransfer(c10::DataPtr host, std::vector<size_t> rows, const c10::Stream& stream, void* handle)
       : host_(std::move(host)),
         rows_(std::move(rows)),
         stream_(stream),
+        handle_(handle),
         event_(std::make_unique<c10::Event>(c10::DeviceType::CUDA)) {}
 
   void enqueued() { event_->record(stream_); }
@@ -73,7 +74,7 @@ class CudaTransfer : public Transfer {
       if (!event_->was_marked_for_recording()) throw std::runtime_error("enqueuing failed");
       if (!event_->query()) {
         bool capturing = false;
-        engine->is_capturing(handle_of(stream_), capturing);
+        engine->is_capturing(handle_, capturing);
         if (capturing) {
           event_->synchronize();  // recording another event would be captured
         } else {
@@ -108,6 +109,7 @@ class CudaTransfer : public Transfer {
   c10::DataPtr host_;
   std::vector<size_t> rows_;
   c10::Stream stream_;
+  void* handle_;  // its cudaStream_t
   std::unique_ptr<c10::Event> event_;
 };
 
@@ -187,7 +189,8 @@ std::shared_ptr<Transfer> CudaCall::start(Group& g) {
   void* results = host.get();
   // Let go at the end of this function: torch's allocator gives it to others in the stream's order.
   const c10::DataPtr workspace = c10::GetAllocator(c10::DeviceType::CUDA)->allocate(sizes.device);
-  auto transfer = std::make_shared<CudaTransfer>(std::move(host), std::move(g.rows), g.stream);
+  auto transfer =
+      std::make_shared<CudaTransfer>(std::move(host), std::move(g.rows), g.stream, g.handle);
   check(engine->enqueue(g.views.data(), n, results, workspace.get(), g.handle), device);
   transfer->enqueued();
   if (g.stream != impl.getDefaultStream(device)) {

@@ -147,13 +147,6 @@ inline Int32Lanes extend(const S* p) {
 }
 #endif
 
-template <class V, class S>
-inline V load_bits(const S* p) {
-  V v;
-  __builtin_memcpy(&v, p, sizeof(v));
-  return v;
-}
-
 #include "extremes_body.h"
 
 // ---- one struct per element type: how to read vectors of it -------------------------------------
