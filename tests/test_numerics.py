@@ -33,8 +33,9 @@ INTEGERS = [
     torch.uint64,
     torch.bool,
 ]
-BLOCK, CHUNK = 4096, reference.CHUNK
-SIZES = [0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 127, 129, BLOCK - 1, BLOCK, BLOCK + 1]
+BLOCK, PART, CHUNK = 16384, 4096, reference.CHUNK
+SIZES = [0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 127, 129]
+SIZES += [PART - 1, PART, PART + 1, BLOCK, PART + BLOCK - 1, PART + BLOCK, PART + BLOCK + 1]
 CHUNK_SIZES = [CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 77]
 
 

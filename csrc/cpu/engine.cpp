@@ -9,9 +9,9 @@
 namespace paramstats::cpu {
 namespace {
 
-// Elements copied side by side at a time where a tensor has gaps: two blocks of the widest type
-// stay in L1.
-constexpr int64_t kGather = 2 * kBlock;
+// Elements copied side by side at a time where a tensor has gaps: two parts of a block of the
+// widest type stay in L2.
+constexpr int64_t kGather = 2 * kPart;
 
 struct Chunk {
   const TensorView* tensor;

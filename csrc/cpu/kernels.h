@@ -8,13 +8,18 @@
 
 namespace paramstats::cpu {
 
-// Elements whose sums are kept in SIMD lanes before they become a state. 4,096 float32 are 16 KiB:
-// a block that must be read twice is still in L1, and with its float64 copy in L2.
-constexpr int64_t kBlock = 4096;
+// Elements whose sums are kept in SIMD lanes before they become a state: enough to make the joining
+// of states cheap, few enough that a block which must be read again (64 KiB of float32) is still in
+// L2, most of it in L1.
+constexpr int64_t kBlock = 16384;
+
+// A block that its lanes could not hold is tried again in parts of so many elements: they and their
+// float64 copy are in L1, and one NaN makes no more than that slow.
+constexpr int64_t kPart = kBlock / 4;
 
 // Elements that one thread takes at a time. Part boundaries depend on the tensor alone, so results
 // do not depend on the number of threads. From 64 Ki to 1 Mi elements make no difference in speed.
-constexpr int64_t kChunk = 32 * kBlock;
+constexpr int64_t kChunk = 8 * kBlock;
 
 // Summarises n <= kChunk elements that lie side by side: counters in narrow lanes hold no more.
 using ChunkKernel = Moments (*)(const void* data, int64_t n);

@@ -15,8 +15,9 @@
 //
 // takes one read and the subtraction is small: a block is accepted only if the pivot lay within a
 // quarter of a standard deviation of its mean, sum(d)^2 / n <= sum(d^2) / 16. If not, it is done
-// again (in L1) around its own mean. Minimum, maximum and zeros stay in lanes from block to block,
-// for narrow types as the integers that lie in memory, and are looked at when the chunk is done.
+// again (in cache) around its own mean. Minimum, maximum and zeros stay in lanes from block to
+// block, for narrow types as the integers that lie in memory, and are looked at when the chunk is
+// done.
 //
 // Error of an accepted float32 block, u = 2^-24: a sum grows by at most kInner = 8 additions in a
 // float32 lane and 2 more across lanes before it is widened to float64, where rounding no longer
@@ -29,8 +30,8 @@
 
 #include "lanes_body.h"
 
-constexpr int kInner = 8;             // additions in a lane before it is widened to float64
-constexpr int kPrefetchBytes = 8192;  // how far ahead of the read memory is asked for
+constexpr int kInner = 8;              // additions in a lane before it is widened to float64
+constexpr int kPrefetchBytes = 16384;  // how far ahead of the read memory is asked for
 
 // ---- sums of one block ---------------------------------------------------------------------
 
@@ -240,11 +241,11 @@ inline Moments finish(const Running<T>& r) {
   return state;
 }
 
-// A block that the lanes of its type could not hold. Two roads, the second slower and surer:
-// float64 lanes on a converted copy; the exact routine, which knows NaN and infinity.
+// n <= kPart elements that the lanes of their type could not hold. Two roads, the second slower and
+// surer: float64 lanes on a converted copy; the exact routine, which knows NaN and infinity.
 template <class T>
-__attribute__((noinline)) void hard_block(const typename T::Storage* x, int64_t n, Running<T>& r) {
-  double values[kBlock];
+void hard_part(const typename T::Storage* x, int64_t n, Running<T>& r) {
+  double values[kPart];
   for (int64_t i = 0; i < n; i += kUnit<T>) {
     const int64_t size = n - i < kUnit<T> ? n - i : kUnit<T>;
     typename T::Storage padded[kUnit<T>] = {};
@@ -272,13 +273,26 @@ __attribute__((noinline)) void hard_block(const typename T::Storage* x, int64_t 
   r.pivot = static_cast<typename T::Scalar>(out.mean);
 }
 
+// The same of any number: in parts, as most may be held once they are away from the others.
+template <class T>
+__attribute__((noinline)) void hard_block(const typename T::Storage* x, int64_t n, Running<T>& r) {
+  for (int64_t i = 0; i < n; i += kPart) {
+    const int64_t size = n - i < kPart ? n - i : kPart;
+    if (n > kPart && try_block<T>(x + i, size, r)) continue;
+    hard_part<T>(x + i, size, r);
+  }
+}
+
 template <class T>
 Moments chunk(const void* data, int64_t n) {
-  constexpr int64_t kSize = sizeof(typename T::Storage) == 1 ? kBlock / 2 : kBlock;  // for counters
+  constexpr bool kNarrowCounters = sizeof(typename T::Storage) == 1;
+  constexpr int64_t kFirst = kNarrowCounters ? kPart / 2 : kPart;
+  constexpr int64_t kNext = kNarrowCounters ? kPart / 2 : kBlock;
   const auto* x = static_cast<const typename T::Storage*>(data);
   Running<T> running;
-  for (int64_t i = 0; i < n; i += kSize) {
-    const int64_t size = n - i < kSize ? n - i : kSize;
+  int64_t size = kFirst;  // a short one finds the pivot
+  for (int64_t i = 0; i < n; i += size, size = kNext) {
+    if (size > n - i) size = n - i;
     if (!try_block<T>(x + i, size, running)) hard_block<T>(x + i, size, running);
   }
   return finish(running);

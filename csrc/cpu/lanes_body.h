@@ -114,7 +114,7 @@ struct InFloat {
   using Vector = FloatLanes;
   using Mask = Int32Lanes;
   static constexpr int kWidth = kVectorBytes / 4;
-  static constexpr double kLeastSquares = 6e-35;
+  static constexpr double kLeastSquares = 2.4e-34;
 };
 struct InDouble {
   using Scalar = double;

@@ -95,7 +95,8 @@ void every_size_at_every_address() {
                              Tensor(dtype, n, first), bounds(dtype));
       }
     }
-    for (int64_t n : {kBlock - 1, kBlock, kBlock + 1, kChunk - 1, kChunk, kChunk + 1}) {
+    for (int64_t n : {kPart - 1, kPart, kPart + 1, kPart + kBlock - 1, kPart + kBlock,
+                      kPart + kBlock + 1, kChunk - 1, kChunk, kChunk + 1}) {
       check_at_every_level("n=" + std::to_string(n), Tensor(dtype, n, n % 3), bounds(dtype));
     }
   }
