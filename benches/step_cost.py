@@ -5,8 +5,9 @@
     python -m benches.step_cost --json FILE        for benches.report
 
 In every turn each tool takes part in its own steps of one and the same training, and is detached
-again; a turn's first tool is another one every time. What a tool adds is told from the same turn's
-steps without a tool, so that a slow spell of the machine hits both.
+again. The order is drawn anew for every turn, so that no tool always follows the same one, and one
+step goes by before the timed ones. What a tool adds is told from the same turn's steps without a
+tool, so that a slow spell of the machine hits both.
 
 wandb runs offline in a temporary folder, and what it does in its own process after a turn is waited
 for; Lightning's norms are left as the tensors that its function returns.
@@ -19,6 +20,7 @@ import contextlib
 import importlib
 import json
 import os
+import random
 import statistics
 import sys
 import tempfile
@@ -218,7 +220,7 @@ class Work:
     first: int
 
 
-_TOKENS = 64
+_TOKENS = 128
 
 
 def _gpt2() -> Training:
@@ -288,7 +290,7 @@ def _mlp() -> Training:
 
 
 WORKS = (
-    Work("gpt2", "GPT-2, 124 M parameters, 64 tokens", _gpt2, turns=9, steps=1, first=0),
+    Work("gpt2", "GPT-2, 124 M parameters, 128 tokens", _gpt2, turns=9, steps=1, first=1),
     Work("resnet", "ResNet-18, 32 images of 32 x 32", _resnet, turns=11, steps=1, first=1),
     Work("mlp", "MLP of 6 parameters, 64 digits", _mlp, turns=15, steps=50, first=5),
 )
@@ -376,9 +378,9 @@ def measure(work: Work, tools: Sequence[Tool], turns: int) -> dict[str, Any]:
     for tool in tools:  # memory, layouts and threads are there when the turns begin
         timed(training, tool, work)
     found = []
-    for turn in range(turns):
-        first = turn % len(tools)
-        order = [*tools[first:], *tools[:first]]
+    draw = random.Random(0)
+    for _ in range(turns):
+        order = draw.sample(tools, len(tools))
         timings = {tool.name: timed(training, tool, work) for tool in order}
         found.append({tool.name: timings[tool.name] for tool in tools})
     named = tensors(training.model)

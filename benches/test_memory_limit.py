@@ -16,7 +16,13 @@ from benches.conftest import Measure
 from benches.exact import PARAMSTATS, Exact, exact, worst_errors
 from benches.read_only import NoCompilerError, ReadOnly, checksum
 
-_SIZES = {"32_KB": 32_000, "1_MB": 1_000_000, "32_MB": 32_000_000, "1_GiB": 1 << 30}
+_SIZES = {
+    "32_KB": 32_000,
+    "1_MB": 1_000_000,
+    "16_MB": 16_000_000,
+    "32_MB": 32_000_000,
+    "1_GiB": 1 << 30,
+}
 _DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -62,7 +68,7 @@ def _cases() -> Iterator[Any]:
     for dtype in _OF_1_GIB:
         yield _case("1_GiB", dtype)
     yield _case("1_GiB", "float32", "avx2")
-    for size in ("32_MB", "1_MB", "32_KB"):
+    for size in ("32_MB", "16_MB", "1_MB", "32_KB"):
         for dtype in _DTYPES:
             yield _case(size, dtype)
 
