@@ -335,6 +335,7 @@ PYBIND11_MODULE(_native, m) {
   m.attr("SERIAL_BYTES") = paramstats::cpu::kSerialBytes;
   m.def("walk", &paramstats::walk, "module"_a, "buffers"_a, "make_layout"_a);
   m.def("cached_layouts", &paramstats::cached_layouts);
+  m.def("read_distributed", &paramstats::read_distributed, "type"_a);
   py::class_<paramstats::Transfer, std::shared_ptr<paramstats::Transfer>>(m, "Transfer")
       .def("ready", &paramstats::Transfer::ready)
       .def("write", &paramstats::write_transfer, "table"_a);

@@ -111,11 +111,15 @@ bool is_tensor(PyObject* object) {
          PyType_IsSubtype(Py_TYPE(object), reinterpret_cast<PyTypeObject*>(THPVariableClass));
 }
 
+// DTensor, once somebody has met one: its operators are Python code, its sizes are not.
+PyTypeObject* distributed = nullptr;
+
 // Whether sizes and the like can be asked for without a subclass's Python code answering.
 bool answers_by_itself(PyObject* object) {
   const c10::TensorImpl& t = *THPVariable_Unpack(object).unsafeGetTensorImpl();
-  return !t.key_set().has(c10::DispatchKey::Python) && !t.is_nested() &&
-         !t.has_symbolic_sizes_strides();
+  const bool by_python =
+      t.key_set().has(c10::DispatchKey::Python) && Py_TYPE(object) != distributed;
+  return !by_python && !t.is_nested() && !t.has_symbolic_sizes_strides();
 }
 
 // A borrowed plain dict of the module's, or null.
@@ -387,6 +391,12 @@ py::object walk(py::handle module, bool buffers, py::handle make_layout) {
     std::swap(cache(buffers)[module.ptr()], entry);
   }
   return result;
+}
+
+void read_distributed(py::handle type) {
+  if (reinterpret_cast<PyTypeObject*>(type.ptr()) == distributed) return;
+  Py_INCREF(type.ptr());  // for good: it is one of torch's own
+  distributed = reinterpret_cast<PyTypeObject*>(type.ptr());
 }
 
 size_t cached_layouts() { return cache(false).size() + cache(true).size(); }

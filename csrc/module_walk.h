@@ -17,6 +17,9 @@ namespace paramstats {
 // like, or is no plain nn.Module): then Python has to ask the module itself.
 pybind11::object walk(pybind11::handle module, bool buffers, pybind11::handle make_layout);
 
+// Has `walk` read tensors of one more class, DTensor, although its operators are Python code.
+void read_distributed(pybind11::handle type);
+
 // How many models' layouts are kept. They go when their model does.
 size_t cached_layouts();
 

@@ -7,9 +7,10 @@
 """
 
 from paramstats.engine import Backend, backend
+from paramstats.sharding import Shard
 from paramstats.stats import ParamStats, TensorStats
 from paramstats.summarize import summarize
 from paramstats.summary import Summary
 
-__all__ = ["Backend", "ParamStats", "Summary", "TensorStats", "backend", "summarize"]
+__all__ = ["Backend", "ParamStats", "Shard", "Summary", "TensorStats", "backend", "summarize"]
 __version__ = "0.1.0"

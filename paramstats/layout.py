@@ -26,16 +26,19 @@ class Keys(NamedTuple):
 class Layout:
     """The rows of a summary: immutable, and shared by all summaries of an unchanged model.
 
-    `parameters` is how many leading rows are parameters; the rest are buffers.
+    `parameters` is how many leading rows are parameters; the rest are buffers. `is_sharded` is None
+    until somebody has looked.
     """
 
     __slots__ = (
+        "__weakref__",
         "_index",
         "_keys",
         "_selections",
         "aliases",
         "devices",
         "dtypes",
+        "is_sharded",
         "names",
         "parameters",
         "requires_grad",
@@ -59,6 +62,7 @@ class Layout:
         self.dtypes = dtypes
         self.devices = devices
         self.requires_grad = requires_grad
+        self.is_sharded: bool | None = None
         self._index: dict[str, int] | None = None
         self._keys: dict[Any, Keys] = {}
         self._selections: dict[Any, tuple[Layout, list[int]]] = {}

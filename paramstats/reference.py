@@ -248,7 +248,7 @@ def read(
     n = len(tensors)
     left: Left = list(enumerate(tensors)) if params else []
     absent = ROW.pack(*unread(ABSENT))
-    table = [ROW.pack(*unread(_numel(t))) for t in tensors] + [absent] * n
+    table = [ROW.pack(*unread(numel(t))) for t in tensors] + [absent] * n
     if grads:
         found = ((n + i, gradient(t)) for i, t in enumerate(tensors))
         left += [(row, grad) for row, grad in found if grad is not None]
@@ -274,7 +274,7 @@ def fill(
             except Exception as error:  # a subclass may raise anything; training goes on
                 state = None
                 skipped[row] = f"{type(error).__name__}: {error}".splitlines()[0]
-            ROW.pack_into(out, row * ROW.size, *(state or unread(_numel(tensor))))
+            ROW.pack_into(out, row * ROW.size, *(state or unread(numel(tensor))))
     transfers = tuple(Pending(device, *parts) for device, parts in later.items())
     return bytes(out), transfers, skipped
 
@@ -297,7 +297,7 @@ Later = dict[torch.device, tuple[list[tuple[int, int]], list[Tensor]]]
 def _state(tensor: Tensor, row: int, later: Later) -> Moments:
     """The state of any tensor; of one on an accelerator, unread for now and added to `later`."""
     if tensor.device.type == "meta" or is_lazy(tensor):
-        return unread(_numel(tensor))
+        return unread(numel(tensor))
     x, zeros = _elements(tensor)
     _check_storage(x)
     if x.is_complex():
@@ -328,7 +328,7 @@ def _zeros(count: int) -> Moments:
     return Moments(count, count, 0, 0, 0, 0.0, 0.0, 0.0, 0.0) if count else Moments()
 
 
-def _numel(tensor: Tensor) -> int:
+def numel(tensor: Tensor) -> int:
     try:
         return 0 if is_lazy(tensor) else int(tensor.numel())
     except Exception:  # sizes that are symbols, or a subclass that will not tell

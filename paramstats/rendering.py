@@ -44,15 +44,29 @@ def table(summary: Summary, width: int | None = None) -> str:
     widths[0] = min(widths[0], max(width - _width(columns[1:]), _NARROWEST_NAME))
     head, *body, total = (_line(line, widths) for line in zip(*columns, strict=True))
     rule = _printable("─", "-") * len(head)
-    return "\n".join([head, rule, *body, rule, total])
+    return "\n".join([head, rule, *body, rule, total, *_notes(summary)])
 
 
 def html(summary: Summary) -> str:
     """The same as an HTML table."""
     head, *body = _cells(summary)
+    notes = "".join(f"<p>{markup.escape(note)}</p>" for note in _notes(summary))
     return (
         f"<table>{_html_row('th', head)}{''.join(_html_row('td', line) for line in body)}</table>"
+        f"{notes}"
     )
+
+
+def _notes(summary: Summary) -> list[str]:
+    """What a reader of a sharded model's figures must know."""
+    notes = []
+    if summary.is_local:
+        notes.append("figures of this process's part alone")
+    if summary.diverged:
+        first, *others = summary.diverged
+        more = f" (and {len(others)} more)" if others else ""
+        notes.append(f"copies differ: {first}{more}: {summary.diverged[first]}")
+    return notes
 
 
 def one_line(stats: TensorStats) -> str:

@@ -6,20 +6,27 @@ import math
 import re
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from paramstats import reference
+from paramstats import reference, sharding
 from paramstats import walk as python_walk
-from paramstats.engine import engine
+from paramstats.engine import Engine, engine
 from paramstats.layout import Layout, compile_patterns
-from paramstats.sharding import refuse_shards
-from paramstats.summary import Summary
+from paramstats.sharding import Shard, refuse_shards
+from paramstats.summary import Summary, warn_once
 from paramstats.untraced import untraced
 
+if TYPE_CHECKING:
+    import torch.distributed as dist
+
 Pattern = str | re.Pattern[str]
-Source = torch.nn.Module | Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]
+Source = (
+    torch.nn.Module
+    | Mapping[str, torch.Tensor | Shard]
+    | Iterable[tuple[str, torch.Tensor | Shard]]
+)
 
 
 @untraced
@@ -33,6 +40,9 @@ def summarize(
     exclude: Pattern | Iterable[Pattern] | None = None,
     correction: float = 1,
     grad_scale: float = 1.0,
+    local: bool = False,
+    group: dist.ProcessGroup | None = None,
+    async_op: bool = False,
 ) -> Summary:
     """Mean, std, norm, zero fraction and more of every tensor and its gradient, from one read.
 
@@ -58,6 +68,11 @@ def summarize(
         correction: what `torch.std` calls so: var = m2 / (n - correction).
         grad_scale: what a gradient scaler multiplied the loss by: figures of gradients come out
             divided by it. Pass `scaler.get_scale()` before `scaler.unscale_(optimizer)`, 1 after.
+        local: of a sharded model, this process's own elements alone, without communication;
+            `Summary.is_local` says so.
+        group: the processes that hold the model together; None: all of them. Given, the call is a
+            collective one for any model: pipeline stages of plain tensors are joined by it.
+        async_op: of a sharded model, exchange beside the training, in a group of its own.
 
     Returns:
         A `Summary`, in the order of `named_parameters()`. A parameter with several names is one
@@ -67,11 +82,16 @@ def summarize(
     Raises:
         TypeError: `source` is none of the above, a name is no str or a value no tensor.
         ValueError: a name stands twice; `correction` or `grad_scale` is no usable number.
-        NotImplementedError: the model is sharded and this process holds only a part of a tensor.
-        RuntimeError: the current stream of a tensor's device is being captured into a CUDA graph.
+        NotImplementedError: a gradient is sharded and its tensor is not.
+        RuntimeError: the current stream of a tensor's device is being captured into a CUDA graph;
+            or, on every process alike, elements of a sharded tensor are missing.
 
     On a GPU it returns without waiting: each device's tensors are read by its current stream, after
     the work that is there already, and figures, when they are looked at, wait for that read alone.
+
+    Of a sharded model (DTensor, FSDP, FSDP2, ZeRO-3, `Shard`) the figures of whole tensors come
+    out, the same on every process: it is then a collective call, which all processes of `group`
+    must make. A model of plain tensors, also under DDP, never communicates.
 
     A tensor that cannot be read (a subclass that hides its elements) does not raise: its figures
     are NaN, `Summary.skipped` names the reason, and a warning says so once.
@@ -93,10 +113,17 @@ def summarize(
     excluded = () if exclude is None else compile_patterns(exclude, "exclude")
 
     if isinstance(source, torch.nn.Module):
-        found = chosen.walk(source, buffers, _make_layout)
-        layout, tensors = found or python_walk.walk(source, buffers, _make_layout)
+        found = chosen.walk(source, buffers, Layout.of)
+        layout, tensors = found or python_walk.walk(source, buffers, Layout.of)
     else:
-        layout, tensors = python_walk.walk_named(source, included, excluded, _make_layout)
+        layout, tensors = python_walk.walk_named(source, included, excluded, Layout.of)
+    if layout.is_sharded is None:
+        layout.is_sharded = sharding.is_sharded(source, tensors)
+    together = layout.is_sharded or group is not None
+    if together:
+        from paramstats import sharded
+
+        layout, tensors = sharded.unwrapped(source, layout, tensors)
     if included is not None or excluded:
         layout, rows = layout.select(included, excluded)
         tensors = [tensors[row] for row in rows]
@@ -106,7 +133,26 @@ def summarize(
                 RuntimeWarning,
                 stacklevel=2,
             )
+    if not together:
+        return _summarize_here(chosen, layout, tensors, params, grads, correction, grad_scale)
+    read = sharded.summarize_local if local else sharded.summarize_together
+    return read(
+        sharded.Call(chosen, params, grads, float(correction), float(grad_scale), group, async_op),
+        layout,
+        tensors,
+    )
 
+
+def _summarize_here(
+    chosen: Engine,
+    layout: Layout,
+    tensors: list[torch.Tensor],
+    params: bool,
+    grads: bool,
+    correction: float,
+    grad_scale: float,
+) -> Summary:
+    """Of tensors that this process holds whole."""
     table, left, transfers = chosen.read(tensors, params, grads)
     if not left:
         return Summary(layout, table, float(correction), float(grad_scale), transfers)
@@ -114,8 +160,7 @@ def summarize(
     chosen.explain_cuda(tensor.device for _, tensor in left)
     table, more, unreadable = reference.fill(table, left, params)
     skipped = {layout.row_name(row): reason for row, reason in unreadable.items()}
-    if skipped:
-        _warn_once({layout.row_name(row): type(tensor) for row, tensor in left}, skipped)
+    warn_once(skipped, {layout.row_name(row): type(tensor) for row, tensor in left})
     transfers = (*transfers, *more)
     return Summary(layout, table, float(correction), float(grad_scale), transfers, skipped)
 
@@ -125,29 +170,3 @@ def _is_finite(value: Any) -> bool:
         return math.isfinite(value)
     except TypeError:
         return False
-
-
-def _make_layout(
-    names: tuple[str, ...],
-    aliases: tuple[tuple[str, ...], ...],
-    parameters: int,
-    tensors: list[torch.Tensor],
-) -> Layout:
-    refuse_shards(zip(names, tensors, strict=True))
-    return Layout.of(names, aliases, parameters, tensors)
-
-
-_warned: set[tuple[type, str]] = set()
-
-
-def _warn_once(types: dict[str, type], skipped: dict[str, str]) -> None:
-    """A warning for each kind of tensor and reason, once in a process."""
-    for name, reason in skipped.items():
-        kind = (types[name], reason)
-        if kind not in _warned:
-            _warned.add(kind)
-            warnings.warn(
-                f"paramstats.summarize: '{name}' could not be read, its figures are NaN: {reason}",
-                RuntimeWarning,
-                stacklevel=3,
-            )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import string
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -37,7 +38,16 @@ class Summary(Mapping[str, ParamStats]):
     tensors on a GPU, on their way: reading one waits for this summary's transfer alone.
     """
 
-    __slots__ = ("_correction", "_grad_scale", "_layout", "_pending", "_skipped", "_table")
+    __slots__ = (
+        "_correction",
+        "_diverged",
+        "_grad_scale",
+        "_layout",
+        "_local",
+        "_pending",
+        "_skipped",
+        "_table",
+    )
 
     def __init__(
         self,
@@ -47,6 +57,8 @@ class Summary(Mapping[str, ParamStats]):
         grad_scale: float,
         pending: Sequence[Transfer] = (),
         skipped: Mapping[str, str] = MappingProxyType({}),
+        diverged: Mapping[str, str] = MappingProxyType({}),
+        local: bool = False,
     ) -> None:
         self._layout = layout
         self._table = table
@@ -54,6 +66,8 @@ class Summary(Mapping[str, ParamStats]):
         self._grad_scale = grad_scale
         self._pending = tuple(pending)
         self._skipped = skipped
+        self._diverged = diverged
+        self._local = local
 
     # ---- the mapping
 
@@ -112,6 +126,21 @@ class Summary(Mapping[str, ParamStats]):
     def skipped(self) -> Mapping[str, str]:
         """Why a tensor could not be read, by name; empty when all is well."""
         return MappingProxyType(dict(self._skipped))
+
+    @property
+    def diverged(self) -> Mapping[str, str]:
+        """Of a sharded model, what should be the same on several processes and is not, by name,
+        with a rank that has another copy; empty when all is well.
+
+        Copies are compared by their figures, to the last bit: what changes none of them, such as
+        the lowest bit of one element among millions, may pass.
+        """
+        return MappingProxyType(dict(self._diverged))
+
+    @property
+    def is_local(self) -> bool:
+        """Whether these are the figures of this process's part of a sharded model alone."""
+        return self._local
 
     @untraced
     def ready(self) -> bool:
@@ -220,7 +249,8 @@ class Summary(Mapping[str, ParamStats]):
     def __repr__(self) -> str:
         n = len(self)
         grads = self._count(lambda state: state.count != ABSENT) - n
-        return f"<Summary of {len(self)} tensors, {grads} with gradients>"
+        where = ", this process's part of them" if self._local else ""
+        return f"<Summary of {len(self)} tensors, {grads} with gradients{where}>"
 
     def _repr_html_(self) -> str:
         return rendering.html(self)
@@ -228,7 +258,7 @@ class Summary(Mapping[str, ParamStats]):
     def __reduce__(self) -> tuple[Any, ...]:
         self.wait()
         state = (self._layout, self._table, self._correction, self._grad_scale)
-        return Summary, (*state, (), dict(self._skipped))
+        return Summary, (*state, (), dict(self._skipped), dict(self._diverged), self._local)
 
     def _state(self, row: int) -> Moments:
         self.wait()
@@ -256,6 +286,22 @@ class Summary(Mapping[str, ParamStats]):
 
 def _is_read(state: Moments) -> bool:
     return not moments.is_unread(state)
+
+
+_warned: set[tuple[type, str]] = set()
+
+
+def warn_once(skipped: Mapping[str, str], types: Mapping[str, type]) -> None:
+    """A warning for each kind of tensor and reason that it could not be read, once in a process."""
+    for name, reason in skipped.items():
+        kind = (types.get(name, type(None)), reason)
+        if kind not in _warned:
+            _warned.add(kind)
+            warnings.warn(
+                f"paramstats.summarize: '{name}' could not be read, its figures are NaN: {reason}",
+                RuntimeWarning,
+                stacklevel=4,
+            )
 
 
 @functools.lru_cache(maxsize=16)

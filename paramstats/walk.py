@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from paramstats.layout import Patterns, passes
+from paramstats.sharding import Shard
 
 MakeLayout = Callable[[tuple[str, ...], tuple[tuple[str, ...], ...], int, list[torch.Tensor]], Any]
 
@@ -50,7 +51,7 @@ def walk_named(
                 f"paramstats.summarize: expected names to be str, got {type(name).__name__} "
                 f"for {name!r}"
             )
-        if not isinstance(value, torch.Tensor):
+        if not isinstance(value, (torch.Tensor, Shard)):
             if not passes(name, include, exclude):
                 continue
             raise TypeError(
@@ -69,12 +70,12 @@ class _Rows:
     """Tensors in order of their first name, with all their names."""
 
     def __init__(self, key: Callable[[torch.Tensor], Any] = id) -> None:
-        self.tensors: list[torch.Tensor] = []
+        self.tensors: list[Any] = []
         self._key = key
         self._row_of: dict[Any, int] = {}
         self._names: list[list[str]] = []
 
-    def add(self, name: str, tensor: torch.Tensor) -> None:
+    def add(self, name: str, tensor: Any) -> None:
         row = self._row_of.setdefault(self._key(tensor), len(self.tensors))
         if row == len(self.tensors):
             self.tensors.append(tensor)

@@ -1,0 +1,125 @@
+"""What an exchange costs from 8 to 4,096 processes: collectives, bytes and the joining of states.
+
+    python -m benches.sharded
+    python -m benches.sharded --tensors 10000 --ranks 1024
+
+One process stands for all: it runs paramstats' own exchange for rank 0, and what the others would
+have sent is made from what it sends itself. So collectives, bytes and the time that a process works
+are measured; the network's time is arithmetic, from a bandwidth and a latency that are stated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+
+import torch
+from torch import Tensor, nn
+
+import paramstats
+from benches import hardware
+from paramstats.engine import engine
+from paramstats.layout import Layout
+from paramstats.sharded.exchange import ALL_TO_ALL_FROM, Group
+from paramstats.sharded.offer import Offer
+from paramstats.sharded.pieces import held
+
+_RANKS = (8, 16, 64, 256, 1024, 4096)
+_ELEMENTS = 16
+_REPEAT = 5
+_LATENCY = 20e-6
+"""Seconds for a message to be under way, assumed."""
+_BYTES_PER_SECOND = 10e9
+"""That reach one process, assumed: a tenth of what 8 GPUs share with 8 x 400 Gbit/s."""
+
+
+class OneForAll(Group):
+    """A group whose other processes have the same keys' successors and the same states."""
+
+    def __init__(self, ranks: int) -> None:
+        super().__init__(None)
+        self._size = ranks
+        self._ranks = list(range(ranks))
+        self.collectives = 0
+        self.received = 0
+        self.seconds = 0.0
+
+    def _all_gather(self, block: Tensor) -> Tensor:
+        begin = time.perf_counter()
+        out = block.repeat(self._size, 1, 1)
+        if self._size < ALL_TO_ALL_FROM:  # else they are joined, and have no keys
+            _as_of_others(out)
+        return self._received(out, begin)
+
+    def _all_to_all(self, blocks: Tensor) -> Tensor:
+        begin = time.perf_counter()
+        out = blocks[:1].repeat(self._size, 1, 1)
+        _as_of_others(out)
+        return self._received(out, begin)
+
+    def _received(self, out: Tensor, begin: float) -> Tensor:
+        self.collectives += 1
+        self.received += (len(out) - 1) * out[0].nbytes
+        self.seconds += time.perf_counter() - begin
+        return out
+
+
+def _as_of_others(out: Tensor) -> None:
+    keys = out[:, 1:, 0]
+    keys += torch.arange(len(out))[:, None] * (keys >= 0)
+
+
+def measured(tensors: int, ranks: int) -> dict[str, float]:
+    """Of one exchange for half as many parameters as `tensors`, and their gradients."""
+    parameters = {}
+    for i in range(tensors // 2):
+        p = nn.Parameter(torch.randn(_ELEMENTS))
+        p.grad = torch.randn(_ELEMENTS)
+        parameters[f"layers.{i}.weight"] = paramstats.Shard(p, 0, _ELEMENTS * ranks)
+    rows = list(parameters.values())
+    names = tuple(parameters)
+    layout = Layout.of(names, ((),) * len(names), len(names), rows)  # type: ignore[arg-type]
+    offer = Offer(engine(), layout, rows, held(rows, True, {}), True)
+    group = OneForAll(ranks)
+    group.exchange(offer)  # the first time, names are agreed on
+    seconds = []
+    for _ in range(_REPEAT):
+        group.collectives, group.received, group.seconds = 0, 0, 0.0
+        begin = time.perf_counter()
+        result = group.exchange(offer)
+        seconds.append(time.perf_counter() - begin - group.seconds)
+        assert len(result.table) == tensors // 2 * 2 * 72 and not result.diverged
+    network = group.collectives * _LATENCY + group.received / _BYTES_PER_SECOND
+    return {
+        "collectives": group.collectives,
+        "received": group.received,
+        "work_s": statistics.median(seconds),
+        "network_s": network,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser("python -m benches.sharded", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--tensors", type=int, default=10_000, help="default %(default)s")
+    parser.add_argument("--ranks", type=int, nargs="*", default=_RANKS)
+    options = parser.parse_args()
+    print(hardware.describe("cpu"))
+    print(f"{options.tensors:,} tensors, gradients among them; times of one process")
+    print("| processes | collectives | received by each | its work, measured | network, reckoned |")
+    print("| ---: | ---: | ---: | ---: | ---: |")
+    for ranks in options.ranks:
+        m = measured(options.tensors, ranks)
+        print(
+            f"| {ranks:,} | {m['collectives']:.0f} | {m['received'] / 1e6:.2f} MB "
+            f"| {m['work_s'] * 1e3:.1f} ms | {m['network_s'] * 1e3:.2f} ms |"
+        )
+    print(
+        f"Reckoned: {_LATENCY * 1e6:.0f} us a collective and {_BYTES_PER_SECOND / 1e9:.0f} GB/s, "
+        f"both assumed."
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""Summaries of models that several processes hold together.
+
+Each process reads its own part of every tensor, as it would a whole one, and one packed exchange of
+states makes the whole tensors' figures on all of them. The way: wrappers (what a sharding library
+has put in a tensor's place) -> pieces (what is here, and where it belongs) -> offer (read) ->
+exchange (agreement, collectives) -> merging -> Summary.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from concurrent.futures import Future
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+
+from paramstats.engine import Engine
+from paramstats.layout import Layout
+from paramstats.sharded.exchange import Result, group_aside, group_of
+from paramstats.sharded.offer import Offer
+from paramstats.sharded.pieces import Placings, held
+from paramstats.sharded.wrappers import unwrapped
+from paramstats.summary import Summary, warn_once
+from paramstats.untraced import untraced
+
+__all__ = ["Call", "summarize_local", "summarize_together", "unwrapped"]
+
+_placings: weakref.WeakKeyDictionary[Layout, Placings] = weakref.WeakKeyDictionary()
+
+
+class Call(NamedTuple):
+    """How `summarize` was called."""
+
+    engine: Engine
+    params: bool
+    grads: bool
+    correction: float
+    grad_scale: float
+    group: dist.ProcessGroup | None
+    async_op: bool
+
+
+def summarize_together(call: Call, layout: Layout, rows: list[Any]) -> Summary:
+    """The figures of whole tensors; a collective call."""
+    if call.engine.native is not None and "torch.distributed.tensor" in sys.modules:
+        call.engine.native.read_distributed(sys.modules["torch.distributed.tensor"].DTensor)
+    known = _placings.setdefault(layout, {})
+    offer = Offer(call.engine, layout, rows, held(rows, call.grads, known), call.params)
+    if call.async_op:
+        later = group_aside(call.group).exchange_later(offer)
+        return _UnderWay(later, call.correction, call.grad_scale)
+    result = group_of(call.group).exchange(offer)
+    warn_once(result.skipped, {})
+    return Summary(
+        result.layout,
+        result.table,
+        call.correction,
+        call.grad_scale,
+        skipped=result.skipped,
+        diverged=result.diverged,
+    )
+
+
+def summarize_local(call: Call, layout: Layout, rows: list[Any]) -> Summary:
+    """The figures of what this process holds; no communication."""
+    here = held(rows, call.grads, {})
+    here.reductions.clear()
+    mine = [x for x in here.tensors[: len(rows)] if x is not None]  # all of them
+    own = Layout.of(layout.names, layout.aliases, layout.parameters, mine)
+    offer = Offer(call.engine, own, mine, here, call.params)
+    if offer.error is not None:
+        raise offer.error
+    warn_once(offer.unreadable, {})
+    table = offer.table()
+    return Summary(
+        own, table, call.correction, call.grad_scale, skipped=offer.unreadable, local=True
+    )
+
+
+class _UnderWay(Summary):
+    """A Summary whose exchange is not done: all that one may ask of it waits for that."""
+
+    __slots__ = ("_later",)
+
+    def __init__(self, later: Future[Result], correction: float, grad_scale: float) -> None:
+        self._later = later
+        self._correction = correction
+        self._grad_scale = grad_scale
+        self._pending = ()
+
+    @untraced
+    def ready(self) -> bool:
+        return self._later.done()
+
+    @untraced
+    def wait(self) -> Summary:
+        self._later.result()
+        return self
+
+    # What the exchange decides. Slots of the base class, which nothing sets here.
+    _layout = property(lambda self: self._later.result().layout)
+    _table = property(lambda self: self._later.result().table)
+    _skipped = property(lambda self: self._later.result().skipped)
+    _diverged = property(lambda self: self._later.result().diverged)
+    _local = False

@@ -1,0 +1,198 @@
+"""What the processes of a group must know of each other's tensors before they can be joined."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from paramstats import reference
+from paramstats.layout import Layout
+from paramstats.sharded.pieces import Reduction
+from paramstats.sharding import Shard
+
+Label = tuple[str, bool]
+"""A tensor's first name, and whether it is its gradient that is meant."""
+
+Program = dict[Label, tuple[Reduction, tuple[Any, ...]]]
+"""What is to be added up before it can be read, with the process groups that do it."""
+
+_MOST_KEPT = 64
+
+
+class Content(NamedTuple):
+    """A process's layout as the others need it: without the numbers of devices."""
+
+    names: tuple[str, ...]
+    aliases: tuple[tuple[str, ...], ...]
+    parameters: int
+    shapes: tuple[tuple[int, ...] | None, ...]
+    dtypes: tuple[torch.dtype, ...]
+    devices: tuple[str, ...]
+    requires_grad: tuple[bool, ...]
+    numels: tuple[int, ...]
+
+
+class Description(NamedTuple):
+    """All that one process tells of its tensors."""
+
+    content: Content
+    partials: tuple[tuple[Label, Reduction], ...]
+
+
+_digests: weakref.WeakKeyDictionary[Layout, tuple[Content, bytes]] = weakref.WeakKeyDictionary()
+_digests_by_content: dict[Content, bytes] = {}
+
+
+def content_of(layout: Layout, rows: Sequence[Any]) -> tuple[Content, bytes]:
+    """And its digest, which takes milliseconds for thousands of tensors the first time."""
+    found = _digests.get(layout)
+    if found is None:
+        content = Content(
+            layout.names,
+            layout.aliases,
+            layout.parameters,
+            layout.shapes,
+            layout.dtypes,
+            tuple(device.type for device in layout.devices),
+            layout.requires_grad,
+            tuple(x.numel if isinstance(x, Shard) else reference.numel(x) for x in rows),
+        )
+        digest = _digests_by_content.get(content)
+        if digest is None:
+            if len(_digests_by_content) >= _MOST_KEPT:
+                _digests_by_content.clear()
+            digest = _digests_by_content[content] = hashlib.sha256(repr(content).encode()).digest()
+        found = _digests[layout] = (content, digest)
+    return found
+
+
+def digest_of(layout_digest: bytes, partials: dict[Label, Reduction]) -> bytes:
+    if not partials:
+        return layout_digest
+    return hashlib.sha256(layout_digest + repr(sorted(partials.items())).encode()).digest()
+
+
+class Agreement(NamedTuple):
+    """The same on every process, but for `positions` and `program`, which are its own."""
+
+    id: int
+    layout: Layout
+    numels: Tensor
+    """Elements of each whole tensor, gradients after tensors."""
+    positions: Tensor
+    """The row, among all processes' rows, of each row of this process."""
+    program: Program
+
+    def covers(self, partials: dict[Label, Reduction]) -> bool:
+        program = self.program
+        return all(
+            label in program and program[label][0] == reduction
+            for label, reduction in partials.items()
+        )
+
+
+def agree(
+    digests: Sequence[bytes],
+    described: dict[bytes, Description],
+    mine: int,
+    layout: Layout,
+    mesh_of: Callable[[Label], Any],
+    ranks: Sequence[int],
+) -> Agreement:
+    """The union of what processes have: the first one's rows in its order, then what others add.
+
+    Args:
+        digests: of each process's description, in order.
+        described: by digest.
+        mine: this process's place among them.
+        layout: this process's own.
+        mesh_of: where this process's tensors are distributed; None where they are not.
+        ranks: the processes' global ranks.
+
+    Raises:
+        ValueError: one name stands for tensors of different shapes. On every process alike.
+    """
+    first: dict[str, tuple[Content, int, int]] = {}
+    seen = set()
+    for place, digest in enumerate(digests):
+        if digest in seen:
+            continue
+        seen.add(digest)
+        content = described[digest].content
+        for row, name in enumerate(content.names):
+            other, there, elsewhere = first.setdefault(name, (content, row, place))
+            got = (
+                (other.shapes[there], other.numels[there]),
+                (content.shapes[row], content.numels[row]),
+            )
+            if got[0] != got[1]:
+                raise ValueError(
+                    f"paramstats.summarize: expected one shape for '{name}' on all processes, got "
+                    f"{got[0][0]} of {got[0][1]} elements on rank {ranks[elsewhere]} and "
+                    f"{got[1][0]} of {got[1][1]} on rank {ranks[place]}; different tensors need "
+                    f"different names"
+                )
+    identity = b"".join(digests)
+    number = struct.unpack("=q", hashlib.sha256(identity).digest()[:8])[0] | 1
+    program = _program(digests, described, mine, mesh_of, ranks)
+    union = layout if len(seen) == 1 else _union(first, layout)
+    own = [union.index[name] for name in layout.names]
+    n = len(union)
+    numels = [first[name][0].numels[first[name][1]] for name in union.names]
+    return Agreement(
+        number,
+        union,
+        torch.tensor(numels * 2, dtype=torch.int64),
+        torch.tensor(own + [n + row for row in own], dtype=torch.int64),
+        program,
+    )
+
+
+def _union(first: dict[str, tuple[Content, int, int]], layout: Layout) -> Layout:
+    """Parameters first; a device is this process's own where it has the tensor."""
+    found = [(name, *where) for name, where in first.items()]
+    in_order = [f for f in found if f[2] < f[1].parameters]
+    parameters = len(in_order)
+    in_order += [f for f in found if f[2] >= f[1].parameters]
+    at = {name: row for row, name in enumerate(layout.names)}
+    return Layout(
+        tuple(name for name, *_ in in_order),
+        tuple(content.aliases[row] for _, content, row, _ in in_order),
+        parameters,
+        tuple(content.shapes[row] for _, content, row, _ in in_order),
+        tuple(content.dtypes[row] for _, content, row, _ in in_order),
+        tuple(
+            layout.devices[at[name]] if name in at else torch.device(content.devices[row])
+            for name, content, row, _ in in_order
+        ),
+        tuple(content.requires_grad[row] for _, content, row, _ in in_order),
+    )
+
+
+def _program(
+    digests: Sequence[bytes],
+    described: dict[bytes, Description],
+    mine: int,
+    mesh_of: Callable[[Label], Any],
+    ranks: Sequence[int],
+) -> Program:
+    """What this process adds up with others. Where its own gradient is None, it takes part in what
+    those that it shares a mesh dimension with have."""
+    own = dict(described[digests[mine]].partials)
+    program: Program = {label: (r, r.groups(mesh_of(label))) for label, r in own.items()}
+    for place, digest in enumerate(digests):
+        for label, reduction in described[digest].partials:
+            mesh = None if label in program else mesh_of(label)
+            if mesh is None or mesh.get_coordinate() is None:
+                continue
+            groups = reduction.groups(mesh)
+            if any(ranks[place] in dist.get_process_group_ranks(group) for group in groups):
+                program[label] = (reduction, groups)
+    return dict(sorted(program.items()))
