@@ -95,7 +95,7 @@ $(VENV)/peers: $(VENV)/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check numpy lovely-tensors wandb lightning matplotlib
 	@touch $@
 
-bench: $(VENV)/peers  ## all benchmarks; writes benches/results, the README's tables, docs/speed.svg
+bench: $(VENV)/peers  ## all benchmarks, 20 minutes; writes benches/results, the README's tables, docs/speed.svg
 	$(BIN)/python -m benches.report --repeat 2
 	$(BIN)/python -m benches.in_turns
 	$(BIN)/python -m benches.chart

@@ -94,12 +94,20 @@ def build(tree: Path) -> None:
 
 def same_engine(one: Path, other: Path) -> bool:
     """Whether both trees' engines are built from the same files."""
-    return _sources(one) == _sources(other)
+    return _files(one, _BUILT_FROM) == _files(other, _BUILT_FROM)
 
 
-def _sources(tree: Path) -> dict[str, bytes]:
-    paths = [path for name in _BUILT_FROM for path in (tree / name, *(tree / name).rglob("*"))]
-    return {str(path.relative_to(tree)): path.read_bytes() for path in paths if path.is_file()}
+def same_python(one: Path, other: Path) -> bool:
+    return _files(one, ("paramstats",), ".py") == _files(other, ("paramstats",), ".py")
+
+
+def _files(tree: Path, names: Sequence[str], suffix: str = "") -> dict[str, bytes]:
+    paths = [path for name in names for path in (tree / name, *(tree / name).rglob("*"))]
+    return {
+        str(path.relative_to(tree)): path.read_bytes()
+        for path in paths
+        if path.is_file() and path.name.endswith(suffix)
+    }
 
 
 def copy_engine(source: Path, target: Path) -> None:
@@ -258,6 +266,8 @@ def main() -> int:
         build(base)
         if same_engine(base, now):
             print("the present tree's C++ is the same: not built again", flush=True)
+            if same_python(base, now):
+                print("and so is its Python: what differs below is noise", flush=True)
             copy_engine(base, now)
         else:
             print("building the present tree", flush=True)
@@ -267,6 +277,7 @@ def main() -> int:
         share = free()
     if share is not None and share < hardware.LEAST_FREE:
         print(f"others took {1 - share:.0%} of the processors meanwhile: intervals are wide")
+    print("ratio: the present tree's time in parts of the base's")
     print(HEAD)
     slower = False
     for case, turns in zip(cases, zip(*pairs, strict=True), strict=True):

@@ -8,7 +8,8 @@
     python -m benches.report --json FILE ... --step-cost FILE   takes what both of them wrote
     python -m benches.report --json FILE ... --on-gpu FILE      the same for a GPU
 
-Of several runs, each figure is the median of their medians.
+Of several runs, each figure is the median of their medians, spread and company the worst; the
+training steps are measured once.
 The tables go between two lines of README.md, <!-- benchmark:begin --> and <!-- benchmark:end -->
 (benchmark-cuda for a run on CUDA).
 """
@@ -18,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -88,20 +90,21 @@ def condense(runs: list[dict[str, Any]]) -> Report:
         sys.exit("benches.report: nothing was measured (see the reasons of what was skipped)")
     cases: dict[str, Any] = {}
     for same in entries.values():
-        entry = sorted(same, key=lambda e: e["stats"]["median"])[len(same) // 2]
-        about = dict(entry["extra_info"])
-        contestant, free = about.pop("contestant"), about.pop("free")
-        errors = about.pop("errors", None)
-        device_s = about.pop("device_s", None)
+        infos = [entry["extra_info"] for entry in same]
+        about = dict(infos[0])
+        contestant, errors = about.pop("contestant"), about.pop("errors", None)
+        shares = [info["free"] for info in infos if info["free"] is not None]
+        on_device = [info["device_s"] for info in infos if info.get("device_s") is not None]
+        about.pop("free"), about.pop("device_s", None)
         empty: dict[str, Any] = {"median_s": {}, "iqr_s": {}, "free": {}, "error": {}}
         case = cases.setdefault(about.pop("case"), {**about, **empty})
-        case["median_s"][contestant] = entry["stats"]["median"]
-        case["iqr_s"][contestant] = entry["stats"]["iqr"]
-        case["free"][contestant] = free
+        case["median_s"][contestant] = statistics.median(e["stats"]["median"] for e in same)
+        case["iqr_s"][contestant] = max(entry["stats"]["iqr"] for entry in same)
+        case["free"][contestant] = min(shares, default=None)
         if errors:
             case["error"][contestant] = errors
-        if device_s is not None:
-            case.setdefault("device_s", {})[contestant] = device_s
+        if on_device:
+            case.setdefault("device_s", {})[contestant] = statistics.median(on_device)
     return {**where[0], "runs": len(runs), "cases": cases}
 
 

@@ -1,6 +1,6 @@
 """What a look at parameters and gradients adds to a training step on the CPU, tool by tool.
 
-    python -m benches.step_cost                    three to four minutes
+    python -m benches.step_cost                    seven minutes
     python -m benches.step_cost --only resnet,mlp
     python -m benches.step_cost --json FILE        for benches.report
 
@@ -358,7 +358,7 @@ def summed_up(turns: Sequence[Mapping[str, Timing]]) -> dict[str, Any]:
             "step_quartiles_s": _middle_half(steps),
             "added_s": statistics.median(added),
             "added_quartiles_s": _middle_half(added),
-            "more": statistics.median(a / base for a, base in zip(added, bare, strict=True)),
+            "more": statistics.median(added) / statistics.median(bare),
             "more_quartiles": _middle_half([a / b for a, b in zip(added, bare, strict=True)]),
             "free": statistics.mean(shares) if shares else None,
         }

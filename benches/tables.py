@@ -34,6 +34,9 @@ def render(report: dict[str, Any]) -> str:
 _NONE = "-"
 """Not measured."""
 
+_MOSTLY_CALL = 1 << 18
+"""Bytes that are read in less time than it takes to call for it."""
+
 _MANY = 1000
 """Tensors from which on it says what one takes."""
 
@@ -83,6 +86,8 @@ def _memory_table(cases: list[dict[str, Any]]) -> str:
     for size, threads in columns:
         alone = sum(other == size for other, _ in columns) == 1
         head.append(sizes[size] if alone else f"{sizes[size]}, {_threads(threads)}")
+        if size < _MOSTLY_CALL:
+            head[-1] += " (mostly the call)"
     dtypes = in_order(dtype for dtype, _ in cells)
     rows = [(dtype, *(cells.get((dtype, at), _NONE) for at in columns)) for dtype in dtypes]
     return _table(("one tensor", *head), rows)
@@ -131,7 +136,9 @@ def _added(tool: dict[str, Any] | None) -> str:
         return _NONE
     seconds, more = tool["added_s"], tool["more"]
     percent = f"{more:+.0%}" if abs(more) >= 0.1 else f"{more:+.1%}"
-    return f"{'-' if seconds < 0 else ''}{_time(abs(seconds))}, {percent}"
+    low, high = tool["added_quartiles_s"]
+    noise = " (noise)" if low <= 0 <= high else ""
+    return f"{'-' if seconds < 0 else ''}{_time(abs(seconds))}, {percent}{noise}"
 
 
 def _duration(case: dict[str, Any], contestant: str) -> str:
@@ -302,8 +309,9 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _legend(report: dict[str, Any]) -> str:
     steps = (
-        "What is added to a step is told from steps without a tool, in turns; `wandb.watch` makes "
-        "histograms, `grad_norm` norms of gradients. "
+        "What is added to a step is told from steps without a tool, in turns (noise: the middle "
+        "half of the turns has zero in it); `wandb.watch` makes histograms, `grad_norm` norms of "
+        "gradients alone. A dash: not measured. "
         if report.get("step_cost")
         else ""
     )
