@@ -208,3 +208,13 @@ def test_more_than_two_to_the_31_elements(native, dtype):
     assert (stats.count, stats.zero_count, stats.max, stats.min) == (n, 2**31, 2.0, 0.0)
     assert stats.norm == pytest.approx(math.sqrt(20), rel=1e-12)
     assert stats.mean == pytest.approx(10 / n, rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_parts_far_from_zero_and_from_each_other(engine, dtype):
+    """What a part's mean loses shows in the spread of the whole when most of it lies between."""
+    torch.manual_seed(0)
+    for _ in range(5):
+        level = (1e3 + torch.rand(4)).repeat_interleave(CHUNK)
+        x = (level + 0.12 * torch.randn(4 * CHUNK)).to(dtype)
+        oracle.check(stats_of(x), x)
