@@ -3,31 +3,41 @@
     python -m benches.sharded
     python -m benches.sharded --tensors 10000 --ranks 1024
 
-One process stands for all: it runs paramstats' own exchange for rank 0, and what the others would
-have sent is made from what it sends itself. So collectives, bytes and the time that a process works
-are measured; the network's time is arithmetic, from a bandwidth and a latency that are stated.
+First in real processes on this machine. Beyond, one process stands for all: it runs paramstats' own
+exchange for rank 0, and what the others would have sent is made from what it sends itself. So
+collectives, bytes and the time that a process works are measured; the network's time is arithmetic,
+from a bandwidth and a latency that are stated.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
+import tempfile
 import time
+from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import FileStore
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.multiprocessing.spawn import spawn
 
 import paramstats
 from benches import hardware
 from paramstats.engine import engine
 from paramstats.layout import Layout
-from paramstats.sharded.exchange import ALL_TO_ALL_FROM, Group
+from paramstats.sharded.exchange import ALL_TO_ALL_FROM, Group, Result
 from paramstats.sharded.offer import Offer
 from paramstats.sharded.pieces import held
 
 _RANKS = (8, 16, 64, 256, 1024, 4096)
 _ELEMENTS = 16
 _REPEAT = 5
+_REAL_REPEAT = 15
 _LATENCY = 20e-6
 """Seconds for a message to be under way, assumed."""
 _BYTES_PER_SECOND = 10e9
@@ -99,14 +109,67 @@ def measured(tensors: int, ranks: int) -> dict[str, float]:
     }
 
 
+def on_this_machine(processes: int, tensors: int) -> tuple[float, float]:
+    """Seconds of an exchange and of the whole call, medians, of a model of DTensors in real
+    processes over gloo, which share the cores that are here."""
+    with tempfile.TemporaryDirectory() as folder:
+        spawn(_measure, (processes, tensors, folder), nprocs=processes)
+        exchange, call = json.loads((Path(folder) / "seconds").read_text())
+    return exchange, call
+
+
+def _measure(rank: int, processes: int, tensors: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    store = FileStore(f"{folder}/store", processes)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=processes)
+    mesh = init_device_mesh("cpu", (processes,))
+
+    def sharded() -> DTensor:
+        return DTensor.from_local(torch.randn(4, _ELEMENTS // 4), mesh, [Shard(0)])
+
+    model = nn.ParameterList(nn.Parameter(sharded()) for _ in range(tensors // 2))
+    for p in model:
+        p.grad = sharded()
+    offered: list[float] = []
+    calls: list[float] = []
+    plain = Group.exchange
+
+    def timed(self: Group, offer: Offer) -> Result:
+        dist.barrier()
+        begin = time.perf_counter()
+        result = plain(self, offer)
+        offered.append(time.perf_counter() - begin)
+        return result
+
+    for exchange, seconds in ((timed, None), (plain, calls)):
+        Group.exchange = exchange  # type: ignore[method-assign]
+        for _ in range(_REAL_REPEAT):
+            dist.barrier()
+            begin = time.perf_counter()
+            paramstats.summarize(model)
+            if seconds is not None:
+                seconds.append(time.perf_counter() - begin)
+    if rank == 0:
+        medians = [statistics.median(offered), statistics.median(calls)]
+        (Path(folder) / "seconds").write_text(json.dumps(medians))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser("python -m benches.sharded", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--tensors", type=int, default=10_000, help="default %(default)s")
     parser.add_argument("--ranks", type=int, nargs="*", default=_RANKS)
+    parser.add_argument("--processes", type=int, default=4, help="real ones; default %(default)s")
     options = parser.parse_args()
     print(hardware.describe("cpu"))
     print(f"{options.tensors:,} tensors, gradients among them; times of one process")
+    exchange, call = on_this_machine(options.processes, options.tensors)
+    print(
+        f"{options.processes} real processes over gloo: {exchange * 1e3:.1f} ms for the exchange, "
+        f"{call * 1e3:.1f} ms for the call"
+    )
     print("| processes | collectives | received by each | its work, measured | network, reckoned |")
     print("| ---: | ---: | ---: | ---: | ---: |")
     for ranks in options.ranks:

@@ -5,6 +5,9 @@
 Every process makes the same calls and holds the same summary; rank 0 prints it.
 """
 
+import os
+import sys
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -38,10 +41,12 @@ class Transformer(nn.Module):
         self.head = nn.Linear(width, words)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.head(self.blocks(self.embedding(tokens)))
+        return self.head(self.blocks(self.embedding(tokens))).clone()  # fully_shard warns of views
 
 
 def main() -> None:
+    if "RANK" not in os.environ or int(os.environ["WORLD_SIZE"]) % 2:
+        sys.exit("run by torchrun, with an even number of processes: see above")
     dist.init_process_group("gloo")
     torch.manual_seed(0)  # the same model on every process
     mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("dp", "tp"))

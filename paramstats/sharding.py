@@ -6,6 +6,7 @@ Light: what reads and joins parts is in `paramstats.sharded`, imported when the 
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 
+_MOST = 1 << 60
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
@@ -27,21 +29,28 @@ class Shard:
 
     In a mapping or pairs for `summarize`, it stands for the whole tensor, whose figures come out,
     the same on every process.
+
+    Args:
+        tensor: the elements that are here, in any shape; empty where there are none.
+        key: which part of the whole it is, a number from 0: the tensor-parallel rank, for example.
+            Parts are joined in this order; processes that give the same key hold copies of one
+            part, which counts once.
+        numel: elements of the whole tensor; that all of them are there is checked.
+        shape: of the whole tensor; None: as if it were flat.
+        grad: the gradient of these elements; None: `tensor.grad`.
+        requires_grad: None: as `tensor`.
+
+    Raises:
+        TypeError: `tensor` is none.
+        ValueError: `key`, `numel` or `shape` cannot be.
     """
 
     tensor: torch.Tensor
-    """The elements that are here, in any shape; empty where there are none."""
     key: int
-    """Which part it is, from 0: parts are joined in this order, and processes that give the same
-    key hold copies of one part, which counts once."""
     numel: int
-    """Elements of the whole tensor; that all are there is checked."""
     shape: tuple[int, ...] | None = None
-    """Of the whole tensor; None: as if it were flat."""
     grad: torch.Tensor | None = None
-    """The gradient of these elements; None: `tensor.grad`."""
     requires_grad: bool | None = None
-    """None: as `tensor`."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.tensor, torch.Tensor):
@@ -50,13 +59,17 @@ class Shard:
             )
         for field, least in (("key", 0), ("numel", self.tensor.numel())):
             value = getattr(self, field)
-            if not isinstance(value, int) or value < least:
+            if not isinstance(value, int) or not least <= value <= _MOST:
                 raise ValueError(
                     f"paramstats.Shard: expected an int of at least {least} for {field}, "
                     f"got {value!r}"
                 )
-        if self.shape is None:
-            object.__setattr__(self, "shape", (self.numel,))
+        shape = (self.numel,) if self.shape is None else tuple(self.shape)
+        if math.prod(shape) != self.numel:
+            raise ValueError(
+                f"paramstats.Shard: expected a shape of {self.numel} elements, got {shape}"
+            )
+        object.__setattr__(self, "shape", shape)
         if self.requires_grad is None:
             object.__setattr__(self, "requires_grad", self.tensor.requires_grad)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 import warnings
@@ -13,7 +14,7 @@ import torch
 from paramstats import reference, sharding
 from paramstats import walk as python_walk
 from paramstats.engine import Engine, engine
-from paramstats.layout import Layout, compile_patterns
+from paramstats.layout import Layout, Patterns, compile_patterns
 from paramstats.sharding import Shard, refuse_shards
 from paramstats.summary import Summary, warn_once
 from paramstats.untraced import untraced
@@ -119,28 +120,39 @@ def summarize(
         layout, tensors = python_walk.walk_named(source, included, excluded, Layout.of)
     if layout.is_sharded is None:
         layout.is_sharded = sharding.is_sharded(source, tensors)
-    together = layout.is_sharded or group is not None
-    if together:
-        from paramstats import sharded
-
-        layout, tensors = sharded.unwrapped(source, layout, tensors)
-    if included is not None or excluded:
-        layout, rows = layout.select(included, excluded)
-        tensors = [tensors[row] for row in rows]
-        if not rows:
-            warnings.warn(
-                f"paramstats.summarize: no name passes include={include!r}, exclude={exclude!r}",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-    if not together:
+    correction, grad_scale = float(correction), float(grad_scale)
+    if not layout.is_sharded and group is None:
+        layout, tensors = _select(layout, tensors, included, excluded)
         return _summarize_here(chosen, layout, tensors, params, grads, correction, grad_scale)
-    read = sharded.summarize_local if local else sharded.summarize_together
-    return read(
-        sharded.Call(chosen, params, grads, float(correction), float(grad_scale), group, async_op),
-        layout,
-        tensors,
-    )
+    from paramstats import sharded
+
+    select = functools.partial(_select, included=included, excluded=excluded)
+    call = sharded.Call(chosen, params, grads, correction, grad_scale, group, async_op, select)
+    if local:
+        return sharded.summarize_local(call, source, layout, tensors)
+    return sharded.summarize_together(call, source, layout, tensors)
+
+
+def _select(
+    layout: Layout, tensors: list[Any], included: Patterns | None, excluded: Patterns
+) -> tuple[Layout, list[Any]]:
+    """What `include` and `exclude` leave."""
+    if included is None and not excluded:
+        return layout, tensors
+    layout, rows = layout.select(included, excluded)
+    if not rows:
+        warnings.warn(
+            f"paramstats.summarize: no name passes include={_as_given(included)!r}, "
+            f"exclude={_as_given(excluded)!r}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    return layout, [tensors[row] for row in rows]
+
+
+def _as_given(patterns: Patterns | None) -> str | list[str] | None:
+    texts = [pattern.pattern for pattern in patterns or ()]
+    return texts[0] if len(texts) == 1 else texts or None
 
 
 def _summarize_here(
@@ -155,14 +167,14 @@ def _summarize_here(
     """Of tensors that this process holds whole."""
     table, left, transfers = chosen.read(tensors, params, grads)
     if not left:
-        return Summary(layout, table, float(correction), float(grad_scale), transfers)
+        return Summary(layout, table, correction, grad_scale, transfers)
     refuse_shards((layout.row_name(row), tensor) for row, tensor in left)
     chosen.explain_cuda(tensor.device for _, tensor in left)
     table, more, unreadable = reference.fill(table, left, params)
     skipped = {layout.row_name(row): reason for row, reason in unreadable.items()}
     warn_once(skipped, {layout.row_name(row): type(tensor) for row, tensor in left})
     transfers = (*transfers, *more)
-    return Summary(layout, table, float(correction), float(grad_scale), transfers, skipped)
+    return Summary(layout, table, correction, grad_scale, transfers, skipped)
 
 
 def _is_finite(value: Any) -> bool:

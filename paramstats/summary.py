@@ -130,7 +130,7 @@ class Summary(Mapping[str, ParamStats]):
     @property
     def diverged(self) -> Mapping[str, str]:
         """Of a sharded model, what should be the same on several processes and is not, by name,
-        with a rank that has another copy; empty when all is well.
+        with the ranks that differ; empty when all is well. A gradient is "NAME (gradient)".
 
         Copies are compared by their figures, to the last bit: what changes none of them, such as
         the lowest bit of one element among millions, may pass.
@@ -211,16 +211,30 @@ class Summary(Mapping[str, ParamStats]):
     def to_dict(self) -> dict[str, Any]:
         """`{"params": {name: ...}, "total": ...}`, nested, of JSON's types alone.
 
+        Of a sharded model also `diverged` and `is_local`, where they say anything.
         NaN and infinities are floats, which `json.dumps` and `json.loads` carry.
         """
         return {
             "params": {name: entry.to_dict() for name, entry in self.items()},
             "total": self.total.to_dict(),
+            **self._about(),
         }
+
+    def _about(self) -> dict[str, Any]:
+        """What a reader of a sharded model's figures must know."""
+        about: dict[str, Any] = {}
+        if self._diverged:
+            about["diverged"] = dict(self._diverged)
+        if self._local:
+            about["is_local"] = True
+        return about
 
     @untraced
     def to_pandas(self) -> pandas.DataFrame:
-        """A DataFrame with a row per parameter; columns of gradients begin with `grad_`."""
+        """A DataFrame with a row per parameter; columns of gradients begin with `grad_`.
+
+        Its `attrs` say of a sharded model what `to_dict` says beside the figures.
+        """
         import pandas
 
         rows = {}
@@ -232,7 +246,9 @@ class Summary(Mapping[str, ParamStats]):
                 **record,
                 **{f"grad_{stat}": grad[stat] if grad else float("nan") for stat in STATS},
             }
-        return pandas.DataFrame.from_dict(rows, orient="index").rename_axis("name")
+        frame = pandas.DataFrame.from_dict(rows, orient="index").rename_axis("name")
+        frame.attrs.update(self._about())
+        return frame
 
     @untraced
     def table(self, width: int | None = None) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 import weakref
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, NamedTuple
 
@@ -17,14 +18,14 @@ import torch.distributed as dist
 
 from paramstats.engine import Engine
 from paramstats.layout import Layout
-from paramstats.sharded.exchange import Result, group_aside, group_of
-from paramstats.sharded.offer import Offer
+from paramstats.sharded.exchange import Outcome, Result, group_aside, group_of
+from paramstats.sharded.offer import FailedOffer, Offer
 from paramstats.sharded.pieces import Placings, held
 from paramstats.sharded.wrappers import unwrapped
 from paramstats.summary import Summary, warn_once
 from paramstats.untraced import untraced
 
-__all__ = ["Call", "summarize_local", "summarize_together", "unwrapped"]
+__all__ = ["Call", "summarize_local", "summarize_together"]
 
 _placings: weakref.WeakKeyDictionary[Layout, Placings] = weakref.WeakKeyDictionary()
 
@@ -39,14 +40,16 @@ class Call(NamedTuple):
     grad_scale: float
     group: dist.ProcessGroup | None
     async_op: bool
+    select: Callable[[Layout, list[Any]], tuple[Layout, list[Any]]]
+    """What `include` and `exclude` leave."""
 
 
-def summarize_together(call: Call, layout: Layout, rows: list[Any]) -> Summary:
+def summarize_together(call: Call, source: Any, layout: Layout, rows: list[Any]) -> Summary:
     """The figures of whole tensors; a collective call."""
-    if call.engine.native is not None and "torch.distributed.tensor" in sys.modules:
-        call.engine.native.read_distributed(sys.modules["torch.distributed.tensor"].DTensor)
-    known = _placings.setdefault(layout, {})
-    offer = Offer(call.engine, layout, rows, held(rows, call.grads, known), call.params)
+    try:
+        offer: Offer | FailedOffer = _offer(call, *call.select(*unwrapped(source, layout, rows)))
+    except Exception as error:  # the others are waiting
+        offer = FailedOffer(error)
     if call.async_op:
         later = group_aside(call.group).exchange_later(offer)
         return _UnderWay(later, call.correction, call.grad_scale)
@@ -62,11 +65,20 @@ def summarize_together(call: Call, layout: Layout, rows: list[Any]) -> Summary:
     )
 
 
-def summarize_local(call: Call, layout: Layout, rows: list[Any]) -> Summary:
+def _offer(call: Call, layout: Layout, rows: list[Any]) -> Offer:
+    if call.engine.native is not None and "torch.distributed.tensor" in sys.modules:
+        call.engine.native.read_distributed(sys.modules["torch.distributed.tensor"].DTensor)
+    known = _placings.setdefault(layout, {})
+    here = held(rows, call.grads, known)
+    return Offer(call.engine, layout, rows, here, call.params, beside=call.async_op)
+
+
+def summarize_local(call: Call, source: Any, layout: Layout, rows: list[Any]) -> Summary:
     """The figures of what this process holds; no communication."""
+    layout, rows = call.select(*unwrapped(source, layout, rows))
     here = held(rows, call.grads, {})
     here.reductions.clear()
-    mine = [x for x in here.tensors[: len(rows)] if x is not None]  # all of them
+    mine: list[Any] = here.tensors[: len(rows)]
     own = Layout.of(layout.names, layout.aliases, layout.parameters, mine)
     offer = Offer(call.engine, own, mine, here, call.params)
     if offer.error is not None:
@@ -83,7 +95,7 @@ class _UnderWay(Summary):
 
     __slots__ = ("_later",)
 
-    def __init__(self, later: Future[Result], correction: float, grad_scale: float) -> None:
+    def __init__(self, later: Future[Outcome], correction: float, grad_scale: float) -> None:
         self._later = later
         self._correction = correction
         self._grad_scale = grad_scale
@@ -95,12 +107,19 @@ class _UnderWay(Summary):
 
     @untraced
     def wait(self) -> Summary:
-        self._later.result()
+        self._result()
         return self
 
+    def _result(self) -> Result:
+        result, error = self._later.result()
+        if result is None:
+            assert error is not None
+            raise error
+        return result
+
     # What the exchange decides. Slots of the base class, which nothing sets here.
-    _layout = property(lambda self: self._later.result().layout)
-    _table = property(lambda self: self._later.result().table)
-    _skipped = property(lambda self: self._later.result().skipped)
-    _diverged = property(lambda self: self._later.result().diverged)
+    _layout = property(lambda self: self._result().layout)
+    _table = property(lambda self: self._result().table)
+    _skipped = property(lambda self: self._result().skipped)
+    _diverged = property(lambda self: self._result().diverged)
     _local = False

@@ -5,23 +5,16 @@ from __future__ import annotations
 import hashlib
 import struct
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from paramstats import reference
 from paramstats.layout import Layout
-from paramstats.sharded.pieces import Reduction
+from paramstats.sharded.pieces import Held
 from paramstats.sharding import Shard
-
-Label = tuple[str, bool]
-"""A tensor's first name, and whether it is its gradient that is meant."""
-
-Program = dict[Label, tuple[Reduction, tuple[Any, ...]]]
-"""What is to be added up before it can be read, with the process groups that do it."""
 
 _MOST_KEPT = 64
 
@@ -37,23 +30,19 @@ class Content(NamedTuple):
     devices: tuple[str, ...]
     requires_grad: tuple[bool, ...]
     numels: tuple[int, ...]
-
-
-class Description(NamedTuple):
-    """All that one process tells of its tensors."""
-
-    content: Content
-    partials: tuple[tuple[Label, Reduction], ...]
+    meshes: tuple[int, ...]
+    """By `Mesh.number`: a model that moves to another mesh is another one."""
 
 
 _digests: weakref.WeakKeyDictionary[Layout, tuple[Content, bytes]] = weakref.WeakKeyDictionary()
 _digests_by_content: dict[Content, bytes] = {}
 
 
-def content_of(layout: Layout, rows: Sequence[Any]) -> tuple[Content, bytes]:
+def content_of(layout: Layout, rows: Sequence[Any], held: Held) -> tuple[Content, bytes]:
     """And its digest, which takes milliseconds for thousands of tensors the first time."""
+    meshes = tuple(held.meshes[: len(layout)])
     found = _digests.get(layout)
-    if found is None:
+    if found is None or found[0].meshes != meshes:
         content = Content(
             layout.names,
             layout.aliases,
@@ -63,6 +52,7 @@ def content_of(layout: Layout, rows: Sequence[Any]) -> tuple[Content, bytes]:
             tuple(device.type for device in layout.devices),
             layout.requires_grad,
             tuple(x.numel if isinstance(x, Shard) else reference.numel(x) for x in rows),
+            meshes,
         )
         digest = _digests_by_content.get(content)
         if digest is None:
@@ -73,14 +63,8 @@ def content_of(layout: Layout, rows: Sequence[Any]) -> tuple[Content, bytes]:
     return found
 
 
-def digest_of(layout_digest: bytes, partials: dict[Label, Reduction]) -> bytes:
-    if not partials:
-        return layout_digest
-    return hashlib.sha256(layout_digest + repr(sorted(partials.items())).encode()).digest()
-
-
 class Agreement(NamedTuple):
-    """The same on every process, but for `positions` and `program`, which are its own."""
+    """The same on every process, but for `positions`, which are its own."""
 
     id: int
     layout: Layout
@@ -88,32 +72,29 @@ class Agreement(NamedTuple):
     """Elements of each whole tensor, gradients after tensors."""
     positions: Tensor
     """The row, among all processes' rows, of each row of this process."""
-    program: Program
+    contents: tuple[Content, ...]
+    """Of each process."""
+    rows: tuple[dict[str, int], ...]
+    """Each process's rows by name."""
 
-    def covers(self, partials: dict[Label, Reduction]) -> bool:
-        program = self.program
-        return all(
-            label in program and program[label][0] == reduction
-            for label, reduction in partials.items()
-        )
+    def mesh(self, place: int, name: str) -> int | None:
+        """On which mesh a process has a tensor; None where it has it not."""
+        row = self.rows[place].get(name)
+        return None if row is None else self.contents[place].meshes[row]
 
 
 def agree(
     digests: Sequence[bytes],
-    described: dict[bytes, Description],
-    mine: int,
+    described: dict[bytes, Content],
     layout: Layout,
-    mesh_of: Callable[[Label], Any],
     ranks: Sequence[int],
 ) -> Agreement:
     """The union of what processes have: the first one's rows in its order, then what others add.
 
     Args:
-        digests: of each process's description, in order.
+        digests: of each process's content, in order.
         described: by digest.
-        mine: this process's place among them.
         layout: this process's own.
-        mesh_of: where this process's tensors are distributed; None where they are not.
         ranks: the processes' global ranks.
 
     Raises:
@@ -125,7 +106,7 @@ def agree(
         if digest in seen:
             continue
         seen.add(digest)
-        content = described[digest].content
+        content = described[digest]
         for row, name in enumerate(content.names):
             other, there, elsewhere = first.setdefault(name, (content, row, place))
             got = (
@@ -139,19 +120,19 @@ def agree(
                     f"{got[1][0]} of {got[1][1]} on rank {ranks[place]}; different tensors need "
                     f"different names"
                 )
-    identity = b"".join(digests)
-    number = struct.unpack("=q", hashlib.sha256(identity).digest()[:8])[0] | 1
-    program = _program(digests, described, mine, mesh_of, ranks)
+    number = struct.unpack("=q", hashlib.sha256(b"".join(digests)).digest()[:8])[0] | 1
     union = layout if len(seen) == 1 else _union(first, layout)
     own = [union.index[name] for name in layout.names]
     n = len(union)
     numels = [first[name][0].numels[first[name][1]] for name in union.names]
+    rows = {d: {name: row for row, name in enumerate(described[d].names)} for d in seen}
     return Agreement(
         number,
         union,
         torch.tensor(numels * 2, dtype=torch.int64),
         torch.tensor(own + [n + row for row in own], dtype=torch.int64),
-        program,
+        tuple(described[digest] for digest in digests),
+        tuple(rows[digest] for digest in digests),
     )
 
 
@@ -174,25 +155,3 @@ def _union(first: dict[str, tuple[Content, int, int]], layout: Layout) -> Layout
         ),
         tuple(content.requires_grad[row] for _, content, row, _ in in_order),
     )
-
-
-def _program(
-    digests: Sequence[bytes],
-    described: dict[bytes, Description],
-    mine: int,
-    mesh_of: Callable[[Label], Any],
-    ranks: Sequence[int],
-) -> Program:
-    """What this process adds up with others. Where its own gradient is None, it takes part in what
-    those that it shares a mesh dimension with have."""
-    own = dict(described[digests[mine]].partials)
-    program: Program = {label: (r, r.groups(mesh_of(label))) for label, r in own.items()}
-    for place, digest in enumerate(digests):
-        for label, reduction in described[digest].partials:
-            mesh = None if label in program else mesh_of(label)
-            if mesh is None or mesh.get_coordinate() is None:
-                continue
-            groups = reduction.groups(mesh)
-            if any(ranks[place] in dist.get_process_group_ranks(group) for group in groups):
-                program[label] = (reduction, groups)
-    return dict(sorted(program.items()))

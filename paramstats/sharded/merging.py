@@ -16,19 +16,22 @@ WORDS = 1 + ROW.size // 8
 NOT_HELD = -1
 """The key of a part that a process has nothing of."""
 
-# What was amiss with a row: bits of the word that held the key. Above _PROCESS, which process.
+# What was amiss with a row: bits of the word that held the key. Above them the process with the odd
+# one, then the process that it differs from.
 INCOMPLETE = 1
 DIVERGED = 2
 UNREADABLE = 4
 _BITS = 3
+_PROCESS_BITS = 30
 
-_COUNT, _MEAN, _M2, _MIN, _MAX = 0, 5, 6, 7, 8
+_COUNT, _ZEROS, _NANS, _MEAN, _M2, _MIN, _MAX = 0, 1, 2, 5, 6, 7, 8
 """Positions in a state; up to _MEAN they are counts."""
 
 
-def trouble(word: int) -> tuple[int, int]:
-    """The bits of a row's first word, and the process that it names."""
-    return word & ((1 << _BITS) - 1), word >> _BITS
+def trouble(word: int) -> tuple[int, int, int]:
+    """The bits of a row's first word, and the processes that it names."""
+    both = word >> _BITS
+    return word & ((1 << _BITS) - 1), both & ((1 << _PROCESS_BITS) - 1), both >> _PROCESS_BITS
 
 
 def merge_parts(parts: Tensor, numels: Tensor, compare: bool) -> Tensor:
@@ -44,8 +47,11 @@ def merge_parts(parts: Tensor, numels: Tensor, compare: bool) -> Tensor:
     keys = parts[..., 0]
     absent = parts[..., 1 + _COUNT] == ABSENT
     held = keys != NOT_HELD
-    # Ordered by key, of one key what is there before what is absent, then by process.
-    order = (2 * keys + absent).where(held, torch.iinfo(torch.int64).max)
+    # Ordered by key; of one key what was read before what was not, and that before what is absent;
+    # what is not all finite before what is, so that no NaN is overlooked; then by process.
+    finite = (parts[..., 1 + _NANS : 1 + _MEAN] == 0).all(-1)
+    ranked = 8 * keys + 4 * absent + 2 * _is_unread(parts[..., 1:]) + finite
+    order = ranked.where(held, torch.iinfo(torch.int64).max)
     processes = torch.arange(len(parts))[:, None].expand_as(keys)
     if not (order[1:] >= order[:-1]).all():
         processes = order.argsort(stable=True, dim=0)
@@ -56,15 +62,19 @@ def merge_parts(parts: Tensor, numels: Tensor, compare: bool) -> Tensor:
     repeated[1:] = held[1:] & (keys[1:] == keys[:-1])
     counted = held & ~repeated & (states[..., _COUNT] != ABSENT)
 
+    not_read = counted & _is_unread(states)
     differs = torch.zeros_like(held)
-    if compare:
+    if compare:  # with the one before; what was not read is compared with nothing
+        absent = states[..., _COUNT] == ABSENT
         differs[1:] = repeated[1:] & (states[1:] != states[:-1]).any(-1)
-    not_read = counted & states[..., _MEAN].contiguous().view(torch.float64).isnan()
+        differs &= ~_is_unread(states) | absent
+    failed = not_read & (states[..., _ZEROS] != 0)
     some_not_read, some_read = not_read.any(0), (counted & ~not_read).any(0)
-    unreadable = some_not_read & some_read
+    unreadable = failed.any(0) | (some_not_read & some_read)
 
     merged = _merged(states, counted & ~not_read)
     incomplete = some_read & ~some_not_read & (merged[:, _COUNT] != numels)
+    incomplete |= ~held.any(0)
     merged = torch.where(some_not_read[:, None], _unread_rows(numels), merged)
     nothing = _unread_rows(torch.full_like(numels, ABSENT))
     merged = torch.where(counted.any(0)[:, None], merged, nothing)
@@ -72,15 +82,20 @@ def merge_parts(parts: Tensor, numels: Tensor, compare: bool) -> Tensor:
     diverged = differs.any(0)
     words = INCOMPLETE * incomplete + DIVERGED * diverged + UNREADABLE * unreadable
     if (diverged | unreadable).any():
-        which = torch.where(unreadable, _first(not_read, processes), _first(differs, processes))
-        words += (which << _BITS) * (diverged | unreadable)
+        odd = torch.where(unreadable, _first(failed | not_read), _first(differs))[None]
+        named = processes.gather(0, odd)
+        named += processes.gather(0, (odd - 1).clamp(min=0)) << _PROCESS_BITS
+        words += (named[0] << _BITS) * (diverged | unreadable)
     return torch.cat([words[:, None], merged], dim=1)
 
 
-def _first(condition: Tensor, processes: Tensor) -> Tensor:
-    """Of each column the process of the first row that is so."""
-    at = condition.to(torch.uint8).argmax(0, keepdim=True)
-    return processes.gather(0, at)[0]
+def _is_unread(states: Tensor) -> Tensor:
+    return states[..., _MEAN].contiguous().view(torch.float64).isnan()
+
+
+def _first(condition: Tensor) -> Tensor:
+    """Of each column the first row that is so."""
+    return condition.to(torch.uint8).argmax(0)
 
 
 def _unread_rows(counts: Tensor) -> Tensor:

@@ -34,6 +34,12 @@ def unwrapped(source: Any, layout: Layout, rows: list[Any]) -> tuple[Layout, lis
     for row in rows:
         if is_zero_parameter(row):
             replaced[id(row)] = [_Row(None, _zero3(row), ())]
+    for name, row in zip(layout.names, rows, strict=True):
+        if getattr(row, "_fsdp_flattened", False) and id(row) not in replaced:
+            raise NotImplementedError(
+                f"paramstats.summarize: expected the model as FullyShardedDataParallel wrapped it, "
+                f"got a parameter that it has flattened for '{name}'; pass the wrapped model"
+            )
     if any(id(row) in replaced for row in rows) or any(_FSDP in name for name in layout.names):
         return _replace(layout, rows, replaced)
     return layout, rows
@@ -93,9 +99,10 @@ def _fsdp1(name: str, module: Any) -> Iterator[tuple[int, list[_Row]]]:
     if not handle.uses_sharded_strategy:
         if flat._params is None:
             raise NotImplementedError(
-                f"paramstats.summarize: expected FullyShardedDataParallel with NO_SHARD to keep "
+                f"paramstats.summarize: expected FullyShardedDataParallel without sharding to keep "
                 f"its parameters, got a flat one for '{name}'; pass use_orig_params=True"
             )
+        yield from ((id(p), [_Row(None, p, ())]) for p in flat._params)
         return
     prefix = f"{name}." if name else ""
     rows = [
@@ -109,30 +116,24 @@ def _fsdp1(name: str, module: Any) -> Iterator[tuple[int, list[_Row]]]:
 
 
 def _slice_of(flat: Any, i: int) -> Shard:
-    shape = flat._shapes[i]
-    numel = shape.numel()
+    numel, shape = flat._shapes[i].numel(), tuple(flat._shapes[i])
+    shard = getattr(flat, "_local_shard", flat.data)  # before the first forward: all there is
+    own = None if flat._params is None else flat._params[i]
+    requires_grad = (flat if own is None else own).requires_grad
     mine = flat._shard_param_infos[i]
     if not mine.in_shard:  # a part after the last, of no elements
-        return Shard(flat._local_shard[:0], numel, numel, tuple(shape), None, flat.requires_grad)
-    begin, size = mine.offset_in_shard, mine.numel_in_shard
-    if flat._params is None:
-        grad = getattr(flat, "_saved_grad_shard", None) if flat.grad is None else flat.grad
-        if grad is not None:
-            whole = grad.numel() == flat._local_shard.numel()
-            grad = grad[begin : begin + size] if whole else None
-        requires_grad = flat.requires_grad
-    else:
-        grad, requires_grad = flat._params[i].grad, flat._params[i].requires_grad
-        if grad is not None and grad.numel() != size:  # not yet scattered
-            grad = None
-    return Shard(
-        flat._local_shard[begin : begin + size],
-        mine.intra_param_start_idx,
-        numel,
-        tuple(shape),
-        grad,
-        requires_grad,
-    )
+        return Shard(shard[:0], numel, numel, shape, None, requires_grad)
+    part = slice(mine.offset_in_shard, mine.offset_in_shard + mine.numel_in_shard)
+    flat_grad = getattr(flat, "_saved_grad_shard", None) if flat.grad is None else flat.grad
+    scattered = flat_grad is None or flat_grad.numel() == shard.numel()  # not so under no_sync
+    grad = None
+    if scattered and own is not None:
+        grad = own.grad
+    elif scattered and flat_grad is not None:
+        grad = flat_grad[part]
+    if grad is not None and grad.numel() != mine.numel_in_shard:
+        grad = None
+    return Shard(shard[part], mine.intra_param_start_idx, numel, shape, grad, requires_grad)
 
 
 def _shared_names(prefix: str, flat: Any, fqn: str) -> tuple[str, ...]:

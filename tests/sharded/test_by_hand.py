@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import pickle
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -51,6 +54,8 @@ def test_a_shard_of_one_process():
         ((torch.ones(3), -1, 3), "at least 0 for key, got -1"),
         ((torch.ones(3), 0, 2), "at least 3 for numel, got 2"),
         ((torch.ones(3), 0, 3.0), r"for numel, got 3\.0"),
+        ((torch.ones(3), 2**70, 3), "for key, got 1180591620717411303424"),
+        ((torch.ones(3), 0, 12, (3, 3)), r"a shape of 12 elements, got \(3, 3\)"),
     ],
 )
 def test_shards_that_cannot_be(arguments, message):
@@ -102,6 +107,55 @@ def _sharded_stages() -> None:
 
 def test_sharded_pipeline_stages():
     together(4, _sharded_stages)
+
+
+def _groups() -> None:
+    world = dist.group.WORLD
+    only_0 = dist.new_group([0])
+    source = {"w": torch.ones(2)}
+    with pytest.raises(TypeError, match="ProcessGroup for group, got str"):
+        paramstats.summarize(source, group="world")
+    if dist.get_rank() == 0:
+        assert paramstats.summarize(source, group=only_0)["w"].count == 2
+    else:
+        with pytest.raises(ValueError, match="a group that this process belongs to"):
+            paramstats.summarize(source, group=only_0)
+    # What was agreed in a group goes with it.
+    from paramstats.sharded import exchange
+
+    paramstats.summarize(source, group=world)
+    paramstats.summarize(source, group=world, async_op=True).wait()
+    assert world in exchange._groups and len(exchange._aside) == 1
+    del world
+    dist.barrier()
+    dist.destroy_process_group()
+    del only_0
+    gc.collect()
+    assert not len(exchange._groups) and not len(exchange._aside)
+    assert paramstats.summarize({"w": paramstats.Shard(torch.ones(2), 0, 2)})["w"].count == 2
+
+
+def test_groups():
+    together(2, _groups)
+
+
+def _saved() -> None:
+    rank = dist.get_rank()
+    source = {"w": torch.full((3,), float(rank))}
+    summary = paramstats.summarize(source, group=dist.group.WORLD)
+    told = {"w": "rank 1 differs from rank 0"}
+    assert dict(summary.diverged) == told
+    assert summary.to_dict()["diverged"] == told and "is_local" not in summary.to_dict()
+    assert summary.to_pandas().attrs == {"diverged": told}
+    again = pickle.loads(pickle.dumps(summary))
+    assert again == summary and again.diverged == summary.diverged
+    local = paramstats.summarize({"w": paramstats.Shard(source["w"], rank, 6)}, local=True)
+    assert local.to_dict()["is_local"] is True
+    assert pickle.loads(pickle.dumps(local)).is_local
+
+
+def test_what_is_saved():
+    together(2, _saved)
 
 
 def _ddp() -> None:

@@ -63,6 +63,15 @@ def test_fully_shard(processes, tied):
     together(processes, _fsdp2, MixedPrecisionPolicy(), tied)
 
 
+def _by_torch_operators() -> None:
+    paramstats.engine._engine = paramstats.engine.choose("reference")
+    _fsdp2(MixedPrecisionPolicy(), True)
+
+
+def test_with_the_reference_engine():
+    together(4, _by_torch_operators)
+
+
 def test_fully_shard_in_bfloat16():
     together(2, _fsdp2, MixedPrecisionPolicy(torch.bfloat16, torch.float32), True)
 

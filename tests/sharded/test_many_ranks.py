@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 
 import torch
@@ -33,7 +34,7 @@ def as_threads(ranks: int, function) -> list:
             errors.append(error)
             threaded.ProcessLocalGroup.exception_handle(error)
         finally:
-            if dist.is_initialized():
+            with contextlib.suppress(AttributeError):  # torch 2.11 lacks a part of this world
                 dist.destroy_process_group()
 
     threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(ranks)]

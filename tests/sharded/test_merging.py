@@ -28,11 +28,12 @@ def part(key: int, state: Moments) -> torch.Tensor:
 
 
 def joined(*parts: torch.Tensor, numel: int, compare: bool = True) -> tuple[int, int, Moments]:
-    """Of one tensor: bits, process, state."""
+    """Of one tensor: bits, the odd process, state."""
     out = merge_parts(torch.stack(parts)[:, None], torch.tensor([numel]), compare)
     assert out.shape == (1, WORDS)
     state = Moments._make(ROW.unpack(bytes(out[0, 1:].contiguous().view(torch.uint8).tolist())))
-    return *trouble(int(out[0, 0])), state
+    bits, odd, _ = trouble(int(out[0, 0]))
+    return bits, odd, state
 
 
 def state_of(x: torch.Tensor) -> Moments:
@@ -101,6 +102,13 @@ def test_a_copy_that_is_none_stands_behind_one_that_is_there():
     assert (bits, process, state) == (DIVERGED, 0, a)
 
 
+def test_a_copy_with_a_nan_is_the_one_that_shows():
+    a, b = state_of(torch.arange(4.0)), state_of(torch.tensor([0.0, 1, 2, math.nan]))
+    out = merge_parts(torch.stack([part(0, a), part(0, b)])[:, None], torch.tensor([4]), True)
+    assert trouble(int(out[0, 0])) == (DIVERGED, 0, 1)
+    assert joined(part(0, a), part(0, b), numel=4)[2] == b
+
+
 def test_none_everywhere_is_none():
     bits, _, state = joined(part(0, unread(ABSENT)), part(1, unread(ABSENT)), NOTHING, numel=4)
     assert bits == 0 and state.count == ABSENT
@@ -118,6 +126,17 @@ def test_a_part_that_could_not_be_read():
     bits, process, state = joined(NOTHING, part(1, unread(4)), part(0, a), numel=8)
     assert (bits, process) == (UNREADABLE, 1)
     assert state.count == 8 and math.isnan(state.mean)
+
+
+def test_a_copy_that_could_not_be_read_stands_behind_one_that_was():
+    a, failed = state_of(torch.arange(4.0)), unread(4)._replace(zeros=1)
+    bits, _, state = joined(part(0, failed), part(0, a), numel=4)
+    assert bits == 0 and state == a
+    assert joined(part(0, failed), part(0, failed), numel=4)[0] == UNREADABLE
+
+
+def test_what_nobody_holds():
+    assert joined(NOTHING, NOTHING, numel=4)[0] == INCOMPLETE
 
 
 def test_what_nobody_reads_has_its_size():

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
@@ -20,7 +20,7 @@ from tests.sharded.models import Transformer, backward, figures
 from tests.sharded.together import together
 
 
-def _messages(call) -> set[str]:
+def messages_of(call) -> set[str]:
     """What `call` raises on each process."""
     try:
         call()
@@ -32,9 +32,8 @@ def _messages(call) -> set[str]:
     return set(everyone)
 
 
-def _whole(values: torch.Tensor, placement=None, size: int | None = None) -> DTensor:
-    mesh = init_device_mesh("cpu", (size or dist.get_world_size(),))
-    return distribute_tensor(values, mesh, [placement or Shard(0)])
+def _whole(values: torch.Tensor) -> DTensor:
+    return distribute_tensor(values, init_device_mesh("cpu", (dist.get_world_size(),)), [Shard(0)])
 
 
 # ---- values ---------------------------------------------------------------------------------
@@ -122,7 +121,7 @@ def _gradient_none_on_one() -> None:
     plain.grad = torch.ones(3)
     if dist.get_rank() == 1:
         x.grad = None
-    messages = _messages(lambda: paramstats.summarize({"x": x, "plain": plain}))
+    messages = messages_of(lambda: paramstats.summarize({"x": x, "plain": plain}))
     assert len(messages) == 1
     assert "the 10 elements of 'x (gradient)', got 5" in messages.pop()
     assert paramstats.summarize({"x": x}, grads=False)["x"].count == 10
@@ -150,7 +149,7 @@ def _missing_shard() -> None:
     if rank == 2:
         del source["w"]
     begin = time.monotonic()
-    messages = _messages(lambda: paramstats.summarize(source))
+    messages = messages_of(lambda: paramstats.summarize(source))
     assert time.monotonic() - begin < 10
     assert len(messages) == 1
     message = messages.pop()
@@ -163,9 +162,6 @@ def test_missing_shard():
 
 
 def _error_on_one() -> None:
-    class Bad(torch.Tensor):
-        pass
-
     source = {"w": _whole(torch.ones(8))}
     real = paramstats.engine.engine().read
     engine = paramstats.engine.engine()
@@ -175,7 +171,7 @@ def _error_on_one() -> None:
             raise MemoryError("no memory")
 
         object.__setattr__(engine, "read", fail)
-    messages = _messages(lambda: paramstats.summarize(source))
+    messages = messages_of(lambda: paramstats.summarize(source))
     assert {m.partition(":")[0] for m in messages} == {"MemoryError", "RuntimeError"}
     assert any("rank 1" in m for m in messages)
     object.__setattr__(engine, "read", real)
@@ -190,7 +186,7 @@ def _different_shapes() -> None:
     rank = dist.get_rank()
     source = {"w": torch.ones(3 + rank)}
     for _ in range(2):
-        messages = _messages(lambda: paramstats.summarize(source, group=dist.group.WORLD))
+        messages = messages_of(lambda: paramstats.summarize(source, group=dist.group.WORLD))
         assert len(messages) == 1
         assert "expected one shape for 'w'" in messages.pop()
     same = {"w": torch.ones(3)}
@@ -199,6 +195,52 @@ def _different_shapes() -> None:
 
 def test_one_name_for_different_tensors():
     together(2, _different_shapes)
+
+
+def _nothing_here() -> None:
+    rank = dist.get_rank()
+    world = dist.group.WORLD
+    stage = {"w": torch.ones(3)} if rank == 0 else {}
+    summary = paramstats.summarize(stage, group=world)
+    assert list(summary) == ["w"] and summary["w"].count == 3
+    assert list(paramstats.summarize(nn.ReLU(), group=world)) == []
+    layer = fully_shard(nn.Linear(3, 5), mesh=init_device_mesh("cpu", (2,)))
+    with pytest.warns(RuntimeWarning, match="no name passes"):
+        assert list(paramstats.summarize(layer, include="nothing")) == []
+
+
+def test_processes_without_tensors():
+    together(2, _nothing_here)
+
+
+def _held_by_none() -> None:
+    """A mesh that no process of the group is part of; and one that only some are part of."""
+    rank = dist.get_rank()
+    mesh = DeviceMesh("cpu", [2, 3])
+    local = torch.arange(4.0) + 4 * (rank - 2) if rank >= 2 else torch.empty(0)
+    x = DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=(8,), stride=(1,))
+    few = dist.new_group([0, 1])
+    if rank < 2:
+        with pytest.raises(RuntimeError, match="the 8 elements of 'x', got none"):
+            paramstats.summarize({"x": x}, group=few)
+    assert paramstats.summarize({"x": x})["x"].mean == 3.5
+
+
+def test_mesh_of_other_processes():
+    together(4, _held_by_none)
+
+
+def _parameters_left_out() -> None:
+    layer = fully_shard(nn.Linear(3, 5), mesh=init_device_mesh("cpu", (2,)))
+    layer(torch.ones(2, 3)).sum().backward()
+    summary = paramstats.summarize(layer, params=False)
+    weight = summary["weight"]
+    assert weight.count == 15 and weight.mean != weight.mean and not summary.skipped
+    assert weight.grad.mean == 2.0
+
+
+def test_parameters_left_out():
+    together(2, _parameters_left_out)
 
 
 # ---- copies ---------------------------------------------------------------------------------
@@ -271,7 +313,7 @@ def _counted() -> None:
     paramstats.summarize(partial)
     with CommDebugMode() as counted:
         paramstats.summarize(partial)
-    assert counted.get_total_counts() == 1 + 2  # a bucket of sums, one of maxima
+    assert counted.get_total_counts() == 1 + 2 + 1  # sums, maxima, and what came of them
     exchange.ALL_TO_ALL_FROM = 2  # of more processes than are here
     with CommDebugMode() as counted:
         paramstats.summarize(model)
@@ -332,7 +374,12 @@ def _async() -> None:
     grad = _whole(torch.ones(4))
     p.grad = grad if dist.get_rank() == 0 else None
     broken = paramstats.summarize({"p": p}, async_op=True)
-    assert "got 2" in "".join(_messages(broken.wait))
+    assert "got 2" in "".join(messages_of(broken.wait))
+    # A call goes on from what the one before it has agreed on, without waiting for it.
+    frozen = next(iter(model.parameters())).requires_grad_(False)
+    several = [paramstats.summarize(model, async_op=True) for _ in range(3)]
+    assert all(s["norm.weight"].count == 8 for s in several)
+    assert not several[0][next(iter(several[0]))].requires_grad and frozen is not None
     dangling = paramstats.summarize(model, async_op=True)  # nobody ever looks at it
     del dangling
 

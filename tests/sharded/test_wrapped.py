@@ -81,6 +81,36 @@ def test_fsdp1_without_sharding():
     together(2, _fsdp1, True, ShardingStrategy.NO_SHARD, True)
 
 
+def _fsdp1_states(use_orig_params: bool) -> None:
+    """Before the first forward; after a backward without averaged gradients; in part frozen."""
+    warnings.simplefilter("ignore")
+    plain = Transformer()
+    model = FullyShardedDataParallel(
+        copy.deepcopy(plain), use_orig_params=use_orig_params, device_id="cpu"
+    )
+    summary = paramstats.summarize(model)
+    for name, p in plain.named_parameters():
+        oracle.check(summary[name], p)
+    with model.no_sync():
+        backward(model)
+    assert all(entry.grad is None for entry in paramstats.summarize(model).values())
+    if not use_orig_params:
+        return
+    for source in (model.named_parameters(), model.module):
+        with pytest.raises(NotImplementedError, match="pass the wrapped model"):
+            paramstats.summarize(source)
+    plain.blocks.requires_grad_(False)
+    frozen = FullyShardedDataParallel(plain, use_orig_params=True, device_id="cpu")
+    backward(frozen)
+    for name, entry in paramstats.summarize(frozen).items():
+        assert entry.requires_grad == (entry.grad is not None) == ("blocks" not in name)
+
+
+@pytest.mark.parametrize("use_orig_params", [True, False])
+def test_fsdp1_states(use_orig_params):
+    together(2, _fsdp1_states, use_orig_params)
+
+
 def _fsdp1_flat_and_whole() -> None:
     warnings.simplefilter("ignore")
     model = FullyShardedDataParallel(

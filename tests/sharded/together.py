@@ -89,7 +89,7 @@ def _in_process(
     except BaseException:
         message = (traceback.format_exc(), None)
     pipe.send(message)
-    if not message[0]:
+    if not message[0] and dist.is_initialized():
         dist.barrier()  # nobody goes while another may still read from it
         dist.destroy_process_group()
 
