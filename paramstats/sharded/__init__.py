@@ -114,7 +114,7 @@ class _UnderWay(Summary):
         result, error = self._later.result()
         if result is None:
             assert error is not None
-            raise error
+            raise error.with_traceback(None)  # or it would grow with every look
         return result
 
     # What the exchange decides. Slots of the base class, which nothing sets here.

@@ -66,6 +66,7 @@ class Result(NamedTuple):
     diverged: dict[str, str]
 
 
+Headers = list[list[int]]
 Outcome = tuple[Result | None, Exception | None]
 T = TypeVar("T")
 
@@ -107,9 +108,8 @@ class Group:
                 rows[agreement.positions] = own
             headers, merge = self._send(self._header(offer, agreement), rows, self._capacity)
             self._raise_failure(headers, offer)
-            believed = {int(h[_AGREEMENT]) for h in headers}
-            if agreement is not None and believed == {agreement.id}:
-                same_engine = len({int(h[_ENGINE]) for h in headers}) == 1
+            if agreement is not None and {h[_AGREEMENT] for h in headers} == {agreement.id}:
+                same_engine = len({h[_ENGINE] for h in headers}) == 1
                 merged = merge(agreement.numels, same_engine)
                 self._add_partial(headers, agreement, offer, merged, same_engine)
                 return self._result(merged, agreement, offer)
@@ -141,7 +141,7 @@ class Group:
         words[_PARTIALS] = offer.partials.number
         return words
 
-    def _raise_failure(self, headers: Tensor, offer: Offer | FailedOffer) -> None:
+    def _raise_failure(self, headers: Headers, offer: Offer | FailedOffer) -> None:
         failed = [rank for rank, h in zip(self._ranks, headers, strict=True) if h[_FAILED]]
         if offer.error is not None:
             raise offer.error
@@ -151,9 +151,9 @@ class Group:
                 f"on rank {failed[0]}, which raises it"
             )
 
-    def _agree(self, headers: Tensor, offer: Offer | FailedOffer) -> None:
+    def _agree(self, headers: Headers, offer: Offer | FailedOffer) -> None:
         """From headers that all processes see. Contents are sent only where they differ."""
-        digests = [struct.pack("=4q", *h[_DIGEST].tolist()) for h in headers]
+        digests = [struct.pack("=4q", *h[_DIGEST]) for h in headers]
         described = {offer.digest: offer.content}
         distinct = list(dict.fromkeys(digests))
         if len(distinct) > 1:
@@ -169,7 +169,7 @@ class Group:
 
     def _add_partial(
         self,
-        headers: Tensor,
+        headers: Headers,
         agreement: Agreement,
         offer: Offer | FailedOffer,
         merged: Tensor,
@@ -177,7 +177,7 @@ class Group:
     ) -> None:
         """Where a process has told of partial tensors, all add them up, and send what comes of it
         in a round of its own."""
-        numbers = headers[:, _PARTIALS].tolist()
+        numbers = [h[_PARTIALS] for h in headers]
         if not any(numbers):
             return
         self._tell(numbers, offer.partials)
@@ -202,6 +202,9 @@ class Group:
 
     def _tell(self, numbers: list[int], mine: Partials) -> None:
         """Makes known to all what each has told."""
+        if len(self._told) >= _MOST_KEPT:  # on all processes at once
+            self._told.clear()
+            self._plans.clear()
         if len(set(numbers)) == 1:
             self._told[mine.number] = mine
         for number in dict.fromkeys(numbers):
@@ -223,7 +226,7 @@ class Group:
 
     def _send(
         self, header: Tensor, rows: Tensor | None, count: int
-    ) -> tuple[Tensor, Callable[[Tensor, bool], Tensor]]:
+    ) -> tuple[Headers, Callable[[Tensor, bool], Tensor]]:
         """All processes' headers, and what joins the rows, `count` of each, that came with them."""
         if self._size < ALL_TO_ALL_FROM:
             block = torch.full((1 + count, WORDS), NOT_HELD, dtype=torch.int64)
@@ -231,7 +234,7 @@ class Group:
             if rows is not None:
                 block[1:] = rows
             got = self._all_gather(block)
-            return got[:, 0], functools.partial(self._merge_all, got)
+            return got[:, 0].tolist(), functools.partial(self._merge_all, got)
         share = -(-count // self._size)
         blocks = torch.full((self._size, 1 + share, WORDS), NOT_HELD, dtype=torch.int64)
         blocks[:, 0] = header
@@ -240,7 +243,7 @@ class Group:
             padded[:count] = rows
             blocks[:, 1:] = padded.view(self._size, share, WORDS)
         got = self._all_to_all(blocks)
-        return got[:, 0], functools.partial(self._merge_share, got, share)
+        return got[:, 0].tolist(), functools.partial(self._merge_share, got, share)
 
     def _merge_all(self, got: Tensor, numels: Tensor, same_engine: bool) -> Tensor:
         return merge_parts(got[:, 1 : 1 + len(numels)], numels, same_engine)
@@ -322,7 +325,10 @@ def group_of(process_group: dist.ProcessGroup | None) -> Group:
     if process_group is None:
         return Group(None)
     with _lock:
-        return _groups.setdefault(process_group, Group(process_group))
+        found = _groups.get(process_group)
+        if found is None:
+            found = _groups[process_group] = Group(process_group)
+        return found
 
 
 def _checked(process_group: Any) -> dist.ProcessGroup | None:
