@@ -102,6 +102,20 @@ def test_between_forward_and_backward():
     together(2, _between)
 
 
+def _resharded_to_fewer() -> None:
+    """After a forward, parameters that fully_shard keeps on a smaller mesh until backward."""
+    model = Transformer()
+    _sharded(model, init_device_mesh("cpu", (4,)), reshard_after_forward=2)
+    before = paramstats.summarize(model)
+    model(tokens())
+    assert len({id(p.device_mesh) for p in model.parameters() if isinstance(p, DTensor)}) == 2
+    assert paramstats.summarize(model) == before
+
+
+def test_resharded_to_fewer_processes():
+    together(4, _resharded_to_fewer)
+
+
 def _hybrid() -> None:
     model = Transformer()
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
