@@ -68,16 +68,15 @@ def summarize_together(call: Call, source: Any, layout: Layout, rows: list[Any])
 def _offer(call: Call, layout: Layout, rows: list[Any]) -> Offer:
     if call.engine.native is not None and "torch.distributed.tensor" in sys.modules:
         call.engine.native.read_distributed(sys.modules["torch.distributed.tensor"].DTensor)
-    known = _placings.setdefault(layout, {})
-    here = held(rows, call.grads, known)
-    return Offer(call.engine, layout, rows, here, call.params, beside=call.async_op)
+    here = held(rows, call.grads, _placings.setdefault(layout, {}))
+    return Offer(call.engine, layout, rows, here, call.params)
 
 
 def summarize_local(call: Call, source: Any, layout: Layout, rows: list[Any]) -> Summary:
     """The figures of what this process holds; no communication."""
     layout, rows = call.select(*unwrapped(source, layout, rows))
     here = held(rows, call.grads, {})
-    here.reductions.clear()
+    here.partial.clear()  # addends are what is here
     mine: list[Any] = here.tensors[: len(rows)]
     own = Layout.of(layout.names, layout.aliases, layout.parameters, mine)
     offer = Offer(call.engine, own, mine, here, call.params)

@@ -72,15 +72,6 @@ class Agreement(NamedTuple):
     """Elements of each whole tensor, gradients after tensors."""
     positions: Tensor
     """The row, among all processes' rows, of each row of this process."""
-    contents: tuple[Content, ...]
-    """Of each process."""
-    rows: tuple[dict[str, int], ...]
-    """Each process's rows by name."""
-
-    def mesh(self, place: int, name: str) -> int | None:
-        """On which mesh a process has a tensor; None where it has it not."""
-        row = self.rows[place].get(name)
-        return None if row is None else self.contents[place].meshes[row]
 
 
 def agree(
@@ -125,14 +116,11 @@ def agree(
     own = [union.index[name] for name in layout.names]
     n = len(union)
     numels = [first[name][0].numels[first[name][1]] for name in union.names]
-    rows = {d: {name: row for row, name in enumerate(described[d].names)} for d in seen}
     return Agreement(
         number,
         union,
         torch.tensor(numels * 2, dtype=torch.int64),
         torch.tensor(own + [n + row for row in own], dtype=torch.int64),
-        tuple(described[digest] for digest in digests),
-        tuple(rows[digest] for digest in digests),
     )
 
 

@@ -9,10 +9,9 @@ all agree anew. So a process whose model has changed on its own still takes part
 exchange, whose headers then tell everyone to agree again. No decision around a collective rests on
 anything that only one process knows.
 
-Partial tensors, whose processes hold addends, come after: the headers tell that there are any, all
-tell each other which, what is to be added up follows from that, and another round brings what came
-of it. An exchange thus takes one collective call (two of many processes), and where there are
-partial tensors as many again and one for each mesh dimension, operator and type.
+Partial tensors, whose processes hold addends, come after: what is to be added up follows from what
+all have told (`partial`). An exchange thus takes one collective call (two of many processes), and
+one more for each operator and type of partial tensors.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from paramstats.layout import Layout
-from paramstats.moments import ABSENT
+from paramstats.moments import ABSENT, ROW, Moments, merge
 from paramstats.sharded.agreement import Agreement, agree
 from paramstats.sharded.merging import (
     DIVERGED,
@@ -45,8 +44,7 @@ from paramstats.sharded.merging import (
     trouble,
 )
 from paramstats.sharded.offer import FailedOffer, Offer
-from paramstats.sharded.partial import Label, Partials, plan
-from paramstats.sharded.pieces import Reduction
+from paramstats.sharded.partial import Plan, digest_of, plan
 
 ALL_TO_ALL_FROM = 17
 _TRIES = 4
@@ -54,7 +52,7 @@ _MOST_KEPT = 64
 
 # Words of a header.
 _DIGEST = slice(0, 4)
-_AGREEMENT, _ENGINE, _FAILED, _PARTIALS = 4, 5, 6, 7
+_AGREEMENT, _ENGINE, _FAILED, _TOLD = 4, 5, 6, 7
 
 
 class Result(NamedTuple):
@@ -83,13 +81,20 @@ class Group:
         self._capacity = 0
         self._agreements: dict[int, Agreement] = {}
         self._latest: dict[bytes, Agreement] = {}
-        self._told: dict[int, Partials] = {}
-        self._plans: dict[tuple[int, ...], tuple[list[Label], dict[Label, Reduction]]] = {}
+        self._plans: dict[tuple[int, ...], Plan] = {}
         self._worker: ThreadPoolExecutor | None = None
 
     @property
     def _process_group(self) -> dist.ProcessGroup | None:
-        return None if self._reference is None else self._reference()
+        if self._reference is None:
+            return None
+        found = self._reference()
+        if found is None:
+            raise RuntimeError(
+                "paramstats.summarize: expected the process group to last until the exchange was "
+                "over, got one that was destroyed before; call wait() first"
+            )
+        return found
 
     # ---- what callers want
 
@@ -106,13 +111,13 @@ class Group:
             if agreement is not None and (own := offer.rows()) is not None:
                 rows = torch.full((self._capacity, WORDS), NOT_HELD, dtype=torch.int64)
                 rows[agreement.positions] = own
-            headers, merge = self._send(self._header(offer, agreement), rows, self._capacity)
+            headers, joined = self._send(self._header(offer, agreement), rows)
             self._raise_failure(headers, offer)
             if agreement is not None and {h[_AGREEMENT] for h in headers} == {agreement.id}:
                 same_engine = len({h[_ENGINE] for h in headers}) == 1
-                merged = merge(agreement.numels, same_engine)
-                self._add_partial(headers, agreement, offer, merged, same_engine)
-                return self._result(merged, agreement, offer)
+                merged = joined(agreement.numels, same_engine)
+                lacking = self._add_up([h[_TOLD] for h in headers], agreement, offer, merged)
+                return self._result(merged, agreement, offer, lacking)
             self._agree(headers, offer)
         raise RuntimeError("paramstats.summarize: expected the processes to agree on their tensors")
 
@@ -138,7 +143,7 @@ class Group:
         words[_AGREEMENT] = agreement.id if agreement else 0
         words[_ENGINE] = _engine_tag(offer.engine)
         words[_FAILED] = int(offer.error is not None)
-        words[_PARTIALS] = offer.partials.number
+        words[_TOLD] = digest_of(offer.told)
         return words
 
     def _raise_failure(self, headers: Headers, offer: Offer | FailedOffer) -> None:
@@ -162,55 +167,54 @@ class Group:
                 described[digest] = self._broadcast(described.get(digest), sender)
         agreement = agree(digests, described, offer.layout, self._ranks)
         if len(self._agreements) >= _MOST_KEPT:  # on all processes at once
-            for kept in (self._agreements, self._latest, self._told, self._plans):
+            for kept in (self._agreements, self._latest):
                 kept.clear()
         self._agreements[agreement.id] = self._latest[offer.digest] = agreement
         self._capacity = max(self._capacity, len(agreement.numels))
 
-    def _add_partial(
+    def _add_up(
         self,
-        headers: Headers,
+        digests: list[int],
         agreement: Agreement,
         offer: Offer | FailedOffer,
         merged: Tensor,
-        same_engine: bool,
-    ) -> None:
-        """Where a process has told of partial tensors, all add them up, and send what comes of it
-        in a round of its own."""
-        numbers = [h[_PARTIALS] for h in headers]
-        if not any(numbers):
-            return
-        self._tell(numbers, offer.partials)
-        key = (agreement.id, *numbers)
-        if key not in self._plans:
-            told = [self._told.get(number, Partials()) for number in numbers]
-            self._plans[key] = plan(
-                told, lambda place, label: agreement.mesh(place, label[0]), self._rank, self._ranks
-            )
-        labels, wanted = self._plans[key]
-        offer.read_partial(wanted)
-        n = len(agreement.layout)
-        at = torch.tensor([agreement.layout.index[name] + n * grad for name, grad in labels])
-        rows = None
-        if (own := offer.rows()) is not None:
-            rows = torch.full((len(agreement.numels), WORDS), NOT_HELD, dtype=torch.int64)
-            rows[agreement.positions] = own
-            rows = rows[at]
-        headers, merge = self._send(self._header(offer, agreement), rows, len(labels))
-        self._raise_failure(headers, offer)
-        merged[at] = merge(agreement.numels[at], same_engine)
+    ) -> dict[str, str]:
+        """Puts partial tensors, where any process has told of some, into their rows. Returns the
+        names of those that lack addends, and how many."""
+        if not any(digests):
+            return {}
+        key = tuple(digests)
+        if key not in self._plans:  # known to all: every plan was made by all
+            if len(self._plans) >= _MOST_KEPT:
+                self._plans.clear()
+            self._plans[key] = plan(self._gather_objects(offer.told))
+        made = self._plans[key]
+        states = offer.add_up(made, self._process_group, group_device(self._process_group))
+        layout = agreement.layout
+        whole: dict[int, Moments] = {}
+        lacking = {}
+        for slot, state in zip(made.slots, states, strict=True):
+            name, is_gradient = slot.label
+            row = layout.index[name] + len(layout) * is_gradient
+            whole[row] = merge(whole[row], state) if row in whole else state
+            if slot.missing:
+                lacking[layout.row_name(row)] = (
+                    f"addends of {slot.missing} processes are missing; they were left out"
+                )
+        for row, state in whole.items():
+            bits = 0 if state.count == int(agreement.numels[row]) else INCOMPLETE
+            merged[row, 0] = bits
+            words = struct.unpack("=9q", ROW.pack(*state))
+            merged[row, 1:] = torch.tensor(words, dtype=torch.int64)
+        return lacking
 
-    def _tell(self, numbers: list[int], mine: Partials) -> None:
-        """Makes known to all what each has told."""
-        if len(self._told) >= _MOST_KEPT:  # on all processes at once
-            self._told.clear()
-            self._plans.clear()
-        if len(set(numbers)) == 1:
-            self._told[mine.number] = mine
-        for number in dict.fromkeys(numbers):
-            if number and number not in self._told:
-                own = mine if mine.number == number else None
-                self._told[number] = self._broadcast(own, numbers.index(number))
+    def _gather_objects(self, mine: T) -> list[T]:
+        if self._process_group is None:
+            return [mine]
+        found: list[Any] = [None] * self._size
+        with _explained():
+            dist.all_gather_object(found, mine, group=self._process_group)
+        return found
 
     def _broadcast(self, own: T | None, sender: int) -> T:
         box = [own if sender == self._rank else None]
@@ -225,9 +229,10 @@ class Group:
     # ---- collectives
 
     def _send(
-        self, header: Tensor, rows: Tensor | None, count: int
+        self, header: Tensor, rows: Tensor | None
     ) -> tuple[Headers, Callable[[Tensor, bool], Tensor]]:
-        """All processes' headers, and what joins the rows, `count` of each, that came with them."""
+        """All processes' headers, and what joins the rows that came with them."""
+        count = self._capacity
         if self._size < ALL_TO_ALL_FROM:
             block = torch.full((1 + count, WORDS), NOT_HELD, dtype=torch.int64)
             block[0] = header
@@ -274,10 +279,16 @@ class Group:
 
     # ---- what came out
 
-    def _result(self, merged: Tensor, agreement: Agreement, offer: Offer | FailedOffer) -> Result:
+    def _result(
+        self,
+        merged: Tensor,
+        agreement: Agreement,
+        offer: Offer | FailedOffer,
+        lacking: dict[str, str],
+    ) -> Result:
         layout = agreement.layout
         skipped: dict[str, str] = {}
-        diverged: dict[str, str] = {}
+        diverged = dict(lacking)
         incomplete = []
         for row in merged[:, 0].nonzero().flatten().tolist():
             name = layout.row_name(row)

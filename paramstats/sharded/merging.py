@@ -79,7 +79,7 @@ def merge_parts(parts: Tensor, numels: Tensor, compare: bool) -> Tensor:
     nothing = _unread_rows(torch.full_like(numels, ABSENT))
     merged = torch.where(counted.any(0)[:, None], merged, nothing)
 
-    diverged = differs.any(0)
+    diverged = differs.any(0) & ~unreadable
     words = INCOMPLETE * incomplete + DIVERGED * diverged + UNREADABLE * unreadable
     if (diverged | unreadable).any():
         odd = torch.where(unreadable, _first(failed | not_read), _first(differs))[None]

@@ -6,16 +6,25 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from paramstats import reference
+from paramstats import moments, reference
 from paramstats.engine import Engine
 from paramstats.layout import Layout
-from paramstats.moments import ABSENT, ROW, unread
+from paramstats.moments import ABSENT, ROW, Moments, unread
 from paramstats.sharded.agreement import Content, content_of
 from paramstats.sharded.merging import WORDS
-from paramstats.sharded.partial import Label, Partials, add_up, addends, trouble_with
-from paramstats.sharded.pieces import Held, Reduction, mesh_of
+from paramstats.sharded.partial import (
+    Addend,
+    Addends,
+    Label,
+    Plan,
+    Told,
+    add_up,
+    added_up_in,
+)
+from paramstats.sharded.pieces import Held
 from paramstats.sharding import refuse_shards
 
 _ABSENT = ROW.pack(*unread(ABSENT))
@@ -35,24 +44,21 @@ class Offer:
         rows: Sequence[Any],
         held: Held,
         params: bool,
-        beside: bool = False,
     ) -> None:
-        """`beside`: partial tensors are left out, as adding them up is the training's own time and
-        its own process groups'."""
         self.layout = layout
         self.error: Exception | None = None
         self.unreadable: dict[str, str] = {}
         self.engine = f"{engine.name} {engine.native.simd_level() if engine.native else ''}"
         self.content, self.digest = content_of(layout, rows, held)
         self._engine = engine
-        self._rows = rows
         self._held = held
         self._params = params
         self._table = bytearray(_ABSENT * len(held.tensors))
         self._under_way: list[tuple[list[int], bytes, Sequence[reference.Transfer]]] = []
-        self._partial_rows: dict[Label, int] = {}
-        self._try(lambda: self._read_whole(beside))
-        self.partials = self._partials()
+        self._mine: dict[Label, Addend] = {}
+        self._addends: dict[Label, Tensor] = {}
+        self._try(self._read_all)
+        self.told: Told = tuple(sorted(self._mine.items()))
 
     def rows(self) -> Tensor | None:
         """Keys and states; waits for what is under way on a GPU. None where there was an error."""
@@ -69,41 +75,17 @@ class Offer:
         self._wait()
         return bytes(self._table)
 
-    def read_partial(self, wanted: dict[Label, Reduction]) -> None:
-        """Adds up with other processes what all have agreed on, and reads it."""
-        if not wanted:
-            return
-
-        def mine(label: Label) -> Tensor | None:
-            row = self._partial_rows.get(label)
-            return None if row is None else self._held.tensors[row]
-
-        with torch.no_grad():
-            device = torch.device(self._mesh(next(iter(wanted))).device_type)
-            values, trouble = addends(wanted, mine, device)
-            self.error = self.error or trouble
-            values = add_up(wanted, values, self._mesh)
-            here = [label for label in wanted if label in self._partial_rows]
-            rows, sums = [self._partial_rows[label] for label in here], [values[x] for x in here]
-            self._try(lambda: self._read(rows, sums))
-
-    # ---- what is partial
-
-    def _partials(self) -> Partials:
-        if not self._partial_rows:
-            return Partials()
-        rows = {label: self._held.reductions[row] for label, row in self._partial_rows.items()}
-        meshes = {mesh_of(mesh) for _, mesh in rows.values()}
-        told = tuple(sorted((label, reduction) for label, (reduction, _) in rows.items()))
-        return Partials(told, tuple(sorted(meshes)))
-
-    def _mesh(self, label: Label) -> Any:
-        """Where a tensor or gradient is distributed; of a gradient that is None, its tensor."""
-        row = self.layout.index[label[0]]
-        gradient = row + label[1] * len(self.layout)
-        if gradient in self._held.reductions:
-            return self._held.reductions[gradient][1]
-        return self._rows[row]._spec.mesh
+    def add_up(
+        self, plan: Plan, group: dist.ProcessGroup | None, device: torch.device
+    ) -> list[Moments]:
+        """The states of a plan's slots, from all processes' addends."""
+        parts = add_up(plan, self._mine, self._addends, group, device)
+        table, left, transfers = self._engine.read(parts, True, False)
+        finished, more, _ = reference.fill(table, left) if left else (table, (), {})
+        states = bytearray(finished)
+        for transfer in (*transfers, *more):
+            transfer.write(states)
+        return [moments.row(bytes(states), slot) for slot in range(len(parts))]
 
     # ---- reading
 
@@ -113,8 +95,8 @@ class Offer:
         except Exception as error:
             self.error = self.error or error
 
-    def _read_whole(self, beside: bool) -> None:
-        """All that needs nobody else."""
+    def _read_all(self) -> None:
+        """But for addends, of which copies are kept."""
         rows, tensors = [], []
         n = len(self.layout)
         first = 0 if self._params else n
@@ -124,20 +106,30 @@ class Offer:
                 continue
             if row < first:
                 self._leave(row)
-            elif row in self._held.reductions:
-                reduction = self._held.reductions[row][0]
-                trouble = trouble_with(reduction)
-                if trouble is None and beside:
-                    trouble = "partial tensors are not added up by a call with async_op"
-                if trouble is None:
-                    self._partial_rows[self.layout.names[row % n], row >= n] = row
-                self._leave(row, trouble)
+            elif row in self._held.partial:
+                self._leave(row, self._keep(row, x, self._held.partial[row]))
             elif x.is_complex() and reference.numel(x) != numels[row]:
                 self._leave(row, "the moduli of parts of a complex tensor cannot be joined")
             else:
                 rows.append(row)
                 tensors.append(x)
         self._read(rows, tensors)
+
+    def _keep(self, row: int, x: Tensor, addends: Addends | str) -> str | None:
+        """Why an addend cannot be taken; None where it is."""
+        if isinstance(addends, str):
+            return addends
+        dtype = added_up_in(x.dtype, addends)
+        if dtype is None:
+            return f"partial tensors of {x.dtype} are not added up so"
+        n = len(self.layout)
+        label = self.layout.names[row % n], row >= n
+        with torch.no_grad():
+            self._addends[label] = x.detach().to(dtype, copy=True).reshape(-1)
+        if x.is_meta:
+            raise ValueError(f"an addend of '{self.layout.row_name(row)}' is on the meta device")
+        self._mine[label] = Addend(addends, dtype, x.numel(), self._held.keys[row])
+        return None
 
     def _read(self, rows: list[int], tensors: list[Tensor]) -> None:
         if not rows:
@@ -185,7 +177,7 @@ class FailedOffer:
     engine = ""
     layout = Layout((), (), 0, (), (), (), ())
     content: Content = Content((), (), 0, (), (), (), (), (), ())
-    partials = Partials()
+    told: Told = ()
     unreadable: dict[str, str] = {}  # noqa: RUF012  # empty for good
 
     def __init__(self, error: Exception) -> None:
@@ -194,8 +186,10 @@ class FailedOffer:
     def rows(self) -> Tensor | None:
         return None
 
-    def read_partial(self, wanted: dict[Label, Reduction]) -> None:
-        """Nothing: an exchange ends before, where a process has failed."""
+    def add_up(
+        self, plan: Plan, group: dist.ProcessGroup | None, device: torch.device
+    ) -> list[Moments]:
+        raise AssertionError("an exchange ends before, where a process has failed")
 
 
 def _words(table: bytearray) -> Tensor:

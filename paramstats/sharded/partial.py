@@ -1,13 +1,14 @@
 """Partial tensors: addends on several processes, added up before anybody reads them.
 
-Who adds up what with whom follows from what all processes have told (`Partials`), never from what
-one of them has met: a process whose gradient is None takes part with what changes nothing.
+Every process tells which addends it has; what is to be added up follows from what all have told,
+never from what one of them has met. One all_reduce in the exchange's own group for each operator
+and type makes the elements of all of them, of copies once; a process without an addend takes part
+with what changes nothing.
 """
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import struct
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -16,102 +17,157 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from paramstats.sharded.pieces import Mesh, Reduction
-
 Label = tuple[str, bool]
 """A tensor's first name, and whether it is its gradient that is meant."""
 
 
-class Partials(NamedTuple):
-    """What one process tells of its partial tensors."""
+class Addends(NamedTuple):
+    """How the processes' addends of a DTensor belong together, told from its placements."""
 
-    rows: tuple[tuple[Label, Reduction], ...] = ()
-    meshes: tuple[Mesh, ...] = ()
-
-    @property
-    def number(self) -> int:
-        """Its digest; 0 where there are none."""
-        if not self.rows:
-            return 0
-        return int(struct.unpack("=q", hashlib.sha256(repr(self).encode()).digest()[:8])[0]) | 1
+    operator: str
+    """Of `_OPERATORS`."""
+    divisor: int
+    processes: int
+    """Those with addends of the same elements."""
+    replica: tuple[int, ...]
+    """Which copy of these elements; the mesh's number, then coordinates."""
 
 
-class _Op(NamedTuple):
+class Addend(NamedTuple):
+    """What a process tells of its own."""
+
+    addends: Addends
+    dtype: torch.dtype
+    numel: int
+    key: int
+    """Which part of the whole tensor."""
+
+
+Told = tuple[tuple[Label, Addend], ...]
+"""By one process, in order."""
+
+
+class _Operator(NamedTuple):
     reduce: Any
     neutral: Callable[[torch.dtype], float]
 
 
-def _lowest(dtype: torch.dtype) -> float:
-    return -torch.inf if dtype.is_floating_point else torch.iinfo(dtype).min
-
-
-def _highest(dtype: torch.dtype) -> float:
-    return torch.inf if dtype.is_floating_point else torch.iinfo(dtype).max
-
-
-_OPS = {
-    "sum": _Op(dist.ReduceOp.SUM, lambda dtype: 0),
-    "avg": _Op(dist.ReduceOp.SUM, lambda dtype: 0),
-    "max": _Op(dist.ReduceOp.MAX, _lowest),
-    "min": _Op(dist.ReduceOp.MIN, _highest),
-    "product": _Op(dist.ReduceOp.PRODUCT, lambda dtype: 1),
+_OPERATORS = {
+    "sum": _Operator(dist.ReduceOp.SUM, lambda dtype: 0),
+    "product": _Operator(dist.ReduceOp.PRODUCT, lambda dtype: 1),
+    "max": _Operator(
+        dist.ReduceOp.MAX,
+        lambda dtype: -torch.inf if dtype.is_floating_point else torch.iinfo(dtype).min,
+    ),
+    "min": _Operator(
+        dist.ReduceOp.MIN,
+        lambda dtype: torch.inf if dtype.is_floating_point else torch.iinfo(dtype).max,
+    ),
 }
-_NARROW = 4
-"""Bytes: types of fewer are added up in float32."""
+
+_ADDED_UP_IN = {
+    torch.float64: torch.float64,
+    **dict.fromkeys(
+        (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2),
+        torch.float32,
+    ),
+    **dict.fromkeys(
+        (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool), torch.int64
+    ),
+}
 
 
-def trouble_with(reduction: Reduction) -> str | None:
-    """Why it cannot be added up here; None where it can."""
-    ops = [op for _, op in reduction.dims]
-    if any(op not in _OPS for op in ops):
-        return f"a partial tensor of {', '.join(map(str, ops))} cannot be added up"
-    if reduction.dtype.is_complex or ("avg" in ops and not reduction.dtype.is_floating_point):
-        return f"partial tensors of {reduction.dtype} are not added up by {', '.join(ops)}"
-    return None
+def addends_of(spec: Any, number: int, coordinate: Sequence[int]) -> Addends | str | None:
+    """None where a DTensor's spec has nothing partial; a reason where it cannot be added up."""
+    operators, divisor, processes = set(), 1, 1
+    replica = [number]
+    for dim, placement in enumerate(spec.placements):
+        if placement.is_replicate():
+            replica.append(coordinate[dim])
+        elif placement.is_partial():
+            kind = type(placement).__name__
+            operator = placement.reduce_op if kind == "Partial" else kind
+            size = spec.mesh.size(dim)
+            processes *= size
+            if operator == "avg":
+                operator, divisor = "sum", divisor * size
+            operators.add(operator)
+    if not operators:
+        return None
+    if len(operators) > 1 or not operators <= _OPERATORS.keys():
+        return f"partial by {', '.join(sorted(map(str, operators)))}, which is not added up"
+    return Addends(operators.pop(), divisor, processes, tuple(replica))
 
 
-def plan(
-    told: Sequence[Partials],
-    meshes: Callable[[int, Label], int | None],
-    mine: int,
-    ranks: Sequence[int],
-) -> tuple[list[Label], dict[Label, Reduction]]:
-    """All partial rows, in an order that all processes have; and those that this one takes part in.
+def added_up_in(dtype: torch.dtype, addends: Addends) -> torch.dtype | None:
+    """None: addends of this type are not added up."""
+    found = _ADDED_UP_IN.get(dtype)
+    if addends.divisor > 1 and (found is None or not found.is_floating_point):
+        return None
+    return found
 
-    Args:
-        told: by each process, in order.
-        meshes: on which mesh (`Mesh.number`) a process has a tensor; None where it has it not.
-        mine: this process's place.
-        ranks: the processes' global ranks.
+
+def digest_of(told: Told) -> int:
+    """0 where nothing was told."""
+    if not told:
+        return 0
+    return int(struct.unpack("=q", hashlib.sha256(repr(told).encode()).digest()[:8])[0]) | 1
+
+
+class Slot(NamedTuple):
+    """A part of a tensor in the buffer of its operator and type."""
+
+    label: Label
+    key: int
+    replica: tuple[int, ...]
+    """Whose addends are taken."""
+    bucket: tuple[str, torch.dtype]
+    begin: int
+    numel: int
+    divisor: int
+    missing: int
+    """Addends that no process has told of."""
+
+
+class Plan(NamedTuple):
+    """The same on all processes."""
+
+    slots: tuple[Slot, ...]
+    sizes: dict[tuple[str, torch.dtype], int]
+
+
+def plan(told: Sequence[Told]) -> Plan:
+    """From what each process has told, in order.
 
     Raises:
-        ValueError: what they told does not go together; on every process alike.
+        ValueError: it does not go together.
     """
-    known = {mesh.number: mesh for partials in told for mesh in partials.meshes}
-    by_label: dict[Label, dict[int, Reduction]] = {}
-    for place, partials in enumerate(told):
-        for label, reduction in partials.rows:
-            by_label.setdefault(label, {})[place] = reduction
-    own: dict[Label, Reduction] = {}
-    for label, reductions in sorted(by_label.items()):
-        one = next(iter(reductions.values()))
-        mesh = known[one.mesh]
-        if any(r._replace(numel=one.numel) != one for r in reductions.values()):
-            raise _conflict(label, "partial in one way on all processes, got different ones")
-        if not set(mesh.ranks) <= set(ranks):
-            raise _conflict(label, "on a mesh within the group, got processes beyond it")
-        for block in _blocks(mesh, one.dims):
-            places = [ranks.index(rank) for rank in block]
-            numels = {reductions[place].numel for place in places if place in reductions}
-            if not numels:
-                continue
+    by_label: dict[Label, list[Addend]] = {}
+    for rows in told:
+        for label, addend in rows:
+            by_label.setdefault(label, []).append(addend)
+    slots: list[Slot] = []
+    sizes: dict[tuple[str, torch.dtype], int] = {}
+    for label, addends in sorted(by_label.items()):
+        kinds = {(a.addends.operator, a.addends.divisor, a.dtype) for a in addends}
+        if len(kinds) > 1:
+            raise _conflict(label, "partial in one way on all processes, got several")
+        operator, divisor, dtype = kinds.pop()
+        parts: dict[int, list[Addend]] = {}
+        for addend in addends:
+            parts.setdefault(addend.key, []).append(addend)
+        for key, same in sorted(parts.items()):
+            replica = same[0].addends.replica
+            taken = [a for a in same if a.addends.replica == replica]
+            numels = {a.numel for a in taken}
             if len(numels) > 1:
                 raise _conflict(label, f"of one size, got addends of {sorted(numels)} elements")
-            if any(p not in reductions and meshes(p, label) != one.mesh for p in places):
-                raise _conflict(label, "on one mesh on all processes, got others")
-            if mine in places:
-                own[label] = one._replace(numel=numels.pop())
-    return sorted(by_label), own
+            bucket, numel = (operator, dtype), numels.pop()
+            begin = sizes.get(bucket, 0)
+            missing = same[0].addends.processes - len(taken)
+            slots.append(Slot(label, key, replica, bucket, begin, numel, divisor, missing))
+            sizes[bucket] = begin + numel
+    return Plan(tuple(slots), sizes)
 
 
 def _conflict(label: Label, expected: str) -> ValueError:
@@ -119,57 +175,28 @@ def _conflict(label: Label, expected: str) -> ValueError:
     return ValueError(f"paramstats.summarize: expected '{name}' to be {expected}")
 
 
-def _blocks(mesh: Mesh, dims: Sequence[tuple[int, str]]) -> list[list[int]]:
-    """The processes whose addends belong together."""
-    reduced = {dim for dim, _ in dims}
-    blocks: dict[tuple[int, ...], list[int]] = {}
-    coordinates = itertools.product(*(range(size) for size in mesh.shape))
-    for rank, coordinate in zip(mesh.ranks, coordinates, strict=True):
-        at = tuple(c for dim, c in enumerate(coordinate) if dim not in reduced)
-        blocks.setdefault(at, []).append(rank)
-    return list(blocks.values())
-
-
-def addends(
-    wanted: dict[Label, Reduction], mine: Callable[[Label], Tensor | None], device: torch.device
-) -> tuple[dict[Label, Tensor], Exception | None]:
-    """What this process adds, flat, in the type that it is added up in; neutral where it has
-    nothing, or cannot have it: the error is for later, when all are told."""
-    found: dict[Label, Tensor] = {}
-    trouble: Exception | None = None
-    for label, reduction in wanted.items():
-        narrow = reduction.dtype.is_floating_point and reduction.dtype.itemsize < _NARROW
-        dtype = torch.float32 if narrow else reduction.dtype
-        try:
-            x = mine(label)
-            if x is not None:
-                flat = x.detach().to(device, dtype, copy=True)
-                found[label] = flat.reshape(reduction.numel)
-                continue
-        except Exception as error:
-            trouble = trouble or error
-        neutral = _OPS[reduction.dims[0][1]].neutral(dtype)
-        found[label] = torch.full((reduction.numel,), neutral, dtype=dtype, device=device)
-    return found, trouble
-
-
 def add_up(
-    wanted: dict[Label, Reduction], values: dict[Label, Tensor], mesh: Callable[[Label], Any]
-) -> dict[Label, Tensor]:
-    """By one all_reduce for each mesh dimension, operator and type."""
-    longest = max((len(reduction.dims) for reduction in wanted.values()), default=0)
-    for position in range(longest):
-        buckets: dict[Any, list[Label]] = {}
-        for label, reduction in wanted.items():
-            if position < len(reduction.dims):
-                dim, op = reduction.dims[position]
-                group = mesh(label).get_group(dim)
-                buckets.setdefault((group, op, values[label].dtype), []).append(label)
-        for (group, op, _), members in buckets.items():
-            flat = torch.cat([values[label] for label in members])
-            dist.all_reduce(flat, _OPS[op].reduce, group)
-            if op == "avg":
-                flat /= dist.get_world_size(group)
-            sizes = [values[label].numel() for label in members]
-            values.update(zip(members, flat.split(sizes), strict=True))
-    return values
+    plan: Plan,
+    mine: dict[Label, Addend],
+    values: dict[Label, Tensor],
+    group: dist.ProcessGroup | None,
+    device: torch.device,
+) -> list[Tensor]:
+    """The elements of each slot. Nothing in here depends on one process alone but values."""
+    buffers = {}
+    for bucket, size in plan.sizes.items():
+        operator, dtype = bucket
+        neutral = _OPERATORS[operator].neutral(dtype)
+        buffers[bucket] = torch.full((size,), neutral, dtype=dtype, device=device)
+    parts = [buffers[slot.bucket][slot.begin : slot.begin + slot.numel] for slot in plan.slots]
+    for slot, part in zip(plan.slots, parts, strict=True):
+        own = mine.get(slot.label)
+        if own is not None and (own.key, own.addends.replica) == (slot.key, slot.replica):
+            part.copy_(values[slot.label])
+    if group is not None:
+        for (operator, _), buffer in buffers.items():
+            dist.all_reduce(buffer, _OPERATORS[operator].reduce, group)
+    for slot, part in zip(plan.slots, parts, strict=True):
+        if slot.divisor > 1:
+            part /= slot.divisor
+    return parts

@@ -9,11 +9,11 @@ import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from paramstats import reference
 from paramstats.sharded.merging import NOT_HELD
+from paramstats.sharded.partial import Addends, addends_of
 from paramstats.sharding import Shard
 
 
@@ -36,25 +36,15 @@ def _number(mesh: Mesh) -> int:
     return int(struct.unpack("=q", digest[:8])[0]) | 1
 
 
-class Reduction(NamedTuple):
-    """What turns the addends that processes hold into the elements they stand for."""
-
-    dims: tuple[tuple[int, str], ...]
-    """Mesh dimensions, each with its operator ("sum", "avg", ...)."""
-    dtype: torch.dtype
-    numel: int
-    mesh: int
-    """A `Mesh.number`."""
-
-
 class Placing(NamedTuple):
     """Where a DTensor's local elements belong."""
 
     spec: Any
     """The DTensor's own, kept so that no other has its address."""
     key: int
-    partial: tuple[tuple[int, str], ...]
     mesh: int
+    addends: Addends | str | None
+    """Of a partial tensor; a reason where it cannot be added up."""
 
 
 Placings = dict[int, Placing]
@@ -70,8 +60,8 @@ class Held:
         self.keys: list[int] = []
         self.meshes: list[int] = []
         """By `Mesh.number`, 0 for what is not on any."""
-        self.reductions: dict[int, tuple[Reduction, Any]] = {}
-        """Of partial tensors, by row, with their meshes."""
+        self.partial: dict[int, Addends | str] = {}
+        """Of partial tensors, by row."""
 
     def add(self, x: Any, known: Placings) -> None:
         spec = getattr(x, "_spec", None)
@@ -82,11 +72,9 @@ class Held:
         placing = known.get(id(spec))
         if placing is None:
             placing = known[id(spec)] = _placing(spec)
-        local = x._local_tensor
-        if placing.partial and placing.key != NOT_HELD:
-            reduction = Reduction(placing.partial, local.dtype, local.numel(), placing.mesh)
-            self.reductions[len(self.tensors)] = (reduction, spec.mesh)
-        self._put(local, placing.key, placing.mesh)
+        if placing.addends is not None:
+            self.partial[len(self.tensors)] = placing.addends
+        self._put(x._local_tensor, placing.key, placing.mesh)
 
     def add_gradient(self, grad: Any, row: int, known: Placings) -> None:
         """Of the tensor in `row`."""
@@ -126,14 +114,13 @@ def _placing(spec: Any) -> Placing:
     number = mesh_of(mesh).number
     coordinate = mesh.get_coordinate()
     if coordinate is None:  # a mesh that this process is no part of
-        return Placing(spec, NOT_HELD, (), number)
-    key, partial = 0, []
+        return Placing(spec, NOT_HELD, number, None)
+    key = 0
     for dim, placement in enumerate(spec.placements):
-        if placement.is_partial():
-            partial.append((dim, placement.reduce_op))
-        elif not placement.is_replicate():  # a _StridedShard is no Shard, and cuts all the same
+        # A _StridedShard is no Shard, and cuts all the same.
+        if not (placement.is_partial() or placement.is_replicate()):
             key = key * mesh.size(dim) + coordinate[dim]
-    return Placing(spec, key, tuple(partial), number)
+    return Placing(spec, key, number, addends_of(spec, number, coordinate))
 
 
 _meshes: weakref.WeakKeyDictionary[Any, Mesh] = weakref.WeakKeyDictionary()

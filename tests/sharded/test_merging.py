@@ -133,6 +133,7 @@ def test_a_copy_that_could_not_be_read_stands_behind_one_that_was():
     bits, _, state = joined(part(0, failed), part(0, a), numel=4)
     assert bits == 0 and state == a
     assert joined(part(0, failed), part(0, failed), numel=4)[0] == UNREADABLE
+    assert joined(part(0, failed), part(0, unread(ABSENT)), numel=4)[0] == UNREADABLE
 
 
 def test_what_nobody_holds():

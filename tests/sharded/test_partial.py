@@ -8,10 +8,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor._ops._embedding_ops import _MaskPartial
+from torch.distributed.tensor._ops._math_ops import _NormPartial
 
 import paramstats
-from paramstats.sharded.partial import Partials, plan
-from paramstats.sharded.pieces import Mesh, Reduction
+from paramstats.sharded.partial import Addend, Addends, plan
 from tests.sharded.test_safety import messages_of
 from tests.sharded.together import together
 
@@ -109,46 +110,93 @@ def _not_added_up() -> None:
     }
     summary = paramstats.summarize(source)
     assert list(summary.skipped) == ["complex", "counts", "cut"]
-    assert "complex64" in summary.skipped["complex"] and "avg" in summary.skipped["counts"]
+    assert "complex64" in summary.skipped["complex"] and "int32" in summary.skipped["counts"]
     assert summary["fine"].mean == 2.0
-    beside = paramstats.summarize({"fine": source["fine"]}, async_op=True)
-    assert "async_op" in beside.skipped["fine"]
+    for odd in (_NormPartial(2.0), _MaskPartial(offset_shape=torch.Size([3]), offset_dim=0)):
+        x = DTensor.from_local(torch.ones(3), mesh, [odd])
+        assert type(odd).__name__ in paramstats.summarize({"x": x}).skipped["x"]
 
 
 def test_what_is_not_added_up_is_named():
     together(2, _not_added_up)
 
 
+def _mesh_of_each_row() -> None:
+    """Tensor parallelism alone on the rows of a mesh: every row has a submesh of its own."""
+    rank = dist.get_rank()
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    p = _replicated(5, mesh["tp"])
+    p.grad = DTensor.from_local(torch.full((5,), 1.0 + rank % 2), mesh["tp"], [Partial()])
+    summary = paramstats.summarize({"p": p})
+    assert summary["p"].grad.mean == 3.0 and not summary.diverged
+    cut = DTensor.from_local(torch.full((2,), 1.0 + rank), mesh, [Shard(0), Partial("avg")])
+    summary = paramstats.summarize({"cut": cut, "p": p}, group=dist.group.WORLD)
+    assert (summary["cut"].min, summary["cut"].max, summary["cut"].count) == (1.5, 3.5, 4)
+    only = paramstats.summarize({"p": p}, group=mesh["tp"].get_group())
+    assert only["p"].grad.mean == 3.0
+
+
+def test_a_mesh_for_each_row_of_processes():
+    together(4, _mesh_of_each_row)
+
+
+def _equal_meshes() -> None:
+    """Meshes that are equal have process groups of their own; none of these is used."""
+    rank = dist.get_rank()
+    one, other = (init_device_mesh("cpu", (2,)) for _ in range(2))
+    p = _replicated(3, one)
+    p.grad = DTensor.from_local(torch.ones(3), other if rank else one, [Partial()])
+    assert paramstats.summarize({"p": p})["p"].grad.mean == 2.0
+
+
+def test_equal_meshes():
+    together(2, _equal_meshes)
+
+
+def _types() -> None:
+    rank = dist.get_rank()
+    mesh = init_device_mesh("cpu", (2,))
+    for dtype in (torch.float64, torch.bfloat16, torch.float8_e5m2, torch.int16, torch.uint8):
+        x = DTensor.from_local(torch.full((3,), 1 + rank).to(dtype), mesh, [Partial()])
+        for async_op in (False, True):
+            assert paramstats.summarize({"x": x}, async_op=async_op)["x"].mean == 3
+    flags = DTensor.from_local(torch.tensor([True, rank > 0]), mesh, [Partial("max")])
+    assert paramstats.summarize({"x": flags})["x"].mean == 1
+
+
+def test_types_of_addends():
+    together(2, _types)
+
+
 # ---- the plan, without processes ------------------------------------------------------------
 
-MESH = Mesh((2, 2), (0, 1, 2, 3))
 LABEL = ("w", True)
 
 
-def told(*has: bool, dims=((1, "sum"),), numel: int = 5) -> list[Partials]:
-    reduction = Reduction(dims, torch.float32, numel, MESH.number)
-    return [Partials(((LABEL, reduction),), (MESH,)) if h else Partials() for h in has]
+def addend(operator="sum", key=0, replica=(7,), numel=5, dtype=torch.float32) -> Addend:
+    return Addend(Addends(operator, 1, 2, replica), dtype, numel, key)
 
 
-def on_mesh(place: int, label: tuple[str, bool]) -> int | None:
-    return MESH.number
+def told(*addends: Addend | None):
+    return [((LABEL, a),) if a is not None else () for a in addends]
 
 
-@pytest.mark.parametrize(
-    ("dims", "taking_part"),
-    [(((1, "sum"),), [0, 1]), (((0, "sum"),), [0, 2]), (((0, "sum"), (1, "max")), [0, 1, 2, 3])],
-)
-def test_who_takes_part(dims, taking_part):
-    everyone = told(True, False, False, False, dims=dims)
-    parts = [plan(everyone, on_mesh, place, range(4))[1] for place in range(4)]
-    assert [place for place, own in enumerate(parts) if own] == taking_part
-    assert all(plan(everyone, on_mesh, p, range(4))[0] == [LABEL] for p in range(4))
+def test_copies_are_added_up_once():
+    made = plan(told(addend(), addend(), addend(replica=(8,)), addend(replica=(8,))))
+    (slot,) = made.slots
+    assert (slot.replica, slot.numel, slot.missing) == ((7,), 5, 0)
+    assert made.sizes == {("sum", torch.float32): 5}
+
+
+def test_parts_stand_side_by_side():
+    made = plan(told(addend(key=1, numel=4), None, addend(), addend(key=1, numel=4)))
+    found = [(slot.key, slot.begin, slot.numel, slot.missing) for slot in made.slots]
+    assert found == [(0, 0, 5, 1), (1, 5, 4, 0)]
 
 
 def test_what_does_not_go_together():
     with pytest.raises(ValueError, match=r"'w \(gradient\)' to be of one size"):
-        plan([*told(True), *told(True, numel=6), *told(False, False)], on_mesh, 0, range(4))
-    with pytest.raises(ValueError, match="on one mesh on all processes"):
-        plan(told(True, False, True, True), lambda place, label: None, 0, range(4))
-    with pytest.raises(ValueError, match="on a mesh within the group"):
-        plan(told(True, True), on_mesh, 0, [0, 1])
+        plan(told(addend(), addend(numel=6)))
+    for other in (addend("max"), addend(dtype=torch.float64)):
+        with pytest.raises(ValueError, match="to be partial in one way"):
+            plan(told(addend(), None, other))

@@ -313,7 +313,7 @@ def _counted() -> None:
     paramstats.summarize(partial)
     with CommDebugMode() as counted:
         paramstats.summarize(partial)
-    assert counted.get_total_counts() == 1 + 2 + 1  # sums, maxima, and what came of them
+    assert counted.get_total_counts() == 1 + 2  # of sums and of maxima
     exchange.ALL_TO_ALL_FROM = 2  # of more processes than are here
     with CommDebugMode() as counted:
         paramstats.summarize(model)
