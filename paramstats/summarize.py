@@ -6,7 +6,7 @@ import functools
 import math
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +28,9 @@ Source = (
     | Mapping[str, torch.Tensor | Shard]
     | Iterable[tuple[str, torch.Tensor | Shard]]
 )
+
+
+_make_layout = Layout.of
 
 
 @untraced
@@ -114,16 +117,22 @@ def summarize(
     excluded = () if exclude is None else compile_patterns(exclude, "exclude")
 
     if isinstance(source, torch.nn.Module):
-        found = chosen.walk(source, buffers, Layout.of)
-        layout, tensors = found or python_walk.walk(source, buffers, Layout.of)
+        found = chosen.walk(source, buffers, _make_layout)
+        layout, tensors = found or python_walk.walk(source, buffers, _make_layout)
     else:
-        layout, tensors = python_walk.walk_named(source, included, excluded, Layout.of)
+        layout, tensors = python_walk.walk_named(source, included, excluded, _make_layout)
     if layout.is_sharded is None:
         layout.is_sharded = sharding.is_sharded(source, tensors)
     correction, grad_scale = float(correction), float(grad_scale)
     if not layout.is_sharded and group is None:
-        layout, tensors = _select(layout, tensors, included, excluded)
-        return _summarize_here(chosen, layout, tensors, params, grads, correction, grad_scale)
+        if included is not None or excluded:
+            layout, tensors = _select(layout, tensors, included, excluded)
+        table, left, transfers = chosen.read(tensors, params, grads)
+        if left:
+            return _with_the_rest(
+                chosen, layout, table, left, params, transfers, correction, grad_scale
+            )
+        return Summary(layout, table, correction, grad_scale, transfers)
     from paramstats import sharded
 
     select = functools.partial(_select, included=included, excluded=excluded)
@@ -155,26 +164,23 @@ def _as_given(patterns: Patterns | None) -> str | list[str] | None:
     return texts[0] if len(texts) == 1 else texts or None
 
 
-def _summarize_here(
+def _with_the_rest(
     chosen: Engine,
     layout: Layout,
-    tensors: list[torch.Tensor],
+    table: bytes,
+    left: reference.Left,
     params: bool,
-    grads: bool,
+    transfers: Sequence[reference.Transfer],
     correction: float,
     grad_scale: float,
 ) -> Summary:
-    """Of tensors that this process holds whole."""
-    table, left, transfers = chosen.read(tensors, params, grads)
-    if not left:
-        return Summary(layout, table, correction, grad_scale, transfers)
+    """After what an engine read itself, what it left."""
     refuse_shards((layout.row_name(row), tensor) for row, tensor in left)
     chosen.explain_cuda(tensor.device for _, tensor in left)
     table, more, unreadable = reference.fill(table, left, params)
     skipped = {layout.row_name(row): reason for row, reason in unreadable.items()}
     warn_once(skipped, {layout.row_name(row): type(tensor) for row, tensor in left})
-    transfers = (*transfers, *more)
-    return Summary(layout, table, correction, grad_scale, transfers, skipped)
+    return Summary(layout, table, correction, grad_scale, (*transfers, *more), skipped)
 
 
 def _is_finite(value: Any) -> bool:
