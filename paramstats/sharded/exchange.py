@@ -50,6 +50,11 @@ ALL_TO_ALL_FROM = 17
 _TRIES = 4
 _MOST_KEPT = 64
 
+_DESTROYED = (
+    "paramstats.summarize: expected the process group to last until the exchange was over, got one "
+    "that was destroyed before; call wait() first"
+)
+
 # Words of a header.
 _DIGEST = slice(0, 4)
 _AGREEMENT, _ENGINE, _FAILED, _TOLD = 4, 5, 6, 7
@@ -90,10 +95,7 @@ class Group:
             return None
         found = self._reference()
         if found is None:
-            raise RuntimeError(
-                "paramstats.summarize: expected the process group to last until the exchange was "
-                "over, got one that was destroyed before; call wait() first"
-            )
+            raise RuntimeError(_DESTROYED)
         return found
 
     # ---- what callers want
@@ -131,6 +133,8 @@ class Group:
         try:
             return self.exchange(offer), None
         except Exception as error:
+            if not dist.is_initialized():
+                return None, RuntimeError(_DESTROYED)
             # Not its traceback, which holds the model's tensors.
             cause = error.__cause__
             return None, error.with_traceback(None) if cause is None else type(error)(*error.args)

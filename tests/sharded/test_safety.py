@@ -386,3 +386,22 @@ def _async() -> None:
 
 def test_exchange_beside_the_training():
     together(2, _async)
+
+
+def _destroyed_before() -> None:
+    source, world = {"w": torch.ones(3)}, dist.group.WORLD
+    paramstats.summarize(source, group=world, async_op=True).wait()
+    if dist.get_rank() == 1:
+        time.sleep(1)  # the other waits for this one
+    pending = paramstats.summarize(source, group=world, async_op=True)
+    dist.destroy_process_group()
+    outcome = ""
+    try:
+        outcome = f"count {pending['w'].count}"
+    except RuntimeError as error:
+        outcome = str(error)
+    assert outcome == "count 3" or "call wait() first" in outcome  # it may have been in time
+
+
+def test_group_that_is_destroyed_before():
+    together(2, _destroyed_before)
