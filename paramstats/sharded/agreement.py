@@ -13,7 +13,6 @@ from torch import Tensor
 
 from paramstats import reference
 from paramstats.layout import Layout
-from paramstats.sharded.pieces import Held
 from paramstats.sharding import Shard
 
 _MOST_KEPT = 64
@@ -30,19 +29,16 @@ class Content(NamedTuple):
     devices: tuple[str, ...]
     requires_grad: tuple[bool, ...]
     numels: tuple[int, ...]
-    meshes: tuple[int, ...]
-    """By `Mesh.number`: a model that moves to another mesh is another one."""
 
 
 _digests: weakref.WeakKeyDictionary[Layout, tuple[Content, bytes]] = weakref.WeakKeyDictionary()
 _digests_by_content: dict[Content, bytes] = {}
 
 
-def content_of(layout: Layout, rows: Sequence[Any], held: Held) -> tuple[Content, bytes]:
+def content_of(layout: Layout, rows: Sequence[Any]) -> tuple[Content, bytes]:
     """And its digest, which takes milliseconds for thousands of tensors the first time."""
-    meshes = tuple(held.meshes[: len(layout)])
     found = _digests.get(layout)
-    if found is None or found[0].meshes != meshes:
+    if found is None:
         content = Content(
             layout.names,
             layout.aliases,
@@ -52,7 +48,6 @@ def content_of(layout: Layout, rows: Sequence[Any], held: Held) -> tuple[Content
             tuple(device.type for device in layout.devices),
             layout.requires_grad,
             tuple(x.numel if isinstance(x, Shard) else reference.numel(x) for x in rows),
-            meshes,
         )
         digest = _digests_by_content.get(content)
         if digest is None:

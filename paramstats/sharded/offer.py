@@ -49,7 +49,7 @@ class Offer:
         self.error: Exception | None = None
         self.unreadable: dict[str, str] = {}
         self.engine = f"{engine.name} {engine.native.simd_level() if engine.native else ''}"
-        self.content, self.digest = content_of(layout, rows, held)
+        self.content, self.digest = content_of(layout, rows)
         self._engine = engine
         self._held = held
         self._params = params
@@ -85,7 +85,8 @@ class Offer:
         states = bytearray(finished)
         for transfer in (*transfers, *more):
             transfer.write(states)
-        return [moments.row(bytes(states), slot) for slot in range(len(parts))]
+        finished = bytes(states)
+        return [moments.row(finished, slot) for slot in range(len(parts))]
 
     # ---- reading
 
@@ -176,7 +177,7 @@ class FailedOffer:
     digest = bytes(32)
     engine = ""
     layout = Layout((), (), 0, (), (), (), ())
-    content: Content = Content((), (), 0, (), (), (), (), (), ())
+    content: Content = Content((), (), 0, (), (), (), (), ())
     told: Told = ()
     unreadable: dict[str, str] = {}  # noqa: RUF012  # empty for good
 

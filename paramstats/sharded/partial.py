@@ -30,7 +30,7 @@ class Addends(NamedTuple):
     processes: int
     """Those with addends of the same elements."""
     replica: tuple[int, ...]
-    """Which copy of these elements; the mesh's number, then coordinates."""
+    """Which copy of these elements: coordinates, then a number that stands for the mesh."""
 
 
 class Addend(NamedTuple):
@@ -77,10 +77,10 @@ _ADDED_UP_IN = {
 }
 
 
-def addends_of(spec: Any, number: int, coordinate: Sequence[int]) -> Addends | str | None:
+def addends_of(spec: Any, coordinate: Sequence[int]) -> Addends | str | None:
     """None where a DTensor's spec has nothing partial; a reason where it cannot be added up."""
     operators, divisor, processes = set(), 1, 1
-    replica = [number]
+    replica = []
     for dim, placement in enumerate(spec.placements):
         if placement.is_replicate():
             replica.append(coordinate[dim])
@@ -96,6 +96,7 @@ def addends_of(spec: Any, number: int, coordinate: Sequence[int]) -> Addends | s
         return None
     if len(operators) > 1 or not operators <= _OPERATORS.keys():
         return f"partial by {', '.join(sorted(map(str, operators)))}, which is not added up"
+    replica.append(_number((tuple(spec.mesh.shape), spec.mesh.mesh.flatten().tolist())))
     return Addends(operators.pop(), divisor, processes, tuple(replica))
 
 
@@ -109,9 +110,12 @@ def added_up_in(dtype: torch.dtype, addends: Addends) -> torch.dtype | None:
 
 def digest_of(told: Told) -> int:
     """0 where nothing was told."""
-    if not told:
-        return 0
-    return int(struct.unpack("=q", hashlib.sha256(repr(told).encode()).digest()[:8])[0]) | 1
+    return _number(told) if told else 0
+
+
+def _number(value: object) -> int:
+    """The same for what looks the same, on all processes; never 0."""
+    return int(struct.unpack("=q", hashlib.sha256(repr(value).encode()).digest()[:8])[0]) | 1
 
 
 class Slot(NamedTuple):

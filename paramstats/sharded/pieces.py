@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import struct
-import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -17,32 +13,12 @@ from paramstats.sharded.partial import Addends, addends_of
 from paramstats.sharding import Shard
 
 
-class Mesh(NamedTuple):
-    """A DeviceMesh as other processes know it."""
-
-    shape: tuple[int, ...]
-    ranks: tuple[int, ...]
-    """All of them, the last dimension's side by side."""
-
-    @property
-    def number(self) -> int:
-        """The same for equal meshes on all processes, and hardly for others; 0 stands for none."""
-        return _number(self)
-
-
-@functools.lru_cache(maxsize=256)
-def _number(mesh: Mesh) -> int:
-    digest = hashlib.sha256(repr(tuple(mesh)).encode()).digest()
-    return int(struct.unpack("=q", digest[:8])[0]) | 1
-
-
 class Placing(NamedTuple):
     """Where a DTensor's local elements belong."""
 
     spec: Any
     """The DTensor's own, kept so that no other has its address."""
     key: int
-    mesh: int
     addends: Addends | str | None
     """Of a partial tensor; a reason where it cannot be added up."""
 
@@ -58,8 +34,6 @@ class Held:
         self.tensors: list[Tensor | None] = []
         """None: nothing, as of a gradient that is None."""
         self.keys: list[int] = []
-        self.meshes: list[int] = []
-        """By `Mesh.number`, 0 for what is not on any."""
         self.partial: dict[int, Addends | str] = {}
         """Of partial tensors, by row."""
 
@@ -67,26 +41,25 @@ class Held:
         spec = getattr(x, "_spec", None)
         if spec is None:
             is_shard = isinstance(x, Shard)
-            self._put(x.tensor if is_shard else x, x.key if is_shard else 0, 0)
+            self._put(x.tensor if is_shard else x, x.key if is_shard else 0)
             return
         placing = known.get(id(spec))
         if placing is None:
             placing = known[id(spec)] = _placing(spec)
         if placing.addends is not None:
             self.partial[len(self.tensors)] = placing.addends
-        self._put(x._local_tensor, placing.key, placing.mesh)
+        self._put(x._local_tensor, placing.key)
 
     def add_gradient(self, grad: Any, row: int, known: Placings) -> None:
         """Of the tensor in `row`."""
         if grad is not None and hasattr(grad, "_spec"):
             self.add(grad, known)
         else:
-            self._put(grad, self.keys[row], self.meshes[row])
+            self._put(grad, self.keys[row])
 
-    def _put(self, tensor: Tensor | None, key: int, mesh: int) -> None:
+    def _put(self, tensor: Tensor | None, key: int) -> None:
         self.tensors.append(tensor)
         self.keys.append(key)
-        self.meshes.append(mesh)
 
 
 def held(rows: Sequence[Any], grads: bool, known: Placings) -> Held:
@@ -111,24 +84,12 @@ def _placing(spec: Any) -> Placing:
     """The number of a shard among all shards of its tensor: mesh dimensions that do not cut it do
     not count, so that copies have the same."""
     mesh = spec.mesh
-    number = mesh_of(mesh).number
     coordinate = mesh.get_coordinate()
     if coordinate is None:  # a mesh that this process is no part of
-        return Placing(spec, NOT_HELD, number, None)
+        return Placing(spec, NOT_HELD, None)
     key = 0
     for dim, placement in enumerate(spec.placements):
         # A _StridedShard is no Shard, and cuts all the same.
         if not (placement.is_partial() or placement.is_replicate()):
             key = key * mesh.size(dim) + coordinate[dim]
-    return Placing(spec, key, number, addends_of(spec, number, coordinate))
-
-
-_meshes: weakref.WeakKeyDictionary[Any, Mesh] = weakref.WeakKeyDictionary()
-
-
-def mesh_of(mesh: Any) -> Mesh:
-    """Of a DeviceMesh."""
-    found = _meshes.get(mesh)
-    if found is None:
-        found = _meshes[mesh] = Mesh(tuple(mesh.shape), tuple(mesh.mesh.flatten().tolist()))
-    return found
+    return Placing(spec, key, addends_of(spec, coordinate))
