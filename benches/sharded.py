@@ -31,7 +31,7 @@ from benches import hardware
 from paramstats.engine import engine
 from paramstats.layout import Layout
 from paramstats.sharded.exchange import ALL_TO_ALL_FROM, Group, Result
-from paramstats.sharded.offer import Offer
+from paramstats.sharded.offer import FailedOffer, Offer
 from paramstats.sharded.pieces import held
 
 _RANKS = (8, 16, 64, 256, 1024, 4096)
@@ -134,7 +134,7 @@ def _measure(rank: int, processes: int, tensors: int, folder: str) -> None:
     calls: list[float] = []
     plain = Group.exchange
 
-    def timed(self: Group, offer: Offer) -> Result:
+    def timed(self: Group, offer: Offer | FailedOffer) -> Result:
         dist.barrier()
         begin = time.perf_counter()
         result = plain(self, offer)

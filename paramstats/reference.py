@@ -212,6 +212,14 @@ class Transfer(Protocol):
         """Waits for this transfer alone and puts its states into their rows of a table."""
 
 
+def finished(table: bytes, transfers: Sequence[Transfer]) -> bytes:
+    """A table with what is still under way; waits for that."""
+    out = bytearray(table)
+    for transfer in transfers:
+        transfer.write(out)
+    return bytes(out)
+
+
 class Pending:
     """The transfer of what torch operators compute."""
 

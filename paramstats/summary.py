@@ -14,6 +14,7 @@ from paramstats import moments, rendering
 from paramstats.engine import engine
 from paramstats.layout import Layout
 from paramstats.moments import ABSENT, Moments
+from paramstats.reference import finished
 from paramstats.stats import STATS, ParamStats, TensorStats, TotalStats
 from paramstats.untraced import untraced
 
@@ -152,10 +153,7 @@ class Summary(Mapping[str, ParamStats]):
         """Waits until all figures are here, and returns this summary."""
         pending = self._pending  # once: another thread may be waiting, too, and be done first
         if pending:
-            table = bytearray(self._table)
-            for transfer in pending:
-                transfer.write(table)
-            self._table = bytes(table)
+            self._table = finished(self._table, pending)
             self._pending = ()
         return self
 

@@ -304,13 +304,13 @@ def test_during_a_capture_earlier_summaries_are_read_and_freed(cuda, model):
 
 
 def test_figures_wanted_by_two_threads(cuda, model):
-    """The second waits and is done while the first stands before the loop over what is pending."""
+    """The second waits and is done while the first stands before it reads what is pending."""
     arrived, go_on = threading.Event(), threading.Event()
 
     def trace(frame, event, _):
         if frame.f_code.co_name != "wait" or "paramstats" not in frame.f_code.co_filename:
             return None
-        if "for transfer in" in linecache.getline(frame.f_code.co_filename, frame.f_lineno):
+        if "finished(" in linecache.getline(frame.f_code.co_filename, frame.f_lineno):
             arrived.set()
             go_on.wait(10)
         return trace

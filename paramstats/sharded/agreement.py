@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import struct
 import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from paramstats import reference
 from paramstats.layout import Layout
+from paramstats.sharded.merging import word_for
 from paramstats.sharding import Shard
 
 _MOST_KEPT = 64
@@ -106,13 +106,12 @@ def agree(
                     f"{got[1][0]} of {got[1][1]} on rank {ranks[place]}; different tensors need "
                     f"different names"
                 )
-    number = struct.unpack("=q", hashlib.sha256(b"".join(digests)).digest()[:8])[0] | 1
     union = layout if len(seen) == 1 else _union(first, layout)
     own = [union.index[name] for name in layout.names]
     n = len(union)
     numels = [first[name][0].numels[first[name][1]] for name in union.names]
     return Agreement(
-        number,
+        word_for(list(digests)),
         union,
         torch.tensor(numels * 2, dtype=torch.int64),
         torch.tensor(own + [n + row for row in own], dtype=torch.int64),

@@ -19,7 +19,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import hashlib
 import struct
 import threading
 import weakref
@@ -42,6 +41,7 @@ from paramstats.sharded.merging import (
     WORDS,
     merge_parts,
     trouble,
+    word_for,
 )
 from paramstats.sharded.offer import FailedOffer, Offer
 from paramstats.sharded.partial import Plan, digest_of, plan
@@ -84,7 +84,6 @@ class Group:
         self._rank = 0 if process_group is None else dist.get_rank(process_group)
         self._ranks = [0] if process_group is None else dist.get_process_group_ranks(process_group)
         self._capacity = 0
-        self._agreements: dict[int, Agreement] = {}
         self._latest: dict[bytes, Agreement] = {}
         self._plans: dict[tuple[int, ...], Plan] = {}
         self._worker: ThreadPoolExecutor | None = None
@@ -145,7 +144,8 @@ class Group:
         words = torch.zeros(WORDS, dtype=torch.int64)
         words[_DIGEST] = torch.tensor(struct.unpack("=4q", offer.digest), dtype=torch.int64)
         words[_AGREEMENT] = agreement.id if agreement else 0
-        words[_ENGINE] = _engine_tag(offer.engine)
+        # Copies read by other instructions may differ in their last bit.
+        words[_ENGINE] = word_for(offer.engine)
         words[_FAILED] = int(offer.error is not None)
         words[_TOLD] = digest_of(offer.told)
         return words
@@ -170,10 +170,9 @@ class Group:
                 sender = digests.index(digest)
                 described[digest] = self._broadcast(described.get(digest), sender)
         agreement = agree(digests, described, offer.layout, self._ranks)
-        if len(self._agreements) >= _MOST_KEPT:  # on all processes at once
-            for kept in (self._agreements, self._latest):
-                kept.clear()
-        self._agreements[agreement.id] = self._latest[offer.digest] = agreement
+        if len(self._latest) >= _MOST_KEPT:  # whoever has forgotten one says so, and all agree anew
+            self._latest.clear()
+        self._latest[offer.digest] = agreement
         self._capacity = max(self._capacity, len(agreement.numels))
 
     def _add_up(
@@ -387,9 +386,3 @@ def group_aside(process_group: dist.ProcessGroup | None) -> Group:
         made = dist.new_group(ranks, backend="gloo", use_local_synchronization=not whole)
         found = _aside[process_group] = (Group(made), made)
     return found[0]
-
-
-@functools.lru_cache(maxsize=8)
-def _engine_tag(engine: str) -> int:
-    """Copies read by other instructions may differ in their last bit."""
-    return int(struct.unpack("=q", hashlib.sha256(engine.encode()).digest()[:8])[0])

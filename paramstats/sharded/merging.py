@@ -5,7 +5,9 @@ A part is a row of ten 64-bit words: its key, then a state as `moments.ROW` lays
 
 from __future__ import annotations
 
+import hashlib
 import math
+import struct
 
 import torch
 from torch import Tensor
@@ -13,6 +15,13 @@ from torch import Tensor
 from paramstats.moments import ABSENT, ROW, unread
 
 WORDS = 1 + ROW.size // 8
+
+
+def word_for(value: object) -> int:
+    """Stands for a value: the same on all processes for what looks the same; never 0."""
+    return int(struct.unpack("=q", hashlib.sha256(repr(value).encode()).digest()[:8])[0]) | 1
+
+
 NOT_HELD = -1
 """The key of a part that a process has nothing of."""
 

@@ -81,12 +81,9 @@ class Offer:
         """The states of a plan's slots, from all processes' addends."""
         parts = add_up(plan, self._mine, self._addends, group, device)
         table, left, transfers = self._engine.read(parts, True, False)
-        finished, more, _ = reference.fill(table, left) if left else (table, (), {})
-        states = bytearray(finished)
-        for transfer in (*transfers, *more):
-            transfer.write(states)
-        finished = bytes(states)
-        return [moments.row(finished, slot) for slot in range(len(parts))]
+        table, more, _ = reference.fill(table, left) if left else (table, (), {})
+        table = reference.finished(table, (*transfers, *more))
+        return [moments.row(table, slot) for slot in range(len(parts))]
 
     # ---- reading
 
@@ -151,13 +148,10 @@ class Offer:
 
     def _wait(self) -> None:
         for rows, table, transfers in self._under_way:
-            finished = bytearray(table)
-            for transfer in transfers:
-                transfer.write(finished)
-            self._put(rows, finished)
+            self._put(rows, reference.finished(table, transfers))
         self._under_way.clear()
 
-    def _put(self, rows: list[int], table: bytes | bytearray) -> None:
+    def _put(self, rows: list[int], table: bytes) -> None:
         read = _words(bytearray(table))[: len(rows)]
         _words(self._table)[torch.tensor(rows, dtype=torch.int64)] = read
 

@@ -8,14 +8,14 @@ with what changes nothing.
 
 from __future__ import annotations
 
-import hashlib
-import struct
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from paramstats.sharded.merging import word_for
 
 Label = tuple[str, bool]
 """A tensor's first name, and whether it is its gradient that is meant."""
@@ -96,7 +96,7 @@ def addends_of(spec: Any, coordinate: Sequence[int]) -> Addends | str | None:
         return None
     if len(operators) > 1 or not operators <= _OPERATORS.keys():
         return f"partial by {', '.join(sorted(map(str, operators)))}, which is not added up"
-    replica.append(_number((tuple(spec.mesh.shape), spec.mesh.mesh.flatten().tolist())))
+    replica.append(word_for((tuple(spec.mesh.shape), spec.mesh.mesh.flatten().tolist())))
     return Addends(operators.pop(), divisor, processes, tuple(replica))
 
 
@@ -110,12 +110,7 @@ def added_up_in(dtype: torch.dtype, addends: Addends) -> torch.dtype | None:
 
 def digest_of(told: Told) -> int:
     """0 where nothing was told."""
-    return _number(told) if told else 0
-
-
-def _number(value: object) -> int:
-    """The same for what looks the same, on all processes; never 0."""
-    return int(struct.unpack("=q", hashlib.sha256(repr(value).encode()).digest()[:8])[0]) | 1
+    return word_for(told) if told else 0
 
 
 class Slot(NamedTuple):
