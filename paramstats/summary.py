@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from paramstats import moments, rendering
 from paramstats.engine import engine
+from paramstats.extras import needed
 from paramstats.layout import Layout
 from paramstats.moments import ABSENT, Moments
 from paramstats.reference import finished
@@ -233,8 +234,7 @@ class Summary(Mapping[str, ParamStats]):
 
         Its `attrs` say of a sharded model what `to_dict` says beside the figures.
         """
-        import pandas
-
+        frames = needed("pandas", "to_pandas", "pandas")
         rows = {}
         for name, entry in self.items():
             record = entry.to_dict()
@@ -244,7 +244,8 @@ class Summary(Mapping[str, ParamStats]):
                 **record,
                 **{f"grad_{stat}": grad[stat] if grad else float("nan") for stat in STATS},
             }
-        frame = pandas.DataFrame.from_dict(rows, orient="index").rename_axis("name")
+        frame: pandas.DataFrame = frames.DataFrame.from_dict(rows, orient="index")
+        frame = frame.rename_axis("name")
         frame.attrs.update(self._about())
         return frame
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 NUMBER = re.compile(r"^-?\d[\d.,]*(e[+-]\d+)?%?$")
 
 
-@pytest.mark.parametrize("module", ["", ".engine", ".stats", ".summarize", ".summary"])
+@pytest.mark.parametrize("module", ["", ".engine", ".extras", ".stats", ".summarize", ".summary"])
 def test_docstrings(module, engine):
     results = doctest.testmod(importlib.import_module(f"paramstats{module}"))
     assert results.failed == 0

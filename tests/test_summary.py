@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import pickle
+import sys
 from collections.abc import Mapping
 
 import pytest
@@ -236,3 +237,15 @@ def test_the_tables_order_and_percentages():
     assert rendering.percent(0.125) == "12.5%" and rendering.percent(math.nan) == "nan"
     assert rendering.elide("abcdefghij", 6) == "a…ghij"
     assert rendering.number(0) == "0" and rendering.number(1e-7) == "1.000e-07"
+
+
+@pytest.mark.parametrize(
+    ("package", "extra", "use"),
+    [("pandas", "pandas", lambda s: s.to_pandas())],
+)
+def test_a_missing_extra_is_one_line_that_says_what_to_install(
+    package, extra, use, model, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
+    with pytest.raises(ImportError, match=rf"needs {package}: pip install 'paramstats\[{extra}\]'"):
+        use(summarize(model))
