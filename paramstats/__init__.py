@@ -7,10 +7,23 @@
 """
 
 from paramstats.engine import Backend, backend
+from paramstats.findings import Finding, Findings, Severity, Thresholds
 from paramstats.sharding import Shard
 from paramstats.stats import ParamStats, TensorStats
 from paramstats.summarize import summarize
 from paramstats.summary import Summary
 
-__all__ = ["Backend", "ParamStats", "Shard", "Summary", "TensorStats", "backend", "summarize"]
+__all__ = [
+    "Backend",
+    "Finding",
+    "Findings",
+    "ParamStats",
+    "Severity",
+    "Shard",
+    "Summary",
+    "TensorStats",
+    "Thresholds",
+    "backend",
+    "summarize",
+]
 __version__ = "0.1.0"

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from paramstats import moments, rendering
+from paramstats import moments
 from paramstats.engine import engine
 from paramstats.extras import needed
 from paramstats.layout import Layout
@@ -22,6 +22,7 @@ from paramstats.untraced import untraced
 if TYPE_CHECKING:
     import pandas
 
+    from paramstats.findings import Findings, Thresholds
     from paramstats.reference import Transfer
 
 
@@ -250,16 +251,75 @@ class Summary(Mapping[str, ParamStats]):
         return frame
 
     @untraced
-    def table(self, width: int | None = None) -> str:
-        """An aligned table, names elided to fit `width` columns.
+    def findings(self, thresholds: Thresholds | None = None) -> Findings:
+        """The health check: what asks for a look, the most severe first; empty where all is well.
 
-        By default the terminal's width; outside a terminal names are never elided. In a narrow
-        one the columns that do not fit are left out, those of means first.
+        >>> import torch, paramstats
+        >>> summary = paramstats.summarize({"head.weight": torch.zeros(10, 64)})
+        >>> print(summary.findings())
+        WARNING dead weight: All that passes is lost: was it initialised, loaded, pruned?
+            head.weight  all 640 elements zero
+
+        Each `Finding` has `severity`, `kind`, `name`, `figure`, `threshold` and one line of
+        `advice`. Thresholds and their sources: `Thresholds`.
         """
-        return rendering.table(self, width)
+        from paramstats import findings
 
+        return findings.find(self, thresholds or findings.Thresholds())
+
+    @untraced
+    def table(
+        self,
+        width: int | None = None,
+        *,
+        sort_by: str | None = None,
+        limit: int | None = None,
+        kind: str | None = None,
+        color: bool = False,
+    ) -> str:
+        """An aligned table: a line a tensor, blocks of the module tree as one, the total below.
+
+        >>> import torch, paramstats
+        >>> weights = {"a": torch.ones(2), "b": torch.tensor([0.0, 3.0]), "c": torch.zeros(2)}
+        >>> print(paramstats.summarize(weights).table(sort_by="norm", limit=2))
+        parameter       shape    mean    std   norm  zeros
+        ──────────────────────────────────────────────────
+        b               [2]       1.5  2.121      3    50%
+        a               [2]         1      0  1.414     0%
+        ... and 1 more
+        ──────────────────────────────────────────────────
+        total               6  0.8333  1.169  3.317    50%
+
+        Findings of warning level and above stand beside their tensor.
+
+        Args:
+            width: columns to fit in, by eliding names in the middle and leaving out columns, those
+                of means first. None: the terminal's; outside a terminal nothing is elided.
+            sort_by: a figure, such as "norm", "std" or "grad.norm", the largest first, NaN before
+                it; "-norm": the smallest first. None: the model's order.
+            limit: at most so many tensors.
+            kind: "param", "grad" or "buffer": the figures of those alone, with min and max.
+            color: with a terminal's escape codes (needs rich). `print(summary)` has them by itself
+                on a terminal; `rich.print(summary)` anywhere.
+
+        Raises:
+            ValueError: an unknown figure or kind, or a limit below 0.
+        """
+        from paramstats import report
+
+        made = report.table(self, sort_by, limit, kind)
+        return report.colored(made, width) if color else report.plain(made, width)
+
+    @untraced
     def __str__(self) -> str:
-        return self.table()
+        from paramstats import report
+
+        return report.for_print(report.table(self))
+
+    def __rich_console__(self, console: Any, options: Any) -> Any:
+        from paramstats import report
+
+        yield report.rich_text(report.table(self), options.max_width)
 
     def __repr__(self) -> str:
         n = len(self)
@@ -268,7 +328,9 @@ class Summary(Mapping[str, ParamStats]):
         return f"<Summary of {len(self)} tensors, {grads} with gradients{where}>"
 
     def _repr_html_(self) -> str:
-        return rendering.html(self)
+        from paramstats import report
+
+        return report.html(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
         self.wait()

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 import paramstats
-from paramstats import rendering
 
 summarize = paramstats.summarize
 
@@ -164,79 +163,6 @@ def test_a_pickled_summary_needs_no_native_engine(native, model, monkeypatch):
 def test_ready_and_wait(engine, model):
     summary = summarize(model)
     assert summary.ready() is True and summary.wait() is summary
-
-
-def test_table(engine, model):
-    model[2].bias.requires_grad_(False)
-    model[2].bias.grad = None
-    model[0].bias.grad = None
-    lines = str(summarize(model)).splitlines()
-    assert len({len(line) for line in lines}) == 1, "aligned"
-    assert lines[0].split()[:6] == ["parameter", "shape", "mean", "std", "norm", "zeros"]
-    assert [line.split()[0] for line in lines[2:6]] == list(summarize(model))
-    assert "frozen" in lines[5] and "none" in lines[3] and lines[-1].startswith("total")
-
-
-def test_aliases_and_gradients_in_the_table(engine, model):
-    model[2].bias = model[0].bias  # tied
-    lines = summarize(model).table(width=200).splitlines()
-    assert lines[4].split() == ["=", "2.bias"] and "grad norm" in lines[0]
-    model.zero_grad()
-    assert "grad" not in str(summarize(model))
-
-
-def test_long_names_are_elided_in_the_middle(engine):
-    summary = summarize({f"model.layers.{i}.{'x' * 80}.weight": torch.ones(2) for i in range(12)})
-    lines = summary.table(width=110).splitlines()
-    assert all(len(line) <= 110 for line in lines)
-    assert "…" in lines[2] and "model." in lines[2] and ".weight" in lines[2]
-
-
-def test_a_narrow_terminal_loses_columns_before_names(engine, model):
-    names = [f"model.layers.{i}.self_attn.q_proj.weight" for i in range(12)]
-    source = {name: torch.ones(512, 512, requires_grad=True) for name in names}
-    for x in source.values():
-        x.grad = torch.ones(512, 512)
-    for width in (60, 80, 100):
-        lines = summarize(source).table(width=width).splitlines()
-        assert len(lines[0]) <= width and "grad norm" in lines[0]
-        assert len({line.split()[0] for line in lines[2:14]}) == 12, "names differ"
-
-
-def test_outside_a_terminal_names_are_whole(engine, monkeypatch):
-    monkeypatch.delenv("COLUMNS", raising=False)
-    name = "x" * 300
-    assert name in str(summarize({name: torch.ones(2)}))
-
-
-def test_a_table_prints_on_any_output(engine, model, monkeypatch):
-    import io
-    import sys
-
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
-    summarize(model).table(width=40).encode("ascii")
-    assert "a\\nb" in str(summarize({"a\nb": torch.ones(2)}))
-
-
-def test_html_escapes_names(engine):
-    html = summarize({"<script>": torch.ones(2)})._repr_html_()
-    assert "&lt;script&gt;" in html and "<script>" not in html
-
-
-def test_one_line(engine, model):
-    model[0].weight.data[0, 0] = math.nan
-    model[0].weight.data[0, 1] = math.inf
-    line = repr(summarize(model)["0.weight"])
-    assert "\n" not in line and "0.weight" in line and "NaN!=1" in line and "Inf!=1" in line
-    assert "4 tensors, 4 with gradients" in repr(summarize(model))
-
-
-def test_the_tables_order_and_percentages():
-    assert rendering.percent(0.0) == "0%" and rendering.percent(1.0) == "100%"
-    assert rendering.percent(1e-9) == "<0.1%" and rendering.percent(1 - 1e-9) == ">99.9%"
-    assert rendering.percent(0.125) == "12.5%" and rendering.percent(math.nan) == "nan"
-    assert rendering.elide("abcdefghij", 6) == "a…ghij"
-    assert rendering.number(0) == "0" and rendering.number(1e-7) == "1.000e-07"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,488 @@
+"""The health check: what in a summary asks for a look, the most pressing first.
+
+Each rule is a function from what is known of the model to findings; thresholds and where they come
+from are in `Thresholds`. Rules about the size of a gradient look at weights alone (two or more
+dimensions longer than one): a bias before a normalisation, or an attention's key bias, has by
+construction a gradient of nothing but rounding.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+import statistics
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import torch
+
+from paramstats.rendering import number, one_line_name
+
+if TYPE_CHECKING:
+    from paramstats.stats import ParamStats, TensorStats
+    from paramstats.summary import Summary
+
+Where = Literal["param", "grad", "buffer"]
+
+_SHOWN = 10
+"""Names printed of each kind; a NaN in the loss is in every gradient a step later."""
+
+
+class Severity(enum.IntEnum):
+    """How pressing: an ERROR spoils the run, a WARNING wants a look, INFO is good to know."""
+
+    INFO = 1
+    WARNING = 2
+    ERROR = 3
+
+
+class Kind(str, enum.Enum):
+    """What is odd."""
+
+    NONFINITE_PARAMETER = "NaN or Inf in parameter"
+    NONFINITE_GRADIENT = "NaN or Inf in gradient"
+    DIVERGED_COPIES = "copies differ"
+    MISSING_GRADIENT = "no gradient"
+    ZERO_GRADIENT = "zero gradient"
+    EXPLODING_GRADIENT = "exploding gradient"
+    VANISHING_GRADIENT = "vanishing gradient"
+    GRADIENT_RATIO = "gradient out of proportion"
+    DEAD_WEIGHT = "dead weight"
+    CONSTANT_WEIGHT = "constant weight"
+    OVERFLOW = "near overflow"
+    UNDERFLOW = "underflow"
+    SPARSE_WEIGHT = "sparse weight"
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """From where on something is a finding; `Thresholds(sparse_weight=0.5)` changes one.
+
+    The gradient thresholds leave a factor of ten or more to the extremes of healthy trainings of
+    perceptrons, convolutional, recurrent and residual networks, GPT-2, Llama, BERT and ViT with
+    AdamW and SGD (tests/test_findings.py trains some of them): norms of weights' gradients there
+    were 2e-5 to 1e3 times the model's median, and 2e-7 to 80 times the weight's own norm.
+    """
+
+    exploding_gradient: float = 1e4
+    """Gradient norm over the median of the model's weights', of gradients larger than their
+    parameter. (Pascanu, Mikolov, Bengio 2013 describe the problem; no source gives a number.)"""
+
+    vanishing_gradient: float = 1e-6
+    """Gradient norm over the median of the model's weights'. (Glorot, Bengio 2010: norms of
+    gradients that stay alike from layer to layer are what initialisation is for.)"""
+
+    largest_gradient_ratio: float = 1e3
+    """Gradient norm over parameter norm. At a learning rate of 1e-3 plain SGD would replace the
+    weight in one step; usual updates change a weight by a thousandth of it."""
+
+    smallest_gradient_ratio: float = 1e-9
+    """Gradient norm over parameter norm. Added to a float32 weight (24 bits: 6e-8) by plain SGD, it
+    is lost in rounding."""
+
+    overflow: float = 0.25
+    """Largest magnitude over the type's largest number, 65,504 in float16: two doublings are left.
+    (Micikevicius et al. 2018, Mixed Precision Training, section 3.2.)"""
+
+    underflow: float = 1.0
+    """Largest magnitude over the type's smallest normal number, 6.1e-5 in float16: below, digits
+    are lost, and below 6e-8 all. (The same, figure 3.)"""
+
+    sparse_weight: float = 0.9
+    """Share of zeros in a weight."""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not (isinstance(value, (int, float)) and value >= 0):
+                raise ValueError(
+                    f"paramstats.Thresholds: expected a number of 0 or more for {name}, "
+                    f"got {value!r}"
+                )
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that asks for a look.
+
+    >>> import torch, paramstats
+    >>> (finding,) = paramstats.summarize({"w": torch.full((8, 8), 0.5)}).findings()
+    >>> finding.name, finding.kind.value, finding.severity.name
+    ('w', 'constant weight', 'WARNING')
+    >>> finding.measure, finding.advice
+    ('std 0, all elements 0.5', 'All its units learn the same: initialise it at random')
+    """
+
+    severity: Severity
+    kind: Kind
+    name: str
+    """The parameter's."""
+    where: Where
+    """Whether it is the parameter (or buffer) itself or its gradient."""
+    figure: float
+    """What was found; NaN where it is no number."""
+    threshold: float
+    """What the figure has passed."""
+    measure: str
+    """The figure in words, with its unit."""
+    advice: str
+
+    def __str__(self) -> str:
+        name = one_line_name(self.name)
+        return f"{self.severity.name} {name}: {self.kind.value}: {self.measure}. {self.advice}"
+
+
+class Findings(tuple[Finding, ...]):
+    """Findings, the most severe first; prints as a report, and is empty where all is well."""
+
+    __slots__ = ()
+
+    def at_least(self, severity: Severity) -> Findings:
+        """Those as severe, or more."""
+        return Findings(finding for finding in self if finding.severity >= severity)
+
+    def __str__(self) -> str:
+        if not self:
+            return "no findings"
+        lines = []
+        for group in _alike(self):
+            first = group[0]
+            lines.append(f"{first.severity.name} {first.kind.value}: {first.advice}")
+            width = max(len(one_line_name(finding.name)) for finding in group[:_SHOWN])
+            for finding in group[:_SHOWN]:
+                lines.append(f"    {one_line_name(finding.name):{width}}  {finding.measure}")
+            if len(group) > _SHOWN:
+                lines.append(f"    ... and {len(group) - _SHOWN} more")
+        return "\n".join(lines)
+
+
+def _alike(findings: Iterable[Finding]) -> list[list[Finding]]:
+    groups: dict[tuple[Severity, Kind, Where], list[Finding]] = {}
+    for finding in findings:
+        groups.setdefault((finding.severity, finding.kind, finding.where), []).append(finding)
+    return list(groups.values())
+
+
+class _Model(NamedTuple):
+    """What the rules look at: all entries, and what is usual in this model."""
+
+    entries: list[ParamStats]
+    diverged: dict[str, str]
+    grad_scale: float
+    median: float
+    """Of the norms of weights' gradients; NaN where there are none."""
+    thresholds: Thresholds
+
+    @property
+    def trains(self) -> bool:
+        """Whether anything is to be trained: a state_dict is not, and nothing in it is frozen."""
+        return any(entry.requires_grad for entry in self.entries)
+
+
+def find(summary: Summary, thresholds: Thresholds) -> Findings:
+    """What `Summary.findings` gives."""
+    entries = list(summary.values())
+    norms = [
+        entry.grad.norm
+        for entry in entries
+        if entry.grad is not None and _is_weight(entry) and 0 < entry.grad.norm < math.inf
+    ]
+    model = _Model(
+        entries,
+        dict(summary.diverged),
+        summary._grad_scale,
+        statistics.median(norms) if norms else math.nan,
+        thresholds,
+    )
+    found = [finding for rule in _RULES for finding in rule(model)]
+    return Findings(sorted(found, key=lambda finding: -finding.severity))  # stable: rules' order
+
+
+# ---- the rules
+
+
+def _nonfinite_parameters(model: _Model) -> Iterator[Finding]:
+    sick = [
+        (entry, count)
+        for entry in model.entries
+        # Infinities in buffers are masks.
+        if (count := entry.nan_count if entry.kind == "buffer" else entry.nonfinite_count)
+    ]
+    for position, (entry, count) in enumerate(sick):
+        advice = "It came with an update: look at the step before, its loss and gradients"
+        if len(sick) > 1 and position == 0:
+            advice = f"The first of {len(sick)} in the model's order. {advice}"
+        yield Finding(
+            Severity.ERROR,
+            Kind.NONFINITE_PARAMETER,
+            entry.name,
+            _where(entry),
+            count,
+            0,
+            _elements(count, entry),
+            advice,
+        )
+
+
+def _nonfinite_gradients(model: _Model) -> Iterator[Finding]:
+    """The last in the model's order first: backward runs from there, and passes NaN on."""
+    graded = [entry for entry in model.entries if entry.grad is not None]
+    sick = [entry for entry in reversed(graded) if entry.grad.nonfinite_count]  # type: ignore[union-attr]
+    if len(sick) == len(graded):
+        advice = "All gradients are: look at the loss and at the data, which backward starts from"
+    else:
+        advice = (
+            "Backward met it here first and passed it on: look at what follows this layer, "
+            "a division, root or logarithm near 0"
+        )
+    if model.grad_scale != 1:
+        advice += "; now and then a gradient scaler causes it and skips the step"
+    for entry in sick:
+        assert entry.grad is not None
+        count = entry.grad.nonfinite_count
+        yield Finding(
+            Severity.ERROR,
+            Kind.NONFINITE_GRADIENT,
+            entry.name,
+            "grad",
+            count,
+            0,
+            _elements(count, entry.grad),
+            advice,
+        )
+
+
+def _diverged_copies(model: _Model) -> Iterator[Finding]:
+    for row, ranks in model.diverged.items():
+        name = row.removesuffix(" (gradient)")
+        yield Finding(
+            Severity.ERROR,
+            Kind.DIVERGED_COPIES,
+            name,
+            "grad" if name != row else "param",
+            math.nan,
+            math.nan,
+            ranks,
+            "Processes should hold the same: one missed an update, or its memory is at fault",
+        )
+
+
+def _missing_gradients(model: _Model) -> Iterator[Finding]:
+    if all(entry.grad is None for entry in model.entries):
+        return  # before the first backward, or not asked for
+    for entry in model.entries:
+        if entry.requires_grad and entry.grad is None:
+            yield Finding(
+                Severity.WARNING,
+                Kind.MISSING_GRADIENT,
+                entry.name,
+                "grad",
+                math.nan,
+                math.nan,
+                "requires one, has none",
+                "It took no part in the loss: detached, not called, or an expert without a token; "
+                "freeze it (requires_grad_(False)) if that is meant",
+            )
+
+
+def _zero_gradients(model: _Model) -> Iterator[Finding]:
+    for entry in model.entries:
+        if entry.grad is not None and entry.grad.count and entry.grad.zero_fraction == 1:
+            yield Finding(
+                Severity.WARNING if _is_weight(entry) else Severity.INFO,
+                Kind.ZERO_GRADIENT,
+                entry.name,
+                "grad",
+                1.0,
+                1.0,
+                f"all {entry.grad.count:,} elements",
+                "Nothing reaches it: dead ReLUs, zeros in a layer on the way, a mask, or a loss "
+                "that has saturated or underflowed",
+            )
+
+
+def _gradient_sizes(model: _Model) -> Iterator[Finding]:
+    limits = model.thresholds
+    for entry in model.entries:
+        grad = entry.grad
+        if grad is None or not 0 < grad.norm < math.inf:
+            continue
+        share = grad.norm / model.median
+        ratio = grad.norm / entry.norm if 0 < entry.norm < math.inf else math.nan
+        if share > limits.exploding_gradient and not ratio <= 1:
+            yield Finding(
+                Severity.WARNING,
+                Kind.EXPLODING_GRADIENT,
+                entry.name,
+                "grad",
+                share,
+                limits.exploding_gradient,
+                f"norm {number(grad.norm)}, {number(share)} times the model's median",
+                "Clip gradients, lower the learning rate, or look at this layer's initialisation",
+            )
+        if not _is_weight(entry):
+            continue
+        if share < limits.vanishing_gradient:
+            yield Finding(
+                Severity.WARNING,
+                Kind.VANISHING_GRADIENT,
+                entry.name,
+                "grad",
+                share,
+                limits.vanishing_gradient,
+                f"norm {number(grad.norm)}, {number(share)} times the model's median",
+                "It learns next to nothing: saturated activations, a small initialisation, or a "
+                "path without residuals or normalisation",
+            )
+        if ratio > limits.largest_gradient_ratio:
+            yield Finding(
+                Severity.WARNING,
+                Kind.GRADIENT_RATIO,
+                entry.name,
+                "grad",
+                ratio,
+                limits.largest_gradient_ratio,
+                f"norm {number(grad.norm)}, {number(ratio)} times the weight's",
+                "Updates will dwarf the weight: lower the learning rate, clip, or take the loss's "
+                "mean instead of its sum",
+            )
+        elif ratio < limits.smallest_gradient_ratio:
+            yield Finding(
+                Severity.INFO,
+                Kind.GRADIENT_RATIO,
+                entry.name,
+                "grad",
+                ratio,
+                limits.smallest_gradient_ratio,
+                f"norm {number(grad.norm)}, {number(ratio)} times the weight's",
+                "Plain SGD's updates are lost in rounding; Adam's are not",
+            )
+
+
+def _weights(model: _Model) -> Iterator[Finding]:
+    """Fresh biases and normalisations are constant, and no weights in the sense of this module."""
+    limits = model.thresholds
+    for entry in model.entries:
+        if not (_is_weight(entry) and entry.dtype.is_floating_point) or entry.nonfinite_count:
+            continue
+        # A LoRA's B, or a zero-initialised output, starts to live with its first gradient.
+        awakes = entry.grad is not None and entry.grad.norm > 0
+        frozen = model.trains and not entry.requires_grad
+        if entry.zero_fraction == 1:
+            yield Finding(
+                Severity.INFO if awakes or frozen else Severity.WARNING,
+                Kind.DEAD_WEIGHT,
+                entry.name,
+                "param",
+                1.0,
+                1.0,
+                f"all {entry.count:,} elements zero",
+                "Its gradient will wake it up; below it nothing learns until then"
+                if awakes
+                else "All that passes is lost: was it initialised, loaded, pruned?",
+            )
+        elif entry.std == 0 and entry.count > 1:
+            yield Finding(
+                Severity.INFO if frozen else Severity.WARNING,
+                Kind.CONSTANT_WEIGHT,
+                entry.name,
+                "param",
+                0.0,
+                0.0,
+                f"std 0, all elements {number(entry.mean)}",
+                "All its units learn the same: initialise it at random",
+            )
+        elif entry.zero_fraction >= limits.sparse_weight:
+            yield Finding(
+                Severity.INFO,
+                Kind.SPARSE_WEIGHT,
+                entry.name,
+                "param",
+                entry.zero_fraction,
+                limits.sparse_weight,
+                f"{100 * entry.zero_fraction:.4g}% zeros",
+                "Well if it was pruned; else look for a mask or dead units",
+            )
+
+
+def _ranges(model: _Model) -> Iterator[Finding]:
+    """Of half precision alone: float8 is scaled to its limits on purpose."""
+    for entry in model.entries:
+        if entry.kind == "buffer" or entry.dtype not in (torch.float16, torch.bfloat16):
+            continue
+        yield from _range(model, entry, "param", entry, 1.0)
+        if entry.grad is not None:
+            yield from _range(model, entry, "grad", entry.grad, model.grad_scale)
+
+
+def _range(
+    model: _Model, entry: ParamStats, where: Where, stats: TensorStats, scale: float
+) -> Iterator[Finding]:
+    limits, dtype = model.thresholds, torch.finfo(entry.dtype)
+    largest = stats.abs_max * scale  # as it is in memory
+    short = str(entry.dtype).removeprefix("torch.")
+    if limits.overflow * dtype.max < largest < math.inf:
+        yield Finding(
+            Severity.WARNING,
+            Kind.OVERFLOW,
+            entry.name,
+            where,
+            largest / dtype.max,
+            limits.overflow,
+            f"abs_max {number(largest)}, {short} ends at {number(dtype.max)}",
+            "Lower the loss scale, or keep it in bfloat16 or float32"
+            if where == "grad"
+            else "Keep it in bfloat16 or float32, or scale it down",
+        )
+    if 0 < largest < limits.underflow * dtype.smallest_normal and _is_weight(entry):
+        yield Finding(
+            Severity.WARNING,
+            Kind.UNDERFLOW,
+            entry.name,
+            where,
+            largest / dtype.smallest_normal,
+            limits.underflow,
+            f"abs_max {number(largest)}, {short} loses digits below "
+            f"{number(dtype.smallest_normal)}",
+            "Scale the loss (torch.amp.GradScaler), or keep it in bfloat16 or float32"
+            if where == "grad"
+            else "Keep it in bfloat16 or float32, or scale it up",
+        )
+
+
+_RULES: tuple[Callable[[_Model], Iterator[Finding]], ...] = (
+    _nonfinite_parameters,
+    _nonfinite_gradients,
+    _diverged_copies,
+    _missing_gradients,
+    _zero_gradients,
+    _gradient_sizes,
+    _weights,
+    _ranges,
+)
+
+
+def _is_weight(entry: ParamStats) -> bool:
+    """Two or more dimensions longer than one: no bias, normalisation or class token."""
+    return (
+        entry.kind == "param"
+        and entry.shape is not None
+        and sum(size > 1 for size in entry.shape) >= 2
+    )
+
+
+def _where(entry: ParamStats) -> Where:
+    return "buffer" if entry.kind == "buffer" else "param"
+
+
+def _elements(count: int, stats: TensorStats) -> str:
+    kinds = [
+        f"{n:,} {name}"
+        for n, name in (
+            (stats.nan_count, "NaN"),
+            (stats.pos_inf_count, "+Inf"),
+            (stats.neg_inf_count, "-Inf"),
+        )
+        if n
+    ]
+    return f"{', '.join(kinds)} of {stats.count:,}"

@@ -1,0 +1,440 @@
+"""A summary as a table: aligned text, the same in colour, HTML for notebooks.
+
+A `Table` holds `Line`s, which know what they are (a block of the module tree, a tensor, another
+name of one, the total) and how worrying; the renderings below only lay them out.
+"""
+
+from __future__ import annotations
+
+import html as markup
+import io
+import math
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from paramstats import tree
+from paramstats.extras import needed
+from paramstats.findings import Finding, Severity, Thresholds, find
+from paramstats.moments import ABSENT, is_unread
+from paramstats.rendering import elide, number, one_line_name, percent, printable, shape
+from paramstats.stats import STATS, ParamStats, TensorStats
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+    from paramstats.summary import Summary
+
+What = Literal["block", "tensor", "alias", "more", "total"]
+
+_SHORT = {"zeros": "zero_fraction"}
+_COLUMNS = ("mean", "std", "norm", "zeros")
+_COLUMNS_OF_ONE_KIND = ("mean", "std", "norm", "min", "max", "zeros")
+_GRAD = "grad "
+_LEFT_OUT = ("grad mean", "mean", "grad zeros", "min", "max", "zeros", "grad std", "std", "shape")
+"""In this order, where a terminal is too narrow for all columns."""
+
+_GAP = "  "
+_INDENT = "  "
+_ALIAS = "  = "
+_WHOLE_NAME = 48
+"""Names up to this long are kept whole at the cost of columns; 80 columns have room for norms."""
+
+_NARROWEST_NAME = 12
+_UNLIMITED = 1 << 30
+_HTML_TENSORS = 1000
+"""Tensors shown in a notebook; browsers grow slow beyond."""
+
+_STYLES = {"block": "bold", "total": "bold", "alias": "dim", "more": "dim"}
+_WORRYING = {Severity.WARNING: "yellow", Severity.ERROR: "bold red"}
+_QUIET = ("0%", "none", "frozen", "buffer", "-")
+
+
+class Line(NamedTuple):
+    what: What
+    depth: int
+    label: str
+    name: str
+    cells: list[str]
+    findings: Sequence[Finding] = ()
+
+    @property
+    def severity(self) -> Severity:
+        return max((finding.severity for finding in self.findings), default=Severity.INFO)
+
+    @property
+    def marks(self) -> str:
+        """What is odd, in a word or two each."""
+        return ", ".join(dict.fromkeys(finding.kind.value for finding in self.findings))
+
+
+@dataclass
+class Table:
+    """Headings without the name's, and lines; `kept` is never left out for want of room."""
+
+    headings: list[str]
+    lines: list[Line]
+    notes: list[str]
+    kept: str | None
+
+
+def table(
+    summary: Summary,
+    sort_by: str | None = None,
+    limit: int | None = None,
+    kind: str | None = None,
+) -> Table:
+    """The lines of `Summary.table`, not laid out yet."""
+    if kind not in (None, "param", "grad", "buffer"):
+        raise ValueError(
+            f"paramstats.table: expected kind to be 'param', 'grad', 'buffer' or None, got {kind!r}"
+        )
+    if limit is not None and (not isinstance(limit, int) or limit < 0):
+        raise ValueError(f"paramstats.table: expected limit to be 0 or more, got {limit!r}")
+    order = _order(summary, sort_by, kind)
+    headings = _headings(summary, kind)
+    kept = order.heading if order else None
+    if kept is not None and kept not in headings:
+        headings.append(kept)
+    findings = find(summary, Thresholds()).at_least(Severity.WARNING)
+    if kind is not None:
+        findings = type(findings)(finding for finding in findings if finding.where == kind)
+    lines = [
+        *_body(summary, headings, findings, order, limit, kind),
+        _total(summary, headings, kind),
+    ]
+    return Table(headings, lines, _notes(summary, findings), kept)
+
+
+class _Order(NamedTuple):
+    """What to sort by, and which way."""
+
+    heading: str
+    of_grad: bool
+    stat: str
+    smallest_first: bool
+
+    def key(self, entry: ParamStats) -> tuple[int, float]:
+        """NaN first, whatever has no figure last."""
+        stats = entry.grad if self.of_grad else entry
+        if stats is None or is_unread(stats._state):
+            return 2, 0.0
+        value = float(getattr(stats, self.stat))
+        if math.isnan(value):
+            return 0, 0.0
+        return 1, value if self.smallest_first else -value
+
+
+def _order(summary: Summary, sort_by: str | None, kind: str | None) -> _Order | None:
+    if sort_by is None:
+        return None
+    if not isinstance(sort_by, str):
+        raise TypeError(f"paramstats.table: expected sort_by to be a str, got {sort_by!r}")
+    wanted = sort_by.removeprefix("-").replace("grad.", "grad_")
+    stat = wanted.removeprefix("grad_")
+    stat = _SHORT.get(stat, stat)
+    if stat not in STATS:
+        raise ValueError(
+            f"paramstats.table: expected sort_by to be one of {', '.join(STATS)}, with 'grad.' "
+            f"before it for the gradient's or '-' for the smallest first, got '{sort_by}'"
+        )
+    of_grad = kind == "grad" or wanted.startswith("grad_")
+    short = next((s for s, long in _SHORT.items() if long == stat), stat)
+    heading = short if kind == "grad" or not of_grad else _GRAD + short
+    return _Order(heading, of_grad, stat, sort_by.startswith("-"))
+
+
+def _headings(summary: Summary, kind: str | None) -> list[str]:
+    if kind is not None:
+        return ["shape", *_COLUMNS_OF_ONE_KIND]
+    grads = any(entry.grad is not None for entry in summary.values())
+    return ["shape", *_COLUMNS, *(_GRAD + column for column in _COLUMNS if grads)]
+
+
+def _body(
+    summary: Summary,
+    headings: list[str],
+    findings: Sequence[Finding],
+    order: _Order | None,
+    limit: int | None,
+    kind: str | None,
+) -> Iterator[Line]:
+    entries = list(summary.values())
+    parameters = summary._layout.parameters
+    spans = {
+        "buffer": [(parameters, len(entries))],
+        None: [(0, parameters), (parameters, len(entries))],
+    }
+    found: dict[str, list[Finding]] = {}
+    for finding in findings:
+        found.setdefault(finding.name, []).append(finding)
+    shown = 0
+    rows = [row for begin, end in spans.get(kind, [(0, parameters)]) for row in range(begin, end)]
+    for node in _nodes(entries, rows, spans.get(kind, [(0, parameters)]), order):
+        if limit is not None and shown == limit:
+            break
+        if node.is_block:
+            cells = _block_cells(summary, headings, node.begin, node.end, kind)
+            name = entries[node.begin].name
+            yield Line("block", node.depth, one_line_name(node.label), name, cells)
+            continue
+        entry = entries[node.begin]
+        cells = [_cell(heading, entry, kind) for heading in headings]
+        label = one_line_name(node.label)
+        yield Line("tensor", node.depth, label, entry.name, cells, found.get(entry.name, ()))
+        for alias in entry.aliases:
+            label = _ALIAS + one_line_name(alias)
+            yield Line("alias", node.depth, label, alias, [""] * len(headings))
+        shown += 1
+    if shown < len(rows):
+        label = f"... and {len(rows) - shown:,} more"
+        yield Line("more", 0, label, "", [""] * len(headings))
+
+
+def _nodes(
+    entries: Sequence[ParamStats],
+    rows: Sequence[int],
+    spans: Sequence[tuple[int, int]],
+    order: _Order | None,
+) -> Iterator[tree.Node]:
+    """The outline in the model's order; a plain list in any other."""
+    if order is not None:
+        for row in sorted(rows, key=lambda row: order.key(entries[row])):
+            yield tree.Node(0, entries[row].name, row, row + 1, False)
+        return
+    for begin, end in spans:
+        for node in tree.outline([entry.name for entry in entries[begin:end]]):
+            yield node._replace(begin=node.begin + begin, end=node.end + begin)
+
+
+def _cell(heading: str, entry: ParamStats, kind: str | None) -> str:
+    if heading == "shape":
+        return shape(entry)
+    of_grad = kind == "grad" or heading.startswith(_GRAD)
+    stats = entry.grad if of_grad else entry
+    stat = heading.removeprefix(_GRAD)
+    if stats is not None:
+        return _figure(stats, stat)
+    if stat != "norm":
+        return ""
+    if entry.kind == "buffer":
+        return "buffer"
+    return "none" if entry.requires_grad else "frozen"
+
+
+def _figure(stats: TensorStats, stat: str) -> str:
+    if is_unread(stats._state):
+        return "-"
+    if stat == "zeros":
+        return percent(stats.zero_fraction)
+    value = getattr(stats, stat)
+    return f"{value:,}" if isinstance(value, int) else number(value)
+
+
+def _block_cells(
+    summary: Summary, headings: Sequence[str], begin: int, end: int, kind: str | None
+) -> list[str]:
+    """Rows [begin, end) as one."""
+    n, correction = len(summary), summary._correction
+    own = TensorStats(summary._merged(begin, end), correction)
+    has_grads = any(summary._state(n + row).count != ABSENT for row in range(begin, end))
+    grad = TensorStats(summary._merged(n + begin, n + end), correction) if has_grads else None
+    cells = []
+    for heading in headings:
+        stats = grad if kind == "grad" or heading.startswith(_GRAD) else own
+        if heading == "shape":
+            cells.append(f"{own.count:,}")
+        else:
+            cells.append("" if stats is None else _figure(stats, heading.removeprefix(_GRAD)))
+    return cells
+
+
+def _total(summary: Summary, headings: Sequence[str], kind: str | None) -> Line:
+    parameters = summary._layout.parameters
+    begin, end = (parameters, len(summary)) if kind == "buffer" else (0, parameters)
+    return Line("total", 0, "total", "", _block_cells(summary, headings, begin, end, kind))
+
+
+def _notes(summary: Summary, findings: Sequence[Finding]) -> list[str]:
+    """What a reader must know besides."""
+    notes = []
+    if summary.is_local:
+        notes.append("figures of this process's part alone")
+    if summary.diverged:
+        first, *others = summary.diverged
+        more = f" (and {len(others)} more)" if others else ""
+        notes.append(f"copies differ: {first}{more}: {summary.diverged[first]}")
+    if findings:
+        errors = sum(finding.severity == Severity.ERROR for finding in findings)
+        counts = [
+            f"{n} {word}{'s' if n > 1 else ''}"
+            for n, word in ((errors, "error"), (len(findings) - errors, "warning"))
+            if n
+        ]
+        notes.append(f"{' and '.join(counts)}: print(summary.findings()) for advice")
+    return notes
+
+
+# ---- text
+
+Span = tuple[str, str]
+"""Text, and how to set it off: a style of rich, or nothing."""
+
+
+def plain(table: Table, width: int | None = None) -> str:
+    """Names left, figures right, the total under a line; long names elided in the middle."""
+    return "\n".join("".join(text for text, _ in line) for line in _spans(table, width))
+
+
+def rich_text(table: Table, width: int | None = None) -> Text:
+    """The same as text of rich's, with what is odd in colour."""
+    text = needed("rich.text", "colour", "color")
+    lines = [text.Text.assemble(*line) for line in _spans(table, width)]
+    joined: Text = text.Text("\n", no_wrap=True, overflow="ignore").join(lines)
+    return joined
+
+
+def colored(table: Table, width: int | None = None) -> str:
+    """The same with a terminal's escape codes."""
+    console = needed("rich.console", "colour", "color").Console(
+        file=io.StringIO(), force_terminal=True, width=_UNLIMITED
+    )
+    console.print(rich_text(table, width), end="")
+    out: str = console.file.getvalue()
+    return out
+
+
+def for_print(table: Table) -> str:
+    """In colour where standard output is a terminal that has it, and rich is installed."""
+    if sys.stdout is not None and sys.stdout.isatty():
+        try:
+            console = needed("rich.console", "colour", "color").Console()
+        except ImportError:
+            return plain(table)
+        if console.color_system is not None and not console.no_color:
+            return colored(table)
+    return plain(table)
+
+
+def _spans(table: Table, width: int | None) -> Iterator[list[Span]]:
+    if width is None:
+        width = shutil.get_terminal_size().columns if _on_a_terminal() else _UNLIMITED
+    labels = [_INDENT * line.depth + line.label for line in table.lines]
+    marks = [f"! {line.marks}" if line.marks else "" for line in table.lines]
+    columns = [
+        [heading, *(line.cells[position] for line in table.lines)]
+        for position, heading in enumerate(table.headings)
+    ]
+    if any(marks):
+        columns.append(["", *marks])
+    longest = max(len("parameter"), *map(len, labels))
+    for heading in _LEFT_OUT:
+        if _width(columns) + min(longest, _WHOLE_NAME) <= width:
+            break
+        columns = [column for column in columns if column[0] != heading or heading == table.kept]
+    room = min(longest, max(width - _width(columns), _NARROWEST_NAME))
+    widths = [max(map(len, column)) for column in columns]
+    head = [("parameter".ljust(room), "bold")]
+    head += [
+        (_GAP + _aligned(column[0], column[0], w), "bold")
+        for column, w in zip(columns, widths, strict=True)
+    ]
+    rule = [(printable("─", "-") * sum(len(text) for text, _ in head), "dim")]
+    yield _stripped(head)
+    yield rule
+    for position, (line, label) in enumerate(zip(table.lines, labels, strict=True)):
+        if line.what == "total":
+            yield rule
+        style = _WORRYING.get(line.severity, _STYLES.get(line.what, ""))
+        spans = [(elide(label, room).ljust(room), style)]
+        for column, w in zip(columns, widths, strict=True):
+            cell = column[position + 1]
+            quiet = "dim" if cell in _QUIET and line.what == "tensor" else ""
+            own = style if column[0] == "" or line.what in ("block", "total") else quiet
+            spans.append((_GAP + _aligned(cell, column[0], w), own))
+        yield _stripped(spans)
+    for note in table.notes:
+        yield [(note, "")]
+
+
+def _stripped(spans: list[Span]) -> list[Span]:
+    """Without blanks at the end."""
+    while spans and not spans[-1][0].strip():
+        spans.pop()
+    if spans:
+        text, style = spans.pop()
+        spans.append((text.rstrip(), style))
+    return spans
+
+
+def _aligned(cell: str, heading: str, width: int) -> str:
+    left = heading == "" or cell.startswith("[") or cell in ("shape", "lazy")
+    return cell.ljust(width) if left else cell.rjust(width)
+
+
+def _width(columns: Sequence[Sequence[str]]) -> int:
+    """Of columns with a gap before each."""
+    return sum(max(map(len, column)) + len(_GAP) for column in columns)
+
+
+def _on_a_terminal() -> bool:
+    return "COLUMNS" in os.environ or (sys.stdout is not None and sys.stdout.isatty())
+
+
+# ---- HTML
+
+_CSS = """
+.paramstats { max-height: 40em; overflow: auto; }
+.paramstats table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+.paramstats th, .paramstats td { text-align: right; padding: 2px 8px; white-space: nowrap; }
+.paramstats th { position: sticky; top: 0; background: Canvas; border-bottom: 1px solid; }
+.paramstats .name, .paramstats .shape, .paramstats .marks { text-align: left; }
+.paramstats .block td, .paramstats .total td { font-weight: 600; }
+.paramstats .block td { background: rgba(128, 128, 128, .12); }
+.paramstats .total td { border-top: 1px solid; }
+.paramstats .alias td, .paramstats .quiet { opacity: .55; }
+.paramstats .warning td { background: rgba(255, 170, 0, .22); }
+.paramstats .error td { background: rgba(230, 40, 40, .25); }
+"""
+
+
+def html(summary: Summary) -> str:
+    """The table for a notebook: full names and advice come up under the pointer."""
+    made = table(summary, limit=_HTML_TENSORS)
+    marked = any(line.marks for line in made.lines)
+    headings = ["parameter", *made.headings, *([""] if marked else [])]
+    head = "".join(
+        f'<th class="{_css(heading)}">{markup.escape(heading)}</th>' for heading in headings
+    )
+    body = "".join(_html_line(line, made.headings, marked) for line in made.lines)
+    notes = "".join(f"<p>{markup.escape(note)}</p>" for note in made.notes)
+    return (
+        f'<div class="paramstats"><style>{_CSS}</style>'
+        f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{notes}</div>"
+    )
+
+
+def _html_line(line: Line, headings: Sequence[str], marked: bool) -> str:
+    kind = line.what
+    if line.severity in _WORRYING:
+        kind += f" {line.severity.name.lower()}"  # type: ignore[assignment]
+    cells = [
+        f'<td class="name" style="padding-left: {8 + 16 * line.depth}px" '
+        f'title="{markup.escape(line.name)}">{markup.escape(line.label)}</td>'
+    ]
+    for heading, cell in zip(headings, line.cells, strict=True):
+        quiet = " quiet" if cell in _QUIET and line.what == "tensor" else ""
+        cells.append(f'<td class="{_css(heading)}{quiet}">{markup.escape(cell)}</td>')
+    if marked:
+        advice = "\n".join(map(str, line.findings))
+        cells.append(
+            f'<td class="marks" title="{markup.escape(advice)}">{markup.escape(line.marks)}</td>'
+        )
+    return f'<tr class="{kind}">{"".join(cells)}</tr>'
+
+
+def _css(heading: str) -> str:
+    return {"parameter": "name", "shape": "shape", "": "marks"}.get(heading, "figure")
