@@ -32,10 +32,10 @@ def _what(entry: ParamStats) -> str:
 
 def _values(stats: TensorStats) -> str:
     """The figures, or in a word what they would say one by one."""
-    if not stats.count:
-        return "empty"
     if is_unread(stats._state):
         return "no figures yet"
+    if not stats.count:
+        return "empty"
     if stats.zero_fraction == 1:
         return "all zeros"
     if stats.count > 1 and stats.min == stats.max and not stats.nonfinite_count:

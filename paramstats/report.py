@@ -274,7 +274,11 @@ def _notes(summary: Summary, findings: Sequence[Finding]) -> list[str]:
             for n, word in ((errors, "error"), (len(findings) - errors, "warning"))
             if n
         ]
-        notes.append(f"{' and '.join(counts)}: print(summary.findings()) for advice")
+        first = findings[0]
+        notes.append(
+            f"{' and '.join(counts)}, {'first ' if len(findings) > 1 else ''}"
+            f"{one_line_name(first.name)}: {first.kind.value}; advice: summary.findings()"
+        )
     return notes
 
 
@@ -395,7 +399,10 @@ _CSS = """
 .paramstats .block td, .paramstats .total td { font-weight: 600; }
 .paramstats .block td { background: rgba(128, 128, 128, .12); }
 .paramstats .total td { border-top: 1px solid; }
-.paramstats .alias td, .paramstats .quiet { opacity: .55; }
+.paramstats .alias td, .paramstats .quiet {
+  color: color-mix(in srgb, currentColor 55%, transparent);
+}
+.paramstats .marks { white-space: normal; min-width: 9em; }
 .paramstats .warning td { background: rgba(255, 170, 0, .22); }
 .paramstats .error td { background: rgba(230, 40, 40, .25); }
 """
@@ -412,8 +419,8 @@ def html(summary: Summary) -> str:
     body = "".join(_html_line(line, made.headings, marked) for line in made.lines)
     notes = "".join(f"<p>{markup.escape(note)}</p>" for note in made.notes)
     return (
-        f'<div class="paramstats"><style>{_CSS}</style>'
-        f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{notes}</div>"
+        f'{notes}<div class="paramstats"><style>{_CSS}</style>'
+        f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
 

@@ -78,6 +78,11 @@ def test_one_line_says_what_a_tensor_is_like(engine, tensor, line):
     assert repr(summarize({"w": tensor})["w"]) == line
 
 
+def test_one_line_of_a_lazy_parameter(engine):
+    entry = summarize(torch.nn.LazyLinear(2))["weight"]
+    assert repr(entry) == "<weight: float32 lazy no figures yet>"
+
+
 def test_one_line_of_a_gradient_and_of_what_trains(engine):
     x = torch.zeros(2, requires_grad=True)
     x.sum().backward()

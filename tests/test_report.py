@@ -146,7 +146,7 @@ def test_names_of_any_kind_make_an_outline():
 
 def names(table: str) -> list[str]:
     lines = table.splitlines()[2:]
-    own = [line.split()[0] for line in lines if line[0].isalnum() and "for advice" not in line]
+    own = [line.split()[0] for line in lines if line[0].isalnum() and "advice:" not in line]
     return own[:-1]
 
 
@@ -242,7 +242,9 @@ def sick(model):
 def test_what_is_odd_stands_beside_its_tensor(engine, model, sick):
     lines = sick.table().splitlines()
     assert lines[2].endswith("! NaN or Inf in parameter") and lines[4].endswith("! no gradient")
-    assert lines[-1] == "1 error and 1 warning: print(summary.findings()) for advice"
+    assert lines[-1] == (
+        "1 error and 1 warning, first 0.weight: NaN or Inf in parameter; advice: summary.findings()"
+    )
     grads = sick.table(kind="grad")
     assert "NaN or Inf" not in grads and "! no gradient" in grads
     healthy = summarize({"w": torch.randn(4, 4)})
