@@ -7,10 +7,20 @@
 """
 
 from paramstats.engine import Backend, backend
+from paramstats.history import History
 from paramstats.sharding import Shard
 from paramstats.stats import ParamStats, TensorStats
 from paramstats.summarize import summarize
 from paramstats.summary import Summary
 
-__all__ = ["Backend", "ParamStats", "Shard", "Summary", "TensorStats", "backend", "summarize"]
+__all__ = [
+    "Backend",
+    "History",
+    "ParamStats",
+    "Shard",
+    "Summary",
+    "TensorStats",
+    "backend",
+    "summarize",
+]
 __version__ = "0.1.0"

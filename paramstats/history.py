@@ -1,0 +1,271 @@
+"""Summaries over training: bounded in memory, whole on disk, arrays over steps."""
+
+from __future__ import annotations
+
+import operator
+import os
+import warnings
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from paramstats.extras import needed
+from paramstats.history_file import Entry, Reader, Writer, write_all
+from paramstats.layout import Layout, no_such_name
+from paramstats.stats import STATS
+from paramstats.summary import Summary
+from paramstats.thinning import Thinned
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    import pandas
+
+    from paramstats.series import ParamSeries, TotalSeries
+
+_MAX_BYTES = 256 << 20
+
+
+class History:
+    """Summaries by step: append each, then look at any parameter's figures over training.
+
+    >>> import torch, paramstats
+    >>> model = torch.nn.Linear(3, 2)
+    >>> history = paramstats.History()
+    >>> for step in range(0, 100, 10):
+    ...     model(torch.ones(1, 3)).sum().backward()
+    ...     history.append(step, paramstats.summarize(model))
+    >>> history["bias"].grad.mean
+    array([ 1.,  2.,  3.,  4.,  5.,  6.,  7.,  8.,  9., 10.])
+    >>> len(history), history.steps[-1], history.names
+    (10, np.int64(90), ('weight', 'bias'))
+
+    Args:
+        path: a file that takes every entry as it comes, a line each (JSON Lines; docs/history.md
+            has the format). An existing one is continued: its entries are read first, and what a
+            crash broke at its end is cut off, with a warning. None: memory alone.
+        max_bytes: how much memory the entries may take. One takes 144 bytes a parameter. When
+            they are too many, every second one is dropped, all but the first and the latest, and
+            from then on entries are kept at the coarser spacing: they span the whole run evenly,
+            however long it becomes. The first and the latest stay at any bound. The file keeps
+            all.
+
+    Raises:
+        ValueError: `path` is a file of another kind, or broken in its middle; `max_bytes` is no
+            size.
+
+    Iteration gives (step, summary) pairs. `history[name]` gives arrays over `history.steps`, under
+    the names that the figures have in a summary: `.mean`, `.grad.norm`, ...; `history.total` is all
+    as one. In a distributed run one process, as a rule the first, should have a `path`.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str] | None = None, *, max_bytes: int = _MAX_BYTES
+    ) -> None:
+        if not isinstance(max_bytes, int) or max_bytes <= 0:
+            raise ValueError(
+                f"paramstats.History: expected a number of bytes > 0 for max_bytes, "
+                f"got {max_bytes!r}"
+            )
+        self._kept = Thinned(max_bytes)
+        self._unsettled: deque[Entry] = deque()
+        self._writer: Writer | None = None
+        self._path = None if path is None else os.path.realpath(path)
+        self._went_back = False
+        if self._path is not None:
+            reader = Reader(self._path)
+            if os.path.exists(self._path):
+                self._read(reader)
+            self._writer = Writer(self._path, reader.layout, reader.size)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, max_bytes: int = _MAX_BYTES) -> History:
+        """The history that a file holds; the file stays as it is, whatever is appended later.
+
+        A file that ends in the middle of a line, as a crash leaves it, gives what is before the
+        cut, with a warning that says how many lines were lost.
+
+        Raises:
+            ValueError: a file of another kind, or one with a broken line before whole ones.
+        """
+        history = cls(max_bytes=max_bytes)
+        history._read(Reader(os.fspath(path)))
+        return history
+
+    def append(self, step: int, summary: Summary) -> None:
+        """Adds an entry; waits for no GPU: figures on their way are taken when they are here.
+
+        Steps increase. A step that is not beyond the last one is that of a run that went back, to
+        a checkpoint say: entries from that step on are dropped, here and whenever the file is read
+        again; the first time a warning says so.
+
+        Raises:
+            TypeError: `step` is no whole number, or `summary` no `Summary`.
+            ValueError: `step` does not fit into 64 bits.
+        """
+        step = _checked_step(step)
+        if not isinstance(summary, Summary):
+            raise TypeError(
+                f"paramstats.History: expected a Summary, got {type(summary).__name__} "
+                f"at step {step}; pass paramstats.summarize(model)"
+            )
+        if self._kept.entries and step <= self._kept.entries[-1].step and not self._went_back:
+            self._went_back = True
+            warnings.warn(
+                f"paramstats.History: expected a step after {self._kept.entries[-1].step}, got "
+                f"{step}: earlier entries from there on are dropped",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        self._unsettled.append(self._kept.add(step, None, summary))
+        self._settle()
+
+    def wait(self) -> History:
+        """Waits until all figures are here and, where there is a file, in it; returns this."""
+        self._settle(wait=True)
+        return self
+
+    def close(self) -> None:
+        """Writes what is not written yet and lets go of the file; the entries stay."""
+        self.wait()
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def __enter__(self) -> History:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the entries that are in memory to a file, for `load`. A file that is there is
+        replaced by the whole new one at once, or stays as it was."""
+        target = os.path.realpath(path)
+        self.wait()
+        entries = self._kept.entries
+        write_all(target, entries)
+        if self._writer is not None and target == self._path:
+            self._writer.close()
+            layout = entries[-1].summary._layout if entries else None
+            self._writer = Writer(target, layout, os.path.getsize(target))
+
+    # ---- what is there
+
+    def __len__(self) -> int:
+        return len(self._kept.entries)
+
+    def __iter__(self) -> Iterator[tuple[int, Summary]]:
+        return iter([(entry.step, entry.summary) for entry in self._kept.entries])
+
+    def __contains__(self, name: object) -> bool:
+        return any(name in summary for summary in self._one_of_each_layout())
+
+    def __getitem__(self, name: str) -> ParamSeries:
+        if name not in self:
+            known = [known for s in self._one_of_each_layout() for known in s._layout.index]
+            raise KeyError(no_such_name(name, known, len(self.names)))
+        needed("numpy", "History", "plot")
+        from paramstats.series import ParamSeries
+
+        return ParamSeries(self.steps, [summary.get(name) for _, summary in self])
+
+    @property
+    def total(self) -> TotalSeries:
+        """All parameters as one at every step, and in `grad` all gradients as one."""
+        needed("numpy", "History", "plot")
+        from paramstats.series import TotalSeries
+
+        totals = [summary.total for _, summary in self]
+        return TotalSeries(self.steps, totals, [total.grad for total in totals])
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The first name of every tensor that was there at any step, in order of appearance."""
+        return tuple(dict.fromkeys(name for s in self._one_of_each_layout() for name in s))
+
+    @property
+    def steps(self) -> npt.NDArray[np.int64]:
+        """The steps of the entries, increasing."""
+        numpy = needed("numpy", "History", "plot")
+        steps: npt.NDArray[np.int64] = numpy.array([step for step, _ in self], dtype=numpy.int64)
+        return steps
+
+    def to_pandas(self, stats: Sequence[str] = STATS) -> pandas.DataFrame:
+        """A long DataFrame: a row for each step and tensor, columns as in `Summary.to_pandas`.
+
+        >>> import torch, paramstats
+        >>> history = paramstats.History()
+        >>> for step in range(2):
+        ...     history.append(step, paramstats.summarize({"w": torch.ones(4), "b": torch.ones(1)}))
+        >>> history.to_pandas(stats=("norm",)).loc[1, "norm"].to_dict()
+        {'w': 2.0, 'b': 1.0}
+
+        Args:
+            stats: which figures; those of gradients begin with `grad_`. NaN where there was no
+                gradient, or the tensor could not be read.
+        """
+        frames = needed("pandas", "History.to_pandas", "pandas")
+        from paramstats.series import joined, rows
+
+        stats = (stats,) if isinstance(stats, str) else tuple(stats)
+        columns = [*stats, *(f"grad_{stat}" for stat in stats)]
+        index = [(step, name) for step, summary in self for name in summary]
+        frame: pandas.DataFrame = frames.DataFrame(
+            joined([rows(summary, stats) for _, summary in self], len(columns)),
+            index=frames.MultiIndex.from_tuples(index, names=("step", "name")),
+            columns=columns,
+        )
+        return frame
+
+    # ---- pictures
+
+    def __repr__(self) -> str:
+        entries = self._kept.entries
+        span = f", steps {entries[0].step} to {entries[-1].step}" if entries else ""
+        return f"<History of {len(self)} summaries of {len(self.names)} tensors{span}>"
+
+    def _one_of_each_layout(self) -> list[Summary]:
+        """The first summary of each layout, in order of appearance."""
+        first: dict[Layout, Summary] = {}
+        for _, summary in self:
+            first.setdefault(summary._layout, summary)
+        return list(first.values())
+
+    def _read(self, reader: Reader) -> None:
+        for step, number, summary in reader:
+            self._kept.add(_checked_step(step), number, summary)
+        self._kept.take_spacing()
+
+    def _settle(self, wait: bool = False) -> None:
+        """Takes figures that are here, which lets go of a transfer's memory, and writes them."""
+        while self._unsettled and (wait or self._unsettled[0].summary.ready()):
+            entry = self._unsettled.popleft()
+            entry.summary.wait()
+            if self._writer is not None:
+                self._write(self._writer, entry)
+
+    def _write(self, writer: Writer, entry: Entry) -> None:
+        try:
+            writer.write(entry)
+        except OSError as error:  # a full disk is no reason to end a training
+            self._writer = None
+            warnings.warn(
+                f"paramstats.History: '{self._path}' cannot be written any more, entries from step "
+                f"{entry.step} on are in memory alone: {error}",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+            writer.close()
+
+
+def _checked_step(step: Any) -> int:
+    try:
+        whole = operator.index(step)
+    except TypeError:
+        raise TypeError(
+            f"paramstats.History: expected a whole number for step, got {step!r}"
+        ) from None
+    if not -(1 << 63) <= whole < 1 << 63:
+        raise ValueError(f"paramstats.History: expected a step of 64 bits, got {whole}")
+    return whole
