@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import operator
 import os
+import re
 import warnings
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from paramstats.extras import needed
@@ -20,10 +21,17 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
     import pandas
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
     from paramstats.series import ParamSeries, TotalSeries
 
+Names = str | re.Pattern[str] | Iterable[str | re.Pattern[str]]
+
 _MAX_BYTES = 256 << 20
+
+_MOST_LINES = 10
+"""More than these are hard to follow one by one."""
 
 
 class History:
@@ -218,12 +226,77 @@ class History:
         )
         return frame
 
-    # ---- pictures
-
     def __repr__(self) -> str:
         entries = self._kept.entries
         span = f", steps {entries[0].step} to {entries[-1].step}" if entries else ""
         return f"<History of {len(self)} summaries of {len(self.names)} tensors{span}>"
+
+    # ---- pictures
+
+    def plot(
+        self,
+        names: Names | None = None,
+        stat: str = "norm",
+        kind: str = "grad",
+        *,
+        ax: Axes | None = None,
+    ) -> Figure:
+        """Lines over steps, each labelled at its end; without `names` the whole model.
+
+        >>> import torch, paramstats
+        >>> history = paramstats.History()
+        >>> for step in range(3):
+        ...     history.append(step, paramstats.summarize({"w": torch.full((4,), float(step))}))
+        >>> figure = history.plot("w", "norm", kind="param")
+        >>> figure.axes[0].get_title(loc="left")
+        'parameter L2 norm'
+
+        Args:
+            names: names, or regular expressions searched in them, one or several; "total" is all
+                as one. None: every tensor, from eleven on as a `heatmap`.
+            stat: a figure, by its name in `TensorStats`, or "update_ratio", whatever `kind` says.
+            kind: "grad" for the gradients', "param" for the tensors' own.
+            ax: matplotlib axes to draw in. None: a new figure, without pyplot; a notebook shows it.
+
+        Returns:
+            The `matplotlib.figure.Figure`; `savefig` writes it.
+
+        Raises:
+            ValueError: nothing to draw, a name that is not there, an unknown `stat` or `kind`.
+
+        The figures' axis is logarithmic where sizes (norm, std, ...) span more than a factor of 20,
+        and zeros are then off the picture. Steps at which a chosen tensor held NaN or infinities
+        are marked.
+        """
+        needed("matplotlib", "History.plot", "plot")
+        from paramstats import plotting
+
+        plotting.check(self, stat, kind)
+        if names is None and len(self.names) > _MOST_LINES:
+            return self.heatmap(stat, kind, ax=ax)
+        every = self.names if names is None else names
+        return plotting.lines(self, plotting.chosen(self, every), stat, kind, ax)
+
+    def heatmap(
+        self,
+        stat: str = "norm",
+        kind: str = "grad",
+        *,
+        names: Names | None = None,
+        ax: Axes | None = None,
+    ) -> Figure:
+        """A row for each tensor, a column for each entry at its step, colours by magnitude.
+
+        Arguments as in `plot`. Rows are labelled by name, or, where there are too many, by module.
+        NaN and infinities, zeros and missing gradients have colours of their own. Beyond 900
+        entries neighbours share a column, which shows the greatest of them, and NaN if any is.
+        """
+        needed("matplotlib", "History.heatmap", "plot")
+        from paramstats import heatmap, plotting
+
+        plotting.check(self, stat, kind)
+        found = plotting.chosen(self, self.names if names is None else names)
+        return heatmap.heatmap(self, found, stat, kind, ax)
 
     def _one_of_each_layout(self) -> list[Summary]:
         """The first summary of each layout, in order of appearance."""
