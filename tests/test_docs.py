@@ -36,6 +36,15 @@ def test_readme(engine, capsys):
             assert_same_up_to_rounding(printed, text)
 
 
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
+def test_pages(page, tmp_path, monkeypatch):
+    """Runs a page's Python blocks in order."""
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {}
+    for text in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
+        exec(compile(text, page.name, "exec"), namespace)
+
+
 def assert_same_up_to_rounding(printed: str, shown: str) -> None:
     left, right = printed.split(), shown.split()
     assert len(left) == len(right)
