@@ -22,8 +22,8 @@ import paramstats
 from paramstats.demo import SharedNet
 
 _HERE = Path(__file__).parent
-_RESOLUTION = 150
-"""Dots per inch: sharp at 900 pixels on a screen that has more."""
+_WIDTH = {"history-lines": 1350, "history-heatmap": 1000}
+"""Pixels: sharp at 900 and below 200 KB."""
 
 
 class RowReader(nn.Module):
@@ -102,7 +102,7 @@ def main() -> None:
     for name, draw in (("history-lines", draw_lines), ("history-heatmap", draw_heatmap)):
         torch.manual_seed(0)
         path = _HERE / f"{name}.png"
-        draw().savefig(path, dpi=_RESOLUTION, metadata={"Software": None})
+        draw().savefig(path, dpi=_WIDTH[name] / 9, metadata={"Software": None})
         print(f"{path}: {path.stat().st_size / 1e3:.0f} KB")
 
 

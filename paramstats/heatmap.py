@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from paramstats import plotting
-from paramstats.labels import LINE_HEIGHT, SMALL, room, root, shown_name
+from paramstats.labels import LINE_HEIGHT, SMALL, room, root, shown
 from paramstats.series import Array, rows
 
 if TYPE_CHECKING:
@@ -26,6 +26,10 @@ MOST_COLUMNS = 900
 _SIGNED = {"mean", "min", "max"}
 _DARKEST, _BRIGHTEST = 0.01, 0.999
 """Quantiles at the ends of the colours, so that a few cells cannot take the contrast from all."""
+
+_WIDEST = 1e6
+"""Between the ends of the colours: gradients that are zero but for rounding, such as those of the
+bias of an attention's keys, would make one colour of all others."""
 
 _LEAST_USE = 0.25
 """Of the room for labels."""
@@ -50,12 +54,12 @@ def heatmap(
     edges = _edges(history.steps)
     values, bad, edges = _at_most(MOST_COLUMNS, values, bad, edges)
     is_log = plotting.is_a_size(stat) or stat in _SIGNED
-    shown = np.abs(values)
-    special = np.select([bad, np.isnan(shown), is_log & (shown == 0)], [_BAD, _MISSING, _ZERO], -1)
+    sizes = np.abs(values)
+    special = np.select([bad, np.isnan(sizes), is_log & (sizes == 0)], [_BAD, _MISSING, _ZERO], -1)
 
     ax = ax or plotting.new_axes(float(np.clip(1.2 + LINE_HEIGHT * 1.13 * len(names), 2.6, 8.5)))
     places = np.arange(len(names) + 1)
-    plain = np.ma.masked_array(shown, special >= 0)
+    plain = np.ma.masked_array(sizes, special >= 0)
     colours, extend = _normalised(plain, is_log)
     mesh = ax.pcolormesh(edges, places, plain, norm=colours, cmap="viridis", rasterized=True)
     ax.pcolormesh(
@@ -168,6 +172,7 @@ def _normalised(plain: np.ma.MaskedArray, is_log: bool) -> tuple[Normalize, str]
     if not is_log:
         return Normalize(float(cells.min()), float(cells.max()) or 1.0), "neither"
     low, high = (float(np.quantile(cells, q)) for q in (_DARKEST, _BRIGHTEST))
+    low = max(low, high / _WIDEST)
     if high < 2 * low:  # next to nothing to tell apart: neither colours it as if there were
         low, high = low / 2, high * 2
     below, above = bool((cells < low).any()), bool((cells > high).any())
@@ -185,7 +190,7 @@ def _label_rows(ax: Axes, names: Sequence[str]) -> None:
         middle = (start + stop) / 2
         if all(abs(middle - other) >= least for other, _ in placed):
             placed.append((middle, name))
-    ax.set_yticks([middle for middle, _ in placed], [shown_name(name) for _, name in placed])
+    ax.set_yticks([middle for middle, _ in placed], shown([name for _, name in placed]))
     for label in ax.get_yticklabels():
         label.set_parse_math(False)
     ax.tick_params(axis="y", length=0)

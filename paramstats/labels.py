@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -21,9 +22,24 @@ LINE_HEIGHT = SMALL * 1.35 / 72
 LONGEST_NAME = 36
 
 
-def shown_name(name: str) -> str:
-    """A name that fits beside a picture, on one line."""
-    return rendering.elide(name if name.isprintable() else repr(name)[1:-1], LONGEST_NAME)
+def shown(names: Sequence[str]) -> list[str]:
+    """Names that fit beside a picture, each on one line, and differ as the names do.
+
+    What all begin with goes first, then the middle of each, as far as they stay different.
+    """
+    plain = [name if name.isprintable() else repr(name)[1:-1] for name in names]
+    if max(map(len, plain), default=0) > LONGEST_NAME and len(plain) > 1:
+        ends = zip(min(plain), max(plain), strict=False)  # what these share, all do
+        common = "".join(a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], ends))
+        common = common.rpartition(".")[0]
+        if len(common) > 2:
+            plain = [f"…{name[len(common) + 1 :]}" for name in plain]
+    width = LONGEST_NAME
+    short = [rendering.elide(name, width) for name in plain]
+    while len(set(short)) < len(set(plain)):
+        width += 4
+        short = [rendering.elide(name, width) for name in plain]
+    return short
 
 
 def room(ax: Axes) -> int:
@@ -49,10 +65,11 @@ def label_ends(ax: Axes, drawn: list[tuple[str, Line2D]]) -> int:
     if len(ends) > fits:
         ends = [ends[round(i * (len(ends) - 1) / (fits - 1 or 1))] for i in range(fits)]
     places = spread([end for end, _ in ends], 1 / fits, 0.5 / fits, 1 - 0.5 / fits)
-    for (end, i), place in zip(ends, places, strict=True):
-        name, line = drawn[i]
+    names = shown([drawn[i][0] for _, i in ends])
+    for (end, i), name, place in zip(ends, names, places, strict=True):
+        line = drawn[i][1]
         ax.annotate(
-            shown_name(name),
+            name,
             xy=(1, end),
             xytext=(1.03, place),
             xycoords="axes fraction",

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
@@ -38,24 +39,24 @@ _FEW = (
 )
 """More lines than these take viridis, in the model's order."""
 
-_BRIGHTEST = 0.8
-"""How far into viridis text is still dark enough on white."""
+_ON_LIGHT, _ON_DARK = (0.0, 0.8), (0.35, 1.0)
+"""The parts of viridis in which text can be read."""
 
 _TITLES = {
     "norm": "L2 norm",
     "rms": "root mean square",
     "std": "standard deviation",
     "var": "variance",
-    "abs_max": "largest magnitude",
+    "abs_max": "maximum magnitude",
     "min": "minimum",
     "max": "maximum",
-    "count": "number of elements",
-    "zero_fraction": "share of zeros",
-    "zero_count": "number of zeros",
-    "nan_count": "number of NaN",
-    "pos_inf_count": "number of +Inf",
-    "neg_inf_count": "number of -Inf",
-    "nonfinite_count": "number of NaN and Inf",
+    "count": "element count",
+    "zero_fraction": "zero fraction",
+    "zero_count": "zero count",
+    "nan_count": "NaN count",
+    "pos_inf_count": "+Inf count",
+    "neg_inf_count": "-Inf count",
+    "nonfinite_count": "NaN and Inf count",
     "update_ratio": "least relative change between entries",
 }
 _SIZES = {"norm", "rms", "std", "var", "abs_max", "update_ratio"}
@@ -80,7 +81,7 @@ def lines(history: History, names: Sequence[str], stat: str, kind: str, ax: Axes
     ax = ax or new_axes(float(np.clip(0.9 + LINE_HEIGHT * len(names), 3.2, 8.5)))
     bad = np.zeros(len(steps), dtype=bool)
     drawn: list[tuple[str, Line2D]] = []
-    for name, colour in zip(names, _colours(len(names)), strict=True):
+    for name, colour in zip(names, _colours(ax, len(names)), strict=True):
         series = history.total if name == "total" and name not in history else history[name]
         own = series if kind == "param" else series.grad
         values = values_of(series, stat, kind)
@@ -217,7 +218,8 @@ def _scale(ax: Axes, stat: str, values: list[Array]) -> None:
         ax.set_yscale("log")
 
 
-def _colours(count: int) -> list[object]:
+def _colours(ax: Axes, count: int) -> list[object]:
     if count <= len(_FEW):
         return list(_FEW[:count])
-    return list(colormaps["viridis"](np.linspace(0, _BRIGHTEST, count)))
+    is_dark = np.mean(to_rgb(ax.get_facecolor())) < 0.5
+    return list(colormaps["viridis"](np.linspace(*(_ON_DARK if is_dark else _ON_LIGHT), count)))

@@ -142,6 +142,16 @@ def test_labels_stand_in_the_order_of_the_lines_ends():
     assert sorted(heights, key=heights.__getitem__) == [f"p{i}" for i in range(8)]
 
 
+def test_labels_differ_as_names_do():
+    deep = "base_model.model.encoder.layer"
+    names = [f"{deep}.{i}.attention.self.query.weight" for i in range(12)]
+    assert labels.shown(names) == [f"…{i}.attention.self.query.weight" for i in range(12)]
+    apart = ["x" * 40 + str(i) + "y" * 40 for i in range(3)]
+    assert len(set(labels.shown(apart))) == 3
+    assert labels.shown(["a.b", "a.c"]) == ["a.b", "a.c"], "short ones stay whole"
+    assert labels.shown([]) == []
+
+
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=20))
 def test_spread(wanted):
     wanted = sorted(wanted)
@@ -241,6 +251,13 @@ def test_blocks_are_as_deep_as_there_is_room_for():
     assert heatmap._blocks(list("abcdef"), 4)[5] == (5, 6, "f")
 
 
+def test_figures_that_are_rounding_take_no_contrast():
+    history = made(list("abcdefgh"), gradient=lambda n, s: 1e-15 if n == "c" else 1.0 + s)
+    cells, _ = history.heatmap().axes[0].collections
+    assert cells.norm.vmin == pytest.approx(cells.norm.vmax / 1e6)
+    assert history.heatmap().axes[0].child_axes[0].get_ylim()[0] <= cells.norm.vmin
+
+
 def test_many_entries_share_columns_and_lose_no_spike():
     spikes = {777: math.nan, 1555: 100.0, 1556: 0.0, 1557: None}
     history = made(["w"], steps=range(2000), gradient=lambda n, s: spikes.get(s, 1.0))
@@ -312,8 +329,8 @@ def test_any_name(name):
     for figure in (history.plot(), history.heatmap()):
         drawn(figure)
     texts = {text.get_text() for text in end_labels(history.plot())}
-    assert labels.shown_name(name) in texts and len(labels.shown_name(name)) <= labels.LONGEST_NAME
-    assert "\n" not in labels.shown_name(name)
+    assert texts == set(labels.shown([name, "b"])) and max(map(len, texts)) <= labels.LONGEST_NAME
+    assert not any("\n" in text for text in texts)
 
 
 @pytest.mark.parametrize("method", ["plot", "heatmap"])
