@@ -6,12 +6,12 @@ import operator
 import os
 import re
 import warnings
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from paramstats.extras import needed
-from paramstats.history_file import Entry, Reader, Writer, write_all
+from paramstats.history_file import Entry, Reader
+from paramstats.journal import Journal
 from paramstats.layout import Layout, no_such_name
 from paramstats.stats import STATS
 from paramstats.summary import Summary
@@ -76,15 +76,9 @@ class History:
                 f"got {max_bytes!r}"
             )
         self._kept = Thinned(max_bytes)
-        self._unsettled: deque[Entry] = deque()
-        self._writer: Writer | None = None
-        self._path = None if path is None else os.path.realpath(path)
+        self._journal = Journal(None if path is None else os.path.realpath(path))
         self._went_back = False
-        if self._path is not None:
-            reader = Reader(self._path)
-            if os.path.exists(self._path):
-                self._read(reader)
-            self._writer = Writer(self._path, reader.layout, reader.size)
+        self._take(self._journal.open())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, max_bytes: int = _MAX_BYTES) -> History:
@@ -97,7 +91,7 @@ class History:
             ValueError: a file of another kind, or one with a broken line before whole ones.
         """
         history = cls(max_bytes=max_bytes)
-        history._read(Reader(os.fspath(path)))
+        history._take(Reader(os.fspath(path)))
         return history
 
     def append(self, step: int, summary: Summary) -> None:
@@ -125,20 +119,17 @@ class History:
                 RuntimeWarning,
                 stacklevel=2,
             )
-        self._unsettled.append(self._kept.add(step, None, summary))
-        self._settle()
+        self._journal.add(self._kept.add(step, None, summary))
 
     def wait(self) -> History:
         """Waits until all figures are here and, where there is a file, in it; returns this."""
-        self._settle(wait=True)
+        self._journal.settle(wait=True)
         return self
 
     def close(self) -> None:
         """Writes what is not written yet and lets go of the file; the entries stay."""
         self.wait()
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        self._journal.close()
 
     def __enter__(self) -> History:
         return self
@@ -149,14 +140,8 @@ class History:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the entries that are in memory to a file, for `load`. A file that is there is
         replaced by the whole new one at once, or stays as it was."""
-        target = os.path.realpath(path)
         self.wait()
-        entries = self._kept.entries
-        write_all(target, entries)
-        if self._writer is not None and target == self._path:
-            self._writer.close()
-            layout = entries[-1].summary._layout if entries else None
-            self._writer = Writer(target, layout, os.path.getsize(target))
+        self._journal.save(os.path.realpath(path), self._kept.entries)
 
     # ---- what is there
 
@@ -305,31 +290,10 @@ class History:
             first.setdefault(summary._layout, summary)
         return list(first.values())
 
-    def _read(self, reader: Reader) -> None:
-        for step, number, summary in reader:
+    def _take(self, entries: Iterable[Entry]) -> None:
+        for step, number, summary in entries:
             self._kept.add(_checked_step(step), number, summary)
         self._kept.take_spacing()
-
-    def _settle(self, wait: bool = False) -> None:
-        """Takes figures that are here, which lets go of a transfer's memory, and writes them."""
-        while self._unsettled and (wait or self._unsettled[0].summary.ready()):
-            entry = self._unsettled.popleft()
-            entry.summary.wait()
-            if self._writer is not None:
-                self._write(self._writer, entry)
-
-    def _write(self, writer: Writer, entry: Entry) -> None:
-        try:
-            writer.write(entry)
-        except OSError as error:  # a full disk is no reason to end a training
-            self._writer = None
-            warnings.warn(
-                f"paramstats.History: '{self._path}' cannot be written any more, entries from step "
-                f"{entry.step} on are in memory alone: {error}",
-                RuntimeWarning,
-                stacklevel=4,
-            )
-            writer.close()
 
 
 def _checked_step(step: Any) -> int:

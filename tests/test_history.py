@@ -215,6 +215,18 @@ def test_append_waits_for_nothing(tmp_path):
         assert history["w"].mean.tolist() == [0, 1, 2, 3, 4]
 
 
+def test_close_and_save_take_what_is_on_its_way(tmp_path):
+    for name, finish in (("closed", History.close), ("saved", lambda h: h.save(tmp_path / "x"))):
+        history = History(tmp_path / name)
+        done = full(3)
+        pending = Summary(done._layout, bytes(144), 1.0, 1.0, (Transfer(done._table),))
+        history.append(0, pending)
+        finish(history)
+        assert History.load(tmp_path / name)["w"].mean.tolist() == [3]
+        assert pending.ready(), "the transfer's memory is let go of"
+    assert list(History.load(tmp_path / "x")) == list(history)
+
+
 # ---- memory
 
 
@@ -241,11 +253,11 @@ def test_two_entries_stay_at_any_bound(engine, model):
 def test_the_bound_holds_for_real_sizes(engine):
     names = [f"block.{i}.weight" for i in range(200)]
     summarize({name: torch.ones(2) for name in names})
-    bound = 2 << 20
+    bound = 1 << 20
     gc.collect()
     tracemalloc.start()
     history = History(max_bytes=bound)
-    for step in range(300):  # a mapping gives every summary a layout of its own
+    for step in range(120):  # a mapping gives every summary a layout of its own
         history.append(step, summarize({name: torch.ones(2) for name in names}))
     gc.collect()
     used = tracemalloc.get_traced_memory()[0]

@@ -273,7 +273,8 @@ def test_a_disk_that_is_full_does_not_end_the_training(tmp_path, monkeypatch):
         def __getattr__(self, name):
             return getattr(self.file, name)
 
-    history._writer._file = Full(history._writer._file)
+    writer = history._journal._writer
+    writer._file = Full(writer._file)
     with pytest.warns(RuntimeWarning, match=r"entries from step 1 on are in memory alone: .*No sp"):
         history.append(1, summarize({"w": torch.ones(1)}))
     history.append(2, summarize({"w": torch.ones(1)}))

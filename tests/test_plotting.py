@@ -112,11 +112,12 @@ def test_scales(stat, last, scale):
 
 
 def test_nan_is_marked_where_it_was():
-    history = made(["w", "v"], gradient=lambda n, s: math.nan if (n, s) == ("w", 3) else 1.0)
+    bad = {("w", 3): math.nan, ("w", 4): -math.inf}
+    history = made(["w", "v"], gradient=lambda n, s: bad.get((n, s), 1.0))
     ax = history.plot().axes[0]
     w, _, mark = ax.lines
-    assert np.isnan(w.get_ydata()).tolist() == [False] * 3 + [True] + [False] * 2
-    assert mark.get_xdata().tolist() == [3] and mark.get_color() == plotting.BAD
+    assert np.isnan(w.get_ydata()).tolist() == [False] * 3 + [True] * 2 + [False]
+    assert mark.get_xdata().tolist() == [3, 4] and mark.get_color() == plotting.BAD
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["NaN or Inf"]
 
 
@@ -323,7 +324,7 @@ print("matplotlib.pyplot" in sys.modules, figure._repr_png_()[:4])
     assert done.stdout == "False b'\\x89PNG'\n", done.stderr
 
 
-@pytest.mark.parametrize("name", ["$x_{1", "a$b$c", "two\nlines", "x" * 300, "_hidden", "%s"])
+@pytest.mark.parametrize("name", ["$x_{1$", "$", "a$b$c", "two\nlines", "x" * 300, "_hidden", "%s"])
 def test_any_name(name):
     history = made([name, "b"])
     for figure in (history.plot(), history.heatmap()):
