@@ -8,6 +8,7 @@
 
 from paramstats.engine import Backend, backend
 from paramstats.findings import Finding, Findings, Severity, Thresholds
+from paramstats.history import History
 from paramstats.sharding import Shard
 from paramstats.stats import ParamStats, TensorStats
 from paramstats.summarize import summarize
@@ -17,6 +18,7 @@ __all__ = [
     "Backend",
     "Finding",
     "Findings",
+    "History",
     "ParamStats",
     "Severity",
     "Shard",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -87,8 +88,13 @@ class Layout:
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
+        return Layout, self.fields
+
+    @property
+    def fields(self) -> tuple[Any, ...]:
+        """All that makes it what it is; hashable."""
         fields = ("names", "aliases", "parameters", "shapes", "dtypes", "devices", "requires_grad")
-        return Layout, tuple(getattr(self, field) for field in fields)
+        return tuple(getattr(self, field) for field in fields)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -172,6 +178,13 @@ def passes(name: str, include: Patterns | None, exclude: Patterns) -> bool:
     if include is not None and not any(p.search(name) for p in include):
         return False
     return not any(p.search(name) for p in exclude)
+
+
+def no_such_name(name: object, known: Collection[str], count: int) -> str:
+    """What a KeyError says: the closest of the names that are known."""
+    close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    hint = f"; did you mean '{close[0]}'?" if close else ""
+    return f"no parameter '{name}' among {count}{hint}"
 
 
 def compile_patterns(patterns: Any, argument: str) -> Patterns:

@@ -274,10 +274,10 @@ def _notes(summary: Summary, findings: Sequence[Finding]) -> list[str]:
             for n, word in ((errors, "error"), (len(findings) - errors, "warning"))
             if n
         ]
-        first = findings[0]
+        worst = findings[0]
         notes.append(
             f"{' and '.join(counts)}, {'first ' if len(findings) > 1 else ''}"
-            f"{one_line_name(first.name)}: {first.kind.value}; advice: summary.findings()"
+            f"{one_line_name(worst.name)}: {worst.kind.value}; advice: summary.findings()"
         )
     return notes
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import string
 import warnings
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from paramstats import moments
 from paramstats.engine import engine
 from paramstats.extras import needed
-from paramstats.layout import Layout
+from paramstats.layout import Layout, no_such_name
 from paramstats.moments import ABSENT, Moments
 from paramstats.reference import finished
 from paramstats.stats import STATS, ParamStats, TensorStats, TotalStats
@@ -78,7 +77,7 @@ class Summary(Mapping[str, ParamStats]):
     def __getitem__(self, name: str) -> ParamStats:
         row = self._layout.index.get(name)
         if row is None:
-            raise KeyError(self._unknown(name))
+            raise KeyError(no_such_name(name, self._layout.index, len(self)))
         grad = self._state(len(self) + row)
         return ParamStats(
             self._state(row),
@@ -354,11 +353,6 @@ class Summary(Mapping[str, ParamStats]):
     def _count(self, condition: Callable[[Moments], bool]) -> int:
         """How many rows, of tensors and gradients, are so."""
         return sum(condition(moments.row(self._table, row)) for row in range(2 * len(self)))
-
-    def _unknown(self, name: object) -> str:
-        close = difflib.get_close_matches(str(name), self._layout.index, n=1, cutoff=0.5)
-        hint = f"; did you mean '{close[0]}'?" if close else ""
-        return f"no parameter '{name}' among {len(self)}{hint}"
 
 
 def _is_read(state: Moments) -> bool:

@@ -14,7 +14,19 @@ NUMBER = re.compile(r"^-?\d[\d.,]*(e[+-]\d+)?%?$")
 
 
 @pytest.mark.parametrize(
-    "module", ["", ".engine", ".extras", ".findings", ".stats", ".tree", ".summarize", ".summary"]
+    "module",
+    [
+        "",
+        ".engine",
+        ".extras",
+        ".findings",
+        ".history",
+        ".series",
+        ".stats",
+        ".summarize",
+        ".summary",
+        ".tree",
+    ],
 )
 def test_docstrings(module, engine):
     results = doctest.testmod(importlib.import_module(f"paramstats{module}"))
@@ -34,6 +46,15 @@ def test_readme(engine, capsys):
             printed = capsys.readouterr().out
         else:
             assert_same_up_to_rounding(printed, text)
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
+def test_pages(page, tmp_path, monkeypatch):
+    """Runs a page's Python blocks in order."""
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {}
+    for text in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
+        exec(compile(text, page.name, "exec"), namespace)
 
 
 def assert_same_up_to_rounding(printed: str, shown: str) -> None:

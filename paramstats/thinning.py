@@ -1,0 +1,93 @@
+"""The entries that a history keeps in memory: evenly spaced over the run, within a bound."""
+
+from __future__ import annotations
+
+import math
+import sys
+
+from paramstats.history_file import Entry
+from paramstats.layout import Layout
+from paramstats.moments import ROW
+from paramstats.summary import Summary
+
+_ENTRY_BYTES = 400
+"""What an entry takes beside its table of states: the Summary, the Entry, their numbers."""
+
+_ROW_BYTES = 256
+"""What a layout takes for each tensor beside its name and shape: places in seven tuples, an index
+by name."""
+
+
+class Thinned:
+    """Entries at every `spacing`-th number from 0, and the latest.
+
+    When they take more than `max_bytes` the spacing is doubled, which drops every second one. So
+    they are spaced evenly at any time, without a plan for how long the run will be.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.entries: list[Entry] = []
+        self.bytes = 0
+        self._max_bytes = max_bytes
+        self._spacing = 1
+        self._layouts: dict[tuple[object, ...], Layout] = {}
+        self._uses: dict[Layout, int] = {}
+
+    def add(self, step: int, number: int | None, summary: Summary) -> Entry:
+        """Puts an entry in the place of all from its step on; by default its number is the next."""
+        entries = self.entries
+        while entries and entries[-1].step >= step:
+            self._forget(entries.pop())
+        if number is None:
+            number = entries[-1].number + 1 if entries else 0
+        if entries and entries[-1].number % self._spacing:
+            self._forget(entries.pop())  # was there as the latest alone
+        entry = Entry(step, number, summary)
+        entries.append(entry)
+        self._count(summary)
+        while self.bytes > self._max_bytes and len(entries) > 2:
+            self._spacing *= 2
+            self._thin()
+        return entry
+
+    def take_spacing(self) -> None:
+        """After entries that had been thinned before: goes on at their spacing."""
+        self._spacing = math.gcd(*(entry.number for entry in self.entries[:-1])) or self._spacing
+
+    def _thin(self) -> None:
+        kept = []
+        for entry in self.entries:
+            if entry.number % self._spacing == 0 or entry is self.entries[-1]:
+                kept.append(entry)
+            else:
+                self._forget(entry)
+        self.entries[:] = kept
+
+    def _count(self, summary: Summary) -> None:
+        # A mapping gives every summary a layout of its own. Layouts are immutable, and equal ones
+        # are as good as one: the summary takes ours.
+        layout = summary._layout
+        if layout not in self._uses:
+            layout = summary._layout = self._layouts.setdefault(layout.fields, layout)
+        if layout not in self._uses:
+            self._uses[layout] = 0
+            self.bytes += _layout_bytes(layout)
+        self._uses[layout] += 1
+        self.bytes += _entry_bytes(summary)
+
+    def _forget(self, entry: Entry) -> None:
+        layout = entry.summary._layout
+        self.bytes -= _entry_bytes(entry.summary)
+        self._uses[layout] -= 1
+        if self._uses[layout] == 0:
+            del self._uses[layout], self._layouts[layout.fields]
+            self.bytes -= _layout_bytes(layout)
+
+
+def _entry_bytes(summary: Summary) -> int:
+    return 2 * len(summary) * ROW.size + _ENTRY_BYTES
+
+
+def _layout_bytes(layout: Layout) -> int:
+    each = (sys.getsizeof(part) for part in (*layout.names, *layout.shapes))
+    return sum(each) + _ROW_BYTES * len(layout)

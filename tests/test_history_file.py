@@ -1,0 +1,322 @@
+"""A history on disk: equal summaries back, whatever ended the process or cut the file."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+
+import pytest
+import torch
+
+import paramstats
+from paramstats import History, Summary
+
+summarize = paramstats.summarize
+
+
+class Odd(torch.nn.Module):
+    """What a layout and a table may hold: ties, buffers, lazy, meta, half, complex, empty, NaN."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = torch.nn.Linear(3, 2)
+        self.two = torch.nn.Linear(3, 2)
+        self.two.weight = self.one.weight
+        self.norm = torch.nn.BatchNorm1d(2)
+        self.lazy = torch.nn.LazyLinear(2)
+        self.empty = torch.nn.Parameter(torch.empty(0, 4))
+        self.meta = torch.nn.Parameter(torch.empty(2, 2, device="meta"))
+        self.short = torch.nn.Parameter(torch.tensor([1e-7, -0.0], dtype=torch.bfloat16))
+        self.waves = torch.nn.Parameter(torch.tensor([1 + 2j, math.nan]), requires_grad=False)
+        self.sick = torch.nn.Parameter(torch.tensor([math.nan, math.inf, -math.inf, 0.1]))
+        self.large = torch.nn.Parameter(torch.tensor([1e308, -1e308], dtype=torch.float64))
+        self.register_buffer('"quoted"\n\u00e9', torch.tensor([1, 2, 3]))
+        self.one.weight.grad = torch.full((2, 3), 0.1)
+        self.sick.grad = torch.tensor([math.nan, 0.0, 0.0, 1.0])
+
+
+def odd_summaries() -> list[Summary]:
+    torch.manual_seed(0)
+    model = Odd()
+    table = summarize(model)
+    plain = summarize({"a": torch.randn(5), "b": torch.randn(2, 2)}, correction=0)
+    n = len(plain)
+    return [
+        table,
+        summarize(model, buffers=True, grad_scale=65536.0),
+        summarize(model, params=False),
+        plain,
+        plain,
+        summarize({}),
+        Summary(
+            plain._layout,
+            plain._table,
+            1.0,
+            1.0,
+            (),
+            {"a": f"TypeError: hidden, {n}"},
+            {"b": "ranks 1, 3: \u00fc"},
+            True,
+        ),
+        table,
+    ]
+
+
+def the_same(a: History, b: History) -> bool:
+    """To the last bit, and with what equality of summaries leaves out."""
+
+    def all_of(history: History) -> list[object]:
+        return [
+            (step, s, s._table, dict(s.skipped), dict(s.diverged), s.is_local, s._layout.fields)
+            for step, s in history
+        ]
+
+    return all_of(a) == all_of(b)
+
+
+def written(path) -> History:
+    with History(path) as history:
+        for step, summary in enumerate(odd_summaries()):
+            history.append(10 * step, summary)
+    return history
+
+
+def test_load_gives_equal_summaries_back(engine, tmp_path):
+    history = written(tmp_path / "run.jsonl")
+    assert the_same(History.load(tmp_path / "run.jsonl"), history)
+    history.save(tmp_path / "saved.jsonl")
+    assert the_same(History.load(tmp_path / "saved.jsonl"), history)
+    assert (tmp_path / "saved.jsonl").read_bytes() == (tmp_path / "run.jsonl").read_bytes()
+    assert sorted(os.listdir(tmp_path)) == ["run.jsonl", "saved.jsonl"], "nothing left beside it"
+
+
+def test_every_line_is_plain_json(engine, tmp_path, model):
+    path = tmp_path / "run.jsonl"
+    with History(path) as history:
+        for step in (0, 7):
+            history.append(step, summarize(model))
+    written(path.with_name("odd.jsonl"))
+
+    def refuse(constant: str) -> float:
+        raise AssertionError(f"{constant} is not JSON")
+
+    for name in ("run.jsonl", "odd.jsonl"):
+        for line in (tmp_path / name).read_text().splitlines():
+            json.loads(line, parse_constant=refuse)
+    header, layout, *entries = map(json.loads, path.read_text().splitlines())
+    assert header == {"paramstats": "history", "version": 1}
+    assert layout == {
+        "names": ["0.weight", "0.bias", "2.weight", "2.bias"],
+        "aliases": {},
+        "parameters": 4,
+        "shapes": [[6, 8], [6], [3, 6], [3]],
+        "dtypes": ["float32"] * 4,
+        "devices": ["cpu"] * 4,
+        "requires_grad": [True] * 4,
+    }
+    assert [entry["step"] for entry in entries] == [0, 7]
+    assert list(entries[0]) == ["step", "number", "correction", "grad_scale", "params", "grads"]
+    grads = entries[0]["grads"]
+    assert list(grads) == ["mean", "m2", "min", "max"], "what says nothing is left out"
+    norm = math.sqrt(grads["m2"][0] + 48 * grads["mean"][0] ** 2)
+    assert norm == pytest.approx(summarize(model)["0.weight"].grad.norm, rel=1e-12)
+
+
+def test_a_layout_is_written_when_it_changes(tmp_path):
+    path = tmp_path / "run.jsonl"
+    with History(path) as history:
+        for step in range(6):
+            history.append(step, summarize({"w": torch.ones(1 + step // 3)}))
+    kinds = ["names" if "names" in line else "step" for line in path.read_text().splitlines()[1:]]
+    assert kinds == ["names", "step", "step", "step"] * 2
+
+
+def test_cut_at_any_byte_it_loads_up_to_the_cut(tmp_path):
+    path = tmp_path / "run.jsonl"
+    with History(path) as history:
+        for step in range(4):
+            history.append(step, summarize({"w": torch.full((1 + step // 2,), 0.1)}))
+    data = path.read_bytes()
+    lines = data.splitlines(keepends=True)
+    for cut in range(len(data) + 1):
+        path.write_bytes(data[:cut])
+        whole = data[:cut].count(b"\n")
+        is_broken = cut > sum(map(len, lines[:whole]))
+        entries = sum(b'"step"' in line for line in lines[:whole])
+        for open_ in (History.load, History):  # the second cuts it, so that it comes last
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                found = open_(path)
+            assert [str(w.message) for w in caught] == is_broken * [
+                f"paramstats.History: the end of '{path}' is broken, as after a crash: 1 line lost"
+            ]
+            assert len(found) == entries
+        found.append(100, summarize({"w": torch.ones(2)}))
+        found.close()
+        again = History.load(path)
+        assert again.steps.tolist() == [*range(entries), 100] and the_same(again, found)
+
+
+def test_several_broken_lines_at_the_end(tmp_path):
+    path = tmp_path / "run.jsonl"
+    written(path)
+    with open(path, "ab") as file:
+        file.write(b"\0\0\0\n{}x\n\xff\n{")
+    with pytest.warns(RuntimeWarning, match="4 lines lost"):
+        assert len(History.load(path)) == 8
+
+
+def test_broken_in_the_middle_is_an_error(tmp_path):
+    path = tmp_path / "run.jsonl"
+    written(path)
+    lines = path.read_bytes().splitlines(keepends=True)
+    damaged = [
+        [*lines[:3], lines[3][:-20] + b"\n", *lines[4:]],
+        [*lines[:3], b'{"step": 1, "number": 1}\n', *lines[4:]],
+        [*lines[:1], lines[1].replace(b"float32", b"float31"), *lines[2:]],
+        [*lines[:1], *lines[2:]],
+    ]
+    for content, number in zip(damaged, (4, 4, 2, 2), strict=True):
+        path.write_bytes(b"".join(content))
+        for open_ in (History.load, History):
+            with pytest.raises(ValueError, match=f"got a broken one, line {number} of .*head -n"):
+                open_(path)
+        assert path.read_bytes() == b"".join(content), "left as it was"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"step,loss\n1,2\n", "expected a file that History wrote, got .*begins with b'step,loss"),
+        (b"\x89PNG\r\n", "expected a file that History wrote"),
+        (b"[1]\n", "expected a file that History wrote"),
+        (b"{}\n", "expected a file that History wrote"),
+        (b'{"paramstats": "history", "version": 2}\n', "expected version 1, got 2"),
+    ],
+)
+def test_a_foreign_file_is_refused_and_left_alone(tmp_path, content, message):
+    path = tmp_path / "mine.txt"
+    path.write_bytes(content)
+    for open_ in (History.load, History):
+        with pytest.raises(ValueError, match=f"^paramstats.History: {message}"):
+            open_(path)
+    assert path.read_bytes() == content
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        History.load(tmp_path / "nothing.jsonl")
+    assert not (tmp_path / "nothing.jsonl").exists()
+
+
+def test_an_existing_file_is_continued(engine, tmp_path, model):
+    path = tmp_path / "run.jsonl"
+    with History(path) as first:
+        first.append(0, summarize(model))
+        first.append(1, summarize(model))
+    with History(path) as second:
+        assert the_same(second, first)
+        second.append(2, summarize(model))
+    assert path.read_text().count('"names"') == 1, "the layout is known"
+    third = History(path)
+    with pytest.warns(RuntimeWarning, match="expected a step after 2, got 1"):
+        third.append(1, summarize({"w": torch.ones(1)}))
+    assert third.steps.tolist() == [0, 1] and third.names[-1] == "w"
+    assert the_same(History.load(path), third), "the entries that were dropped stay so"
+    third.save(path)  # over its own file
+    third.append(5, summarize({"w": torch.ones(1)}))
+    third.close()
+    assert the_same(History.load(path), third)
+    assert path.read_text().count('"step"') == 3
+
+
+def test_the_file_has_more_than_the_memory(tmp_path):
+    path = tmp_path / "run.jsonl"
+    bound = 16 * (2 * 72 + 400) + 1000
+    with History(path, max_bytes=bound) as history:
+        for step in range(100):
+            history.append(step, summarize({"w": torch.ones(1)}))
+    assert len(history) < 20 and len(History.load(path)) == 100
+    again = History.load(path, max_bytes=bound)
+    assert the_same(again, history)
+    history.save(tmp_path / "thin.jsonl")
+    thin = History.load(tmp_path / "thin.jsonl")
+    for step in range(100, 140):  # at the spacing that is there
+        thin.append(step, summarize({"w": torch.ones(1)}))
+    gaps = {b - a for a, b in zip(thin.steps[:-1], thin.steps[1:-1], strict=False)}
+    assert gaps == {8}
+
+
+def test_a_disk_that_is_full_does_not_end_the_training(tmp_path, monkeypatch):
+    path = tmp_path / "run.jsonl"
+    history = History(path)
+    history.append(0, summarize({"w": torch.ones(1)}))
+    before = path.read_bytes()
+
+    class Full:
+        """Takes a few bytes of a line, then none."""
+
+        def __init__(self, file):
+            self.file = file
+
+        def write(self, data):
+            if len(data) < 50:
+                raise OSError(28, "No space left on device")
+            return self.file.write(data[:20])
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+    writer = history._journal._writer
+    writer._file = Full(writer._file)
+    with pytest.warns(RuntimeWarning, match=r"entries from step 1 on are in memory alone: .*No sp"):
+        history.append(1, summarize({"w": torch.ones(1)}))
+    history.append(2, summarize({"w": torch.ones(1)}))
+    assert len(history) == 3 and path.read_bytes() == before, "no half lines"
+
+
+def test_save_is_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "run.jsonl"
+    history = written(path)
+    before = path.read_bytes()
+    monkeypatch.setattr("os.fsync", lambda file: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(OSError, match="full"):
+        history.save(path)
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["run.jsonl"]
+
+
+KILLED = """
+import sys, torch, paramstats
+history = paramstats.History(sys.argv[1])
+weights = {f"layer.{i}.weight": torch.randn(8) for i in range(50)}
+start = len(history)
+for step in range(start, 1_000_000):
+    history.append(step, paramstats.summarize(weights))
+    print(step, flush=True)
+"""
+
+
+def test_it_survives_kill_9(tmp_path):
+    path = tmp_path / "run.jsonl"
+    for pause in (0.0, 0.05):
+        process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", KILLED, str(path)], stdout=subprocess.PIPE
+        )
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(pause)
+        os.kill(process.pid, signal.SIGKILL)
+        said = process.stdout.read().split()
+        process.wait()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            history = History.load(path)
+        assert history.steps.tolist() == list(range(len(history)))
+        assert not said or len(history) > int(said[-1]), "what append returned from is there"
+        assert len(history.names) == 50
