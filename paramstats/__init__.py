@@ -11,6 +11,17 @@ from paramstats.sharding import Shard
 from paramstats.stats import ParamStats, TensorStats
 from paramstats.summarize import summarize
 from paramstats.summary import Summary
+from paramstats.watch import Watcher, watch
 
-__all__ = ["Backend", "ParamStats", "Shard", "Summary", "TensorStats", "backend", "summarize"]
+__all__ = [
+    "Backend",
+    "ParamStats",
+    "Shard",
+    "Summary",
+    "TensorStats",
+    "Watcher",
+    "backend",
+    "summarize",
+    "watch",
+]
 __version__ = "0.1.0"

@@ -13,7 +13,9 @@ ROOT = Path(__file__).parent.parent
 NUMBER = re.compile(r"^-?\d[\d.,]*(e[+-]\d+)?%?$")
 
 
-@pytest.mark.parametrize("module", ["", ".engine", ".extras", ".stats", ".summarize", ".summary"])
+@pytest.mark.parametrize(
+    "module", ["", ".engine", ".extras", ".stats", ".summarize", ".summary", ".watch"]
+)
 def test_docstrings(module, engine):
     results = doctest.testmod(importlib.import_module(f"paramstats{module}"))
     assert results.failed == 0
