@@ -14,24 +14,37 @@ NUMBER = re.compile(r"^-?\d[\d.,]*(e[+-]\d+)?%?$")
 
 
 @pytest.mark.parametrize(
-    "module", ["", ".engine", ".extras", ".stats", ".summarize", ".summary", ".watch"]
-)
+    "module",
+    [
+        "", ".engine", ".extras", ".stats", ".summarize", ".summary", ".watch",
+        ".integrations.after_backward", ".integrations.lightning", ".integrations.transformers",
+    ],
+)  # fmt: skip
 def test_docstrings(module, engine):
     results = doctest.testmod(importlib.import_module(f"paramstats{module}"))
     assert results.failed == 0
     assert results.attempted > 0
 
 
-def test_readme(engine, capsys):
-    """Runs the README's Python blocks in order; a text block after one is what it printed."""
-    blocks = re.findall(r"```(python|text)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # trainers', of theirs
+@pytest.mark.parametrize("page", ["README.md", "docs/training.md"])
+def test_pages(page, engine, capsys, folder):
+    """Runs a page's Python blocks in order; a text block after one is what it printed."""
+    for _ in run_page(page, capsys):
+        pass
+
+
+def run_page(page, capsys):
+    """Yields what is defined after each Python block."""
+    blocks = re.findall(r"```(python|text)\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     assert [kind for kind, _ in blocks].count("python") >= 3
     namespace: dict[str, object] = {}
     printed = ""
     for kind, text in blocks:
         if kind == "python":
-            exec(compile(text, "README.md", "exec"), namespace)
+            exec(compile(text, page, "exec"), namespace)
             printed = capsys.readouterr().out
+            yield namespace
         else:
             assert_same_up_to_rounding(printed, text)
 

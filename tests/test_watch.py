@@ -12,40 +12,13 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import paramstats
-from paramstats.summary import Summary
+from tests.integrations.arriving import have_figures_arrive_late
 from tests.integrations.moments import Logged, loss, moment, network, scalars_of
-
-
-class Arriving:
-    """The transfer of a summary that is not ready, as on a GPU."""
-
-    def __init__(self, table: bytes) -> None:
-        self.table, self.is_here, self.is_read = table, False, False
-
-    def ready(self) -> bool:
-        return self.is_here
-
-    def write(self, table: bytearray) -> None:
-        self.is_read = True
-        table[:] = self.table
 
 
 @pytest.fixture
 def arriving(monkeypatch):
-    """Summaries come with their figures on the way; what is under way of each."""
-    transfers = []  # the last is the latest; `watch` itself tries its arguments on a summary
-    real = paramstats.summarize
-
-    def summarize(*args, **kwargs):
-        summary = real(*args, **kwargs)
-        transfers.append(Arriving(summary._table))
-        nothing = bytes(len(summary._table))
-        return Summary(
-            summary._layout, nothing, summary._correction, summary._grad_scale, transfers[-1:]
-        )
-
-    monkeypatch.setattr(sys.modules["paramstats.watch"], "summarize", summarize)
-    return transfers
+    return have_figures_arrive_late(monkeypatch)
 
 
 def test_a_plain_loop(engine):
