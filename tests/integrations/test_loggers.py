@@ -23,6 +23,7 @@ def rows_of_wandb(folder: Path) -> list[dict[str, object]]:
     """The history in a run's file: LevelDB's log format, behind seven bytes of wandb's own."""
     from wandb.proto import wandb_internal_pb2
 
+    wandb.teardown()  # its process writes the file, and not all of it before `finish` returns
     (path,) = folder.rglob("*.wandb")
     rows = []
     for data in _log_records(path.read_bytes()):
