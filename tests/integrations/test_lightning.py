@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import paramstats
-from tests.integrations.moments import Logged, digits, moment, network
+from tests.integrations.moments import Logged, digits, moment, network, scalars_of
 
 lightning = pytest.importorskip("lightning.pytorch", reason="lightning is not installed")
 integration = pytest.importorskip("paramstats.integrations.lightning")
@@ -132,10 +132,14 @@ def test_an_optimizer_that_evaluates_several_times(tmp_path):
 
 def test_a_second_fit_starts_again(tmp_path):
     logged = []
-    callback = ParamStatsCallback(every=2, log=lambda _, step: logged.append(step))
+    callback = ParamStatsCallback(every=2, log=lambda *both: logged.append(both))
     for _ in range(2):
-        fit(Module(), tmp_path, callback, batches=3)
-    assert logged == [0, 2, 0, 2]
+        module = Module()
+        module.net[0].weight.data.mul_(1 + len(logged))
+        fit(module, tmp_path, callback, batches=3)
+        assert [step for _, step in logged[-2:]] == [0, 2]
+        assert logged[-1][0] == scalars_of(module.moments[2])
+    assert len(logged) == 4
 
 
 def test_history_alone(tmp_path):

@@ -82,6 +82,14 @@ def trainer_of(folder, model, *callbacks, kind=Trainer, **options):
     return kind(model=model, args=arguments, train_dataset=texts(), callbacks=list(callbacks))
 
 
+def spied(function, calls: list[tuple]):
+    def called(*args):
+        calls.append(args)
+        return function(*args)
+
+    return called
+
+
 @pytest.mark.parametrize("kind", [Trainer, ScalingTrainer])
 @pytest.mark.parametrize("max_grad_norm", [1e-3, 0.0])
 def test_accumulated_scaled_and_clipped(tmp_path, monkeypatch, kind, max_grad_norm):
@@ -89,6 +97,8 @@ def test_accumulated_scaled_and_clipped(tmp_path, monkeypatch, kind, max_grad_no
         import accelerate
 
         monkeypatch.setattr(accelerate.Accelerator, "mixed_precision", "fp16")
+    taken = []
+    monkeypatch.setattr(paramstats.Watcher, "take", spied(paramstats.Watcher.take, taken))
     logged = Logged()
     callback = ParamStatsCallback(every=2, log=logged)
     trainer = trainer_of(
@@ -98,6 +108,7 @@ def test_accumulated_scaled_and_clipped(tmp_path, monkeypatch, kind, max_grad_no
     trainer.train()
     assert trainer.state.global_step == 5
     logged.check({step: trainer.moments[step] for step in (1, 2, 4)})
+    assert len(taken) == 3, "only the last part of an accumulation is read"
     assert callback.watcher.summary.scalars() == logged[4]
     if max_grad_norm:
         norm = paramstats.summarize(trainer.clipped[2]).total.grad.norm
