@@ -13,6 +13,7 @@ from paramstats.sharding import Shard
 from paramstats.stats import ParamStats, TensorStats
 from paramstats.summarize import summarize
 from paramstats.summary import Summary
+from paramstats.watch import Watcher, watch
 
 __all__ = [
     "Backend",
@@ -25,7 +26,9 @@ __all__ = [
     "Summary",
     "TensorStats",
     "Thresholds",
+    "Watcher",
     "backend",
     "summarize",
+    "watch",
 ]
 __version__ = "0.1.0"

@@ -1,0 +1,165 @@
+"""The callback for the Trainer of `transformers`.
+
+That Trainer has no event between backward and clipping: `on_pre_optimizer_step` comes after
+gradients were unscaled and clipped (`max_grad_norm` is 1 by default), and `on_substep_end` after
+all parts of an accumulation but the last. Callbacks do not hold the Trainer, whose
+`training_step` they could follow, and how much a gradient was clipped cannot be told from it.
+
+So autograd says when a backward is over (`AfterBackward`), on due steps alone: other steps have no
+hooks. accelerate's `sync_gradients` tells the last part of an accumulation. Gradients are still
+scaled then; the scaler belongs to the optimizer that accelerate has wrapped. What was taken last is
+given away at `on_pre_optimizer_step`.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from paramstats.extras import needed
+from paramstats.integrations.after_backward import AfterBackward
+from paramstats.summary import Summary
+from paramstats.watch import History, Log, Watcher, watch
+
+if TYPE_CHECKING:
+    from accelerate.state import GradientState
+    from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
+    from transformers import TrainingArguments as Arguments
+else:
+    TrainerCallback = needed("transformers", "ParamStatsCallback", "transformers").TrainerCallback
+    GradientState = needed("accelerate.state", "ParamStatsCallback", "transformers").GradientState
+
+
+class ParamStatsCallback(TrainerCallback):
+    """Logs figures of the parameters and gradients that a transformers Trainer trains.
+
+    >>> from paramstats.integrations.transformers import ParamStatsCallback, reporters
+    >>> def add_to(trainer):
+    ...     log = reporters(trainer)  # wandb, TensorBoard, ...: what report_to names
+    ...     trainer.add_callback(ParamStatsCallback(every=50, log=log, stats=("norm",)))
+
+    Args:
+        every: the first optimizer step is due, and then each whose number is a multiple of this.
+            Steps are numbered as in the Trainer's own logs, from 1.
+        log: as `paramstats.watch` takes it: `reporters(trainer)`, or any other.
+        history: as `paramstats.watch` takes it.
+        options: the rest of what `paramstats.watch` takes: `key`, `stats`, `include`, ...
+
+    Gradients are those of a whole batch, averaged over processes, unscaled, before clipping. Names
+    are those of the model that the Trainer was given.
+
+    Raises:
+        TypeError, ValueError: as `paramstats.watch`.
+    """
+
+    def __init__(
+        self, every: int = 50, *, log: Log | None = None, history: History | None = None,
+        **options: Any,
+    ) -> None:  # fmt: skip
+        self._options: dict[str, Any] = {"log": log, "every": every, "history": history, **options}
+        watch(torch.nn.Module(), **self._options)  # options that are wrong are told from here
+        self._watcher: Watcher | None = None
+        self._hooks: AfterBackward | None = None
+        self._scaler: Any = None
+        self._taken: Summary | None = None
+
+    @property
+    def watcher(self) -> Watcher | None:
+        """The watcher of the latest training, with its latest `summary`."""
+        return self._watcher
+
+    def on_train_begin(
+        self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._watcher = watch(kwargs["model"], **self._options)
+
+    def on_step_begin(
+        self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._unhook()
+        if self._watcher is not None and self._watcher.is_due(state.global_step + 1):
+            self._scaler = getattr(kwargs["optimizer"], "scaler", None)
+            self._hooks = AfterBackward(kwargs["model"].parameters(), self._take)
+
+    def _take(self) -> None:
+        if self._watcher is not None and GradientState().sync_gradients:
+            self._taken = self._watcher.take(1.0 if self._scaler is None else self._scaler)
+
+    def on_pre_optimizer_step(
+        self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._watcher is None:
+            return
+        is_due, taken = self._hooks is not None, self._taken
+        self._unhook()
+        if taken is not None:
+            self._watcher.give(state.global_step + 1, taken)
+            return
+        self._watcher.close()  # one step later, when the device has work to do meanwhile
+        if is_due:
+            warnings.warn(
+                f"paramstats.ParamStatsCallback: nothing is logged at step {state.global_step + 1}:"
+                " no gradient was seen to arrive, as under FullyShardedDataParallel or DeepSpeed",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def on_step_end(
+        self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if (
+            control.should_training_stop
+        ):  # reporters are still open, as at on_train_end they are not
+            self.on_train_end(args, state, control)
+
+    def on_train_end(
+        self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._unhook()
+        if self._watcher is not None:
+            self._watcher.close()
+
+    def _unhook(self) -> None:
+        hooks, self._hooks, self._taken = self._hooks, None, None
+        if hooks is not None:
+            hooks.remove()
+
+
+def reporters(trainer: Trainer) -> Log:
+    """A log for `ParamStatsCallback`: whatever the Trainer reports to, without its console.
+
+    >>> from paramstats.integrations.transformers import ParamStatsCallback, reporters
+    >>> def add_to(trainer):
+    ...     trainer.add_callback(ParamStatsCallback(log=reporters(trainer)))
+
+    `Trainer.log` would also print every figure and keep it in `log_history`. Keys come out as the
+    Trainer's own do: in front of them the reporters put `train/`.
+
+    Raises:
+        ValueError: the Trainer has no reporter: its `report_to` is empty.
+    """
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    kinds = tuple(set(INTEGRATION_TO_CALLBACK.values()))
+
+    def found() -> list[Any]:
+        return [one for one in trainer.callback_handler.callbacks if isinstance(one, kinds)]
+
+    if not found():
+        raise ValueError(
+            "paramstats.reporters: expected a Trainer with reporters, "
+            f"got report_to={trainer.args.report_to!r}; name one there, such as 'tensorboard'"
+        )
+
+    def log(scalars: dict[str, float], step: int) -> None:
+        state = copy.copy(trainer.state)
+        state.global_step = step
+        for one in found():
+            one.on_log(
+                trainer.args, state, trainer.control, logs=dict(scalars), model=trainer.model
+            )
+
+    return log

@@ -1,0 +1,241 @@
+"""transformers: what its Trainer has logged is what gradients were before it clipped them."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import paramstats
+from tests.integrations.moments import Logged, moment
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+pytest.importorskip("accelerate", reason="accelerate is not installed")
+integration = pytest.importorskip("paramstats.integrations.transformers")
+ParamStatsCallback, reporters = integration.ParamStatsCallback, integration.reporters
+
+logging.getLogger("transformers").setLevel(logging.ERROR)
+
+
+def gpt2(**options) -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=32, n_positions=8, n_embd=16, n_layer=2, n_head=2, bos_token_id=0,
+        eos_token_id=0, resid_pdrop=0.1, **options,
+    )  # fmt: skip
+    return transformers.GPT2LMHeadModel(config)
+
+
+def texts(count: int = 48) -> list[dict[str, torch.Tensor]]:
+    tokens = torch.randint(32, (count, 8), generator=torch.Generator().manual_seed(1))
+    return [{"input_ids": t, "labels": t} for t in tokens]
+
+
+class Trainer(transformers.Trainer):
+    """Keeps copies of the gradients that a batch has left, before anything else is done."""
+
+    scaler: torch.amp.GradScaler | None = None
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.moments, self.clipped = {}, {}
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        if self.accelerator.sync_gradients:
+            scale = 1.0 if self.scaler is None else self.scaler.get_scale()
+            self.moments[self.state.global_step + 1] = moment(self.model, scale)
+        return loss
+
+    def _clip_grad_norm(self, model):
+        norm = super()._clip_grad_norm(model)
+        self.clipped[self.state.global_step + 1] = moment(self.model)
+        return norm
+
+
+class ScalingTrainer(Trainer):
+    """As with fp16=True on a GPU; accelerate refuses it on a CPU, so it is put in by hand."""
+
+    def create_optimizer(self, *args, **kwargs):
+        self.scaler = self.accelerator.scaler = torch.amp.GradScaler(
+            "cpu", init_scale=1024.0, growth_interval=2
+        )
+        return super().create_optimizer(*args, **kwargs)
+
+    def training_step(self, *args, **kwargs):
+        self.accelerator.native_amp = True  # after the model was prepared: no autocast
+        return super().training_step(*args, **kwargs)
+
+
+def trainer_of(folder, model, *callbacks, kind=Trainer, **options):
+    arguments = transformers.TrainingArguments(
+        **{
+            "output_dir": str(folder), "max_steps": 5, "per_device_train_batch_size": 4,
+            "use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "no",
+            "logging_steps": 2, "seed": 0, "learning_rate": 1e-2, **options,
+        }
+    )  # fmt: skip
+    return kind(model=model, args=arguments, train_dataset=texts(), callbacks=list(callbacks))
+
+
+def spied(function, calls: list[tuple]):
+    def called(*args):
+        calls.append(args)
+        return function(*args)
+
+    return called
+
+
+@pytest.mark.parametrize("kind", [Trainer, ScalingTrainer])
+@pytest.mark.parametrize("max_grad_norm", [1e-3, 0.0])
+def test_accumulated_scaled_and_clipped(tmp_path, monkeypatch, kind, max_grad_norm):
+    if kind is ScalingTrainer:
+        import accelerate
+
+        monkeypatch.setattr(accelerate.Accelerator, "mixed_precision", "fp16")
+    taken = []
+    monkeypatch.setattr(paramstats.Watcher, "take", spied(paramstats.Watcher.take, taken))
+    logged = Logged()
+    callback = ParamStatsCallback(every=2, log=logged)
+    trainer = trainer_of(
+        tmp_path, gpt2(), callback, kind=kind,
+        gradient_accumulation_steps=2, max_grad_norm=max_grad_norm,
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.global_step == 5
+    logged.check({step: trainer.moments[step] for step in (1, 2, 4)})
+    assert len(taken) == 3, "only the last part of an accumulation is read"
+    assert callback.watcher.summary.scalars() == logged[4]
+    if max_grad_norm:
+        norm = paramstats.summarize(trainer.clipped[2]).total.grad.norm
+        assert norm == pytest.approx(max_grad_norm, rel=1e-3), "clipping was active"
+    if kind is ScalingTrainer:
+        assert trainer.scaler.get_scale() > 1024.0, "and the scale changed on the way"
+
+
+def test_accumulation_that_ends_with_the_epoch(tmp_path):
+    logged = Logged()  # 12 batches are 2 steps of 5 and one of 2
+    trainer = trainer_of(
+        tmp_path, gpt2(), ParamStatsCallback(every=1, log=logged),
+        gradient_accumulation_steps=5, max_steps=-1, num_train_epochs=2,
+    )  # fmt: skip
+    trainer.train()
+    assert list(logged) == [1, 2, 3, 4, 5, 6]
+    logged.check(trainer.moments)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_under_checkpointing(tmp_path, use_reentrant, frozen):
+    model, logged = gpt2(), Logged()
+    if frozen:  # all that is trained is inside of segments
+        for p in [*model.transformer.wte.parameters(), *model.transformer.wpe.parameters()]:
+            p.requires_grad_(False)
+        model.transformer.ln_f.requires_grad_(False)
+        model.enable_input_require_grads()
+    trainer = trainer_of(
+        tmp_path, model, ParamStatsCallback(every=2, log=logged), max_steps=3,
+        gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": use_reentrant},
+    )  # fmt: skip
+    trainer.train()
+    logged.check({step: trainer.moments[step] for step in (1, 2)})
+
+
+def test_a_compiled_model_is_compiled_once(tmp_path):
+    logged = Logged()
+    trainer = trainer_of(
+        tmp_path, gpt2(), ParamStatsCallback(every=2, log=logged),
+        torch_compile=True, torch_compile_backend="aot_eager",
+    )  # fmt: skip
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        trainer.train()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
+    logged.check({step: trainer.moments[step] for step in (1, 2, 4)})
+
+
+def test_other_steps_have_no_hooks(tmp_path):
+    hooked = {}
+
+    class Looking(Trainer):
+        def training_step(self, *args, **kwargs):
+            step = self.state.global_step + 1
+            hooked[step] = any(p._post_accumulate_grad_hooks for p in self.model.parameters())
+            return super().training_step(*args, **kwargs)
+
+    model = gpt2()
+    trainer_of(tmp_path, model, ParamStatsCallback(every=3, log=Logged()), kind=Looking).train()
+    assert hooked == {1: True, 2: False, 3: True, 4: False, 5: False}
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+
+
+def test_tensorboard_through_the_trainer(tmp_path, capsys):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    # TensorBoard's callback takes its folder from the environment or from the output folder.
+    trainer = trainer_of(tmp_path, gpt2(), report_to="tensorboard", max_steps=3)
+    trainer.add_callback(ParamStatsCallback(every=2, log=reporters(trainer), stats=("norm",)))
+    trainer.train()
+    assert "grad_norm/" not in capsys.readouterr().out
+    assert not any(key.startswith("grad_norm/") for row in trainer.state.log_history for key in row)
+    (folder,) = {path.parent for path in tmp_path.rglob("events.out.tfevents*")}
+    events = EventAccumulator(str(folder)).Reload()
+    for step in (1, 2):
+        summary = paramstats.summarize(trainer.moments[step])
+        for name, entry in summary.items():
+            (value,) = (
+                e.value for e in events.Scalars(f"train/grad_norm/{name}") if e.step == step
+            )
+            assert value == torch.tensor(entry.grad.norm).item()
+    assert [e.step for e in events.Scalars("train/loss")] == [2]
+
+
+def test_history_and_a_second_training(tmp_path):
+    kept = []
+
+    class History:
+        def append(self, step, summary):
+            kept.append((step, next(iter(summary))))
+
+    trainer = trainer_of(tmp_path, gpt2(), ParamStatsCallback(2, history=History()), max_steps=2)
+    trainer.train()
+    trainer.train()
+    assert kept == 2 * [(1, "transformer.wte.weight"), (2, "transformer.wte.weight")]
+
+
+def test_gradients_that_do_not_come_by_autograd(tmp_path):
+    class ByHand(Trainer):
+        def training_step(self, model, *args, **kwargs):
+            for p in model.parameters():
+                p.grad = torch.ones_like(p)
+            return torch.tensor(1.0)
+
+    logged = Logged()
+    trainer = trainer_of(tmp_path, gpt2(), ParamStatsCallback(log=logged), kind=ByHand)
+    with pytest.warns(RuntimeWarning, match="nothing is logged at step 1: no gradient was seen"):
+        trainer.train()
+    assert not logged
+
+
+def test_what_can_not_be(tmp_path):
+    with pytest.raises(ValueError, match="expected log= or history=, got neither"):
+        ParamStatsCallback()
+    with pytest.raises(ValueError, match="whole number > 0 for every, got 0"):
+        ParamStatsCallback(0, log=print)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'evry'"):
+        ParamStatsCallback(log=print, evry=3)
+    with pytest.raises(ValueError, match="expected a Trainer with reporters, got report_to="):
+        reporters(trainer_of(tmp_path, gpt2()))
+
+
+def test_without_transformers(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.delitem(sys.modules, "paramstats.integrations.transformers")
+    message = r"ParamStatsCallback needs transformers: pip install 'paramstats\[transformers\]'"
+    with pytest.raises(ImportError, match=message):
+        importlib.import_module("paramstats.integrations.transformers")
