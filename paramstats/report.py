@@ -293,12 +293,11 @@ def plain(table: Table, width: int | None = None) -> str:
     return "\n".join("".join(text for text, _ in line) for line in _spans(table, width))
 
 
-def rich_text(table: Table, width: int | None = None) -> Text:
-    """The same as text of rich's, with what is odd in colour."""
-    text = needed("rich.text", "colour", "color")
-    lines = [text.Text.assemble(*line) for line in _spans(table, width)]
-    joined: Text = text.Text("\n", no_wrap=True, overflow="ignore").join(lines)
-    return joined
+def rich_lines(table: Table, width: int | None = None) -> Iterator[Text]:
+    """The same as lines of rich's, with what is odd in colour; notes wrap where they are long."""
+    text = needed("rich.text", "colour", "color").Text
+    for line in _spans(table, width):
+        yield text.assemble(*line, no_wrap=len(line) > 1)
 
 
 def colored(table: Table, width: int | None = None) -> str:
@@ -306,7 +305,7 @@ def colored(table: Table, width: int | None = None) -> str:
     console = needed("rich.console", "colour", "color").Console(
         file=io.StringIO(), force_terminal=True, width=_UNLIMITED
     )
-    console.print(rich_text(table, width), end="")
+    console.print(*rich_lines(table, width), sep="\n", end="")
     out: str = console.file.getvalue()
     return out
 

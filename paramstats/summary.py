@@ -318,7 +318,7 @@ class Summary(Mapping[str, ParamStats]):
     def __rich_console__(self, console: Any, options: Any) -> Any:
         from paramstats import report
 
-        yield report.rich_text(report.table(self), options.max_width)
+        yield from report.rich_lines(report.table(self), options.max_width)
 
     def __repr__(self) -> str:
         n = len(self)

@@ -1,4 +1,4 @@
-"""What the documentation shows is what happens: docstrings and the README's code."""
+"""What the documentation shows is what happens: docstrings, and the code of README and docs."""
 
 from __future__ import annotations
 

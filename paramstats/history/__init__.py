@@ -10,12 +10,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from paramstats.extras import needed
-from paramstats.history_file import Entry, Reader
-from paramstats.journal import Journal
+from paramstats.history.file import Entry, Reader
+from paramstats.history.journal import Journal
+from paramstats.history.thinning import Thinned
 from paramstats.layout import Layout, no_such_name
 from paramstats.stats import STATS
 from paramstats.summary import Summary
-from paramstats.thinning import Thinned
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from paramstats.series import ParamSeries, TotalSeries
+    from paramstats.history.series import ParamSeries, TotalSeries
 
 Names = str | re.Pattern[str] | Iterable[str | re.Pattern[str]]
 
@@ -159,7 +159,7 @@ class History:
             known = [known for s in self._one_of_each_layout() for known in s._layout.index]
             raise KeyError(no_such_name(name, known, len(self.names)))
         needed("numpy", "History", "plot")
-        from paramstats.series import ParamSeries
+        from paramstats.history.series import ParamSeries
 
         return ParamSeries(self.steps, [summary.get(name) for _, summary in self])
 
@@ -167,7 +167,7 @@ class History:
     def total(self) -> TotalSeries:
         """All parameters as one at every step, and in `grad` all gradients as one."""
         needed("numpy", "History", "plot")
-        from paramstats.series import TotalSeries
+        from paramstats.history.series import TotalSeries
 
         totals = [summary.total for _, summary in self]
         return TotalSeries(self.steps, totals, [total.grad for total in totals])
@@ -199,7 +199,7 @@ class History:
                 gradient, or the tensor could not be read.
         """
         frames = needed("pandas", "History.to_pandas", "pandas")
-        from paramstats.series import joined, rows
+        from paramstats.history.series import joined, rows
 
         stats = (stats,) if isinstance(stats, str) else tuple(stats)
         columns = [*stats, *(f"grad_{stat}" for stat in stats)]
@@ -254,7 +254,7 @@ class History:
         are marked.
         """
         needed("matplotlib", "History.plot", "plot")
-        from paramstats import plotting
+        from paramstats.history import plotting
 
         plotting.check(self, stat, kind)
         if names is None and len(self.names) > _MOST_LINES:
@@ -277,7 +277,7 @@ class History:
         entries neighbours share a column, which shows the greatest of them, and NaN if any is.
         """
         needed("matplotlib", "History.heatmap", "plot")
-        from paramstats import heatmap, plotting
+        from paramstats.history import heatmap, plotting
 
         plotting.check(self, stat, kind)
         found = plotting.chosen(self, self.names if names is None else names)

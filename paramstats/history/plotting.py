@@ -19,8 +19,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from paramstats.labels import LINE_HEIGHT, SMALL, label_ends, root
-from paramstats.series import Array, ParamSeries, TotalSeries
+from paramstats.history.labels import LINE_HEIGHT, SMALL, label_ends, root
+from paramstats.history.series import Array, ParamSeries, TotalSeries
 from paramstats.stats import STATS
 
 if TYPE_CHECKING:

@@ -13,9 +13,9 @@ from matplotlib.colors import ListedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from paramstats import plotting
-from paramstats.labels import LINE_HEIGHT, SMALL, room, root, shown
-from paramstats.series import Array, rows
+from paramstats.history import plotting
+from paramstats.history.labels import LINE_HEIGHT, SMALL, room, root, shown
+from paramstats.history.series import Array, rows
 
 if TYPE_CHECKING:
     from paramstats.history import History

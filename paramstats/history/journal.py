@@ -7,7 +7,7 @@ import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
 
-from paramstats.history_file import Entry, Reader, Writer, write_all
+from paramstats.history.file import Entry, Reader, Writer, write_all
 
 
 class Journal:

@@ -18,7 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 import paramstats
-from paramstats import History, heatmap, labels, plotting
+from paramstats import History
+from paramstats.history import heatmap, labels, plotting
 
 summarize = paramstats.summarize
 
