@@ -9,20 +9,20 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from paramstats import moments, reference
+from paramstats import moments
 from paramstats.checkpoints import opening
 from paramstats.checkpoints.comparison import Change, Comparison
 from paramstats.checkpoints.reading import PIECE, Reader, Run, boxes, pieces, run_of, view
+from paramstats.checkpoints.states import read_table
 from paramstats.checkpoints.stored import Part, Stored
 from paramstats.checkpoints.summarizing import Progress, selected
-from paramstats.engine import engine
 from paramstats.moments import Moments
 
 if TYPE_CHECKING:
     from paramstats.summarize import Pattern
 
-_MOST = 1 << 21
-"""Elements of a tensor compared at a time: their difference takes 16 MB at most."""
+_MOST = 1 << 19
+"""Elements of a tensor compared at a time: what is made of them stays in a processor's cache."""
 
 _IN_FLOAT32 = frozenset(
     {
@@ -197,11 +197,9 @@ def _without_equals(x: torch.Tensor, y: torch.Tensor, wide: torch.dtype) -> torc
 
 
 def _states(tensors: list[torch.Tensor]) -> list[Moments]:
-    table, left, _ = engine().read(tensors, True, False)
-    if left:
-        table, _, skipped = reference.fill(table, left)
-        for reason in skipped.values():
-            raise NotImplementedError(reason)
+    table, skipped = read_table(tensors)
+    for reason in skipped.values():
+        raise NotImplementedError(reason)
     return [moments.row(table, row) for row in range(len(tensors))]
 
 

@@ -17,14 +17,12 @@ import torch
 from paramstats.checkpoints.stored import CheckpointError, Part, is_dense, span
 from paramstats.reference import CHUNK
 
-PIECE = 1 << 24
-"""Bytes read in one go: few calls, and two of them are little memory."""
+PIECE = 1 << 22
+"""Bytes read in one go: few calls, and what was read is in a processor's cache when it is looked
+at."""
 
 _GAP = 1 << 16
 """Bytes between tensors that are read along rather than left out with a call of their own."""
-
-_ALIGNMENT = 64
-"""Bytes: elements lie in memory as they do in the file, up to a multiple of this."""
 
 
 class Run(NamedTuple):
@@ -199,33 +197,31 @@ class Reader:
 
 
 def _buffer() -> tuple[memoryview, torch.Tensor]:
-    memory = bytearray(PIECE + _ALIGNMENT)
+    memory = bytearray(PIECE)
     return memoryview(memory), torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def _filled(
     piece: Piece, descriptor: int, memory: memoryview, tensor: torch.Tensor
 ) -> torch.Tensor:
-    """The bytes of a piece, as far from an aligned place in memory as in the file."""
-    first = (piece.begin - tensor.data_ptr()) % _ALIGNMENT
-    past = first + piece.end - piece.begin
-    done = first
-    while done < past:
-        got = os.preadv(descriptor, [memory[done:past]], piece.end - past + done)
+    size = piece.end - piece.begin
+    done = 0
+    while done < size:
+        got = os.preadv(descriptor, [memory[done:size]], piece.begin + done)
         if got == 0:
             raise CheckpointError(
-                f"paramstats: expected {piece.end} bytes or more, got {piece.end - past + done} "
-                f"in {piece.path}: it was cut off meanwhile"
+                f"paramstats: expected {piece.end} bytes or more, got {piece.begin + done} in "
+                f"{piece.path}: it was cut off meanwhile"
             )
         done += got
-    return tensor[first:past]
+    return tensor[:size]
 
 
 def view(data: torch.Tensor, piece: Piece, run: Run) -> torch.Tensor:
     """The elements of a run in the bytes of its piece."""
     at = run.offset - piece.begin
     here = data[at : at + run.nbytes]
-    if here.data_ptr() % run.dtype.itemsize:  # where the file does not align them
+    if here.data_ptr() % run.dtype.itemsize:  # not aligned as the first of the piece
         here = here.clone()
     flat = here.view(run.dtype)
     return flat if run.is_dense else flat.as_strided(run.sizes, run.strides)

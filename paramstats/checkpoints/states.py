@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from paramstats import moments, reference
@@ -12,6 +14,11 @@ from paramstats.reference import CHUNK
 
 _COMPLEX_CHUNK = 1 << 19
 """Complex elements worked on at a time: their temporaries take 80 bytes each."""
+
+_BATCH = 1 << 20
+"""Bytes from which on the engine wakes threads (kSerialBytes): it gets fewer at a time. One thread
+is several times as fast as any file, and others, while they wait for the next call, would keep a
+processor from the thread that reads."""
 
 
 class States:
@@ -45,13 +52,11 @@ class States:
             self._merge(parts[0], self._states[part], self._means.get(part))
         return self._states[parts[0]] if parts else Moments()
 
-    def _read(self, owners: list[int], views: list[torch.Tensor]) -> list[Moments]:
-        chosen = engine()
-        table, left, _ = chosen.read(views, True, False)
-        if left:
-            table, _, skipped = reference.fill(table, left)
-            self.skipped |= {owners[row]: reason for row, reason in skipped.items()}
-        return [moments.row(table, row) for row in range(len(views))]
+    def _read(self, owners: list[int], views: list[torch.Tensor]) -> Iterator[Moments]:
+        for rows in _batches(views):
+            table, skipped = read_table(views[rows.start : rows.stop])
+            self.skipped |= {owners[rows.start + row]: reason for row, reason in skipped.items()}
+            yield from (moments.row(table, row) for row in range(len(rows)))
 
     def _merge(self, part: int, b: Moments, b_mean: complex | None) -> None:
         """Chan's merge. The state of complex elements has the modulus of their mean; the mean
@@ -68,6 +73,26 @@ class States:
                 out = out._replace(mean=abs(b_mean), m2=m2)
             self._means[part] = b_mean
         self._states[part] = out
+
+
+def read_table(tensors: list[torch.Tensor]) -> tuple[bytes, dict[int, str]]:
+    """A table of their states, and why one could not be read, by row."""
+    table, left, _ = engine().read(tensors, True, False)
+    if not left:
+        return table, {}
+    table, _, skipped = reference.fill(table, left)
+    return table, skipped
+
+
+def _batches(views: list[torch.Tensor]) -> Iterator[range]:
+    begin = nbytes = 0
+    for row, x in enumerate(views):
+        if row > begin and nbytes + x.nbytes >= _BATCH:
+            yield range(begin, row)
+            begin, nbytes = row, 0
+        nbytes += x.nbytes
+    if views:
+        yield range(begin, len(views))
 
 
 def _complex_mean(x: torch.Tensor) -> complex:

@@ -56,7 +56,7 @@ def summarize_file(
         CheckpointError: (a ValueError) the file is no checkpoint, or a broken one.
         OSError: it cannot be opened.
 
-    Nothing in a file is imported or called, and no more than a few pieces of 16 MB are held.
+    Nothing in a file is imported or called, and no more than two pieces of 4 MB are held.
     """
     if not math.isfinite(correction):
         raise ValueError(f"paramstats: expected a finite number for correction, got {correction!r}")
