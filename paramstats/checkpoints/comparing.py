@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from paramstats import moments
-from paramstats.checkpoints import opening
+from paramstats.checkpoints import opening, reading
 from paramstats.checkpoints.comparison import Change, Comparison
-from paramstats.checkpoints.reading import PIECE, Reader, Run, boxes, pieces, run_of, view
+from paramstats.checkpoints.reading import Reader, Run, boxes, pieces, run_of, view
 from paramstats.checkpoints.states import read_table
 from paramstats.checkpoints.stored import Part, Stored
 from paramstats.checkpoints.summarizing import Progress, selected
@@ -73,10 +73,8 @@ def compare_files(
     """
     all_a = selected(opening.read(a), include, exclude)
     all_b = selected(opening.read(b), include, exclude)
-    of_b = {name: tensor for tensor in all_b for name in tensor.names}
-    found = [(t, next((of_b[n] for n in t.names if n in of_b), None)) for t in all_a]
-    both = [(x, y) for x, y in found if y is not None]
-    of_a = {name for tensor in all_a for name in tensor.names}
+    both = list(_matched(all_a, all_b))
+    of_a, of_b = ({name for t in tensors for name in t.names} for tensors in (all_a, all_b))
     same = [(x, y) for x, y in both if x.shape == y.shape and not (x.unread or y.unread)]
     states = _States(len(same))
     _read(same, states, progress)
@@ -89,7 +87,7 @@ def compare_files(
     ]
     return Comparison(
         rows=tuple(sorted(changes, key=_most_first)),
-        only_in_a=tuple(x.name for x, y in found if y is None),
+        only_in_a=tuple(x.name for x in all_a if not of_b.intersection(x.names)),
         only_in_b=tuple(y.name for y in all_b if not of_a.intersection(y.names)),
         other_shape={
             x.name: (x.shape, y.shape)
@@ -98,6 +96,17 @@ def compare_files(
         },
         skipped=skipped,
     )
+
+
+def _matched(all_a: list[Stored], all_b: list[Stored]) -> Iterator[tuple[Stored, Stored]]:
+    """What has a name in common, under the first such name: a tied tensor of one checkpoint may be
+    several in the other."""
+    of_b = {name: row for row, tensor in enumerate(all_b) for name in tensor.names}
+    for x in all_a:
+        rows = dict.fromkeys(of_b[name] for name in x.names if name in of_b)
+        for row in rows:
+            name = next(name for name in x.names if name in all_b[row].names)
+            yield x._replace(name=name), all_b[row]
 
 
 def _most_first(change: Change) -> tuple[bool, float]:
@@ -144,7 +153,7 @@ def _in_step(row: int, a: Stored, b: Stored) -> Iterator[tuple[Run, Run]]:
 
 
 def _limit(part: Part, dtype: torch.dtype) -> tuple[Part, int]:
-    return part, min(PIECE // dtype.itemsize, _MOST)
+    return part, min(reading.PIECE // dtype.itemsize, _MOST)
 
 
 class _States:
