@@ -8,6 +8,7 @@ import importlib
 import json
 import math
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -40,7 +41,8 @@ def run(chosen: argparse.Namespace) -> int:
         if chosen.limit is not None and chosen.limit < 0:
             raise ValueError(f"paramstats show: expected --limit 0 or more, got {chosen.limit}")
         text = _compared(chosen) if chosen.other is not None else _summarized(chosen)
-        sys.stdout.write(text)
+        for line in text.splitlines(keepends=True):  # at once, PYTHONUNBUFFERED would hide errors
+            sys.stdout.write(line)
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # no word at exit either
@@ -49,7 +51,7 @@ def run(chosen: argparse.Namespace) -> int:
         return INTERRUPTED
     except OSError as error:
         return _complain(explained(error, chosen.file))
-    except (ValueError, RuntimeError, MemoryError) as error:
+    except (ValueError, RuntimeError, MemoryError, re.error) as error:
         return _complain(str(error) or type(error).__name__)
     return 0
 

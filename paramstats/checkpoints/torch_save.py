@@ -234,13 +234,13 @@ def _place(
     file: IO[bytes], info: zipfile.ZipInfo, begin: int, end: int, path: str
 ) -> tuple[int, int]:
     """Where a record's bytes begin in the file, and how many they are."""
-    at = begin + info.header_offset
+    at = begin + max(info.header_offset, 0)
     file.seek(at)
     header = file.read(_LOCAL_HEADER.size)
     if len(header) == _LOCAL_HEADER.size and info.compress_type == zipfile.ZIP_STORED:
         signature, name, extra = _LOCAL_HEADER.unpack(header)
         at += _LOCAL_HEADER.size + name + extra
-        if signature == b"PK\3\4" and at + info.file_size <= end:
+        if signature == b"PK\3\4" and info.header_offset >= 0 and at + info.file_size <= end:
             return at, info.file_size
     raise CheckpointError(
         f"paramstats: expected an uncompressed record {info.filename!r} within the file, got a "
@@ -273,17 +273,16 @@ def _storage(reference: Any) -> _Storage:
 def _listed(value: Any, places: Places, path: str) -> list[Stored]:
     """The tensors in what was saved, under dotted names; those that are one and the same, once."""
     rows: dict[Any, Stored] = {}
-    names = set()
+    names: dict[Any, list[str]] = {}
     for name, tensor in _tensors(value):
-        if name in names:
-            raise PickleError(f"two tensors called {name!r}")
-        names.add(name)
         stored = _stored(name, tensor, places, path)
         key = (stored.parts, stored.dtype) if math.prod(stored.shape) and stored.parts else name
-        if key in rows:
-            stored = rows[key]._replace(aliases=(*rows[key].aliases, name))
-        rows[key] = stored
-    return list(rows.values())
+        rows.setdefault(key, stored)
+        names.setdefault(key, []).append(name)
+    every = [name for several in names.values() for name in several]
+    if len(set(every)) < len(every):
+        raise PickleError("two tensors of one name")
+    return [row._replace(aliases=tuple(names[key][1:])) for key, row in rows.items()]
 
 
 def _tensors(value: Any) -> Iterator[tuple[str, _Tensor]]:

@@ -161,7 +161,7 @@ def transformed(metadata):
         (outside_its_tensor, r"expected parts of 'w' inside \[2, 4\], got \[4, 2\] at \[0, 0\]"),
         (in_another_file, "a part in '../other', outside the folder"),
         (in_a_missing_file, "expected a file '__1_0.distcp', got none"),
-        (at_another_place, "expected a whole torch.save archive"),
+        (at_another_place, "expected an uncompressed record"),
         (beyond_the_file, "is cut off"),
         (transformed, "parts transformed by .'zstd'., which are not read"),
     ],

@@ -212,7 +212,7 @@ def test_progress_counts_all_bytes(tmp_path):
 
 def test_a_file_that_is_cut_off_while_it_is_read(tmp_path):
     torch.save({"a": torch.ones(3_000_000)}, tmp_path / "a.pt")
-    with pytest.raises(CheckpointError, match=r"expected 12000576 .*: it was cut off meanwhile"):
+    with pytest.raises(CheckpointError, match="it was cut off meanwhile"):
         summarize_file(
             tmp_path / "a.pt", progress=lambda *_: os.truncate(tmp_path / "a.pt", 8_000_000)
         )
