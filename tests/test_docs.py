@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+MODULES = ["", ".engine", ".extras", ".stats", ".summarize", ".summary"]
+MODULES += [".checkpoints.comparing", ".checkpoints.summarizing"]
 NUMBER = re.compile(r"^-?\d[\d.,]*(e[+-]\d+)?%?$")
 
 
-@pytest.mark.parametrize("module", ["", ".engine", ".extras", ".stats", ".summarize", ".summary"])
+@pytest.mark.parametrize("module", MODULES)
 def test_docstrings(module, engine):
     results = doctest.testmod(importlib.import_module(f"paramstats{module}"))
     assert results.failed == 0
@@ -32,6 +34,14 @@ def test_readme(engine, capsys):
             printed = capsys.readouterr().out
         else:
             assert_same_up_to_rounding(printed, text)
+
+
+def test_the_page_on_checkpoints(engine):
+    text = (ROOT / "docs" / "checkpoints.md").read_text()
+    namespace: dict[str, object] = {}
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(compile(block, "checkpoints.md", "exec"), namespace)
+    assert "comparison" in namespace
 
 
 def assert_same_up_to_rounding(printed: str, shown: str) -> None:
