@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
 import sys
 from typing import TYPE_CHECKING
 
@@ -27,7 +29,7 @@ def _what(entry: ParamStats) -> str:
     dtype = str(entry.dtype).removeprefix("torch.")
     device = "" if entry.device.type == "cpu" else f" {entry.device}"
     count = f" n={entry.count:,}" if entry.shape is not None and len(entry.shape) > 1 else ""
-    return f"{one_line_name(entry.name)}: {dtype} {shape(entry)}{count}{device}"
+    return f"{one_line_name(entry.name)}: {dtype} {shape(entry.shape)}{count}{device}"
 
 
 def _values(stats: TensorStats) -> str:
@@ -85,6 +87,15 @@ def elide(text: str, width: int) -> str:
     return text[:head] + mark + text[len(text) - (width - len(mark) - head) :]
 
 
+def columns(width: int | None) -> int:
+    """How wide a table may be: `width`, or the terminal's; without one there is no limit."""
+    if width is not None:
+        return width
+    if "COLUMNS" in os.environ or (sys.stdout is not None and sys.stdout.isatty()):
+        return shutil.get_terminal_size().columns
+    return 1 << 30
+
+
 def printable(text: str, plain: str) -> str:
     """`text` where standard output can hold it: a table must not stop a run with an error."""
     try:
@@ -98,5 +109,5 @@ def one_line_name(name: str) -> str:
     return name if name.isprintable() else repr(name)[1:-1]
 
 
-def shape(entry: ParamStats) -> str:
-    return "lazy" if entry.shape is None else f"[{', '.join(map(str, entry.shape))}]"
+def shape(sizes: tuple[int, ...] | None) -> str:
+    return "lazy" if sizes is None else f"[{', '.join(map(str, sizes))}]"

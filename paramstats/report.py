@@ -9,14 +9,12 @@ from __future__ import annotations
 import html as markup
 import io
 import math
-import os
-import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from paramstats import tree
+from paramstats import rendering, tree
 from paramstats.extras import needed
 from paramstats.findings import Finding, Severity, Thresholds, find
 from paramstats.moments import ABSENT, is_unread
@@ -40,11 +38,11 @@ _LEFT_OUT = ("grad mean", "mean", "grad zeros", "min", "max", "zeros", "grad std
 _GAP = "  "
 _INDENT = "  "
 _ALIAS = "  = "
+_NAME = "name"
 _WHOLE_NAME = 48
 """Names up to this long are kept whole at the cost of columns; 80 columns have room for norms."""
 
 _NARROWEST_NAME = 12
-_UNLIMITED = 1 << 30
 _HTML_TENSORS = 1000
 """Tensors shown in a notebook; browsers grow slow beyond."""
 
@@ -94,22 +92,29 @@ def table(
         )
     if limit is not None and (not isinstance(limit, int) or limit < 0):
         raise ValueError(f"paramstats.table: expected limit to be 0 or more, got {limit!r}")
-    order = _order(summary, sort_by, kind)
+    wanted = order(sort_by, kind)
     headings = _headings(summary, kind)
-    kept = order.heading if order else None
+    kept = wanted.heading if wanted else None
     if kept is not None and kept not in headings:
         headings.append(kept)
     findings = find(summary, Thresholds()).at_least(Severity.WARNING)
     if kind is not None:
         findings = type(findings)(finding for finding in findings if finding.where == kind)
     lines = [
-        *_body(summary, headings, findings, order, limit, kind),
+        *_body(summary, headings, findings, wanted, limit, kind),
         _total(summary, headings, kind),
     ]
     return Table(headings, lines, _notes(summary, findings), kept)
 
 
-class _Order(NamedTuple):
+def ordered(summary: Summary, sort_by: str | None) -> list[str]:
+    """The names in the order of `Summary.table`."""
+    wanted = order(sort_by)
+    entries = list(summary.values())
+    return [entry.name for entry in (sorted(entries, key=wanted.key) if wanted else entries)]
+
+
+class Order(NamedTuple):
     """What to sort by, and which way."""
 
     heading: str
@@ -117,8 +122,10 @@ class _Order(NamedTuple):
     stat: str
     smallest_first: bool
 
-    def key(self, entry: ParamStats) -> tuple[int, float]:
+    def key(self, entry: ParamStats) -> tuple[int, float | str]:
         """NaN first, whatever has no figure last."""
+        if self.stat == _NAME:
+            return 1, entry.name
         stats = entry.grad if self.of_grad else entry
         if stats is None or is_unread(stats._state):
             return 2, 0.0
@@ -128,23 +135,26 @@ class _Order(NamedTuple):
         return 1, value if self.smallest_first else -value
 
 
-def _order(summary: Summary, sort_by: str | None, kind: str | None) -> _Order | None:
+def order(sort_by: str | None, kind: str | None = None) -> Order | None:
+    """What `sort_by` means for a table of one kind, or of all."""
     if sort_by is None:
         return None
     if not isinstance(sort_by, str):
         raise TypeError(f"paramstats.table: expected sort_by to be a str, got {sort_by!r}")
+    if sort_by == _NAME:
+        return Order("shape", False, _NAME, True)
     wanted = sort_by.removeprefix("-").replace("grad.", "grad_")
     stat = wanted.removeprefix("grad_")
     stat = _SHORT.get(stat, stat)
     if stat not in STATS:
         raise ValueError(
-            f"paramstats.table: expected sort_by to be one of {', '.join(STATS)}, with 'grad.' "
-            f"before it for the gradient's or '-' for the smallest first, got '{sort_by}'"
+            f"paramstats.table: expected sort_by to be name or one of {', '.join(STATS)}, with "
+            f"'grad.' before it for the gradient's or '-' for the smallest first, got '{sort_by}'"
         )
     of_grad = kind == "grad" or wanted.startswith("grad_")
     short = next((s for s, long in _SHORT.items() if long == stat), stat)
     heading = short if kind == "grad" or not of_grad else _GRAD + short
-    return _Order(heading, of_grad, stat, sort_by.startswith("-"))
+    return Order(heading, of_grad, stat, sort_by.startswith("-"))
 
 
 def _headings(summary: Summary, kind: str | None) -> list[str]:
@@ -158,7 +168,7 @@ def _body(
     summary: Summary,
     headings: list[str],
     findings: Sequence[Finding],
-    order: _Order | None,
+    wanted: Order | None,
     limit: int | None,
     kind: str | None,
 ) -> Iterator[Line]:
@@ -173,7 +183,7 @@ def _body(
         found.setdefault(finding.name, []).append(finding)
     shown = 0
     rows = [row for begin, end in spans.get(kind, [(0, parameters)]) for row in range(begin, end)]
-    for node in _nodes(entries, rows, spans.get(kind, [(0, parameters)]), order):
+    for node in _nodes(entries, rows, spans.get(kind, [(0, parameters)]), wanted):
         if limit is not None and shown == limit:
             break
         if node.is_block:
@@ -198,11 +208,11 @@ def _nodes(
     entries: Sequence[ParamStats],
     rows: Sequence[int],
     spans: Sequence[tuple[int, int]],
-    order: _Order | None,
+    wanted: Order | None,
 ) -> Iterator[tree.Node]:
     """The outline in the model's order; a plain list in any other."""
-    if order is not None:
-        for row in sorted(rows, key=lambda row: order.key(entries[row])):
+    if wanted is not None:
+        for row in sorted(rows, key=lambda row: wanted.key(entries[row])):
             yield tree.Node(0, entries[row].name, row, row + 1, False)
         return
     for begin, end in spans:
@@ -212,7 +222,7 @@ def _nodes(
 
 def _cell(heading: str, entry: ParamStats, kind: str | None) -> str:
     if heading == "shape":
-        return shape(entry)
+        return shape(entry.shape)
     of_grad = kind == "grad" or heading.startswith(_GRAD)
     stats = entry.grad if of_grad else entry
     stat = heading.removeprefix(_GRAD)
@@ -303,7 +313,7 @@ def rich_lines(table: Table, width: int | None = None) -> Iterator[Text]:
 def colored(table: Table, width: int | None = None) -> str:
     """The same with a terminal's escape codes."""
     console = needed("rich.console", "colour", "color").Console(
-        file=io.StringIO(), force_terminal=True, width=_UNLIMITED
+        file=io.StringIO(), force_terminal=True, width=1 << 30
     )
     console.print(*rich_lines(table, width), sep="\n", end="")
     out: str = console.file.getvalue()
@@ -323,8 +333,7 @@ def for_print(table: Table) -> str:
 
 
 def _spans(table: Table, width: int | None) -> Iterator[list[Span]]:
-    if width is None:
-        width = shutil.get_terminal_size().columns if _on_a_terminal() else _UNLIMITED
+    width = rendering.columns(width)
     labels = [_INDENT * line.depth + line.label for line in table.lines]
     marks = [f"! {line.marks}" if line.marks else "" for line in table.lines]
     columns = [
@@ -381,10 +390,6 @@ def _aligned(cell: str, heading: str, width: int) -> str:
 def _width(columns: Sequence[Sequence[str]]) -> int:
     """Of columns with a gap before each."""
     return sum(max(map(len, column)) + len(_GAP) for column in columns)
-
-
-def _on_a_terminal() -> bool:
-    return "COLUMNS" in os.environ or (sys.stdout is not None and sys.stdout.isatty())
 
 
 # ---- HTML

@@ -295,7 +295,7 @@ class Summary(Mapping[str, ParamStats]):
             width: columns to fit in, by eliding names in the middle and leaving out columns, those
                 of means first. None: the terminal's; outside a terminal nothing is elided.
             sort_by: a figure, such as "norm", "std" or "grad.norm", the largest first, NaN before
-                it; "-norm": the smallest first. None: the model's order.
+                it; "-norm": the smallest first; "name": by name. None: the model's order.
             limit: at most so many tensors.
             kind: "param", "grad" or "buffer": the figures of those alone, with min and max.
             color: with a terminal's escape codes (needs rich). `print(summary)` has them by itself

@@ -171,6 +171,7 @@ def odd() -> dict[str, torch.Tensor]:
         ("norm", ["sick", "endless", "large", "middle", "small", "meta"]),
         ("-norm", ["sick", "small", "middle", "large", "endless", "meta"]),
         ("grad.norm", ["middle", "small", "sick", "large", "meta", "endless"]),
+        ("name", ["endless", "large", "meta", "middle", "sick", "small"]),
         ("nan_count", ["sick", "small", "large", "endless", "middle", "meta"]),
     ],
 )
@@ -219,7 +220,7 @@ def test_one_kind(engine):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"sort_by": "size"}, "expected sort_by to be one of count, .* got 'size'"),
+        ({"sort_by": "size"}, "expected sort_by to be name or one of count, .* got 'size'"),
         ({"kind": "grads"}, "expected kind to be 'param', 'grad', 'buffer' or None, got 'grads'"),
         ({"limit": -1}, "expected limit to be 0 or more, got -1"),
     ],

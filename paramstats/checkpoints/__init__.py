@@ -1,0 +1,12 @@
+"""Statistics of checkpoint files, which are neither loaded whole nor believed.
+
+`summarize_file` reads one, `compare_files` what changed from one to another; `python -m paramstats
+show` prints them.
+"""
+
+from paramstats.checkpoints.comparing import compare_files
+from paramstats.checkpoints.comparison import Change, Comparison
+from paramstats.checkpoints.stored import CheckpointError
+from paramstats.checkpoints.summarizing import summarize_file
+
+__all__ = ["Change", "CheckpointError", "Comparison", "compare_files", "summarize_file"]

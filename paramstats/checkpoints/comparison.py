@@ -1,0 +1,124 @@
+"""What changed from one checkpoint to another, as the caller holds it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from paramstats.rendering import columns, elide, number, one_line_name, percent, printable, shape
+
+_HEADINGS = ("parameter", "shape", "norm a", "norm b", "|b - a|", "relative", "largest", "changed")
+_GAP = "  "
+_NARROWEST_NAME = 12
+
+
+class Change(NamedTuple):
+    """How far one tensor of b is from the one of a."""
+
+    name: str
+    """In a."""
+    shape: tuple[int, ...]
+    dtype_a: torch.dtype
+    dtype_b: torch.dtype
+    count: int  # type: ignore[assignment]  # hides tuple.count
+    norm_a: float
+    norm_b: float
+    change_norm: float
+    """L2 norm of b - a."""
+    relative_change: float
+    """change_norm / norm_a; infinite where a is all zeros and b is not."""
+    largest_change: float
+    """The largest |b - a| of an element."""
+    changed_count: int
+    changed_fraction: float
+    """Share of the elements that are not the same, 0 to 1."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field by name, of JSON's types."""
+        return {
+            **self._asdict(),
+            "shape": list(self.shape),
+            "dtype_a": _short(self.dtype_a),
+            "dtype_b": _short(self.dtype_b),
+        }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What changed, tensor by tensor, and what could not be compared."""
+
+    rows: tuple[Change, ...]
+    """The largest relative change first."""
+    only_in_a: tuple[str, ...]
+    only_in_b: tuple[str, ...]
+    other_shape: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
+    """Shapes in a and in b, by name."""
+    skipped: Mapping[str, str]
+    """Why a tensor in both could not be read, by name."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """`{"tensors": {name: ...}, "only_in_a": [...], ...}`, of JSON's types alone."""
+        return {
+            "tensors": {row.name: row.to_dict() for row in self.rows},
+            "only_in_a": list(self.only_in_a),
+            "only_in_b": list(self.only_in_b),
+            "other_shape": {n: [list(a), list(b)] for n, (a, b) in self.other_shape.items()},
+            "skipped": dict(self.skipped),
+        }
+
+    def table(self, width: int | None = None) -> str:
+        """An aligned table, names elided to fit `width` columns (by default the terminal's), and
+        under it what is not the same in kind."""
+        lines = [list(_HEADINGS), *map(_cells, self.rows)]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        room = columns(width) - sum(w + len(_GAP) for w in widths[1:])
+        widths[0] = min(widths[0], max(room, _NARROWEST_NAME))
+        head, *body = (_line(line, widths) for line in lines)
+        rule = printable("─", "-") * len(head)
+        return "\n".join([head, rule, *body, *self._notes()])
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def _notes(self) -> list[str]:
+        notes = [f"only in {side}: {one_line_name(name)}" for side, name in self._alone()]
+        notes += [
+            f"other shape: {one_line_name(name)}: {list(a)} in a, {list(b)} in b"
+            for name, (a, b) in self.other_shape.items()
+        ]
+        notes += [
+            f"other dtype: {one_line_name(row.name)}: "
+            f"{_short(row.dtype_a)} and {_short(row.dtype_b)}"
+            for row in self.rows
+            if row.dtype_a != row.dtype_b
+        ]
+        return notes + [
+            f"not read: {one_line_name(n)}: {reason}" for n, reason in self.skipped.items()
+        ]
+
+    def _alone(self) -> list[tuple[str, str]]:
+        return [*(("a", name) for name in self.only_in_a), *(("b", n) for n in self.only_in_b)]
+
+
+def _cells(row: Change) -> list[str]:
+    figures = (row.norm_a, row.norm_b, row.change_norm, row.relative_change, row.largest_change)
+    return [
+        one_line_name(row.name),
+        shape(row.shape),
+        *map(number, figures),
+        percent(row.changed_fraction),
+    ]
+
+
+def _line(cells: list[str], widths: list[int]) -> str:
+    name, sizes, *rest = cells
+    padded = [elide(name, widths[0]).ljust(widths[0]), sizes.ljust(widths[1])]
+    padded += [cell.rjust(width) for cell, width in zip(rest, widths[2:], strict=True)]
+    return _GAP.join(padded)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

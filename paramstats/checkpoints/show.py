@@ -1,0 +1,176 @@
+"""`python -m paramstats show`: a checkpoint's figures, or what changed from one to another."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import importlib
+import json
+import math
+import os
+import re
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from paramstats import report
+from paramstats.checkpoints.comparing import compare_files
+from paramstats.checkpoints.comparison import Change, Comparison
+from paramstats.checkpoints.opening import explained
+from paramstats.checkpoints.summarizing import Progress, summarize_file
+from paramstats.stats import STATS
+
+_COMPARED = tuple(f for f in Change._fields if f not in ("shape", "dtype_a", "dtype_b"))
+
+INTERRUPTED = 130
+"""What shells say of a program that Ctrl-C ended."""
+
+BROKEN_PIPE = 141
+"""What they say of one whose reader went away."""
+
+
+def run(chosen: argparse.Namespace) -> int:
+    """Prints what was asked for; returns the exit status: 2 where a file cannot be read."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name may hold anything
+    try:
+        if chosen.limit is not None and chosen.limit < 0:
+            raise ValueError(f"paramstats show: expected --limit 0 or more, got {chosen.limit}")
+        text = _compared(chosen) if chosen.other is not None else _summarized(chosen)
+        for line in text.splitlines(keepends=True):  # at once, PYTHONUNBUFFERED would hide errors
+            sys.stdout.write(line)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # no word at exit either
+        return BROKEN_PIPE
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except OSError as error:
+        return _complain(explained(error, chosen.file))
+    except (ValueError, RuntimeError, MemoryError, re.error) as error:
+        return _complain(str(error) or type(error).__name__)
+    return 0
+
+
+def _summarized(chosen: argparse.Namespace) -> str:
+    report.order(chosen.sort)  # what is none is told before the file is read
+    with _progress() as progress, _warnings_in_a_line():
+        summary = summarize_file(
+            chosen.file, include=chosen.include, exclude=chosen.exclude, progress=progress
+        )
+    names = report.ordered(summary, chosen.sort)[: chosen.limit]
+    if chosen.json:
+        entire = summary.to_dict()
+        entire["params"] = {name: entire["params"][name] for name in names}
+        entire["skipped"] = dict(summary.skipped)
+        return json.dumps(entire, indent=1) + "\n"
+    if chosen.csv:
+        records = [{"name": name, **summary[name].to_dict()} for name in names]
+        return _csv(("name", "shape", "dtype", "aliases", *STATS), records)
+    return report.for_print(report.table(summary, chosen.sort, chosen.limit, "param")) + "\n"
+
+
+def _compared(chosen: argparse.Namespace) -> str:
+    _check_sort(chosen.sort, _COMPARED)
+    with _progress() as progress, _warnings_in_a_line():
+        result = compare_files(
+            chosen.file,
+            chosen.other,
+            include=chosen.include,
+            exclude=chosen.exclude,
+            progress=progress,
+        )
+    rows = _sorted(list(result.rows), chosen.sort, lambda row: getattr(row, chosen.sort))
+    entire = result.to_dict()
+    shown = Comparison(
+        tuple(rows[: chosen.limit]),
+        result.only_in_a,
+        result.only_in_b,
+        result.other_shape,
+        result.skipped,
+    )
+    if chosen.json:
+        entire["tensors"] = {row.name: entire["tensors"][row.name] for row in shown.rows}
+        return json.dumps(entire, indent=1) + "\n"
+    if chosen.csv:
+        return _csv(Change._fields, [row.to_dict() for row in shown.rows])
+    return f"a: {chosen.file}\nb: {chosen.other}\n{shown.table()}\n"
+
+
+def _check_sort(stat: str | None, known: Sequence[str]) -> None:
+    if stat is not None and stat not in known:
+        raise ValueError(
+            f"paramstats show: expected --sort out of {', '.join(known)}, got {stat!r}"
+        )
+
+
+def _sorted(values: list[Any], stat: str | None, figure: Any) -> list[Any]:
+    """Largest first, what is NaN before all; names in their own order."""
+    if stat is None:
+        return values
+    if stat == "name":
+        return sorted(values, key=lambda value: getattr(value, "name", value))
+
+    def key(value: Any) -> tuple[bool, float]:
+        x = figure(value)
+        return (False, 0.0) if math.isnan(x) else (True, -x)
+
+    return sorted(values, key=key)
+
+
+def _csv(fields: Sequence[str], records: list[dict[str, Any]]) -> str:
+    """Floats with all their digits; a shape as 2x3, several names with spaces between."""
+    lines: list[str] = []
+    writer = csv.writer(_Lines(lines), lineterminator="\n")
+    writer.writerow(fields)
+    for record in records:
+        writer.writerow([_field(name, record[name]) for name in fields])
+    return "".join(lines)
+
+
+class _Lines:
+    def __init__(self, lines: list[str]) -> None:
+        self.write = lines.append
+
+
+def _field(name: str, value: Any) -> Any:
+    if isinstance(value, list):
+        return ("x" if name == "shape" else " ").join(map(str, value))
+    return value
+
+
+@contextmanager
+def _progress() -> Iterator[Progress | None]:
+    """A bar with bytes and rate on a terminal's stderr, where there is tqdm."""
+    if sys.stderr is None or not sys.stderr.isatty():
+        yield None
+        return
+    try:
+        tqdm = importlib.import_module("tqdm")
+    except ImportError:
+        yield None
+        return
+    with tqdm.tqdm(unit="B", unit_scale=True, leave=False, file=sys.stderr) as bar:
+
+        def update(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield update
+
+
+@contextmanager
+def _warnings_in_a_line() -> Iterator[None]:
+    """What would be warned of, on stderr without the place in the source."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    for warning in caught:
+        print(warning.message, file=sys.stderr)
+
+
+def _complain(message: str) -> int:
+    print(" ".join(message.split()), file=sys.stderr)
+    return 2

@@ -1,0 +1,129 @@
+"""Whatever is in a file: right figures, or an error that names it."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+import paramstats
+from paramstats.checkpoints import CheckpointError, compare_files, summarize_file
+from tests.checkpoints.files import save
+
+SOME = {
+    "w": torch.linspace(-1, 1, 60).view(5, 12),
+    "b": torch.ones(7).bfloat16(),
+    "n": torch.tensor(3),
+    "v": torch.linspace(0, 9, 40)[::3],
+}
+FORMATS = ("safetensors", "pt", "legacy", "dcp")
+
+edits = st.lists(
+    st.tuples(
+        st.sampled_from(["set", "cut", "insert"]), st.integers(0, 1 << 30), st.binary(max_size=9)
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+@pytest.fixture(scope="module")
+def valid(tmp_path_factory):
+    """The bytes of a valid file in each format, and where to write broken ones."""
+    made = {name: x.contiguous() for name, x in SOME.items()}
+    paths = {form: save(made, form, tmp_path_factory.mktemp(form)) for form in FORMATS}
+    paths["dcp"] = paths["dcp"] / ".metadata"
+    return {form: (path, path.read_bytes()) for form, path in paths.items()}
+
+
+def edited(data: bytes, changes: list[tuple[str, int, bytes]], last: int) -> bytes:
+    out = bytearray(data)
+    for kind, where, new in changes:
+        at = where % (min(last, len(out)) + 1)
+        if kind == "set":
+            out[at : at + len(new)] = new
+        elif kind == "cut":
+            del out[at : at + len(new)]
+        else:
+            out[at:at] = new
+    return bytes(out)
+
+
+def read(path):
+    """Its summary, or None where it was refused."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return summarize_file(path)
+        except CheckpointError as error:
+            message = str(error)
+    assert message.startswith("paramstats: expected ") and str(path.parent) in message
+    return None
+
+
+def loaded(path):
+    """What the formats' own libraries make of it; None where they refuse it."""
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, weights_only=True)
+    except Exception:
+        return None
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@settings(max_examples=100)
+@given(changes=edits, near=st.sampled_from([60, 2000, 1 << 30]))
+def test_edited_files(valid, form, changes, near):
+    path, data = valid[form]
+    try:
+        path.write_bytes(edited(data, changes, near))
+        summary = read(path)
+        if summary is None or form == "dcp":
+            return
+        right = loaded(path)
+        if not isinstance(right, dict) or not all(map(torch.is_tensor, right.values())):
+            return
+        expected = paramstats.summarize(dict(right))
+        for name in right:
+            if isinstance(name, str) and name in summary and name not in summary.skipped:
+                assert summary[name]._identity()[:2] == expected[name]._identity()[:2]
+    finally:
+        path.write_bytes(data)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@settings(max_examples=40)
+@given(share=st.floats(0, 1, exclude_max=True))
+def test_truncated_files_are_refused(valid, form, share):
+    path, data = valid[form]
+    try:
+        path.write_bytes(data[: int(share * len(data))])
+        assert read(path) is None
+    finally:
+        path.write_bytes(data)
+
+
+@settings(max_examples=100)
+@given(
+    start=st.sampled_from(
+        [b"", b"PK\3\4", b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.", b"\x80\x04"]
+    ),
+    data=st.binary(max_size=300),
+    suffix=st.sampled_from([".safetensors", ".pt", ".bin", ""]),
+)
+def test_random_bytes(tmp_path_factory, start, data, suffix):
+    path = tmp_path_factory.getbasetemp() / f"random{suffix}"
+    path.write_bytes(start + data)
+    summary = read(path)
+    assert summary is None or len(summary) == 0
+
+
+def test_what_was_not_edited_is_read(valid):
+    for path, _ in valid.values():
+        assert set(read(path)) == set(SOME)
+        assert all(row.change_norm == 0 for row in compare_files(path, valid["pt"][0]).rows)

@@ -1,0 +1,122 @@
+"""Pickles as data: what a pickle can say, and that nothing it says is done."""
+
+from __future__ import annotations
+
+import collections
+import io
+import pickle
+
+import pytest
+import torch
+
+from paramstats.checkpoints import CheckpointError, pickles, summarize_file, torch_save
+from paramstats.checkpoints.pickles import Made, PickleError
+
+PLAIN = {
+    "none": [None, True, False],
+    "numbers": (0, 1, -1, 255, 256, 65536, 2**31, -(2**40), 10**30, 1.5, float("inf")),
+    "text": ["", "a", "é" * 300, b"", b"bytes", b"x" * 300, bytearray(b"y" * 9)],
+    "nested": {"a": {"b": [(), (1,), (1, 2), (1, 2, 3), (1, 2, 3, 4), [], {}]}},
+    (1, "key"): {1, 2, 3},
+    "frozen": frozenset({4}),
+}
+
+
+@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
+def test_plain_data_of_every_protocol(protocol):
+    allowed = {"builtins.bytearray", "_codecs.encode", "builtins.set", "__builtin__.set"}
+    allowed |= {"builtins.frozenset", "__builtin__.frozenset", "__builtin__.bytearray"}
+    value = {**PLAIN, "again": PLAIN["nested"]}
+    if protocol < 5:
+        value = {
+            key: v for key, v in value.items() if key in ("none", "numbers", "nested", "again")
+        }
+    loaded = pickles.load(io.BytesIO(pickle.dumps(value, protocol)), allowed)
+    assert loaded == value
+    assert loaded["again"] is loaded["nested"]
+
+
+def test_what_would_be_called_is_recorded():
+    value = collections.Counter("aab"), complex(1, 2), collections.OrderedDict(x=1)
+    allowed = {"collections.Counter", "collections.OrderedDict", "builtins.complex"}
+    counter, number, ordered = pickles.load(io.BytesIO(pickle.dumps(value)), allowed)
+    assert counter == {"a": 2, "b": 1} and ordered == {"x": 1}
+    assert isinstance(number, Made) and (number.kind, number.args) == ("builtins.complex", (1, 2))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "broken pickle"),
+        (b"\x80\x02", "broken pickle"),
+        (b"\x80\x02K\x01", "broken pickle"),
+        (b"\x80\x02.", "broken pickle"),
+        (b"\x80\x02(.", "a mark where a value should be"),
+        (b"\x80\x02K\x01K\x02R.", "a call of what is no function"),
+        (b"\x80\x02K\x01K\x02a.", "items for a int"),
+        (b"\x80\x02]K\x02b.", "a state for what has none"),
+        (b"\x80\x02h\x07.", "broken pickle"),
+        (b"\x80\x02K\x01Q.", "the instruction BINPERSID"),
+        (b"cos\nsystem\n.", r"refers to 'os\.system'"),
+        (b"cbuiltins\neval\n.", r"refers to 'builtins\.eval'"),
+        (b"\x80\x04\x8c\x02os\x8c\x06system\x93.", r"refers to 'os\.system'"),
+        (b"\x80\x04\x8c\x05torch\x8c\x06load.x\x93.", r"refers to 'torch\.load\.x'"),
+        (b"(S'true'\nios\nsystem\n.", "the instruction INST"),
+        (b"(cos\nsystem\no.", r"refers to 'os\.system'"),
+        (b"\x82\x01.", "the instruction EXT1"),
+        (b"\x80\x04\x8d" + b"\xff" * 7 + b"\x7f.", "broken pickle"),
+        (b"\x80\x02r\xff\xff\xff\x7f.", "broken pickle"),
+    ],
+)
+def test_what_is_broken_or_forbidden(data, message):
+    with pytest.raises(PickleError, match=message):
+        pickles.load(io.BytesIO(data), ())
+
+
+class Calls:
+    """Pickled, it calls a function when it is loaded."""
+
+    def __init__(self, function, *args):
+        self.call = (function, args)
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_a_file_with_code_is_refused_and_not_executed(tmp_path, new):
+    marker, path = tmp_path / "marker", tmp_path / "a.pt"
+    saved = {"w": torch.ones(2), "z": Calls(open, str(marker), "w")}
+    torch.save(saved, path, _use_new_zipfile_serialization=new)
+    with pytest.raises(CheckpointError, match=r"refers to 'i?o\.open'.*nothing was executed"):
+        summarize_file(path)
+    assert not marker.exists()
+    torch.load(path, weights_only=False)
+    assert marker.exists(), "the pickle would have made it"
+
+
+def test_a_whole_model_is_refused_with_the_remedy(tmp_path):
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match=r"'torch.nn.*Linear'.*save the state_dict\(\)"):
+        summarize_file(tmp_path / "a.pt")
+
+
+def test_lists_without_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch_save, "_MOST_VISITS", 10_000)
+    itself: list[object] = []
+    itself.append(itself)
+    torch.save(itself, tmp_path / "itself.pt")
+    doubled: list[object] = [torch.ones(1)]
+    for _ in range(60):
+        doubled = [doubled, doubled]
+    torch.save(doubled, tmp_path / "doubled.pt")
+    for name in ("itself", "doubled"):
+        with pytest.raises(CheckpointError, match="lists within lists without end"):
+            summarize_file(tmp_path / f"{name}.pt")
+
+
+def test_attributes_of_a_tensor_do_no_harm(tmp_path):
+    p = torch.nn.Parameter(torch.ones(3))
+    p.decay = True
+    torch.save({"p": p, "plain": torch.ones(2)}, tmp_path / "a.pt")
+    assert list(summarize_file(tmp_path / "a.pt")) == ["p", "plain"]
