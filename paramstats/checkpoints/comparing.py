@@ -21,8 +21,9 @@ from paramstats.moments import Moments
 if TYPE_CHECKING:
     from paramstats.summarize import Pattern
 
-_MOST = 1 << 19
-"""Elements of a tensor compared at a time: what is made of them stays in a processor's cache."""
+_MOST = (1 << 15) - 1
+"""Elements compared at a time: fewer than torch and the engine share among threads. Threads that
+wait for the next few elements would keep the processors from the one that reads."""
 
 _IN_FLOAT32 = frozenset(
     {
@@ -122,15 +123,14 @@ def _read(same: list[tuple[Stored, Stored]], states: _States, progress: Progress
         for row in order:
             yield from _in_step(row, *same[row])
 
-    total = sum(x.nbytes + y.nbytes for x, y in runs()) if progress else 0
+    total = sum(math.prod(x.shape) * (x.dtype.itemsize + y.dtype.itemsize) for x, y in same)
     done = 0
     with Reader(2) as reader:
         for (piece_a, data_a), (piece_b, data_b) in reader.read(pieces(runs())):
             for run_a, run_b in zip(piece_a.runs, piece_b.runs, strict=True):
-                states.update(
-                    run_a.part, view(data_a, piece_a, run_a), view(data_b, piece_b, run_b)
-                )
-                done += run_a.nbytes + run_b.nbytes
+                x, y = view(data_a, piece_a, run_a), view(data_b, piece_b, run_b)
+                states.update(run_a.part, x, y)
+                done += x.numel() * (x.itemsize + y.itemsize)
             if progress is not None:
                 progress(done, total)
 

@@ -7,10 +7,9 @@ process's own.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import torch
 
@@ -157,16 +156,16 @@ class Reader:
     def __init__(self, files: int = 1) -> None:
         self._buffers = [[_buffer() for _ in range(files)] for _ in range(2)]
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="paramstats-read")
-        self._open: list[tuple[str, int]] = [("", -1)] * files
+        self._open: list[IO[bytes] | None] = [None] * files
 
     def __enter__(self) -> Reader:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._thread.shutdown(cancel_futures=True)
-        for _, descriptor in self._open:
-            if descriptor >= 0:
-                os.close(descriptor)
+        for file in self._open:
+            if file is not None:
+                file.close()
 
     def read(self, wanted: Iterable[tuple[Piece, ...]]) -> Iterator[Read]:
         """The pieces with their bytes, which are good until the next ones are asked for."""
@@ -181,19 +180,17 @@ class Reader:
 
     def _fill(self, row: tuple[Piece, ...], turn: int) -> Read:
         return tuple(
-            (piece, _filled(piece, self._descriptor(file, piece.path), *self._buffers[turn][file]))
-            for file, piece in enumerate(row)
+            (piece, _filled(piece, self._file(i, piece.path), *self._buffers[turn][i]))
+            for i, piece in enumerate(row)
         )
 
-    def _descriptor(self, file: int, path: str) -> int:
-        before, descriptor = self._open[file]
-        if path != before:
-            if descriptor >= 0:
-                os.close(descriptor)
-            self._open[file] = ("", -1)
-            descriptor = os.open(path, os.O_RDONLY)
-            self._open[file] = (path, descriptor)
-        return descriptor
+    def _file(self, position: int, path: str) -> IO[bytes]:
+        file = self._open[position]
+        if file is None or file.name != path:
+            if file is not None:
+                file.close()
+            self._open[position] = file = open(path, "rb", buffering=0)  # noqa: SIM115
+        return file
 
 
 def _buffer() -> tuple[memoryview, torch.Tensor]:
@@ -202,13 +199,14 @@ def _buffer() -> tuple[memoryview, torch.Tensor]:
 
 
 def _filled(
-    piece: Piece, descriptor: int, memory: memoryview, tensor: torch.Tensor
+    piece: Piece, file: IO[bytes], memory: memoryview, tensor: torch.Tensor
 ) -> torch.Tensor:
     size = piece.end - piece.begin
     done = 0
+    file.seek(piece.begin)
     while done < size:
-        got = os.preadv(descriptor, [memory[done:size]], piece.begin + done)
-        if got == 0:
+        got = file.readinto(memory[done:size])  # type: ignore[attr-defined]  # as all raw files do
+        if not got:
             raise CheckpointError(
                 f"paramstats: expected {piece.end} bytes or more, got {piece.begin + done} in "
                 f"{piece.path}: it was cut off meanwhile"

@@ -189,6 +189,26 @@ def test_types_that_torch_does_not_compute_with(engine, tmp_path):
     assert list(summary.skipped) == ["four", "six"]
 
 
+def test_a_type_that_torch_only_names(engine, tmp_path):
+    four = torch.zeros(4, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
+    torch.save({"four": four, "w": torch.ones(2)}, tmp_path / "a.pt")
+    with pytest.warns(RuntimeWarning, match="'four' could not be read"):
+        summary = summarize_file(tmp_path / "a.pt")
+    assert list(summary.skipped) == ["four"] and summary["four"].count == 4
+    result = checkpoints.compare_files(tmp_path / "a.pt", tmp_path / "a.pt")
+    assert list(result.skipped) == ["four"] and [row.name for row in result.rows] == ["w"]
+
+
+def test_a_view_beyond_its_storage(tmp_path):
+    path = tmp_path / "a.pt"
+    torch.save({"w": torch.ones(3)}, path)
+    data = path.read_bytes()
+    assert data.count(b"K\x03\x85") == 1  # its size, (3,), pickled
+    path.write_bytes(data.replace(b"K\x03\x85", b"K\x09\x85"))
+    with pytest.raises(CheckpointError, match="12 bytes in storage '0', too few for 'w'"):
+        summarize_file(path)
+
+
 def test_tensors_that_the_file_does_not_align(engine, tmp_path):
     x = torch.randn(3, dtype=torch.float64)
     header = {
