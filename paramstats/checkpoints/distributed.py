@@ -14,8 +14,8 @@ import torch
 
 from paramstats.checkpoints import pickles, torch_save
 from paramstats.checkpoints.pickles import Global, Made, PickleError
+from paramstats.checkpoints.rebuilding import DTYPES
 from paramstats.checkpoints.stored import CheckpointError, Part, Stored, check_total
-from paramstats.checkpoints.torch_save import DTYPES
 
 METADATA = ".metadata"
 

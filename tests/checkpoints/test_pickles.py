@@ -9,7 +9,7 @@ import pickle
 import pytest
 import torch
 
-from paramstats.checkpoints import CheckpointError, pickles, summarize_file, torch_save
+from paramstats.checkpoints import CheckpointError, pickles, rebuilding, summarize_file
 from paramstats.checkpoints.pickles import Made, PickleError
 
 PLAIN = {
@@ -102,7 +102,7 @@ def test_a_whole_model_is_refused_with_the_remedy(tmp_path):
 
 
 def test_lists_without_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch_save, "_MOST_VISITS", 10_000)
+    monkeypatch.setattr(rebuilding, "_MOST_VISITS", 10_000)
     itself: list[object] = []
     itself.append(itself)
     torch.save(itself, tmp_path / "itself.pt")
