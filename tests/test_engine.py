@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -82,9 +83,7 @@ def copy_package(to: Path, record: dict | None) -> Path:
     """The package without its library, as an installation without a compiler has it."""
     source = Path(paramstats.__file__).parent
     package = to / "paramstats"
-    package.mkdir()
-    for file in source.glob("*.py"):
-        (package / file.name).write_text(file.read_text())
+    shutil.copytree(source, package, ignore=shutil.ignore_patterns("*.so", "*.json", "__pycache__"))
     if record is not None:
         (package / "_build.json").write_text(json.dumps(record))
     return to
