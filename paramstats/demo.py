@@ -91,6 +91,7 @@ def run(epochs: int) -> int:
     summary = paramstats.summarize(model)
     print(f"\nEpochs: {epochs}; digits: {len(images)}, of which {accuracy:.1%} were learnt\n")
     print(summary, end="\n\n")
+    print(f"Health check: {summary.findings()}", end="\n\n")
     return compare(model, summary)
 
 

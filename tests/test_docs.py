@@ -21,7 +21,10 @@ NUMBER = re.compile(r"^-?\d[\d.,]*(e[+-]\d+)?%?$")
 
 @pytest.mark.parametrize("module", MODULES)
 def test_docstrings(module, engine):
-    results = doctest.testmod(importlib.import_module(module))
+    try:
+        results = doctest.testmod(importlib.import_module(module))
+    except ImportError as error:
+        pytest.skip(str(error))
     assert results.failed == 0
     assert results.attempted > 0
 
@@ -44,7 +47,10 @@ def run_page(page, capsys):
     printed = ""
     for kind, text in blocks:
         if kind == "python":
-            exec(compile(text, page, "exec"), namespace)
+            try:
+                exec(compile(text, page, "exec"), namespace)
+            except ImportError as error:
+                pytest.skip(f"{page} needs more: {error}")
             printed = capsys.readouterr().out
         else:
             assert_same_up_to_rounding(printed, text)

@@ -6,12 +6,15 @@ import json
 import warnings
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import save_file
 
 from paramstats import Summary
 from paramstats.moments import ROW
+
+safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
+save_file, load_file = safetensors.save_file, safetensors.load_file
 
 FORMATS = ("safetensors", "pt", "legacy", "dcp", "sharded safetensors", "sharded bin")
 

@@ -8,11 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 
 import paramstats
 from paramstats.checkpoints import CheckpointError, compare_files, summarize_file
-from tests.checkpoints.files import save
+from tests.checkpoints.files import load_file, save
 
 SOME = {
     "w": torch.linspace(-1, 1, 60).view(5, 12),

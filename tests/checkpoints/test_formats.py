@@ -10,13 +10,12 @@ import struct
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 import paramstats
 from paramstats import checkpoints
 from paramstats.checkpoints import CheckpointError, reading, states, summarize_file
 from tests import oracle
-from tests.checkpoints.files import FORMATS, assert_same, save, tensors
+from tests.checkpoints.files import FORMATS, assert_same, save, save_file, tensors
 
 
 @pytest.fixture(scope="module")

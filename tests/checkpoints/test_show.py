@@ -18,12 +18,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 import paramstats
 from paramstats.__main__ import main
 from paramstats.checkpoints import show, summarize_file
-from tests.checkpoints.files import save
+from tests.checkpoints.files import save, save_file
 from tests.checkpoints.test_formats import packed
 from tests.checkpoints.test_pickles import Calls
 

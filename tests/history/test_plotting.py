@@ -12,13 +12,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
+import paramstats
+from paramstats import History
+
+pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-import paramstats
-from paramstats import History
 from paramstats.history import heatmap, labels, plotting
 
 summarize = paramstats.summarize
