@@ -53,44 +53,54 @@ class Kind(str, enum.Enum):
     OVERFLOW = "near overflow"
     UNDERFLOW = "underflow"
     SPARSE_WEIGHT = "sparse weight"
+    HUGE_WEIGHT = "huge weight"
 
 
 @dataclass(frozen=True)
 class Thresholds:
-    """From where on something is a finding; `Thresholds(sparse_weight=0.5)` changes one.
+    """From where on something is a finding.
 
-    The gradient thresholds leave a factor of ten or more to the extremes of healthy trainings of
-    perceptrons, convolutional, recurrent and residual networks, GPT-2, Llama, BERT and ViT with
-    AdamW and SGD (tests/test_findings.py trains some of them): norms of weights' gradients there
-    were 2e-5 to 1e3 times the model's median, and 2e-7 to 80 times the weight's own norm.
+    >>> import torch, paramstats
+    >>> summary = paramstats.summarize({"w": torch.eye(4)})
+    >>> summary.findings()
+    ()
+    >>> print(summary.findings(paramstats.Thresholds(sparse_weight=0.5)))
+    INFO sparse weight: Well if it was pruned; else look for a mask or dead units
+        w  75% zeros
+
+    Args:
+        exploding_gradient: gradient norm over the median of the model's weights', of gradients
+            larger than their parameter. Pascanu, Mikolov, Bengio 2013 describe the problem; the
+            number is ours.
+        vanishing_gradient: the same ratio, from below. Glorot, Bengio 2010: norms that stay alike
+            from layer to layer are what initialisation is for; the number is ours.
+        largest_gradient_ratio: gradient norm over parameter norm. At a learning rate of 1e-3 plain
+            SGD would replace such a weight in one step; useful updates change it by a thousandth.
+        smallest_gradient_ratio: the same from below. Added to a float32 weight (24 bits: 6e-8) by
+            plain SGD, such a gradient is lost in rounding.
+        largest_weight: root mean square of a weight. Initialisers give 0.01 to 1.
+        overflow: largest magnitude over the type's largest number, of float16 (65,504) and
+            bfloat16: at 0.25 two doublings are left. Micikevicius et al. 2018, Mixed Precision
+            Training, section 3.2.
+        underflow: largest magnitude over the type's smallest normal number (6.1e-5 in float16):
+            below 1 digits are lost, below 0.001 everything. The same, figure 3.
+        sparse_weight: share of zeros in a weight.
+
+    All compare within one summary: what grows from step to step is for a `History`. The gradient
+    thresholds leave a factor of ten or more to the extremes of healthy trainings of perceptrons,
+    convolutional, recurrent and residual networks, GPT-2, Llama, BERT and ViT with AdamW and SGD
+    (tests/test_findings.py trains some of them): norms of weights' gradients there were 2e-5 to 1e3
+    times the model's median, and 2e-7 to 80 times the weight's own norm.
     """
 
     exploding_gradient: float = 1e4
-    """Gradient norm over the median of the model's weights', of gradients larger than their
-    parameter. (Pascanu, Mikolov, Bengio 2013 describe the problem; no source gives a number.)"""
-
     vanishing_gradient: float = 1e-6
-    """Gradient norm over the median of the model's weights'. (Glorot, Bengio 2010: norms of
-    gradients that stay alike from layer to layer are what initialisation is for.)"""
-
     largest_gradient_ratio: float = 1e3
-    """Gradient norm over parameter norm. At a learning rate of 1e-3 plain SGD would replace the
-    weight in one step; usual updates change a weight by a thousandth of it."""
-
     smallest_gradient_ratio: float = 1e-9
-    """Gradient norm over parameter norm. Added to a float32 weight (24 bits: 6e-8) by plain SGD, it
-    is lost in rounding."""
-
+    largest_weight: float = 1e3
     overflow: float = 0.25
-    """Largest magnitude over the type's largest number, 65,504 in float16: two doublings are left.
-    (Micikevicius et al. 2018, Mixed Precision Training, section 3.2.)"""
-
     underflow: float = 1.0
-    """Largest magnitude over the type's smallest normal number, 6.1e-5 in float16: below, digits
-    are lost, and below 6e-8 all. (The same, figure 3.)"""
-
     sparse_weight: float = 0.9
-    """Share of zeros in a weight."""
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -139,6 +149,10 @@ class Findings(tuple[Finding, ...]):
 
     def at_least(self, severity: Severity) -> Findings:
         """Those as severe, or more."""
+        if not isinstance(severity, Severity):
+            raise TypeError(
+                f"paramstats.Findings: expected a paramstats.Severity, got {severity!r}"
+            )
         return Findings(finding for finding in self if finding.severity >= severity)
 
     def __str__(self) -> str:
@@ -209,7 +223,7 @@ def _nonfinite_parameters(model: _Model) -> Iterator[Finding]:
         if (count := entry.nan_count if entry.kind == "buffer" else entry.nonfinite_count)
     ]
     for position, (entry, count) in enumerate(sick):
-        advice = "It came with an update: look at the step before, its loss and gradients"
+        advice = "An update brought it: lower the learning rate, or look at the step before"
         if len(sick) > 1 and position == 0:
             advice = f"The first of {len(sick)} in the model's order. {advice}"
         yield Finding(
@@ -228,8 +242,10 @@ def _nonfinite_gradients(model: _Model) -> Iterator[Finding]:
     """The last in the model's order first: backward runs from there, and passes NaN on."""
     graded = [entry for entry in model.entries if entry.grad is not None]
     sick = [entry for entry in reversed(graded) if entry.grad.nonfinite_count]  # type: ignore[union-attr]
-    if len(sick) == len(graded):
-        advice = "All gradients are: look at the loss and at the data, which backward starts from"
+    if any(entry.kind == "param" and entry.nonfinite_count for entry in model.entries):
+        advice = "From parameters that have it: mend those first"
+    elif len(sick) == len(graded):
+        advice = "All gradients have it: look at the loss and at the data, where backward starts"
     else:
         advice = (
             "Backward met it here first and passed it on: look at what follows this layer, "
@@ -237,6 +253,8 @@ def _nonfinite_gradients(model: _Model) -> Iterator[Finding]:
         )
     if model.grad_scale != 1:
         advice += "; now and then a gradient scaler causes it and skips the step"
+    elif any(entry.dtype == torch.float16 for entry in sick):
+        advice += "; or it is beyond 65,504, where float16 ends: scale the loss less"
     for entry in sick:
         assert entry.grad is not None
         count = entry.grad.nonfinite_count
@@ -343,8 +361,8 @@ def _gradient_sizes(model: _Model) -> Iterator[Finding]:
                 ratio,
                 limits.largest_gradient_ratio,
                 f"norm {number(grad.norm)}, {number(ratio)} times the weight's",
-                "Updates will dwarf the weight: lower the learning rate, clip, or take the loss's "
-                "mean instead of its sum",
+                "Updates will dwarf the weight: lower the learning rate, clip, take the loss's "
+                "mean instead of its sum, or tell summarize the grad_scale",
             )
         elif ratio < limits.smallest_gradient_ratio:
             yield Finding(
@@ -391,6 +409,17 @@ def _weights(model: _Model) -> Iterator[Finding]:
                 0.0,
                 f"std 0, all elements {number(entry.mean)}",
                 "All its units learn the same: initialise it at random",
+            )
+        elif entry.rms > limits.largest_weight:
+            yield Finding(
+                Severity.WARNING,
+                Kind.HUGE_WEIGHT,
+                entry.name,
+                "param",
+                entry.rms,
+                limits.largest_weight,
+                f"rms {number(entry.rms)}",
+                "It has run away: lower the learning rate, and start again from before",
             )
         elif entry.zero_fraction >= limits.sparse_weight:
             yield Finding(

@@ -182,6 +182,8 @@ def passes(name: str, include: Patterns | None, exclude: Patterns) -> bool:
 
 def no_such_name(name: object, known: Collection[str], count: int) -> str:
     """What a KeyError says: the closest of the names that are known."""
+    if any(other.startswith(f"{name}.") for other in known):
+        return f"'{name}' is a module, not a parameter: name one of its own, or pick it by include="
     close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
     hint = f"; did you mean '{close[0]}'?" if close else ""
     return f"no parameter '{name}' among {count}{hint}"

@@ -343,10 +343,13 @@ def _spans(table: Table, width: int | None) -> Iterator[list[Span]]:
     if any(marks):
         columns.append(["", *marks])
     longest = max(len("parameter"), *map(len, labels))
+    left_out = []
     for heading in _LEFT_OUT:
         if _width(columns) + min(longest, _WHOLE_NAME) <= width:
             break
-        columns = [column for column in columns if column[0] != heading or heading == table.kept]
+        narrower = [column for column in columns if column[0] != heading or heading == table.kept]
+        left_out += [heading] * (len(columns) - len(narrower))
+        columns = narrower
     room = min(longest, max(width - _width(columns), _NARROWEST_NAME))
     widths = [max(map(len, column)) for column in columns]
     head = [("parameter".ljust(room), "bold")]
@@ -368,6 +371,8 @@ def _spans(table: Table, width: int | None) -> Iterator[list[Span]]:
             own = style if column[0] == "" or line.what in ("block", "total") else quiet
             spans.append((_GAP + _aligned(cell, column[0], w), own))
         yield _stripped(spans)
+    if left_out:
+        yield [(elide(f"no room for {', '.join(left_out)}", width), "dim")]
     for note in table.notes:
         yield [(note, "")]
 

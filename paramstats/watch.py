@@ -150,6 +150,10 @@ class Watcher:
         self._late: tuple[int, Summary] | None = None
         self._summary: Summary | None = None
 
+    def __repr__(self) -> str:
+        what = type(self._source).__name__
+        return f"<Watcher of a {what}, every {self._every} steps, at step {self._step}>"
+
     @property
     def summary(self) -> Summary | None:
         """The latest; None before the first."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -14,6 +14,15 @@ from paramstats import Severity, Summary, Thresholds, summarize
 from paramstats.findings import Kind
 
 STEPS = 200
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """For networks this small more threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -226,6 +235,8 @@ def test_nan_in_the_data(engine, digits):
     assert kinds(during) == {Kind.NONFINITE_GRADIENT: names[::-1]}
     assert "loss and at the data" in during.findings()[0].advice
     assert kinds(after)[Kind.NONFINITE_PARAMETER] == names
+    gradients = next(f for f in after.findings() if f.kind == Kind.NONFINITE_GRADIENT)
+    assert gradients.advice == "From parameters that have it: mend those first"
     first = after.findings()[0]
     assert first.name == "0.weight" and "The first of 6 in the model's order" in first.advice
 
@@ -259,6 +270,7 @@ def test_float16_that_overflows(engine, digits):
     assert any("float16 ends at 65.50e3" in f.measure for f in near.findings())
     (sick,) = (f for f in over.findings() if f.kind == Kind.NONFINITE_GRADIENT)
     assert sick.measure.endswith("Inf of 10") and sick.name == "4.bias"
+    assert "65,504, where float16 ends" in sick.advice
 
 
 def test_float16_that_underflows(engine, digits):
@@ -316,6 +328,17 @@ def test_a_loss_that_is_a_sum_is_out_of_proportion(engine, digits):
     (finding, *_) = summary.findings()
     entry = summary[finding.name]
     assert finding.figure == entry.grad.norm / entry.norm > finding.threshold == 1e3
+
+
+def test_weights_that_have_run_away(engine, digits):
+    model = Transformer()
+    train(model, digits, 4, torch.optim.SGD(model.parameters(), lr=1e6))
+    huge = kinds(summarize(model))[Kind.HUGE_WEIGHT]
+    assert huge == [
+        name for name, p in model.named_parameters()
+        if sum(n > 1 for n in p.shape) > 1 and p.double().square().mean().sqrt() > 1e3
+    ]  # fmt: skip
+    assert huge
 
 
 def test_pruned_weights_are_good_to_know(engine):
@@ -399,6 +422,8 @@ def test_the_most_severe_comes_first(engine, model):
     assert [f.severity for f in findings] == sorted((f.severity for f in findings), reverse=True)
     assert [f.name for f in findings] == ["2.weight", "0.weight", "0.bias"]
     assert findings.at_least(Severity.ERROR) == findings[:1]
+    with pytest.raises(TypeError, match=r"a paramstats\.Severity, got 'error'"):
+        findings.at_least("error")
 
 
 def test_they_print_as_a_report(engine):

@@ -78,6 +78,12 @@ def test_a_narrow_terminal_loses_columns_before_names(engine, model):
         assert len({line.split()[0] for line in lines[2:14]}) == 12, "names differ"
 
 
+def test_columns_without_room_are_named(engine, model):
+    note = summarize(model).table(60).splitlines()[-1]
+    assert note == "no room for grad mean, mean, grad zeros, zeros"
+    assert "no room" not in summarize(model).table(120)
+
+
 def test_outside_a_terminal_names_are_whole(engine, monkeypatch):
     monkeypatch.delenv("COLUMNS", raising=False)
     name = "x" * 300

@@ -119,6 +119,11 @@ def test_to_dict_survives_json(engine):
     assert back["total"]["count"] == 4 and back["total"]["nan_count"] == 1
 
 
+def test_a_block_is_no_parameter(engine, model):
+    with pytest.raises(KeyError, match="'0' is a module, not a parameter"):
+        summarize(model)["0"]
+
+
 def test_to_pandas(engine, model):
     frame = summarize(model).to_pandas()
     assert list(frame.index) == list(summarize(model)) and frame.index.name == "name"

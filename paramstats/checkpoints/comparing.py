@@ -11,6 +11,7 @@ import torch
 
 from paramstats import moments
 from paramstats.checkpoints import opening, reading
+from paramstats.checkpoints.aligning import aligned
 from paramstats.checkpoints.comparison import Change, Comparison
 from paramstats.checkpoints.reading import Reader, Run, boxes, pieces, run_of, view
 from paramstats.checkpoints.states import read_table
@@ -69,11 +70,15 @@ def compare_files(
         CheckpointError: (a ValueError) a file is no checkpoint, or a broken one.
         OSError: it cannot be opened.
 
+    Where the two have no name in common, a prefix such as "model." that keeps those of one apart
+    is left out of its names; `prefix_a` and `prefix_b` say so.
+
     Elements are subtracted in float32, or in float64 where their types demand it. Equal infinities
     and NaN in both places are no change.
     """
-    all_a = selected(opening.read(a), include, exclude)
-    all_b = selected(opening.read(b), include, exclude)
+    all_a, all_b, prefix_a, prefix_b = aligned(
+        selected(opening.read(a), include, exclude), selected(opening.read(b), include, exclude)
+    )
     both = list(_matched(all_a, all_b))
     of_a, of_b = ({name for t in tensors for name in t.names} for tensors in (all_a, all_b))
     same = [(x, y) for x, y in both if x.shape == y.shape and not (x.unread or y.unread)]
@@ -96,6 +101,8 @@ def compare_files(
             if x.shape != y.shape and x.name not in skipped
         },
         skipped=skipped,
+        prefix_a=prefix_a,
+        prefix_b=prefix_b,
     )
 
 

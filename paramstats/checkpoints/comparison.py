@@ -13,6 +13,8 @@ from paramstats.rendering import columns, elide, number, one_line_name, percent,
 _HEADINGS = ("parameter", "shape", "norm a", "norm b", "|b - a|", "relative", "largest", "changed")
 _GAP = "  "
 _NARROWEST_NAME = 12
+_LISTED = 10
+"""Names listed of what is in one alone; `only_in_a` and `only_in_b` have all."""
 
 
 class Change(NamedTuple):
@@ -58,6 +60,9 @@ class Comparison:
     """Shapes in a and in b, by name."""
     skipped: Mapping[str, str]
     """Why a tensor in both could not be read, by name."""
+    prefix_a: str = ""
+    """What is left out of a's names, so that they are b's."""
+    prefix_b: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """`{"tensors": {name: ...}, "only_in_a": [...], ...}`, of JSON's types alone."""
@@ -67,24 +72,36 @@ class Comparison:
             "only_in_b": list(self.only_in_b),
             "other_shape": {n: [list(a), list(b)] for n, (a, b) in self.other_shape.items()},
             "skipped": dict(self.skipped),
+            "prefix_a": self.prefix_a,
+            "prefix_b": self.prefix_b,
         }
 
-    def table(self, width: int | None = None) -> str:
-        """An aligned table, names elided to fit `width` columns (by default the terminal's), and
-        under it what is not the same in kind."""
-        lines = [list(_HEADINGS), *map(_cells, self.rows)]
+    def table(self, width: int | None = None, *, limit: int | None = None) -> str:
+        """An aligned table of all rows, or `limit` of them, names elided to fit `width` columns (by
+        default the terminal's), and under it what is not the same in kind."""
+        lines = [list(_HEADINGS), *map(_cells, self.rows[:limit])]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         room = columns(width) - sum(w + len(_GAP) for w in widths[1:])
         widths[0] = min(widths[0], max(room, _NARROWEST_NAME))
         head, *body = (_line(line, widths) for line in lines)
         rule = printable("─", "-") * len(head)
-        return "\n".join([head, rule, *body, *self._notes()])
+        left = len(self.rows) - len(body)
+        more = [f"... and {left:,} more"] if left else []
+        return "\n".join([head, rule, *body, *more, *self._notes()])
 
     def __str__(self) -> str:
         return self.table()
 
     def _notes(self) -> list[str]:
-        notes = [f"only in {side}: {one_line_name(name)}" for side, name in self._alone()]
+        notes = [
+            f"names of {side} without their '{one_line_name(prefix)}'"
+            for side, prefix in (("a", self.prefix_a), ("b", self.prefix_b))
+            if prefix
+        ]
+        for side, names in (("a", self.only_in_a), ("b", self.only_in_b)):
+            notes += [f"only in {side}: {one_line_name(name)}" for name in names[:_LISTED]]
+            if len(names) > _LISTED:
+                notes.append(f"only in {side}: ... and {len(names) - _LISTED:,} more")
         notes += [
             f"other shape: {one_line_name(name)}: {list(a)} in a, {list(b)} in b"
             for name, (a, b) in self.other_shape.items()
@@ -98,9 +115,6 @@ class Comparison:
         return notes + [
             f"not read: {one_line_name(n)}: {reason}" for n, reason in self.skipped.items()
         ]
-
-    def _alone(self) -> list[tuple[str, str]]:
-        return [*(("a", name) for name in self.only_in_a), *(("b", n) for n in self.only_in_b)]
 
 
 def _cells(row: Change) -> list[str]:

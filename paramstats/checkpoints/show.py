@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import importlib
 import json
 import math
@@ -17,9 +18,10 @@ from typing import Any
 
 from paramstats import report
 from paramstats.checkpoints.comparing import compare_files
-from paramstats.checkpoints.comparison import Change, Comparison
+from paramstats.checkpoints.comparison import Change
 from paramstats.checkpoints.opening import explained
 from paramstats.checkpoints.summarizing import Progress, summarize_file
+from paramstats.findings import Severity
 from paramstats.stats import STATS
 
 _COMPARED = tuple(f for f in Change._fields if f not in ("shape", "dtype_a", "dtype_b"))
@@ -55,7 +57,7 @@ def run(chosen: argparse.Namespace) -> int:
 
 
 def _summarized(chosen: argparse.Namespace) -> str:
-    report.order(chosen.sort)  # what is none is told before the file is read
+    _check_order(chosen.sort)
     with _progress() as progress, _warnings_in_a_line():
         summary = summarize_file(
             chosen.file, include=chosen.include, exclude=chosen.exclude, progress=progress
@@ -69,7 +71,10 @@ def _summarized(chosen: argparse.Namespace) -> str:
     if chosen.csv:
         records = [{"name": name, **summary[name].to_dict()} for name in names]
         return _csv(("name", "shape", "dtype", "aliases", *STATS), records)
-    return report.for_print(report.table(summary, chosen.sort, chosen.limit, "param")) + "\n"
+    findings = summary.findings().at_least(Severity.WARNING)
+    table = report.table(summary, chosen.sort, chosen.limit, "param")
+    table.notes = ["", str(findings)] if findings else []
+    return report.for_print(table) + "\n"
 
 
 def _compared(chosen: argparse.Namespace) -> str:
@@ -83,20 +88,28 @@ def _compared(chosen: argparse.Namespace) -> str:
             progress=progress,
         )
     rows = _sorted(list(result.rows), chosen.sort, lambda row: getattr(row, chosen.sort))
-    entire = result.to_dict()
-    shown = Comparison(
-        tuple(rows[: chosen.limit]),
-        result.only_in_a,
-        result.only_in_b,
-        result.other_shape,
-        result.skipped,
-    )
+    entire, result = result.to_dict(), dataclasses.replace(result, rows=tuple(rows))
+    shown = rows[: chosen.limit]
     if chosen.json:
-        entire["tensors"] = {row.name: entire["tensors"][row.name] for row in shown.rows}
+        entire["tensors"] = {row.name: entire["tensors"][row.name] for row in shown}
         return json.dumps(entire, indent=1) + "\n"
     if chosen.csv:
-        return _csv(Change._fields, [row.to_dict() for row in shown.rows])
-    return f"a: {chosen.file}\nb: {chosen.other}\n{shown.table()}\n"
+        return _csv(Change._fields, [row.to_dict() for row in shown])
+    return f"a: {chosen.file}\nb: {chosen.other}\n{result.table(limit=chosen.limit)}\n"
+
+
+def _check_order(sort: str | None) -> None:
+    """What is no order is told before the file is read."""
+    try:
+        order = report.order(sort)
+    except ValueError:
+        order = None
+    if sort is not None and (order is None or order.of_grad):
+        known = ", ".join(("name", *STATS))
+        raise ValueError(
+            f"paramstats show: expected --sort out of {known}, or --sort=-STAT for the smallest "
+            f"first, got {sort!r}"
+        )
 
 
 def _check_sort(stat: str | None, known: Sequence[str]) -> None:

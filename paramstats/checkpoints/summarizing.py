@@ -83,7 +83,14 @@ def selected(
     excluded = () if exclude is None else compile_patterns(exclude, "exclude")
     if included is None and not excluded:
         return tensors
-    return [t for t in tensors if any(passes(name, included, excluded) for name in t.names)]
+    left = [t for t in tensors if any(passes(name, included, excluded) for name in t.names)]
+    if tensors and not left:
+        warnings.warn(
+            f"paramstats: no name of {len(tensors):,} passes include and exclude",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    return left
 
 
 def _layout(tensors: list[Stored]) -> Layout:

@@ -114,8 +114,8 @@ class History:
         if self._kept.entries and step <= self._kept.entries[-1].step and not self._went_back:
             self._went_back = True
             warnings.warn(
-                f"paramstats.History: expected a step after {self._kept.entries[-1].step}, got "
-                f"{step}: earlier entries from there on are dropped",
+                f"paramstats.History: step {step} comes after step {self._kept.entries[-1].step}, "
+                f"as in a run that went back: earlier entries from step {step} on are dropped",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -127,7 +127,8 @@ class History:
         return self
 
     def close(self) -> None:
-        """Writes what is not written yet and lets go of the file; the entries stay."""
+        """Writes what is not written yet and lets go of the file; the entries stay, and another one
+        opens it again."""
         self.wait()
         self._journal.close()
 

@@ -68,8 +68,10 @@ class Writer:
         self._write(lines)
         self._layout = layout
 
-    def close(self) -> None:
+    def close(self) -> tuple[Layout | None, int]:
+        """Returns what it takes to continue the file."""
         self._file.close()
+        return self._layout, self._size
 
     def _write(self, lines: bytes) -> None:
         # No buffer: what was written survives the process, and a fork has nothing to write again.

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 
 from paramstats.history.file import Entry, Reader, Writer, write_all
+from paramstats.layout import Layout
 
 
 class Journal:
@@ -17,6 +18,7 @@ class Journal:
     def __init__(self, path: str | None) -> None:
         self._path = path
         self._writer: Writer | None = None
+        self._closed_at: tuple[Layout | None, int] | None = None
         self._waiting: deque[Entry] = deque()
 
     def open(self) -> Iterator[Entry]:
@@ -37,8 +39,7 @@ class Journal:
         while self._waiting and (wait or self._waiting[0].summary.ready()):
             entry = self._waiting.popleft()
             entry.summary.wait()
-            if self._writer is not None:
-                self._write(self._writer, entry)
+            self._write(entry)
 
     def save(self, path: str, entries: Sequence[Entry]) -> None:
         """Puts a file with these entries at `path`, and goes on in it where it is our own."""
@@ -49,13 +50,17 @@ class Journal:
             self._writer = Writer(path, layout, os.path.getsize(path))
 
     def close(self) -> None:
+        """Lets go of the file; the next entry opens it again."""
         if self._writer is not None:
-            self._writer.close()
+            self._closed_at = self._writer.close()
             self._writer = None
 
-    def _write(self, writer: Writer, entry: Entry) -> None:
+    def _write(self, entry: Entry) -> None:
         try:
-            writer.write(entry)
+            if self._closed_at is not None and self._path is not None:
+                self._reopen(self._path, *self._closed_at)
+            if self._writer is not None:
+                self._writer.write(entry)
         except OSError as error:  # a full disk is no reason to end a training
             warnings.warn(
                 f"paramstats.History: '{self._path}' cannot be written any more, entries from step "
@@ -64,3 +69,10 @@ class Journal:
                 stacklevel=5,
             )
             self.close()
+            self._closed_at = None
+
+    def _reopen(self, path: str, layout: Layout | None, size: int) -> None:
+        if os.path.getsize(path) != size:
+            raise OSError("it is not as it was when it was closed")
+        self._writer = Writer(path, layout, size)
+        self._closed_at = None

@@ -158,3 +158,39 @@ def test_a_table_fits_the_width(tmp_path):
     a = {"model.layers.0." + "x" * 90: torch.ones(2)}
     lines = compare(tmp_path, a, a).table(width=100).splitlines()
     assert len(lines[0]) <= 100 and "…" in lines[2]
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_names_that_differ_by_a_prefix(tmp_path, turned):
+    bare = {"layers.0.w": torch.ones(4), "layers.1.w": torch.ones(4) * 2, "new": torch.ones(1)}
+    inner = {f"net.{name}": tensor * 3 for name, tensor in bare.items() if name != "new"}
+    torch.save(bare, tmp_path / "bare.pt")
+    torch.save({"model": inner, "optimizer": {"v": torch.ones(9)}}, tmp_path / "wrapped.pt")
+    paths = [tmp_path / "wrapped.pt", tmp_path / "bare.pt"]
+    result = compare_files(*(reversed(paths) if turned else paths))
+    assert sorted(row.name for row in result.rows) == ["layers.0.w", "layers.1.w"]
+    assert {round(row.relative_change, 6) for row in result.rows} == {2.0 if turned else 0.666667}
+    prefixes = (result.prefix_a, result.prefix_b)
+    assert prefixes == (("", "model.net.") if turned else ("model.net.", ""))
+    only = (result.only_in_a, result.only_in_b)
+    assert only == ((("new",), ("optimizer.v",)) if turned else (("optimizer.v",), ("new",)))
+    side = "b" if turned else "a"
+    assert f"names of {side} without their 'model.net.'" in result.table()
+    assert result.to_dict()[f"prefix_{side}"] == "model.net."
+
+
+def test_a_name_in_common_keeps_all_names(tmp_path):
+    torch.save({"w": torch.ones(1), "model.v": torch.ones(1)}, tmp_path / "a.pt")
+    torch.save({"w": torch.ones(1), "v": torch.ones(1)}, tmp_path / "b.pt")
+    result = compare_files(tmp_path / "a.pt", tmp_path / "b.pt")
+    assert [row.name for row in result.rows] == ["w"] and result.prefix_a == result.prefix_b == ""
+
+
+def test_long_lists_of_names_are_cut(tmp_path):
+    many = {"w": torch.ones(1), **{f"x{i}": torch.ones(1) for i in range(30)}}
+    torch.save(many, tmp_path / "a.pt")
+    torch.save({"w": torch.ones(1)}, tmp_path / "b.pt")
+    result = compare_files(tmp_path / "a.pt", tmp_path / "b.pt")
+    assert len(result.only_in_a) == 30 and result.table().count("only in a: ") == 11
+    assert result.table().endswith("only in a: ... and 20 more")
+    assert "... and 1 more" in result.table(limit=0)

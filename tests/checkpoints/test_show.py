@@ -38,14 +38,16 @@ def path(tmp_path):
 
 def names(table: str) -> list[str]:
     """The first words of the lines down to the total."""
-    words = [line.split()[0] for line in table.splitlines()[2:] if not line.startswith("─")]
+    lines = table.splitlines()[2:]
+    words = [line.split()[0] for line in lines if line and not line.startswith("─")]
     return words[: words.index("total") + 1] if "total" in words else words
 
 
 def test_a_table(engine, path, capsys):
     assert main(["show", str(path)]) == 0
     out = capsys.readouterr()
-    assert out.out == summarize_file(path).table(kind="param") + "\n" and out.err == ""
+    table = summarize_file(path).table(kind="param").splitlines()[:-1]  # less its note
+    assert out.out.splitlines()[: len(table)] == table and out.err == ""
     assert names(out.out) == ["w", "=", "b", "bad", "total"]
 
 
@@ -110,6 +112,19 @@ def test_names_that_no_terminal_should_see(tmp_path, capsys):
         assert main(["show", str(path), *arguments]) == 0
         out = capsys.readouterr().out
         assert out.count("\x1b") == (1 if arguments == ["--csv"] else 0)
+
+
+def test_what_is_odd_comes_with_advice(path, capsys):
+    assert main(["show", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "! NaN or Inf in parameter" in out and "summary.findings()" not in out
+    assert out.splitlines()[-2].startswith("ERROR NaN or Inf in parameter: ")
+    assert out.splitlines()[-1] == "    bad  1 NaN of 1"
+
+
+def test_a_selection_of_nothing_is_said(path, capsys):
+    assert main(["show", str(path), "--include", "nope"]) == 0
+    assert "no name of 3 passes" in capsys.readouterr().err
 
 
 def test_warnings_are_lines(tmp_path, capsys):
@@ -291,7 +306,7 @@ def test_a_broken_file_is_one_line(tmp_path, name, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--sort", "median"], "expected sort_by to be name or one of count, mean"),
+        (["--sort", "median"], "paramstats show: expected --sort out of name, count, mean"),
         (["--limit", "-1"], "paramstats show: expected --limit 0 or more, got -1"),
         (["--include", "("], "expected regular expressions for include"),
     ],

@@ -225,7 +225,7 @@ def test_an_existing_file_is_continued(engine, tmp_path, model):
         second.append(2, summarize(model))
     assert path.read_text().count('"names"') == 1, "the layout is known"
     third = History(path)
-    with pytest.warns(RuntimeWarning, match="expected a step after 2, got 1"):
+    with pytest.warns(RuntimeWarning, match="step 1 comes after step 2"):
         third.append(1, summarize({"w": torch.ones(1)}))
     assert third.steps.tolist() == [0, 1] and third.names[-1] == "w"
     assert the_same(History.load(path), third), "the entries that were dropped stay so"
@@ -320,3 +320,26 @@ def test_it_survives_kill_9(tmp_path):
         assert history.steps.tolist() == list(range(len(history)))
         assert not said or len(history) > int(said[-1]), "what append returned from is there"
         assert len(history.names) == 50
+
+
+def test_an_entry_after_close_opens_the_file_again(tmp_path, model):
+    path = tmp_path / "run.jsonl"
+    history = History(path)
+    for step in range(3):
+        history.append(step, summarize(model))
+        history.close()
+    history.close()
+    assert History.load(path).steps.tolist() == [0, 1, 2]
+
+
+def test_a_closed_file_that_another_has_changed_stays_as_it_is(tmp_path, model):
+    path = tmp_path / "run.jsonl"
+    history = History(path)
+    history.append(0, summarize(model))
+    history.close()
+    path.write_bytes(path.read_bytes() + b" ")
+    before = path.read_bytes()
+    with pytest.warns(RuntimeWarning, match="cannot be written any more, entries from step 1 on"):
+        history.append(1, summarize(model))
+    history.append(2, summarize(model))
+    assert path.read_bytes() == before and len(history) == 3
