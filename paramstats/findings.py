@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import enum
 import math
-import statistics
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -186,27 +185,30 @@ class _Model(NamedTuple):
     median: float
     """Of the norms of weights' gradients; NaN where there are none."""
     thresholds: Thresholds
-
-    @property
-    def trains(self) -> bool:
-        """Whether anything is to be trained: a state_dict is not, and nothing in it is frozen."""
-        return any(entry.requires_grad for entry in self.entries)
+    trains: bool
+    """Whether anything is to be trained: a state_dict is not, and nothing in it is frozen."""
+    has_gradients: bool
+    is_waking: bool
+    """Whether zeros that multiply, such as a LoRA's B, hold gradients back until they move."""
 
 
 def find(summary: Summary, thresholds: Thresholds) -> Findings:
     """What `Summary.findings` gives."""
     entries = list(summary.values())
-    norms = [
+    norms = sorted(
         entry.grad.norm
         for entry in entries
         if entry.grad is not None and _is_weight(entry) and 0 < entry.grad.norm < math.inf
-    ]
+    )
     model = _Model(
         entries,
         dict(summary.diverged),
         summary._grad_scale,
-        statistics.median(norms) if norms else math.nan,
+        norms[len(norms) // 2] if norms else math.nan,
         thresholds,
+        trains=any(entry.requires_grad for entry in entries),
+        has_gradients=any(entry.grad is not None for entry in entries),
+        is_waking=any(_wakes(entry) and not _is_added(entry) for entry in entries),
     )
     found = [finding for rule in _RULES for finding in rule(model)]
     return Findings(sorted(found, key=lambda finding: -finding.severity))  # stable: rules' order
@@ -286,7 +288,7 @@ def _diverged_copies(model: _Model) -> Iterator[Finding]:
 
 
 def _missing_gradients(model: _Model) -> Iterator[Finding]:
-    if all(entry.grad is None for entry in model.entries):
+    if not model.has_gradients:
         return  # before the first backward, or not asked for
     for entry in model.entries:
         if entry.requires_grad and entry.grad is None:
@@ -307,15 +309,17 @@ def _zero_gradients(model: _Model) -> Iterator[Finding]:
     for entry in model.entries:
         if entry.grad is not None and entry.grad.count and entry.grad.zero_fraction == 1:
             yield Finding(
-                Severity.WARNING if _is_weight(entry) else Severity.INFO,
+                Severity.WARNING if _is_weight(entry) and not model.is_waking else Severity.INFO,
                 Kind.ZERO_GRADIENT,
                 entry.name,
                 "grad",
                 1.0,
                 1.0,
                 f"all {entry.grad.count:,} elements",
-                "Nothing reaches it: dead ReLUs, zeros in a layer on the way, a mask, or a loss "
-                "that has saturated or underflowed",
+                "Nothing reaches it: zeros in a layer on the way hold it back until they move"
+                if model.is_waking
+                else "Nothing reaches it: dead ReLUs, a mask, or a loss that has saturated or "
+                "underflowed",
             )
 
 
@@ -380,15 +384,20 @@ def _gradient_sizes(model: _Model) -> Iterator[Finding]:
 def _weights(model: _Model) -> Iterator[Finding]:
     """Fresh biases and normalisations are constant, and no weights in the sense of this module."""
     limits = model.thresholds
+    weights = [entry for entry in model.entries if _is_weight(entry)]
+    mostly_dead = 2 * sum(entry.zero_fraction == 1 for entry in weights) > len(weights)
     for entry in model.entries:
-        if not (_is_weight(entry) and entry.dtype.is_floating_point) or entry.nonfinite_count:
+        if not _is_weight(entry) or entry.nonfinite_count:
             continue
-        # A LoRA's B, or a zero-initialised output, starts to live with its first gradient.
-        awakes = entry.grad is not None and entry.grad.norm > 0
+        if not (entry.dtype.is_floating_point or entry.dtype.is_complex):
+            continue
         frozen = model.trains and not entry.requires_grad
+        fresh = model.trains and not model.has_gradients and not mostly_dead
         if entry.zero_fraction == 1:
             yield Finding(
-                Severity.INFO if awakes or frozen else Severity.WARNING,
+                Severity.INFO
+                if _wakes(entry) or frozen or fresh or _is_added(entry)
+                else Severity.WARNING,
                 Kind.DEAD_WEIGHT,
                 entry.name,
                 "param",
@@ -396,12 +405,15 @@ def _weights(model: _Model) -> Iterator[Finding]:
                 1.0,
                 f"all {entry.count:,} elements zero",
                 "Its gradient will wake it up; below it nothing learns until then"
-                if awakes
+                if _wakes(entry)
                 else "All that passes is lost: was it initialised, loaded, pruned?",
             )
         elif entry.std == 0 and entry.count > 1:
             yield Finding(
-                Severity.INFO if frozen else Severity.WARNING,
+                # Of exactly 1 is a normalisation over several dimensions.
+                Severity.INFO
+                if frozen or entry.mean == 1 or _is_added(entry)
+                else Severity.WARNING,
                 Kind.CONSTANT_WEIGHT,
                 entry.name,
                 "param",
@@ -498,6 +510,18 @@ def _is_weight(entry: ParamStats) -> bool:
         and entry.shape is not None
         and sum(size > 1 for size in entry.shape) >= 2
     )
+
+
+def _wakes(entry: ParamStats) -> bool:
+    """Whether it is all zeros and has a gradient: a LoRA's B, a last layer or a normalisation that
+    begins at zero, starts to live with its first step."""
+    return entry.zero_fraction == 1 and entry.grad is not None and entry.grad.norm > 0
+
+
+def _is_added(entry: ParamStats) -> bool:
+    """A bias or a table of positions, by its name: zeros in it hold nothing back."""
+    own = entry.name.rpartition(".")[2]
+    return "bias" in own or "pos" in own
 
 
 def _where(entry: ParamStats) -> Where:

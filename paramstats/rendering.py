@@ -91,9 +91,15 @@ def columns(width: int | None) -> int:
     """How wide a table may be: `width`, or the terminal's; without one there is no limit."""
     if width is not None:
         return width
-    if "COLUMNS" in os.environ or (sys.stdout is not None and sys.stdout.isatty()):
+    if "COLUMNS" in os.environ or on_terminal():
         return shutil.get_terminal_size().columns
     return 1 << 30
+
+
+def on_terminal() -> bool:
+    """Whether standard output is one; what stands in for it need not know."""
+    isatty = getattr(sys.stdout, "isatty", None)
+    return isatty is not None and bool(isatty())
 
 
 def printable(text: str, plain: str) -> str:
@@ -106,7 +112,9 @@ def printable(text: str, plain: str) -> str:
 
 
 def one_line_name(name: str) -> str:
-    return name if name.isprintable() else repr(name)[1:-1]
+    """A name as it can be printed: without line ends, escapes, or what standard output lacks."""
+    text = name if name.isprintable() else repr(name)[1:-1]
+    return printable(text, text.encode("ascii", "backslashreplace").decode())
 
 
 def shape(sizes: tuple[int, ...] | None) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import html as markup
 import io
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -322,7 +321,7 @@ def colored(table: Table, width: int | None = None) -> str:
 
 def for_print(table: Table) -> str:
     """In colour where standard output is a terminal that has it, and rich is installed."""
-    if sys.stdout is not None and sys.stdout.isatty():
+    if rendering.on_terminal():
         try:
             console = needed("rich.console", "colour", "color").Console()
         except ImportError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -92,13 +93,17 @@ def watch(
         raise ValueError(f"paramstats.watch: expected a whole number > 0 for every, got {every!r}")
     if log is None and history is None:
         raise ValueError("paramstats.watch: expected log= or history=, got neither")
+    if history is not None and not callable(getattr(history, "append", None)):
+        raise TypeError(f"paramstats.watch: expected a History for history, got {history!r}")
     if log is not None and not callable(log):
         raise TypeError(
             f"paramstats.watch: expected a function of scalars and step for log, got {log!r}"
         )
     logging: dict[str, Any] = {"key": key, "stats": stats, "totals": totals}
     # What rank 0 alone would stumble over while it logs is said by all, before they train.
-    summarize({"weight": torch.ones(1)}, correction=correction).scalars(**logging)
+    probe = torch.ones(1, requires_grad=True)
+    probe.grad = torch.ones(1)
+    summarize({"weight": probe}, correction=correction).scalars(**logging)
     reading = {
         "params": params,
         "grads": grads,
@@ -160,7 +165,13 @@ class Watcher:
         return self._summary
 
     @untraced
-    def step(self, *, grad_scale: float | Scaler = 1.0, step: int | None = None) -> None:
+    def step(
+        self,
+        *,
+        grad_scale: float | Scaler = 1.0,
+        step: int | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> None:
         """Summarizes if a summary is due; else it costs a comparison.
 
         Call it after backward and before gradients are unscaled, clipped or used. On every
@@ -170,6 +181,7 @@ class Watcher:
             grad_scale: what the loss was multiplied by: a gradient scaler, which is asked on due
                 steps only (on a GPU it makes the caller wait), or its `get_scale()`. Nothing where
                 `unscale_` has been called already.
+            optimizer: whose gradients these are, where a scaler serves several.
             step: its number; None: one more than the last, from 0. A number lower than the last,
                 as after a restart, is due.
 
@@ -179,7 +191,7 @@ class Watcher:
             call goes on with the next step.
         """
         if self.is_due(step):
-            self.give(self._step, self.take(grad_scale))
+            self.give(self._step, self.take(grad_scale, optimizer))
         elif self._late is not None:
             self._log_late()
 
@@ -187,15 +199,18 @@ class Watcher:
         """Counts a step, and tells whether it is one to summarize: the first part of `step`, for
         callers that must `take` and `give` at two places."""
         last = self._step
-        self._step = step = last + 1 if step is None else step
+        self._step = step = last + 1 if step is None else operator.index(step)
         if last < step < self._next:
             return False
         self._next = step - step % self._every + self._every
         return True
 
-    def take(self, grad_scale: float | Scaler = 1.0) -> Summary:
+    def take(
+        self, grad_scale: float | Scaler = 1.0, optimizer: torch.optim.Optimizer | None = None
+    ) -> Summary:
         """A summary of this moment: the second part of `step`."""
-        return summarize(self._source, grad_scale=_scale(grad_scale), **self._reading)
+        scale = _scale(grad_scale, optimizer)
+        return summarize(self._source, grad_scale=scale, **self._reading)
 
     def give(self, step: int, summary: Summary) -> None:
         """Keeps and logs a summary: the third part of `step`."""
@@ -232,18 +247,22 @@ class Watcher:
             self._log(summary.scalars(**self._logging), step)
 
 
-def _scale(grad_scale: float | Scaler) -> float:
+def _scale(grad_scale: float | Scaler, optimizer: torch.optim.Optimizer | None) -> float:
     """The number; refuses a scaler whose scale is not that of the gradients any more."""
     if not hasattr(grad_scale, "get_scale"):
         return grad_scale
     # By optimizer, since the last update; torch has no public word for it.
     states: Mapping[int, Any] = getattr(grad_scale, "_per_optimizer_states", {})
-    stages = {getattr(state.get("stage"), "name", "READY") for state in states.values()}
+    stages = {
+        getattr(state.get("stage"), "name", "READY")
+        for owner, state in states.items()
+        if optimizer is None or owner == id(optimizer)
+    }
     if stages - {"READY"}:
         raise ValueError(
             "paramstats.watch: expected step(grad_scale=scaler) before scaler.unscale_ and "
-            "scaler.step, got a scaler that has unscaled gradients; leave grad_scale out, or call "
-            "step earlier"
+            "scaler.step, got a scaler that has unscaled gradients; call step earlier, or "
+            "leave grad_scale out; where it serves several optimizers, name the one: optimizer="
         )
     return grad_scale.get_scale()
 

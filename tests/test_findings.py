@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from paramstats import Severity, Summary, Thresholds, summarize
-from paramstats.findings import Kind
+from paramstats import ParamStats, Severity, Summary, Thresholds, summarize
+from paramstats.findings import Kind, find
 
 STEPS = 200
 
@@ -150,6 +150,99 @@ def test_no_alarm_in_healthy_trainings(digits, build, kind):
     assert summarize(model.state_dict()).findings().at_least(Severity.WARNING) == ()
 
 
+class LowRank(nn.Module):
+    """A frozen layer and what LoRA adds to it: B begins at zero, so that A has no gradient."""
+
+    def __init__(self, inner: nn.Linear) -> None:
+        super().__init__()
+        self.inner = inner.requires_grad_(False)
+        self.lora_a = nn.Parameter(torch.randn(4, inner.in_features) / 8)
+        self.lora_b = nn.Parameter(torch.zeros(inner.out_features, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) + x @ self.lora_a.T @ self.lora_b.T
+
+
+class Residual(nn.Module):
+    """Its branch begins at zero: the last normalisation's weight does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(64, 64), nn.Linear(64, 64)
+        self.norm = nn.BatchNorm1d(64)
+        nn.init.zeros_(self.norm.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.norm(self.second(torch.relu(self.first(x))))
+
+
+class Additive(nn.Module):
+    """A normalisation over two dimensions, and a table of positions that begins at zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pos_embed = nn.Parameter(torch.zeros(1, 8, 8))
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(8, 8))
+        self.norm = nn.LayerNorm((8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.view(-1, 8, 8) + self.pos_embed + self.relative_position_bias_table
+        return self.norm(x).flatten(1)
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        lambda: LowRank(nn.Linear(64, 64)),
+        Residual,
+        Additive,
+        lambda: nn.Embedding(17, 1, padding_idx=0),
+        lambda: nn.utils.parametrizations.weight_norm(nn.Linear(64, 64)),
+    ],
+    ids=["low rank", "zero residual", "additive", "padding", "weight norm"],
+)
+def test_no_alarm_from_what_begins_at_zero_or_one(engine, digits, first):
+    torch.manual_seed(0)
+    layer = first()
+    images, labels = digits
+    if isinstance(layer, nn.Embedding):
+        images = images * 16
+        layer = nn.Sequential(Indices(), layer, nn.Flatten())
+    model = nn.Sequential(layer, nn.Linear(64, 10))
+    assert summarize(model).findings().at_least(Severity.WARNING) == (), "a fresh one"
+    for summary in train(model, (images, labels), 20):
+        assert summary.findings().at_least(Severity.WARNING) == ()
+
+
+class Indices(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.long()
+
+
+def test_a_state_dict_of_ten_thousand_takes_no_longer_than_a_model(engine):
+    """Each entry is looked at a fixed number of times: what is known of all is found once."""
+    looked = 0
+
+    class Entry(ParamStats):
+        @property
+        def requires_grad(self) -> bool:
+            nonlocal looked
+            looked += 1
+            return super().requires_grad
+
+    summary = summarize({str(i): torch.randn(2, 2) for i in range(300)})
+    entries = {name: Entry(e._state, 1.0, e._layout, e._row, None) for name, e in summary.items()}
+    find(Values(summary, entries), Thresholds())
+    assert 0 < looked <= 3 * len(entries)
+
+
+class Values:
+    """A summary whose entries are others."""
+
+    def __init__(self, summary: Summary, entries: dict[str, ParamStats]) -> None:
+        self.diverged, self._grad_scale, self.values = {}, 1.0, entries.values
+
+
 # ---- sick ones
 
 
@@ -211,10 +304,14 @@ def test_constant_initialisation(engine, digits):
 def test_a_zero_that_wakes_up_is_only_good_to_know(engine, digits):
     model = mlp()
     nn.init.zeros_(model[4].weight)
-    (summary,) = train(model, digits, 1)
-    assert Kind.DEAD_WEIGHT not in kinds(summary)
-    assert kinds(summary, Severity.INFO)[Kind.DEAD_WEIGHT] == ["4.weight"]
-    assert kinds(summary)[Kind.ZERO_GRADIENT] == ["0.weight", "2.weight"], "for this one step"
+    assert kinds(summarize(model)) == {}
+    first, second = train(model, digits, 2)
+    assert kinds(first) == {}
+    assert kinds(first, Severity.INFO) == {
+        Kind.DEAD_WEIGHT: ["4.weight"],
+        Kind.ZERO_GRADIENT: ["0.weight", "0.bias", "2.weight", "2.bias"],
+    }
+    assert second.findings() == ()
 
 
 def test_dead_relus(engine, digits):

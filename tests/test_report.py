@@ -341,3 +341,26 @@ def test_html_marks_what_is_odd(engine, sick):
 def test_html_of_a_large_model_is_cut(engine):
     html = summarize({f"w{i}": torch.ones(1) for i in range(1200)})._repr_html_()
     assert html.count("<tr") == 1003 and "... and 200 more" in html
+
+
+# ---- odd outputs
+
+
+def test_what_stands_in_for_standard_output_need_not_know_of_terminals(engine, sick, monkeypatch):
+    class Tee:
+        def write(self, text: str) -> int:
+            return len(text)
+
+    expected = str(sick)
+    monkeypatch.setattr(sys, "stdout", Tee())
+    assert str(sick) == expected
+    monkeypatch.setattr(sys, "stdout", None)
+    assert str(sick) == expected
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
+def test_names_that_standard_output_lacks(engine, encoding, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+    table = str(summarize({"h\u6f22.w": torch.ones(2)}))
+    assert "h\\u6f22.w" in table
+    print(table)

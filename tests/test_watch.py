@@ -283,3 +283,30 @@ def test_import_brings_nothing_optional():
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     new = set(out.stdout.split()) - set(sys.stdlib_module_names)
     assert new == {"paramstats"}
+
+
+def test_a_scaler_that_serves_two_optimizers():
+    """The usual loop of two networks: one has stepped when the other's gradients are scaled."""
+    torch.manual_seed(0)
+    one, two = nn.Linear(3, 2), nn.Linear(2, 1)
+    optimizers = [torch.optim.SGD(net.parameters(), lr=0.1) for net in (two, one)]
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    logged = []
+    watcher = paramstats.watch(one, lambda scalars, step: logged.append(scalars), stats="norm")
+    scaler.scale(two(one(torch.ones(4, 3)).detach()).mean()).backward()
+    scaler.step(optimizers[0])
+    scaler.scale(two(one(torch.ones(4, 3))).mean()).backward()
+    with pytest.raises(ValueError, match="several optimizers, name the one: optimizer="):
+        watcher.step(grad_scale=scaler)
+    watcher.step(grad_scale=scaler, optimizer=optimizers[1], step=0)
+    assert logged[0]["grad_norm/weight"] == pytest.approx(one.weight.grad.norm().item() / 1024)
+    scaler.unscale_(optimizers[1])
+    with pytest.raises(ValueError, match=r"before scaler\.unscale_"):
+        watcher.step(grad_scale=scaler, optimizer=optimizers[1], step=50)
+
+
+def test_a_key_without_a_kind_is_refused_before_training():
+    with pytest.raises(ValueError, match="expected a key for each figure"):
+        paramstats.watch(nn.Linear(3, 2), print, key="{stat}/{name}")
+    with pytest.raises(TypeError, match="expected a History for history, got 3"):
+        paramstats.watch(nn.Linear(3, 2), history=3)
