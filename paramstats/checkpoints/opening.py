@@ -16,6 +16,7 @@ from paramstats.checkpoints.stored import CheckpointError, Stored, together
 _INDEX = ".index.json"
 _FORMATS = "a .safetensors or torch.save file, their .index.json, or a folder of a checkpoint"
 _SHOWN = 16
+_LONGEST_INDEX = 100 << 20
 """Bytes of a foreign file that the message shows."""
 
 
@@ -113,13 +114,19 @@ def _in_order(names: Iterable[str], tensors: list[Stored]) -> list[Stored]:
 
 def _weight_map(path: Path) -> dict[str, str]:
     """Of an index: the file of every tensor."""
+    size = path.stat().st_size if path.is_file() else -1
+    if not 0 <= size <= _LONGEST_INDEX:
+        raise CheckpointError(
+            f"paramstats: expected an index of at most {_LONGEST_INDEX:,} bytes, got "
+            f"{f'{size:,}' if size >= 0 else 'no regular file'}: {path}"
+        )
     try:
         places: Any = json.loads(path.read_bytes())["weight_map"]
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise CheckpointError(
             f"paramstats: expected an index with a weight_map in JSON, got {error!r} in {path}"
         ) from None
-    if not isinstance(places, dict) or not all(map(_is_file_name, places.values())):
+    if not isinstance(places, dict) or not places or not all(map(_is_file_name, places.values())):
         raise CheckpointError(
             f"paramstats: expected names of files in the weight_map of {path}, got something else"
         )

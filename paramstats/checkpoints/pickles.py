@@ -41,6 +41,15 @@ class Made:
 _MAPPINGS = frozenset({"collections.OrderedDict", "collections.defaultdict", "collections.Counter"})
 """Made as plain dicts."""
 
+_MOST_INSTRUCTIONS = 10_000_000
+_MOST_CONTAINERS = 2_000_000
+_LONGEST_NAME = 1000
+_LONGEST = 64 << 20
+"""Of these no checkpoint comes near, and the time and memory that a pickle can take are bounded."""
+
+_FLAT = (str, bytes, int, float, bool, type(None), Global, Made)
+"""What a key may be, or a tuple of: the hash of tuples in tuples may never end."""
+
 _MARK = object()
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _EMPTY: dict[str, Callable[[], Any]] = {
@@ -68,10 +77,13 @@ def load(
     PickleError, whatever is wrong.
     """
     machine = _Machine(allowed, persistent)
+    limited: Any = _Limited(file)
     try:
-        for opcode, argument, _ in pickletools.genops(file):
+        for count, (opcode, argument, _) in enumerate(pickletools.genops(limited)):
             if opcode.name == "STOP":
                 break
+            if count > _MOST_INSTRUCTIONS:
+                raise PickleError(f"a pickle of more than {_MOST_INSTRUCTIONS:,} instructions")
             machine.step(opcode.name, argument)
         return machine.pop()
     except PickleError:
@@ -80,12 +92,28 @@ def load(
         raise PickleError(f"a broken pickle ({type(error).__name__}: {error})") from None
 
 
+class _Limited:
+    """A file that gives no more at a time than a checkpoint's pickle has in one value."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+
+    def read(self, size: int) -> bytes:
+        if size > _LONGEST:
+            raise PickleError(f"a pickle with a value of {size:,} bytes")
+        return self._file.read(size)
+
+    def readline(self) -> bytes:
+        return self._file.readline(_LONGEST)
+
+
 class _Machine:
     def __init__(self, allowed: Collection[str], persistent: Callable[[Any], Any] | None) -> None:
         self._allowed = allowed
         self._persistent = persistent
         self._stack: list[Any] = []
         self._memo: dict[int, Any] = {}
+        self._containers = 0
 
     def step(self, name: str, argument: Any) -> None:
         """One instruction."""
@@ -101,10 +129,12 @@ class _Machine:
         elif name in _CONSTANTS:
             push(_CONSTANTS[name])
         elif name in _EMPTY:
+            self._count_container()
             push(_EMPTY[name]())
         elif name == "MARK":
             push(_MARK)
         elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
+            self._count_container()
             push(tuple(reversed([self.pop() for _ in range(int(name[-1]))])))
         elif name not in ("PROTO", "FRAME"):
             self._compound(name, argument)
@@ -125,18 +155,23 @@ class _Machine:
         push = self._stack.append
         if name in ("SETITEM", "SETITEMS"):
             pairs = self._to_mark() if name == "SETITEMS" else [*reversed([self.pop(), self.pop()])]
-            self._items(dict).update(zip(pairs[::2], pairs[1::2], strict=True))
+            self._items(dict).update(zip(_keys(pairs[::2]), pairs[1::2], strict=True))
         elif name in ("APPEND", "APPENDS"):
             values = self._to_mark() if name == "APPENDS" else [self.pop()]
             self._items(list).extend(values)
         elif name == "ADDITEMS":
             values = self._to_mark()
-            self._items(set).update(values)
-        elif name in ("TUPLE", "LIST", "FROZENSET"):
-            push({"TUPLE": tuple, "LIST": list, "FROZENSET": frozenset}[name](self._to_mark()))
+            self._items(set).update(_keys(values))
+        elif name in ("TUPLE", "LIST"):
+            self._count_container()
+            push((tuple if name == "TUPLE" else list)(self._to_mark()))
+        elif name == "FROZENSET":
+            self._count_container()
+            push(frozenset(_keys(self._to_mark())))
         elif name == "DICT":
+            self._count_container()
             pairs = self._to_mark()
-            push(dict(zip(pairs[::2], pairs[1::2], strict=True)))
+            push(dict(zip(_keys(pairs[::2]), pairs[1::2], strict=True)))
         elif name == "GLOBAL":
             push(self._global(*argument.split(" ", 1)))
         elif name == "STACK_GLOBAL":
@@ -144,6 +179,7 @@ class _Machine:
             push(self._global(module, attribute))
         elif name in ("REDUCE", "NEWOBJ"):
             args, made = self.pop(), self.pop()
+            self._count_container()
             push(_make(made, args))
         elif name == "BUILD":
             state = self.pop()
@@ -157,10 +193,13 @@ class _Machine:
             self._stack.pop()
         elif name == "POP_MARK":
             self._to_mark()
-        elif name == "DUP":
-            push(self._stack[-1])
         else:
             raise PickleError(f"a pickle with the instruction {name}, which no checkpoint needs")
+
+    def _count_container(self) -> None:
+        self._containers += 1
+        if self._containers > _MOST_CONTAINERS:
+            raise PickleError(f"a pickle of more than {_MOST_CONTAINERS:,} containers")
 
     def _items(self, kind: type) -> Any:
         """What items are put in: the container on the stack, or what a `Made` has gathered."""
@@ -174,7 +213,9 @@ class _Machine:
         return target
 
     def _global(self, module: Any, attribute: Any) -> Global:
-        name = f"{module}.{attribute}"
+        if not (isinstance(module, str) and isinstance(attribute, str)):
+            raise PickleError("a broken pickle (a name that is no text)")
+        name = f"{module}.{attribute}"[:_LONGEST_NAME]
         if name not in self._allowed:
             raise PickleError(
                 f"a pickle that refers to {name!r}, neither a tensor nor plain data (nothing was "
@@ -187,7 +228,18 @@ def _make(made: Any, args: Any) -> Any:
     if not isinstance(made, Global) or not isinstance(args, tuple):
         raise PickleError("a broken pickle (a call of what is no function)")
     if made.name in _MAPPINGS:
-        return dict(args[0]) if args and isinstance(args[0], (list, dict)) else {}
+        pairs = args[0] if args else {}
+        if isinstance(pairs, list) and all(isinstance(p, (tuple, list)) for p in pairs):
+            return dict(zip(_keys([k for k, _ in pairs]), [v for _, v in pairs], strict=True))
+        return dict(pairs) if isinstance(pairs, dict) else {}
     if made.name == "torch.Size":
         return tuple(*args)
     return Made(made.name, args)
+
+
+def _keys(values: list[Any]) -> list[Any]:
+    for value in values:
+        inner = value if type(value) is tuple else (value,)
+        if not all(isinstance(one, _FLAT) for one in inner):
+            raise PickleError("a pickle with a key that is neither text nor a number")
+    return values

@@ -86,9 +86,13 @@ def boxes(
 
     It is cut across the dimension where they lie farthest apart.
     """
-    waiting = [(starts, sizes)]
+    waiting = [iter([(starts, sizes)])]  # lazily: of a tensor with gaps there may be millions
     while waiting:
-        starts, sizes = waiting.pop()
+        box = next(waiting[-1], None)
+        if box is None:
+            waiting.pop()
+            continue
+        _, sizes = box
         too_far = next(
             (
                 (part.strides, most)
@@ -98,17 +102,21 @@ def boxes(
             None,
         )
         if too_far is None:
-            yield starts, sizes
-            continue
-        strides, most = too_far
-        d = max((d for d, size in enumerate(sizes) if size > 1), key=lambda d: strides[d])
-        inner = (*sizes[:d], 1, *sizes[d + 1 :])
-        apart = (most - span(inner, strides)) // max(strides[d], 1)
-        step = max(1, min(apart, most // math.prod(inner), sizes[d] - 1))
-        for begin in reversed(range(0, sizes[d], step)):
-            n = min(step, sizes[d] - begin)
-            at = (*starts[:d], starts[d] + begin, *starts[d + 1 :])
-            waiting.append((at, (*inner[:d], n, *inner[d + 1 :])))
+            yield box
+        else:
+            waiting.append(_cut(box, *too_far))
+
+
+def _cut(box: Box, strides: tuple[int, ...], most: int) -> Iterator[Box]:
+    starts, sizes = box
+    d = max((d for d, size in enumerate(sizes) if size > 1), key=lambda d: strides[d])
+    inner = (*sizes[:d], 1, *sizes[d + 1 :])
+    apart = (most - span(inner, strides)) // max(strides[d], 1)
+    step = max(1, min(apart, most // math.prod(inner), sizes[d] - 1))
+    for begin in range(0, sizes[d], step):
+        n = min(step, sizes[d] - begin)
+        at = (*starts[:d], starts[d] + begin, *starts[d + 1 :])
+        yield at, (*inner[:d], n, *inner[d + 1 :])
 
 
 def pieces(rows: Iterable[tuple[Run, ...]]) -> Iterator[tuple[Piece, ...]]:

@@ -19,6 +19,16 @@ _MOST_VISITS = 1_000_000
 """Containers and tensors in one file: lists within lists can refer to each other without end."""
 
 _DEEPEST = 1000
+_LONGEST_NAME = 100_000
+
+_MOST_DIMENSIONS = 64
+"""As torch's own limit."""
+
+_REPEATS = 16
+"""A view of so many times the elements that are stored is an expanded one, and not read: a file of
+a few bytes can ask for more than can ever be read. Small ones, of up to _FEW elements, are."""
+
+_FEW = 1 << 24
 
 _STORAGES = {
     "torch.DoubleStorage": torch.float64,
@@ -96,6 +106,7 @@ class _Tensor(NamedTuple):
     dtype: torch.dtype
     requires_grad: bool
     unread: str | None = None
+    conj: bool = False
 
 
 Places = dict[str, tuple[int, int]]
@@ -150,7 +161,7 @@ def _tensors(value: Any) -> Iterator[tuple[str, _Tensor]]:
         for key, v in reversed(inner):
             if isinstance(v, (dict, list, tuple, Made)):
                 waiting.append((f"{name}.{key}" if name else str(key), v))
-        if name.count(".") > _DEEPEST:
+        if name.count(".") > _DEEPEST or len(name) > _LONGEST_NAME:
             break
     raise PickleError("lists within lists without end")
 
@@ -159,11 +170,13 @@ def _tensor(made: Made) -> _Tensor | None:
     """The tensor that would have been made; None of anything else."""
     if made.kind in _PARAMETERS:
         data = made.args[0] if made.args else None
-        tensor = _tensor(data) if isinstance(data, Made) else None
+        if not isinstance(data, Made) or data.kind in _PARAMETERS:
+            return None
+        tensor = _tensor(data)
         return tensor and tensor._replace(requires_grad=made.args[1] is True)
     if made.kind == "torch._tensor._rebuild_from_type_v2" and len(made.args) > 2:
         function, kind, args = made.args[:3]
-        if kind.name in _PLAIN and function.name in _DENSE | _PARAMETERS:
+        if kind.name in _PLAIN and function.name in _DENSE:
             return _tensor(Made(function.name, args))  # plain, with attributes of its own
     if made.kind in _OTHERS:
         sizes, dtype = _looks(made.args)
@@ -182,12 +195,14 @@ def _tensor(made: Made) -> _Tensor | None:
         dtype = DTYPES[kind.name]
     numbers = (offset, storage.first, *sizes, *strides)
     if len(sizes) != len(strides) or not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers):
-        raise PickleError(f"a tensor of size {sizes!r} and strides {strides!r}")
+        raise PickleError("a tensor of sizes and strides that are none")
     unread = None
-    if rest and isinstance(rest[0], dict) and rest[0].get("neg"):
+    flags = rest[0] if rest and isinstance(rest[0], dict) else {}
+    if flags.get("neg"):
         unread = "a tensor with its sign kept apart (torch's negative bit)"
     requires_grad = bool(more) and more[0] is True
-    return _Tensor(storage, offset, tuple(sizes), tuple(strides), dtype, requires_grad, unread)
+    sizes, strides, conj = tuple(sizes), tuple(strides), bool(flags.get("conj"))
+    return _Tensor(storage, offset, sizes, strides, dtype, requires_grad, unread, conj)
 
 
 def _looks(args: tuple[Any, ...]) -> tuple[tuple[int, ...], torch.dtype]:
@@ -203,12 +218,14 @@ def _looks(args: tuple[Any, ...]) -> tuple[tuple[int, ...], torch.dtype]:
             dtype = DTYPES[arg.name]
         elif isinstance(arg, Storage):
             dtype = arg.dtype
-        elif isinstance(arg, Made) and (inner := _tensor(arg)) is not None:
-            dtype = inner.dtype
+        elif isinstance(arg, Made) and arg.kind in _DENSE and arg.args:
+            dtype = getattr(arg.args[0], "dtype", dtype)  # no deeper: such can be nested for ever
     return sizes, dtype
 
 
 def _stored(name: str, tensor: _Tensor, places: Places, path: str) -> Stored:
+    if len(tensor.sizes) > _MOST_DIMENSIONS or math.prod(tensor.sizes) >= 1 << 62:
+        raise PickleError("a tensor of more elements than can be counted")
     if tensor.unread:
         reason = f"{tensor.unread}; load it and pass it to paramstats.summarize"
         return Stored(name, tensor.sizes, tensor.dtype, (), tensor.requires_grad, reason)
@@ -218,8 +235,13 @@ def _stored(name: str, tensor: _Tensor, places: Places, path: str) -> Stored:
     begin, size = place
     itemsize = tensor.dtype.itemsize
     first = (tensor.offset + tensor.storage.first) * itemsize
+    numel = math.prod(tensor.sizes)
+    if numel > _FEW and numel * itemsize > _REPEATS * size:
+        reason = "an expanded tensor, which repeats its elements"
+        return Stored(name, tensor.sizes, tensor.dtype, (), tensor.requires_grad, reason)
     if first + span(tensor.sizes, tensor.strides) * itemsize > size:
         raise PickleError(f"{size} bytes in storage {tensor.storage.key!r}, too few for {name!r}")
     starts = (0,) * len(tensor.sizes)
     part = Part(path, begin + first, tensor.sizes, tensor.strides, starts)
-    return Stored(name, tensor.sizes, tensor.dtype, (part,), tensor.requires_grad)
+    row = Stored(name, tensor.sizes, tensor.dtype, (part,), tensor.requires_grad)
+    return row._replace(conj=tensor.conj)

@@ -27,6 +27,9 @@ _BITS = {
     **{"F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8},
     **{"F6_E2M3": 6, "F6_E3M2": 6, "F4": 4},
 }
+_MOST_BRACKETS = 1_000_000
+"""Beside those of tensors: JSON makes some 60 bytes of each, gigabytes of a header full of them."""
+
 _DTYPES = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
     **{"C64": torch.complex64, "BOOL": torch.bool},
@@ -51,6 +54,10 @@ def read(file: IO[bytes], path: str) -> list[Stored]:
             "off, or not safetensors"
         )
     header = file.read(length)
+    if header.count(b"[") + header.count(b"{") > 4 * header.count(b"data_offsets") + _MOST_BRACKETS:
+        raise CheckpointError(
+            f"paramstats: expected a safetensors header of tensors, got lists in lists in {path}"
+        )
     try:
         entries = json.loads(header.decode(), object_pairs_hook=_without_doubles)
     except (ValueError, RecursionError) as error:
@@ -62,7 +69,15 @@ def read(file: IO[bytes], path: str) -> list[Stored]:
             f"paramstats: expected a safetensors header with an object, got "
             f"{type(entries).__name__} in {path}"
         )
-    entries.pop("__metadata__", None)
+    about = entries.pop("__metadata__", {})
+    if not isinstance(about, dict) or not all(isinstance(v, str) for v in about.values()):
+        raise CheckpointError(f"paramstats: expected texts as __metadata__, got others in {path}")
+    if "DCP_SHARDING_INFO" in about:
+        raise CheckpointError(
+            f"paramstats: expected whole tensors, got one process's parts of them in {path}; "
+            "consolidate the checkpoint (torch.distributed.checkpoint.HuggingFaceStorageWriter "
+            "with enable_consolidation=True)"
+        )
     begin = 8 + length
     tensors = [_tensor(name, entry, begin, path) for name, entry in entries.items()]
     end = begin

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import dataclasses
 import importlib
@@ -22,6 +23,7 @@ from paramstats.checkpoints.comparison import Change
 from paramstats.checkpoints.opening import explained
 from paramstats.checkpoints.summarizing import Progress, summarize_file
 from paramstats.findings import Severity
+from paramstats.rendering import one_line_name
 from paramstats.stats import STATS
 
 _COMPARED = tuple(f for f in Change._fields if f not in ("shape", "dtype_a", "dtype_b"))
@@ -29,30 +31,43 @@ _COMPARED = tuple(f for f in Change._fields if f not in ("shape", "dtype_a", "dt
 INTERRUPTED = 130
 """What shells say of a program that Ctrl-C ended."""
 
+_LONGEST_LINE = 1000
+
 BROKEN_PIPE = 141
 """What they say of one whose reader went away."""
 
 
 def run(chosen: argparse.Namespace) -> int:
     """Prints what was asked for; returns the exit status: 2 where a file cannot be read."""
+    if sys.stdout is None:
+        return _complain("paramstats show: expected a standard output, got a closed one")
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # a name may hold anything
     try:
         if chosen.limit is not None and chosen.limit < 0:
             raise ValueError(f"paramstats show: expected --limit 0 or more, got {chosen.limit}")
         text = _compared(chosen) if chosen.other is not None else _summarized(chosen)
-        for line in text.splitlines(keepends=True):  # at once, PYTHONUNBUFFERED would hide errors
-            sys.stdout.write(line)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # no word at exit either
-        return BROKEN_PIPE
     except KeyboardInterrupt:
         return INTERRUPTED
     except OSError as error:
         return _complain(explained(error, chosen.file))
     except (ValueError, RuntimeError, MemoryError, re.error) as error:
-        return _complain(str(error) or type(error).__name__)
+        return _complain(str(error) or f"paramstats show: {type(error).__name__}: {chosen.file}")
+    return _write(text)
+
+
+def _write(text: str) -> int:
+    try:
+        for line in text.splitlines(keepends=True):  # at once, PYTHONUNBUFFERED would hide errors
+            sys.stdout.write(line)
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # no word at exit either
+        if isinstance(error, BrokenPipeError):
+            return BROKEN_PIPE
+        return _complain(f"paramstats show: cannot write to standard output: {error.strerror}")
+    except KeyboardInterrupt:
+        return INTERRUPTED
     return 0
 
 
@@ -185,5 +200,10 @@ def _warnings_in_a_line() -> Iterator[None]:
 
 
 def _complain(message: str) -> int:
-    print(" ".join(message.split()), file=sys.stderr)
+    line = one_line_name(" ".join(message.split()))
+    if len(line) > _LONGEST_LINE:
+        line = f"{line[:_LONGEST_LINE]} ..."
+    with contextlib.suppress(OSError):  # nowhere to say it: the status does
+        if sys.stderr is not None:
+            print(line, file=sys.stderr, flush=True)
     return 2

@@ -37,6 +37,8 @@ class Stored(NamedTuple):
     requires_grad: bool = False
     unread: str | None = None
     aliases: tuple[str, ...] = ()
+    conj: bool = False
+    """Whether the elements are the conjugates of what is stored (torch's conjugate bit)."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -107,13 +109,27 @@ def check_total(tensor: Stored, source: str) -> None:
                 f"{list(part.sizes)} at {list(part.starts)} in {source}"
             )
         elements += math.prod(part.sizes)
-    places = {part.starts for part in tensor.parts if math.prod(part.sizes)}
-    doubled = len(places) < sum(math.prod(part.sizes) > 0 for part in tensor.parts)
+    doubled = _overlap([part for part in tensor.parts if math.prod(part.sizes)])
     if elements != math.prod(tensor.shape) or doubled:
         raise CheckpointError(
             f"paramstats: expected parts with {math.prod(tensor.shape)} elements in all for "
             f"{tensor.name!r}, got {elements}{', some twice' if doubled else ''} in {source}"
         )
+
+
+def _overlap(parts: list[Part]) -> bool:
+    """Whether two of them have an element in common: a sweep along the first dimension."""
+    if parts and not parts[0].sizes:
+        return len(parts) > 1
+    open_: list[Part] = []
+    for part in sorted(parts, key=lambda part: part.starts):
+        open_ = [other for other in open_ if other.starts[0] + other.sizes[0] > part.starts[0]]
+        for other in open_:
+            sides = zip(part.starts, part.sizes, other.starts, other.sizes, strict=True)
+            if all(a < b + m and b < a + n for a, n, b, m in sides):
+                return True
+        open_.append(part)
+    return False
 
 
 def _inside(part: Part, shape: tuple[int, ...]) -> Iterator[bool]:

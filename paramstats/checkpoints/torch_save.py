@@ -32,6 +32,8 @@ _BROKEN = (
     AttributeError,
     OverflowError,
     EOFError,
+    RecursionError,
+    MemoryError,
 )
 """What a file whose values are not of the types they should be can make this reader raise."""
 
@@ -53,7 +55,7 @@ def read(file: IO[bytes], path: str, begin: int = 0, size: int | None = None) ->
             if "byteorder" in records:
                 order_at, order_length = _place(file, records["byteorder"], begin, end, path)
                 file.seek(order_at)
-                order = file.read(order_length)
+                order = file.read(min(order_length, 16))
     except CheckpointError:
         raise
     except (*_BROKEN, zipfile.BadZipFile, NotImplementedError, OSError) as error:
@@ -64,7 +66,9 @@ def read(file: IO[bytes], path: str, begin: int = 0, size: int | None = None) ->
         raise CheckpointError(f"paramstats: expected {sys.byteorder}-endian, got {order!r}: {path}")
     file.seek(where)
     try:
-        value = pickles.load(io.BytesIO(file.read(length)), ALLOWED, storage)
+        value = pickles.load(file, ALLOWED, storage)
+        if file.tell() > where + length:
+            raise PickleError("a pickle that is longer than its record")
         return listed(value, places, path)
     except (PickleError, *_BROKEN) as error:
         raise _refusal(path, error) from None

@@ -400,3 +400,27 @@ def test_ctrl_c_while_it_reads(tmp_path):
     process.send_signal(signal.SIGINT)
     assert process.wait(30) == 130
     assert process.stdout.read() == b"" and process.stderr.read() == b""
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+@pytest.mark.parametrize(
+    ("redirection", "status", "said"),
+    [
+        (">/dev/full", 2, "paramstats show: cannot write to standard output: No space left"),
+        (">&-", 2, "paramstats show: expected a standard output"),
+        ("2>/dev/full", 0, ""),
+    ],
+)
+def test_outputs_that_take_nothing(path, redirection, status, said):
+    command = f"'{sys.executable}' -m paramstats show '{path}' {redirection}"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+    assert done.returncode == status and done.stderr.startswith(said), done.stderr
+    assert len(done.stderr.splitlines()) <= 1
+
+
+def test_error_lines_are_short_and_hold_no_escapes(tmp_path, capsys):
+    odd = tmp_path / f"\x1b[31m{'x' * 200}.pt"
+    odd.write_bytes(b"nothing")
+    assert main(["show", str(odd)]) == 2
+    line = capsys.readouterr().err
+    assert "\x1b" not in line and "\\x1b" in line and len(line) < 1100
