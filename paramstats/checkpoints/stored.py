@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -80,6 +81,29 @@ def is_dense(sizes: tuple[int, ...], strides: tuple[int, ...]) -> bool:
             return False
         expected *= size
     return True
+
+
+Identity = tuple[int, int, int, int]
+
+
+def identities(tensors: Iterable[Stored]) -> dict[str, Identity]:
+    """Which files these tensors are in, as they are now."""
+    return {path: _identity(path) for path in {part.path for t in tensors for part in t.parts}}
+
+
+def check_unchanged(before: dict[str, Identity]) -> None:
+    """Refuses figures of files that were written or replaced while they were read."""
+    for path, identity in before.items():
+        if _identity(path) != identity:
+            raise CheckpointError(
+                f"paramstats: expected a file that stays as it is while it is read, got {path}, "
+                "which has changed"
+            )
+
+
+def _identity(path: str) -> Identity:
+    found = os.stat(path)
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def together(shards: Iterable[tuple[str, list[Stored]]], source: str) -> list[Stored]:

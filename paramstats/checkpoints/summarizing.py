@@ -13,7 +13,7 @@ import torch
 from paramstats.checkpoints import opening
 from paramstats.checkpoints.reading import Reader, pieces, runs_of
 from paramstats.checkpoints.states import States
-from paramstats.checkpoints.stored import Stored
+from paramstats.checkpoints.stored import Stored, check_unchanged, identities
 from paramstats.layout import Layout, compile_patterns, passes
 from paramstats.moments import ABSENT, ROW, unread
 from paramstats.summary import Summary
@@ -61,7 +61,9 @@ def summarize_file(
     if not math.isfinite(correction):
         raise ValueError(f"paramstats: expected a finite number for correction, got {correction!r}")
     tensors = selected(opening.read(path), include, exclude)
+    files = identities(tensors)
     table, skipped = _read(tensors, progress)
+    check_unchanged(files)
     if skipped:
         first, *others = skipped
         more = f" (and {len(others)} more)" if others else ""

@@ -14,6 +14,7 @@ import torch
 
 from paramstats.checkpoints import CheckpointError, summarize_file
 from paramstats.checkpoints.stored import Part, Stored, check_total
+from tests.checkpoints.files import save_file
 
 STRING = b"\x8c\x01k"
 TENSOR = b"ctorch._utils\n_rebuild_sparse_tensor\n"
@@ -95,7 +96,9 @@ def test_a_tensor_too_large_to_count(tmp_path):
     torch.save({"w": torch.empty(1 << 40, 1 << 20, device="meta")}, tmp_path / "a.pt")
     with pytest.warns(RuntimeWarning, match="a meta tensor"):
         assert summarize_file(tmp_path / "a.pt")["w"].count == 1 << 60
-    torch.save({"w": torch.empty(1 << 40, 1 << 22, device="meta")}, tmp_path / "b.pt")
+    torch.save(
+        {"w": torch.empty(1 << 40, 1 << 22, device="meta", dtype=torch.uint8)}, tmp_path / "b.pt"
+    )
     with pytest.raises(CheckpointError, match="more elements than can be counted"):
         summarize_file(tmp_path / "b.pt")
 
@@ -136,3 +139,17 @@ def test_an_index_that_is_a_pipe(tmp_path):
     os.mkfifo(tmp_path / "model.safetensors.index.json")
     with pytest.raises(CheckpointError, match="no regular file"):
         summarize_file(tmp_path)
+
+
+def test_a_file_that_is_replaced_while_it_is_read(tmp_path):
+    for name in ("a", "b"):
+        save_file({name: torch.ones(3_000_000)}, tmp_path / f"{name}.safetensors")
+    save_file({"b": torch.full((3_000_000,), 7.0)}, tmp_path / "new")
+
+    def replace(done: int, total: int) -> None:
+        if (tmp_path / "new").exists():
+            os.replace(tmp_path / "new", tmp_path / "b.safetensors")
+
+    with pytest.raises(CheckpointError, match=r"got .*b\.safetensors, which has changed"):
+        summarize_file(tmp_path, progress=replace)
+    assert summarize_file(tmp_path)["b"].mean == 7
