@@ -24,7 +24,7 @@ help:  ## this list
 
 $(VENV)/torch: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "installing $(TORCH) and what is needed to build and test: a minute or two"
+	@echo "installing $(TORCH) and what is needed to build and test: two minutes or three"
 	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)"
 	@touch $@
 

@@ -17,7 +17,7 @@ import paramstats
 from tests.integrations.moments import Logged, digits, moment, network, scalars_of
 
 lightning = pytest.importorskip("lightning.pytorch", reason="lightning is not installed")
-integration = pytest.importorskip("paramstats.integrations.lightning")
+integration = importlib.import_module("paramstats.integrations.lightning")
 ParamStatsCallback = integration.ParamStatsCallback
 
 

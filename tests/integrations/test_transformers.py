@@ -15,7 +15,7 @@ from tests.integrations.moments import Logged, moment
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("accelerate", reason="accelerate is not installed")
-integration = pytest.importorskip("paramstats.integrations.transformers")
+integration = importlib.import_module("paramstats.integrations.transformers")
 ParamStatsCallback, reporters = integration.ParamStatsCallback, integration.reporters
 
 logging.getLogger("transformers").setLevel(logging.ERROR)
