@@ -1,4 +1,4 @@
-"""Numbers, names and single tensors as people read them; tables are in report.py."""
+"""Numbers, names and single tensors as people read them; tables are in report/."""
 
 from __future__ import annotations
 

@@ -262,9 +262,10 @@ class Summary(Mapping[str, ParamStats]):
         Each `Finding` has `severity`, `kind`, `name`, `figure`, `threshold` and one line of
         `advice`. Thresholds and their sources: `Thresholds`.
         """
-        from paramstats import findings
+        from paramstats.findings import Thresholds
+        from paramstats.findings.rules import find
 
-        return findings.find(self, thresholds or findings.Thresholds())
+        return find(self, thresholds or Thresholds())
 
     @untraced
     def table(

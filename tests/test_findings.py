@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from paramstats import ParamStats, Severity, Summary, Thresholds, summarize
-from paramstats.findings import Kind, find
+from paramstats.findings import Kind
+from paramstats.findings.rules import find
 
 STEPS = 200
 

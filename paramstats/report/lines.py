@@ -1,28 +1,24 @@
-"""A summary as a table: aligned text, the same in colour, HTML for notebooks.
+"""What a table says, line by line, before it is laid out.
 
 A `Table` holds `Line`s, which know what they are (a block of the module tree, a tensor, another
-name of one, the total) and how worrying; the renderings below only lay them out.
+name of one, the total) and how worrying.
 """
 
 from __future__ import annotations
 
-import html as markup
-import io
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from paramstats import rendering, tree
-from paramstats.extras import needed
-from paramstats.findings import Finding, Severity, Thresholds, find
+from paramstats import tree
+from paramstats.findings import Finding, Severity, Thresholds
+from paramstats.findings.rules import find
 from paramstats.moments import ABSENT, is_unread
-from paramstats.rendering import elide, number, one_line_name, percent, printable, shape
+from paramstats.rendering import number, one_line_name, percent, shape
 from paramstats.stats import STATS, ParamStats, TensorStats
 
 if TYPE_CHECKING:
-    from rich.text import Text
-
     from paramstats.summary import Summary
 
 What = Literal["block", "tensor", "alias", "more", "total"]
@@ -31,23 +27,9 @@ _SHORT = {"zeros": "zero_fraction"}
 _COLUMNS = ("mean", "std", "norm", "zeros")
 _COLUMNS_OF_ONE_KIND = ("mean", "std", "norm", "min", "max", "zeros")
 _GRAD = "grad "
-_LEFT_OUT = ("grad mean", "mean", "grad zeros", "min", "max", "zeros", "grad std", "std", "shape")
-"""In this order, where a terminal is too narrow for all columns."""
-
-_GAP = "  "
-_INDENT = "  "
 _ALIAS = "  = "
 _NAME = "name"
-_WHOLE_NAME = 48
-"""Names up to this long are kept whole at the cost of columns; 80 columns have room for norms."""
-
-_NARROWEST_NAME = 12
-_HTML_TENSORS = 1000
-"""Tensors shown in a notebook; browsers grow slow beyond."""
-
-_STYLES = {"block": "bold", "total": "bold", "alias": "dim", "more": "dim"}
-_WORRYING = {Severity.WARNING: "yellow", Severity.ERROR: "bold red"}
-_QUIET = ("0%", "none", "frozen", "buffer", "-")
+QUIET = ("0%", "none", "frozen", "buffer", "-")
 
 
 class Line(NamedTuple):
@@ -289,167 +271,3 @@ def _notes(summary: Summary, findings: Sequence[Finding]) -> list[str]:
             f"{one_line_name(worst.name)}: {worst.kind.value}; advice: summary.findings()"
         )
     return notes
-
-
-# ---- text
-
-Span = tuple[str, str]
-"""Text, and how to set it off: a style of rich, or nothing."""
-
-
-def plain(table: Table, width: int | None = None) -> str:
-    """Names left, figures right, the total under a line; long names elided in the middle."""
-    return "\n".join("".join(text for text, _ in line) for line in _spans(table, width))
-
-
-def rich_lines(table: Table, width: int | None = None) -> Iterator[Text]:
-    """The same as lines of rich's, with what is odd in colour; notes wrap where they are long."""
-    text = needed("rich.text", "colour", "color").Text
-    for line in _spans(table, width):
-        yield text.assemble(*line, no_wrap=len(line) > 1)
-
-
-def colored(table: Table, width: int | None = None) -> str:
-    """The same with a terminal's escape codes."""
-    console = needed("rich.console", "colour", "color").Console(
-        file=io.StringIO(), force_terminal=True, width=1 << 30
-    )
-    console.print(*rich_lines(table, width), sep="\n", end="")
-    out: str = console.file.getvalue()
-    return out
-
-
-def for_print(table: Table) -> str:
-    """In colour where standard output is a terminal that has it, and rich is installed."""
-    if rendering.on_terminal():
-        try:
-            console = needed("rich.console", "colour", "color").Console()
-        except ImportError:
-            return plain(table)
-        if console.color_system is not None and not console.no_color:
-            return colored(table)
-    return plain(table)
-
-
-def _spans(table: Table, width: int | None) -> Iterator[list[Span]]:
-    width = rendering.columns(width)
-    labels = [_INDENT * line.depth + line.label for line in table.lines]
-    marks = [f"! {line.marks}" if line.marks else "" for line in table.lines]
-    columns = [
-        [heading, *(line.cells[position] for line in table.lines)]
-        for position, heading in enumerate(table.headings)
-    ]
-    if any(marks):
-        columns.append(["", *marks])
-    longest = max(len("parameter"), *map(len, labels))
-    left_out = []
-    for heading in _LEFT_OUT:
-        if _width(columns) + min(longest, _WHOLE_NAME) <= width:
-            break
-        narrower = [column for column in columns if column[0] != heading or heading == table.kept]
-        left_out += [heading] * (len(columns) - len(narrower))
-        columns = narrower
-    room = min(longest, max(width - _width(columns), _NARROWEST_NAME))
-    widths = [max(map(len, column)) for column in columns]
-    head = [("parameter".ljust(room), "bold")]
-    head += [
-        (_GAP + _aligned(column[0], column[0], w), "bold")
-        for column, w in zip(columns, widths, strict=True)
-    ]
-    rule = [(printable("─", "-") * sum(len(text) for text, _ in head), "dim")]
-    yield _stripped(head)
-    yield rule
-    for position, (line, label) in enumerate(zip(table.lines, labels, strict=True)):
-        if line.what == "total":
-            yield rule
-        style = _WORRYING.get(line.severity, _STYLES.get(line.what, ""))
-        spans = [(elide(label, room).ljust(room), style)]
-        for column, w in zip(columns, widths, strict=True):
-            cell = column[position + 1]
-            quiet = "dim" if cell in _QUIET and line.what == "tensor" else ""
-            own = style if column[0] == "" or line.what in ("block", "total") else quiet
-            spans.append((_GAP + _aligned(cell, column[0], w), own))
-        yield _stripped(spans)
-    if left_out:
-        yield [(elide(f"no room for {', '.join(left_out)}", width), "dim")]
-    for note in table.notes:
-        yield [(note, "")]
-
-
-def _stripped(spans: list[Span]) -> list[Span]:
-    """Without blanks at the end."""
-    while spans and not spans[-1][0].strip():
-        spans.pop()
-    if spans:
-        text, style = spans.pop()
-        spans.append((text.rstrip(), style))
-    return spans
-
-
-def _aligned(cell: str, heading: str, width: int) -> str:
-    left = heading == "" or cell.startswith("[") or cell in ("shape", "lazy")
-    return cell.ljust(width) if left else cell.rjust(width)
-
-
-def _width(columns: Sequence[Sequence[str]]) -> int:
-    """Of columns with a gap before each."""
-    return sum(max(map(len, column)) + len(_GAP) for column in columns)
-
-
-# ---- HTML
-
-_CSS = """
-.paramstats { max-height: 40em; overflow: auto; }
-.paramstats table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-.paramstats th, .paramstats td { text-align: right; padding: 2px 8px; white-space: nowrap; }
-.paramstats th { position: sticky; top: 0; background: Canvas; border-bottom: 1px solid; }
-.paramstats .name, .paramstats .shape, .paramstats .marks { text-align: left; }
-.paramstats .block td, .paramstats .total td { font-weight: 600; }
-.paramstats .block td { background: rgba(128, 128, 128, .12); }
-.paramstats .total td { border-top: 1px solid; }
-.paramstats .alias td, .paramstats .quiet {
-  color: color-mix(in srgb, currentColor 55%, transparent);
-}
-.paramstats .marks { white-space: normal; min-width: 9em; }
-.paramstats .warning td { background: rgba(255, 170, 0, .22); }
-.paramstats .error td { background: rgba(230, 40, 40, .25); }
-"""
-
-
-def html(summary: Summary) -> str:
-    """The table for a notebook: full names and advice come up under the pointer."""
-    made = table(summary, limit=_HTML_TENSORS)
-    marked = any(line.marks for line in made.lines)
-    headings = ["parameter", *made.headings, *([""] if marked else [])]
-    head = "".join(
-        f'<th class="{_css(heading)}">{markup.escape(heading)}</th>' for heading in headings
-    )
-    body = "".join(_html_line(line, made.headings, marked) for line in made.lines)
-    notes = "".join(f"<p>{markup.escape(note)}</p>" for note in made.notes)
-    return (
-        f'{notes}<div class="paramstats"><style>{_CSS}</style>'
-        f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-    )
-
-
-def _html_line(line: Line, headings: Sequence[str], marked: bool) -> str:
-    kind = line.what
-    if line.severity in _WORRYING:
-        kind += f" {line.severity.name.lower()}"  # type: ignore[assignment]
-    cells = [
-        f'<td class="name" style="padding-left: {8 + 16 * line.depth}px" '
-        f'title="{markup.escape(line.name)}">{markup.escape(line.label)}</td>'
-    ]
-    for heading, cell in zip(headings, line.cells, strict=True):
-        quiet = " quiet" if cell in _QUIET and line.what == "tensor" else ""
-        cells.append(f'<td class="{_css(heading)}{quiet}">{markup.escape(cell)}</td>')
-    if marked:
-        advice = "\n".join(map(str, line.findings))
-        cells.append(
-            f'<td class="marks" title="{markup.escape(advice)}">{markup.escape(line.marks)}</td>'
-        )
-    return f'<tr class="{kind}">{"".join(cells)}</tr>'
-
-
-def _css(heading: str) -> str:
-    return {"parameter": "name", "shape": "shape", "": "marks"}.get(heading, "figure")
