@@ -51,7 +51,9 @@ class History:
     Args:
         path: a file that takes every entry as it comes, a line each (JSON Lines; docs/history.md
             has the format). An existing one is continued: its entries are read first, and what a
-            crash broke at its end is cut off, with a warning. None: memory alone.
+            crash broke at its end is cut off, with a warning. It is locked until `close`: where
+            another history has it open, a warning says so, and this one's entries stay in memory.
+            None: memory alone.
         max_bytes: how much memory the entries may take. One takes 144 bytes a parameter. When
             they are too many, every second one is dropped, all but the first and the latest, and
             from then on entries are kept at the coarser spacing: they span the whole run evenly,
@@ -111,26 +113,30 @@ class History:
                 f"paramstats.History: expected a Summary, got {type(summary).__name__} "
                 f"at step {step}; pass paramstats.summarize(model)"
             )
-        if self._kept.entries and step <= self._kept.entries[-1].step and not self._went_back:
-            self._went_back = True
-            warnings.warn(
-                f"paramstats.History: step {step} comes after step {self._kept.entries[-1].step}, "
-                f"as in a run that went back: earlier entries from step {step} on are dropped",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-        self._journal.add(self._kept.add(step, None, summary))
+        with self._journal.lock:
+            last = self._kept.entries[-1].step if self._kept.entries else step - 1
+            if step <= last and not self._went_back:
+                self._went_back = True
+                warnings.warn(
+                    f"paramstats.History: step {step} comes after step {last}, as in a run that "
+                    f"went back: earlier entries from step {step} on are dropped",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+            self._journal.add(self._kept.add(step, None, summary))
 
     def wait(self) -> History:
         """Waits until all figures are here and, where there is a file, in it; returns this."""
-        self._journal.settle(wait=True)
+        with self._journal.lock:
+            self._journal.settle(wait=True)
         return self
 
     def close(self) -> None:
         """Writes what is not written yet and lets go of the file; the entries stay, and another one
         opens it again."""
-        self.wait()
-        self._journal.close()
+        with self._journal.lock:
+            self._journal.settle(wait=True)
+            self._journal.close()
 
     def __enter__(self) -> History:
         return self
@@ -141,8 +147,9 @@ class History:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the entries that are in memory to a file, for `load`. A file that is there is
         replaced by the whole new one at once, or stays as it was."""
-        self.wait()
-        self._journal.save(os.path.realpath(path), self._kept.entries)
+        with self._journal.lock:
+            self._journal.settle(wait=True)
+            self._journal.save(os.path.realpath(path), self._kept.entries)
 
     # ---- what is there
 

@@ -9,6 +9,7 @@ write reached the disk, what is before the cut is whole; `read` says what is not
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -23,6 +24,11 @@ import torch
 from paramstats.layout import Layout
 from paramstats.moments import ABSENT, NAN, ROW, Moments, unread
 from paramstats.summary import Summary
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 _VERSION = 1
 _HEADER = b'{"paramstats": "history", "version": 1}\n'
@@ -44,23 +50,41 @@ class Entry(NamedTuple):
     summary: Summary
 
 
-class Writer:
-    """Appends entries to a file."""
+class TakenError(OSError):
+    """Another one has the file open to write."""
 
-    def __init__(self, path: str, layout: Layout | None, size: int) -> None:
-        """Continues the file at `path` after `size` bytes, whose last layout is `layout`; one of 0
-        bytes gets its first line."""
+
+class Writer:
+    """Appends entries to a file, which is its own from when it is made until it is closed."""
+
+    def __init__(self, path: str) -> None:
+        """Opens the file, and makes one where there is none, but changes nothing in it yet."""
+        self._layout: Layout | None = None
+        self._size = 0
+        self._file = open(path, "r+b", buffering=0, opener=_open_or_make)  # noqa: SIM115
+        try:
+            _lock(self._file.fileno())
+        except TakenError:
+            self._file.close()
+            raise
+
+    def go_on(self, layout: Layout | None, size: int) -> None:
+        """After `size` bytes, whose last layout is `layout`; after 0 bytes with the first line."""
         self._layout = layout
         self._size = size
-        self._file = open(path, "r+b" if os.path.exists(path) else "w+b", buffering=0)  # noqa: SIM115
-        self._file.truncate(size)
-        self._file.seek(size)
-        if size == 0:
-            self._write(_HEADER)
+        try:
+            self._file.truncate(size)
+            self._file.seek(size)
+            if size == 0:
+                self._write(_HEADER)
+        except BaseException:
+            self.close()
+            raise
 
     def write(self, entry: Entry) -> None:
         """Appends an entry, after its layout where that has changed: one write, lines that are
         whole or, after an OSError, not there at all."""
+        self.check(self._size)
         layout = entry.summary._layout
         lines = _entry_line(entry)
         if self._layout is None or self._layout.fields != layout.fields:
@@ -68,10 +92,25 @@ class Writer:
         self._write(lines)
         self._layout = layout
 
+    def check(self, size: int) -> None:
+        """OSError where somebody without the lock, or where there are no locks, has been here."""
+        found = os.fstat(self._file.fileno())
+        if found.st_size != size:
+            raise OSError(f"another has changed it: it has {found.st_size} bytes, not {size}")
+        if not found.st_nlink:
+            raise OSError("it was removed or replaced")
+
     def close(self) -> tuple[Layout | None, int]:
         """Returns what it takes to continue the file."""
+        if fcntl is not None and not self._file.closed:
+            with contextlib.suppress(OSError):  # a copy of the descriptor may outlive this one
+                fcntl.flock(self._file.fileno(), fcntl.LOCK_UN)
         self._file.close()
         return self._layout, self._size
+
+    def abandon(self) -> None:
+        """In a forked process: the descriptor goes, the lock stays the parent's."""
+        self._file.close()
 
     def _write(self, lines: bytes) -> None:
         # No buffer: what was written survives the process, and a fork has nothing to write again.
@@ -85,25 +124,42 @@ class Writer:
         self._size += len(lines)
 
 
-def write_all(path: str, entries: Iterable[Entry]) -> None:
-    """Puts a file with these entries at `path`, whole or not at all."""
-    beside = f"{path}.{os.getpid()}.tmp"
+def _open_or_make(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_CREAT, 0o666)
+
+
+def _lock(file: int) -> None:
+    if fcntl is None:
+        return
     try:
-        writer = Writer(beside, None, 0)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise TakenError("another History has it open") from None
+    except OSError:  # some network file systems have no locks; `Writer.check` is left
+        pass
+
+
+def write_all(path: str, entries: Iterable[Entry]) -> Writer:
+    """Puts a file with these entries at `path`, whole or not at all; returns its writer."""
+    beside = f"{path}.{os.getpid()}.tmp"
+    writer = Writer(beside)
+    try:
+        writer.go_on(None, 0)
         for entry in entries:
             writer.write(entry)
         os.fsync(writer._file.fileno())
-        writer.close()
         os.replace(beside, path)
     except BaseException:
+        writer.close()
         if os.path.exists(beside):
             os.remove(beside)
         raise
+    return writer
 
 
 class Reader:
-    """Iterates over the entries of a file; afterwards `layout` and `size` are what `Writer` needs
-    to continue it."""
+    """Iterates over the entries of a file; afterwards `layout` and `size` are what `Writer.go_on`
+    needs."""
 
     def __init__(self, path: str) -> None:
         self.path = path

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import json
 import math
 import os
+import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 
@@ -343,3 +347,132 @@ def test_a_closed_file_that_another_has_changed_stays_as_it_is(tmp_path, model):
         history.append(1, summarize(model))
     history.append(2, summarize(model))
     assert path.read_bytes() == before and len(history) == 3
+
+
+# ---- one writer
+
+
+OTHER = """
+import sys, warnings, torch, paramstats
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    history = paramstats.History(sys.argv[1])
+    for step in (10, 11):
+        history.append(step, paramstats.summarize({"w": torch.ones(1)}))
+    history.close()
+    print(len(history), *(w.message for w in caught if "paramstats.History" in str(w.message)))
+"""
+
+
+def in_another_process(path) -> str:
+    command = [sys.executable, "-W", "ignore", "-c", OTHER, str(path)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_a_second_process_keeps_its_entries_in_memory(tmp_path):
+    path = tmp_path / "run.jsonl"
+    history = History(path)
+    history.append(0, summarize({"w": torch.ones(1)}))
+    said = in_another_process(path)
+    assert said == (
+        f"3 paramstats.History: another History, maybe in another process, has '{path}' open: "
+        f"entries appended to this one are in memory alone\n"
+    )
+    history.append(1, summarize({"w": torch.ones(1)}))
+    history.close()
+    assert the_same(History.load(path), history)
+    assert in_another_process(path) == "4\n", "closed, it is free"
+    assert History.load(path).steps.tolist() == [0, 1, 10, 11]
+    with pytest.warns(RuntimeWarning, match="cannot be written any more, .*another has changed it"):
+        history.append(2, summarize({"w": torch.ones(1)}))
+    assert History.load(path).steps.tolist() == [0, 1, 10, 11]
+
+
+@pytest.mark.parametrize("change", ["grown", "shrunk", "removed"])
+def test_a_file_that_another_changes_is_not_written_any_more(tmp_path, change):
+    path = tmp_path / "run.jsonl"
+    history = History(path)
+    history.append(0, summarize({"w": torch.ones(1)}))
+    if change == "removed":
+        path.unlink()
+    else:
+        data = path.read_bytes()
+        path.write_bytes(data + b" " if change == "grown" else data[:-1])
+    before = path.exists() and path.read_bytes()
+    with pytest.warns(RuntimeWarning, match=rf"'{path}' cannot be written any more, .*from step 1"):
+        history.append(1, summarize({"w": torch.ones(1)}))
+    history.append(2, summarize({"w": torch.ones(1)}))
+    assert len(history) == 3 and (path.exists() and path.read_bytes()) == before
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_process_does_not_write(tmp_path):
+    path = tmp_path / "run.jsonl"
+    history = History(path)
+    history.append(0, summarize({"w": torch.ones(1)}))
+    one = summarize({"w": torch.ones(1)})
+    said, say = os.pipe()
+    history._journal.lock.acquire()  # as another thread might have it
+    child = os.fork()
+    if child == 0:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            history.append(1, one)
+            history.append(2, one)
+            history.close()
+        os.write(say, f"{len(history)} {[str(w.message) for w in caught]}".encode())
+        time.sleep(1)
+        os._exit(0)
+    history._journal.lock.release()
+    message = os.read(said, 1000).decode()
+    assert message.startswith("3 [") and message.count("was forked from") == 1
+    history.append(5, one)
+    history.close()
+    assert "another" not in in_another_process(path), "the child does not hold the lock"
+    assert History.load(path).steps.tolist() == [0, 5, 10, 11]
+    os.waitpid(child, 0)
+
+
+def test_threads_write_what_they_append(tmp_path):
+    path = tmp_path / "run.jsonl"
+    history = History(path)
+    one = summarize({"w": torch.ones(1)})
+    steps = itertools.count()
+
+    def work() -> None:
+        for _ in range(300):
+            history.append(next(steps), one)
+
+    history._went_back = True  # threads overtake each other: no warning
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    history.close()
+    assert path.read_text().count('"step"') == 2400, "also those that another overtook"
+    assert the_same(History.load(path), history)
+
+
+def test_copies_live_in_memory(tmp_path):
+    path = tmp_path / "run.jsonl"
+    history = History(path)
+    history.append(0, summarize({"w": torch.ones(1)}))
+    before = path.read_bytes()
+    for copied in (pickle.loads(pickle.dumps(history)), copy.deepcopy(history)):
+        assert the_same(copied, history)
+        copied.append(1, summarize({"w": torch.ones(1)}))
+        copied.close()
+        assert len(copied) == 2 and path.read_bytes() == before
+
+
+def test_a_failed_first_line_leaves_nothing_open(tmp_path, monkeypatch):
+    def fail(self, lines):
+        raise OSError("full")
+
+    monkeypatch.setattr("paramstats.history.file.Writer._write", fail)
+    with pytest.raises(OSError, match="full") as caught:
+        History(tmp_path / "run.jsonl")
+    monkeypatch.undo()
+    History(tmp_path / "run.jsonl").close()  # the traceback, which holds the first, has no lock
+    del caught
