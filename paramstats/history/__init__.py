@@ -61,8 +61,8 @@ class History:
             all.
 
     Raises:
-        ValueError: `path` is a file of another kind, or broken in its middle; `max_bytes` is no
-            size.
+        ValueError: `path` is a file of another kind, broken in its middle, or has lines that make
+            no sense; `max_bytes` is no size.
 
     Iteration gives (step, summary) pairs. `history[name]` gives arrays over `history.steps`, under
     the names that the figures have in a summary: `.mean`, `.grad.norm`, ...; `history.total` is all
@@ -72,7 +72,7 @@ class History:
     def __init__(
         self, path: str | os.PathLike[str] | None = None, *, max_bytes: int = _MAX_BYTES
     ) -> None:
-        if not isinstance(max_bytes, int) or max_bytes <= 0:
+        if type(max_bytes) is not int or max_bytes <= 0:
             raise ValueError(
                 f"paramstats.History: expected a number of bytes > 0 for max_bytes, "
                 f"got {max_bytes!r}"
@@ -90,7 +90,8 @@ class History:
         cut, with a warning that says how many lines were lost.
 
         Raises:
-            ValueError: a file of another kind, or one with a broken line before whole ones.
+            ValueError: a file of another kind, one with a broken line before whole ones, or with a
+                line that is JSON and makes no sense.
         """
         history = cls(max_bytes=max_bytes)
         history._take(Reader(os.fspath(path)))
