@@ -33,6 +33,9 @@ _MAX_BYTES = 256 << 20
 _MOST_LINES = 10
 """More than these are hard to follow one by one."""
 
+_MOST_CHOSEN = 20
+"""More than these nobody follows, who asked for them or not."""
+
 
 class History:
     """Summaries by step: append each, then look at any parameter's figures over training.
@@ -247,7 +250,8 @@ class History:
 
         Args:
             names: names, or regular expressions searched in them, one or several; "total" is all
-                as one. None: every tensor, from eleven on as a `heatmap`.
+                as one. None: every tensor, from eleven on as a `heatmap`. More than twenty that
+                were chosen make one, too, which has no row for the total.
             stat: a figure, by its name in `TensorStats`, or "update_ratio", whatever `kind` says.
             kind: "grad" for the gradients', "param" for the tensors' own.
             ax: matplotlib axes to draw in. None: a new figure, without pyplot; a notebook shows it.
@@ -256,6 +260,7 @@ class History:
             The `matplotlib.figure.Figure`; `savefig` writes it.
 
         Raises:
+            TypeError: `names` is neither.
             ValueError: nothing to draw, a name that is not there, an unknown `stat` or `kind`.
 
         The figures' axis is logarithmic where sizes (norm, std, ...) span more than a factor of 20,
@@ -266,10 +271,13 @@ class History:
         from paramstats.history import plotting
 
         plotting.check(self, stat, kind)
-        if names is None and len(self.names) > _MOST_LINES:
-            return self.heatmap(stat, kind, ax=ax)
-        every = self.names if names is None else names
-        return plotting.lines(self, plotting.chosen(self, every), stat, kind, ax)
+        if names is None:
+            found, most = list(self.names), _MOST_LINES
+        else:
+            found, most = plotting.chosen(self, names), _MOST_CHOSEN
+        if len(found) > most:
+            return self.heatmap(stat, kind, names=found, ax=ax)
+        return plotting.lines(self, found, stat, kind, ax)
 
     def heatmap(
         self,

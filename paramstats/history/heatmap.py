@@ -48,7 +48,8 @@ Codes = npt.NDArray[np.int64]
 def heatmap(
     history: History, names: Sequence[str], stat: str, kind: str, ax: Axes | None
 ) -> Figure:
-    names = [name for name in names if name in history]  # the total is no row
+    known = set(history.names)
+    names = [name for name in names if name in known]  # the total is no row
     values, bad = _cells(history, names, stat, kind)
     if np.isnan(values).all() and not bad.any():
         raise plotting.nothing(kind)

@@ -108,6 +108,18 @@ def test_from_eleven_on_the_whole_model_is_a_heat_map():
     assert len(made(blocks(11)).plot().axes[0].collections) == 2
 
 
+def test_from_twenty_one_on_what_was_chosen_is_a_heat_map():
+    assert len(made(blocks(30)).plot("layers.[0-3]").axes[0].lines) == 20
+    ax = made(blocks(30)).plot(["layers.[0-3]", "layers.4.ln", "total"]).axes[0]
+    assert ax.collections[0].get_array().shape == (21, 6)
+
+
+@pytest.mark.parametrize("names", [3, [3], ["w", None]])
+def test_what_are_no_names(names):
+    with pytest.raises(TypeError, match=r"^paramstats.History.plot: expected names.*got (3|None)$"):
+        made(["w"]).plot(names)
+
+
 @pytest.mark.parametrize(
     ("stat", "last", "scale"),
     [("norm", 100, "log"), ("norm", 3, "linear"), ("mean", 100, "linear"), ("std", 100, "linear")],
@@ -130,7 +142,7 @@ def test_nan_is_marked_where_it_was():
 @pytest.mark.parametrize("count", [1, 5, 50, 500])
 def test_lines_labels_are_apart(count):
     history = made(blocks(count), gradient=lambda n, s: 1.0 + 1e-3 * s + (n < "model.layers.2"))
-    figure = history.plot(".")
+    figure = plotting.lines(history, history.names, "norm", "grad", None)
     drawn(figure)
     ends = end_labels(figure)
     assert len(ends) == min(count, 50) or (count == 500 and 40 <= len(ends) <= 60)
