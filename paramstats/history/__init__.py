@@ -33,6 +33,9 @@ _MAX_BYTES = 256 << 20
 _MOST_LINES = 10
 """More than these are hard to follow one by one."""
 
+_MOST_CHOSEN = 20
+"""More than these nobody follows, who asked for them or not."""
+
 
 class History:
     """Summaries by step: append each, then look at any parameter's figures over training.
@@ -51,7 +54,9 @@ class History:
     Args:
         path: a file that takes every entry as it comes, a line each (JSON Lines; docs/history.md
             has the format). An existing one is continued: its entries are read first, and what a
-            crash broke at its end is cut off, with a warning. None: memory alone.
+            crash broke at its end is cut off, with a warning. It is locked until `close`: where
+            another history has it open, a warning says so, and this one's entries stay in memory.
+            None: memory alone.
         max_bytes: how much memory the entries may take. One takes 144 bytes a parameter. When
             they are too many, every second one is dropped, all but the first and the latest, and
             from then on entries are kept at the coarser spacing: they span the whole run evenly,
@@ -59,8 +64,8 @@ class History:
             all.
 
     Raises:
-        ValueError: `path` is a file of another kind, or broken in its middle; `max_bytes` is no
-            size.
+        ValueError: `path` is a file of another kind, broken in its middle, or has lines that make
+            no sense; `max_bytes` is no size.
 
     Iteration gives (step, summary) pairs. `history[name]` gives arrays over `history.steps`, under
     the names that the figures have in a summary: `.mean`, `.grad.norm`, ...; `history.total` is all
@@ -70,7 +75,7 @@ class History:
     def __init__(
         self, path: str | os.PathLike[str] | None = None, *, max_bytes: int = _MAX_BYTES
     ) -> None:
-        if not isinstance(max_bytes, int) or max_bytes <= 0:
+        if type(max_bytes) is not int or max_bytes <= 0:
             raise ValueError(
                 f"paramstats.History: expected a number of bytes > 0 for max_bytes, "
                 f"got {max_bytes!r}"
@@ -88,7 +93,8 @@ class History:
         cut, with a warning that says how many lines were lost.
 
         Raises:
-            ValueError: a file of another kind, or one with a broken line before whole ones.
+            ValueError: a file of another kind, one with a broken line before whole ones, or with a
+                line that is JSON and makes no sense.
         """
         history = cls(max_bytes=max_bytes)
         history._take(Reader(os.fspath(path)))
@@ -111,26 +117,30 @@ class History:
                 f"paramstats.History: expected a Summary, got {type(summary).__name__} "
                 f"at step {step}; pass paramstats.summarize(model)"
             )
-        if self._kept.entries and step <= self._kept.entries[-1].step and not self._went_back:
-            self._went_back = True
-            warnings.warn(
-                f"paramstats.History: step {step} comes after step {self._kept.entries[-1].step}, "
-                f"as in a run that went back: earlier entries from step {step} on are dropped",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-        self._journal.add(self._kept.add(step, None, summary))
+        with self._journal.lock:
+            last = self._kept.entries[-1].step if self._kept.entries else step - 1
+            if step <= last and not self._went_back:
+                self._went_back = True
+                warnings.warn(
+                    f"paramstats.History: step {step} comes after step {last}, as in a run that "
+                    f"went back: earlier entries from step {step} on are dropped",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+            self._journal.add(self._kept.add(step, None, summary))
 
     def wait(self) -> History:
         """Waits until all figures are here and, where there is a file, in it; returns this."""
-        self._journal.settle(wait=True)
+        with self._journal.lock:
+            self._journal.settle(wait=True)
         return self
 
     def close(self) -> None:
         """Writes what is not written yet and lets go of the file; the entries stay, and another one
         opens it again."""
-        self.wait()
-        self._journal.close()
+        with self._journal.lock:
+            self._journal.settle(wait=True)
+            self._journal.close()
 
     def __enter__(self) -> History:
         return self
@@ -141,8 +151,9 @@ class History:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the entries that are in memory to a file, for `load`. A file that is there is
         replaced by the whole new one at once, or stays as it was."""
-        self.wait()
-        self._journal.save(os.path.realpath(path), self._kept.entries)
+        with self._journal.lock:
+            self._journal.settle(wait=True)
+            self._journal.save(os.path.realpath(path), self._kept.entries)
 
     # ---- what is there
 
@@ -239,7 +250,8 @@ class History:
 
         Args:
             names: names, or regular expressions searched in them, one or several; "total" is all
-                as one. None: every tensor, from eleven on as a `heatmap`.
+                as one. None: every tensor, from eleven on as a `heatmap`. More than twenty that
+                were chosen make one, too, which has no row for the total.
             stat: a figure, by its name in `TensorStats`, or "update_ratio", whatever `kind` says.
             kind: "grad" for the gradients', "param" for the tensors' own.
             ax: matplotlib axes to draw in. None: a new figure, without pyplot; a notebook shows it.
@@ -248,6 +260,7 @@ class History:
             The `matplotlib.figure.Figure`; `savefig` writes it.
 
         Raises:
+            TypeError: `names` is neither.
             ValueError: nothing to draw, a name that is not there, an unknown `stat` or `kind`.
 
         The figures' axis is logarithmic where sizes (norm, std, ...) span more than a factor of 20,
@@ -258,10 +271,13 @@ class History:
         from paramstats.history import plotting
 
         plotting.check(self, stat, kind)
-        if names is None and len(self.names) > _MOST_LINES:
-            return self.heatmap(stat, kind, ax=ax)
-        every = self.names if names is None else names
-        return plotting.lines(self, plotting.chosen(self, every), stat, kind, ax)
+        if names is None:
+            found, most = list(self.names), _MOST_LINES
+        else:
+            found, most = plotting.chosen(self, names), _MOST_CHOSEN
+        if len(found) > most:
+            return self.heatmap(stat, kind, names=found, ax=ax)
+        return plotting.lines(self, found, stat, kind, ax)
 
     def heatmap(
         self,

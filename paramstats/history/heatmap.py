@@ -15,7 +15,8 @@ from matplotlib.patches import Patch
 
 from paramstats.history import plotting
 from paramstats.history.labels import LINE_HEIGHT, SMALL, room, root, shown
-from paramstats.history.series import Array, rows
+from paramstats.history.series import Array
+from paramstats.history.states import States
 
 if TYPE_CHECKING:
     from paramstats.history import History
@@ -47,7 +48,8 @@ Codes = npt.NDArray[np.int64]
 def heatmap(
     history: History, names: Sequence[str], stat: str, kind: str, ax: Axes | None
 ) -> Figure:
-    names = [name for name in names if name in history]  # the total is no row
+    known = set(history.names)
+    names = [name for name in names if name in known]  # the total is no row
     values, bad = _cells(history, names, stat, kind)
     if np.isnan(values).all() and not bad.any():
         raise plotting.nothing(kind)
@@ -122,22 +124,13 @@ def _cells(
     history: History, names: Sequence[str], stat: str, kind: str
 ) -> tuple[Array, npt.NDArray[np.bool_]]:
     """Figures by name and entry, NaN where there is none; where one is NaN or infinite itself."""
-    values = np.full((len(names), len(history)), np.nan)
-    bad = np.zeros(values.shape, dtype=bool)
+    summaries = [summary for _, summary in history]
     if stat == "update_ratio":
-        for row, name in enumerate(names):
-            values[row] = history[name].update_ratio
-            bad[row] = history[name].nonfinite_count > 0
-        return values, bad
-    place = {name: row for row, name in enumerate(names)}
-    stats = (stat, "nonfinite_count")
-    for column, (_, summary) in enumerate(history):
-        figures = rows(summary, stats)[:, 2:] if kind == "grad" else rows(summary, stats)[:, :2]
-        at = [(row, place[name]) for row, name in enumerate(summary) if name in place]
-        here, there = np.array(at, dtype=np.int64).reshape(-1, 2).T
-        values[there, column] = figures[here, 0]
-        infinite = np.isinf(figures[here, 0])
-        bad[there, column] = infinite | (np.isnan(figures[here, 0]) & (figures[here, 1] > 0))
+        states = States(summaries, names, "param")
+        return states.update_ratio(), states.has_nonfinite
+    states = States(summaries, names, kind)
+    values = states.figures(stat)
+    bad = np.isinf(values) | (np.isnan(values) & states.has_nonfinite)
     return np.where(bad, np.nan, values), bad
 
 

@@ -117,12 +117,20 @@ def chosen(
     history: History, names: str | re.Pattern[str] | Iterable[str | re.Pattern[str]]
 ) -> list[str]:
     """The names that `names` stand for, in the model's order, the total last."""
-    several = [names] if isinstance(names, (str, re.Pattern)) else list(names)
+    several = [names] if isinstance(names, (str, re.Pattern)) else names
+    if not isinstance(several, Iterable):
+        raise _no_names(names)
     known = history.names
+    # By what they were called when they were last there, without figures of every entry.
+    layouts = dict.fromkeys(summary._layout for _, summary in reversed(list(history)))
     found: set[str] = set()
     for name in several:
-        if isinstance(name, str) and name in history:
-            found.add(history[name].name)
+        if not isinstance(name, (str, re.Pattern)):
+            raise _no_names(name)
+        rows = ((layout, layout.index.get(cast(str, name))) for layout in layouts)
+        first = next((layout.names[row] for layout, row in rows if row is not None), None)
+        if first is not None:
+            found.add(first)
             continue
         if name == "total":
             found.add("total")
@@ -138,6 +146,13 @@ def chosen(
             )
         found |= matching
     return [name for name in (*known, "total") if name in found]
+
+
+def _no_names(got: object) -> TypeError:
+    return TypeError(
+        f"paramstats.History.plot: expected names, or regular expressions found in some, "
+        f"got {got!r}"
+    )
 
 
 def check(history: History, stat: str, kind: str) -> None:

@@ -158,23 +158,11 @@ class ParamSeries(TotalSeries):
         those that are left. Of float32 and shorter types, values below 1e-5 are within the
         figures' own rounding, and prove nothing.
         """
-        # Let w = mean * 1 + c, where 1 is the vector of n ones and c the deviations, which add up
-        # to zero: c is orthogonal to 1, ||c||^2 = m2. So is the difference of two such c, hence
-        #     ||w1 - w0||^2 = n (mean1 - mean0)^2 + ||c1 - c0||^2      (Pythagoras)
-        #                  >= n (mean1 - mean0)^2 + (||c1|| - ||c0||)^2 (reverse triangle)
-        # with equality where c1 = k c0, k >= 0. Of complex tensors `mean` is the modulus of the
-        # mean, whose differences are no greater than those of the means: by the same inequality.
         states = np.array(list(map(_state, self._entries)), dtype=np.float64)
         count, mean, m2 = states.reshape(-1, 3).T
         shapes = [entry and entry.shape for entry in self._entries]
         same = [before == after for before, after in itertools.pairwise(shapes)]
-        ratio = np.full(len(self), NAN)
-        with np.errstate(all="ignore"):
-            shift = np.sqrt(count[1:]) * np.diff(mean)
-            before = self.norm[:-1]
-            known = np.array(same, dtype=bool) & (before > 0)
-            ratio[1:] = np.where(known, np.hypot(shift, np.diff(np.sqrt(m2))) / before, NAN)
-        return ratio
+        return least_change(count, mean, m2, self.norm, np.array(same, dtype=bool))
 
     @property
     def name(self) -> str:
@@ -209,6 +197,25 @@ class ParamSeries(TotalSeries):
 
     def _called(self) -> str:
         return f"'{self.name}'"
+
+
+def least_change(
+    count: Array, mean: Array, m2: Array, norm: Array, is_same_shape: npt.NDArray[np.bool_]
+) -> Array:
+    """`ParamSeries.update_ratio`, from states over steps in the last axis; NaN: not known."""
+    # Let w = mean * 1 + c, where 1 is the vector of n ones and c the deviations, which add up
+    # to zero: c is orthogonal to 1, ||c||^2 = m2. So is the difference of two such c, hence
+    #     ||w1 - w0||^2 = n (mean1 - mean0)^2 + ||c1 - c0||^2      (Pythagoras)
+    #                  >= n (mean1 - mean0)^2 + (||c1|| - ||c0||)^2 (reverse triangle)
+    # with equality where c1 = k c0, k >= 0. Of complex tensors `mean` is the modulus of the
+    # mean, whose differences are no greater than those of the means: by the same inequality.
+    ratio = np.full(norm.shape, NAN)
+    with np.errstate(all="ignore"):
+        shift = np.sqrt(count[..., 1:]) * np.diff(mean)
+        before = norm[..., :-1]
+        change = np.hypot(shift, np.diff(np.sqrt(m2)))
+        ratio[..., 1:] = np.where(is_same_shape & (before > 0), change / before, NAN)
+    return ratio
 
 
 def _state(entry: ParamStats | None) -> tuple[float, float, float]:

@@ -36,10 +36,17 @@ class Thinned:
     def add(self, step: int, number: int | None, summary: Summary) -> Entry:
         """Puts an entry in the place of all from its step on; by default its number is the next."""
         entries = self.entries
+        replaced: Entry | None = None
         while entries and entries[-1].step >= step:
-            self._forget(entries.pop())
+            replaced = entries.pop()
+            self._forget(replaced)
+        following = entries[-1].number + 1 if entries else 0
         if number is None:
-            number = entries[-1].number + 1 if entries else 0
+            number = following
+            if entries and replaced is not None:
+                number = max(number, _between(entries[-1], replaced, step))
+        # Where older versions went back they wrote lower numbers than are left.
+        number = max(number, following)
         if entries and entries[-1].number % self._spacing:
             self._forget(entries.pop())  # was there as the latest alone
         entry = Entry(step, number, summary)
@@ -82,6 +89,13 @@ class Thinned:
         if self._uses[layout] == 0:
             del self._uses[layout], self._layouts[layout.fields]
             self.bytes -= _layout_bytes(layout)
+
+
+def _between(before: Entry, after: Entry, step: int) -> int:
+    """The number that the entry at `step` had, as near as its neighbours tell: those between them
+    may have been thinned out."""
+    share = (step - before.step) / (after.step - before.step)
+    return before.number + round((after.number - before.number) * share)
 
 
 def _entry_bytes(summary: Summary) -> int:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import json
 import math
 import os
+import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import paramstats
 from paramstats import History, Summary
@@ -197,6 +203,9 @@ def test_broken_in_the_middle_is_an_error(tmp_path):
         (b"\x89PNG\r\n", "expected a file that History wrote"),
         (b"[1]\n", "expected a file that History wrote"),
         (b"{}\n", "expected a file that History wrote"),
+        (b"[" * 5000, "expected a file that History wrote"),
+        (b'{"paramstats": "history", "version": true}\n', "expected version 1, got True"),
+        (b'{"paramstats": "history", "version": 1.0}\n', "expected version 1, got 1.0"),
         (b'{"paramstats": "history", "version": 2}\n', "expected version 1, got 2"),
     ],
 )
@@ -343,3 +352,292 @@ def test_a_closed_file_that_another_has_changed_stays_as_it_is(tmp_path, model):
         history.append(1, summarize(model))
     history.append(2, summarize(model))
     assert path.read_bytes() == before and len(history) == 3
+
+
+# ---- lines that are JSON and make no sense
+
+
+def two_lines() -> tuple[dict, dict]:
+    """A layout and an entry, as they stand in a file."""
+    return (
+        {
+            "names": ["w", "b"],
+            "aliases": {"w": ["v"]},
+            "parameters": 2,
+            "shapes": [[2, 2], None],
+            "dtypes": ["float32", "bfloat16"],
+            "devices": ["cpu", "cuda:0"],
+            "requires_grad": [True, False],
+        },
+        {
+            "step": 3,
+            "number": 0,
+            "correction": 1.0,
+            "grad_scale": 2.0,
+            "skipped": {"b": "lazy"},
+            "params": {
+                "nans": [1, 0],
+                "mean": [0.5, None],
+                "m2": [1.0, None],
+                "min": [0, None],
+                "max": [1, None],
+            },
+            "grads": {
+                "count": [4, -1],
+                "mean": [0.5, None],
+                "m2": [1.0, None],
+                "min": [0, None],
+                "max": [1, None],
+            },
+        },
+    )
+
+
+def put(path, *lines) -> None:
+    texts = [json.dumps(line) for line in ({"paramstats": "history", "version": 1}, *lines)]
+    path.write_text("".join(f"{text}\n" for text in texts))
+
+
+def read_all_figures(history: History) -> None:
+    for _, summary in history:
+        str(summary), summary.to_dict(), summary.scalars(), summary.total.grad, repr(summary)
+        pickle.dumps(summary)
+    for name in history.names:
+        assert len(history[name].norm) == len(history[name].grad.finite.std) == len(history)
+        assert len(history[name].update_ratio) == len(history)
+    assert len(history.total.grad.mean) == len(history.steps)
+    repr(history)
+
+
+@pytest.mark.parametrize(
+    ("line", "key", "value"),
+    [
+        (0, "names", ["w", "w"]),
+        (0, "names", ["w", 3]),
+        (0, "parameters", 99),
+        (0, "parameters", -1),
+        (0, "parameters", True),
+        (0, "aliases", {"w": "v"}),
+        (0, "shapes", [[2, -2], None]),
+        (0, "shapes", [[2.0, 2], None]),
+        (0, "dtypes", ["randn", "hub"]),
+        (0, "devices", ["newdev:0", "cpu"]),
+        (0, "devices", [0, 0]),
+        (0, "requires_grad", [[], {}]),
+        (1, "step", 0.5),
+        (1, "step", "0"),
+        (1, "step", None),
+        (1, "step", 1 << 63),
+        (1, "number", "x"),
+        (1, "number", 0.5),
+        (1, "number", -1),
+        (1, "grad_scale", 0),
+        (1, "grad_scale", 1e-320),
+        (1, "correction", "1"),
+        (1, "skipped", ["b"]),
+        (1, "params", {"mean": [1]}),
+        (1, "params", {**two_lines()[1]["params"], "nans": [5, 0]}),
+        (1, "params", {**two_lines()[1]["params"], "zeros": [-1, 0]}),
+        (1, "params", {**two_lines()[1]["params"], "count": [-2, 0]}),
+        (1, "params", {**two_lines()[1]["params"], "m2": [-1.0, 0]}),
+        (1, "params", {**two_lines()[1]["params"], "count": [1 << 62, 1 << 62]}),
+    ],
+)
+@pytest.mark.parametrize("is_last", [True, False])
+def test_what_makes_no_sense_is_an_error_and_stays(tmp_path, line, key, value, is_last):
+    path = tmp_path / "run.jsonl"
+    lines = two_lines()
+    put(path, *lines)
+    read_all_figures(History.load(path))
+    lines[line][key] = value
+    put(path, *lines[: line + 1], *([] if is_last else two_lines()))
+    before = path.read_bytes()
+    for open_ in (History.load, History):
+        with pytest.raises(ValueError, match=f"got a broken one, line {line + 2} of '.*'.*head -n"):
+            open_(path)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("line", [b"5\n", b"[]\n", b"{}\n", b"[" * 100_000 + b"\n"])
+def test_any_json_stays(tmp_path, line):
+    path = tmp_path / "run.jsonl"
+    written(path)
+    path.write_bytes(path.read_bytes() + line)
+    before = path.read_bytes()
+    for open_ in (History.load, History):
+        with pytest.raises(ValueError, match="got a broken one, line "):
+            open_(path)
+    assert path.read_bytes() == before
+
+
+def places(value, at=()):
+    """Where a JSON value has values, itself included."""
+    yield at
+    is_list = isinstance(value, list)
+    inner = dict(enumerate(value)) if is_list else value if isinstance(value, dict) else {}
+    for key, part in inner.items():
+        yield from places(part, (*at, key))
+
+
+VALUES = st.recursive(
+    st.one_of(
+        st.none(),
+        st.booleans(),
+        st.integers(-2, 5),
+        st.sampled_from([1 << 62, 1 << 63, 10**400, 0.0, -0.5, 1e308, 1e-320, math.inf, math.nan]),
+        st.sampled_from(["w", "cpu", "meta", "float64", "hub", ""]),
+    ),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from("wb"), inner),
+    max_leaves=4,
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=300)
+@given(st.data())
+def test_any_values_are_an_error_or_can_be_read(tmp_path, data):
+    path = tmp_path / "run.jsonl"
+    lines = [*two_lines(), {**two_lines()[1], "step": 4, "number": 1}]
+    for _ in range(data.draw(st.integers(1, 2))):
+        line = data.draw(st.integers(0, 2))
+        at = data.draw(st.sampled_from(list(places(lines[line]))[1:]))
+        *within, last = at
+        target = lines[line]
+        for key in within:
+            target = target[key]
+        target[last] = data.draw(VALUES)
+    put(path, *lines)
+    try:
+        history = History.load(path, max_bytes=2000)
+    except ValueError as error:
+        assert str(error).startswith("paramstats.History: expected")  # noqa: PT017
+        return
+    read_all_figures(history)
+
+
+# ---- one writer
+
+
+OTHER = """
+import sys, warnings, torch, paramstats
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    history = paramstats.History(sys.argv[1])
+    for step in (10, 11):
+        history.append(step, paramstats.summarize({"w": torch.ones(1)}))
+    history.close()
+    print(len(history), *(w.message for w in caught if "paramstats.History" in str(w.message)))
+"""
+
+
+def in_another_process(path) -> str:
+    command = [sys.executable, "-W", "ignore", "-c", OTHER, str(path)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_a_second_process_keeps_its_entries_in_memory(tmp_path):
+    path = tmp_path / "run.jsonl"
+    history = History(path)
+    history.append(0, summarize({"w": torch.ones(1)}))
+    said = in_another_process(path)
+    assert said == (
+        f"3 paramstats.History: another History, maybe in another process, has '{path}' open: "
+        f"entries appended to this one are in memory alone\n"
+    )
+    history.append(1, summarize({"w": torch.ones(1)}))
+    history.close()
+    assert the_same(History.load(path), history)
+    assert in_another_process(path) == "4\n", "closed, it is free"
+    assert History.load(path).steps.tolist() == [0, 1, 10, 11]
+    with pytest.warns(RuntimeWarning, match="cannot be written any more, .*another has changed it"):
+        history.append(2, summarize({"w": torch.ones(1)}))
+    assert History.load(path).steps.tolist() == [0, 1, 10, 11]
+
+
+@pytest.mark.parametrize("change", ["grown", "shrunk", "removed"])
+def test_a_file_that_another_changes_is_not_written_any_more(tmp_path, change):
+    path = tmp_path / "run.jsonl"
+    history = History(path)
+    history.append(0, summarize({"w": torch.ones(1)}))
+    if change == "removed":
+        path.unlink()
+    else:
+        data = path.read_bytes()
+        path.write_bytes(data + b" " if change == "grown" else data[:-1])
+    before = path.exists() and path.read_bytes()
+    with pytest.warns(RuntimeWarning, match=rf"'{path}' cannot be written any more, .*from step 1"):
+        history.append(1, summarize({"w": torch.ones(1)}))
+    history.append(2, summarize({"w": torch.ones(1)}))
+    assert len(history) == 3 and (path.exists() and path.read_bytes()) == before
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_process_does_not_write(tmp_path):
+    path = tmp_path / "run.jsonl"
+    history = History(path)
+    history.append(0, summarize({"w": torch.ones(1)}))
+    one = summarize({"w": torch.ones(1)})
+    said, say = os.pipe()
+    history._journal.lock.acquire()  # as another thread might have it
+    child = os.fork()
+    if child == 0:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            history.append(1, one)
+            history.append(2, one)
+            history.close()
+        os.write(say, f"{len(history)} {[str(w.message) for w in caught]}".encode())
+        time.sleep(1)
+        os._exit(0)
+    history._journal.lock.release()
+    message = os.read(said, 1000).decode()
+    assert message.startswith("3 [") and message.count("was forked from") == 1
+    history.append(5, one)
+    history.close()
+    assert "another" not in in_another_process(path), "the child does not hold the lock"
+    assert History.load(path).steps.tolist() == [0, 5, 10, 11]
+    os.waitpid(child, 0)
+
+
+def test_threads_write_what_they_append(tmp_path):
+    path = tmp_path / "run.jsonl"
+    history = History(path)
+    one = summarize({"w": torch.ones(1)})
+    steps = itertools.count()
+
+    def work() -> None:
+        for _ in range(300):
+            history.append(next(steps), one)
+
+    history._went_back = True  # threads overtake each other: no warning
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    history.close()
+    assert path.read_text().count('"step"') == 2400, "also those that another overtook"
+    assert the_same(History.load(path), history)
+
+
+def test_copies_live_in_memory(tmp_path):
+    path = tmp_path / "run.jsonl"
+    history = History(path)
+    history.append(0, summarize({"w": torch.ones(1)}))
+    before = path.read_bytes()
+    for copied in (pickle.loads(pickle.dumps(history)), copy.deepcopy(history)):
+        assert the_same(copied, history)
+        copied.append(1, summarize({"w": torch.ones(1)}))
+        copied.close()
+        assert len(copied) == 2 and path.read_bytes() == before
+
+
+def test_a_failed_first_line_leaves_nothing_open(tmp_path, monkeypatch):
+    def fail(self, lines):
+        raise OSError("full")
+
+    monkeypatch.setattr("paramstats.history.file.Writer._write", fail)
+    with pytest.raises(OSError, match="full") as caught:
+        History(tmp_path / "run.jsonl")
+    monkeypatch.undo()
+    History(tmp_path / "run.jsonl").close()  # the traceback, which holds the first, has no lock
+    del caught

@@ -245,6 +245,33 @@ def test_entries_span_the_run_evenly(entries):
     assert len(history) == entries or len(history) >= 8
 
 
+@pytest.mark.parametrize("stride", [1, 10])
+@pytest.mark.parametrize("often", [1, 40])
+def test_entries_stay_even_after_going_back(tmp_path, stride, often):
+    bound = 16 * (2 * 72 + 400) + 1000
+    history = History(tmp_path / "run.jsonl", max_bytes=bound)
+    history._went_back = True
+    summary = full(1)
+    for time in range(often):
+        for step in range(61 + 7 * time if time else 0, 500 + 11 * time):
+            history.append(stride * step, summary)
+    history.close()
+    read = History.load(tmp_path / "run.jsonl", max_bytes=bound)
+    for found in (history, read):
+        gaps = np.diff(found.steps)[:-1]
+        assert len(found) >= 8 and gaps.max() <= 2 * gaps.min(), gaps
+
+
+def test_each_step_twice_keeps_as_many():
+    history = History(max_bytes=16 * (2 * 72 + 400) + 1000)
+    history._went_back = True
+    for step in range(1000):
+        for value in (1, 2):
+            history.append(step, full(value))
+    assert len(history) >= 8 and set(history["w"].mean) == {2}
+    assert len(set(np.diff(history.steps)[:-1])) == 1
+
+
 def test_two_entries_stay_at_any_bound(engine, model):
     history = train(History(max_bytes=1), model, range(20))
     assert history.steps.tolist() == [0, 19]
@@ -282,7 +309,7 @@ def test_layouts_are_counted_while_they_are_used():
     assert expected < kept.bytes <= 200_000
 
 
-@pytest.mark.parametrize("max_bytes", [0, -1, 1.5, None])
+@pytest.mark.parametrize("max_bytes", [0, -1, 1.5, None, True])
 def test_max_bytes_is_a_size(max_bytes):
     with pytest.raises(ValueError, match="expected a number of bytes > 0 for max_bytes, got"):
         History(max_bytes=max_bytes)

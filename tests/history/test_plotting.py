@@ -23,7 +23,8 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from paramstats.history import heatmap, labels, plotting
+from paramstats.history import heatmap, labels, plotting, states
+from paramstats.stats import STATS
 
 summarize = paramstats.summarize
 
@@ -107,6 +108,18 @@ def test_from_eleven_on_the_whole_model_is_a_heat_map():
     assert len(made(blocks(11)).plot().axes[0].collections) == 2
 
 
+def test_from_twenty_one_on_what_was_chosen_is_a_heat_map():
+    assert len(made(blocks(30)).plot("layers.[0-3]").axes[0].lines) == 20
+    ax = made(blocks(30)).plot(["layers.[0-3]", "layers.4.ln", "total"]).axes[0]
+    assert ax.collections[0].get_array().shape == (21, 6)
+
+
+@pytest.mark.parametrize("names", [3, [3], ["w", None]])
+def test_what_are_no_names(names):
+    with pytest.raises(TypeError, match=r"^paramstats.History.plot: expected names.*got (3|None)$"):
+        made(["w"]).plot(names)
+
+
 @pytest.mark.parametrize(
     ("stat", "last", "scale"),
     [("norm", 100, "log"), ("norm", 3, "linear"), ("mean", 100, "linear"), ("std", 100, "linear")],
@@ -129,7 +142,7 @@ def test_nan_is_marked_where_it_was():
 @pytest.mark.parametrize("count", [1, 5, 50, 500])
 def test_lines_labels_are_apart(count):
     history = made(blocks(count), gradient=lambda n, s: 1.0 + 1e-3 * s + (n < "model.layers.2"))
-    figure = history.plot(".")
+    figure = plotting.lines(history, history.names, "norm", "grad", None)
     drawn(figure)
     ends = end_labels(figure)
     assert len(ends) == min(count, 50) or (count == 500 and 40 <= len(ends) <= 60)
@@ -184,6 +197,44 @@ def test_cells_have_the_histories_figures():
     some = history.heatmap("mean", "param", names=r"\.2\.").axes[0]
     assert some.collections[0].get_array().data == pytest.approx(np.ones((2, 6)))
     assert some.get_title(loc="left") == "parameter mean, magnitude"
+
+
+@pytest.mark.parametrize("kind", ["grad", "param"])
+def test_cells_are_the_summaries_figures_to_the_last_bit(engine, kind):
+    torch.manual_seed(0)
+    special = (math.nan, math.inf, -math.inf, 0.0)
+    history = History()
+    for step in range(40):
+        source = {}
+        for i, name in enumerate(blocks(12 - step % 3)):
+            x = torch.randn((i % 5) * (1 + step // 20))  # some empty, some of one element
+            for at in range(min(len(x), (i + step) % 4)):
+                x[at] = special[(i + step + at) % 4]
+            if (i + step) % 7 == 0 and len(x):
+                x[:] = special[step % 4]
+            source[name] = x.clone().requires_grad_()
+            source[name].grad = x * 3 if (i + step) % 5 else None
+        source["meta"] = torch.empty(3, device="meta")
+        source["lazy"] = torch.nn.LazyLinear(2).weight
+        summary = summarize(source, correction=step % 2, grad_scale=(1.0, 3.0)[step % 2])
+        history.append(step, summary)
+    names = [*history.names]
+    found = states.States([summary for _, summary in history], names, kind)
+    for stat in STATS:
+        expected = np.full((len(names), len(history)), math.nan)
+        for column, (_, summary) in enumerate(history):
+            for row, name in enumerate(names):
+                entry = summary.get(name)
+                figures = entry if kind == "param" else entry and entry.grad
+                if figures is not None and not math.isnan(figures._state.mean):
+                    expected[row, column] = getattr(figures, stat)
+        np.testing.assert_array_equal(found.figures(stat), expected, stat)
+    if kind == "param":
+        expected = np.array([history[name].update_ratio for name in names])
+        np.testing.assert_array_equal(found.update_ratio(), expected)
+        assert (expected > 0).any()
+        expected = np.array([history[name].nonfinite_count > 0 for name in names])
+        np.testing.assert_array_equal(found.has_nonfinite, expected)
 
 
 def test_columns_stand_at_their_steps():
