@@ -235,7 +235,7 @@ def _change(
         norm_a=norm_a,
         norm_b=norm_b,
         change_norm=d.norm,
-        relative_change=_ratio(d.norm, norm_a),
+        relative_change=_ratio(d.norm, moments.finalize_finite(a, 1).norm) if changed else 0.0,
         largest_change=d.abs_max if n else 0.0,
         changed_count=changed,
         changed_fraction=changed / n if n else 0.0,
@@ -243,7 +243,7 @@ def _change(
 
 
 def _ratio(change: float, norm: float) -> float:
-    """Of nothing, nothing changed; of zeros, infinitely much."""
+    """Of zeros, infinitely much."""
     if norm == 0:
         return math.nan if math.isnan(change) else math.inf if change else 0.0
     return change / norm

@@ -31,7 +31,8 @@ class Change(NamedTuple):
     change_norm: float
     """L2 norm of b - a."""
     relative_change: float
-    """change_norm / norm_a; infinite where a is all zeros and b is not."""
+    """change_norm over the norm of a's finite elements; infinite where that is zero, 0 where
+    nothing changed, NaN where an element is NaN in one of the two alone."""
     largest_change: float
     """The largest |b - a| of an element."""
     changed_count: int

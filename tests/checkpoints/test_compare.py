@@ -94,6 +94,26 @@ def test_zeros_and_nan_in_relative_changes(engine, tmp_path):
     assert result.rows[0].changed_count == 1
 
 
+def test_elements_that_are_not_finite_hide_no_change(engine, tmp_path):
+    inf, nan = math.inf, math.nan
+    pairs = {
+        "kept": ([nan, inf, 2.0], [nan, inf, 2.0]),
+        "beside inf": ([inf, 1.0], [inf, 9e9]),
+        "beside nan": ([nan, 3.0, 4.0], [nan, 3.0, 5.0]),
+        "of zeros": ([-inf, 0.0], [-inf, 1.0]),
+        "to inf": ([1.0, 1.0], [1.0, inf]),
+        "from nan": ([nan, 1.0], [1.0, 1.0]),
+    }
+    a, b = ({name: torch.tensor(p[i]) for name, p in pairs.items()} for i in (0, 1))
+    result = compare(tmp_path, a, b)
+    relative = {row.name: row.relative_change for row in result.rows}
+    assert math.isnan(relative.pop("from nan")) and result.rows[0].name == "from nan"
+    assert list(relative.values()) == pytest.approx([inf, inf, 9e9, 0.2, 0])
+    assert list(relative)[2:] == ["beside inf", "beside nan", "kept"]
+    changed = {row.name: row.changed_count for row in result.rows}
+    assert changed == {name: int(name != "kept") for name in pairs}
+
+
 def test_what_cannot_be_compared_is_named(engine, tmp_path):
     w = torch.ones(2)
     a = {
