@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 import os
 from collections.abc import Iterable, Iterator
@@ -144,19 +145,42 @@ def _read(same: list[tuple[Stored, Stored]], states: _States, progress: Progress
 
 def _in_step(row: int, a: Stored, b: Stored) -> Iterator[tuple[Run, Run]]:
     """The same elements of both, a box at a time."""
-    for x in a.parts:
-        for y in b.parts:
-            starts = tuple(map(max, x.starts, y.starts))
-            ends = [
-                min(s + n, t + m)
-                for s, n, t, m in zip(x.starts, x.sizes, y.starts, y.sizes, strict=True)
-            ]
-            sizes = tuple(end - start for start, end in zip(starts, ends, strict=True))
-            if any(size <= 0 for size in sizes):
-                continue
-            limits = [_limit(x, a.dtype), _limit(y, b.dtype)]
-            for box in boxes(starts, sizes, limits):
-                yield run_of(row, x, a.dtype, box), run_of(row, y, b.dtype, box)
+    for x, y in _near(a.parts, b.parts):
+        starts = tuple(map(max, x.starts, y.starts))
+        ends = [
+            min(s + n, t + m)
+            for s, n, t, m in zip(x.starts, x.sizes, y.starts, y.sizes, strict=True)
+        ]
+        sizes = tuple(end - start for start, end in zip(starts, ends, strict=True))
+        if any(size <= 0 for size in sizes):
+            continue
+        limits = [_limit(x, a.dtype), _limit(y, b.dtype)]
+        for box in boxes(starts, sizes, limits):
+            yield run_of(row, x, a.dtype, box), run_of(row, y, b.dtype, box)
+
+
+def _near(all_x: tuple[Part, ...], all_y: tuple[Part, ...]) -> Iterator[tuple[Part, Part]]:
+    """All pairs that have elements in common, and few that have none: of thousands of parts, not
+    each against each."""
+    by_box = {(y.starts, y.sizes): y for y in all_y}
+    left = []
+    for x in all_x:
+        y = by_box.pop((x.starts, x.sizes), None)
+        if y is None:
+            left.append(x)
+        else:  # sharded alike; no other part has any of these elements
+            yield x, y
+    if not left or not by_box:
+        return
+    places = list(zip(*(y.starts for y in by_box.values()), strict=True))
+    d = max(range(len(places)), key=lambda d: len(set(places[d])))
+    others = sorted(by_box.values(), key=lambda y: y.starts[d])
+    begins = [y.starts[d] for y in others]
+    longest = max(y.sizes[d] for y in others)
+    for x in left:
+        first = bisect.bisect_right(begins, x.starts[d] - longest)
+        for y in others[first : bisect.bisect_left(begins, x.starts[d] + x.sizes[d])]:
+            yield x, y
 
 
 def _limit(part: Part, dtype: torch.dtype) -> tuple[Part, int]:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from paramstats.checkpoints import compare_files, reading
+from paramstats.checkpoints import compare_files, comparing, reading
+from paramstats.checkpoints.stored import Part, row_major
 from tests.checkpoints.files import FORMATS, save
 
 
@@ -162,6 +163,39 @@ def test_views_are_compared_by_place(engine, tmp_path, monkeypatch):
     rows = {row.name: row for row in result.rows}
     assert rows["w"].changed_count == 1 and rows["s"].changed_count == 0
     assert rows["w"].change_norm == pytest.approx(1, rel=1e-6)
+
+
+def part(starts, sizes):
+    return Part("a", 0, sizes, row_major(sizes), starts)
+
+
+def grid(shape, rows, columns):
+    """Parts of a matrix, the last ones smaller."""
+    return tuple(
+        part((r, c), (min(rows, shape[0] - r), min(columns, shape[1] - c)))
+        for c in range(0, shape[1], columns)
+        for r in range(0, shape[0], rows)
+    )
+
+
+@pytest.mark.parametrize("of_a", [(1, 40), (3, 7), (30, 40), (10, 1)])
+@pytest.mark.parametrize("of_b", [(1, 40), (4, 5), (30, 40), (3, 1)])
+def test_parts_that_overlap_are_found(of_a, of_b):
+    shape = (30, 40)
+    a, b = grid(shape, *of_a), (*grid(shape, *of_b), part((0, 40), (30, 0)))
+    seen = torch.zeros(shape, dtype=torch.int64)
+    for x, y in comparing._near(a, b):
+        begin = list(map(max, x.starts, y.starts))
+        end = [min(x.starts[d] + x.sizes[d], y.starts[d] + y.sizes[d]) for d in (0, 1)]
+        if begin[0] < end[0] and begin[1] < end[1]:
+            seen[begin[0] : end[0], begin[1] : end[1]] += 1
+    assert (seen == 1).all()
+
+
+def test_parts_are_not_taken_each_against_each():
+    a, b = (grid((3000, 2), rows, 2) for rows in (1, 3))
+    assert len(list(comparing._near(a, a))) == 3000
+    assert len(list(comparing._near(a, b))) < 4 * 3000
 
 
 def test_include_exclude_and_progress(tmp_path):
