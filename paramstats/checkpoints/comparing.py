@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import functools
 import math
 import os
 from collections.abc import Iterable, Iterator
@@ -16,7 +17,7 @@ from paramstats.checkpoints.aligning import aligned
 from paramstats.checkpoints.comparison import Change, Comparison
 from paramstats.checkpoints.reading import Reader, Run, boxes, pieces, run_of, view
 from paramstats.checkpoints.states import read_table
-from paramstats.checkpoints.stored import Part, Stored
+from paramstats.checkpoints.stored import Part, Stored, is_dense
 from paramstats.checkpoints.summarizing import Progress, selected
 from paramstats.moments import Moments
 
@@ -24,8 +25,12 @@ if TYPE_CHECKING:
     from paramstats.summarize import Pattern
 
 _MOST = (1 << 15) - 1
-"""Elements compared at a time: fewer than torch and the engine share among threads. Threads that
-wait for the next few elements would keep the processors from the one that reads."""
+"""Elements that torch works on at a time: fewer than it shares among threads. Threads that wait
+for the next few elements would keep the processors from the one that reads. (To give torch one
+thread is no way around it: their number is the process's, not the caller's alone.)"""
+
+_BATCH = (1 << 20) - (1 << 6)
+"""Bytes that the engine works on at a time, for the same reason: those of a, b and b - a."""
 
 _IN_FLOAT32 = frozenset(
     {
@@ -154,9 +159,26 @@ def _in_step(row: int, a: Stored, b: Stored) -> Iterator[tuple[Run, Run]]:
         sizes = tuple(end - start for start, end in zip(starts, ends, strict=True))
         if any(size <= 0 for size in sizes):
             continue
-        limits = [_limit(x, a.dtype), _limit(y, b.dtype)]
+        alike = _alike(sizes, x.strides, y.strides)
+        most = reading.PIECE if alike else _MOST
+        limits = [
+            (part, min(reading.PIECE // dtype.itemsize, most))
+            for part, dtype in ((x, a.dtype), (y, b.dtype))
+        ]
         for box in boxes(starts, sizes, limits):
-            yield run_of(row, x, a.dtype, box), run_of(row, y, b.dtype, box)
+            runs = run_of(row, x, a.dtype, box), run_of(row, y, b.dtype, box)
+            yield (_in_a_row(runs[0]), _in_a_row(runs[1])) if alike else runs
+
+
+def _alike(sizes: tuple[int, ...], x: tuple[int, ...], y: tuple[int, ...]) -> bool:
+    """Whether elements lie side by side in both and in one order, as in most checkpoints: so do
+    those of the boxes they are cut to, and their order does not matter."""
+    same = all(n == 1 or s == t for n, s, t in zip(sizes, x, y, strict=True))
+    return same and is_dense(sizes, x)
+
+
+def _in_a_row(run: Run) -> Run:
+    return run._replace(sizes=(math.prod(run.sizes),), strides=(1,), is_dense=True)
 
 
 def _near(all_x: tuple[Part, ...], all_y: tuple[Part, ...]) -> Iterator[tuple[Part, Part]]:
@@ -183,44 +205,75 @@ def _near(all_x: tuple[Part, ...], all_y: tuple[Part, ...]) -> Iterator[tuple[Pa
             yield x, y
 
 
-def _limit(part: Part, dtype: torch.dtype) -> tuple[Part, int]:
-    return part, min(reading.PIECE // dtype.itemsize, _MOST)
-
-
 class _States:
     """The states of a's elements, b's and their differences, of every tensor in both."""
 
     def __init__(self, tensors: int) -> None:
         self.rows = [(Moments(), Moments(), Moments())] * tensors
+        self._memory = [torch.empty(_BATCH // 8, dtype=torch.float64) for _ in range(2)]
         self.changed: dict[int, int] = {}
         """Elements that changed, where the differences cannot tell."""
         self.skipped: dict[int, str] = {}
 
-    def update(self, row: int, x: torch.Tensor, y: torch.Tensor) -> None:
+    def update(self, row: int, all_x: torch.Tensor, all_y: torch.Tensor) -> None:
         """Takes in some elements of a, and those of b in the same places."""
+        if row in self.skipped:
+            return
+        x, y = all_x, all_y
+        if x.is_complex() or y.is_complex():
+            wide = torch.complex128
+        elif x.dtype in _IN_FLOAT32 and y.dtype in _IN_FLOAT32:
+            wide = torch.float32
+        else:
+            wide = torch.float64
+        most = _MOST if wide.is_complex else _BATCH // (x.itemsize + y.itemsize + wide.itemsize)
         try:
-            if x.is_complex() or y.is_complex():
-                wide = torch.complex128
-            elif x.dtype in _IN_FLOAT32 and y.dtype in _IN_FLOAT32:
-                wide = torch.float32
-            else:
-                wide = torch.float64
-            if x.dtype in _LONG and x.dtype == y.dtype:  # float64 does not tell all of them apart
-                differ = (x.view(torch.int64) != y.view(torch.int64)).sum()
-                self.changed[row] = self.changed.get(row, 0) + int(differ)
-            d = y.to(wide) - x.to(wide)
-            states = _states([_real(x), _real(y), _real(d)])
-            if moments.finite_count(states[2]) < states[2].count:
-                states[2] = _states([_real(_without_equals(x, y, wide))])[0]
+            for x, y in _little(all_x, all_y, max(most, _MOST)):
+                if x.dtype in _LONG and x.dtype == y.dtype:  # float64 does not tell all apart
+                    self._count(row, x, y)
+                d = y.to(wide) - x.to(wide) if wide.is_complex else self._difference(x, y, wide)
+                a, b, change = _states([_real(x), _real(y), _real(d)])
+                changes = [change]
+                if moments.finite_count(change) < change.count:
+                    equal_out = [_real(_without_equals(*xy, wide)) for xy in _little(x, y, _MOST)]
+                    changes = _states(equal_out)
+                self._merge(row, [a], [b], changes)
         except (RuntimeError, NotImplementedError) as error:  # a type that torch only names
             self.skipped[row] = f"{type(error).__name__}: {error}".splitlines()[0]
-            return
-        before = self.rows[row]
-        self.rows[row] = (
-            moments.merge(before[0], states[0]),
-            moments.merge(before[1], states[1]),
-            moments.merge(before[2], states[2]),
+
+    def _count(self, row: int, x: torch.Tensor, y: torch.Tensor) -> None:
+        for u, v in _little(x.view(torch.int64), y.view(torch.int64), _MOST):
+            differ = int(torch.count_nonzero(u != v))
+            self.changed[row] = self.changed.get(row, 0) + differ
+
+    def _difference(self, x: torch.Tensor, y: torch.Tensor, wide: torch.dtype) -> torch.Tensor:
+        """b - a, in memory that is used again: new memory takes longer than the subtraction."""
+        d, wider = (memory.view(wide)[: x.numel()].view(x.shape) for memory in self._memory)
+        if x.dtype == y.dtype == wide:
+            for (u, v), (out, _) in zip(_little(x, y, _MOST), _little(d, d, _MOST), strict=True):
+                torch.sub(v, u, out=out)
+        else:
+            for (u, v), (out, w) in zip(
+                _little(x, y, _MOST), _little(d, wider, _MOST), strict=True
+            ):
+                out.copy_(v).sub_(w.copy_(u))
+        return d
+
+    def _merge(self, row: int, *states: list[Moments]) -> None:
+        a, b, d = (
+            functools.reduce(moments.merge, new, before)
+            for before, new in zip(self.rows[row], states, strict=True)
         )
+        self.rows[row] = a, b, d
+
+
+def _little(
+    x: torch.Tensor, y: torch.Tensor, most: int
+) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+    """Elements of both, at most so many at a time; those in a box of some shape are few enough."""
+    if x.numel() <= most:
+        return ((x, y),)
+    return zip(x.split(most), y.split(most), strict=True)
 
 
 def _real(x: torch.Tensor) -> torch.Tensor:
