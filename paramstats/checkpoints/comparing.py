@@ -142,6 +142,10 @@ def _read(same: list[tuple[Stored, Stored]], states: _States, progress: Progress
         for (piece_a, data_a), (piece_b, data_b) in reader.read(pieces(runs())):
             for run_a, run_b in zip(piece_a.runs, piece_b.runs, strict=True):
                 x, y = view(data_a, piece_a, run_a), view(data_b, piece_b, run_b)
+                x, y = (
+                    z.conj() if getattr(stored, "conj", False) else z
+                    for z, stored in zip((x, y), same[run_a.part], strict=True)
+                )
                 states.update(run_a.part, x, y)
                 done += x.numel() * (x.itemsize + y.itemsize)
             if progress is not None:
@@ -229,7 +233,7 @@ class _States:
         most = _MOST if wide.is_complex else _BATCH // (x.itemsize + y.itemsize + wide.itemsize)
         try:
             for x, y in _little(all_x, all_y, max(most, _MOST)):
-                if x.dtype in _LONG and x.dtype == y.dtype:  # float64 does not tell all apart
+                if x.dtype in _LONG and y.dtype in _LONG:  # float64 does not tell all apart
                     self._count(row, x, y)
                 d = y.to(wide) - x.to(wide) if wide.is_complex else self._difference(x, y, wide)
                 a, b, change = _states([_real(x), _real(y), _real(d)])
@@ -243,8 +247,10 @@ class _States:
 
     def _count(self, row: int, x: torch.Tensor, y: torch.Tensor) -> None:
         for u, v in _little(x.view(torch.int64), y.view(torch.int64), _MOST):
-            differ = int(torch.count_nonzero(u != v))
-            self.changed[row] = self.changed.get(row, 0) + differ
+            differ = u != v
+            if x.dtype != y.dtype:  # the same bits are another number where one has a sign
+                differ |= u < 0
+            self.changed[row] = self.changed.get(row, 0) + int(torch.count_nonzero(differ))
 
     def _difference(self, x: torch.Tensor, y: torch.Tensor, wide: torch.dtype) -> torch.Tensor:
         """b - a, in memory that is used again: new memory takes longer than the subtraction."""

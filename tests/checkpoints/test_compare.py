@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from paramstats.checkpoints import compare_files, comparing, reading
-from paramstats.checkpoints.stored import Part, row_major
+from paramstats.checkpoints.stored import Part, Stored, row_major
 from tests.checkpoints.files import FORMATS, save
 
 
@@ -64,6 +64,9 @@ def test_any_format_against_any(tmp_path, form_a, form_b):
     ("a", "b", "norm", "changed"),
     [
         (torch.tensor([2**62], dtype=torch.int64), torch.tensor([2**62 + 1]), 0.0, 1),
+        (torch.tensor([2**62 + 1]), torch.tensor([2**62], dtype=torch.uint64), 0.0, 1),
+        (torch.tensor([2**62, 7]), torch.tensor([2**62, 7], dtype=torch.uint64), 0.0, 0),
+        (torch.tensor([2**64 - 1], dtype=torch.uint64), torch.tensor([-1]), 2.0**64, 1),
         (torch.tensor([250], dtype=torch.uint8), torch.tensor([5], dtype=torch.uint8), 245, 1),
         (torch.tensor([True, False]), torch.tensor([False, False]), 1.0, 1),
         (torch.tensor([3 + 4j]), torch.tensor([0j]), 5.0, 1),
@@ -82,6 +85,14 @@ def test_awkward_elements(engine, tmp_path, a, b, norm, changed):
     assert row.change_norm == pytest.approx(norm, rel=1e-6)
     assert row.largest_change == pytest.approx(norm, rel=1e-6)
     assert (row.changed_count, row.dtype_a, row.dtype_b) == (changed, a.dtype, b.dtype)
+
+
+@pytest.mark.skipif("conj" not in Stored._fields, reason="no conjugates are told from others")
+def test_conjugates(engine, tmp_path):
+    z = torch.tensor([3 + 4j, 1 + 0j])
+    row = only(compare(tmp_path, {"z": z}, {"z": z.conj()}))
+    assert (row.change_norm, row.changed_count) == (8.0, 1)
+    assert only(compare(tmp_path, {"z": z.conj()}, {"z": z.conj()})).changed_count == 0
 
 
 def test_zeros_and_nan_in_relative_changes(engine, tmp_path):
