@@ -164,11 +164,7 @@ def _in_step(row: int, a: Stored, b: Stored) -> Iterator[tuple[Run, Run]]:
         if any(size <= 0 for size in sizes):
             continue
         alike = _alike(sizes, x.strides, y.strides)
-        most = reading.PIECE if alike else _MOST
-        limits = [
-            (part, min(reading.PIECE // dtype.itemsize, most))
-            for part, dtype in ((x, a.dtype), (y, b.dtype))
-        ]
+        limits = [(x, reading.PIECE // a.dtype.itemsize), (y, reading.PIECE // b.dtype.itemsize)]
         for box in boxes(starts, sizes, limits):
             runs = run_of(row, x, a.dtype, box), run_of(row, y, b.dtype, box)
             yield (_in_a_row(runs[0]), _in_a_row(runs[1])) if alike else runs
@@ -230,7 +226,9 @@ class _States:
             wide = torch.float32
         else:
             wide = torch.float64
-        most = _MOST if wide.is_complex else _BATCH // (x.itemsize + y.itemsize + wide.itemsize)
+        most = _BATCH // (x.itemsize + y.itemsize + wide.itemsize)
+        if wide.is_complex or x.dim() > 1:  # torch copies them first
+            most = _MOST
         try:
             for x, y in _little(all_x, all_y, max(most, _MOST)):
                 if x.dtype in _LONG and y.dtype in _LONG:  # float64 does not tell all apart
@@ -276,10 +274,13 @@ class _States:
 def _little(
     x: torch.Tensor, y: torch.Tensor, most: int
 ) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
-    """Elements of both, at most so many at a time; those in a box of some shape are few enough."""
+    """Elements of both, at most so many at a time."""
     if x.numel() <= most:
         return ((x, y),)
-    return zip(x.split(most), y.split(most), strict=True)
+    d = next(d for d, size in enumerate(x.shape) if size > 1)
+    step = max(1, most // (x.numel() // x.shape[d]))
+    cut = zip(x.split(step, d), y.split(step, d), strict=True)
+    return cut if x.dim() == 1 else (pair for uv in cut for pair in _little(*uv, most))
 
 
 def _real(x: torch.Tensor) -> torch.Tensor:
