@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import functools
 import math
 import os
 from collections.abc import Iterable, Iterator
@@ -15,7 +17,7 @@ from paramstats.checkpoints.aligning import aligned
 from paramstats.checkpoints.comparison import Change, Comparison
 from paramstats.checkpoints.reading import Reader, Run, boxes, pieces, run_of, view
 from paramstats.checkpoints.states import read_table
-from paramstats.checkpoints.stored import Part, Stored
+from paramstats.checkpoints.stored import Part, Stored, is_dense
 from paramstats.checkpoints.summarizing import Progress, selected
 from paramstats.moments import Moments
 
@@ -23,8 +25,12 @@ if TYPE_CHECKING:
     from paramstats.summarize import Pattern
 
 _MOST = (1 << 15) - 1
-"""Elements compared at a time: fewer than torch and the engine share among threads. Threads that
-wait for the next few elements would keep the processors from the one that reads."""
+"""Elements that torch works on at a time: fewer than it shares among threads. Threads that wait
+for the next few elements would keep the processors from the one that reads. (To give torch one
+thread is no way around it: their number is the process's, not the caller's alone.)"""
+
+_BATCH = (1 << 20) - (1 << 6)
+"""Bytes that the engine works on at a time, for the same reason: those of a, b and b - a."""
 
 _IN_FLOAT32 = frozenset(
     {
@@ -136,6 +142,10 @@ def _read(same: list[tuple[Stored, Stored]], states: _States, progress: Progress
         for (piece_a, data_a), (piece_b, data_b) in reader.read(pieces(runs())):
             for run_a, run_b in zip(piece_a.runs, piece_b.runs, strict=True):
                 x, y = view(data_a, piece_a, run_a), view(data_b, piece_b, run_b)
+                x, y = (
+                    z.conj() if getattr(stored, "conj", False) else z
+                    for z, stored in zip((x, y), same[run_a.part], strict=True)
+                )
                 states.update(run_a.part, x, y)
                 done += x.numel() * (x.itemsize + y.itemsize)
             if progress is not None:
@@ -144,23 +154,55 @@ def _read(same: list[tuple[Stored, Stored]], states: _States, progress: Progress
 
 def _in_step(row: int, a: Stored, b: Stored) -> Iterator[tuple[Run, Run]]:
     """The same elements of both, a box at a time."""
-    for x in a.parts:
-        for y in b.parts:
-            starts = tuple(map(max, x.starts, y.starts))
-            ends = [
-                min(s + n, t + m)
-                for s, n, t, m in zip(x.starts, x.sizes, y.starts, y.sizes, strict=True)
-            ]
-            sizes = tuple(end - start for start, end in zip(starts, ends, strict=True))
-            if any(size <= 0 for size in sizes):
-                continue
-            limits = [_limit(x, a.dtype), _limit(y, b.dtype)]
-            for box in boxes(starts, sizes, limits):
-                yield run_of(row, x, a.dtype, box), run_of(row, y, b.dtype, box)
+    for x, y in _near(a.parts, b.parts):
+        starts = tuple(map(max, x.starts, y.starts))
+        ends = [
+            min(s + n, t + m)
+            for s, n, t, m in zip(x.starts, x.sizes, y.starts, y.sizes, strict=True)
+        ]
+        sizes = tuple(end - start for start, end in zip(starts, ends, strict=True))
+        if any(size <= 0 for size in sizes):
+            continue
+        alike = _alike(sizes, x.strides, y.strides)
+        limits = [(x, reading.PIECE // a.dtype.itemsize), (y, reading.PIECE // b.dtype.itemsize)]
+        for box in boxes(starts, sizes, limits):
+            runs = run_of(row, x, a.dtype, box), run_of(row, y, b.dtype, box)
+            yield (_in_a_row(runs[0]), _in_a_row(runs[1])) if alike else runs
 
 
-def _limit(part: Part, dtype: torch.dtype) -> tuple[Part, int]:
-    return part, min(reading.PIECE // dtype.itemsize, _MOST)
+def _alike(sizes: tuple[int, ...], x: tuple[int, ...], y: tuple[int, ...]) -> bool:
+    """Whether elements lie side by side in both and in one order, as in most checkpoints: so do
+    those of the boxes they are cut to, and their order does not matter."""
+    same = all(n == 1 or s == t for n, s, t in zip(sizes, x, y, strict=True))
+    return same and is_dense(sizes, x)
+
+
+def _in_a_row(run: Run) -> Run:
+    return run._replace(sizes=(math.prod(run.sizes),), strides=(1,), is_dense=True)
+
+
+def _near(all_x: tuple[Part, ...], all_y: tuple[Part, ...]) -> Iterator[tuple[Part, Part]]:
+    """All pairs that have elements in common, and few that have none: of thousands of parts, not
+    each against each."""
+    by_box = {(y.starts, y.sizes): y for y in all_y}
+    left = []
+    for x in all_x:
+        y = by_box.pop((x.starts, x.sizes), None)
+        if y is None:
+            left.append(x)
+        else:  # sharded alike; no other part has any of these elements
+            yield x, y
+    if not left or not by_box:
+        return
+    places = list(zip(*(y.starts for y in by_box.values()), strict=True))
+    d = max(range(len(places)), key=lambda d: len(set(places[d])))
+    others = sorted(by_box.values(), key=lambda y: y.starts[d])
+    begins = [y.starts[d] for y in others]
+    longest = max(y.sizes[d] for y in others)
+    for x in left:
+        first = bisect.bisect_right(begins, x.starts[d] - longest)
+        for y in others[first : bisect.bisect_left(begins, x.starts[d] + x.sizes[d])]:
+            yield x, y
 
 
 class _States:
@@ -168,35 +210,77 @@ class _States:
 
     def __init__(self, tensors: int) -> None:
         self.rows = [(Moments(), Moments(), Moments())] * tensors
+        self._memory = [torch.empty(_BATCH // 8, dtype=torch.float64) for _ in range(2)]
         self.changed: dict[int, int] = {}
         """Elements that changed, where the differences cannot tell."""
         self.skipped: dict[int, str] = {}
 
-    def update(self, row: int, x: torch.Tensor, y: torch.Tensor) -> None:
+    def update(self, row: int, all_x: torch.Tensor, all_y: torch.Tensor) -> None:
         """Takes in some elements of a, and those of b in the same places."""
+        if row in self.skipped:
+            return
+        x, y = all_x, all_y
+        if x.is_complex() or y.is_complex():
+            wide = torch.complex128
+        elif x.dtype in _IN_FLOAT32 and y.dtype in _IN_FLOAT32:
+            wide = torch.float32
+        else:
+            wide = torch.float64
+        most = _BATCH // (x.itemsize + y.itemsize + wide.itemsize)
+        if wide.is_complex or x.dim() > 1:  # torch copies them first
+            most = _MOST
         try:
-            if x.is_complex() or y.is_complex():
-                wide = torch.complex128
-            elif x.dtype in _IN_FLOAT32 and y.dtype in _IN_FLOAT32:
-                wide = torch.float32
-            else:
-                wide = torch.float64
-            if x.dtype in _LONG and x.dtype == y.dtype:  # float64 does not tell all of them apart
-                differ = (x.view(torch.int64) != y.view(torch.int64)).sum()
-                self.changed[row] = self.changed.get(row, 0) + int(differ)
-            d = y.to(wide) - x.to(wide)
-            states = _states([_real(x), _real(y), _real(d)])
-            if moments.finite_count(states[2]) < states[2].count:
-                states[2] = _states([_real(_without_equals(x, y, wide))])[0]
+            for x, y in _little(all_x, all_y, max(most, _MOST)):
+                if x.dtype in _LONG and y.dtype in _LONG:  # float64 does not tell all apart
+                    self._count(row, x, y)
+                d = y.to(wide) - x.to(wide) if wide.is_complex else self._difference(x, y, wide)
+                a, b, change = _states([_real(x), _real(y), _real(d)])
+                changes = [change]
+                if moments.finite_count(change) < change.count:
+                    equal_out = [_real(_without_equals(*xy, wide)) for xy in _little(x, y, _MOST)]
+                    changes = _states(equal_out)
+                self._merge(row, [a], [b], changes)
         except (RuntimeError, NotImplementedError) as error:  # a type that torch only names
             self.skipped[row] = f"{type(error).__name__}: {error}".splitlines()[0]
-            return
-        before = self.rows[row]
-        self.rows[row] = (
-            moments.merge(before[0], states[0]),
-            moments.merge(before[1], states[1]),
-            moments.merge(before[2], states[2]),
+
+    def _count(self, row: int, x: torch.Tensor, y: torch.Tensor) -> None:
+        for u, v in _little(x.view(torch.int64), y.view(torch.int64), _MOST):
+            differ = u != v
+            if x.dtype != y.dtype:  # the same bits are another number where one has a sign
+                differ |= u < 0
+            self.changed[row] = self.changed.get(row, 0) + int(torch.count_nonzero(differ))
+
+    def _difference(self, x: torch.Tensor, y: torch.Tensor, wide: torch.dtype) -> torch.Tensor:
+        """b - a, in memory that is used again: new memory takes longer than the subtraction."""
+        d, wider = (memory.view(wide)[: x.numel()].view(x.shape) for memory in self._memory)
+        if x.dtype == y.dtype == wide:
+            for (u, v), (out, _) in zip(_little(x, y, _MOST), _little(d, d, _MOST), strict=True):
+                torch.sub(v, u, out=out)
+        else:
+            for (u, v), (out, w) in zip(
+                _little(x, y, _MOST), _little(d, wider, _MOST), strict=True
+            ):
+                out.copy_(v).sub_(w.copy_(u))
+        return d
+
+    def _merge(self, row: int, *states: list[Moments]) -> None:
+        a, b, d = (
+            functools.reduce(moments.merge, new, before)
+            for before, new in zip(self.rows[row], states, strict=True)
         )
+        self.rows[row] = a, b, d
+
+
+def _little(
+    x: torch.Tensor, y: torch.Tensor, most: int
+) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+    """Elements of both, at most so many at a time."""
+    if x.numel() <= most:
+        return ((x, y),)
+    d = next(d for d, size in enumerate(x.shape) if size > 1)
+    step = max(1, most // (x.numel() // x.shape[d]))
+    cut = zip(x.split(step, d), y.split(step, d), strict=True)
+    return cut if x.dim() == 1 else (pair for uv in cut for pair in _little(*uv, most))
 
 
 def _real(x: torch.Tensor) -> torch.Tensor:
@@ -235,7 +319,7 @@ def _change(
         norm_a=norm_a,
         norm_b=norm_b,
         change_norm=d.norm,
-        relative_change=_ratio(d.norm, norm_a),
+        relative_change=_ratio(d.norm, moments.finalize_finite(a, 1).norm) if changed else 0.0,
         largest_change=d.abs_max if n else 0.0,
         changed_count=changed,
         changed_fraction=changed / n if n else 0.0,
@@ -243,7 +327,7 @@ def _change(
 
 
 def _ratio(change: float, norm: float) -> float:
-    """Of nothing, nothing changed; of zeros, infinitely much."""
+    """Of zeros, infinitely much."""
     if norm == 0:
         return math.nan if math.isnan(change) else math.inf if change else 0.0
     return change / norm

@@ -31,7 +31,8 @@ class Change(NamedTuple):
     change_norm: float
     """L2 norm of b - a."""
     relative_change: float
-    """change_norm / norm_a; infinite where a is all zeros and b is not."""
+    """change_norm over the norm of a's finite elements; infinite where that is zero, 0 where
+    nothing changed, NaN where an element is NaN in one of the two alone."""
     largest_change: float
     """The largest |b - a| of an element."""
     changed_count: int
@@ -92,7 +93,8 @@ class Comparison:
     def __str__(self) -> str:
         return self.table()
 
-    def _notes(self) -> list[str]:
+    def _notes(self, dtypes: bool = True) -> list[str]:
+        """What is not the same in kind, a line for each."""
         notes = [
             f"names of {side} without their '{one_line_name(prefix)}'"
             for side, prefix in (("a", self.prefix_a), ("b", self.prefix_b))
@@ -110,7 +112,7 @@ class Comparison:
             f"other dtype: {one_line_name(row.name)}: "
             f"{_short(row.dtype_a)} and {_short(row.dtype_b)}"
             for row in self.rows
-            if row.dtype_a != row.dtype_b
+            if dtypes and row.dtype_a != row.dtype_b
         ]
         return notes + [
             f"not read: {one_line_name(n)}: {reason}" for n, reason in self.skipped.items()

@@ -93,7 +93,7 @@ def _summarized(chosen: argparse.Namespace) -> str:
 
 
 def _compared(chosen: argparse.Namespace) -> str:
-    _check_sort(chosen.sort, _COMPARED)
+    _check_figure(chosen.sort)
     with _progress() as progress, _warnings_in_a_line():
         result = compare_files(
             chosen.file,
@@ -102,13 +102,15 @@ def _compared(chosen: argparse.Namespace) -> str:
             exclude=chosen.exclude,
             progress=progress,
         )
-    rows = _sorted(list(result.rows), chosen.sort, lambda row: getattr(row, chosen.sort))
+    rows = _sorted(result.rows, chosen.sort)
     entire, result = result.to_dict(), dataclasses.replace(result, rows=tuple(rows))
     shown = rows[: chosen.limit]
     if chosen.json:
         entire["tensors"] = {row.name: entire["tensors"][row.name] for row in shown}
         return json.dumps(entire, indent=1) + "\n"
     if chosen.csv:
+        for note in result._notes(dtypes=False):  # what has no row, or no field in it
+            print(note, file=sys.stderr)
         return _csv(Change._fields, [row.to_dict() for row in shown])
     return f"a: {chosen.file}\nb: {chosen.other}\n{result.table(limit=chosen.limit)}\n"
 
@@ -127,25 +129,27 @@ def _check_order(sort: str | None) -> None:
         )
 
 
-def _check_sort(stat: str | None, known: Sequence[str]) -> None:
-    if stat is not None and stat not in known:
+def _check_figure(sort: str | None) -> None:
+    if sort is not None and sort != "name" and sort.removeprefix("-") not in _COMPARED[1:]:
         raise ValueError(
-            f"paramstats show: expected --sort out of {', '.join(known)}, got {stat!r}"
+            f"paramstats show: expected --sort out of {', '.join(_COMPARED)}, or --sort=-STAT for "
+            f"the smallest first, got {sort!r}"
         )
 
 
-def _sorted(values: list[Any], stat: str | None, figure: Any) -> list[Any]:
-    """Largest first, what is NaN before all; names in their own order."""
-    if stat is None:
-        return values
-    if stat == "name":
-        return sorted(values, key=lambda value: getattr(value, "name", value))
+def _sorted(rows: Sequence[Change], sort: str | None) -> list[Change]:
+    """Largest first, or smallest, what is NaN before all; names in their own order."""
+    if sort is None:
+        return list(rows)
+    if sort == "name":
+        return sorted(rows, key=lambda row: row.name)
+    stat, sign = sort.removeprefix("-"), 1 if sort.startswith("-") else -1
 
-    def key(value: Any) -> tuple[bool, float]:
-        x = figure(value)
-        return (False, 0.0) if math.isnan(x) else (True, -x)
+    def key(row: Change) -> tuple[bool, float]:
+        x = getattr(row, stat)
+        return (False, 0.0) if math.isnan(x) else (True, sign * x)
 
-    return sorted(values, key=key)
+    return sorted(rows, key=key)
 
 
 def _csv(fields: Sequence[str], records: list[dict[str, Any]]) -> str:

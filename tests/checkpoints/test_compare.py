@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from paramstats.checkpoints import compare_files, reading
+from paramstats.checkpoints import compare_files, comparing, reading
+from paramstats.checkpoints.stored import Part, Stored, row_major
 from tests.checkpoints.files import FORMATS, save
 
 
@@ -63,6 +64,9 @@ def test_any_format_against_any(tmp_path, form_a, form_b):
     ("a", "b", "norm", "changed"),
     [
         (torch.tensor([2**62], dtype=torch.int64), torch.tensor([2**62 + 1]), 0.0, 1),
+        (torch.tensor([2**62 + 1]), torch.tensor([2**62], dtype=torch.uint64), 0.0, 1),
+        (torch.tensor([2**62, 7]), torch.tensor([2**62, 7], dtype=torch.uint64), 0.0, 0),
+        (torch.tensor([2**64 - 1], dtype=torch.uint64), torch.tensor([-1]), 2.0**64, 1),
         (torch.tensor([250], dtype=torch.uint8), torch.tensor([5], dtype=torch.uint8), 245, 1),
         (torch.tensor([True, False]), torch.tensor([False, False]), 1.0, 1),
         (torch.tensor([3 + 4j]), torch.tensor([0j]), 5.0, 1),
@@ -83,6 +87,14 @@ def test_awkward_elements(engine, tmp_path, a, b, norm, changed):
     assert (row.changed_count, row.dtype_a, row.dtype_b) == (changed, a.dtype, b.dtype)
 
 
+@pytest.mark.skipif("conj" not in Stored._fields, reason="no conjugates are told from others")
+def test_conjugates(engine, tmp_path):
+    z = torch.tensor([3 + 4j, 1 + 0j])
+    row = only(compare(tmp_path, {"z": z}, {"z": z.conj()}))
+    assert (row.change_norm, row.changed_count) == (8.0, 1)
+    assert only(compare(tmp_path, {"z": z.conj()}, {"z": z.conj()})).changed_count == 0
+
+
 def test_zeros_and_nan_in_relative_changes(engine, tmp_path):
     zero, one, bad = torch.zeros(2), torch.ones(2), torch.tensor([1.0, math.nan])
     a = {"same": zero, "from nothing": zero.clone(), "to nan": one, "half": 2 * one}
@@ -92,6 +104,26 @@ def test_zeros_and_nan_in_relative_changes(engine, tmp_path):
     relative = [row.relative_change for row in result.rows]
     assert math.isnan(relative[0]) and relative[1:] == [math.inf, 0.5, 0.0]
     assert result.rows[0].changed_count == 1
+
+
+def test_elements_that_are_not_finite_hide_no_change(engine, tmp_path):
+    inf, nan = math.inf, math.nan
+    pairs = {
+        "kept": ([nan, inf, 2.0], [nan, inf, 2.0]),
+        "beside inf": ([inf, 1.0], [inf, 9e9]),
+        "beside nan": ([nan, 3.0, 4.0], [nan, 3.0, 5.0]),
+        "of zeros": ([-inf, 0.0], [-inf, 1.0]),
+        "to inf": ([1.0, 1.0], [1.0, inf]),
+        "from nan": ([nan, 1.0], [1.0, 1.0]),
+    }
+    a, b = ({name: torch.tensor(p[i]) for name, p in pairs.items()} for i in (0, 1))
+    result = compare(tmp_path, a, b)
+    relative = {row.name: row.relative_change for row in result.rows}
+    assert math.isnan(relative.pop("from nan")) and result.rows[0].name == "from nan"
+    assert list(relative.values()) == pytest.approx([inf, inf, 9e9, 0.2, 0])
+    assert list(relative)[2:] == ["beside inf", "beside nan", "kept"]
+    changed = {row.name: row.changed_count for row in result.rows}
+    assert changed == {name: int(name != "kept") for name in pairs}
 
 
 def test_what_cannot_be_compared_is_named(engine, tmp_path):
@@ -142,6 +174,39 @@ def test_views_are_compared_by_place(engine, tmp_path, monkeypatch):
     rows = {row.name: row for row in result.rows}
     assert rows["w"].changed_count == 1 and rows["s"].changed_count == 0
     assert rows["w"].change_norm == pytest.approx(1, rel=1e-6)
+
+
+def part(starts, sizes):
+    return Part("a", 0, sizes, row_major(sizes), starts)
+
+
+def grid(shape, rows, columns):
+    """Parts of a matrix, the last ones smaller."""
+    return tuple(
+        part((r, c), (min(rows, shape[0] - r), min(columns, shape[1] - c)))
+        for c in range(0, shape[1], columns)
+        for r in range(0, shape[0], rows)
+    )
+
+
+@pytest.mark.parametrize("of_a", [(1, 40), (3, 7), (30, 40), (10, 1)])
+@pytest.mark.parametrize("of_b", [(1, 40), (4, 5), (30, 40), (3, 1)])
+def test_parts_that_overlap_are_found(of_a, of_b):
+    shape = (30, 40)
+    a, b = grid(shape, *of_a), (*grid(shape, *of_b), part((0, 40), (30, 0)))
+    seen = torch.zeros(shape, dtype=torch.int64)
+    for x, y in comparing._near(a, b):
+        begin = list(map(max, x.starts, y.starts))
+        end = [min(x.starts[d] + x.sizes[d], y.starts[d] + y.sizes[d]) for d in (0, 1)]
+        if begin[0] < end[0] and begin[1] < end[1]:
+            seen[begin[0] : end[0], begin[1] : end[1]] += 1
+    assert (seen == 1).all()
+
+
+def test_parts_are_not_taken_each_against_each():
+    a, b = (grid((3000, 2), rows, 2) for rows in (1, 3))
+    assert len(list(comparing._near(a, a))) == 3000
+    assert len(list(comparing._near(a, b))) < 4 * 3000
 
 
 def test_include_exclude_and_progress(tmp_path):

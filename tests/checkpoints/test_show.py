@@ -93,14 +93,60 @@ def test_what_changed(path, tmp_path, capsys):
     both = [str(path), str(tmp_path / "b.safetensors")]
     assert main(["show", *both]) == 0
     out = capsys.readouterr().out
-    assert names(out)[:4] == ["parameter", "w", "b", "only"] or "only in a: bad" in out
+    assert [line.split()[0] for line in out.splitlines()[4:]] == ["w", "b", "only"]
+    assert out.endswith("\nonly in a: bad\n")
     assert f"a: {both[0]}\nb: {both[1]}\n" in out
     assert main(["show", *both, "--json", "--limit", "1"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert list(shown["tensors"]) == ["w"] and shown["tensors"]["w"]["relative_change"] == 1.0
     assert main(["show", *both, "--csv", "--sort", "name"]) == 0
-    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    out = capsys.readouterr()
+    rows = list(csv.DictReader(io.StringIO(out.out)))
     assert [row["name"] for row in rows] == ["b", "w"] and rows[1]["dtype_b"] == "float32"
+    assert out.err == "only in a: bad\n"
+
+
+@pytest.mark.parametrize(
+    ("sort", "expected"),
+    [
+        ("largest_change", ["odd", "far", "near", "same"]),
+        ("-largest_change", ["odd", "same", "near", "far"]),
+        ("count", ["same", "near", "far", "odd"]),
+        ("-changed_count", ["same", "odd", "far", "near"]),
+        ("name", ["far", "near", "odd", "same"]),
+    ],
+)
+def test_the_order_of_changes(tmp_path, capsys, sort, expected):
+    sizes = {"near": 3, "same": 4, "far": 2, "odd": 1}
+    a = {name: torch.ones(n) for name, n in sizes.items()}
+    by = {"near": 1, "same": 0, "far": 5, "odd": math.nan}
+    b = {name: x + torch.full_like(x, by[name]) for name, x in a.items()}
+    b["far"][1] = 1
+    save_file(a, tmp_path / "a.safetensors")
+    save_file(b, tmp_path / "b.safetensors")
+    both = [str(tmp_path / f"{x}.safetensors") for x in "ab"]
+    assert main(["show", *both, "--csv", f"--sort={sort}"]) == 0
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert [row["name"] for row in rows] == expected
+    assert main(["show", *both, "--sort=-name"]) == 2
+    assert "or --sort=-STAT for the smallest first, got '-name'" in capsys.readouterr().err
+
+
+def test_what_csv_has_no_row_for_is_on_stderr(tmp_path, capsys):
+    w = torch.ones(2)
+    a = {"w": w, "gone": w + 1, "sparse": torch.eye(2).to_sparse(), "shape": w + 2}
+    b = {"w": w.half(), "new": w + 1, "sparse": torch.eye(2), "shape": torch.ones(3)}
+    torch.save(a, tmp_path / "a.pt")
+    torch.save(b, tmp_path / "b.pt")
+    both = [str(tmp_path / "a.pt"), str(tmp_path / "b.pt")]
+    assert main(["show", *both, "--csv"]) == 0
+    out = capsys.readouterr()
+    assert len(out.out.splitlines()) == 2
+    starts = ["only in a: gone", "only in b: new", "other shape: shape: ", "not read: sparse: a "]
+    lines = out.err.splitlines()
+    assert len(lines) == 4 and all(map(str.startswith, lines, starts))
+    assert main(["show", *both, "--json"]) == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_names_that_no_terminal_should_see(tmp_path, capsys):
