@@ -47,7 +47,11 @@ def _add_show(commands: Any) -> None:
     form = show.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="all figures, as JSON")
     form.add_argument("--csv", action="store_true", help="a row for each tensor, as CSV")
-    show.add_argument("--sort", metavar="STAT", help="order by a figure, largest first, or by name")
+    show.add_argument(
+        "--sort",
+        metavar="STAT",
+        help="order by a figure, largest first (--sort=-STAT: smallest), or by name",
+    )
     show.add_argument("--limit", type=int, metavar="N", help="only the first N tensors")
     for word in ("include", "exclude"):
         what = f"{word} tensors with a name in which RE is found; may be repeated"

@@ -17,7 +17,7 @@ from paramstats.checkpoints.aligning import aligned
 from paramstats.checkpoints.comparison import Change, Comparison
 from paramstats.checkpoints.reading import Reader, Run, boxes, pieces, run_of, view
 from paramstats.checkpoints.states import read_table
-from paramstats.checkpoints.stored import Part, Stored, is_dense
+from paramstats.checkpoints.stored import Part, Stored, check_unchanged, identities, is_dense
 from paramstats.checkpoints.summarizing import Progress, selected
 from paramstats.moments import Moments
 
@@ -89,7 +89,9 @@ def compare_files(
     of_a, of_b = ({name for t in tensors for name in t.names} for tensors in (all_a, all_b))
     same = [(x, y) for x, y in both if x.shape == y.shape and not (x.unread or y.unread)]
     states = _States(len(same))
+    files = identities([*all_a, *all_b])
     _read(same, states, progress)
+    check_unchanged(files)
     skipped = {x.name: x.unread or y.unread or "" for x, y in both if x.unread or y.unread}
     skipped |= {same[row][0].name: reason for row, reason in states.skipped.items()}
     changes = [
@@ -143,7 +145,7 @@ def _read(same: list[tuple[Stored, Stored]], states: _States, progress: Progress
             for run_a, run_b in zip(piece_a.runs, piece_b.runs, strict=True):
                 x, y = view(data_a, piece_a, run_a), view(data_b, piece_b, run_b)
                 x, y = (
-                    z.conj() if getattr(stored, "conj", False) else z
+                    z.conj() if stored.conj else z
                     for z, stored in zip((x, y), same[run_a.part], strict=True)
                 )
                 states.update(run_a.part, x, y)

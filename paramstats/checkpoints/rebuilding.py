@@ -133,7 +133,11 @@ def listed(value: Any, places: Places, path: str) -> list[Stored]:
     names: dict[Any, list[str]] = {}
     for name, tensor in _tensors(value):
         stored = _stored(name, tensor, places, path)
-        key = (stored.parts, stored.dtype) if math.prod(stored.shape) and stored.parts else name
+        key = (
+            (stored.parts, stored.dtype, stored.conj)
+            if math.prod(stored.shape) and stored.parts
+            else name
+        )
         rows.setdefault(key, stored)
         names.setdefault(key, []).append(name)
     every = [name for several in names.values() for name in several]
