@@ -125,9 +125,16 @@ def steps(out: Path, quick: bool) -> list[Step]:
         Step("report", (python, "-m", "benches.report", "--json", str(benchmark),
              "--on-gpu", str(on_gpu), "--dry-run"), 20, needs=benchmark),
         *more_checks,
-        Step("all tests", (*pytest, "-x", "-m", "not huge and not slow and not cuda", "tests"),
-             150),
+        Step("other tests", (*pytest, "-x", "-m", "not huge and not slow and not cuda", *_NO_GPU,
+             "tests"), 150),
     ]  # fmt: skip
+
+
+_NO_GPU = tuple(
+    f"--ignore=tests/{room}"
+    for room in ("checkpoints", "history", "integrations", "test_docs.py", "test_findings.py")
+)
+"""Tests of what stands on a summary, wherever its figures were made."""
 
 
 def _sanitizers(quick: bool) -> tuple[str, ...]:
