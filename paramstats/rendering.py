@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 from paramstats.moments import is_unread
 
 if TYPE_CHECKING:
+    import torch
+
     from paramstats.stats import ParamStats, TensorStats
 
 
@@ -26,7 +28,7 @@ def one_line(stats: TensorStats) -> str:
 
 
 def _what(entry: ParamStats) -> str:
-    dtype = str(entry.dtype).removeprefix("torch.")
+    dtype = dtype_name(entry.dtype)
     device = "" if entry.device.type == "cpu" else f" {entry.device}"
     count = f" n={entry.count:,}" if entry.shape is not None and len(entry.shape) > 1 else ""
     return f"{one_line_name(entry.name)}: {dtype} {shape(entry.shape)}{count}{device}"
@@ -115,6 +117,10 @@ def one_line_name(name: str) -> str:
     """A name as it can be printed: without line ends, escapes, or what standard output lacks."""
     text = name if name.isprintable() else repr(name)[1:-1]
     return printable(text, text.encode("ascii", "backslashreplace").decode())
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def shape(sizes: tuple[int, ...] | None) -> str:

@@ -204,7 +204,7 @@ class ParamStats(TensorStats):
         """What it is, its figures, and those of `grad` (None, or a dict); of JSON's types."""
         return {
             "shape": None if self.shape is None else list(self.shape),
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": rendering.dtype_name(self.dtype),
             "device": str(self.device),
             "requires_grad": self.requires_grad,
             "aliases": list(self.aliases),

@@ -118,11 +118,7 @@ class Summary(Mapping[str, ParamStats]):
         Buffers do not count, nor what could not be read. Of complex parameters `norm` and counts
         are exact; `mean` and `std` take the modulus of each one's mean.
         """
-        n, parameters = len(self), self._layout.parameters
-        grad = None
-        if any(self._state(n + row).count != ABSENT for row in range(parameters)):
-            grad = TensorStats(self._merged(n, n + parameters), self._correction)
-        return TotalStats(self._merged(0, parameters), self._correction, grad)
+        return self._as_one(0, self._layout.parameters)
 
     @property
     def skipped(self) -> Mapping[str, str]:
@@ -341,6 +337,13 @@ class Summary(Mapping[str, ParamStats]):
         self.wait()
         state = moments.row(self._table, row)
         return self._unscaled(state) if row >= len(self) else state
+
+    def _as_one(self, begin: int, end: int) -> TotalStats:
+        """The tensors [begin, end) merged, and their gradients."""
+        n, grad = len(self), None
+        if any(self._state(n + row).count != ABSENT for row in range(begin, end)):
+            grad = TensorStats(self._merged(n + begin, n + end), self._correction)
+        return TotalStats(self._merged(begin, end), self._correction, grad)
 
     def _merged(self, begin: int, end: int) -> Moments:
         state = moments.row(engine().merge_rows(self._table, begin, end), 0)

@@ -14,7 +14,7 @@ import torch
 from paramstats import moments
 from paramstats.checkpoints import opening, reading
 from paramstats.checkpoints.aligning import aligned
-from paramstats.checkpoints.comparison import Change, Comparison
+from paramstats.checkpoints.comparison import Change, Comparison, in_order
 from paramstats.checkpoints.reading import Reader, Run, boxes, pieces, run_of, view
 from paramstats.checkpoints.states import read_table
 from paramstats.checkpoints.stored import Part, Stored, check_unchanged, identities, is_dense
@@ -100,7 +100,7 @@ def compare_files(
         if x.name not in skipped
     ]
     return Comparison(
-        rows=tuple(sorted(changes, key=_most_first)),
+        rows=tuple(in_order(changes, "relative_change")),
         only_in_a=tuple(x.name for x in all_a if not of_b.intersection(x.names)),
         only_in_b=tuple(y.name for y in all_b if not of_a.intersection(y.names)),
         other_shape={
@@ -123,12 +123,6 @@ def _matched(all_a: list[Stored], all_b: list[Stored]) -> Iterator[tuple[Stored,
         for row in rows:
             name = next(name for name in x.names if name in all_b[row].names)
             yield x._replace(name=name), all_b[row]
-
-
-def _most_first(change: Change) -> tuple[bool, float]:
-    """A NaN before all numbers: it is what to look at."""
-    relative = change.relative_change
-    return (False, 0.0) if math.isnan(relative) else (True, -relative)
 
 
 def _read(same: list[tuple[Stored, Stored]], states: _States, progress: Progress | None) -> None:

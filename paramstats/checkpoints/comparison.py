@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
-from paramstats.rendering import columns, elide, number, one_line_name, percent, printable, shape
+from paramstats.rendering import (
+    columns,
+    dtype_name,
+    elide,
+    number,
+    one_line_name,
+    percent,
+    printable,
+    shape,
+)
 
 _HEADINGS = ("parameter", "shape", "norm a", "norm b", "|b - a|", "relative", "largest", "changed")
 _GAP = "  "
@@ -44,8 +54,8 @@ class Change(NamedTuple):
         return {
             **self._asdict(),
             "shape": list(self.shape),
-            "dtype_a": _short(self.dtype_a),
-            "dtype_b": _short(self.dtype_b),
+            "dtype_a": dtype_name(self.dtype_a),
+            "dtype_b": dtype_name(self.dtype_b),
         }
 
 
@@ -110,7 +120,7 @@ class Comparison:
         ]
         notes += [
             f"other dtype: {one_line_name(row.name)}: "
-            f"{_short(row.dtype_a)} and {_short(row.dtype_b)}"
+            f"{dtype_name(row.dtype_a)} and {dtype_name(row.dtype_b)}"
             for row in self.rows
             if dtypes and row.dtype_a != row.dtype_b
         ]
@@ -136,5 +146,12 @@ def _line(cells: list[str], widths: list[int]) -> str:
     return _GAP.join(padded)
 
 
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def in_order(rows: Iterable[Change], stat: str, smallest_first: bool = False) -> list[Change]:
+    """By a figure, the largest first, and NaN before all numbers: it is what to look at."""
+    sign = 1 if smallest_first else -1
+
+    def key(row: Change) -> tuple[bool, float]:
+        x = getattr(row, stat)
+        return (False, 0.0) if math.isnan(x) else (True, sign * x)
+
+    return sorted(rows, key=key)

@@ -7,8 +7,8 @@ import contextlib
 import csv
 import dataclasses
 import importlib
+import io
 import json
-import math
 import os
 import re
 import sys
@@ -19,10 +19,9 @@ from typing import Any
 
 from paramstats import report
 from paramstats.checkpoints.comparing import compare_files
-from paramstats.checkpoints.comparison import Change
+from paramstats.checkpoints.comparison import Change, in_order
 from paramstats.checkpoints.opening import explained
 from paramstats.checkpoints.summarizing import Progress, summarize_file
-from paramstats.findings import Severity
 from paramstats.rendering import one_line_name
 from paramstats.stats import STATS
 
@@ -86,9 +85,8 @@ def _summarized(chosen: argparse.Namespace) -> str:
     if chosen.csv:
         records = [{"name": name, **summary[name].to_dict()} for name in names]
         return _csv(("name", "shape", "dtype", "aliases", *STATS), records)
-    findings = summary.findings().at_least(Severity.WARNING)
     table = report.table(summary, chosen.sort, chosen.limit, "param")
-    table.notes = ["", str(findings)] if findings else []
+    table.notes = ["", str(table.findings)] if table.findings else []
     return report.for_print(table) + "\n"
 
 
@@ -120,21 +118,21 @@ def _check_order(sort: str | None) -> None:
     try:
         order = report.order(sort)
     except ValueError:
-        order = None
-    if sort is not None and (order is None or order.of_grad):
-        known = ", ".join(("name", *STATS))
-        raise ValueError(
-            f"paramstats show: expected --sort out of {known}, or --sort=-STAT for the smallest "
-            f"first, got {sort!r}"
-        )
+        raise _no_order(sort, ("name", *STATS)) from None
+    if order is not None and order.of_grad:
+        raise _no_order(sort, ("name", *STATS))
 
 
 def _check_figure(sort: str | None) -> None:
     if sort is not None and sort != "name" and sort.removeprefix("-") not in _COMPARED[1:]:
-        raise ValueError(
-            f"paramstats show: expected --sort out of {', '.join(_COMPARED)}, or --sort=-STAT for "
-            f"the smallest first, got {sort!r}"
-        )
+        raise _no_order(sort, _COMPARED)
+
+
+def _no_order(sort: str | None, known: Sequence[str]) -> ValueError:
+    return ValueError(
+        f"paramstats show: expected --sort out of {', '.join(known)}, or --sort=-STAT for the "
+        f"smallest first, got {sort!r}"
+    )
 
 
 def _sorted(rows: Sequence[Change], sort: str | None) -> list[Change]:
@@ -143,28 +141,17 @@ def _sorted(rows: Sequence[Change], sort: str | None) -> list[Change]:
         return list(rows)
     if sort == "name":
         return sorted(rows, key=lambda row: row.name)
-    stat, sign = sort.removeprefix("-"), 1 if sort.startswith("-") else -1
-
-    def key(row: Change) -> tuple[bool, float]:
-        x = getattr(row, stat)
-        return (False, 0.0) if math.isnan(x) else (True, sign * x)
-
-    return sorted(rows, key=key)
+    return in_order(rows, sort.removeprefix("-"), sort.startswith("-"))
 
 
 def _csv(fields: Sequence[str], records: list[dict[str, Any]]) -> str:
     """Floats with all their digits; a shape as 2x3, several names with spaces between."""
-    lines: list[str] = []
-    writer = csv.writer(_Lines(lines), lineterminator="\n")
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
     writer.writerow(fields)
     for record in records:
         writer.writerow([_field(name, record[name]) for name in fields])
-    return "".join(lines)
-
-
-class _Lines:
-    def __init__(self, lines: list[str]) -> None:
-        self.write = lines.append
+    return out.getvalue()
 
 
 def _field(name: str, value: Any) -> Any:

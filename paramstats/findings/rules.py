@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from paramstats.findings import Finding, Findings, Kind, Severity, Thresholds, Where
-from paramstats.rendering import number
+from paramstats.rendering import dtype_name, number
 
 if TYPE_CHECKING:
     from paramstats.stats import ParamStats, TensorStats
@@ -176,6 +176,8 @@ def _gradient_sizes(model: _Model) -> Iterator[Finding]:
             continue
         share = grad.norm / model.median
         ratio = grad.norm / entry.norm if 0 < entry.norm < math.inf else math.nan
+        to_median = f"norm {number(grad.norm)}, {number(share)} times the model's median"
+        to_weight = f"norm {number(grad.norm)}, {number(ratio)} times the weight's"
         if share > limits.exploding_gradient and not ratio <= 1:
             yield Finding(
                 Severity.WARNING,
@@ -184,7 +186,7 @@ def _gradient_sizes(model: _Model) -> Iterator[Finding]:
                 "grad",
                 share,
                 limits.exploding_gradient,
-                f"norm {number(grad.norm)}, {number(share)} times the model's median",
+                to_median,
                 "Clip gradients, lower the learning rate, or look at this layer's initialisation",
             )
         if not _is_weight(entry):
@@ -197,7 +199,7 @@ def _gradient_sizes(model: _Model) -> Iterator[Finding]:
                 "grad",
                 share,
                 limits.vanishing_gradient,
-                f"norm {number(grad.norm)}, {number(share)} times the model's median",
+                to_median,
                 "It learns next to nothing: saturated activations, a small initialisation, or a "
                 "path without residuals or normalisation",
             )
@@ -209,7 +211,7 @@ def _gradient_sizes(model: _Model) -> Iterator[Finding]:
                 "grad",
                 ratio,
                 limits.largest_gradient_ratio,
-                f"norm {number(grad.norm)}, {number(ratio)} times the weight's",
+                to_weight,
                 "Updates will dwarf the weight: lower the learning rate, clip, take the loss's "
                 "mean instead of its sum, or tell summarize the grad_scale",
             )
@@ -221,7 +223,7 @@ def _gradient_sizes(model: _Model) -> Iterator[Finding]:
                 "grad",
                 ratio,
                 limits.smallest_gradient_ratio,
-                f"norm {number(grad.norm)}, {number(ratio)} times the weight's",
+                to_weight,
                 "Plain SGD's updates are lost in rounding; Adam's are not",
             )
 
@@ -231,13 +233,13 @@ def _weights(model: _Model) -> Iterator[Finding]:
     limits = model.thresholds
     weights = [entry for entry in model.entries if _is_weight(entry)]
     mostly_dead = 2 * sum(entry.zero_fraction == 1 for entry in weights) > len(weights)
-    for entry in model.entries:
-        if not _is_weight(entry) or entry.nonfinite_count:
+    fresh = model.trains and not model.has_gradients and not mostly_dead
+    for entry in weights:
+        if entry.nonfinite_count:
             continue
         if not (entry.dtype.is_floating_point or entry.dtype.is_complex):
             continue
         frozen = model.trains and not entry.requires_grad
-        fresh = model.trains and not model.has_gradients and not mostly_dead
         if entry.zero_fraction == 1:
             yield Finding(
                 Severity.INFO
@@ -306,7 +308,7 @@ def _range(
 ) -> Iterator[Finding]:
     limits, dtype = model.thresholds, torch.finfo(entry.dtype)
     largest = stats.abs_max * scale  # as it is in memory
-    short = str(entry.dtype).removeprefix("torch.")
+    short = dtype_name(entry.dtype)
     if limits.overflow * dtype.max < largest < math.inf:
         yield Finding(
             Severity.WARNING,

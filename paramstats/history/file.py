@@ -24,6 +24,7 @@ import torch
 
 from paramstats.layout import Layout
 from paramstats.moments import ABSENT, NAN, ROW, Moments, unread
+from paramstats.rendering import dtype_name
 from paramstats.summary import Summary
 
 try:
@@ -271,7 +272,7 @@ def _layout_line(layout: Layout) -> bytes:
         },
         "parameters": layout.parameters,
         "shapes": layout.shapes,
-        "dtypes": [str(dtype).removeprefix("torch.") for dtype in layout.dtypes],
+        "dtypes": list(map(dtype_name, layout.dtypes)),
         "devices": [str(device) for device in layout.devices],
         "requires_grad": layout.requires_grad,
     }

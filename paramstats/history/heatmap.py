@@ -42,8 +42,6 @@ _MISSING, _ZERO, _BAD = 0, 1, 2
 _COLOURS = ("#ffffff", "#c3c8cd", plotting.BAD)
 """White, grey, vermilion: none is in viridis, and they differ in lightness, too."""
 
-Codes = npt.NDArray[np.int64]
-
 
 def heatmap(
     history: History, names: Sequence[str], stat: str, kind: str, ax: Axes | None

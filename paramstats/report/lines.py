@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from paramstats import tree
-from paramstats.findings import Finding, Severity, Thresholds
+from paramstats.findings import Finding, Findings, Severity, Thresholds
 from paramstats.findings.rules import find
-from paramstats.moments import ABSENT, is_unread
+from paramstats.moments import is_unread
 from paramstats.rendering import number, one_line_name, percent, shape
 from paramstats.stats import STATS, ParamStats, TensorStats
 
@@ -56,6 +56,7 @@ class Table:
 
     headings: list[str]
     lines: list[Line]
+    findings: Findings
     notes: list[str]
     kept: str | None
 
@@ -80,12 +81,12 @@ def table(
         headings.append(kept)
     findings = find(summary, Thresholds()).at_least(Severity.WARNING)
     if kind is not None:
-        findings = type(findings)(finding for finding in findings if finding.where == kind)
+        findings = Findings(finding for finding in findings if finding.where == kind)
     lines = [
         *_body(summary, headings, findings, wanted, limit, kind),
         _total(summary, headings, kind),
     ]
-    return Table(headings, lines, _notes(summary, findings), kept)
+    return Table(headings, lines, findings, _notes(summary, findings), kept)
 
 
 def ordered(summary: Summary, sort_by: str | None) -> list[str]:
@@ -154,17 +155,13 @@ def _body(
     kind: str | None,
 ) -> Iterator[Line]:
     entries = list(summary.values())
-    parameters = summary._layout.parameters
-    spans = {
-        "buffer": [(parameters, len(entries))],
-        None: [(0, parameters), (parameters, len(entries))],
-    }
+    spans = _spans(summary, kind)
     found: dict[str, list[Finding]] = {}
     for finding in findings:
         found.setdefault(finding.name, []).append(finding)
     shown = 0
-    rows = [row for begin, end in spans.get(kind, [(0, parameters)]) for row in range(begin, end)]
-    for node in _nodes(entries, rows, spans.get(kind, [(0, parameters)]), wanted):
+    rows = [row for begin, end in spans for row in range(begin, end)]
+    for node in _nodes(entries, rows, spans, wanted):
         if limit is not None and shown == limit:
             break
         if node.is_block:
@@ -183,6 +180,13 @@ def _body(
     if shown < len(rows):
         label = f"... and {len(rows) - shown:,} more"
         yield Line("more", 0, label, "", [""] * len(headings))
+
+
+def _spans(summary: Summary, kind: str | None) -> list[tuple[int, int]]:
+    """The rows of a table: parameters, then buffers, or one of them."""
+    parameters, every = summary._layout.parameters, len(summary)
+    spans = [(0, parameters), (parameters, every)]
+    return {None: spans, "buffer": spans[1:]}.get(kind, spans[:1])
 
 
 def _nodes(
@@ -229,23 +233,19 @@ def _block_cells(
     summary: Summary, headings: Sequence[str], begin: int, end: int, kind: str | None
 ) -> list[str]:
     """Rows [begin, end) as one."""
-    n, correction = len(summary), summary._correction
-    own = TensorStats(summary._merged(begin, end), correction)
-    has_grads = any(summary._state(n + row).count != ABSENT for row in range(begin, end))
-    grad = TensorStats(summary._merged(n + begin, n + end), correction) if has_grads else None
+    block = summary._as_one(begin, end)
     cells = []
     for heading in headings:
-        stats = grad if kind == "grad" or heading.startswith(_GRAD) else own
+        stats = block.grad if kind == "grad" or heading.startswith(_GRAD) else block
         if heading == "shape":
-            cells.append(f"{own.count:,}")
+            cells.append(f"{block.count:,}")
         else:
             cells.append("" if stats is None else _figure(stats, heading.removeprefix(_GRAD)))
     return cells
 
 
 def _total(summary: Summary, headings: Sequence[str], kind: str | None) -> Line:
-    parameters = summary._layout.parameters
-    begin, end = (parameters, len(summary)) if kind == "buffer" else (0, parameters)
+    begin, end = _spans(summary, kind)[0]
     return Line("total", 0, "total", "", _block_cells(summary, headings, begin, end, kind))
 
 
