@@ -10,8 +10,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from paramstats.extras import needed
-from paramstats.history.file import Entry, Reader
+from paramstats.history.file import Reader
 from paramstats.history.journal import Journal
+from paramstats.history.lines import Entry
 from paramstats.history.thinning import Thinned
 from paramstats.layout import Layout, no_such_name
 from paramstats.stats import STATS
@@ -276,7 +277,9 @@ class History:
         else:
             found, most = plotting.chosen(self, names), _MOST_CHOSEN
         if len(found) > most:
-            return self.heatmap(stat, kind, names=found, ax=ax)
+            from paramstats.history import heatmap
+
+            return heatmap.heatmap(self, found, stat, kind, ax)
         return plotting.lines(self, found, stat, kind, ax)
 
     def heatmap(

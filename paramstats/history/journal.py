@@ -10,7 +10,8 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from paramstats.history.file import Entry, Reader, TakenError, Writer, write_all
+from paramstats.history.file import Reader, TakenError, Writer, write_all
+from paramstats.history.lines import Entry
 from paramstats.layout import Layout
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 
-from paramstats.history.file import Entry
+from paramstats.history.lines import Entry
 from paramstats.layout import Layout
 from paramstats.moments import ROW
 from paramstats.summary import Summary
