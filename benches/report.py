@@ -28,6 +28,7 @@ from typing import Any
 
 from benches.hardware import LEAST_FREE
 from benches.tables import render
+from docs import blocks
 
 _HERE = Path(__file__).parent
 _RESULTS = _HERE / "results"
@@ -128,17 +129,6 @@ def noisy(report: Report) -> list[str]:
     return found
 
 
-def place(text: str, tables: str, device: str) -> str | None:
-    """`text` with the tables between its markers; None where it has none."""
-    name = "benchmark" if device == "cpu" else f"benchmark-{device}"
-    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-    before, found, rest = text.partition(begin)
-    _, ended, after = rest.partition(end)
-    if not (found and ended):
-        return None
-    return f"{before}{begin}\n{tables}\n{end}{after}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser("python -m benches.report", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -177,11 +167,8 @@ def main() -> None:
     _RESULTS.mkdir(exist_ok=True)
     path.write_text(json.dumps(report, indent=1) + "\n")
     print(f"medians: {path.relative_to(_HERE.parent)}")
-    text = place(_README.read_text(), tables, report["device"])
-    if text is None:
-        print("README.md is left as it is: it has no two lines for these tables (see --help)")
-    else:
-        _README.write_text(text)
+    block = "benchmark" if report["device"] == "cpu" else f"benchmark-{report['device']}"
+    blocks.write(_README, block, tables)
 
 
 if __name__ == "__main__":
