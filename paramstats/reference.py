@@ -191,7 +191,7 @@ def _check_storage(x: Tensor) -> None:
     """A storage that was emptied behind its tensor's back must not be read."""
     nbytes = x.untyped_storage().nbytes()
     begin = x.storage_offset()
-    if x.is_contiguous() and 0 <= begin and nbytes >= (begin + x.numel()) * x.element_size():
+    if x.is_contiguous() and begin >= 0 and nbytes >= (begin + x.numel()) * x.element_size():
         return
     if x.numel() == 0:
         return
