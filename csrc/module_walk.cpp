@@ -1,5 +1,5 @@
 // Reads `_parameters`, `_buffers` and `_modules` directly. While the tree is read no Python code
-// runs and nothing is allocated that could set off the garbage collector, so nothing can change it
+// runs, neither a key's __eq__ nor what the garbage collector finalizes, so nothing can change it
 // (the GIL is held). Whatever comes after that and may run Python code, as making a list may, comes
 // after references to all that is still needed were taken.
 #include "module_walk.h"
