@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import threading
 import warnings
 import weakref
 
@@ -548,3 +549,21 @@ def test_a_class_that_could_not_be_read_may_go(engine):
     del Passing
     gc.collect()
     assert alive() is None
+
+
+def test_a_small_stack_is_enough(native):
+    """Of a thread: what is copied to be read, elements with gaps and NaN, does not lie on it."""
+    plain = torch.linspace(1, 2, 40_000)
+    holed = plain.clone()
+    holed[::100] = math.nan
+    tensors = {"plain": plain, "gaps": holed[::2], "holed": holed}
+    expected, found = summarize(tensors), []
+    before = threading.stack_size(64 * 1024)
+    try:
+        for _ in range(20):
+            thread = threading.Thread(target=lambda: found.append(summarize(tensors)))
+            thread.start()
+            thread.join()
+    finally:
+        threading.stack_size(before)
+    assert found == [expected] * 20

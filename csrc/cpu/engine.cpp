@@ -12,6 +12,7 @@ namespace {
 // Elements copied side by side at a time where a tensor has gaps: two parts of a block of the
 // widest type stay in L2.
 constexpr int64_t kGather = 2 * kPart;
+alignas(64) thread_local char beside[kGather * 8];  // more than a small thread's stack holds
 
 struct Chunk {
   const TensorView* tensor;
@@ -26,7 +27,6 @@ Moments read_chunk(const Chunk& c, const Kernels& kernels) {
   if (c.dims == nullptr) {
     return kernel(static_cast<const char*>(c.tensor->data) + c.begin * size, c.n);
   }
-  alignas(64) char beside[kGather * 8];
   Moments state;
   for (int64_t i = 0; i < c.n; i += kGather) {
     const int64_t n = c.n - i < kGather ? c.n - i : kGather;

@@ -13,6 +13,7 @@ from tests.fuzz.elements import Elements, some
 
 ROW = struct.Struct("=5q4d")  # counts; mean, m2, min, max
 ABSENT = -1
+SMALL_STACK = 128 * 1024  # numpy, which checks there, needs more than the kernels
 
 
 def run(seed: int) -> int:
@@ -105,7 +106,7 @@ def _check(table: bytes, rows, params: bool, grads: bool) -> None:
 
 
 def _at_once(native, tensors, rows, params, grads, first) -> int:
-    """The same from several Python threads."""
+    """The same from several Python threads, every other time with small stacks."""
     wrong: list[BaseException] = []
 
     def call() -> None:
@@ -115,8 +116,10 @@ def _at_once(native, tensors, rows, params, grads, first) -> int:
             wrong.append(error)
 
     callers = [threading.Thread(target=call) for _ in range(2)]
+    before = threading.stack_size((len(tensors) % 2) * SMALL_STACK)
     for caller in callers:
         caller.start()
+    threading.stack_size(before)
     for caller in callers:
         caller.join()
     if wrong:
