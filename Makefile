@@ -16,8 +16,8 @@ SHIM_SOURCES := tests/cpp/cuda_shim/shim.cpp csrc/cpu/*.cpp -x c++ csrc/cuda/eng
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-cpp test-cuda-shim test-arm64 test-huge sanitize count cuda-compile gpu-check \
-	bench bench-compare check format clean
+.PHONY: help demo test test-cpp test-cuda-shim test-arm64 test-huge sanitize accuracy count cuda-compile \
+	gpu-check bench bench-compare check format clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -78,6 +78,9 @@ sanitize:  ## the C++ tests under the address and undefined-behaviour sanitizers
 	build/cpp/moments_sanitized
 	build/cpp/kernels_sanitized
 	build/cpp/cuda_kernels_sanitized
+
+accuracy: $(VENV)/installed  ## a hundred thousand adversarial tensors against the error bound, ten minutes
+	$(BIN)/python -m tests.accuracy
 
 count:  ## instructions that the kernels take for an element, against limits (valgrind)
 	@mkdir -p build/cpp
