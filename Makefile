@@ -16,8 +16,8 @@ SHIM_SOURCES := tests/cpp/cuda_shim/shim.cpp csrc/cpu/*.cpp -x c++ csrc/cuda/eng
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-cpp test-cuda-shim test-arm64 test-huge sanitize accuracy count cuda-compile \
-	gpu-check bench bench-compare check format clean
+.PHONY: help demo test test-cpp test-cuda-shim test-arm64 test-huge sanitize accuracy fuzz count \
+	cuda-compile gpu-check bench bench-compare check format clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -67,6 +67,9 @@ test-arm64:  ## the C++ tests for arm64, emulated (g++-aarch64-linux-gnu, qemu-u
 
 test-huge: $(VENV)/installed  ## tensors of more than 2^31 elements (5 GB of memory)
 	$(BIN)/python -m pytest --quiet -m huge
+
+fuzz: $(VENV)/installed  ## a million hostile calls, 15 minutes; writes docs/robustness.md
+	$(BIN)/python -m tests.fuzz --write
 
 sanitize:  ## the C++ tests under the address and undefined-behaviour sanitizers
 	@mkdir -p build/cpp

@@ -79,12 +79,20 @@ std::optional<DType> native_dtype(at::ScalarType dtype) {
   }
 }
 
-// Whether the storage really holds all elements: sharding libraries free it behind a tensor's back.
+// Whether the storage really holds all elements: sharding libraries free it behind a tensor's back,
+// and what torch compiles takes sizes and strides unchecked.
 bool storage_holds(const c10::TensorImpl& t) {
-  int64_t last = t.storage_offset();
-  for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);
-  return (last + 1) * static_cast<int64_t>(t.itemsize()) <=
-         static_cast<int64_t>(t.storage().nbytes());
+  int64_t first = t.storage_offset(), last = first;
+  for (int64_t d = 0; d < t.dim(); ++d) {
+    int64_t reach;
+    if (__builtin_mul_overflow(t.size(d) - 1, t.stride(d), &reach)) return false;
+    int64_t& end = reach < 0 ? first : last;
+    if (__builtin_add_overflow(end, reach, &end)) return false;
+  }
+  uint64_t bytes;
+  return first >= 0 &&
+         !__builtin_mul_overflow(static_cast<uint64_t>(last) + 1, t.itemsize(), &bytes) &&
+         bytes <= t.storage().nbytes();
 }
 
 // Of a plain tensor, on whatever device.
@@ -115,13 +123,15 @@ std::optional<cuda::TensorView> native_cuda_view(const c10::TensorImpl& t) {
 
 const cpu::Kernels* kernels = cpu::available_kernels().front();
 
-// What one call reads, and where it puts the results. Until `run` is over no Python code may run:
-// it could let go of the memory that the views show.
+// What one call reads, and where it puts the results. Until `run` is over no Python code may run
+// that could let go of the memory which the views show, unless that is kept.
 struct Work {
   std::vector<cpu::TensorView> views;
   std::vector<Moments*> out;
   std::vector<const c10::TensorImpl*> tensors;
   CudaCall on_cuda;
+  std::vector<c10::Storage> alive;
+  std::vector<std::vector<int64_t>> shapes;
   std::vector<std::pair<size_t, at::Tensor>> left;  // rows for Python, and what to read
 
   explicit Work(size_t rows) {
@@ -154,15 +164,30 @@ struct Work {
     left.emplace_back(row, tensor);
   }
 
-  void run() const {
+  // Before the GIL is let go: another thread may then drop a gradient or exchange a tensor's data.
+  void keep_memory() {
+    alive.reserve(tensors.size());
+    for (const c10::TensorImpl* t : tensors) alive.push_back(t->storage());
+    tensors.clear();
+  }
+
+  // The same for what is not looked at before that: sizes and strides are, unless devices are
+  // started first.
+  void keep_shapes() {
+    shapes.reserve(2 * views.size());
+    for (cpu::TensorView& v : views) {
+      shapes.emplace_back(v.sizes, v.sizes + v.ndim);
+      v.sizes = shapes.back().data();
+      shapes.emplace_back(v.strides, v.strides + v.ndim);
+      v.strides = shapes.back().data();
+    }
+  }
+
+  void run() {
     if (cpu::total_bytes(views) < cpu::kSerialBytes) {
       return cpu::summarize(views, out, *kernels, nullptr);
     }
-    // The GIL is let go while threads read, and another thread may drop a gradient meanwhile: its
-    // memory stays. (Sizes and strides are looked at before that.)
-    std::vector<c10::Storage> alive;
-    alive.reserve(tensors.size());
-    for (const c10::TensorImpl* t : tensors) alive.push_back(t->storage());
+    keep_memory();
     cpu::summarize(views, out, *kernels, [](int64_t n, cpu::Task task, void* context) {
       const py::gil_scoped_release release;
       torch_pool(n, task, context);
@@ -233,6 +258,10 @@ py::tuple read(const py::list& tensors, bool params, bool grads) {
       table[n + i] = unread(kAbsent);
     }
   }
+  if (!work.on_cuda.empty()) {
+    work.keep_memory();
+    work.keep_shapes();
+  }
   const auto started = start(work.on_cuda);  // the devices, before the CPU is busy
   work.run();
   py::list transfers;
@@ -281,10 +310,10 @@ py::dict figures(const py::bytes& table, const py::list& keys, const std::vector
     if (f < 0 || f >= kFigures) throw py::index_error("no such figure");
   }
   py::dict out;
-  Py_ssize_t key = 0;
+  Py_ssize_t next = 0;
   for (size_t i = 0; i < n; ++i) {
     if (is_unread(rows[i])) {  // an absent row is, too
-      key += static_cast<Py_ssize_t>(which.size());
+      next += static_cast<Py_ssize_t>(which.size());
       continue;
     }
     const bool unscale = 2 * i >= n && grad_scale != 1;
@@ -293,9 +322,10 @@ py::dict figures(const py::bytes& table, const py::list& keys, const std::vector
     std::memcpy(values, &f, sizeof(f));
     for (int position : which) {
       const py::float_ value(values[position]);
-      if (PyDict_SetItem(out.ptr(), PyList_GET_ITEM(keys.ptr(), key++), value.ptr()) != 0) {
-        throw py::error_already_set();
-      }
+      // A key's own __hash__ may change the list.
+      if (next >= PyList_GET_SIZE(keys.ptr())) throw py::index_error("the keys have changed");
+      const auto key = py::reinterpret_borrow<py::object>(PyList_GET_ITEM(keys.ptr(), next++));
+      if (PyDict_SetItem(out.ptr(), key.ptr(), value.ptr()) != 0) throw py::error_already_set();
     }
   }
   return out;

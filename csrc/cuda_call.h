@@ -37,6 +37,8 @@ class CudaCall {
   // the device's current stream is being captured into a CUDA graph; nothing has touched it then.
   bool add(const cuda::TensorView& view, const c10::TensorImpl& tensor, size_t row);
 
+  bool empty() const { return groups_.empty(); }
+
   // Has each device's current stream read its tensors; does not wait. The GIL is let go meanwhile:
   // a launch may have to wait for room in a queue that Python code is to empty.
   //

@@ -19,23 +19,42 @@ namespace paramstats {
 namespace {
 
 // Deeper than this, or more modules than this, and the tree is most likely a cycle or modules
-// shared within shared modules without end: left to Python.
-constexpr int kMaxDepth = 1000;  // also what a small thread's stack holds
+// shared within shared modules without end: left to Python. (Depth costs no stack here.)
+constexpr size_t kMaxDepth = 10'000;
 constexpr size_t kMaxVisits = 200'000;
 
 // Pointers: a larger tree's memory is not kept for the next call.
 constexpr size_t kMostScratch = 1 << 20;
 
-// Interned once; never freed, because extension modules are not unloaded.
-struct Strings {
-  PyObject* parameters = PyUnicode_InternFromString("_parameters");
-  PyObject* buffers = PyUnicode_InternFromString("_buffers");
-  PyObject* modules = PyUnicode_InternFromString("_modules");
+// An attribute of every module, and where it stood in the last dictionary it was found in. Interned
+// once; never freed, because extension modules are not unloaded.
+struct Attribute {
+  PyObject* name;
+  Py_ssize_t position = 0;
+  explicit Attribute(const char* text) : name(PyUnicode_InternFromString(text)) {}
 };
-const Strings& strings() {
-  static const Strings s;
-  return s;
+struct Attributes {
+  Attribute parameters{"_parameters"}, buffers{"_buffers"}, modules{"_modules"};
+};
+Attributes& attributes_of_modules() {
+  static Attributes a;
+  return a;
 }
+
+// While it lives the garbage collector, and with it Python code, does not run: an instance that was
+// never asked for its __dict__ has it made, which may set off a collection.
+class WithoutCollector {
+ public:
+  WithoutCollector() : was_enabled_(PyGC_Disable() != 0) {}
+  ~WithoutCollector() {
+    if (was_enabled_) PyGC_Enable();
+  }
+  WithoutCollector(const WithoutCollector&) = delete;
+  WithoutCollector& operator=(const WithoutCollector&) = delete;
+
+ private:
+  bool was_enabled_;
+};
 
 // nn.Module and the functions by which it lists itself; a class whose are others lists itself
 // otherwise.
@@ -67,6 +86,11 @@ bool lists_itself_plainly(PyObject* module, PyTypeObject* type) {
     if (!own) PyErr_Clear();
     if (!own.is(plain)) return false;
   }
+  // A property of the class would come before what the instance has under that name.
+  const Attributes& a = attributes_of_modules();
+  for (const Attribute* attribute : {&a.parameters, &a.buffers, &a.modules}) {
+    if (_PyType_Lookup(type, attribute->name) != nullptr) return false;
+  }
   const auto attributes = py::reinterpret_steal<py::dict>(PyObject_GenericGetDict(module, nullptr));
   for (const auto& [name, plain] : module_class().listing) {
     if (attributes.contains(name)) return false;
@@ -84,6 +108,13 @@ struct Tree {
   size_t parameters = 0;               // how many of `members` are parameters; buffers follow
   size_t visits = 0;
 
+  // A module whose children are being read, and the next of them.
+  struct Open {
+    PyObject* children;
+    Py_ssize_t next;
+  };
+  std::vector<Open> open;  // from the root on
+
   bool operator==(const Tree& other) const {
     return signature == other.signature && attributes == other.attributes;
   }
@@ -92,6 +123,7 @@ struct Tree {
     signature.clear();
     attributes.clear();
     members.clear();
+    open.clear();
     parameters = visits = 0;
   }
 
@@ -122,21 +154,36 @@ bool answers_by_itself(PyObject* object) {
   return !by_python && !t.is_nested() && !t.has_symbolic_sizes_strides();
 }
 
-// A borrowed plain dict of the module's, or null.
-PyObject* dict_of(PyObject* attributes, PyObject* name) {
-  PyObject* dict = PyDict_GetItemWithError(attributes, name);
-  return dict != nullptr && PyDict_CheckExact(dict) ? dict : nullptr;
+// Whether it is the plain string `name`. (Two strings of the same text are two where a dictionary
+// was unpickled.)
+bool is_named(PyObject* key, PyObject* name) {
+  return key == name || (PyUnicode_CheckExact(key) && PyUnicode_Compare(key, name) == 0);
 }
 
-// Adds a module's entries to the tree, its own first, then its children's. False: not readable.
-bool visit(PyObject* module, PyObject* kind, int depth, Tree& tree) {
-  if (depth > kMaxDepth || ++tree.visits > kMaxVisits) return false;
+// A borrowed plain dict of the module's, or null. Not looked up, which may run another key's
+// __eq__: found at the position where it was in the last module, or by a search.
+PyObject* dict_of(PyObject* attributes, Attribute& attribute) {
+  PyObject *key, *value;
+  Py_ssize_t i = attribute.position;
+  if (!PyDict_Next(attributes, &i, &key, &value) || !is_named(key, attribute.name)) {
+    i = 0;
+    do {
+      attribute.position = i;
+      if (!PyDict_Next(attributes, &i, &key, &value)) return nullptr;
+    } while (!is_named(key, attribute.name));
+  }
+  return PyDict_CheckExact(value) ? value : nullptr;
+}
+
+// Adds a module and its own entries to the tree and opens it. False: not readable.
+bool enter(PyObject* module, Attribute& kind, Tree& tree) {
+  if (tree.open.size() > kMaxDepth || ++tree.visits > kMaxVisits) return false;
   // The owned reference may go at once: the module keeps its attributes alive.
   PyObject* attributes = PyObject_GenericGetDict(module, nullptr);
   if (attributes == nullptr) return false;
   Py_DECREF(attributes);
   PyObject* own = dict_of(attributes, kind);
-  PyObject* children = dict_of(attributes, strings().modules);
+  PyObject* children = dict_of(attributes, attributes_of_modules().modules);
   if (own == nullptr || children == nullptr) return false;
 
   tree.attributes.push_back(PyDict_GET_SIZE(attributes));
@@ -150,20 +197,34 @@ bool visit(PyObject* module, PyObject* kind, int depth, Tree& tree) {
     if (!is_tensor(value) || !answers_by_itself(value)) return false;
     tree.members.push_back(tree.signature.size() - 1);
   }
-  for (Py_ssize_t i = 0; PyDict_Next(children, &i, &key, &value);) {
+  tree.open.push_back({children, 0});
+  return true;
+}
+
+// Adds a module's entries, its own first, then its children's. Not by recursion: a tree may be
+// deeper than the stack of a small thread.
+bool visit(PyObject* module, Attribute& kind, Tree& tree) {
+  if (!enter(module, kind, tree)) return false;
+  while (!tree.open.empty()) {
+    Tree::Open& last = tree.open.back();
+    PyObject *key, *value;
+    if (!PyDict_Next(last.children, &last.next, &key, &value)) {
+      tree.signature.push_back(nullptr);  // the end of this module
+      tree.open.pop_back();
+      continue;
+    }
     tree.signature.push_back(key);
     tree.signature.push_back(value);
-    if (value == Py_None) continue;
-    if (!visit(value, kind, depth + 1, tree)) return false;
+    if (value != Py_None && !enter(value, kind, tree)) return false;
   }
-  tree.signature.push_back(nullptr);  // the end of this module
   return true;
 }
 
 bool read_tree(PyObject* module, bool buffers, Tree& tree) {
-  if (!visit(module, strings().parameters, 0, tree)) return false;
+  const WithoutCollector without_collector;
+  if (!visit(module, attributes_of_modules().parameters, tree)) return false;
   tree.parameters = tree.members.size();
-  return !buffers || visit(module, strings().buffers, 0, tree);
+  return !buffers || visit(module, attributes_of_modules().buffers, tree);
 }
 
 // The names of a tree's members, found again along the signature.
@@ -172,40 +233,52 @@ struct Names {
   bool readable = true;
 
   explicit Names(const Tree& tree) : tree_(tree) {
-    while (at_ < tree.signature.size() && readable) descend("");
+    const auto& s = tree.signature;
+    while (at_ < s.size() && readable) {
+      if (prefixes_.empty()) {
+        open("");
+      } else if (s[at_] == nullptr) {
+        prefixes_.pop_back();
+        ++at_;
+      } else {
+        entry();
+      }
+    }
   }
 
  private:
   const Tree& tree_;
   size_t at_ = 0;
+  std::vector<std::string> prefixes_;  // of the modules that are open
 
-  void descend(const std::string& prefix) {
-    const auto& s = tree_.signature;
-    PyTypeObject* type = reinterpret_cast<PyTypeObject*>(s[at_ + 1]);
-    if (!(readable = lists_itself_plainly(s[at_], type))) return;
+  void open(const std::string& name) {
+    PyTypeObject* type = reinterpret_cast<PyTypeObject*>(tree_.signature[at_ + 1]);
+    readable = lists_itself_plainly(tree_.signature[at_], type);
+    prefixes_.push_back(name.empty() ? "" : name + ".");
     at_ += 2;
-    while (readable && s[at_] != nullptr) {
-      Py_ssize_t size = 0;
-      const char* key = PyUnicode_Check(s[at_]) ? PyUnicode_AsUTF8AndSize(s[at_], &size) : nullptr;
-      if (key == nullptr) {  // no string, or one that UTF-8 cannot hold
-        PyErr_Clear();
-        readable = false;
-        return;
-      }
-      const std::string name = prefix + std::string(key, size);
-      ++at_;
-      const bool is_member =
-          of_member.size() < tree_.members.size() && tree_.members[of_member.size()] == at_;
-      const bool is_none = s[at_] == Py_None;
-      if (is_member) of_member.push_back(name);
-      if (is_member || is_none) {
-        ++at_;
-      } else {
-        ++at_;
-        descend(name + ".");
-      }
+  }
+
+  // A key and a value: a tensor, None or a child, which follows.
+  void entry() {
+    PyObject* key = tree_.signature[at_];
+    Py_ssize_t size = 0;
+    // A subclass may make of itself what it likes when torch puts it behind a prefix.
+    const char* text = PyUnicode_CheckExact(key) ? PyUnicode_AsUTF8AndSize(key, &size) : nullptr;
+    if (text == nullptr) {  // no such string, or one that UTF-8 cannot hold
+      PyErr_Clear();
+      readable = false;
+      return;
     }
-    ++at_;
+    const std::string name = prefixes_.back() + std::string(text, size);
+    const size_t value = at_ + 1;
+    at_ += 2;
+    const bool is_member =
+        of_member.size() < tree_.members.size() && tree_.members[of_member.size()] == value;
+    if (is_member) {
+      of_member.push_back(name);
+    } else if (tree_.signature[value] != Py_None) {
+      open(name);
+    }
   }
 };
 
@@ -296,7 +369,10 @@ Cache& cache(bool buffers) {
 }
 
 py::object weakref_that_forgets(PyObject* module, bool buffers) {
-  const py::cpp_function forget([module, buffers](py::handle) { cache(buffers).erase(module); });
+  const py::cpp_function forget([module, buffers](py::handle) {
+    // Taken out whole before it is let go, which may run Python code that asks the cache.
+    const auto gone = cache(buffers).extract(module);
+  });
   auto ref = py::reinterpret_steal<py::object>(PyWeakref_NewRef(module, forget.ptr()));
   if (!ref) PyErr_Clear();
   return ref;

@@ -76,7 +76,11 @@ class Layout:
         parameters: int,
         tensors: Sequence[torch.Tensor],
     ) -> Layout:
-        """The layout of `tensors`, whose names are known."""
+        """The layout of `tensors`, whose names are known.
+
+        Raises ValueError where one name is that of two tensors.
+        """
+        _check_distinct(names, aliases)
         return cls(
             names,
             aliases,
@@ -165,6 +169,19 @@ class Layout:
             made = (layout, rows)
             _remember(self._selections, key, made)
         return made
+
+
+def _check_distinct(names: tuple[str, ...], aliases: tuple[tuple[str, ...], ...]) -> None:
+    """Modules with dots in their names, or a parameter and a buffer, can be called alike."""
+    if len(set(names).union(*aliases)) == len(names) + sum(map(len, aliases)):
+        return
+    row_of: dict[str, int] = {}
+    for row, several in enumerate(zip(names, aliases, strict=True)):
+        for name in (several[0], *several[1]):
+            if row_of.setdefault(name, row) != row:
+                raise ValueError(
+                    f"paramstats.summarize: expected every name once, got '{name}' for two tensors"
+                )
 
 
 def _remember(kept: dict[Any, Any], key: Any, value: Any) -> None:

@@ -190,12 +190,15 @@ def _plain(x: Tensor) -> Tensor:
 def _check_storage(x: Tensor) -> None:
     """A storage that was emptied behind its tensor's back must not be read."""
     nbytes = x.untyped_storage().nbytes()
-    if x.is_contiguous() and nbytes >= (x.storage_offset() + x.numel()) * x.element_size():
+    begin = x.storage_offset()
+    if x.is_contiguous() and begin >= 0 and nbytes >= (begin + x.numel()) * x.element_size():
         return
     if x.numel() == 0:
         return
-    last = x.storage_offset() + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
-    if (last + 1) * x.element_size() > nbytes:
+    reach = [(n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)]
+    first = begin + sum(r for r in reach if r < 0)
+    last = begin + sum(r for r in reach if r > 0)
+    if first < 0 or (last + 1) * x.element_size() > nbytes:
         raise ValueError(f"its storage holds {nbytes} bytes, not all elements")
 
 

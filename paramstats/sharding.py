@@ -96,7 +96,8 @@ def is_sharded(source: Any, tensors: Iterable[Any]) -> bool:
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is not None and isinstance(source, torch.nn.Module):
         wrapped = (fsdp.FSDPModule, fsdp.FullyShardedDataParallel)
-        with contextlib.suppress(TypeError):  # a module without a hash, which FSDP could not wrap
+        # A module without a hash, which FSDP could not wrap; modules too deep for torch.
+        with contextlib.suppress(TypeError, RecursionError):
             if any(isinstance(module, wrapped) for module in source.modules()):
                 return True
     return any(

@@ -186,5 +186,5 @@ def _with_the_rest(
 def _is_finite(value: Any) -> bool:
     try:
         return math.isfinite(value)
-    except TypeError:
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: torch's own
         return False

@@ -6,7 +6,7 @@ that list their parameters in a way of their own, and for all modules without it
 
 from __future__ import annotations
 
-import itertools
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -28,10 +28,17 @@ def walk(
     """The layout of a module's parameters (then buffers), and the tensors themselves."""
     rows = _Rows()
     every_name = _few_paths(module)
-    rows.add_all(_named(module.named_parameters, every_name))
-    parameters = len(rows.tensors)
-    if buffers:
-        rows.add_all(_named(module.named_buffers, every_name))
+    try:
+        rows.add_all(_named(module.named_parameters, every_name))
+        parameters = len(rows.tensors)
+        if buffers:
+            rows.add_all(_named(module.named_buffers, every_name))
+    except RecursionError as error:
+        raise RecursionError(
+            f"paramstats.summarize: expected modules within modules no deeper than Python's "
+            f"recursion limit, {sys.getrecursionlimit()}, got more ({error}); "
+            f"sys.setrecursionlimit raises it"
+        ) from None
     return make_layout(rows.names, rows.aliases, parameters, rows.tensors), rows.tensors
 
 
@@ -46,18 +53,11 @@ def walk_named(
     rows = _Rows(key=_memory)
     names = set()
     for name, value in _pairs(source):
-        if not isinstance(name, str):
-            raise TypeError(
-                f"paramstats.summarize: expected names to be str, got {type(name).__name__} "
-                f"for {name!r}"
-            )
+        _check_name(name)
         if not isinstance(value, (torch.Tensor, Shard)):
             if not passes(name, include, exclude):
                 continue
-            raise TypeError(
-                f"paramstats.summarize: expected a torch.Tensor, got {_type_name(value)} for "
-                f"'{name}'; {_remedy(value)}"
-            )
+            raise _no_tensor(name, value)
         if name in names:
             raise ValueError(f"paramstats.summarize: expected every name once, got '{name}' twice")
         names.add(name)
@@ -83,7 +83,10 @@ class _Rows:
         self._names[row].append(name)
 
     def add_all(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
-        for name, tensor in named:
+        for name, tensor in _checked_pairs(named):
+            _check_name(name)
+            if not isinstance(tensor, torch.Tensor):
+                raise _no_tensor(name, tensor)
             self.add(name, tensor)
 
     @property
@@ -97,12 +100,19 @@ class _Rows:
 
 def _few_paths(module: torch.nn.Module) -> bool:
     """Whether all paths to all modules can be walked."""
-    most = _MOST_VISITS * sum(1 for _ in module.named_modules()) + 1000
-    try:
-        paths = itertools.islice(module.named_modules(remove_duplicate=False), most)
-        return sum(1 for _ in paths) < most
-    except (TypeError, RecursionError):  # an override without the argument; a cycle of modules
-        return False
+    modules, visits, left = set(), 0, [module]
+    while left:  # not by named_modules, which follows a cycle as deep as the stack is, or deeper
+        visited = left.pop()
+        modules.add(id(visited))
+        visits += 1
+        if visits > _MOST_VISITS * len(modules) + 1000:
+            return False
+        try:
+            children = visited._modules.values()
+            left.extend(child for child in children if child is not None)
+        except Exception:  # it keeps them otherwise: only it can tell
+            continue
+    return True
 
 
 def _named(named: Callable[..., Iterable[tuple[str, Any]]], every_name: bool) -> Any:
@@ -153,6 +163,10 @@ def _pairs(source: Any) -> Iterator[tuple[Any, Any]]:
         raise TypeError(
             f"paramstats.summarize: expected {expected}, got {_type_name(source)}{hint}"
         )
+    yield from _checked_pairs(source)
+
+
+def _checked_pairs(source: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
     for position, pair in enumerate(source):
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
             hint = ""
@@ -163,6 +177,21 @@ def _pairs(source: Any) -> Iterator[tuple[Any, Any]]:
                 f"at position {position}{hint}"
             )
         yield pair[0], pair[1]
+
+
+def _check_name(name: Any) -> None:
+    if not isinstance(name, str):
+        raise TypeError(
+            f"paramstats.summarize: expected names to be str, got {type(name).__name__} "
+            f"for {name!r}"
+        )
+
+
+def _no_tensor(name: str, value: Any) -> TypeError:
+    return TypeError(
+        f"paramstats.summarize: expected a torch.Tensor, got {_type_name(value)} for "
+        f"'{name}'; {_remedy(value)}"
+    )
 
 
 def _remedy(value: Any) -> str:

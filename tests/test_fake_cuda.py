@@ -356,3 +356,32 @@ def test_an_engine_of_another_version_is_refused(cuda):
     with pytest.raises(ValueError, match=r"it is paramstats\.cuda\.Api/0, not "):
         native.use_cuda_engine(cuda.old_api())
     assert paramstats.summarize({"w": cuda.to(torch.ones(4), 0)})["w"].norm == 2.0
+
+
+def test_tensors_of_the_cpu_while_a_device_is_started(cuda):
+    """The GIL is let go for the device; another thread exchanges what the CPU is about to read."""
+    here = [nn.Parameter(torch.full((3000,), 1.0)) for _ in range(50)]
+    there = cuda.to(torch.ones(8), 0)
+    source = [("there", there), *((f"p{i}", p) for i, p in enumerate(here))]
+    stop = threading.Event()
+
+    def exchange() -> None:
+        number = 1.0
+        while not stop.is_set():
+            number = 3.0 - number
+            for p in here:
+                p.data = torch.full((5, 20, 30), number)
+
+    other = threading.Thread(target=exchange)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    other.start()
+    try:
+        for _ in range(200):
+            summary = paramstats.summarize(source)
+            for i in range(len(here)):
+                assert (summary[f"p{i}"].std, summary[f"p{i}"].count) == (0, 3000)
+    finally:
+        stop.set()
+        other.join()
+        sys.setswitchinterval(interval)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -477,3 +479,72 @@ def test_buffers(engine):
     assert summary["running_mean"].kind == "buffer" and summary.total.count == 8
     assert "buffer_mean/running_mean" in summary.scalars()
     assert "running_mean" not in summarize(layer)
+
+
+# ---- found by tests/fuzz -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sizes", "strides", "offset"),
+    [
+        ((2, 2), (1 << 62, 1 << 62), 0),  # their sum wraps around
+        ((2,), (1 << 62,), 1 << 62),
+        ((3,), (1,), -5_000_000),
+        ((2, 3), (1 << 61, 1), 1 << 61),  # so do bytes
+        ((3,), (1 << 40,), 0),
+    ],
+)
+def test_elements_beyond_the_storage_are_not_read(engine, sizes, strides, offset):
+    """What torch compiles takes sizes, strides and offset unchecked."""
+    x = torch._C._dynamo.guards._reinterpret_tensor(torch.ones(10), sizes, strides, offset)
+    paramstats.summary._warned.clear()
+    with pytest.warns(RuntimeWarning, match="holds 40 bytes, not all elements"):
+        summary = summarize({"x": x})
+    assert math.isnan(summary["x"].norm) and summary["x"].count == x.numel()
+
+
+@pytest.mark.parametrize("value", [10**400, torch.ones(2), "1", 1j, object()])
+@pytest.mark.parametrize("argument", ["correction", "grad_scale"])
+def test_what_is_no_number_is_refused(engine, argument, value):
+    with pytest.raises(ValueError, match=f"finite number.* for {argument}, got"):
+        summarize({"x": torch.ones(2)}, **{argument: value})
+
+
+def test_a_key_that_empties_its_list(native):
+    table = summarize({"a": torch.ones(3), "b": torch.ones(3)})._table
+
+    class Shrinking:
+        def __hash__(self):
+            keys.clear()
+            return 1
+
+    keys = [Shrinking(), "b" * 3, "c" * 3, "d" * 3]
+    with pytest.raises(IndexError, match="keys have changed"):
+        native.figures(table, keys, [1], 1.0, 1.0)
+
+
+def test_reasons_for_not_reading_do_not_pile_up(engine):
+    warnings.simplefilter("ignore")
+    warned = paramstats.summary._warned
+    warned.clear()
+    try:
+        for size in range(1, 1200):
+            x = torch.ones(size)
+            x.untyped_storage().resize_(size)
+            summarize({"x": x})
+        assert 100 < len(warned) <= 1000
+    finally:
+        warned.clear()
+
+
+def test_a_class_that_could_not_be_read_may_go(engine):
+    warnings.simplefilter("ignore")
+
+    class Passing(Opaque):
+        pass
+
+    summarize({"x": Passing(torch.ones(2))})
+    alive = weakref.ref(Passing)
+    del Passing
+    gc.collect()
+    assert alive() is None

@@ -6,6 +6,7 @@ import copy
 import gc
 import json
 import sys
+import threading
 import weakref
 
 import pytest
@@ -319,3 +320,241 @@ def test_copies_have_layouts_of_their_own(engine):
     other = copy.deepcopy(model)
     other[0].bias.data.fill_(3)
     assert summarize(other)["0.bias"].mean == 3.0 != summarize(model)["0.bias"].mean
+
+
+# ---- modules that nobody should write: found by tests/fuzz -----------------------------------
+
+
+def put(module: nn.Module, key: object, child: nn.Module | None) -> None:
+    module._modules[key] = child  # type: ignore[index]
+
+
+def test_a_child_without_a_name(engine):
+    model = nn.Module()
+    put(model, "", nn.Linear(2, 2))
+    put(model._modules[""], "", nn.Sequential(nn.Linear(1, 1)))
+    put(model._modules[""], "a", nn.Sequential(nn.Linear(1, 1)))
+    put(model._modules[""].a, "", nn.Linear(1, 1))
+    assert list(summarize(model)) == expected_names(model)
+
+
+def test_keys_that_are_more_than_strings(engine):
+    class Rewriting(str):
+        def __radd__(self, other):
+            return f"{other}rewritten"
+
+    model = nn.Sequential(nn.Linear(2, 2))
+    model[0]._parameters[Rewriting("w")] = nn.Parameter(torch.ones(1))
+    assert list(summarize(model)) == expected_names(model)
+    assert list(summarize(model))[-1] == "0.rewritten"
+
+
+def test_a_key_does_not_keep_its_model(native):
+    class Owning(str):
+        pass
+
+    model = nn.Linear(2, 2)
+    key = Owning("w")
+    key.model = model
+    model._parameters[key] = nn.Parameter(torch.ones(1))
+    summarize(model)
+    alive = weakref.ref(model)
+    del model, key
+    gc.collect()
+    assert alive() is None
+
+
+@pytest.mark.parametrize("kind", ["_parameters", "_modules", "_buffers"])
+def test_a_property_of_the_class_comes_before_the_instance(engine, kind):
+    class Owned(nn.Module):
+        locals()[kind] = property(lambda self: self.__dict__["shown"], lambda self, value: None)
+
+        def __init__(self):
+            self.__dict__["shown"] = {}
+            super().__init__()
+
+    model = Owned()
+    hidden = nn.Linear(1, 1) if kind == "_modules" else nn.Parameter(torch.ones(1))
+    model.__dict__[kind] = {"hidden": hidden}
+    model.__dict__["shown"]["shown"] = copy.deepcopy(hidden)
+    assert list(summarize(model, buffers=True)) == expected_names(model, buffers=True)
+
+
+@pytest.mark.parametrize("value", [3, "x", nn.Linear(1, 1), nn.Linear])
+def test_a_parameter_that_is_no_tensor(engine, value):
+    model = nn.Sequential(nn.Linear(2, 2))
+    model[0]._parameters["odd"] = value
+    with pytest.raises(TypeError, match=r"^paramstats.summarize: expected a torch.Tensor.*'0.odd'"):
+        summarize(model)
+
+
+@pytest.mark.parametrize(
+    ("listed", "message"),
+    [
+        ([(3, torch.ones(1))], "names to be str, got int for 3"),
+        ([torch.ones(1)], "pairs, got torch.Tensor at position 0"),
+        ([("a", torch.ones(1)), ("b", None)], "got NoneType for 'b'"),
+    ],
+)
+def test_a_module_that_lists_nonsense(engine, listed, message):
+    model = nn.Linear(2, 2)
+    model.named_parameters = lambda **_: iter(listed)
+    with pytest.raises(TypeError, match=f"^paramstats.summarize: .*{message}"):
+        summarize(model)
+
+
+def test_two_tensors_of_one_name(engine):
+    model = nn.Module()
+    model.a = nn.Module()
+    model.a.b = nn.Parameter(torch.zeros(1))
+    model._parameters["a.b"] = nn.Parameter(torch.ones(1))
+    with pytest.raises(ValueError, match=r"every name once, got 'a\.b' for two tensors"):
+        summarize(model)
+    model._parameters["a.b"] = model.a.b
+    assert list(summarize(model)) == ["a.b"]
+
+
+def test_an_attribute_whose_comparison_changes_the_model(native):
+    """Looking `_modules` up would compare it, and run its code, in the middle of the walk."""
+    model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(50)), nn.Module())
+
+    class Colliding:
+        armed = False
+
+        def __hash__(self):
+            return hash("_modules")
+
+        def __eq__(self, other):
+            if Colliding.armed:
+                for module in model:
+                    module._parameters.clear()
+            return False
+
+    last = model[-1]
+    own = dict(last.__dict__)
+    last.__dict__.clear()
+    last.__dict__[Colliding()] = 1
+    last.__dict__.update(own)
+    Colliding.armed = True
+    _, tensors = native.walk(model, False, lambda *_: None)
+    Colliding.armed = False
+    assert len(tensors) == 100 and all(len(m._parameters) == 2 for m in list(model)[:-1])
+
+
+def test_the_collector_does_not_run_while_the_tree_is_read(native):
+    """Modules that were never asked for their __dict__ have it made then: an allocation."""
+    found = []
+
+    class Evil:
+        def __init__(self, model):
+            self.itself, self.model = self, model
+
+        def __del__(self):
+            for module in self.model:
+                module._parameters.clear()
+            self.junk = [torch.ones(2, 2) for _ in range(100)]
+
+    thresholds = gc.get_threshold()
+    try:
+        for threshold in range(1, 25, 2):
+            model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(20)))
+            for i in range(20):
+                put(model, str(20 + i), nn.Module())
+            gc.collect()
+            gc.disable()
+            Evil(model)
+            gc.set_threshold(threshold, 10, 10)
+            gc.enable()
+            found.append(native.walk(model, False, lambda names, *_: len(names)))
+            gc.disable()
+            assert gc.get_count()[0] >= 0
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.enable()
+    assert all(len(tensors) == layout for layout, tensors in found)
+
+
+def test_the_collector_is_left_as_it_was(native):
+    model = nn.Linear(2, 2)
+    for switch in (gc.disable, gc.enable):
+        switch()
+        was = gc.isenabled()
+        summarize(model)
+        assert gc.isenabled() == was
+
+
+def deep(levels: int) -> nn.Module:
+    model: nn.Module = nn.Linear(2, 2)
+    for _ in range(levels):
+        outer = nn.Module()
+        put(outer, "d", model)
+        model = outer
+    return model
+
+
+def test_5000_levels(native):
+    assert [len(name) for name in summarize(deep(5000))] == [2 * 5000 + 6, 2 * 5000 + 4]
+
+
+def test_too_many_levels_for_python_are_an_error(engine):
+    with pytest.raises(RecursionError, match=r"^paramstats.summarize: .*recursion limit"):
+        summarize(deep(20_000))
+    assert len(summarize(nn.Linear(2, 2))) == 2
+
+
+def test_a_small_stack_is_enough(native):
+    """Of a thread: 900 levels, and a cycle, which is left to Python."""
+    cycle = nn.Sequential(nn.Linear(2, 2))
+    put(cycle[0], "up", cycle)
+    found = []
+    before = threading.stack_size(64 * 1024)
+    try:
+        for model in (deep(900), cycle):
+            thread = threading.Thread(target=lambda m=model: found.append(len(summarize(m))))
+            thread.start()
+            thread.join()
+    finally:
+        threading.stack_size(before)
+    assert found == [2, 2]
+
+
+def test_100_000_modules(engine):
+    model = nn.Module()
+    one = nn.Linear(1, 1)
+    for i in range(100_000):
+        put(model, str(i), nn.Module() if i % 1000 else one)
+    summary = summarize(model)
+    assert list(summary) == ["0.weight", "0.bias"]
+    assert len(summary["0.bias"].aliases) == 99
+
+
+def test_unpickled_dictionaries_are_read_natively(native):
+    """Their keys are strings of their own, not those that a module's code holds."""
+    model = nn.Sequential(nn.Linear(2, 2))
+    for module in model.modules():
+        for key in list(module.__dict__):
+            module.__dict__["".join(list(key))] = module.__dict__.pop(key)
+    assert native.walk(model, True, lambda *_: None) is not None
+    assert list(summarize(model)) == expected_names(model)
+
+
+def test_children_that_raise_when_they_are_listed(engine):
+    class Raising(dict):
+        def values(self):
+            raise OSError("no values")
+
+    model = nn.Linear(2, 2)
+    model.__dict__["_modules"] = Raising()
+    assert list(summarize(model)) == expected_names(model)
+
+
+def test_modules_that_torch_calls_equal_are_two(engine):
+    class Equal(nn.Linear):
+        def __eq__(self, other):
+            return True
+
+        def __hash__(self):
+            return 1
+
+    model = nn.Sequential(Equal(1, 1), Equal(1, 1))
+    assert len(summarize(model)) == 4

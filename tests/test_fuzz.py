@@ -1,0 +1,96 @@
+"""A short run of tests/fuzz, by fixed seeds and by seeds that found something (`make fuzz`: long)."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from paramstats import engine as engines
+from tests.conftest import load_engine
+from tests.fuzz import campaign
+
+SHORT = {"modules": 400, "tensors": 2500, "summaries": 1000, "racing": 300, "tables": 3000}
+KEPT = {
+    "modules": (0, 4, 7, 22, 23, 62, 63, 69, 72, 83, 98, 101, 114, 115, 129, 151, 159, 180, 184),
+    "summaries": (26, 60, 64, 65, 75, 92, 96, 106, 111, 155, 168, 182, 189, 212, 229, 237, 256),
+}
+"""Seeds that crashed, or gave something wrong, before what they found was mended."""
+
+
+@pytest.fixture(autouse=True)
+def _as_it_was(native: engines.Engine) -> Iterator[None]:
+    """Cases choose threads, SIMD level and engine as they like."""
+    extension, threads = load_engine("native").native, torch.get_num_threads()
+    level = extension.simd_level()
+    yield
+    extension.set_simd_level(level)
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("kind", campaign.SHARES)
+def test_a_short_run(kind):
+    executions, wrong, _ = campaign.run_here(kind, 1_000_000, SHORT[kind])
+    assert executions >= SHORT[kind] and wrong == 0
+
+
+@pytest.mark.parametrize("kind", KEPT)
+def test_seeds_that_found_something(kind):
+    module = importlib.import_module(f"tests.fuzz.{kind}")
+    assert all(module.run(seed) for seed in KEPT[kind])
+
+
+def test_nothing_grows():
+    from tests.fuzz import memory
+
+    growths = memory.run(1000)
+    assert len(growths) > 20
+    assert [growth for growth in growths if growth.grew] == []
+
+
+def test_a_leak_is_noticed():
+    from tests.fuzz import memory
+
+    kept: list[object] = []
+    model = memory.Model()
+    assert memory.measured("", lambda: kept.append(model), 100, model).references == 100
+    assert memory.measured("", lambda: kept.append(object()), 1000, model).blocks >= 1000
+    assert memory.measured("", lambda: kept.append(b"x" * 65536), 1000, model).mebibytes > 5
+    assert memory.measured("", lambda: None, 1000, model).grew is False
+
+
+def test_a_child_that_crashes_hangs_or_is_wrong_is_told_with_its_seed(capfd, tmp_path):
+    """`tests.fuzz.broken` does all three."""
+    tally = campaign.run_kind("broken", 0, 10, timeout=4.0)
+    assert (tally.executions, tally.crashes, tally.hangs, tally.wrong) == (10, 1, 1, 1)
+    printed = capfd.readouterr().out
+    for told in (
+        "broken, seed 3: crashed",
+        "broken, seed 5: hung",
+        "broken, seed 8:",
+        "wrong at 8",
+    ):
+        assert told in printed
+
+
+def test_one_case_from_the_command_line(capsys):
+    assert campaign.main(["--only", "tables", "--seed", "7"]) == 0
+    assert json.loads(capsys.readouterr().out)["done"][1:] == [0, 8]
+
+
+def test_the_record_has_every_kind_and_path():
+    from tests.fuzz import memory, record
+
+    tallies = {kind: campaign.Tally(executions=1000) for kind in campaign.SHARES}
+    text = record.text(tallies, [memory.Growth("a path", 10, 0.0, 1, 2, 3)], 12.0)
+    assert (
+        "| all | | 5,000 | 0 | 0 | 0 | 12 |" in text
+        and "| a path | 10 | 0.00 | 1 | 2 | 3 |" in text
+    )
+
+
+def test_the_campaign_is_a_million_executions():
+    assert sum(campaign.SHARES.values()) >= 1_000_000
