@@ -9,13 +9,16 @@ value before all are done: the states stay there, and one transfer brings them o
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
 
 from paramstats.layout import is_lazy
 from paramstats.moments import ABSENT, ROW, Moments, merge, unread
@@ -153,6 +156,10 @@ def _elements(x: Tensor) -> tuple[Tensor, int]:
     """A strided tensor with the elements that are stored, and how many zeros are not."""
     if type(x) is not Tensor:
         x = _plain(x)
+    while _functorch.is_gradtrackingtensor(x):  # inside torch.func.grad, jvp and the like
+        x = _functorch.get_unwrapped(x)
+    if _functorch.is_batchedtensor(x):
+        raise TypeError("inside torch.vmap it stands for one of many; call summarize outside of it")
     if x.is_nested:
         raise TypeError("nested tensors are not read; pass their parts")
     if x.is_quantized:
@@ -197,6 +204,35 @@ def _check_storage(x: Tensor) -> None:
     last = x.storage_offset() + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
     if (last + 1) * x.element_size() > nbytes:
         raise ValueError(f"its storage holds {nbytes} bytes, not all elements")
+
+
+# ---- threads ------------------------------------------------------------------------------------
+
+
+_is_forked_child = False
+
+
+def _note_fork() -> None:
+    global _is_forked_child
+    _is_forked_child = True
+
+
+os.register_at_fork(after_in_child=_note_fork)
+
+
+@contextlib.contextmanager
+def _threads_that_exist() -> Iterator[None]:
+    """In a child of fork() the calling thread alone: it has none of its parent's threads, and
+    torch's operators on large tensors wait for them for ever."""
+    threads = torch.get_num_threads()
+    if not _is_forked_child or threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 # ---- tables of rows -----------------------------------------------------------------------------
@@ -280,7 +316,7 @@ def fill(
     skipped: dict[int, str] = {}
     later: Later = {}
     n = len(table) // ROW.size // 2
-    with torch.no_grad():
+    with torch.no_grad(), _threads_that_exist():
         for row, tensor in left:
             try:
                 state = _state(tensor, row, later) if params or row >= n else None

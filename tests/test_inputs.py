@@ -23,7 +23,7 @@ def _no_warnings():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", message="Sparse (CSR|CSC|BSR|BSC)")  # torch: beta
-        warnings.filterwarnings("ignore", message=".*quantize_per_tensor|torch.ao")
+        warnings.filterwarnings("ignore", message=".*quantize_per_tensor|torch.ao|`torch.jit")
         yield
 
 
@@ -320,6 +320,7 @@ def test_nothing(engine):
         ([torch.ones(3)], r"expected \(name, tensor\) pairs, got torch.Tensor at position 0"),
         ({"w": 3.0}, "expected a torch.Tensor, got float for 'w'"),
         ({"w": torch.ones(1), "v": None}, "got NoneType for 'v'"),
+        ({"w": torch.fx.Proxy(torch.fx.Graph().placeholder("w"))}, "Proxy for 'w'; leave it out"),
         ({1: torch.ones(1)}, "expected names to be str, got int for 1"),
     ],
 )
@@ -477,3 +478,40 @@ def test_buffers(engine):
     assert summary["running_mean"].kind == "buffer" and summary.total.count == 8
     assert "buffer_mean/running_mean" in summary.scalars()
     assert "running_mean" not in summarize(layer)
+
+
+# ---- inside transforms of functions --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("transform", ["grad", "jvp", "vjp"])
+def test_inside_a_transform_that_differentiates(engine, transform):
+    torch.manual_seed(0)
+    w = torch.randn(40, 30)
+    inside = []
+
+    def loss(w):
+        inside.append(summarize({"w": w}))
+        return w.square().sum()
+
+    {
+        "grad": lambda: torch.func.grad(torch.func.grad(loss))(torch.tensor(2.0)),
+        "jvp": lambda: torch.func.jvp(loss, (w,), (w,)),
+        "vjp": lambda: torch.func.vjp(loss, w),
+    }[transform]()
+    oracle.check(inside[0]["w"], torch.tensor(2.0) if transform == "grad" else w)
+    assert not inside[0].skipped
+
+
+def test_inside_vmap_tensors_are_skipped_with_a_reason(engine):
+    paramstats.summary._warned.clear()
+    closed_over = torch.ones(3)
+    inside = []
+
+    def mean(w):
+        inside.append(summarize({"w": w, "closed over": closed_over}))
+        return w.mean()
+
+    with pytest.warns(RuntimeWarning, match=r"'w' .*inside torch\.vmap .* outside of it"):
+        torch.func.vmap(mean)(torch.randn(5, 7))
+    assert math.isnan(inside[0]["w"].mean) and inside[0]["w"].shape == (7,)
+    assert inside[0]["closed over"].mean == 1.0
