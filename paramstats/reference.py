@@ -13,6 +13,7 @@ import contextlib
 import functools
 import math
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
@@ -154,14 +155,14 @@ def _from_row(row: Sequence[float]) -> Moments:
 
 def _elements(x: Tensor) -> tuple[Tensor, int]:
     """A strided tensor with the elements that are stored, and how many zeros are not."""
+    if x.is_nested:
+        raise TypeError("nested tensors are not read; pass their parts")
     if type(x) is not Tensor:
         x = _plain(x)
     while _functorch.is_gradtrackingtensor(x):  # inside torch.func.grad, jvp and the like
         x = _functorch.get_unwrapped(x)
     if _functorch.is_batchedtensor(x):
         raise TypeError("inside torch.vmap it stands for one of many; call summarize outside of it")
-    if x.is_nested:
-        raise TypeError("nested tensors are not read; pass their parts")
     if x.is_quantized:
         x = x.dequantize()
     if x.layout is torch.strided:
@@ -186,7 +187,9 @@ def _plain(x: Tensor) -> Tensor:
             return x.detach().as_subclass(Tensor)
     for convert in (lambda: x.dequantize(), lambda: x.to(torch.float64)):
         try:
-            plain = convert()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that it is not there
+                plain = convert()
         except Exception:  # whatever an operator that the subclass does not have raises
             continue
         if type(plain) is Tensor and plain.numel() == x.numel():
@@ -322,10 +325,20 @@ def fill(
                 state = _state(tensor, row, later) if params or row >= n else None
             except Exception as error:  # a subclass may raise anything; training goes on
                 state = None
-                skipped[row] = f"{type(error).__name__}: {error}".splitlines()[0]
+                skipped[row] = _reason(error, tensor)
             ROW.pack_into(out, row * ROW.size, *(state or unread(numel(tensor))))
     transfers = tuple(Pending(device, *parts) for device, parts in later.items())
     return bytes(out), transfers, skipped
+
+
+def _reason(error: Exception, tensor: Tensor) -> str:
+    """Why a tensor could not be read, in one line."""
+    if isinstance(error, NotImplementedError) and "not implemented for" in str(error):
+        return (
+            f"{type(error).__name__}: torch has no conversion of {tensor.dtype} to numbers; "
+            f"pass what it stands for, or its bytes (.view(torch.uint8))"
+        )
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _refuse_capture(left: Left) -> None:

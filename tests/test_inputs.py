@@ -412,7 +412,7 @@ def test_nested_tensors_are_skipped_with_a_reason(engine):
         nested = torch.nested.nested_tensor(parts, layout=layout)
         summary = summarize({"n": nested, "x": torch.ones(4)})
         assert math.isnan(summary["n"].mean) and summary["x"].norm == 2.0
-        assert "n" in summary.skipped
+        assert "pass their parts" in summary.skipped["n"]
         module = torch.nn.Linear(2, 2)
         module.register_buffer("n", nested)
         assert "n" in summarize(module, buffers=True).skipped
@@ -515,3 +515,26 @@ def test_inside_vmap_tensors_are_skipped_with_a_reason(engine):
         torch.func.vmap(mean)(torch.randn(5, 7))
     assert math.isnan(inside[0]["w"].mean) and inside[0]["w"].shape == (7,)
     assert inside[0]["closed over"].mean == 1.0
+
+
+# ---- reasons -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.uint4, torch.bits8, torch.float4_e2m1fn_x2], ids=str)
+def test_types_that_torch_cannot_convert_are_skipped_with_a_remedy(engine, dtype):
+    paramstats.summary._warned.clear()
+    codes = torch.arange(8, dtype=torch.uint8)
+    with pytest.warns(RuntimeWarning, match=f"'x' .*no conversion of {dtype} .*view.torch.uint8"):
+        summary = summarize({"x": codes.view(dtype), "codes": codes})
+    assert math.isnan(summary["x"].norm) and summary["codes"].mean == 3.5
+
+
+def test_asking_a_subclass_for_its_elements_warns_of_nothing_else(engine):
+    class Complains(Opaque):
+        @classmethod
+        def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+            warnings.warn(f"no {func}", UserWarning, stacklevel=1)
+            return super().__torch_dispatch__(func, types, args, kwargs)
+
+    with pytest.warns(RuntimeWarning, match="Complains has no operator"):
+        assert "x" in summarize({"x": Complains(torch.ones(3))}).skipped
