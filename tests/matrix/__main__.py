@@ -8,8 +8,11 @@ import importlib
 import importlib.metadata
 import platform
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
+import paramstats
 from docs import blocks
 from paramstats import engine as engines
 from tests.matrix.rows import ROWS, Outcome, run_row
@@ -39,6 +42,7 @@ def main() -> int:
         return 0
     both = [engines.choose("native"), engines.choose("reference")]
     outcomes = []
+    start = time.perf_counter()
     for row in rows:
         outcome = run_row(row, both)
         outcomes.append(outcome)
@@ -47,7 +51,7 @@ def main() -> int:
     print(f"{len(outcomes)} rows, {sum(bool(o.not_run) for o in outcomes)} not run, "
           f"{len(failed)} failed {failed or ''}")  # fmt: skip
     if arguments.only is None and not failed:
-        blocks.write(PAGE, "matrix", page(outcomes))
+        blocks.write(PAGE, "matrix", page(outcomes, (time.perf_counter() - start) / 60))
     return bool(failed or not outcomes)
 
 
@@ -61,8 +65,54 @@ def _line(outcome: Outcome) -> str:
     return "\n".join(lines)
 
 
-def page(outcomes: list[Outcome]) -> str:
-    return ""
+def page(outcomes: Sequence[Outcome], minutes: float) -> str:
+    """What docs/compatibility.md shows of a run: a table for each theme, messages, versions."""
+    lines: list[str] = []
+    for theme, title in THEMES.items():
+        lines += [
+            f"## {title}\n",
+            "| what | native | reference | tensors | |",
+            "| --- | --- | --- | ---: | --- |",
+        ]
+        for outcome in outcomes:
+            if outcome.row.theme == theme:
+                said = [outcome.of(engine) for engine in ("native", "reference")]
+                compared = max(outcome.compared.values(), default=0)
+                cells = [
+                    outcome.row.title,
+                    *said,
+                    f"{compared:,}" if compared else "",
+                    outcome.remark,
+                ]
+                lines.append(f"| {' | '.join(cells)} |")
+        lines.append("")
+    lines += [
+        "## What is refused or skipped, and its message\n",
+        "| what | message |",
+        "| --- | --- |",
+    ]
+    for outcome in outcomes:
+        for message in outcome.messages:
+            kind, _, text = message.partition(": ")
+            lines.append(f"| {outcome.row.title} | {kind}: `{text}` |")
+    run = [outcome for outcome in outcomes if not outcome.not_run]
+    compared = sum(max(outcome.compared.values(), default=0) for outcome in run)
+    versions = [f"{name} {version}" for name in LIBRARIES if (version := _version(name))]
+    lines += [
+        "",
+        f"{len(run)} of {len(outcomes)} rows run, {compared:,} tensors compared by each engine, in "
+        f"{minutes:.0f} minutes: paramstats {paramstats.__version__}, Python "
+        f"{platform.python_version()}, {platform.system()} on {platform.machine()}, "
+        f"{', '.join(versions)}; {datetime.date.today().isoformat()}.",
+    ]
+    return "\n".join(lines)
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 if __name__ == "__main__":

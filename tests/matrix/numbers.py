@@ -10,7 +10,7 @@ from torch.nn import functional
 
 import paramstats
 from tests.matrix.looking import Look, Observe, same_training
-from tests.matrix.rows import NotRun, row
+from tests.matrix.rows import NotRunError, row
 from tests.matrix.training import batch, classifier, train
 
 
@@ -33,9 +33,7 @@ def dynamic_int8(look: Look) -> str:
         lambda: paramstats.summarize(model.state_dict()),
         TypeError, "expected a torch.Tensor", "got torch.dtype", "leave it out with exclude",
     )  # fmt: skip
-    look.each(
-        lambda: len(paramstats.summarize(model.state_dict(), exclude=r"_packed_params")) - 4
-    )
+    look.each(lambda: len(paramstats.summarize(model.state_dict(), exclude=r"_packed_params")) - 4)
     return "torch lists no parameters; pass `{name: layer.weight()}`, read as dequantised"
 
 
@@ -94,7 +92,7 @@ def torchao_int4(look: Look) -> None:
     try:
         _torchao(look, Int4WeightOnlyConfig(group_size=32))
     except (ImportError, NotImplementedError, RuntimeError) as error:
-        raise NotRun(f"torchao has no kernels for it here ({error})") from error
+        raise NotRunError(f"torchao has no kernels for it here ({error})") from error
 
 
 @row("torchao: float8 weights", "torchao", "sklearn")
@@ -111,9 +109,9 @@ def torchao_nf4(look: Look) -> None:
     class Adapted(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.base = nn.Parameter(to_nf4(torch.randn(128, 64)), requires_grad=False)
+            self.base = nn.Parameter(to_nf4(torch.randn(256, 64)), requires_grad=False)
             self.a = nn.Parameter(torch.randn(4, 64) / 8)
-            self.b = nn.Parameter(torch.zeros(128, 4))
+            self.b = nn.Parameter(torch.zeros(256, 4))
 
         def forward(self, x: Tensor) -> Tensor:
             return linear_nf4(x, self.base) + x @ self.a.T @ self.b.T
@@ -205,9 +203,7 @@ def spectral_convolution(look: Look) -> str:
     class Spectral(nn.Module):
         def __init__(self, width: int, modes: int) -> None:
             super().__init__()
-            self.weight = nn.Parameter(
-                torch.randn(width, width, modes, dtype=torch.cfloat) / width
-            )
+            self.weight = nn.Parameter(torch.randn(width, width, modes, dtype=torch.cfloat) / width)
             self.local = nn.Conv1d(width, width, 1)
 
         def forward(self, x: Tensor) -> Tensor:
@@ -217,7 +213,9 @@ def spectral_convolution(look: Look) -> str:
             return functional.gelu(torch.fft.irfft(kept, n=x.shape[-1]) + self.local(x))
 
     def run(observe: Observe) -> nn.Module:
-        model = nn.Sequential(nn.Conv1d(1, 8, 1), Spectral(8, 12), Spectral(8, 12), nn.Conv1d(8, 1, 1))
+        model = nn.Sequential(
+            nn.Conv1d(1, 8, 1), Spectral(8, 12), Spectral(8, 12), nn.Conv1d(8, 1, 1)
+        )
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
         grid = torch.linspace(0, 2 * math.pi, 64)
         for step in range(3):

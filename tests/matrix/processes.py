@@ -18,9 +18,9 @@ from torch.utils.data import DataLoader, Dataset
 import paramstats
 from paramstats import engine as engines
 from tests.matrix.looking import Look, check
-from tests.matrix.rows import NotRun, row
+from tests.matrix.rows import NotRunError, row
 
-LARGE = 3_000_000
+LARGE = 600_000
 """Elements: more than a call reads on the calling thread alone."""
 
 SECONDS = 120
@@ -60,7 +60,7 @@ class Prepared:
 
 def in_workers(look: Look, method: str, threads: int | None = None) -> None:
     if method not in multiprocessing.get_all_start_methods():
-        raise NotRun(f"no {method} on this system")
+        raise NotRunError(f"no {method} on this system")
 
     def compare() -> int:
         paramstats.summarize({"x": large(0)})  # the threads are there when workers are made
@@ -100,7 +100,7 @@ def forkserver_workers(look: Look) -> None:
 @row("`os.fork()` after torch's threads were at work", quick=True)
 def forked(look: Look) -> str:
     if not hasattr(os, "fork"):
-        raise NotRun("no fork on this system")
+        raise NotRunError("no fork on this system")
 
     def compare() -> int:
         tensor = large(0)
@@ -185,8 +185,8 @@ INTERRUPTED = """
 import sys, torch, paramstats
 from paramstats import engine
 engine._engine = engine.choose(sys.argv[1])
-tensors = {str(i): torch.randn(4_000_000) for i in range(8)}
-tensors["z"] = torch.randn(100_000, dtype=torch.cfloat)
+tensors = {str(i): torch.randn(1_500_000) for i in range(8)}
+tensors["z"] = torch.randn(50_000, dtype=torch.cfloat)
 expected = {name: stats.norm for name, stats in paramstats.summarize(tensors).items()}
 for _ in range(int(sys.argv[2])):
     try:
@@ -206,7 +206,7 @@ while True:
 
 @row("Ctrl-C during calls on a large model, again and again")
 def interrupted(look: Look) -> str:
-    times = 25
+    times = 20
     slowest: list[float] = []
 
     def compare() -> int:
@@ -221,7 +221,7 @@ def interrupted(look: Look) -> str:
         try:
             for _ in range(times):
                 assert child.stdout.readline() == "begun\n", child.stderr.read()
-                time.sleep(delays.uniform(0, 0.08))
+                time.sleep(delays.uniform(0, 0.05))
                 sent = time.perf_counter()
                 child.send_signal(signal.SIGINT)
                 assert child.stdout.readline() == "interrupted\n", child.stderr.read()

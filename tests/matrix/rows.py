@@ -10,14 +10,16 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import torch
+
 from paramstats.engine import Engine
 from tests.matrix.looking import Look
 
 Run = Callable[[Look], str | None]
-"""Builds, trains and looks; returns a remark. Raises `NotRun` where it cannot be run here."""
+"""Builds, trains and looks; returns a remark. Raises `NotRunError` where it cannot be run here."""
 
 
-class NotRun(Exception):
+class NotRunError(Exception):
     """Says why."""
 
 
@@ -90,13 +92,16 @@ def run_row(row: Row, engines: Sequence[Engine]) -> Outcome:
         outcome.not_run = f"{', '.join(missing)} is not installed"
         return outcome
     look = Look(engines)
+    threads = torch.get_num_threads()
+    if row.theme != "processes":
+        torch.set_num_threads(1)  # small models: threads would only wait for each other
     start = time.perf_counter()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of those who build and train; a look has its own
             logging.disable(logging.WARNING)
             outcome.remark = row.run(look) or ""
-    except NotRun as reason:
+    except NotRunError as reason:
         outcome.not_run = str(reason)
     except Exception as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
@@ -105,6 +110,7 @@ def run_row(row: Row, engines: Sequence[Engine]) -> Outcome:
         outcome.failures = {engine.name: reason for engine in engines}
     finally:
         logging.disable(logging.NOTSET)
+        torch.set_num_threads(threads)
     outcome.seconds = time.perf_counter() - start
     outcome.compared = look.compared
     outcome.messages = list(look.messages)
