@@ -9,6 +9,9 @@ import torch
 
 F = TypeVar("F", bound=Callable[..., object])
 
+REASON = "paramstats reads values as they are now; call it outside of code with fullgraph=True"
+"""What torch.compile says where the break is an error."""
+
 
 def untraced(function: F) -> F:
     """Has compiled code break its graph at a call of `function` and run it, and all that it calls,
@@ -23,6 +26,7 @@ def untraced(function: F) -> F:
         skip = frames._FrameAction.SKIP
         frames.set_code_exec_strategy(function.__code__, frames._FrameExecStrategy(skip, skip))
     except AttributeError:
-        return torch.compiler.disable(function)  # type: ignore[no-any-return]
+        return torch.compiler.disable(function, reason=REASON)  # type: ignore[no-any-return]
     function._torchdynamo_disable = True  # type: ignore[attr-defined]
+    function._torchdynamo_disable_msg = REASON  # type: ignore[attr-defined]
     return function

@@ -364,6 +364,7 @@ def look_at_all(look: Look, models: Iterable[tuple[str, Make]]) -> str:
             not_run.append(f"{name} ({type(error).__name__}: {str(error).splitlines()[0][:60]})")
             continue
         train(model, inputs, look, steps=2)
+        look(model.state_dict())
         if look.failures:
             raise AssertionError(f"{name}: {next(iter(look.failures.values()))}")
         ran.append(name)

@@ -258,7 +258,8 @@ class _Comparison:
             return
         plain = elements(self._truth.get(name, tensor))
         if kind == "grad" and self._scale != 1:
-            plain = plain.to(torch.float64) / self._scale
+            wide = torch.complex128 if plain.is_complex() else torch.float64
+            plain = plain.to(wide) / self._scale
         try:
             check(stats, plain)
         except AssertionError as error:

@@ -181,6 +181,33 @@ def threads(look: Look) -> str:
     return "gradients come and go meanwhile"
 
 
+@row("A signal handler that summarises, in the midst of calls", quick=True)
+def handler(look: Look) -> None:
+    def compare() -> int:
+        model = torch.nn.Sequential(*(torch.nn.Linear(32, 32) for _ in range(20)))
+        expected = paramstats.summarize(model)
+        from_handler: list[bool] = []
+
+        def summarise(*_: Any) -> None:
+            from_handler.append(paramstats.summarize(model) == expected)
+
+        before = signal.signal(signal.SIGALRM, summarise)
+        signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
+        try:
+            end = time.perf_counter() + SECONDS
+            while len(from_handler) < 50 and time.perf_counter() < end:
+                assert paramstats.summarize(model) == expected
+                model[3].bias = torch.nn.Parameter(model[3].bias.detach())  # walked anew
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+        assert len(from_handler) >= 50 and all(from_handler)
+        check(paramstats.summarize(model)["0.weight"], model[0].weight)
+        return 1
+
+    look.each(compare)
+
+
 INTERRUPTED = """
 import sys, torch, paramstats
 from paramstats import engine

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tests.matrix.looking import Look, Observe, same_training, unobserved
-from tests.matrix.rows import row
+from tests.matrix.rows import NotRunError, row
 
 
 @functools.cache
@@ -188,6 +188,60 @@ def optimizer_in_backward(look: Look) -> str:
 
     same_training(look, run)
     return "from the hook each gradient; after backward `.grad is None`"
+
+
+@row("Under a profiler, anomaly mode, determinism, a FLOP counter, other defaults", "sklearn",
+     quick=True)  # fmt: skip
+def modes(look: Look) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = train(classifier())
+    with torch.profiler.profile(), torch.autograd.detect_anomaly(check_nan=True):
+        train(model, look, steps=1)
+    with FlopCounterMode(display=False) as counter:
+        look(model)
+    assert counter.get_total_flops() == 0
+    torch.use_deterministic_algorithms(True)
+    torch.set_default_dtype(torch.float64)
+    try:
+        look(model)
+        with torch.device("meta"):
+            look(model)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.use_deterministic_algorithms(False)
+
+
+@row("Recurrent layers: LSTM with projection, GRU, in both directions", quick=True)
+def recurrent(look: Look) -> None:
+    def run(observe: Observe) -> nn.Module:
+        model = nn.ModuleList([
+            nn.LSTM(8, 12, num_layers=2, proj_size=6, bidirectional=True),
+            nn.GRU(8, 12, num_layers=2, bidirectional=True),
+        ])  # fmt: skip
+        optimizer = torch.optim.Adam(model.parameters())
+        for _ in range(3):
+            optimizer.zero_grad()
+            x = torch.randn(5, 4, 8)
+            sum(layer(x)[0].square().mean() for layer in model).backward()
+            observe(model)
+            optimizer.step()
+        return model
+
+    same_training(look, run)
+
+
+@row("Gradients of another type than their parameters", quick=True)
+def grad_dtype(look: Look) -> str:
+    if not hasattr(torch.Tensor, "grad_dtype"):
+        raise NotRunError("this torch has no grad_dtype")
+    weight = nn.Parameter(torch.randn(300, dtype=torch.bfloat16))
+    weight.grad_dtype = torch.float32
+    for _ in range(2):
+        (weight.float().square().sum() / 7).backward()
+        look({"weight": weight})
+    assert weight.grad.dtype == torch.float32
+    return "bfloat16 weights that accumulate in float32"
 
 
 @row("Inside inference_mode, and tensors made there", quick=True)

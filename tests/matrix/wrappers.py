@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import socket
+import tempfile
+from collections import Counter
 from collections.abc import Callable
 
 import torch
@@ -13,6 +15,7 @@ from torch.nn import functional
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import paramstats
+from paramstats.untraced import REASON
 from tests.matrix.looking import Look, Observe, check, same_training
 from tests.matrix.rows import NotRunError, row
 from tests.matrix.training import batch, classifier, train
@@ -137,36 +140,61 @@ def lora(look: Look) -> str:
     return "frozen base: `requires_grad` False, no gradient; adapters under PEFT's own names"
 
 
+def compile_counters() -> Counter[str]:
+    """What was compiled from here on: a row that compiled nothing must not pass."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    return counters["stats"]
+
+
 @row("`torch.compile`d module and training step", "sklearn")
 def compiled(look: Look) -> str:
-    def run(observe: Observe) -> nn.Module:
-        torch._dynamo.reset()
-        return train(torch.compile(classifier(), backend="aot_eager"), observe)
+    def module(observe: Observe) -> nn.Module:
+        counters = compile_counters()
+        model = train(torch.compile(classifier(), backend="aot_eager"), observe)
+        assert counters["unique_graphs"] > 0
+        return model
 
-    model = same_training(look, run)
+    def with_the_call_inside(observe: Observe) -> nn.Module:
+        counters = compile_counters()
+        model = classifier()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+        @torch.compile(backend="aot_eager")
+        def step(images: Tensor, labels: Tensor) -> tuple[Tensor, paramstats.Summary]:
+            loss = functional.cross_entropy(model(images), labels)
+            return 2 * loss, paramstats.summarize(model, buffers=True)
+
+        for at in range(3):
+            loss, inside = step(*batch(at))
+            assert inside == paramstats.summarize(model, buffers=True)
+            optimizer.zero_grad()
+            loss.backward()
+            observe(model)
+            optimizer.step()
+        assert counters["unique_graphs"] > 0
+        return model
+
+    model = same_training(look, module)
     assert "_orig_mod.0.weight" in look(model)
-
-    def whole() -> None:
-        torch._dynamo.reset()
-        step = torch.compile(
-            lambda: paramstats.summarize(model), fullgraph=True, backend="aot_eager"
-        )
-        step()
-
-    look.refused(whole, torch._dynamo.exc.Unsupported, "summarize|disable|[Ss]kip")
-    look.messages = {
-        "refused: under `fullgraph=True`, by torch: the call needs a graph break": None
-    }
-    return "`_orig_mod.` names, as `named_parameters()`"
+    same_training(look, with_the_call_inside)
+    look.refused(
+        torch.compile(lambda: paramstats.summarize(model), fullgraph=True, backend="aot_eager"),
+        torch._dynamo.exc.Unsupported, "reads values", "outside of code with fullgraph=True",
+    )  # fmt: skip
+    look.messages = {"refused: Unsupported: " + REASON: None}  # torch's has many lines more
+    return "`_orig_mod.` names, as `named_parameters()`; a call in a compiled step breaks its graph"
 
 
 @row("`torch.compile` with inductor", "sklearn")
 def inductor(look: Look) -> None:
     def run(observe: Observe) -> nn.Module:
-        torch._dynamo.reset()
-        model = classifier()
-        model.compile()
-        return train(model, observe)
+        counters = compile_counters()
+        model = train(torch.compile(classifier()), observe)
+        assert counters["unique_graphs"] > 0
+        return model
 
     try:
         same_training(look, run)
@@ -352,7 +380,11 @@ def fake(look: Look) -> None:
     look(model, skipped={"weight": "FakeTensor", "bias": "FakeTensor"})
 
 
-@row("A state_dict, after load with `assign=True`, deep copies, pickles", "sklearn", quick=True)
+@row(
+    "A state_dict, loads with `assign=True` and `mmap=True`, copies, pickles, casts",
+    "sklearn",
+    quick=True,
+)
 def copies(look: Look) -> None:
     import io
 
@@ -365,7 +397,13 @@ def copies(look: Look) -> None:
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)
-    look(torch.load(file, weights_only=False, mmap=False))
+    look(torch.load(file, weights_only=False))
+    with tempfile.NamedTemporaryFile() as weights:
+        torch.save(model.state_dict(), weights.name)
+        mapped = torch.load(weights.name, mmap=True)
+        look(mapped)
+        other.load_state_dict(mapped, assign=True)
+        look(other)
     look(model.to(torch.bfloat16))
     look(model.half())
     model.share_memory()
