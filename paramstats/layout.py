@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
+from paramstats.interrupts import is_of_a_handler
+
 Patterns = tuple[re.Pattern[str], ...]
 
 _MOST_KEPT = 16
@@ -217,5 +219,7 @@ def _shape(tensor: torch.Tensor) -> tuple[int, ...] | None:
         return None
     try:
         return tuple(int(size) for size in tensor.shape)
-    except Exception:  # whatever a subclass raises that has no such shape
+    except Exception as error:  # whatever a subclass raises that has no such shape
+        if is_of_a_handler(error):
+            raise
         return None

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch._C import _functorch
 
+from paramstats.interrupts import is_of_a_handler
 from paramstats.layout import is_lazy
 from paramstats.moments import ABSENT, ROW, Moments, merge, unread
 
@@ -190,7 +191,9 @@ def _plain(x: Tensor) -> Tensor:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # that it is not there
                 plain = convert()
-        except Exception:  # whatever an operator that the subclass does not have raises
+        except Exception as error:  # whatever an operator that the subclass does not have raises
+            if is_of_a_handler(error):
+                raise
             continue
         if type(plain) is Tensor and plain.numel() == x.numel():
             return plain
@@ -324,6 +327,8 @@ def fill(
             try:
                 state = _state(tensor, row, later) if params or row >= n else None
             except Exception as error:  # a subclass may raise anything; training goes on
+                if is_of_a_handler(error):
+                    raise
                 state = None
                 skipped[row] = _reason(error, tensor)
             ROW.pack_into(out, row * ROW.size, *(state or unread(numel(tensor))))
@@ -393,5 +398,7 @@ def _zeros(count: int) -> Moments:
 def numel(tensor: Tensor) -> int:
     try:
         return 0 if is_lazy(tensor) else int(tensor.numel())
-    except Exception:  # sizes that are symbols, or a subclass that will not tell
+    except Exception as error:  # sizes that are symbols, or a subclass that will not tell
+        if is_of_a_handler(error):
+            raise
         return 0

@@ -190,9 +190,10 @@ def handler(look: Look) -> None:
 
         def summarise(*_: Any) -> None:
             from_handler.append(paramstats.summarize(model) == expected)
+            signal.setitimer(signal.ITIMER_REAL, 0.001)  # the next one, not within this one
 
         before = signal.signal(signal.SIGALRM, summarise)
-        signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
+        signal.setitimer(signal.ITIMER_REAL, 0.001)
         try:
             end = time.perf_counter() + SECONDS
             while len(from_handler) < 50 and time.perf_counter() < end:
@@ -206,6 +207,34 @@ def handler(look: Look) -> None:
         return 1
 
     look.each(compare)
+
+
+@row("A time limit by SIGALRM, whose handler raises in the midst of calls", quick=True)
+def time_limit(look: Look) -> str:
+    def raise_it(*_: Any) -> None:
+        raise TimeoutError
+
+    def compare() -> int:
+        tensors = {str(i): torch.randn(2000) for i in range(60)}
+        expected = paramstats.summarize(tensors)
+        before = signal.signal(signal.SIGALRM, raise_it)
+        delays = random.Random(0)
+        try:
+            for _ in range(40):
+                try:
+                    signal.setitimer(signal.ITIMER_REAL, delays.uniform(1e-4, 5e-3))
+                    while True:
+                        assert paramstats.summarize(tensors) == expected
+                except TimeoutError:
+                    pass
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+        check(paramstats.summarize(tensors)["7"], tensors["7"])
+        return 1
+
+    look.each(compare)
+    return "the exception comes out of the call"
 
 
 INTERRUPTED = """
