@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-import signal
 import traceback
-from types import CodeType
+from types import FrameType
 
 
 def is_of_a_handler(error: BaseException) -> bool:
-    """Whether `error` came from a signal's handler, as a timeout by SIGALRM does: it is the
-    caller's, whatever was being tried when the signal came."""
-    handlers = {_code(signal.getsignal(number)) for number in signal.valid_signals()} - {None}
-    return any(frame.f_code in handlers for frame, _ in traceback.walk_tb(error.__traceback__))
+    """Whether `error` came from a signal's handler, as a time limit's does: it is the caller's,
+    whatever was being tried when the signal came.
+
+    A handler is what was called with the frame that it interrupted. (Which handlers are in place
+    tells less: many put the one before back and raise then.)
+    """
+    interrupted = None
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if interrupted is not None and _was_given(frame, interrupted):
+            return True
+        interrupted = frame
+    return False
 
 
-def _code(handler: object) -> CodeType | None:
-    """What runs: of a function or method, or of an object that can be called."""
-    call = handler if hasattr(handler, "__code__") else getattr(type(handler), "__call__", None)
-    return getattr(call, "__code__", None)
+def _was_given(frame: FrameType, other: FrameType) -> bool:
+    """Whether a function has a frame among its arguments, or in `*args`."""
+    values = list(frame.f_locals.values())
+    values += [part for value in values if type(value) is tuple for part in value]
+    return any(value is other for value in values)

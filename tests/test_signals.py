@@ -32,16 +32,31 @@ class InterruptsSizes(Interrupts):
         )
 
 
+def out_of_time(*_):
+    raise TimeoutError("out of time")
+
+
+def once(number, frame):
+    signal.signal(number, signal.SIG_IGN)
+    out_of_time()
+
+
 class Handler:
     def __call__(self, number, frame):
-        raise TimeoutError("out of time")
+        out_of_time()
 
     def method(self, number, frame):
         self(number, frame)
 
 
-def handler(number, frame):
-    raise TimeoutError("out of time")
+HANDLERS = {
+    "function": lambda number, frame: out_of_time(),
+    "any arguments": out_of_time,
+    "only once": once,
+    "object": Handler(),
+    "method": Handler().method,
+    "partial": functools.partial(lambda limit, number, frame: out_of_time(), 3),
+}
 
 
 @pytest.fixture
@@ -51,11 +66,11 @@ def sigterm():
     signal.signal(signal.SIGTERM, before)
 
 
-@pytest.mark.parametrize("raising", [handler, Handler(), Handler().method], ids=type)
+@pytest.mark.parametrize("handler", HANDLERS)
 @pytest.mark.parametrize("kind", [Interrupts, InterruptsSizes])
-def test_an_exception_of_a_handler_is_not_a_tensors(engine, sigterm, raising, kind):
+def test_an_exception_of_a_handler_is_not_a_tensors(engine, sigterm, handler, kind):
     odd = kind(torch.randn(5))
-    sigterm(raising)
+    sigterm(HANDLERS[handler])
     with pytest.raises(TimeoutError, match="out of time"):
         paramstats.summarize({"x": torch.ones(3), "w": odd})
     sigterm(signal.SIG_IGN)
