@@ -11,6 +11,7 @@ import torch
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 from paramstats.interrupts import is_of_a_handler
+from paramstats.untraced import unseen
 
 Patterns = tuple[re.Pattern[str], ...]
 
@@ -79,15 +80,16 @@ class Layout:
         tensors: Sequence[torch.Tensor],
     ) -> Layout:
         """The layout of `tensors`, whose names are known."""
-        return cls(
-            names,
-            aliases,
-            parameters,
-            tuple(_shape(t) for t in tensors),
-            tuple(t.dtype for t in tensors),
-            tuple(t.device for t in tensors),
-            tuple(t.requires_grad for t in tensors),
-        )
+        with unseen():
+            return cls(
+                names,
+                aliases,
+                parameters,
+                tuple(_shape(t) for t in tensors),
+                tuple(t.dtype for t in tensors),
+                tuple(t.device for t in tensors),
+                tuple(t.requires_grad for t in tensors),
+            )
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Layout, self.fields

@@ -24,6 +24,7 @@ from torch._C import _functorch
 from paramstats.interrupts import is_of_a_handler
 from paramstats.layout import is_lazy
 from paramstats.moments import ABSENT, ROW, Moments, merge, unread
+from paramstats.untraced import unseen
 
 CHUNK = 1 << 17
 """Elements that are worked on at a time, on a CPU: their temporaries stay in its caches."""
@@ -303,7 +304,8 @@ def read(
     n = len(tensors)
     left: Left = list(enumerate(tensors)) if params else []
     absent = ROW.pack(*unread(ABSENT))
-    table = [ROW.pack(*unread(numel(t))) for t in tensors] + [absent] * n
+    with unseen():
+        table = [ROW.pack(*unread(numel(t))) for t in tensors] + [absent] * n
     if grads:
         found = ((n + i, gradient(t)) for i, t in enumerate(tensors))
         left += [(row, grad) for row, grad in found if grad is not None]
@@ -322,7 +324,7 @@ def fill(
     skipped: dict[int, str] = {}
     later: Later = {}
     n = len(table) // ROW.size // 2
-    with torch.no_grad(), _threads_that_exist():
+    with torch.no_grad(), _threads_that_exist(), unseen():
         for row, tensor in left:
             try:
                 state = _state(tensor, row, later) if params or row >= n else None

@@ -177,7 +177,7 @@ def bitsandbytes(look: Look) -> str:
         look(layer, truth={"weight": layer.weight.data})
     weight = layers["nf4"].weight
     look({"weight": bnb.functional.dequantize_4bit(weight.data, weight.quant_state)})
-    return "the codes as stored (dtype uint8, int8); as numbers: `dequantize_4bit`"
+    return "the codes as stored (uint8, int8), in `total`, too; as numbers: `dequantize_4bit`"
 
 
 @row("float8 weights and gradients, all five formats", quick=True)

@@ -242,6 +242,38 @@ def exported(look: Look) -> None:
     look(exported.state_dict)
 
 
+@row("A call inside what `torch.jit.trace` or `make_fx` traces", quick=True)
+def inside_tracers(look: Look) -> str:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    class Looks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(64, 10)
+            self.seen: list[paramstats.Summary] = []
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen.append(paramstats.summarize(self))
+            return self.inner(x)
+
+    images = torch.randn(4, 64)
+
+    def compare() -> int:
+        compared = 0
+        for trace in (lambda m: torch.jit.trace(m, images), lambda m: make_fx(m)(images)):
+            model = Looks()
+            trace(model)
+            assert model.seen
+            for summary in model.seen:
+                check(summary["inner.weight"], model.inner.weight)
+                check(summary["inner.bias"], model.inner.bias)
+                compared += 2
+        return compared
+
+    look.each(compare)
+    return "figures of the real tensors; nothing of the call in the graph"
+
+
 @row("A tensor of `torch.fx.symbolic_trace`", quick=True)
 def proxies(look: Look) -> None:
     look.refused(
