@@ -16,8 +16,8 @@ SHIM_SOURCES := tests/cpp/cuda_shim/shim.cpp csrc/cpu/*.cpp -x c++ csrc/cuda/eng
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-cpp test-cuda-shim test-arm64 test-huge sanitize accuracy fuzz count \
-	cuda-compile gpu-check bench bench-compare check format clean
+.PHONY: help demo test test-cpp test-cuda-shim test-arm64 test-huge sanitize accuracy fuzz matrix \
+	count cuda-compile gpu-check bench bench-compare check format clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -96,6 +96,14 @@ cuda-compile:  ## the CUDA engine by nvcc for every architecture; fails on spill
 gpu-check:  ## build, test, sanitize and measure on a GPU, with PYTHON's own torch; ten minutes
 	@rm -f $(VENV)/installed  # it builds in place, for that torch: .venv's must build again
 	$(PYTHON) -m benches.gpu_check
+
+$(VENV)/matrix: $(VENV)/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)" \
+		peft torchao bitsandbytes torch-geometric e3nn neuraloperator
+	@touch $@
+
+matrix: $(VENV)/matrix  ## what people do to models, row by row, 3 minutes; writes docs/compatibility.md
+	$(BIN)/python -m tests.matrix
 
 $(VENV)/peers: $(VENV)/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check numpy lovely-tensors wandb lightning matplotlib

@@ -3,6 +3,7 @@
 #define TORCH_TARGET_VERSION 0x020a000000000000  // 2.10.0, the oldest torch supported
 #include "thread_pool.h"
 
+#include <pthread.h>
 #include <torch/csrc/stable/c/shim.h>
 
 #include <algorithm>
@@ -10,6 +11,11 @@
 
 namespace paramstats {
 namespace {
+
+// A child of fork() has none of its parent's threads, and OpenMP waits for them for ever.
+bool is_forked_child = false;
+[[maybe_unused]] const int at_fork =
+    pthread_atfork(nullptr, nullptr, [] { is_forked_child = true; });
 
 struct Shared {
   std::atomic<int64_t> next{0};
@@ -40,8 +46,8 @@ void torch_pool(int64_t n, cpu::Task task, void* context) {
   shared.task = task;
   shared.context = context;
   const int64_t threads = std::min<int64_t>(torch_threads(), n);
-  if (threads > 1) torch_parallel_for(0, threads, 1, take_tasks, &shared);
-  take_tasks(0, 0, &shared);  // alone; or what is left, should the pool have failed to start
+  if (threads > 1 && !is_forked_child) torch_parallel_for(0, threads, 1, take_tasks, &shared);
+  take_tasks(0, 0, &shared);  // alone; or what the pool left, should it have failed to start
 }
 
 }  // namespace paramstats

@@ -25,7 +25,7 @@ def _no_warnings():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", message="Sparse (CSR|CSC|BSR|BSC)")  # torch: beta
-        warnings.filterwarnings("ignore", message=".*quantize_per_tensor|torch.ao")
+        warnings.filterwarnings("ignore", message=".*quantize_per_tensor|torch.ao|`torch.jit")
         yield
 
 
@@ -322,6 +322,7 @@ def test_nothing(engine):
         ([torch.ones(3)], r"expected \(name, tensor\) pairs, got torch.Tensor at position 0"),
         ({"w": 3.0}, "expected a torch.Tensor, got float for 'w'"),
         ({"w": torch.ones(1), "v": None}, "got NoneType for 'v'"),
+        ({"w": torch.fx.Proxy(torch.fx.Graph().placeholder("w"))}, "Proxy for 'w'; leave it out"),
         ({1: torch.ones(1)}, "expected names to be str, got int for 1"),
     ],
 )
@@ -413,7 +414,7 @@ def test_nested_tensors_are_skipped_with_a_reason(engine):
         nested = torch.nested.nested_tensor(parts, layout=layout)
         summary = summarize({"n": nested, "x": torch.ones(4)})
         assert math.isnan(summary["n"].mean) and summary["x"].norm == 2.0
-        assert "n" in summary.skipped
+        assert "pass their parts" in summary.skipped["n"]
         module = torch.nn.Linear(2, 2)
         module.register_buffer("n", nested)
         assert "n" in summarize(module, buffers=True).skipped
@@ -548,3 +549,63 @@ def test_a_class_that_could_not_be_read_may_go(engine):
     del Passing
     gc.collect()
     assert alive() is None
+
+
+# ---- inside transforms of functions --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("transform", ["grad", "jvp", "vjp"])
+def test_inside_a_transform_that_differentiates(engine, transform):
+    torch.manual_seed(0)
+    w = torch.randn(40, 30)
+    inside = []
+
+    def loss(w):
+        inside.append(summarize({"w": w}))
+        return w.square().sum()
+
+    {
+        "grad": lambda: torch.func.grad(torch.func.grad(loss))(torch.tensor(2.0)),
+        "jvp": lambda: torch.func.jvp(loss, (w,), (w,)),
+        "vjp": lambda: torch.func.vjp(loss, w),
+    }[transform]()
+    oracle.check(inside[0]["w"], torch.tensor(2.0) if transform == "grad" else w)
+    assert not inside[0].skipped
+
+
+def test_inside_vmap_tensors_are_skipped_with_a_reason(engine):
+    paramstats.summary._warned.clear()
+    closed_over = torch.ones(3)
+    inside = []
+
+    def mean(w):
+        inside.append(summarize({"w": w, "closed over": closed_over}))
+        return w.mean()
+
+    with pytest.warns(RuntimeWarning, match=r"'w' .*inside torch\.vmap .* outside of it"):
+        torch.func.vmap(mean)(torch.randn(5, 7))
+    assert math.isnan(inside[0]["w"].mean) and inside[0]["w"].shape == (7,)
+    assert inside[0]["closed over"].mean == 1.0
+
+
+# ---- reasons -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.uint4, torch.bits8, torch.float4_e2m1fn_x2], ids=str)
+def test_types_that_torch_cannot_convert_are_skipped_with_a_remedy(engine, dtype):
+    paramstats.summary._warned.clear()
+    codes = torch.arange(8, dtype=torch.uint8)
+    with pytest.warns(RuntimeWarning, match=f"'x' .*no conversion of {dtype} .*view.torch.uint8"):
+        summary = summarize({"x": codes.view(dtype), "codes": codes})
+    assert math.isnan(summary["x"].norm) and summary["codes"].mean == 3.5
+
+
+def test_asking_a_subclass_for_its_elements_warns_of_nothing_else(engine):
+    class Complains(Opaque):
+        @classmethod
+        def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+            warnings.warn(f"no {func}", UserWarning, stacklevel=1)
+            return super().__torch_dispatch__(func, types, args, kwargs)
+
+    with pytest.warns(RuntimeWarning, match="Complains has no operator"):
+        assert "x" in summarize({"x": Complains(torch.ones(3))}).skipped
