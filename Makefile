@@ -13,10 +13,9 @@ CXX_FILES := $(NATIVE) $(wildcard tests/cpp/*.* tests/cpp/*/* tests/fake_cuda/*)
 # The CUDA source as C++, on the runtime that tests/cpp/cuda_shim pretends to be.
 SHIM := -std=c++17 -Wall -Wextra -Werror -Wno-unknown-pragmas -pthread -I tests/cpp/cuda_shim
 SHIM_SOURCES := tests/cpp/cuda_shim/shim.cpp csrc/cpu/*.cpp -x c++ csrc/cuda/engine.cu
-SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-cpp test-cuda-shim test-arm64 test-huge sanitize count cuda-compile gpu-check \
+.PHONY: help demo test test-cpp test-cuda-shim test-arm64 test-huge sanitize sanitize-quick count cuda-compile gpu-check \
 	bench bench-compare check format clean
 
 help:  ## this list
@@ -68,16 +67,11 @@ test-arm64:  ## the C++ tests for arm64, emulated (g++-aarch64-linux-gnu, qemu-u
 test-huge: $(VENV)/installed  ## tensors of more than 2^31 elements (5 GB of memory)
 	$(BIN)/python -m pytest --quiet -m huge
 
-sanitize:  ## the C++ tests under the address and undefined-behaviour sanitizers
-	@mkdir -p build/cpp
-	$(CXX) -std=c++17 -O1 -g $(SANITIZE) tests/cpp/test_moments.cpp -o build/cpp/moments_sanitized
-	$(CXX) -std=c++17 -O1 -g $(SANITIZE) -pthread tests/cpp/test_kernels.cpp csrc/cpu/*.cpp \
-		-o build/cpp/kernels_sanitized
-	$(CXX) $(SHIM) -O1 -g $(SANITIZE) tests/cpp/test_cuda_kernels.cpp $(SHIM_SOURCES) \
-		-o build/cpp/cuda_kernels_sanitized
-	build/cpp/moments_sanitized
-	build/cpp/kernels_sanitized
-	build/cpp/cuda_kernels_sanitized
+sanitize: $(VENV)/installed  ## C++ and Python tests under sanitizers, 20 minutes; writes docs/robustness.md
+	$(BIN)/python -m tests.sanitize
+
+sanitize-quick: $(VENV)/installed  ## of that, what checks every change: two or three minutes
+	$(BIN)/python -m tests.sanitize --quick
 
 count:  ## instructions that the kernels take for an element, against limits (valgrind)
 	@mkdir -p build/cpp
