@@ -180,7 +180,7 @@ def _plain(x: Tensor) -> Tensor:
     for convert in (lambda: x.dequantize(), lambda: x.to(torch.float64)):
         try:
             plain = convert()
-        except Exception:  # whatever an operator that the subclass does not have raises
+        except Exception:  # noqa: S112 - whatever an operator that a subclass lacks raises
             continue
         if type(plain) is Tensor and plain.numel() == x.numel():
             return plain
