@@ -1,7 +1,7 @@
 // Reads `_parameters`, `_buffers` and `_modules` directly. While the tree is read no Python code
-// runs and nothing is allocated that could set off the garbage collector, so nothing can change it
-// (the GIL is held). Whatever comes after that and may run Python code, as making a list may, comes
-// after references to all that is still needed were taken.
+// runs and the garbage collector waits, so nothing can change it (the GIL is held). Whatever comes
+// after that and may run Python code, as making a list may, comes after references to all that is
+// still needed were taken.
 #include "module_walk.h"
 
 #include <ATen/core/Tensor.h>
@@ -160,7 +160,24 @@ bool visit(PyObject* module, PyObject* kind, int depth, Tree& tree) {
   return true;
 }
 
+// Keeps the garbage collector, and so all finalizers, from running. A module whose attributes
+// nobody has asked for yet has no dict of them: to get it is to make it, and Python 3.11 and
+// earlier may collect at that.
+class WithoutCollector {
+ public:
+  WithoutCollector() : was_enabled_(PyGC_Disable()) {}
+  ~WithoutCollector() {
+    if (was_enabled_) PyGC_Enable();
+  }
+  WithoutCollector(const WithoutCollector&) = delete;
+  WithoutCollector& operator=(const WithoutCollector&) = delete;
+
+ private:
+  bool was_enabled_;
+};
+
 bool read_tree(PyObject* module, bool buffers, Tree& tree) {
+  const WithoutCollector without_collector;
   if (!visit(module, strings().parameters, 0, tree)) return false;
   tree.parameters = tree.members.size();
   return !buffers || visit(module, strings().buffers, 0, tree);
