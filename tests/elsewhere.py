@@ -37,7 +37,7 @@ PAGE = ROOT / "docs/platforms.md"
 TOOLS = ["setuptools>=77", "ninja", "pybind11", "build", "numpy", "pytest", "hypothesis"]
 TOOLS += ["safetensors", "rich", "tqdm"]
 
-# The oldest torch, the pinned one and the newest, the latter two with every Python.
+# The oldest torch, the pinned one, others up to the newest; every Python with the pinned one.
 SUPPORTED = [
     ("python3.11", "torch==2.13.0", "g++"),
     ("python3.11", "torch==2.13.0", "clang++"),
@@ -256,6 +256,10 @@ def main() -> int:
     combinations = [(options.python, options.torch, options.cxx)]
     failed = False
     for python, torch, cxx in SUPPORTED if options.everywhere else combinations:
+        if shutil.which(python) is None or shutil.which(cxx) is None:
+            print(f"no {python} or no {cxx} here: left out")
+            failed = True
+            continue
         outcome = combination(python, torch, cxx)
         failed = failed or outcome.failed
         print(outcome.row(), flush=True)

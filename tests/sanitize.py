@@ -180,6 +180,8 @@ def python_tests(sanitizer: Sanitizer, what: str, arguments: list[str]) -> Resul
     )
     (BUILD / "suppressions").write_text(SUPPRESSIONS)
     libraries = [run([CXX, f"-print-file-name={n}"]).stdout.strip() for n in sanitizer.libraries]
+    if not all(os.path.isabs(library) for library in libraries):
+        sys.exit(f"expected g++ and its sanitizers, got {CXX}, which has not all of {libraries}")
     tests = subprocess.run(
         [sys.executable, "-m", "pytest", "--quiet", "-p", "no:cacheprovider", "-rf", *arguments],
         cwd=tree,
