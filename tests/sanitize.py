@@ -91,7 +91,14 @@ QUICK = [
     "tests/test_walk.py",
 ]
 # Those in which several threads meet in it, and what they call.
-THREADED = [*QUICK[1:3], *QUICK[4:6], QUICK[7], "tests/test_watch.py"]
+THREADED = [
+    "tests/test_determinism.py",
+    "tests/test_inputs.py",
+    "tests/test_numerics.py",
+    "tests/test_summary.py",
+    "tests/test_walk.py",
+    "tests/test_watch.py",
+]
 # What cannot work where a sanitizer is preloaded, and why.
 LEFT_OUT = {
     "tests/test_build.py": "compilers get the sanitizer, too: minutes, and nothing of ours runs",
