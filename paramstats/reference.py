@@ -192,7 +192,7 @@ def _plain(x: Tensor) -> Tensor:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # that it is not there
                 plain = convert()
-        except Exception as error:  # whatever an operator that the subclass does not have raises
+        except Exception as error:  # whatever an operator that a subclass lacks raises
             if is_of_a_handler(error):
                 raise
             continue
