@@ -1,4 +1,4 @@
-"""A short run of tests/fuzz, by fixed seeds and by seeds that found something (`make fuzz`: long)."""
+"""A short run of tests/fuzz, by fixed seeds and by those that found something."""
 
 from __future__ import annotations
 

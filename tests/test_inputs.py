@@ -22,6 +22,7 @@ def stats_of(tensor: torch.Tensor) -> paramstats.ParamStats:
 
 @pytest.fixture(autouse=True)
 def _no_warnings():
+    paramstats.summary._warned.clear()  # each test gets its own
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", message="Sparse (CSR|CSC|BSR|BSC)")  # torch: beta
@@ -270,7 +271,6 @@ def test_wrapper_subclass_through_its_own_operators(engine):
 
 
 def test_unreadable_subclass_is_skipped_with_a_reason(engine):
-    paramstats.summary._warned.clear()
     with pytest.warns(RuntimeWarning, match="'a'.*Opaque has no operator"):
         summary = summarize({"a": Opaque(torch.randn(10)), "b": torch.ones(3)})
     assert math.isnan(summary["a"].mean) and summary["b"].mean == 1.0
@@ -281,7 +281,6 @@ def test_unreadable_subclass_is_skipped_with_a_reason(engine):
 def test_freed_storage_is_not_read(engine):
     x = torch.randn(1000)
     x.untyped_storage().resize_(0)
-    paramstats.summary._warned.clear()
     with pytest.warns(RuntimeWarning, match="holds 0 bytes"):
         summary = summarize({"x": x, "y": torch.ones(2)})
     assert math.isnan(summary["x"].norm) and summary["x"].count == 1000
@@ -498,7 +497,6 @@ def test_buffers(engine):
 def test_elements_beyond_the_storage_are_not_read(engine, sizes, strides, offset):
     """What torch compiles takes sizes, strides and offset unchecked."""
     x = torch._C._dynamo.guards._reinterpret_tensor(torch.ones(10), sizes, strides, offset)
-    paramstats.summary._warned.clear()
     with pytest.warns(RuntimeWarning, match="holds 40 bytes, not all elements"):
         summary = summarize({"x": x})
     assert math.isnan(summary["x"].norm) and summary["x"].count == x.numel()
@@ -574,7 +572,6 @@ def test_inside_a_transform_that_differentiates(engine, transform):
 
 
 def test_inside_vmap_tensors_are_skipped_with_a_reason(engine):
-    paramstats.summary._warned.clear()
     closed_over = torch.ones(3)
     inside = []
 
@@ -593,7 +590,6 @@ def test_inside_vmap_tensors_are_skipped_with_a_reason(engine):
 
 @pytest.mark.parametrize("dtype", [torch.uint4, torch.bits8, torch.float4_e2m1fn_x2], ids=str)
 def test_types_that_torch_cannot_convert_are_skipped_with_a_remedy(engine, dtype):
-    paramstats.summary._warned.clear()
     codes = torch.arange(8, dtype=torch.uint8)
     with pytest.warns(RuntimeWarning, match=f"'x' .*no conversion of {dtype} .*view.torch.uint8"):
         summary = summarize({"x": codes.view(dtype), "codes": codes})
