@@ -1,7 +1,7 @@
 // Reads `_parameters`, `_buffers` and `_modules` directly. While the tree is read no Python code
-// runs and the garbage collector waits, so nothing can change it (the GIL is held). Whatever comes
-// after that and may run Python code, as making a list may, comes after references to all that is
-// still needed were taken.
+// runs, neither a key's __eq__ nor what the garbage collector finalizes, so nothing can change it
+// (the GIL is held). Whatever comes after that and may run Python code, as making a list may, comes
+// after references to all that is still needed were taken.
 #include "module_walk.h"
 
 #include <ATen/core/Tensor.h>

@@ -24,11 +24,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 SHARES = {
-    "modules": 90_000,
+    "modules": 60_000,
     "tensors": 450_000,
-    "summaries": 100_000,
-    "racing": 130_000,
-    "tables": 250_000,
+    "summaries": 80_000,
+    "racing": 120_000,
+    "tables": 300_000,
 }
 """Executions of each kind in a campaign, at least."""
 

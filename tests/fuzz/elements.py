@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 MEAN_TOLERANCE = 1e-6  # of the root mean square
-M2_TOLERANCE = 2e-5  # of itself: twice that of the std
-LEAST_SPREAD = 1e-13  # std over mean below which float64 figures are of the right size, no more
+STD_TOLERANCE = 1e-5  # of itself,
+ROUNDING = 1e-15  # and of the mean: means of blocks are rounded to float64
 LARGE, SMALL = 1e150, 1e-150  # beyond and below, squares of float64 lose digits
 
 
@@ -205,12 +205,9 @@ class Expected:
         if largest > LARGE and m2 == math.inf:
             return
         assert m2 >= 0, (row, self)
-        spread = math.sqrt(self.m2 / n)
-        if spread < LEAST_SPREAD * abs(self.mean):
-            assert math.sqrt(m2 / n) <= 100 * LEAST_SPREAD * abs(self.mean), (row, self)
-            return
-        slack = M2_TOLERANCE * self.m2 + (n * SMALL * SMALL if largest < 1e-140 else 0)
-        assert abs(m2 - self.m2) <= slack, (row, self)
+        spread, right = math.sqrt(m2 / n), math.sqrt(self.m2 / n)
+        slack = STD_TOLERANCE * right + ROUNDING * abs(self.mean)
+        assert abs(spread - right) <= slack + (SMALL if largest < 1e-140 else 0), (row, self)
 
 
 EDGES = (4096, 16384, 131072)
