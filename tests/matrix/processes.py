@@ -179,8 +179,8 @@ def threads(look: Look) -> str:
 
     look.each(compare)
     return (
-        "with `zero_grad(set_to_none=False)`: while one thread drops gradients no other may look at "
-        "`.grad`, torch itself crashes then"
+        "with `zero_grad(set_to_none=False)`: while one thread drops gradients no other may look "
+        "at `.grad`, torch itself crashes then"
     )
 
 
