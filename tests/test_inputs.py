@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import math
+import sys
+import types
 import warnings
 import weakref
 
@@ -605,3 +607,9 @@ def test_asking_a_subclass_for_its_elements_warns_of_nothing_else(engine):
 
     with pytest.warns(RuntimeWarning, match="Complains has no operator"):
         assert "x" in summarize({"x": Complains(torch.ones(3))}).skipped
+
+
+def test_while_another_thread_imports_fsdp(engine, monkeypatch):
+    half = types.ModuleType("torch.distributed.fsdp")
+    monkeypatch.setitem(sys.modules, "torch.distributed.fsdp", half)
+    assert summarize(torch.nn.Linear(3, 2))["weight"].count == 6

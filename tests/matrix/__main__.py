@@ -77,13 +77,12 @@ def page(outcomes: Sequence[Outcome], minutes: float) -> str:
         for outcome in outcomes:
             if outcome.row.theme == theme:
                 said = [outcome.of(engine) for engine in ("native", "reference")]
+                if outcome.not_run:
+                    said = ["not run", "not run"]
                 compared = max(outcome.compared.values(), default=0)
-                cells = [
-                    outcome.row.title,
-                    *said,
-                    f"{compared:,}" if compared else "",
-                    outcome.remark,
-                ]
+                tensors = f"{compared:,}" if compared else ""
+                remark = outcome.not_run or outcome.remark
+                cells = [outcome.row.title, *said, tensors, remark]
                 lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
     lines += [

@@ -533,7 +533,7 @@ def graphs(look: Look) -> str:
         ("GCN", network(lambda: g.GCN(16, 32, 2, 4))),
         ("GAT", network(lambda: g.GAT(16, 32, 2, 4, heads=4))),
         ("GIN", network(lambda: g.GIN(16, 32, 2, 4))),
-        ("GraphSAGE, lazy", network(lambda: g.GraphSAGE(-1, 32, 2, 4))),
+        ("lazy GraphSAGE", network(lambda: g.GraphSAGE(-1, 32, 2, 4))),
         ("RGCN", network(Relational)),
         ("SchNet", lambda: (
             g.SchNet(hidden_channels=16, num_filters=16, num_interactions=2, num_gaussians=8,
@@ -567,5 +567,5 @@ def equivariant(look: Look) -> str:
 
     inputs = {"x": torch.randn(20, 16), "directions": torch.randn(20, 3)}
     return look_at_all(
-        look, [("tensor products, BatchNorm, radial net", lambda: (Network(), inputs))]
+        look, [("tensor products with BatchNorm and a radial net", lambda: (Network(), inputs))]
     )
