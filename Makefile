@@ -78,7 +78,7 @@ wheel: $(VENV)/installed  ## a source archive and, of that, a wheel for this Pyt
 test-elsewhere:  ## PYTHON=python3.12 TORCH=torch==2.11.0 CXX=clang++: a wheel, installed and tested
 	$(PYTHON) -m tests.elsewhere --python $(PYTHON) --torch "$(TORCH)" --cxx $(CXX)
 
-test-everywhere:  ## the same with all that is supported; two hours, 30 GB; writes docs/platforms.md
+test-everywhere:  ## the same with all that is supported; an hour, 30 GB; writes docs/platforms.md
 	$(PYTHON) -m tests.elsewhere --everywhere
 
 test-huge: $(VENV)/installed  ## tensors of more than 2^31 elements (5 GB of memory)
