@@ -5,10 +5,9 @@ Light: what reads and joins parts is in `paramstats.sharded`, imported when the 
 
 from __future__ import annotations
 
-import contextlib
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,10 +97,8 @@ def is_sharded(source: Any, tensors: Iterable[Any]) -> bool:
         # Another thread may be importing it: what is not there yet has wrapped nothing.
         names = ("FSDPModule", "FullyShardedDataParallel")
         wrapped = tuple(getattr(fsdp, name) for name in names if hasattr(fsdp, name))
-        # A module without a hash, which FSDP could not wrap; modules too deep for torch.
-        with contextlib.suppress(TypeError, RecursionError):
-            if any(isinstance(module, wrapped) for module in source.modules()):
-                return True
+        if any(isinstance(module, wrapped) for module in _modules(source)):
+            return True
     return any(
         isinstance(tensor, Shard)
         or is_dtensor(tensor)
@@ -109,6 +106,21 @@ def is_sharded(source: Any, tensors: Iterable[Any]) -> bool:
         or getattr(tensor, "_fsdp_flattened", False)
         for tensor in tensors
     )
+
+
+def _modules(source: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """All modules, once each. Not by `modules()`, which needs their hash, and a stack as deep as
+    they are."""
+    seen, left = {id(source)}, [source]
+    while left:
+        module = left.pop()
+        yield module
+        try:
+            children = [child for child in module._modules.values() if id(child) not in seen]
+        except Exception:  # one that keeps its children in a way of its own
+            continue
+        seen.update(map(id, children))
+        left.extend(child for child in children if child is not None)
 
 
 def refuse_shards(named: Iterable[tuple[str, Any]]) -> None:

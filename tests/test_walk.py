@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import importlib
 import json
 import sys
 import threading
@@ -537,8 +538,13 @@ def test_too_many_levels_for_python_are_an_error(engine):
     assert len(summarize(nn.Linear(2, 2))) == 2
 
 
-def test_a_small_stack_is_enough(native):
-    """Of a thread: 900 levels, and a cycle, which is left to Python."""
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_a_small_stack_is_enough(native, monkeypatch, fsdp):
+    """Of a thread: 900 levels; a cycle, which is left to Python; the same where FSDP is looked for."""
+    if fsdp:
+        importlib.import_module("torch.distributed.fsdp")
+    else:
+        monkeypatch.delitem(sys.modules, "torch.distributed.fsdp", raising=False)
     cycle = nn.Sequential(nn.Linear(2, 2))
     put(cycle[0], "up", cycle)
     found = []
