@@ -130,6 +130,7 @@ def build(python: str, cxx: str, folder: Path) -> tuple[Path, Path]:
         *(python, "-m", "build", "--no-isolation", "--outdir", str(dist)),
         CXX=cxx,
         CC=cc,
+        CUDA_HOME=os.devnull,  # an nvcc of another version than torch's would be an error
         PARAMSTATS_STRICT_BUILD="1",
         PARAMSTATS_CFLAGS="-Werror",
     )
