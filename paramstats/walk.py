@@ -110,7 +110,7 @@ def _few_paths(module: torch.nn.Module) -> bool:
         try:
             children = visited._modules.values()
             left.extend(child for child in children if child is not None)
-        except Exception:  # noqa: S112 - it keeps them otherwise: only it can tell
+        except Exception:  # it keeps them otherwise: only it can tell
             continue
     return True
 

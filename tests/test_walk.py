@@ -540,7 +540,7 @@ def test_too_many_levels_for_python_are_an_error(engine):
 
 @pytest.mark.parametrize("fsdp", [False, True])
 def test_a_small_stack_is_enough(native, monkeypatch, fsdp):
-    """Of a thread: 900 levels; a cycle, which is left to Python; the same where FSDP is looked for."""
+    """Of a thread: 900 levels; a cycle, left to Python; the same where FSDP is looked for."""
     if fsdp:
         importlib.import_module("torch.distributed.fsdp")
     else:
