@@ -13,14 +13,14 @@ CXX_FILES := $(NATIVE) $(wildcard tests/cpp/*.* tests/cpp/*/* tests/fake_cuda/*)
 # The CUDA source as C++, on the runtime that tests/cpp/cuda_shim pretends to be.
 SHIM := -std=c++17 -Wall -Wextra -Werror -Wno-unknown-pragmas -pthread -I tests/cpp/cuda_shim
 SHIM_SOURCES := tests/cpp/cuda_shim/shim.cpp csrc/cpu/*.cpp -x c++ csrc/cuda/engine.cu
-SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-cpp test-cuda-shim test-arm64 test-huge sanitize count cuda-compile gpu-check \
-	fuzz bench bench-compare check format clean
+.PHONY: help demo test test-cpp test-cuda-shim test-arm64 wheel test-elsewhere test-everywhere test-huge \
+	fuzz matrix accuracy sanitize sanitize-quick count cuda-compile gpu-check bench bench-compare check format \
+	clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(VENV)/torch: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -44,8 +44,11 @@ test-cpp:  ## the C++ tests of the state and the kernels, without torch
 	$(CXX) -std=c++17 -O2 -Wall -Wextra -Werror tests/cpp/test_moments.cpp -o build/cpp/test_moments
 	$(CXX) -std=c++17 -O2 -Wall -Wextra -Werror -pthread tests/cpp/test_kernels.cpp csrc/cpu/*.cpp \
 		-o build/cpp/test_kernels
+	$(CXX) -std=c++17 -O2 -Wall -Wextra -Werror -pthread tests/cpp/test_threads.cpp csrc/cpu/*.cpp \
+		-o build/cpp/test_threads
 	build/cpp/test_moments
 	build/cpp/test_kernels
+	build/cpp/test_threads
 
 test-cuda-shim:  ## the CUDA kernels on the CPU, without a GPU and without nvcc
 	@mkdir -p build/cpp
@@ -62,8 +65,21 @@ test-arm64:  ## the C++ tests for arm64, emulated (g++-aarch64-linux-gnu, qemu-u
 		-o build/cpp/moments_arm64
 	aarch64-linux-gnu-g++ -static -std=c++17 -O2 -pthread tests/cpp/test_kernels.cpp \
 		csrc/cpu/*.cpp -o build/cpp/kernels_arm64
+	aarch64-linux-gnu-g++ -static -std=c++17 -O2 -pthread tests/cpp/test_threads.cpp \
+		csrc/cpu/*.cpp -o build/cpp/threads_arm64
 	qemu-aarch64 build/cpp/moments_arm64
 	qemu-aarch64 build/cpp/kernels_arm64
+	qemu-aarch64 build/cpp/threads_arm64
+
+wheel: $(VENV)/installed  ## a source archive and, of that, a wheel for this Python and torch, in dist
+	rm -rf dist
+	PARAMSTATS_STRICT_BUILD=1 $(BIN)/python -m build --no-isolation
+
+test-elsewhere:  ## PYTHON=python3.12 TORCH=torch==2.11.0 CXX=clang++: a wheel, installed and tested
+	$(PYTHON) -m tests.elsewhere --python $(PYTHON) --torch "$(TORCH)" --cxx $(CXX)
+
+test-everywhere:  ## the same with all that is supported; an hour, 30 GB; writes docs/platforms.md
+	$(PYTHON) -m tests.elsewhere --everywhere
 
 test-huge: $(VENV)/installed  ## tensors of more than 2^31 elements (5 GB of memory)
 	$(BIN)/python -m pytest --quiet -m huge
@@ -71,16 +87,14 @@ test-huge: $(VENV)/installed  ## tensors of more than 2^31 elements (5 GB of mem
 fuzz: $(VENV)/installed  ## a million hostile calls, 15 minutes; writes docs/robustness.md
 	$(BIN)/python -m tests.fuzz --write
 
-sanitize:  ## the C++ tests under the address and undefined-behaviour sanitizers
-	@mkdir -p build/cpp
-	$(CXX) -std=c++17 -O1 -g $(SANITIZE) tests/cpp/test_moments.cpp -o build/cpp/moments_sanitized
-	$(CXX) -std=c++17 -O1 -g $(SANITIZE) -pthread tests/cpp/test_kernels.cpp csrc/cpu/*.cpp \
-		-o build/cpp/kernels_sanitized
-	$(CXX) $(SHIM) -O1 -g $(SANITIZE) tests/cpp/test_cuda_kernels.cpp $(SHIM_SOURCES) \
-		-o build/cpp/cuda_kernels_sanitized
-	build/cpp/moments_sanitized
-	build/cpp/kernels_sanitized
-	build/cpp/cuda_kernels_sanitized
+sanitize: $(VENV)/installed  ## C++ and Python tests under sanitizers, 20 minutes; writes docs/robustness.md
+	$(BIN)/python -m tests.sanitize
+
+sanitize-quick: $(VENV)/installed  ## of that, what checks every change: two or three minutes
+	$(BIN)/python -m tests.sanitize --quick
+
+accuracy: $(VENV)/installed  ## a hundred thousand adversarial tensors against the error bound, ten minutes
+	$(BIN)/python -m tests.accuracy
 
 count:  ## instructions that the kernels take for an element, against limits (valgrind)
 	@mkdir -p build/cpp
@@ -93,6 +107,14 @@ cuda-compile:  ## the CUDA engine by nvcc for every architecture; fails on spill
 gpu-check:  ## build, test, sanitize and measure on a GPU, with PYTHON's own torch; ten minutes
 	@rm -f $(VENV)/installed  # it builds in place, for that torch: .venv's must build again
 	$(PYTHON) -m benches.gpu_check
+
+$(VENV)/matrix: $(VENV)/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)" \
+		peft torchao bitsandbytes torch-geometric e3nn neuraloperator
+	@touch $@
+
+matrix: $(VENV)/matrix  ## what people do to models, row by row, 3 minutes; writes docs/compatibility.md
+	$(BIN)/python -m tests.matrix
 
 $(VENV)/peers: $(VENV)/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check numpy lovely-tensors wandb lightning matplotlib

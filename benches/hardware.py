@@ -64,7 +64,7 @@ def describe(device: str) -> dict[str, Any]:
         "date": datetime.date.today().isoformat(),
         "device": device,
         "hardware": {
-            "cpu": _cpu(),
+            "cpu": cpu_name(),
             "cores": cores(),
             "threads": torch.get_num_threads(),
             "gpu": torch.cuda.get_device_name() if on_gpu else None,
@@ -91,7 +91,7 @@ def _gpu() -> dict[str, Any]:
     }
 
 
-def _cpu() -> str:
+def cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -3,13 +3,23 @@
 #define TORCH_TARGET_VERSION 0x020a000000000000  // 2.10.0, the oldest torch supported
 #include "thread_pool.h"
 
+#include <pthread.h>
 #include <torch/csrc/stable/c/shim.h>
 
 #include <algorithm>
 #include <atomic>
+#if defined(PARAMSTATS_STD_THREADS)
+#include <thread>
+#include <vector>
+#endif
 
 namespace paramstats {
 namespace {
+
+// A child of fork() has none of its parent's threads, and OpenMP waits for them for ever.
+bool is_forked_child = false;
+[[maybe_unused]] const int at_fork =
+    pthread_atfork(nullptr, nullptr, [] { is_forked_child = true; });
 
 struct Shared {
   std::atomic<int64_t> next{0};
@@ -26,6 +36,17 @@ void take_tasks(int64_t, int64_t, void* context) {
   }
 }
 
+#if defined(PARAMSTATS_STD_THREADS)
+// Stands in the place of torch's for the thread sanitizer (tests/sanitize.py), which cannot see
+// what OpenMP's barriers put in order.
+void torch_parallel_for(int64_t begin, int64_t end, int64_t, void (*part)(int64_t, int64_t, void*),
+                        void* context) {
+  std::vector<std::thread> threads;
+  for (int64_t i = begin; i < end; ++i) threads.emplace_back(part, i, i + 1, context);
+  for (auto& thread : threads) thread.join();
+}
+#endif
+
 }  // namespace
 
 int torch_threads() {
@@ -40,8 +61,8 @@ void torch_pool(int64_t n, cpu::Task task, void* context) {
   shared.task = task;
   shared.context = context;
   const int64_t threads = std::min<int64_t>(torch_threads(), n);
-  if (threads > 1) torch_parallel_for(0, threads, 1, take_tasks, &shared);
-  take_tasks(0, 0, &shared);  // alone; or what is left, should the pool have failed to start
+  if (threads > 1 && !is_forked_child) torch_parallel_for(0, threads, 1, take_tasks, &shared);
+  take_tasks(0, 0, &shared);  // alone; or what the pool left, should it have failed to start
 }
 
 }  // namespace paramstats

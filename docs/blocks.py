@@ -10,17 +10,28 @@ from __future__ import annotations
 from pathlib import Path
 
 
-def replaced(text: str, block: str, content: str) -> str:
-    """`text` with `content` in the block of that name.
+def _parts(text: str, block: str) -> tuple[str, str, str]:
+    """What stands before, in and after the block of that name; its two lines are not in it.
 
     Raises ValueError where `text` has no such block.
     """
     begin, end = f"<!-- {block}:begin -->", f"<!-- {block}:end -->"
     before, found, rest = text.partition(begin)
-    _, ended, after = rest.partition(end)
+    inside, ended, after = rest.partition(end)
     if not (found and ended):
         raise ValueError(f"expected a line {begin} and, after it, a line {end}")
-    return f"{before}{begin}\n{content}\n{end}{after}"
+    return before + begin, inside, end + after
+
+
+def content(text: str, block: str) -> str:
+    """What stands in the block of that name, without the line breaks around it."""
+    return _parts(text, block)[1].strip("\n")
+
+
+def replaced(text: str, block: str, content: str) -> str:
+    """`text` with `content` in the block of that name."""
+    before, _, after = _parts(text, block)
+    return f"{before}\n{content}\n{after}"
 
 
 def write(page: Path, block: str, content: str) -> None:

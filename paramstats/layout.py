@@ -10,6 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
+from paramstats.interrupts import is_of_a_handler
+from paramstats.untraced import unseen
+
 Patterns = tuple[re.Pattern[str], ...]
 
 _MOST_KEPT = 16
@@ -81,15 +84,16 @@ class Layout:
         Raises ValueError where one name is that of two tensors.
         """
         _check_distinct(names, aliases)
-        return cls(
-            names,
-            aliases,
-            parameters,
-            tuple(_shape(t) for t in tensors),
-            tuple(t.dtype for t in tensors),
-            tuple(t.device for t in tensors),
-            tuple(t.requires_grad for t in tensors),
-        )
+        with unseen():
+            return cls(
+                names,
+                aliases,
+                parameters,
+                tuple(_shape(t) for t in tensors),
+                tuple(t.dtype for t in tensors),
+                tuple(t.device for t in tensors),
+                tuple(t.requires_grad for t in tensors),
+            )
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Layout, self.fields
@@ -234,5 +238,7 @@ def _shape(tensor: torch.Tensor) -> tuple[int, ...] | None:
         return None
     try:
         return tuple(int(size) for size in tensor.shape)
-    except Exception:  # whatever a subclass raises that has no such shape
+    except Exception as error:  # whatever a subclass raises that has no such shape
+        if is_of_a_handler(error):
+            raise
         return None

@@ -9,16 +9,22 @@ value before all are done: the states stay there, and one transfer brings them o
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
-from collections.abc import Sequence
+import os
+import warnings
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
 
+from paramstats.interrupts import is_of_a_handler
 from paramstats.layout import is_lazy
 from paramstats.moments import ABSENT, ROW, Moments, merge, unread
+from paramstats.untraced import unseen
 
 CHUNK = 1 << 17
 """Elements that are worked on at a time, on a CPU: their temporaries stay in its caches."""
@@ -151,10 +157,14 @@ def _from_row(row: Sequence[float]) -> Moments:
 
 def _elements(x: Tensor) -> tuple[Tensor, int]:
     """A strided tensor with the elements that are stored, and how many zeros are not."""
-    if type(x) is not Tensor:
-        x = _plain(x)
     if x.is_nested:
         raise TypeError("nested tensors are not read; pass their parts")
+    if type(x) is not Tensor:
+        x = _plain(x)
+    while _functorch.is_gradtrackingtensor(x):  # inside torch.func.grad, jvp and the like
+        x = _functorch.get_unwrapped(x)
+    if _functorch.is_batchedtensor(x):
+        raise TypeError("inside torch.vmap it stands for one of many; call summarize outside of it")
     if x.is_quantized:
         x = x.dequantize()
     if x.layout is torch.strided:
@@ -179,8 +189,12 @@ def _plain(x: Tensor) -> Tensor:
             return x.detach().as_subclass(Tensor)
     for convert in (lambda: x.dequantize(), lambda: x.to(torch.float64)):
         try:
-            plain = convert()
-        except Exception:  # whatever an operator that the subclass does not have raises
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that it is not there
+                plain = convert()
+        except Exception as error:  # whatever an operator that a subclass lacks raises
+            if is_of_a_handler(error):
+                raise
             continue
         if type(plain) is Tensor and plain.numel() == x.numel():
             return plain
@@ -200,6 +214,35 @@ def _check_storage(x: Tensor) -> None:
     last = begin + sum(r for r in reach if r > 0)
     if first < 0 or (last + 1) * x.element_size() > nbytes:
         raise ValueError(f"its storage holds {nbytes} bytes, not all elements")
+
+
+# ---- threads ------------------------------------------------------------------------------------
+
+
+_is_forked_child = False
+
+
+def _note_fork() -> None:
+    global _is_forked_child
+    _is_forked_child = True
+
+
+os.register_at_fork(after_in_child=_note_fork)
+
+
+@contextlib.contextmanager
+def _threads_that_exist() -> Iterator[None]:
+    """In a child of fork() the calling thread alone: it has none of its parent's threads, and
+    torch's operators on large tensors wait for them for ever."""
+    threads = torch.get_num_threads()
+    if not _is_forked_child or threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 # ---- tables of rows -----------------------------------------------------------------------------
@@ -264,7 +307,8 @@ def read(
     n = len(tensors)
     left: Left = list(enumerate(tensors)) if params else []
     absent = ROW.pack(*unread(ABSENT))
-    table = [ROW.pack(*unread(numel(t))) for t in tensors] + [absent] * n
+    with unseen():
+        table = [ROW.pack(*unread(numel(t))) for t in tensors] + [absent] * n
     if grads:
         found = ((n + i, gradient(t)) for i, t in enumerate(tensors))
         left += [(row, grad) for row, grad in found if grad is not None]
@@ -283,16 +327,28 @@ def fill(
     skipped: dict[int, str] = {}
     later: Later = {}
     n = len(table) // ROW.size // 2
-    with torch.no_grad():
+    with torch.no_grad(), _threads_that_exist(), unseen():
         for row, tensor in left:
             try:
                 state = _state(tensor, row, later) if params or row >= n else None
             except Exception as error:  # a subclass may raise anything; training goes on
+                if is_of_a_handler(error):
+                    raise
                 state = None
-                skipped[row] = f"{type(error).__name__}: {error}".splitlines()[0]
+                skipped[row] = _reason(error, tensor)
             ROW.pack_into(out, row * ROW.size, *(state or unread(numel(tensor))))
     transfers = tuple(Pending(device, *parts) for device, parts in later.items())
     return bytes(out), transfers, skipped
+
+
+def _reason(error: Exception, tensor: Tensor) -> str:
+    """Why a tensor could not be read, in one line."""
+    if isinstance(error, NotImplementedError) and "not implemented for" in str(error):
+        return (
+            f"{type(error).__name__}: torch has no conversion of {tensor.dtype} to numbers; "
+            f"pass what it stands for, or its bytes (.view(torch.uint8))"
+        )
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _refuse_capture(left: Left) -> None:
@@ -347,5 +403,7 @@ def _zeros(count: int) -> Moments:
 def numel(tensor: Tensor) -> int:
     try:
         return 0 if is_lazy(tensor) else int(tensor.numel())
-    except Exception:  # sizes that are symbols, or a subclass that will not tell
+    except Exception as error:  # sizes that are symbols, or a subclass that will not tell
+        if is_of_a_handler(error):
+            raise
         return 0

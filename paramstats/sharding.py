@@ -94,7 +94,9 @@ def is_sharded(source: Any, tensors: Iterable[Any]) -> bool:
     """Whether any of it is cut up: the same answer on every process that holds the model."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is not None and isinstance(source, torch.nn.Module):
-        wrapped = (fsdp.FSDPModule, fsdp.FullyShardedDataParallel)
+        # Another thread may be importing it: what is not there yet has wrapped nothing.
+        names = ("FSDPModule", "FullyShardedDataParallel")
+        wrapped = tuple(getattr(fsdp, name) for name in names if hasattr(fsdp, name))
         if any(isinstance(module, wrapped) for module in _modules(source)):
             return True
     return any(

@@ -197,7 +197,7 @@ def _no_tensor(name: str, value: Any) -> TypeError:
 def _remedy(value: Any) -> str:
     if isinstance(value, Mapping):
         return "pass that mapping itself"
-    if hasattr(value, "__array_interface__"):
+    if hasattr(type(value), "__array_interface__"):  # a torch.fx.Proxy says it has everything
         return "convert it with torch.from_numpy"
     return "leave it out with exclude=..."
 

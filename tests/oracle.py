@@ -10,7 +10,7 @@ import torch
 from paramstats import TensorStats
 
 NORM_TOLERANCE = 1e-6  # of the norm; the mean's is the same share of the root mean square
-STD_TOLERANCE = 1e-5  # of the std; both derived in csrc/cpu/kernels_body.h
+STD_TOLERANCE = 1e-5  # of the std; docs/accuracy.md derives less
 
 
 def elements(tensor: torch.Tensor) -> np.ndarray:

@@ -69,3 +69,12 @@ def test_without_the_mark_a_wrapper_does(monkeypatch):
 
     wrapped = untraced(function)
     assert wrapped is not function and wrapped(3) == 6
+
+
+def test_fullgraph_is_refused_with_the_reason(engine, model):
+    torch._dynamo.reset()
+    step = torch.compile(lambda: paramstats.summarize(model), fullgraph=True, backend="eager")
+    with pytest.raises(
+        torch._dynamo.exc.Unsupported, match=r"reads values .* outside of code with"
+    ):
+        step()

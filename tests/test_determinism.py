@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 
 import pytest
@@ -111,3 +112,28 @@ def test_from_many_threads_at_once(native):
     trainer.join()
     assert not failures, failures
     oracle.check(paramstats.summarize(trained)["0.weight"], trained[0].weight)
+
+
+def test_models_come_and_go_in_many_threads(native):
+    """Each thread's models enter what is remembered of models and leave it; one is everybody's."""
+    torch.manual_seed(0)
+    shared = torch.nn.Linear(600, 600)  # large enough for several threads
+    expected = paramstats.summarize(shared)["weight"].norm
+    before = native.native.cached_layouts()
+    wrong = []
+
+    def work(number: int) -> None:
+        for size in range(1, 40):
+            model = torch.nn.Sequential(*(torch.nn.Linear(1, 1) for _ in range(size)))
+            names = list(paramstats.summarize(model, buffers=number % 2 == 0))
+            if len(names) != 2 * size or paramstats.summarize(shared)["weight"].norm != expected:
+                wrong.append((number, size, names))
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    gc.collect()
+    assert native.native.cached_layouts() <= before

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -108,6 +109,20 @@ def test_a_missing_engine_is_said_once(tmp_path, record, said):
     assert said in result.stderr and "pip install" in result.stderr
     forced = run(block + SUMMARIZE, PYTHONPATH=str(path), PARAMSTATS_BACKEND="native")
     assert forced.returncode == 1 and "RuntimeError" in forced.stderr and said in forced.stderr
+
+
+@pytest.mark.parametrize(("part", "loads"), [(1, False), (2, True)])
+def test_a_library_for_another_torch(native, monkeypatch, part, loads):
+    """Of another minor version it may not be loaded; of another patch version it is."""
+    version = [int(number) for number in re.findall(r"\d+", torch.__version__)[:3]]
+    version[part] += 1
+    built_for = ".".join(map(str, version))
+    monkeypatch.setattr(engines, "_record", lambda: {"native": True, "torch": built_for})
+    found, missing = engines._load_native()
+    if loads:
+        assert found is native.native and missing is None
+    else:
+        assert found is None and f"built for torch {built_for} and this is torch" in missing
 
 
 def test_import_brings_torch_and_nothing_else():

@@ -16,19 +16,20 @@ import pickle
 import sys
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
 from torch import nn
 
 import paramstats
 from paramstats import engine as engines
 from tests import oracle
+from tests.accuracy import adversarial, rational
+from tests.accuracy.test_bound import assert_within, state_of
 from tests.conftest import load_engine
-
-ROOT = Path(__file__).parent.parent
+from tests.fake_cuda import building
 
 pytestmark = pytest.mark.skipif(
     torch.version.cuda is not None, reason="this torch has CUDA: nothing can stand in its place"
@@ -37,29 +38,10 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def extension(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Built from tests/fake_cuda, the shim and the engine's own source, as C++."""
-    from torch.utils.cpp_extension import load
-
     native = load_engine("native").native
     if importlib.util.find_spec("ninja") is None:
         pytest.skip("ninja is not installed")
-    folder = tmp_path_factory.mktemp("fake_cuda")
-    engine = folder / "engine.cpp"  # by its own name nvcc would be asked for
-    engine.write_text(f'#include "{ROOT}/csrc/cuda/engine.cu"\n')
-    built = load(
-        "paramstats_fake_cuda",
-        [
-            str(ROOT / "tests/fake_cuda/fake_cuda.cpp"),
-            str(ROOT / "tests/cpp/cuda_shim/shim.cpp"),
-            str(engine),
-        ],
-        extra_include_paths=[str(ROOT / "tests/cpp/cuda_shim"), str(ROOT / "csrc/cuda")],
-        extra_cflags=["-O1", "-w"],
-        build_directory=str(folder),
-    )
-    built.install()
-    native.use_cuda_engine(built.api())
-    return built
+    return building.install(native, tmp_path_factory.mktemp("fake_cuda"))
 
 
 @pytest.fixture
@@ -91,6 +73,16 @@ def moved(model: nn.Module, cuda: Any, device: int = 0) -> nn.Module:
 
 def counted(cuda: Any, before: dict[str, int]) -> dict[str, int]:
     return {name: count - before[name] for name, count in cuda.counts().items()}
+
+
+def test_the_error_bound(cuda):
+    @given(adversarial.tensors())
+    @settings(max_examples=300)
+    def holds(tensor):
+        state = state_of(engines.engine(), cuda.to(tensor, 0))
+        assert_within("cuda", state, tensor, rational.exact(tensor))
+
+    holds()
 
 
 def test_it_returns_before_the_device_is_done(cuda, model):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import math
 import threading
+import sys
+import types
 import warnings
 import weakref
 
@@ -23,10 +25,11 @@ def stats_of(tensor: torch.Tensor) -> paramstats.ParamStats:
 
 @pytest.fixture(autouse=True)
 def _no_warnings():
+    paramstats.summary._warned.clear()  # each test gets its own
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", message="Sparse (CSR|CSC|BSR|BSC)")  # torch: beta
-        warnings.filterwarnings("ignore", message=".*quantize_per_tensor|torch.ao")
+        warnings.filterwarnings("ignore", message=".*quantize_per_tensor|torch.ao|`torch.jit")
         yield
 
 
@@ -271,7 +274,6 @@ def test_wrapper_subclass_through_its_own_operators(engine):
 
 
 def test_unreadable_subclass_is_skipped_with_a_reason(engine):
-    paramstats.summary._warned.clear()
     with pytest.warns(RuntimeWarning, match="'a'.*Opaque has no operator"):
         summary = summarize({"a": Opaque(torch.randn(10)), "b": torch.ones(3)})
     assert math.isnan(summary["a"].mean) and summary["b"].mean == 1.0
@@ -282,7 +284,6 @@ def test_unreadable_subclass_is_skipped_with_a_reason(engine):
 def test_freed_storage_is_not_read(engine):
     x = torch.randn(1000)
     x.untyped_storage().resize_(0)
-    paramstats.summary._warned.clear()
     with pytest.warns(RuntimeWarning, match="holds 0 bytes"):
         summary = summarize({"x": x, "y": torch.ones(2)})
     assert math.isnan(summary["x"].norm) and summary["x"].count == 1000
@@ -323,6 +324,7 @@ def test_nothing(engine):
         ([torch.ones(3)], r"expected \(name, tensor\) pairs, got torch.Tensor at position 0"),
         ({"w": 3.0}, "expected a torch.Tensor, got float for 'w'"),
         ({"w": torch.ones(1), "v": None}, "got NoneType for 'v'"),
+        ({"w": torch.fx.Proxy(torch.fx.Graph().placeholder("w"))}, "Proxy for 'w'; leave it out"),
         ({1: torch.ones(1)}, "expected names to be str, got int for 1"),
     ],
 )
@@ -414,7 +416,7 @@ def test_nested_tensors_are_skipped_with_a_reason(engine):
         nested = torch.nested.nested_tensor(parts, layout=layout)
         summary = summarize({"n": nested, "x": torch.ones(4)})
         assert math.isnan(summary["n"].mean) and summary["x"].norm == 2.0
-        assert "n" in summary.skipped
+        assert "pass their parts" in summary.skipped["n"]
         module = torch.nn.Linear(2, 2)
         module.register_buffer("n", nested)
         assert "n" in summarize(module, buffers=True).skipped
@@ -498,7 +500,6 @@ def test_buffers(engine):
 def test_elements_beyond_the_storage_are_not_read(engine, sizes, strides, offset):
     """What torch compiles takes sizes, strides and offset unchecked."""
     x = torch._C._dynamo.guards._reinterpret_tensor(torch.ones(10), sizes, strides, offset)
-    paramstats.summary._warned.clear()
     with pytest.warns(RuntimeWarning, match="holds 40 bytes, not all elements"):
         summary = summarize({"x": x})
     assert math.isnan(summary["x"].norm) and summary["x"].count == x.numel()
@@ -567,3 +568,67 @@ def test_a_small_stack_is_enough(native):
     finally:
         threading.stack_size(before)
     assert found == [expected] * 20
+
+
+# ---- inside transforms of functions --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("transform", ["grad", "jvp", "vjp"])
+def test_inside_a_transform_that_differentiates(engine, transform):
+    torch.manual_seed(0)
+    w = torch.randn(40, 30)
+    inside = []
+
+    def loss(w):
+        inside.append(summarize({"w": w}))
+        return w.square().sum()
+
+    {
+        "grad": lambda: torch.func.grad(torch.func.grad(loss))(torch.tensor(2.0)),
+        "jvp": lambda: torch.func.jvp(loss, (w,), (w,)),
+        "vjp": lambda: torch.func.vjp(loss, w),
+    }[transform]()
+    oracle.check(inside[0]["w"], torch.tensor(2.0) if transform == "grad" else w)
+    assert not inside[0].skipped
+
+
+def test_inside_vmap_tensors_are_skipped_with_a_reason(engine):
+    closed_over = torch.ones(3)
+    inside = []
+
+    def mean(w):
+        inside.append(summarize({"w": w, "closed over": closed_over}))
+        return w.mean()
+
+    with pytest.warns(RuntimeWarning, match=r"'w' .*inside torch\.vmap .* outside of it"):
+        torch.func.vmap(mean)(torch.randn(5, 7))
+    assert math.isnan(inside[0]["w"].mean) and inside[0]["w"].shape == (7,)
+    assert inside[0]["closed over"].mean == 1.0
+
+
+# ---- reasons -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.uint4, torch.bits8, torch.float4_e2m1fn_x2], ids=str)
+def test_types_that_torch_cannot_convert_are_skipped_with_a_remedy(engine, dtype):
+    codes = torch.arange(8, dtype=torch.uint8)
+    with pytest.warns(RuntimeWarning, match=f"'x' .*no conversion of {dtype} .*view.torch.uint8"):
+        summary = summarize({"x": codes.view(dtype), "codes": codes})
+    assert math.isnan(summary["x"].norm) and summary["codes"].mean == 3.5
+
+
+def test_asking_a_subclass_for_its_elements_warns_of_nothing_else(engine):
+    class Complains(Opaque):
+        @classmethod
+        def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+            warnings.warn(f"no {func}", UserWarning, stacklevel=1)
+            return super().__torch_dispatch__(func, types, args, kwargs)
+
+    with pytest.warns(RuntimeWarning, match="Complains has no operator"):
+        assert "x" in summarize({"x": Complains(torch.ones(3))}).skipped
+
+
+def test_while_another_thread_imports_fsdp(engine, monkeypatch):
+    half = types.ModuleType("torch.distributed.fsdp")
+    monkeypatch.setitem(sys.modules, "torch.distributed.fsdp", half)
+    assert summarize(torch.nn.Linear(3, 2))["weight"].count == 6

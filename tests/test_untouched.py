@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import paramstats
 
@@ -77,3 +79,66 @@ print(peak() - before)
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(run.stdout) < 10_000, "kB"
+
+
+class Looks(torch.nn.Module):
+    """Summarises itself each time it is called."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(40, 30)
+        self.scale = torch.nn.Parameter(torch.randn(30, dtype=torch.cfloat))
+        self.looks = True
+        self.seen = []
+
+    def forward(self, x):
+        if self.looks:
+            self.seen.append(paramstats.summarize(self))
+        return self.layer(x) * self.scale.abs()
+
+
+def traced(model, x):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        nodes = list(torch.jit.trace(model, x, check_trace=False).graph.nodes())
+    assert [w for w in caught if w.category is not DeprecationWarning] == []
+    return len(nodes)
+
+
+def functionally_traced(model, x):
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    return [node.target for node in make_fx(lambda x: model(x))(x).graph.nodes]
+
+
+class Counting(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def counted(model, x):
+    with Counting() as mode:
+        model(x)
+    return mode.count
+
+
+def beside_fake_tensors(model, x):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model(x)
+
+
+@pytest.mark.parametrize("see", [traced, functionally_traced, counted, beside_fake_tensors])
+def test_what_sees_operators_sees_none_of_a_call(engine, see):
+    model, x = Looks(), torch.randn(2, 40)
+    seen = see(model, x)
+    assert model.seen and not model.seen[0].skipped
+    assert model.seen[0] == paramstats.summarize(model)
+    model.looks = False
+    assert see(model, x) == seen

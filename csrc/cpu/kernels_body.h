@@ -23,10 +23,9 @@
 // float32 lane and 2 more across lanes before it is widened to float64, where rounding no longer
 // counts. With the rounding of d itself, sum(d) is off by less than 11u sum|d| and sum(d^2) by less
 // than 13u sum(d^2). |sum d| <= sqrt(n sum(d^2)) / 4, so m2 is off by at most
-// (13 + 2 * 11 / 4) u sum(d^2) <= 18.5u (16/15) m2 = 1.2e-6 m2: std, and norm, by 6e-7 of
-// themselves if every rounding went the same way; the mean by 11u rms(d) = 7e-7 rms. In practice
-// roundings cancel and both stay below 1e-7. Integers of 32 bits and more, and float64, have
-// float64 lanes: the same with u = 2^-53.
+// (13 + 2 * 11 / 4) u sum(d^2) <= 18.5u (16/15) m2 = 1.2e-6 m2, the mean by 11.4u std = 6.8e-7 std,
+// if every rounding went the same way. Joined, std and norm of the whole are off by 7.5e-7:
+// docs/accuracy.md, with the float64 lanes of integers of 32 bits and more, and of float64.
 
 #include "lanes_body.h"
 

@@ -12,14 +12,14 @@
 // times in a thousand, and then the chunk is read again around its own mean.
 //
 // Error of an accepted chunk in float32 lanes, u = 2^-24. A tile's sums take at most 7 additions in
-// a lane and 3 across lanes, c = 10, before they are widened to float64, where rounding no longer
-// counts: float64 works once in 16 elements or more, so that cards on which it is slow still wait
-// for memory. With the rounding of d, sum(d) is off by less than (c + 1)u sum|d| and sum(d^2),
-// whose products are fused, by less than (c + 2)u sum(d^2) =: (c + 2)u S. As |sum d| <= sqrt(n S /
-// 8) and S <= (8/7) m2, m2 is off by at most (12 + 11 / sqrt(2)) u S <= 22.6u m2, std by 11.3u
-// = 6.8e-7 of itself, the mean by 11u rms(d) <= 11.8u std = 7.0e-7 rms, and norm^2 = m2 + n mean^2,
-// with r = |mean| / std, by (22.6 + 23.5 r) / (1 + r^2) u <= 27.7u of itself: norm by 8.3e-7, if
-// every rounding went the same way. Integers of 32 bits and more, and float64, have float64 lanes.
+// a lane and 3 across lanes before they are widened to float64, where rounding no longer counts:
+// float64 works once in 16 elements or more, so that cards on which it is slow still wait for
+// memory. With the rounding of d, sum(d) is off by less than 11u sum|d| and sum(d^2) =: S, whose
+// products are fused with additions, the first included, and may underflow, by less than 14u S. As
+// |sum d| <= sqrt(n S / 8) and S <= (8/7) m2, m2 is off by at most (14 + 11 / sqrt(2)) u S <=
+// 24.9u m2 and the mean by 11u rms(d) <= 11.8u std = 7.1e-7 std. Joined, std and norm of the whole
+// are off by 8.9e-7, if every rounding went the same way: docs/accuracy.md. Integers of 32 bits and
+// more, and float64, have float64 lanes.
 #pragma once
 
 #include "block.h"

@@ -88,7 +88,7 @@ def test_a_file_with_code_is_refused_and_not_executed(tmp_path, new):
     marker, path = tmp_path / "marker", tmp_path / "a.pt"
     saved = {"w": torch.ones(2), "z": Calls(open, str(marker), "w")}
     torch.save(saved, path, _use_new_zipfile_serialization=new)
-    with pytest.raises(CheckpointError, match=r"refers to 'i?o\.open'.*nothing was executed"):
+    with pytest.raises(CheckpointError, match=r"refers to '_?i?o\.open'.*nothing was executed"):
         summarize_file(path)
     assert not marker.exists()
     torch.load(path, weights_only=False)

@@ -120,7 +120,7 @@ inline Truth truth_of(const std::vector<double>& x) {
 struct Bounds {
   double mean, rms, std;
 };
-// What kernels_body.h derives for float32 lanes is 7e-7, 6e-7 and 6e-7; the promise is this.
+// What docs/accuracy.md derives for float32 lanes is 7e-7, 9e-7 and 9e-7; the promise is this.
 constexpr Bounds kFloatLanes = {1e-6, 1e-6, 1e-5};
 // The same derivation with u = 2^-53 gives 1.4e-15; each of at most 130 merges adds up to 4u. The
 // two-pass routine's sums grow by up to 130 additions in a lane: as much again.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -16,9 +17,8 @@ Moment = dict[str, Tensor]
 @functools.lru_cache
 def digits() -> tuple[Tensor, Tensor]:
     """scikit-learn's 1,797 images of 8 x 8, and what they show."""
-    from sklearn.datasets import load_digits
-
-    found = load_digits()
+    datasets = pytest.importorskip("sklearn.datasets", reason="scikit-learn is not installed")
+    found = datasets.load_digits()
     return torch.tensor(found.data, dtype=torch.float32) / 16, torch.tensor(found.target)
 
 

@@ -1,0 +1,1 @@
+"""The error bound of docs/accuracy.md against exact arithmetic: `python -m tests.accuracy`."""

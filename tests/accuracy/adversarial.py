@@ -1,0 +1,214 @@
+"""Data that careless sums get wrong, for hypothesis to choose from."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from hypothesis import strategies as st
+
+from paramstats import reference
+from tests.accuracy.bound import FLOAT32_LANES
+
+FLOATS = [
+    torch.float64,
+    torch.float32,
+    torch.bfloat16,
+    torch.float16,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+]
+INTEGERS = [
+    torch.int8,
+    torch.uint8,
+    torch.int16,
+    torch.uint16,
+    torch.int32,
+    torch.uint32,
+    torch.int64,
+    torch.uint64,
+    torch.bool,
+]
+_LEAST, _MOST = 1e-140, 1e140
+"""Magnitudes of float64 whose squares float64 holds."""
+
+_EDGES = [512, 2048, 4096, 8192, 16384, 4096 + 16384]
+_CHUNKS = [reference.CHUNK, 2 * reference.CHUNK]
+
+
+# ---- shapes of data: n float64 numbers near 1 in size ---------------------------------------
+
+
+def _normal(n, r, p):
+    return r.standard_normal(n)
+
+
+def _far_from_zero(n, r, p):
+    """A mean of 1 and deviations down to nothing."""
+    return 1 + 10.0 ** (-16 * p) * r.standard_normal(n)
+
+
+def _one_magnitude(n, r, p):
+    """Every sum of a few rounds the same way."""
+    return (1 + p) * np.where(r.random(n) < r.random(), -1.0, 1.0)
+
+
+def _one_magnitude_in_turns(n, r, p):
+    return (1 + p) * np.where(np.arange(n) % (2 + int(r.integers(0, 8))) == 0, -1.0, 1.0)
+
+
+def _nearly_one_magnitude(n, r, p):
+    return (1 + p) * (1 + 2.0**-23 * r.integers(-4, 5, n)) * r.choice([-1.0, 1.0], n)
+
+
+def _mixed_magnitudes(n, r, p):
+    return r.choice([-1.0, 1.0], n) * 10.0 ** r.uniform(-30 * p, 0, n)
+
+
+def _cancelling(n, r, p):
+    """Pairs that cancel, up to a remainder."""
+    half = r.standard_normal((n + 1) // 2)
+    return np.stack([half, -half * (1 + 10.0 ** (-16 * p))], axis=1).ravel()[:n]
+
+
+def _cancelling_far_apart(n, r, p):
+    half = r.standard_normal((n + 1) // 2)
+    return np.concatenate([half, -half[::-1] * (1 + 10.0 ** (-16 * p))])[:n]
+
+
+def _outlier_first(n, r, p):
+    x = 10.0 ** (-30 * p) * r.standard_normal(n)
+    x[:1] = 1
+    return x
+
+
+def _outlier_last(n, r, p):
+    return _outlier_first(n, r, p)[::-1]
+
+
+def _outlier_in_every_block(n, r, p):
+    x = 10.0 ** (-30 * p) * (1 + 0.1 * r.standard_normal(n))
+    x[int(r.integers(0, max(n, 1))) % 4096 :: int(r.choice([4096, 16384, 131072]))] = 1
+    return x
+
+
+def _just_acceptable_pivots(n, r, p):
+    """Blocks whose mean lies a quarter of a standard deviation, more or less, from the last's."""
+    x = r.standard_normal(n)
+    return x + 0.25 * (0.8 + 0.4 * p) * (np.arange(n) // 4096)
+
+
+def _steps(n, r, p):
+    return np.where(np.arange(n) // max(int(n * p), 1) % 2 == 0, 1.0, 10.0 ** (-12 * r.random()))
+
+
+def _ramp(n, r, p):
+    return (np.arange(n) + 1) / max(n, 1) - p
+
+
+def _growing(n, r, p):
+    return 10.0 ** (-30 * p * np.arange(n)[::-1] / max(n, 1)) * r.standard_normal(n)
+
+
+def _mostly_zeros(n, r, p):
+    return r.standard_normal(n) * (r.random(n) < p**4)
+
+
+def _few_values(n, r, p):
+    return r.choice(r.standard_normal(1 + int(3 * p)), n)
+
+
+def _constant_but_one(n, r, p):
+    x = np.full(n, 1 + p)
+    x[int(r.integers(0, max(n, 1))) :][:1] *= 1 + 2.0 ** -int(r.integers(1, 53))
+    return x
+
+
+SHAPES = [
+    _normal,
+    _far_from_zero,
+    _one_magnitude,
+    _one_magnitude_in_turns,
+    _nearly_one_magnitude,
+    _mixed_magnitudes,
+    _cancelling,
+    _cancelling_far_apart,
+    _outlier_first,
+    _outlier_last,
+    _outlier_in_every_block,
+    _just_acceptable_pivots,
+    _steps,
+    _ramp,
+    _growing,
+    _mostly_zeros,
+    _few_values,
+    _constant_but_one,
+]
+
+
+# ---- tensors ------------------------------------------------------------------------------
+
+
+def _as_type(x: np.ndarray, dtype: torch.dtype, scale: float) -> torch.Tensor:
+    """Numbers near 1 in size as elements of a type: `scale`, from 0 to 1, goes over its range."""
+    if dtype is torch.bool:
+        return torch.from_numpy(x > 0)
+    if dtype in INTEGERS:
+        info = torch.iinfo(dtype)
+        most = np.nextafter(float(info.max), 0) if info.bits == 64 else info.max
+        x = np.clip(x * float(info.max) ** scale, info.min, most)
+        return torch.from_numpy(x.astype(str(dtype).removeprefix("torch.")))
+    info = torch.finfo(dtype)
+    least, most = info.smallest_normal * info.eps, info.max
+    if dtype is torch.float64:
+        least, most = _LEAST, _MOST
+    size = 10 ** (np.log10(least) + scale * (np.log10(most) - np.log10(least)))
+    with np.errstate(over="ignore"):
+        x = np.clip(x * size, -most, most)
+    if dtype is torch.float64:
+        x[np.abs(x) < _LEAST] = 0
+    return torch.from_numpy(np.ascontiguousarray(x)).to(dtype)
+
+
+@st.composite
+def sizes(draw, chunks: bool = True) -> int:
+    kind = draw(st.integers(0, 199))
+    if kind == 0 and chunks:
+        return draw(st.sampled_from(_CHUNKS)) + draw(st.integers(-3, 5000))
+    if kind < 20:
+        return draw(st.sampled_from(_EDGES)) + draw(st.integers(-70, 70))
+    if kind < 80:
+        return draw(st.integers(300, 3000))
+    return draw(st.integers(1, 300))
+
+
+@st.composite
+def any_elements(draw) -> torch.Tensor:
+    """Up to 40 elements, one by one: hypothesis knows which numbers are unpleasant."""
+    dtype = draw(st.sampled_from([torch.float64, torch.float32]))
+    width = 64 if dtype is torch.float64 else 32
+    numbers = st.floats(width=width, allow_nan=False, allow_infinity=False)
+    if width == 64:
+        numbers = numbers.filter(lambda v: v == 0 or _LEAST < abs(v) < _MOST)
+    elements = draw(st.lists(numbers, min_size=1, max_size=40))
+    return torch.tensor(elements * draw(st.sampled_from([1, 1, 1, 7, 110])), dtype=dtype)
+
+
+@st.composite
+def shaped(draw, chunks: bool = True) -> torch.Tensor:
+    # Half of the cases in the type that the bound is tightest for.
+    dtype = draw(st.sampled_from([torch.float32] * len(FLOATS + INTEGERS) + FLOATS + INTEGERS))
+    shape = draw(st.sampled_from(SHAPES))
+    n = draw(sizes(chunks))
+    random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    # Mostly in the middle of a type's range, where float32's squares neither over- nor underflow.
+    scale = draw(st.one_of(st.just(0.55), st.floats(0, 1)))
+    x = shape(n, random, draw(st.floats(0, 1)))
+    return _as_type(np.asarray(x, dtype=np.float64), dtype, scale)
+
+
+def tensors(chunks: bool = True) -> st.SearchStrategy[torch.Tensor]:
+    """Adversarial tensors of every type, with n > 0 elements, all of them finite."""
+    return st.one_of(shaped(chunks), shaped(chunks), shaped(chunks), any_elements())
+
+
+__all__ = ["FLOATS", "FLOAT32_LANES", "INTEGERS", "SHAPES", "tensors"]

@@ -1,0 +1,95 @@
+"""The bound holds on adversarial data; `make accuracy` tries a hundred thousand tensors."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given, settings
+
+from paramstats import moments, reference
+from paramstats.engine import Engine
+from paramstats.moments import Moments
+from tests.accuracy import adversarial, bound, rational
+from tests.conftest import load_engine
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Most tensors here are small, and torch's threads wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def state_of(chosen: Engine, tensor: torch.Tensor) -> Moments:
+    """A tensor's state by an engine, without what `summarize` does around it."""
+    table, left, transfers = chosen.read([tensor], True, False)
+    if left:
+        table, _, skipped = reference.fill(table, left)
+        assert not skipped
+    return moments.row(reference.finished(table, transfers), 0)
+
+
+def assert_within(name: str, state: Moments, tensor: torch.Tensor, truth: rational.Exact) -> None:
+    found = bound.errors(state, truth, bound.bound_of(name, tensor.dtype))
+    assert found.worst_used <= 1, found
+    if tensor.dtype is not torch.uint64:  # torch compares none of them
+        assert state.count == tensor.numel() and state.zeros == int((tensor == 0).sum())
+    wide = tensor.to(torch.float64)
+    assert (state.min, state.max) == (wide.min().item(), wide.max().item())
+    assert state.m2 == 0 if state.min == state.max else state.m2 > 0
+
+
+@given(adversarial.tensors())
+@settings(max_examples=1500)
+def test_the_native_engine(tensor):
+    chosen = load_engine("native")
+    truth = rational.exact(tensor)
+    before = chosen.native.simd_level()
+    try:
+        for level in chosen.native.simd_levels():
+            chosen.native.set_simd_level(level)
+            assert_within("native", state_of(chosen, tensor), tensor, truth)
+    finally:
+        chosen.native.set_simd_level(before)
+
+
+@given(adversarial.tensors())
+@settings(max_examples=500)
+def test_the_reference_engine(tensor):
+    state = state_of(load_engine("reference"), tensor)
+    assert_within("reference", state, tensor, rational.exact(tensor))
+
+
+@given(adversarial.tensors(chunks=False))
+@settings(max_examples=300)
+def test_exact_sums_are_those_of_fractions(tensor):
+    """The oracle's own arithmetic, against the plainest there is."""
+    found = rational.exact(tensor[:400])
+    elements = [Fraction(x) for x in tensor[:400].tolist()]
+    assert found.n == len(elements)
+    assert found.sum == sum(elements)
+    assert found.sum_sq == sum(x * x for x in elements)
+    if tensor.dtype.is_floating_point:
+        assert float(found.sum) == math.fsum(tensor[:400].tolist())
+
+
+@pytest.mark.parametrize("value", [Fraction(2), Fraction(1, 3) ** 200, Fraction(10) ** 600])
+def test_roots(value):
+    root = rational.root(value)
+    assert abs(root * root - value) <= value / 2**98
+
+
+@pytest.mark.parametrize("figure", ["mean", "m2"])
+def test_a_state_outside_the_bound_is_found(figure):
+    tensor = torch.tensor([1.0, 2.0, 4.0])
+    truth = rational.exact(tensor)
+    state = state_of(load_engine("reference"), tensor)
+    allowed = bound.bound_of("native", torch.float32)
+    assert bound.errors(state, truth, allowed).worst_used < 0.1
+    off = state._replace(**{figure: getattr(state, figure) * (1 + 3e-6)})
+    assert bound.errors(off, truth, allowed).worst_used > 1

@@ -1,0 +1,118 @@
+"""python -m tests.matrix: runs the rows, prints them, and records them in docs/compatibility.md."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib
+import importlib.metadata
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import paramstats
+from docs import blocks
+from paramstats import engine as engines
+from tests.matrix.rows import ROWS, Outcome, run_row
+
+THEMES = {
+    "training": "Ways to train",
+    "wrappers": "What is put around a model",
+    "numbers": "Kinds of numbers",
+    "processes": "Processes and signals",
+    "architectures": "Architectures",
+}
+PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
+LIBRARIES = ("torch", "transformers", "peft", "torchao", "bitsandbytes", "torch-geometric", "e3nn",
+             "neuraloperator", "accelerate", "scikit-learn", "numpy")  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.matrix", description=__doc__)
+    parser.add_argument("--only", metavar="NAME", help="rows with this in their name; no page")
+    parser.add_argument("--list", action="store_true", help="the rows' names")
+    arguments = parser.parse_args()
+    for theme in THEMES:
+        importlib.import_module(f"tests.matrix.{theme}")
+    rows = [row for row in ROWS if arguments.only is None or arguments.only in row.name]
+    if arguments.list:
+        print("\n".join(f"{row.name:50} {row.title}" for row in rows))
+        return 0
+    both = [engines.choose("native"), engines.choose("reference")]
+    outcomes = []
+    start = time.perf_counter()
+    for row in rows:
+        outcome = run_row(row, both)
+        outcomes.append(outcome)
+        print(_line(outcome), flush=True)
+    failed = [o.row.name for o in outcomes if o.failures]
+    print(f"{len(outcomes)} rows, {sum(bool(o.not_run) for o in outcomes)} not run, "
+          f"{len(failed)} failed {failed or ''}")  # fmt: skip
+    if arguments.only is None and not failed:
+        blocks.write(PAGE, "matrix", page(outcomes, (time.perf_counter() - start) / 60))
+    return bool(failed or not outcomes)
+
+
+def _line(outcome: Outcome) -> str:
+    compared = max(outcome.compared.values(), default=0)
+    said = outcome.of("native")
+    if outcome.of("reference") != said:
+        said = f"native {said}; reference {outcome.of('reference')}"
+    lines = [f"{outcome.row.name:45} {compared:6} {outcome.seconds:6.1f} s  {said}"]
+    lines += [f"    {message}" for message in (*outcome.messages, outcome.remark) if message]
+    return "\n".join(lines)
+
+
+def page(outcomes: Sequence[Outcome], minutes: float) -> str:
+    """What docs/compatibility.md shows of a run: a table for each theme, messages, versions."""
+    lines: list[str] = []
+    for theme, title in THEMES.items():
+        lines += [
+            f"## {title}\n",
+            "| what | native | reference | tensors | |",
+            "| --- | --- | --- | ---: | --- |",
+        ]
+        for outcome in outcomes:
+            if outcome.row.theme == theme:
+                said = [outcome.of(engine) for engine in ("native", "reference")]
+                if outcome.not_run:
+                    said = ["not run", "not run"]
+                compared = max(outcome.compared.values(), default=0)
+                tensors = f"{compared:,}" if compared else ""
+                remark = outcome.not_run or outcome.remark
+                cells = [outcome.row.title, *said, tensors, remark]
+                lines.append(f"| {' | '.join(cells)} |")
+        lines.append("")
+    lines += [
+        "## What is refused or skipped, and its message\n",
+        "| what | message |",
+        "| --- | --- |",
+    ]
+    for outcome in outcomes:
+        for message in outcome.messages:
+            kind, _, text = message.partition(": ")
+            lines.append(f"| {outcome.row.title} | {kind}: `{text}` |")
+    run = [outcome for outcome in outcomes if not outcome.not_run]
+    compared = sum(max(outcome.compared.values(), default=0) for outcome in run)
+    versions = [f"{name} {version}" for name in LIBRARIES if (version := _version(name))]
+    lines += [
+        "",
+        f"{len(run)} of {len(outcomes)} rows run, {compared:,} tensors compared by each engine, in "
+        f"{minutes:.0f} minutes: paramstats {paramstats.__version__}, Python "
+        f"{platform.python_version()}, {platform.system()} on {platform.machine()}, "
+        f"{', '.join(versions)}; {datetime.date.today().isoformat()}.",
+    ]
+    return "\n".join(lines)
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,140 @@
+"""What the package does to the machine: it writes where it was asked to, and nothing it reads runs.
+
+Python tells an audit hook of every file that is opened, program that is started, name that a pickle
+looks up. Each case runs in a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.checkpoints.files import FORMATS, save
+from tests.checkpoints.test_pickles import Calls
+from tests.test_engine import run
+
+HOOK = """
+import json, os, sys
+import torch
+from paramstats.demo import SharedNet  # so that nothing of torch's is imported for the first time
+
+WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate",
+           "os.chmod", "os.chown", "os.utime", "os.setxattr", "shutil.", "tempfile.")
+STARTS = ("subprocess.", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork",
+          "os.startfile", "socket.", "webbrowser.", "urllib.", "ftplib.", "http.")
+RUNS = ("pickle.", "exec", "compile", "import", "marshal.", "ctypes.", "code.__new__")
+watched = ()
+seen = []
+
+def hook(event, arguments):
+    if event == "open":
+        path, mode, flags = arguments
+        if watched and flags & WRITES and path != os.devnull:
+            seen.append(["open", str(path)])
+    elif watched and event.startswith(watched):
+        seen.append([event, repr(arguments)[:200]])
+
+sys.addaudithook(hook)
+"""
+
+USE = """
+watched = CHANGES + STARTS
+import paramstats
+torch.manual_seed(0)
+model = SharedNet()
+model(torch.randn(8, 64)).square().mean().backward()
+summary = paramstats.summarize(model, buffers=True)
+print(summary, summary.total, summary.findings(), summary.table(limit=3), paramstats.backend())
+summary.scalars(), summary.to_dict(), summary._repr_html_()
+history = paramstats.History()
+watcher = paramstats.watch(model, every=1, history=history, log=lambda scalars, step: None)
+watcher.step()
+history[next(iter(summary))]
+"""
+
+ON_DISK = """
+import paramstats
+watched = CHANGES + STARTS
+summary = paramstats.summarize(SharedNet())
+with paramstats.History(FILE) as history:
+    history.append(0, summary)
+history.save(SAVED)
+"""
+
+SHOW = """
+from paramstats.__main__ import main
+import contextlib, io
+def everything():
+    for path in PATHS:
+        for more in ([], ["--json"], ["--csv"], [PATHS[0]]):
+            with contextlib.suppress(SystemExit), contextlib.redirect_stderr(io.StringIO()):
+                assert main(["show", path, *more]) in (0, 2)  # 2: refused
+everything()  # what is imported when it is used
+watched = CHANGES + STARTS + RUNS
+everything()
+"""
+
+
+def seen(code: str, folder: Path, **values: object) -> list[list[str]]:
+    """The events that should not be; asserts that `folder`, where it runs, stays empty."""
+    folder.mkdir()
+    told = "\nwatched = ()\nprint('SEEN', json.dumps(seen))"
+    given = "".join(f"{name} = {value!r}\n" for name, value in values.items())
+    where = {name: str(folder) for name in ("HOME", "TMPDIR", "XDG_CACHE_HOME", "MPLCONFIGDIR")}
+    code = f"import os; os.chdir({str(folder)!r})\n{HOOK}{given}{code}{told}"
+    done = run(code, **where, PYTHONDONTWRITEBYTECODE="1")
+    assert done.returncode == 0, done.stderr
+    assert os.listdir(folder) == []
+    return json.loads(done.stdout.rpartition("SEEN ")[2])
+
+
+def test_nothing_is_written_or_started(tmp_path):
+    assert seen(USE, tmp_path / "here") == []
+
+
+def test_a_history_writes_its_files_alone(tmp_path):
+    file, saved = tmp_path / "run.jsonl", tmp_path / "saved.jsonl"
+    events = seen(ON_DISK, tmp_path / "here", FILE=str(file), SAVED=str(saved))
+    assert sorted(os.listdir(tmp_path)) == ["here", "run.jsonl", "saved.jsonl"]
+    for _, what in events:
+        assert str(file) in what or str(saved) in what, what
+    assert events, "the hook sees files that are written"
+
+
+def test_what_show_opens_runs_nothing(tmp_path):
+    paths = []
+    for form in FORMATS:
+        folder = tmp_path / form
+        folder.mkdir()
+        paths.append(str(save({"a": torch.randn(30, 3), "b": torch.ones(2)}, form, folder)))
+    marker = tmp_path / "marker"
+    hostile = {"w": torch.ones(2), "z": Calls(os.system, f"touch {marker}")}
+    for new in (True, False):
+        path = tmp_path / f"hostile-{new}.pt"
+        torch.save(hostile, path, _use_new_zipfile_serialization=new)
+        paths.append(str(path))
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "whole.pt")
+    paths.append(str(tmp_path / "whole.pt"))
+    assert seen(SHOW, tmp_path / "here", PATHS=paths) == []
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    ("code", "event"),
+    [
+        ("open(os.path.join(FOLDER, 'x'), 'w')", "open"),
+        ("os.mkdir(os.path.join(FOLDER, 'y'))", "os.mkdir"),
+        ("import pickle; pickle.loads(b'cos\\nsystem\\n.')", "pickle.find_class"),
+        ("exec('1')", "exec"),
+        ("os.system('true')", "os.system"),
+    ],
+)
+def test_the_hook_sees(tmp_path, code, event):
+    watched = "watched = CHANGES + STARTS + RUNS\n"
+    events = seen(watched + code, tmp_path / "here", FOLDER=str(tmp_path))
+    assert event in [name for name, _ in events]
