@@ -193,41 +193,6 @@ def test_the_garbage_collector_may_run_at_any_time(native):
         gc.enable()
 
 
-def test_the_garbage_collector_waits_for_the_walk(native):
-    """Dicts of attributes that Python makes when they are first asked for: 3.11 may collect then,
-    and a finalizer let go of what the walk has seen already."""
-
-    class Evil:
-        def __init__(self, model):
-            self.me, self.model = self, model
-
-        def __del__(self):
-            self.model._modules.clear()
-
-    def as_it_is(*arguments):
-        return arguments
-
-    thresholds = gc.get_threshold()
-    gc.disable()
-    try:
-        for _ in range(20):
-            model = nn.Sequential(*(kind(2, 2) for kind in [nn.Linear, nn.Identity] * 200))
-            Evil(model)
-            taken = [{} for _ in range(300)]  # dicts that Python keeps to give away again
-            gc.set_threshold(1)
-            gc.enable()
-            native.walk(model, False, as_it_is)
-            assert gc.isenabled()
-            gc.disable()
-            taken.clear()
-            gc.collect()
-        native.walk(model, False, as_it_is)
-        assert not gc.isenabled()
-    finally:
-        gc.set_threshold(*thresholds)
-        gc.enable()
-
-
 def test_overrides_after_the_first_call_are_noticed(engine):
     model = nn.Linear(3, 2)
     assert list(summarize(model)) == ["weight", "bias"]
@@ -541,7 +506,6 @@ def test_too_many_levels_for_python_are_an_error(engine):
 @pytest.mark.parametrize("fsdp", [False, True])
 def test_a_small_stack_is_enough(native, monkeypatch, fsdp):
     """Of a thread: 900 levels; a cycle, which is left to Python; also where FSDP is looked for."""
-    """Of a thread: 900 levels; a cycle, left to Python; the same where FSDP is looked for."""
     if fsdp:
         importlib.import_module("torch.distributed.fsdp")
     else:

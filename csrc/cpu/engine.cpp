@@ -12,7 +12,10 @@ namespace {
 // Elements copied side by side at a time where a tensor has gaps: two parts of a block of the
 // widest type stay in L2.
 constexpr int64_t kGather = 2 * kPart;
-alignas(64) thread_local char beside[kGather * 8];  // more than a small thread's stack holds
+
+// Of each thread, which gets them when it first asks: more than a small one's stack holds.
+alignas(64) thread_local char beside[kGather * 8];
+alignas(64) thread_local double part[kPart];
 
 struct Chunk {
   const TensorView* tensor;
@@ -80,6 +83,8 @@ void run_task(int64_t i, void* context) {
 }
 
 }  // namespace
+
+double* scratch() { return part; }
 
 int64_t total_bytes(const std::vector<TensorView>& tensors) {
   int64_t bytes = 0;

@@ -21,6 +21,10 @@ constexpr int64_t kPart = kBlock / 4;
 // do not depend on the number of threads. From 64 Ki to 1 Mi elements make no difference in speed.
 constexpr int64_t kChunk = 8 * kBlock;
 
+// Room for a part's elements as float64, of each thread its own: more than a small thread's stack
+// holds, and needed by few.
+double* scratch();
+
 // Summarises n <= kChunk elements that lie side by side: counters in narrow lanes hold no more.
 using ChunkKernel = Moments (*)(const void* data, int64_t n);
 

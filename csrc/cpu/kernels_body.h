@@ -244,7 +244,7 @@ inline Moments finish(const Running<T>& r) {
 // surer: float64 lanes on a converted copy; the exact routine, which knows NaN and infinity.
 template <class T>
 void hard_part(const typename T::Storage* x, int64_t n, Running<T>& r) {
-  static thread_local double values[kPart];  // half of a small thread's stack
+  double* const values = scratch();
   for (int64_t i = 0; i < n; i += kUnit<T>) {
     const int64_t size = n - i < kUnit<T> ? n - i : kUnit<T>;
     typename T::Storage padded[kUnit<T>] = {};
