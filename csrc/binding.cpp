@@ -362,6 +362,8 @@ PYBIND11_MODULE(_native, m) {
   m.doc() = "The native engine of paramstats. Private: import paramstats instead.";
   m.attr("BLOCK") = paramstats::cpu::kBlock;
   m.attr("CHUNK") = paramstats::cpu::kChunk;
+  m.attr("INNER") = paramstats::cpu::kInner;
+  m.attr("MOST_OFF") = paramstats::cpu::kMostOff;
   m.attr("SERIAL_BYTES") = paramstats::cpu::kSerialBytes;
   m.def("walk", &paramstats::walk, "module"_a, "buffers"_a, "make_layout"_a);
   m.def("cached_layouts", &paramstats::cached_layouts);

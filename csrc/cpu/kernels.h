@@ -21,6 +21,11 @@ constexpr int64_t kPart = kBlock / 4;
 // do not depend on the number of threads. From 64 Ki to 1 Mi elements make no difference in speed.
 constexpr int64_t kChunk = 8 * kBlock;
 
+// What the error bound is made of (docs/accuracy.md): additions in a float32 lane before it is
+// widened, and the share of a block's squares that its pivot's distance from its mean may make up.
+constexpr int kInner = 8;
+constexpr double kMostOff = 1.0 / 16;
+
 // Room for a part's elements as float64, of each thread its own: more than a small thread's stack
 // holds, and needed by few.
 double* scratch();

@@ -29,7 +29,6 @@
 
 #include "lanes_body.h"
 
-constexpr int kInner = 8;              // additions in a lane before it is widened to float64
 constexpr int kPrefetchBytes = 16384;  // how far ahead of the read memory is asked for
 
 // ---- sums of one block ---------------------------------------------------------------------
@@ -195,7 +194,6 @@ inline bool all_same(const typename T::Storage* x, int64_t n, int64_t zeros) {
 template <class T>
 inline bool try_block(const typename T::Storage* x, int64_t n, Running<T>& r) {
   constexpr int kTries = 3;
-  constexpr double kMostOff = 1.0 / 16;
   for (int attempt = 0; attempt < kTries; ++attempt) {
     Extremes<T> extremes = r.extremes;
     const BlockSums s = block_sums<T>(x, n, r.pivot, extremes);

@@ -29,7 +29,8 @@ INTEGERS = [
     torch.bool,
 ]
 _LEAST, _MOST = 1e-140, 1e140
-"""Magnitudes of float64 whose squares float64 holds."""
+"""Between these docs/accuracy.md speaks of float64: their squares, and the sums of those, float64
+holds."""
 
 _EDGES = [512, 2048, 4096, 8192, 16384, 4096 + 16384]
 _CHUNKS = [reference.CHUNK, 2 * reference.CHUNK]
@@ -123,7 +124,28 @@ def _constant_but_one(n, r, p):
     return x
 
 
+def rounds_one_way(n, step, period, signs, random) -> np.ndarray:
+    """Elements near 1 whose squares, added up in float32 with `step` - 1 others between them, are
+    rounded in the same direction at all of `period` additions, which then begin again."""
+    total, chosen = np.float32(0), []
+    for _ in range(period):
+        candidates = (1 + random.uniform(-0.2, 0.2, 400)).astype(np.float32)
+        exact = total.astype(np.float64) + candidates.astype(np.float64) ** 2
+        rounded = exact.astype(np.float32)
+        best = np.argmax(rounded - exact)
+        total = rounded[best]
+        chosen.append(candidates[best])
+    pattern = np.repeat(np.array(chosen, dtype=np.float64), step)
+    return np.resize(pattern, n) * np.where(np.arange(n) % signs == 0, -1, 1)
+
+
+def _rounding_one_way(n, r, p):
+    step, period = int(r.choice([4, 8, 16, 32, 64])), int(r.choice([4, 8, 16]))
+    return rounds_one_way(n, step, period, int(r.integers(2, 4)), r)
+
+
 SHAPES = [
+    _rounding_one_way,
     _normal,
     _far_from_zero,
     _one_magnitude,
@@ -206,9 +228,30 @@ def shaped(draw, chunks: bool = True) -> torch.Tensor:
     return _as_type(np.asarray(x, dtype=np.float64), dtype, scale)
 
 
+@st.composite
+def laid_out(draw, elements: st.SearchStrategy[torch.Tensor]) -> torch.Tensor:
+    """Now and then with gaps in memory, or with some elements not finite."""
+    x = draw(elements)
+    odd = draw(st.integers(0, 15))
+    if odd == 0:
+        wide = torch.ones(2 * len(x), dtype=x.dtype)
+        wide[::2] = x
+        return wide[::2]
+    if odd == 1 and x.dtype.is_floating_point and len(x) > 1:
+        every = draw(st.sampled_from([2, 3, 100, 4096]))
+        bad = torch.tensor([torch.nan, torch.inf, -torch.inf]).to(x.dtype)
+        bad = bad if x.dtype is not torch.float8_e4m3fn else bad[:1]  # which has no infinity
+        x = x.clone()
+        x[1::every] = bad.repeat(len(x))[: len(x[1::every])]
+    elif odd == 2 and x.dtype.is_floating_point and len(x) > 1:
+        x = x.clone()
+        x[1 : draw(st.integers(1, len(x)))] = torch.nan
+    return x
+
+
 def tensors(chunks: bool = True) -> st.SearchStrategy[torch.Tensor]:
-    """Adversarial tensors of every type, with n > 0 elements, all of them finite."""
-    return st.one_of(shaped(chunks), shaped(chunks), shaped(chunks), any_elements())
+    """Adversarial tensors of every type, with one finite element at least."""
+    return laid_out(st.one_of(shaped(chunks), shaped(chunks), shaped(chunks), any_elements()))
 
 
-__all__ = ["FLOATS", "FLOAT32_LANES", "INTEGERS", "SHAPES", "tensors"]
+__all__ = ["FLOATS", "FLOAT32_LANES", "INTEGERS", "SHAPES", "rounds_one_way", "tensors"]
