@@ -9,6 +9,7 @@ import warnings
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import paramstats
@@ -101,7 +102,8 @@ def traced(model, x):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         nodes = list(torch.jit.trace(model, x, check_trace=False).graph.nodes())
-    assert [w for w in caught if w.category is not DeprecationWarning] == []
+    deprecated = (DeprecationWarning, FutureWarning)  # torch.jit.trace is, more from 2.15 on
+    assert [w for w in caught if not issubclass(w.category, deprecated)] == []
     return len(nodes)
 
 
@@ -142,3 +144,52 @@ def test_what_sees_operators_sees_none_of_a_call(engine, see):
     assert model.seen[0] == paramstats.summarize(model)
     model.looks = False
     assert see(model, x) == seen
+
+
+class Doubling(TorchFunctionMode):
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        out = func(*args, **(kwargs or {}))
+        return 2 * out if type(out) is torch.Tensor and out.is_floating_point() else out
+
+
+class OwnFunctions(torch.Tensor):
+    """Gives its elements by a function of its own."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        tensor = torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+        tensor.inner = inner
+        return tensor
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.dequantize:
+            return args[0].inner
+        return super().__torch_function__(func, types, args, kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        raise NotImplementedError(f"no {func}")
+
+
+def test_modes_of_functions_neither_see_nor_change_a_call(engine, model):
+    model[0].weight.grad = torch.ones(6, 8).to_sparse()
+    others = {
+        "x": torch.ones(3),
+        "complex": torch.ones(3, dtype=torch.cfloat),
+        "own": OwnFunctions(torch.ones(3)),
+    }
+    expected = paramstats.summarize(others)
+    assert not expected.skipped
+    with Doubling() as outer, torch.device("meta"), Doubling() as inner:
+        outer.count = 0  # it saw the device come
+        summaries = [paramstats.summarize(model), paramstats.summarize(others)]
+        counts = outer.count, inner.count
+        assert torch.empty(1).is_meta
+    assert counts == (0, 0) and outer.count and inner.count, "they are back"
+    assert summaries == [paramstats.summarize(model), expected]
