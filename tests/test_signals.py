@@ -13,6 +13,8 @@ import torch
 from torch import nn
 
 import paramstats
+from paramstats.checkpoints import compare_files, differences, pickles, summarize_file, torch_save
+from paramstats.history import file as history_file
 from tests.test_inputs import Wrapper
 
 
@@ -194,3 +196,59 @@ def test_a_frame_among_the_locals_is_no_handlers(engine):
         warnings.simplefilter("ignore")
         summary = paramstats.summarize({"x": torch.ones(3), "w": Asks(torch.ones(3))})
     assert list(summary.skipped) == ["w"] and summary["x"].mean == 1.0
+
+
+def summary():
+    return paramstats.summarize({"x": torch.ones(3)})
+
+
+def written(path):
+    history = paramstats.History(path)
+    yield history_file.Writer, "check"
+    history.append(0, summary())
+
+
+def opened(path):
+    with paramstats.History(path) as history:
+        history.append(0, summary())
+    yield history_file.Reader, "_parse"
+    paramstats.History(path)
+
+
+def saved(path, where, name):
+    torch.save({"x": torch.ones(3)}, path)
+    yield where, name
+    summarize_file(path)
+
+
+def compared(path):
+    torch.save({"x": torch.ones(3)}, path)
+    yield differences, "_states"
+    compare_files(path, path)
+
+
+FILES = {
+    "a history that is written": written,
+    "a history that is opened": opened,
+    "an archive": lambda path: saved(path, torch_save, "_records"),
+    "a pickle": lambda path: saved(path, pickles._Machine, "step"),
+    "two checkpoints": compared,
+}
+
+
+@pytest.mark.parametrize("kind", [TimeoutError, RuntimeError])
+@pytest.mark.parametrize("use", FILES)
+def test_an_exception_of_a_handler_is_not_a_files(sigterm, monkeypatch, tmp_path, use, kind):
+    path = tmp_path / "file"
+    steps = FILES[use](path)
+    where, name = next(steps)
+    before = path.read_bytes()
+
+    def handler(number, frame):
+        raise kind("out of time")
+
+    sigterm(handler)
+    monkeypatch.setattr(where, name, lambda *_: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(kind, match="out of time"):
+        next(steps)
+    assert path.read_bytes() == before
