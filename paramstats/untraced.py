@@ -68,8 +68,7 @@ def _from_tracing(back: contextlib.ExitStack) -> None:
 def _from_function_modes(back: contextlib.ExitStack) -> None:
     """Tensors' own __torch_function__ stays, for which DisableTorchFunction would not do."""
     for _ in range(torch._C._len_torch_function_stack()):
-        resume = torch._C._push_on_torch_function_stack
-        back.callback(resume, torch._C._pop_torch_function_stack())
+        back.enter_context(torch.overrides._pop_mode_temporarily())
 
 
 def _from_dispatch_modes(back: contextlib.ExitStack) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import os
 import subprocess
 import sys
 import warnings
@@ -193,3 +195,51 @@ def test_modes_of_functions_neither_see_nor_change_a_call(engine, model):
         assert torch.empty(1).is_meta
     assert counts == (0, 0) and outer.count and inner.count, "they are back"
     assert summaries == [paramstats.summarize(model), expected]
+
+
+PRIVATE = [
+    "_C._get_tracing_state",
+    "_C._set_tracing_state",
+    "_C._len_torch_function_stack",
+    "overrides._pop_mode_temporarily",
+    "_C._len_torch_dispatch_stack",
+    "utils._python_dispatch._disable_current_modes",
+    "_C._functorch.is_gradtrackingtensor",
+    "_C._functorch.get_unwrapped",
+    "_C._functorch.is_batchedtensor",
+    "_C._functorch",
+]
+
+
+class Seeing(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("way", ["gone", "called otherwise"])
+@pytest.mark.parametrize("name", PRIVATE)
+def test_a_torch_without_a_private_name(engine, monkeypatch, name, way):
+    tensors = {"x": torch.ones(3), "complex": torch.ones(3, dtype=torch.cfloat)}
+    place, _, last = f"torch.{name}".rpartition(".")
+    place = functools.reduce(getattr, place.split(".")[1:], torch)
+    with Seeing(), Counting(), monkeypatch.context() as patch:
+        if way == "gone":
+            patch.delattr(place, last)
+        else:
+            patch.setattr(place, last, lambda one, two, three: None)
+        summary = paramstats.summarize(tensors)
+    assert [entry.mean for entry in summary.values()] == [1.0, 1.0] and not summary.skipped
+
+
+def test_a_torch_without_any_private_name(engine):
+    names = [*PRIVATE, "_C._dynamo.eval_frame.set_code_exec_strategy"]
+    code = f"""
+import torch, torch._dynamo  # which wants them itself
+for name in {names}:
+    exec(f"del torch.{{name}}")
+import paramstats
+summary = paramstats.summarize({{"x": torch.ones(3), "complex": torch.ones(3, dtype=torch.cfloat)}})
+assert [entry.mean for entry in summary.values()] == [1.0, 1.0] and not summary.skipped
+"""
+    environment = os.environ | {"PARAMSTATS_BACKEND": engine.name}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
