@@ -503,6 +503,21 @@ def test_too_many_levels_for_python_are_an_error(engine):
     assert len(summarize(nn.Linear(2, 2))) == 2
 
 
+def test_a_recursion_of_a_modules_own_is_what_it_raised(engine):
+    class Endless(nn.Linear):
+        def named_parameters(self, *args, **kwargs):
+            return self.named_parameters(*args, **kwargs)
+
+    with pytest.raises(RecursionError, match=r"^maximum recursion depth"):
+        summarize(Endless(2, 2))
+
+
+def test_the_cause_of_too_many_levels_is_kept(engine):
+    with pytest.raises(RecursionError, match=r"^paramstats.summarize: ") as caught:
+        summarize(deep(20_000))
+    assert isinstance(caught.value.__cause__, RecursionError)
+
+
 @pytest.mark.parametrize("fsdp", [False, True])
 def test_a_small_stack_is_enough(native, monkeypatch, fsdp):
     """Of a thread: 900 levels; a cycle, which is left to Python; also where FSDP is looked for."""
