@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gc
 import math
-import threading
 import sys
+import threading
 import types
 import warnings
 import weakref
