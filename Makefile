@@ -82,8 +82,8 @@ wheel: $(VENV)/installed  ## build a source archive and a wheel for this Python 
 		print(f"for Python {python} and torch {minor}; with another torch, it runs on torch operators and says so"); \
 		print(f"to install it: pip install {sys.argv[1]}")' dist/*.whl
 
-test-elsewhere:  ## test PYTHON=, TORCH= and CXX= of your choice; writes docs/platforms.md
-	$(PYTHON) -m tests.elsewhere --python $(PYTHON) --torch "$(TORCH)" --cxx $(CXX)
+test-elsewhere:  ## test PYTHON=, TORCH=, CXX=; writes docs/platforms.md, without DRY_RUN=1
+	$(PYTHON) -m tests.elsewhere --python $(PYTHON) --torch "$(TORCH)" --cxx $(CXX) $(DRY_RUN:%=--dry-run)
 
 test-everywhere:  ## test all combinations, an hour, 30 GB; writes docs/platforms.md
 	$(PYTHON) -m tests.elsewhere --everywhere
@@ -127,7 +127,7 @@ $(VENV)/peers: $(VENV)/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check numpy lovely-tensors wandb lightning matplotlib
 	@touch $@
 
-bench: $(VENV)/peers  ## run all benchmarks, 20 minutes; writes benches/results, README.md, docs/speed.svg
+bench: $(VENV)/peers  ## run all benchmarks, 20 minutes; writes benches/results, README.md and a chart
 	$(BIN)/python -m benches.report --repeat 2
 	$(BIN)/python -m benches.in_turns
 	$(BIN)/python -m benches.chart
