@@ -316,9 +316,10 @@ def _legend(report: dict[str, Any]) -> str:
         else ""
     )
     return (
-        "Nx: takes N times as long as paramstats with `scalars()`, which makes floats of all "
-        "figures, as the others do (the loop under `no_grad`; `_foreach_norm` gives the norm "
-        "alone; compiled torch: up to 64 tensors, beyond which compiling takes minutes). The limit "
+        "Nx: takes N times as long as paramstats with `scalars()`, which makes floats of four "
+        "figures of each tensor, as the others do (the loop under `no_grad`; `_foreach_norm` gives "
+        "the norm alone; compiled torch: up to 64 tensors, beyond which compiling takes minutes). "
+        "The limit "
         "is a loop that only reads the same bytes; 1.00 is as fast. "
         f"{steps}{_measured_on(report)}"
     )

@@ -61,6 +61,7 @@ class WithoutCollector {
 struct ModuleClass {
   py::object type = py::module_::import("torch.nn").attr("Module");
   std::vector<std::pair<py::str, py::object>> listing;
+  PyTypeObject* python_type() const { return reinterpret_cast<PyTypeObject*>(type.ptr()); }
   ModuleClass() {
     for (const char* name :
          {"parameters", "named_parameters", "buffers", "named_buffers", "modules", "named_modules",
@@ -76,11 +77,6 @@ const ModuleClass& module_class() {
 
 bool lists_itself_plainly(PyObject* module, PyTypeObject* type) {
   PyObject* object = reinterpret_cast<PyObject*>(type);
-  const int is_module = PyObject_IsSubclass(object, module_class().type.ptr());
-  if (is_module != 1) {
-    PyErr_Clear();
-    return false;
-  }
   for (const auto& [name, plain] : module_class().listing) {
     const py::object own = py::reinterpret_steal<py::object>(PyObject_GetAttr(object, name.ptr()));
     if (!own) PyErr_Clear();
@@ -154,10 +150,25 @@ bool answers_by_itself(PyObject* object) {
   return !by_python && !t.is_nested() && !t.has_symbolic_sizes_strides();
 }
 
-// Whether it is the plain string `name`. (Two strings of the same text are two where a dictionary
-// was unpickled.)
-bool is_named(PyObject* key, PyObject* name) {
-  return key == name || (PyUnicode_CheckExact(key) && PyUnicode_Compare(key, name) == 0);
+bool is_same(PyObject* key, PyObject* name) { return key == name; }
+
+// Whether it is a plain string of the same text: another one where a dictionary was unpickled.
+bool is_equal(PyObject* key, PyObject* name) {
+  return key == name ||
+         (PyUnicode_CheckExact(key) && PyUnicode_GET_LENGTH(key) == PyUnicode_GET_LENGTH(name) &&
+          PyUnicode_Compare(key, name) == 0);
+}
+
+// The value of the first key that is the attribute's name, borrowed, or null.
+template <bool (*is_name)(PyObject*, PyObject*)>
+PyObject* search(PyObject* attributes, Attribute& attribute) {
+  PyObject *key, *value;
+  for (Py_ssize_t i = 0, at = 0; PyDict_Next(attributes, &i, &key, &value); at = i) {
+    if (!is_name(key, attribute.name)) continue;
+    attribute.position = at;
+    return value;
+  }
+  return nullptr;
 }
 
 // A borrowed plain dict of the module's, or null. Not looked up, which may run another key's
@@ -165,19 +176,18 @@ bool is_named(PyObject* key, PyObject* name) {
 PyObject* dict_of(PyObject* attributes, Attribute& attribute) {
   PyObject *key, *value;
   Py_ssize_t i = attribute.position;
-  if (!PyDict_Next(attributes, &i, &key, &value) || !is_named(key, attribute.name)) {
-    i = 0;
-    do {
-      attribute.position = i;
-      if (!PyDict_Next(attributes, &i, &key, &value)) return nullptr;
-    } while (!is_named(key, attribute.name));
+  if (!PyDict_Next(attributes, &i, &key, &value) || !is_equal(key, attribute.name)) {
+    value = search<is_same>(attributes, attribute);
+    if (value == nullptr) value = search<is_equal>(attributes, attribute);
   }
-  return PyDict_CheckExact(value) ? value : nullptr;
+  return value != nullptr && PyDict_CheckExact(value) ? value : nullptr;
 }
 
 // Adds a module and its own entries to the tree and opens it. False: not readable.
 bool enter(PyObject* module, Attribute& kind, Tree& tree) {
   if (tree.open.size() > kMaxDepth || ++tree.visits > kMaxVisits) return false;
+  // Of nothing else is even the dictionary asked for: a built-in type would be given a new one.
+  if (!PyType_IsSubtype(Py_TYPE(module), module_class().python_type())) return false;
   // The owned reference may go at once: the module keeps its attributes alive.
   PyObject* attributes = PyObject_GenericGetDict(module, nullptr);
   if (attributes == nullptr) return false;
@@ -221,6 +231,7 @@ bool visit(PyObject* module, Attribute& kind, Tree& tree) {
 }
 
 bool read_tree(PyObject* module, bool buffers, Tree& tree) {
+  module_class();  // made by Python code, the first time
   const WithoutCollector without_collector;
   if (!visit(module, attributes_of_modules().parameters, tree)) return false;
   tree.parameters = tree.members.size();

@@ -113,7 +113,7 @@ def compare(model: nn.Module, summary: paramstats.Summary) -> int:
     print(f"Agreement with the .item() loop: largest difference {worst:.1e} of a tensor's rms")
     print(
         f"Time: summarize {call * 1e6:.1f} us, .item() loop {loop * 1e6:.1f} us: "
-        f"{loop / call:.0f} times as fast; with a dict of all figures for a logger "
+        f"{loop / call:.0f} times as fast; with a dict of them for a logger "
         f"(.scalars()) {scalars * 1e6:.1f} us: {loop / scalars:.0f} times as fast"
     )
     if not agree:

@@ -2,27 +2,52 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+import itertools
+import signal
 import traceback
-from types import FrameType
+from types import CodeType, FrameType
+from typing import Any
 
 
 def is_of_a_handler(error: BaseException) -> bool:
     """Whether `error` came from a signal's handler, as a time limit's does: it is the caller's,
     whatever was being tried when the signal came.
 
-    A handler is what was called with the frame that it interrupted. (Which handlers are in place
-    tells less: many put the one before back and raise then.)
+    A handler is what was called with a number and the frame that it interrupted, or what is in
+    place for a signal now. (Neither alone tells: many put the handler before back and raise then,
+    and a handler may have let go of the frame.)
+
+    Not told: a handler that did both; an exception that somebody's code made another one of; one
+    that was raised without a handler's frame, by a handler in C or by another thread.
     """
+    codes = [_code(signal.getsignal(number)) for number in signal.valid_signals()]
     interrupted = None
     for frame, _ in traceback.walk_tb(error.__traceback__):
+        if frame.f_code in codes:
+            return True
         if interrupted is not None and _was_given(frame, interrupted):
             return True
         interrupted = frame
     return False
 
 
+def _code(handler: Any) -> CodeType | None:
+    """What runs for a function, a method, a partial or an object that is called."""
+    if isinstance(handler, functools.partial):
+        handler = handler.func
+    if callable(handler) and not hasattr(handler, "__code__"):
+        handler = handler.__call__
+    return getattr(handler, "__code__", None)
+
+
 def _was_given(frame: FrameType, other: FrameType) -> bool:
-    """Whether a function has a frame among its arguments, or in `*args`."""
-    values = list(frame.f_locals.values())
-    values += [part for value in values if type(value) is tuple for part in value]
-    return any(value is other for value in values)
+    """Whether a function has a signal's number and a frame among its arguments."""
+    code = frame.f_code
+    values = [frame.f_locals.get(name) for name in code.co_varnames[: code.co_argcount]]
+    if code.co_flags & inspect.CO_VARARGS:
+        rest = frame.f_locals.get(code.co_varnames[code.co_argcount + code.co_kwonlyargcount])
+        values += rest if isinstance(rest, tuple) else ()
+    pairs = itertools.pairwise(values)
+    return any(isinstance(number, int) and value is other for number, value in pairs)

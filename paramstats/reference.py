@@ -19,12 +19,11 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch._C import _functorch
 
 from paramstats.interrupts import is_of_a_handler
 from paramstats.layout import is_lazy
 from paramstats.moments import ABSENT, ROW, Moments, merge, unread
-from paramstats.untraced import unseen
+from paramstats.untraced import unseen, unwrapped
 
 CHUNK = 1 << 17
 """Elements that are worked on at a time, on a CPU: their temporaries stay in its caches."""
@@ -161,10 +160,7 @@ def _elements(x: Tensor) -> tuple[Tensor, int]:
         raise TypeError("nested tensors are not read; pass their parts")
     if type(x) is not Tensor:
         x = _plain(x)
-    while _functorch.is_gradtrackingtensor(x):  # inside torch.func.grad, jvp and the like
-        x = _functorch.get_unwrapped(x)
-    if _functorch.is_batchedtensor(x):
-        raise TypeError("inside torch.vmap it stands for one of many; call summarize outside of it")
+    x = unwrapped(x)
     if x.is_quantized:
         x = x.dequantize()
     if x.layout is torch.strided:
@@ -234,8 +230,7 @@ os.register_at_fork(after_in_child=_note_fork)
 def _threads_that_exist() -> Iterator[None]:
     """In a child of fork() the calling thread alone: it has none of its parent's threads, and
     torch's operators on large tensors wait for them for ever."""
-    threads = torch.get_num_threads()
-    if not _is_forked_child or threads == 1:
+    if not _is_forked_child or (threads := torch.get_num_threads()) == 1:
         yield
         return
     torch.set_num_threads(1)
@@ -286,6 +281,7 @@ class Pending:
     def ready(self) -> bool:
         return self._event is None or self._event.query()
 
+    @unseen()
     def write(self, table: bytearray) -> None:
         if self._event is not None:
             self._event.synchronize()
@@ -300,6 +296,7 @@ Left = list[tuple[int, Tensor]]
 """Rows that are still to be read, each with the tensor that belongs there."""
 
 
+@unseen()
 def read(
     tensors: list[Tensor], params: bool, grads: bool
 ) -> tuple[bytes, Left, Sequence[Transfer]]:
@@ -307,14 +304,14 @@ def read(
     n = len(tensors)
     left: Left = list(enumerate(tensors)) if params else []
     absent = ROW.pack(*unread(ABSENT))
-    with unseen():
-        table = [ROW.pack(*unread(numel(t))) for t in tensors] + [absent] * n
+    table = [ROW.pack(*unread(numel(t))) for t in tensors] + [absent] * n
     if grads:
         found = ((n + i, gradient(t)) for i, t in enumerate(tensors))
         left += [(row, grad) for row, grad in found if grad is not None]
     return b"".join(table), left, ()
 
 
+@unseen()
 def fill(
     table: bytes, left: Left, params: bool = True
 ) -> tuple[bytes, tuple[Transfer, ...], dict[int, str]]:
@@ -327,7 +324,7 @@ def fill(
     skipped: dict[int, str] = {}
     later: Later = {}
     n = len(table) // ROW.size // 2
-    with torch.no_grad(), _threads_that_exist(), unseen():
+    with torch.no_grad(), _threads_that_exist():
         for row, tensor in left:
             try:
                 state = _state(tensor, row, later) if params or row >= n else None

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from paramstats.interrupts import is_of_a_handler
+
 _MOST = 1 << 60
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
@@ -117,7 +119,9 @@ def _modules(source: torch.nn.Module) -> Iterator[torch.nn.Module]:
         yield module
         try:
             children = [child for child in module._modules.values() if id(child) not in seen]
-        except Exception:  # one that keeps its children in a way of its own
+        except Exception as error:  # one that keeps its children in a way of its own
+            if is_of_a_handler(error):
+                raise
             continue
         seen.update(map(id, children))
         left.extend(child for child in children if child is not None)

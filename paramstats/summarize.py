@@ -14,10 +14,11 @@ import torch
 from paramstats import reference, sharding
 from paramstats import walk as python_walk
 from paramstats.engine import Engine, engine
+from paramstats.interrupts import is_of_a_handler
 from paramstats.layout import Layout, Patterns, compile_patterns
 from paramstats.sharding import Shard, refuse_shards
 from paramstats.summary import Summary, warn_once
-from paramstats.untraced import untraced
+from paramstats.untraced import unseen, untraced
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -176,7 +177,9 @@ def _with_the_rest(
 ) -> Summary:
     """After what an engine read itself, what it left."""
     refuse_shards((layout.row_name(row), tensor) for row, tensor in left)
-    chosen.explain_cuda(tensor.device for _, tensor in left)
+    with unseen():
+        devices = [tensor.device for _, tensor in left]
+    chosen.explain_cuda(devices)
     table, more, unreadable = reference.fill(table, left, params)
     skipped = {layout.row_name(row): reason for row, reason in unreadable.items()}
     warn_once(skipped, {layout.row_name(row): type(tensor) for row, tensor in left})
@@ -186,5 +189,7 @@ def _with_the_rest(
 def _is_finite(value: Any) -> bool:
     try:
         return math.isfinite(value)
-    except (TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: torch's own
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # the last are torch's
+        if is_of_a_handler(error):
+            raise
         return False

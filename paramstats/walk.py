@@ -7,13 +7,16 @@ that list their parameters in a way of their own, and for all modules without it
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 
+from paramstats.interrupts import is_of_a_handler
 from paramstats.layout import Patterns, passes
 from paramstats.sharding import Shard
+from paramstats.untraced import unseen
 
 MakeLayout = Callable[[tuple[str, ...], tuple[tuple[str, ...], ...], int, list[torch.Tensor]], Any]
 
@@ -34,11 +37,13 @@ def walk(
         if buffers:
             rows.add_all(_named(module.named_buffers, every_name))
     except RecursionError as error:
+        if not _is_of_depth(error):
+            raise
         raise RecursionError(
             f"paramstats.summarize: expected modules within modules no deeper than Python's "
             f"recursion limit, {sys.getrecursionlimit()}, got more ({error}); "
             f"sys.setrecursionlimit raises it"
-        ) from None
+        ) from error
     return make_layout(rows.names, rows.aliases, parameters, rows.tensors), rows.tensors
 
 
@@ -51,17 +56,19 @@ def walk_named(
     holds a tied parameter), are one row.
     """
     rows = _Rows(key=_memory)
-    names = set()
+    named: dict[str, Any] = {}
     for name, value in _pairs(source):
         _check_name(name)
         if not isinstance(value, (torch.Tensor, Shard)):
             if not passes(name, include, exclude):
                 continue
             raise _no_tensor(name, value)
-        if name in names:
+        if name in named:
             raise ValueError(f"paramstats.summarize: expected every name once, got '{name}' twice")
-        names.add(name)
-        rows.add(name, value)
+        named[name] = value
+    with unseen():
+        for name, value in named.items():
+            rows.add(name, value)
     layout = make_layout(rows.names, rows.aliases, len(rows.tensors), rows.tensors)
     return layout, rows.tensors
 
@@ -98,6 +105,12 @@ class _Rows:
         return tuple(tuple(names[1:]) for names in self._names)
 
 
+def _is_of_depth(error: RecursionError) -> bool:
+    """Whether most of the stack went into torch's descent from module to module."""
+    codes = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return codes.count(torch.nn.Module.named_modules.__code__) > len(codes) // 2
+
+
 def _few_paths(module: torch.nn.Module) -> bool:
     """Whether all paths to all modules can be walked."""
     modules, visits, left = set(), 0, [module]
@@ -110,8 +123,9 @@ def _few_paths(module: torch.nn.Module) -> bool:
         try:
             children = visited._modules.values()
             left.extend(child for child in children if child is not None)
-        except Exception:  # it keeps them otherwise: only it can tell
-            continue
+        except Exception as error:  # it keeps them otherwise: only it can tell
+            if is_of_a_handler(error):
+                raise
     return True
 
 
@@ -120,8 +134,9 @@ def _named(named: Callable[..., Iterable[tuple[str, Any]]], every_name: bool) ->
     if every_name:
         try:
             return list(named(remove_duplicate=False))
-        except TypeError:
-            pass
+        except TypeError as error:
+            if is_of_a_handler(error):
+                raise
     return list(named())
 
 

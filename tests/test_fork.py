@@ -7,6 +7,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+import paramstats
 
 FORK = """
 import os, signal, sys, torch, paramstats
@@ -38,3 +41,12 @@ sys.exit(code)
 def test_a_large_model_in_a_forked_child(engine):
     run = subprocess.run([sys.executable, "-c", FORK, engine.name], timeout=120)
     assert run.returncode == 0
+
+
+def test_a_process_that_is_no_child_leaves_the_threads_alone(engine, monkeypatch):
+    def asked(*_):
+        raise AssertionError("looked at torch's threads")
+
+    monkeypatch.setattr(torch, "get_num_threads", asked)
+    monkeypatch.setattr(torch, "set_num_threads", asked)
+    assert paramstats.summarize({"x": torch.ones(3, dtype=torch.cfloat)})["x"].mean == 1.0

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import os
 import subprocess
 import sys
 import warnings
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import paramstats
@@ -101,7 +104,8 @@ def traced(model, x):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         nodes = list(torch.jit.trace(model, x, check_trace=False).graph.nodes())
-    assert [w for w in caught if w.category is not DeprecationWarning] == []
+    deprecated = (DeprecationWarning, FutureWarning)  # torch.jit.trace is, more from 2.15 on
+    assert [w for w in caught if not issubclass(w.category, deprecated)] == []
     return len(nodes)
 
 
@@ -142,3 +146,100 @@ def test_what_sees_operators_sees_none_of_a_call(engine, see):
     assert model.seen[0] == paramstats.summarize(model)
     model.looks = False
     assert see(model, x) == seen
+
+
+class Doubling(TorchFunctionMode):
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        out = func(*args, **(kwargs or {}))
+        return 2 * out if type(out) is torch.Tensor and out.is_floating_point() else out
+
+
+class OwnFunctions(torch.Tensor):
+    """Gives its elements by a function of its own."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        tensor = torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+        tensor.inner = inner
+        return tensor
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.dequantize:
+            return args[0].inner
+        return super().__torch_function__(func, types, args, kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        raise NotImplementedError(f"no {func}")
+
+
+def test_modes_of_functions_neither_see_nor_change_a_call(engine, model):
+    model[0].weight.grad = torch.ones(6, 8).to_sparse()
+    others = {
+        "x": torch.ones(3),
+        "complex": torch.ones(3, dtype=torch.cfloat),
+        "own": OwnFunctions(torch.ones(3)),
+    }
+    expected = paramstats.summarize(others)
+    assert not expected.skipped
+    with Doubling() as outer, torch.device("meta"), Doubling() as inner:
+        outer.count = 0  # it saw the device come
+        summaries = [paramstats.summarize(model), paramstats.summarize(others)]
+        counts = outer.count, inner.count
+        assert torch.empty(1).is_meta
+    assert counts == (0, 0) and outer.count and inner.count, "they are back"
+    assert summaries == [paramstats.summarize(model), expected]
+
+
+PRIVATE = [
+    "_C._get_tracing_state",
+    "_C._set_tracing_state",
+    "_C._len_torch_function_stack",
+    "overrides._pop_mode_temporarily",
+    "_C._len_torch_dispatch_stack",
+    "utils._python_dispatch._disable_current_modes",
+    "_C._functorch.is_gradtrackingtensor",
+    "_C._functorch.get_unwrapped",
+    "_C._functorch.is_batchedtensor",
+    "_C._functorch",
+]
+
+
+class Seeing(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("way", ["gone", "called otherwise"])
+@pytest.mark.parametrize("name", PRIVATE)
+def test_a_torch_without_a_private_name(engine, monkeypatch, name, way):
+    tensors = {"x": torch.ones(3), "complex": torch.ones(3, dtype=torch.cfloat)}
+    place, _, last = f"torch.{name}".rpartition(".")
+    place = functools.reduce(getattr, place.split(".")[1:], torch)
+    with Seeing(), Counting(), monkeypatch.context() as patch:
+        if way == "gone":
+            patch.delattr(place, last)
+        else:
+            patch.setattr(place, last, lambda one, two, three: None)
+        summary = paramstats.summarize(tensors)
+    assert [entry.mean for entry in summary.values()] == [1.0, 1.0] and not summary.skipped
+
+
+def test_a_torch_without_any_private_name(engine):
+    names = [*PRIVATE, "_C._dynamo.eval_frame.set_code_exec_strategy"]
+    code = f"""
+import torch, torch._dynamo  # which wants them itself
+for name in {names}:
+    exec(f"del torch.{{name}}")
+import paramstats
+summary = paramstats.summarize({{"x": torch.ones(3), "complex": torch.ones(3, dtype=torch.cfloat)}})
+assert [entry.mean for entry in summary.values()] == [1.0, 1.0] and not summary.skipped
+"""
+    environment = os.environ | {"PARAMSTATS_BACKEND": engine.name}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import gc
 import importlib
 import json
@@ -503,6 +504,21 @@ def test_too_many_levels_for_python_are_an_error(engine):
     assert len(summarize(nn.Linear(2, 2))) == 2
 
 
+def test_a_recursion_of_a_modules_own_is_what_it_raised(engine):
+    class Endless(nn.Linear):
+        def named_parameters(self, *args, **kwargs):
+            return self.named_parameters(*args, **kwargs)
+
+    with pytest.raises(RecursionError, match=r"^maximum recursion depth"):
+        summarize(Endless(2, 2))
+
+
+def test_the_cause_of_too_many_levels_is_kept(engine):
+    with pytest.raises(RecursionError, match=r"^paramstats.summarize: ") as caught:
+        summarize(deep(20_000))
+    assert isinstance(caught.value.__cause__, RecursionError)
+
+
 @pytest.mark.parametrize("fsdp", [False, True])
 def test_a_small_stack_is_enough(native, monkeypatch, fsdp):
     """Of a thread: 900 levels; a cycle, which is left to Python; also where FSDP is looked for."""
@@ -542,6 +558,37 @@ def test_unpickled_dictionaries_are_read_natively(native):
             module.__dict__["".join(list(key))] = module.__dict__.pop(key)
     assert native.walk(model, True, lambda *_: None) is not None
     assert list(summarize(model)) == expected_names(model)
+
+
+def reversed_attributes(module: nn.Module) -> None:
+    items = list(module.__dict__.items())[::-1]
+    module.__dict__.clear()
+    module.__dict__.update(items)
+
+
+def test_attributes_in_any_order_are_read_natively(native):
+    """Beside each other: own strings and the interpreter's, in both orders."""
+    model = nn.Sequential(*(nn.BatchNorm1d(2) for _ in range(8)))
+    for i, module in enumerate(model):
+        if i % 2:
+            reversed_attributes(module)
+        if i % 4 > 1:
+            for key in list(module.__dict__):
+                module.__dict__["".join(list(key))] = module.__dict__.pop(key)
+    assert list(summarize(model, buffers=True)) == expected_names(model, buffers=True)
+    assert native.walk(model, True, lambda *_: None) is not None
+
+
+@pytest.mark.parametrize("child", [zip, int, 3, object()], ids=str)
+def test_children_that_are_no_modules_stay_as_they_are(native, child):
+    """CPython 3.12 keeps a built-in type's attributes elsewhere: asked for its dictionary in
+    general, it writes a new one into the type."""
+    in_type = ctypes.c_void_p.from_address(id(zip) + 33 * ctypes.sizeof(ctypes.c_void_p))  # tp_dict
+    before = in_type.value
+    model = nn.Sequential(nn.Linear(2, 2))
+    put(model, "x", child)
+    assert native.walk(model, True, lambda *_: None) is None
+    assert in_type.value == before
 
 
 def test_children_that_raise_when_they_are_listed(engine):

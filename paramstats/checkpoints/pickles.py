@@ -12,6 +12,8 @@ import pickletools
 from collections.abc import Callable, Collection
 from typing import IO, Any
 
+from paramstats.interrupts import is_of_a_handler
+
 
 class PickleError(Exception):
     """What is wrong with a pickle, in words that follow "got"."""
@@ -89,6 +91,8 @@ def load(
     except PickleError:
         raise
     except Exception as error:  # a broken pickle fails in as many ways as there are instructions
+        if is_of_a_handler(error):
+            raise
         raise PickleError(f"a broken pickle ({type(error).__name__}: {error})") from None
 
 
