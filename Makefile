@@ -82,7 +82,7 @@ wheel: $(VENV)/installed  ## build a source archive and a wheel for this Python 
 		print(f"for Python {python} and torch {minor}; with another torch, it runs on torch operators and says so"); \
 		print(f"to install it: pip install {sys.argv[1]}")' dist/*.whl
 
-test-elsewhere:  ## test PYTHON=, TORCH=, CXX=; writes docs/platforms.md, without DRY_RUN=1
+test-elsewhere:  ## test PYTHON=, TORCH=, CXX=; writes docs/platforms.md, unless DRY_RUN=1
 	$(PYTHON) -m tests.elsewhere --python $(PYTHON) --torch "$(TORCH)" --cxx $(CXX) $(DRY_RUN:%=--dry-run)
 
 test-everywhere:  ## test all combinations, an hour, 30 GB; writes docs/platforms.md
