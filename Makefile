@@ -1,5 +1,6 @@
 # One command for each thing a developer does. `make` or `make help` lists them.
 #
+# A help text begins with what the command does and ends with what it writes, if it does.
 # Everything happens in an environment of the project's own, .venv, made on first use.
 
 PYTHON ?= python3
@@ -19,8 +20,8 @@ SHIM_SOURCES := tests/cpp/cuda_shim/shim.cpp csrc/cpu/*.cpp -x c++ csrc/cuda/eng
 	fuzz matrix accuracy sanitize sanitize-quick count cuda-compile gpu-check bench bench-compare check format \
 	clean
 
-help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+help:  ## list these commands
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(VENV)/torch: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -33,13 +34,13 @@ $(VENV)/installed: $(VENV)/torch setup.py $(NATIVE)
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[dev]"
 	@touch $@
 
-demo: $(VENV)/installed  ## train on real data, show the tables and the speed against the loop
+demo: $(VENV)/installed  ## train on real data; show the tables, and the speed beside the loop's
 	$(BIN)/python -m paramstats demo
 
-test: $(VENV)/installed test-cpp test-cuda-shim  ## all tests
+test: $(VENV)/installed test-cpp test-cuda-shim  ## run all tests, C++ and Python
 	$(BIN)/python -m pytest --quiet
 
-test-cpp:  ## the C++ tests of the state and the kernels, without torch
+test-cpp:  ## run the C++ tests of the state and the kernels, without torch
 	@mkdir -p build/cpp
 	$(CXX) -std=c++17 -O2 -Wall -Wextra -Werror tests/cpp/test_moments.cpp -o build/cpp/test_moments
 	$(CXX) -std=c++17 -O2 -Wall -Wextra -Werror -pthread tests/cpp/test_kernels.cpp csrc/cpu/*.cpp \
@@ -50,7 +51,7 @@ test-cpp:  ## the C++ tests of the state and the kernels, without torch
 	build/cpp/test_kernels
 	build/cpp/test_threads
 
-test-cuda-shim:  ## the CUDA kernels on the CPU, without a GPU and without nvcc
+test-cuda-shim:  ## run the CUDA kernels on the CPU, without a GPU and without nvcc
 	@mkdir -p build/cpp
 	$(CXX) $(SHIM) -O2 tests/cpp/test_cuda_shim.cpp tests/cpp/cuda_shim/shim.cpp \
 		-o build/cpp/test_cuda_shim
@@ -59,7 +60,7 @@ test-cuda-shim:  ## the CUDA kernels on the CPU, without a GPU and without nvcc
 	build/cpp/test_cuda_shim
 	build/cpp/test_cuda_kernels
 
-test-arm64:  ## the C++ tests for arm64, emulated (g++-aarch64-linux-gnu, qemu-user)
+test-arm64:  ## run the C++ tests for arm64, emulated (g++-aarch64-linux-gnu, qemu-user)
 	@mkdir -p build/cpp
 	aarch64-linux-gnu-g++ -static -std=c++17 -O2 tests/cpp/test_moments.cpp \
 		-o build/cpp/moments_arm64
@@ -71,40 +72,46 @@ test-arm64:  ## the C++ tests for arm64, emulated (g++-aarch64-linux-gnu, qemu-u
 	qemu-aarch64 build/cpp/kernels_arm64
 	qemu-aarch64 build/cpp/threads_arm64
 
-wheel: $(VENV)/installed  ## a source archive and, of that, a wheel for this Python and torch, in dist
-	rm -rf dist
-	PARAMSTATS_STRICT_BUILD=1 $(BIN)/python -m build --no-isolation
+wheel: $(VENV)/installed  ## build a source archive and a wheel for this Python and torch; writes dist
+	@rm -rf dist && mkdir -p build
+	@echo "building a source archive and a wheel, a minute or two; the log is build/wheel.log"
+	@PARAMSTATS_STRICT_BUILD=1 $(BIN)/python -m build --no-isolation >build/wheel.log 2>&1 \
+		|| { tail -n 40 build/wheel.log; exit 1; }
+	@$(BIN)/python -c 'import sys, torch; \
+		python, minor = ".".join(sys.version.split(".")[:2]), ".".join(torch.__version__.split(".")[:2]); \
+		print(f"for Python {python} and torch {minor}; with another torch, it runs on torch operators and says so"); \
+		print(f"to install it: pip install {sys.argv[1]}")' dist/*.whl
 
-test-elsewhere:  ## PYTHON=python3.12 TORCH=torch==2.11.0 CXX=clang++: a wheel, installed and tested
-	$(PYTHON) -m tests.elsewhere --python $(PYTHON) --torch "$(TORCH)" --cxx $(CXX)
+test-elsewhere:  ## test PYTHON=, TORCH=, CXX=; writes docs/platforms.md, unless DRY_RUN=1
+	$(PYTHON) -m tests.elsewhere --python $(PYTHON) --torch "$(TORCH)" --cxx $(CXX) $(DRY_RUN:%=--dry-run)
 
-test-everywhere:  ## the same with all that is supported; an hour, 30 GB; writes docs/platforms.md
+test-everywhere:  ## test all combinations, an hour, 30 GB; writes docs/platforms.md
 	$(PYTHON) -m tests.elsewhere --everywhere
 
-test-huge: $(VENV)/installed  ## tensors of more than 2^31 elements (5 GB of memory)
+test-huge: $(VENV)/installed  ## run the tests of tensors of more than 2^31 elements (5 GB of memory)
 	$(BIN)/python -m pytest --quiet -m huge
 
-fuzz: $(VENV)/installed  ## a million hostile calls, 15 minutes; writes docs/robustness.md
+fuzz: $(VENV)/installed  ## make a million hostile calls, 15 minutes; writes docs/robustness.md
 	$(BIN)/python -m tests.fuzz --write
 
-sanitize: $(VENV)/installed  ## C++ and Python tests under sanitizers, 20 minutes; writes docs/robustness.md
+sanitize: $(VENV)/installed  ## run all tests under sanitizers, 20 minutes; writes docs/robustness.md
 	$(BIN)/python -m tests.sanitize
 
-sanitize-quick: $(VENV)/installed  ## of that, what checks every change: two or three minutes
+sanitize-quick: $(VENV)/installed  ## run those that check every change, 2 or 3 minutes
 	$(BIN)/python -m tests.sanitize --quick
 
-accuracy: $(VENV)/installed  ## a hundred thousand adversarial tensors against the error bound, ten minutes
+accuracy: $(VENV)/installed  ## try the error bound, 10 to 20 minutes; writes docs/accuracy.md and README.md
 	$(BIN)/python -m tests.accuracy
 
-count:  ## instructions that the kernels take for an element, against limits (valgrind)
+count:  ## hold the kernels' instructions for an element to limits (valgrind)
 	@mkdir -p build/cpp
 	$(CXX) -std=c++17 -O3 -Wall -Wextra tests/cpp/one_kernel.cpp csrc/cpu/*.cpp -o build/cpp/one_kernel
 	$(PYTHON) tests/count_instructions.py
 
-cuda-compile:  ## the CUDA engine by nvcc for every architecture; fails on spills (no GPU needed)
+cuda-compile:  ## compile the CUDA engine for every architecture; fails on spills (nvcc)
 	$(PYTHON) tests/cuda_compile.py
 
-gpu-check:  ## build, test, sanitize and measure on a GPU, with PYTHON's own torch; ten minutes
+gpu-check:  ## build, test and measure on a GPU, 10 minutes; writes build/gpu-check
 	@rm -f $(VENV)/installed  # it builds in place, for that torch: .venv's must build again
 	$(PYTHON) -m benches.gpu_check
 
@@ -113,28 +120,28 @@ $(VENV)/matrix: $(VENV)/installed
 		peft torchao bitsandbytes torch-geometric e3nn neuraloperator
 	@touch $@
 
-matrix: $(VENV)/matrix  ## what people do to models, row by row, 3 minutes; writes docs/compatibility.md
+matrix: $(VENV)/matrix  ## try what people do to models, 3 minutes; writes docs/compatibility.md
 	$(BIN)/python -m tests.matrix
 
 $(VENV)/peers: $(VENV)/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check numpy lovely-tensors wandb lightning matplotlib
 	@touch $@
 
-bench: $(VENV)/peers  ## all benchmarks, 20 minutes; writes benches/results, the README's tables, docs/speed.svg
+bench: $(VENV)/peers  ## run all benchmarks, 20 minutes; writes benches/results, README.md and a chart
 	$(BIN)/python -m benches.report --repeat 2
 	$(BIN)/python -m benches.in_turns
 	$(BIN)/python -m benches.chart
 
-bench-compare: $(VENV)/installed  ## BASE=<revision>: what the present tree made faster or slower
+bench-compare: $(VENV)/installed  ## compare the speed of this tree with that of BASE=<revision>
 	$(BIN)/python -m benches.compare $(or $(BASE),HEAD)
 
-check: $(VENV)/installed  ## formatters, linters and types
+check: $(VENV)/installed  ## run formatters, linters and the type checker
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 
-format: $(VENV)/installed  ## format everything
+format: $(VENV)/installed  ## format everything, and mend what the linters can mend
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 	$(BIN)/clang-format -i $(CXX_FILES)

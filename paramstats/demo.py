@@ -74,7 +74,13 @@ def run(epochs: int) -> int:
 
     model(images[:2])  # the lazy layer takes its shape
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    with tqdm(total=epochs * 15, desc="training", unit="step", file=sys.stderr) as progress:
+    with tqdm(
+        total=epochs * 15,
+        desc="training",
+        unit="step",
+        file=sys.stderr,
+        disable=not sys.stderr.isatty(),  # a log would hold 150 bars
+    ) as progress:
         for _ in range(epochs):
             for batch in torch.randperm(len(images)).chunk(15):
                 optimizer.zero_grad()

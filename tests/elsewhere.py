@@ -1,17 +1,18 @@
 """The package as others get it: built by the standard tool, installed, and tested away from here.
 
     make test-elsewhere PYTHON=python3.12 TORCH=torch==2.13.0 CXX=clang++    one combination
-    make test-everywhere                                                    all that are supported
+    make test-everywhere                                                    a list of them
 
 Each combination gets an environment of its own in build/elsewhere. `python -m build` makes a source
-archive of the checkout, and a wheel of that archive alone; what is in them is looked at. The wheel
-is imported with torch and nothing else at hand, no compiler above all; then the core of the tests
-runs against it in a folder that has no paramstats/ of its own.
+archive of the checkout, and a wheel of that archive alone; both must contain all they have to.
+The wheel is imported with torch and nothing else at hand, no compiler above all; then the core of
+the tests runs against it in a folder that has no paramstats/ of its own.
 A wheel for this Python and another minor version of torch, from an earlier combination or from
 `make wheel`, has to say so there and to run on torch operators.
 
-What came out goes into a row of docs/platforms.md. TORCH= (empty) takes PYTHON as it is, with its
-own torch and tools, and installs nothing into it.
+What came out goes into a row of docs/platforms.md; with --dry-run (DRY_RUN=1 for make) it is only
+printed. TORCH= (empty) takes PYTHON as it is, with its own torch and tools (TOOLS, below), and
+installs nothing into it.
 """
 
 from __future__ import annotations
@@ -36,6 +37,19 @@ BUILD = ROOT / "build/elsewhere"
 PAGE = ROOT / "docs/platforms.md"
 TOOLS = ["setuptools>=77", "ninja", "pybind11", "build", "numpy", "pytest", "hypothesis"]
 TOOLS += ["safetensors", "rich", "tqdm"]
+
+# Prints what an environment lacks of the names that it is given, `name>=version` among them.
+LACKING = """
+import importlib.metadata, sys
+for wanted in sys.argv[1:]:
+    name, _, least = wanted.partition(">=")
+    try:
+        version = importlib.metadata.version(name)
+        if least and int(version.split(".")[0]) < int(least):
+            print(wanted)
+    except importlib.metadata.PackageNotFoundError:
+        print(wanted)
+"""
 
 # The oldest torch, the pinned one, others up to the newest; every Python with the pinned one.
 SUPPORTED = [
@@ -100,13 +114,26 @@ def recorded(table: str, row: str) -> str:
     return "\n".join([*head, *sorted([*others, row])])
 
 
-def run(*command: str, cwd: str | Path = ROOT, **environment: str) -> str:
-    """What it prints. Ends the program where it fails."""
+def run(
+    *command: str, cwd: str | Path = ROOT, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Ends the program where the command fails, with what that said."""
     keep = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PARAMSTATS_BACKEND")}
     done = subprocess.run(command, cwd=cwd, env=keep | environment, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
-    return done.stdout + done.stderr
+    return done
+
+
+def check_tools(python: str) -> None:
+    """Ends the program where PYTHON, which is taken as it is, lacks what this needs."""
+    lacking = run(python, "-c", LACKING, "torch", *TOOLS, cwd="/").stdout.split()
+    if lacking:
+        sys.exit(
+            f"TORCH= takes {python} as it is; it lacks {', '.join(lacking)}. To install that:\n"
+            f"    {python} -m pip install {' '.join(repr(name) for name in lacking)}\n"
+            "or give TORCH=torch==2.13.0, for an environment of its own."
+        )
 
 
 def environment(python: str, torch: str) -> str:
@@ -160,7 +187,8 @@ def installed(python: str, what: Path, to: Path, **environment: str) -> Path:
 def bare(python: str, path: Path) -> tuple[str, str]:
     """(engine, what is said): with no compiler in sight, in no folder of ours."""
     code = f"import sys; sys.path.insert(0, {str(path)!r}){IMPORT_ALONE}"
-    out = run(python, "-W", "default", "-c", code, cwd="/", PATH="/nowhere")
+    done = run(python, "-W", "default", "-c", code, cwd="/", PATH="/nowhere")
+    out = done.stdout + done.stderr
     if str(path) not in out:
         sys.exit(f"expected paramstats from {path}, got\n{out}")
     engine = re.search(r"^(native|reference) ", out, re.M)
@@ -222,9 +250,11 @@ def other_torch(python: str, folder: Path, running: str, tag: str) -> str:
 
 
 def combination(python: str, torch: str, cxx: str) -> Outcome:
+    if not torch:
+        check_tools(python)
     path = environment(python, torch) if torch else python
     told = run(path, "-c", "import sys, torch; print(*sys.version_info[:3], torch.__version__)")
-    major, minor, micro, running = told.splitlines()[-1].split()
+    major, minor, micro, running = told.stdout.splitlines()[-1].split()
     folder = BUILD / f"python{major}.{minor}-torch{running}-{cxx}"
     folder.mkdir(parents=True, exist_ok=True)
     print(f"Python {major}.{minor}.{micro}, torch {running}, {cxx}", flush=True)
@@ -240,7 +270,7 @@ def combination(python: str, torch: str, cxx: str) -> Outcome:
     if engine != "reference" or "it could not be compiled" not in said:
         sys.exit(f"expected to install without a compiler and to say so, got\n{said}")
     failed, said = test(path, target, folder)
-    compiler = re.search(r"\d+\.\d+\.\d+", run(cxx, "--version").splitlines()[0])
+    compiler = re.search(r"\d+\.\d+\.\d+", run(cxx, "--version").stdout.splitlines()[0])
     return Outcome(
         f"{major}.{minor}.{micro}",
         running,
@@ -252,11 +282,31 @@ def combination(python: str, torch: str, cxx: str) -> Outcome:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--python", default="python3")
-    parser.add_argument("--torch", default="", help="what pip installs; empty: PYTHON's own")
-    parser.add_argument("--cxx", default="g++")
-    parser.add_argument("--everywhere", action="store_true", help="all that are supported")
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.elsewhere",
+        description=__doc__.splitlines()[0],
+        epilog=f"Without --torch, PYTHON must have torch and {', '.join(TOOLS)}.",
+    )
+    parser.add_argument(
+        "--python", default="python3", help="the Python to build and test with (default python3)"
+    )
+    parser.add_argument(
+        "--torch",
+        default="",
+        help="what pip installs into a new environment, torch==2.11.0 say; "
+        "left out: PYTHON is taken as it is",
+    )
+    parser.add_argument(
+        "--cxx", default="g++", help="the C++ compiler, g++ (the default) or clang++"
+    )
+    parser.add_argument(
+        "--everywhere", action="store_true", help="a list of combinations in place of one"
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="leave docs/platforms.md as it is; the row is printed",
+    )
     options = parser.parse_args()
     combinations = [(options.python, options.torch, options.cxx)]
     failed = False
@@ -268,6 +318,8 @@ def main() -> int:
         outcome = combination(python, torch, cxx)
         failed = failed or outcome.failed
         print(outcome.row(), flush=True)
+        if options.dry_run:
+            continue
         text = PAGE.read_text()
         blocks.write(PAGE, "platforms", recorded(blocks.content(text, "platforms"), outcome.row()))
     return int(failed)

@@ -230,8 +230,12 @@ def table(results: list[Result]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="two minutes; writes nothing down")
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.sanitize", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="what checks every change; leaves the page as it is"
+    )
     quick = parser.parse_args().quick
     results = programs(ADDRESS, ("moments", "kernels", "threads", "cuda_kernels"))
     results += programs(THREAD, ("threads",) if quick else ("kernels", "threads"))

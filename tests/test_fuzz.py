@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -134,7 +134,26 @@ def test_a_child_that_crashes_hangs_or_is_wrong_is_told_with_its_seed(capfd, tmp
 
 def test_one_case_from_the_command_line(capsys):
     assert campaign.main(["--only", "tables", "--seed", "7"]) == 0
-    assert json.loads(capsys.readouterr().out)["done"][1:] == [0, 8]
+    said = capsys.readouterr().out
+    assert said.startswith("tables: ") and "from seed 7, 0 wrong, 0 crashes, 0 hangs" in said
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--count", "100"], ["--only", "nonsense"], ["--only", "tables", "--scale", "0.1"]],
+)
+def test_a_command_line_that_means_nothing_is_refused(capsys, arguments):
+    with pytest.raises(SystemExit) as refused:
+        campaign.main(arguments)
+    assert refused.value.code == 2 and "error: " in capsys.readouterr().err
+
+
+def test_how_far_a_kind_is_can_be_seen(monkeypatch, capsys):
+    monkeypatch.setattr(campaign, "EVERY", 0.0)
+    campaign.run_kind("tables", 0, 2000)
+    assert re.search(
+        r"tables: [\d,]+ of 2,000 executions in \d+ s, 0 wrong", capsys.readouterr().out
+    )
 
 
 def test_the_record_has_every_kind_and_path():
@@ -143,7 +162,7 @@ def test_the_record_has_every_kind_and_path():
     tallies = {kind: campaign.Tally(executions=1000) for kind in campaign.SHARES}
     text = record.text(tallies, [memory.Growth("a path", 10, 0.0, 1, 2, 3)], 12.0)
     assert (
-        "| all | | 5,000 | 0 | 0 | 0 | 12 |" in text
+        "| all | two processes at a time, then memory | 5,000 | 0 | 0 | 0 | 12 |" in text
         and "| a path | 10 | 0.00 | 1 | 2 | 3 |" in text
     )
 

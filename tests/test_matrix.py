@@ -121,6 +121,8 @@ def test_what_is_refused_or_skipped_must_be_said(engine):
 
 def test_a_row_whose_library_lacks_is_not_run(engine):
     outcome = run_row(Row("", "wrappers", ("no_such_library",), True, trained), [engine])
-    assert outcome.of(engine.name) == "not run: no_such_library is not installed"
+    assert outcome.of(engine.name) == (
+        "not run: no_such_library is not installed; make matrix installs it"
+    )
     nothing = run_row(Row("", "wrappers", (), True, lambda look: None), [engine])
     assert nothing.failures[engine.name] == "the row compared nothing"

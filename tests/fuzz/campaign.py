@@ -1,5 +1,9 @@
 """The campaign: all kinds of cases in child processes, so that a crash has a number.
 
+    python -m tests.fuzz                                    a million executions, 15 minutes
+    python -m tests.fuzz --scale 0.001                      a thousand of them
+    python -m tests.fuzz --only modules --seed 4 --count 1  one case
+
 A child writes the seed of each case into a file before it runs it. One that dies or hangs is
 reported with that seed, and its kind goes on behind it.
 """
@@ -20,7 +24,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 SHARES = {
@@ -35,7 +39,8 @@ SHARES = {
 BATCH = 20_000  # executions of one child
 TIMEOUT = 300.0  # seconds without a new seed: a hang
 PROCESSES = 2
-_SEED = struct.Struct("=q")
+EVERY = 20.0  # seconds between two lines on how far a kind is
+_PROGRESS = struct.Struct("=qq")  # the seed of the case that runs, and executions before it
 
 
 @dataclasses.dataclass
@@ -47,6 +52,9 @@ class Tally:
     hangs: int = 0
     wrong: int = 0
     seconds: float = 0.0
+
+    def __str__(self) -> str:
+        return f"{self.wrong} wrong, {self.crashes} crashes, {self.hangs} hangs"
 
 
 def run_here(
@@ -62,7 +70,7 @@ def run_here(
     executions = wrong = 0
     while executions < count:
         if shown is not None:
-            shown[: _SEED.size] = _SEED.pack(seed)
+            shown[: _PROGRESS.size] = _PROGRESS.pack(seed, executions)
         try:
             executions += module.run(seed)
         except Exception:
@@ -79,25 +87,34 @@ def _shown(progress: Path | None) -> mmap.mmap | None:
     if progress is None:
         return None
     with progress.open("r+b") as file:
-        return mmap.mmap(file.fileno(), _SEED.size)
+        return mmap.mmap(file.fileno(), _PROGRESS.size)
 
 
 def run_kind(kind: str, seed: int, count: int, timeout: float = TIMEOUT) -> Tally:
-    """The same in children, one after the other."""
+    """The same in children, one after the other; prints how far they are."""
     tally = Tally()
-    began = time.perf_counter()
+    began = told = time.perf_counter()
+
+    def tell(executions: int) -> None:
+        nonlocal told
+        now = time.perf_counter()
+        if now - told >= EVERY:
+            told = now
+            so_far = f"{tally.executions + executions:,} of {count:,} executions"
+            print(f"{kind}: {so_far} in {now - began:.0f} s, {tally}", flush=True)
+
     with tempfile.TemporaryDirectory() as folder:
         progress = Path(folder) / "seed"
         while tally.executions < count:
-            progress.write_bytes(_SEED.pack(seed))
+            progress.write_bytes(_PROGRESS.pack(seed, 0))
             batch = min(BATCH, count - tally.executions)
-            output, hung = _child(kind, seed, batch, progress, timeout)
+            output, hung = _child(kind, seed, batch, progress, timeout, tell)
             try:
                 result = json.loads(output.splitlines()[-1])
                 executions, wrong, seed = result["done"]
             except (ValueError, IndexError, KeyError, TypeError):
-                (last,) = _SEED.unpack(progress.read_bytes())
-                print(f"{kind}, seed {last}: {'hung' if hung else 'crashed'}")
+                last, _ = _PROGRESS.unpack(progress.read_bytes())
+                print(f"{kind}, seed {last}: {'hung' if hung else 'crashed'}", flush=True)
                 output += "\n"
                 executions, wrong, seed = last - seed + 1, 0, last + 1
                 tally.hangs += hung
@@ -111,10 +128,12 @@ def run_kind(kind: str, seed: int, count: int, timeout: float = TIMEOUT) -> Tall
     return tally
 
 
-def _child(kind: str, seed: int, count: int, progress: Path, timeout: float) -> tuple[str, bool]:
+def _child(
+    kind: str, seed: int, count: int, progress: Path, timeout: float, tell: Callable[[int], None]
+) -> tuple[str, bool]:
     """What a child printed, and whether it had to be ended."""
-    command = [sys.executable, "-X", "faulthandler", "-m", "tests.fuzz", "--only", kind]
-    command += ["--seed", str(seed), "--count", str(count), "--progress", str(progress)]
+    command = [sys.executable, "-X", "faulthandler", "-m", "tests.fuzz.child"]
+    command += [kind, str(seed), str(count), str(progress)]
     environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}
     with tempfile.TemporaryFile("w+") as output:
         child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
@@ -122,6 +141,7 @@ def _child(kind: str, seed: int, count: int, progress: Path, timeout: float) -> 
         while child.poll() is None:
             time.sleep(0.2)
             now = progress.read_bytes()
+            tell(_PROGRESS.unpack(now)[1])
             if now != last:
                 last, since = now, time.monotonic()
             elif time.monotonic() - since > timeout:
@@ -137,6 +157,11 @@ def _print_findings(output: str) -> None:
         print("\n".join(lines), flush=True)
 
 
+def _print_tally(kind: str, seed: int, tally: Tally) -> None:
+    done = f"{tally.executions:,} execution{'s' if tally.executions != 1 else ''}"
+    print(f"{kind}: {done} from seed {seed}, {tally}, {tally.seconds:.0f} s", flush=True)
+
+
 def run_all(scale: float, seed: int) -> dict[str, Tally]:
     """Every kind, PROCESSES of them at a time."""
     left = list(SHARES.items())
@@ -150,7 +175,7 @@ def run_all(scale: float, seed: int) -> dict[str, Tally]:
                     return
                 kind, share = left.pop(0)
             tallies[kind] = run_kind(kind, seed, max(1, int(share * scale)))
-            print(kind, dataclasses.asdict(tallies[kind]), flush=True)
+            _print_tally(kind, seed, tallies[kind])
 
     workers = [threading.Thread(target=work) for _ in range(PROCESSES)]
     for worker in workers:
@@ -161,24 +186,41 @@ def run_all(scale: float, seed: int) -> dict[str, Tally]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
-    parser.add_argument("--only", help=f"one kind, in this process: {', '.join(SHARES)}")
-    parser.add_argument("--seed", type=int, default=0, help="of the first case")
-    parser.add_argument("--count", type=int, default=1, help="executions, with --only")
-    parser.add_argument("--progress", type=Path, help="a file for the seed of the case that runs")
-    parser.add_argument("--scale", type=float, default=1.0, help="of the campaign")
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.fuzz",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--only", choices=SHARES, help="cases of one kind")
+    parser.add_argument("--seed", type=int, default=0, help="of the first case (default 0)")
+    parser.add_argument(
+        "--count", type=int, metavar="N", help="executions, with --only (default 1)"
+    )
+    parser.add_argument(
+        "--scale",
+        type=float,
+        metavar="FACTOR",
+        help="of the campaign's executions, by default 1; --scale 0.001 is the small run",
+    )
     parser.add_argument("--write", action="store_true", help="the result into docs/robustness.md")
     options = parser.parse_args(arguments)
     if options.only:
-        done = run_here(options.only, options.seed, options.count, options.progress)
-        print(json.dumps({"done": done}))
-        return int(done[1] > 0)
+        if options.scale is not None or options.write:
+            parser.error("--scale and --write belong to the campaign: leave them out, or --only")
+        tally = run_kind(options.only, options.seed, 1 if options.count is None else options.count)
+        _print_tally(options.only, options.seed, tally)
+        return int(tally.wrong + tally.crashes + tally.hangs > 0)
+    if options.count is not None:
+        parser.error("--count needs --only KIND; a small campaign is --scale 0.001")
 
     from tests.fuzz import memory, record
 
+    scale = 1.0 if options.scale is None else options.scale
     began = time.perf_counter()
-    tallies = run_all(options.scale, options.seed)
-    growths = memory.in_a_child(max(1000, int(memory.CALLS * options.scale)))
+    print(f"{PROCESSES} kinds at a time, a line of each every {EVERY:.0f} s", flush=True)
+    tallies = run_all(scale, options.seed)
+    print("memory: every path of a call, again and again", flush=True)
+    growths = memory.in_a_child(max(1000, int(memory.CALLS * scale)))
     text = record.text(tallies, growths, time.perf_counter() - began)
     print(text)
     if options.write:

@@ -43,10 +43,11 @@ def text(tallies: dict[str, Tally], growths: list[Growth], seconds: float) -> st
         for field in ("executions", "crashes", "hangs", "wrong")
     )
     lines += [
-        f"| all | | {executions:,} | {crashes} | {hangs} | {wrong} | {seconds:.0f} |",
+        f"| all | two processes at a time, then memory | {executions:,} | {crashes} | {hangs} | "
+        f"{wrong} | {seconds:.0f} |",
         "",
-        "| memory, by the path of a call | calls | MiB more | blocks of Python's more | "
-        "references more | layouts more |",
+        "| memory, by the path of a call | calls | more MiB | more Python memory blocks | "
+        "more references | more cached layouts |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for g in growths:

@@ -1,4 +1,4 @@
-"""python -m tests.matrix: runs the rows, prints them, and records them in docs/compatibility.md."""
+"""Runs the rows of the real-world matrix, prints them, and writes docs/compatibility.md."""
 
 from __future__ import annotations
 
@@ -31,12 +31,18 @@ LIBRARIES = ("torch", "transformers", "peft", "torchao", "bitsandbytes", "torch-
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.matrix", description=__doc__)
-    parser.add_argument("--only", metavar="NAME", help="rows with this in their name; no page")
-    parser.add_argument("--list", action="store_true", help="the rows' names")
+    parser.add_argument(
+        "--only", metavar="WORD", help="rows with this in their name or title; writes no page"
+    )
+    parser.add_argument("--list", action="store_true", help="the rows' names and titles")
     arguments = parser.parse_args()
     for theme in THEMES:
         importlib.import_module(f"tests.matrix.{theme}")
-    rows = [row for row in ROWS if arguments.only is None or arguments.only in row.name]
+    word = (arguments.only or "").lower()
+    rows = [row for row in ROWS if word in f"{row.name}\n{row.title}".lower()]
+    if not rows:
+        print(f"no row has '{arguments.only}' in its name; --list shows all", file=sys.stderr)
+        return 2
     if arguments.list:
         print("\n".join(f"{row.name:50} {row.title}" for row in rows))
         return 0
@@ -48,11 +54,12 @@ def main() -> int:
         outcomes.append(outcome)
         print(_line(outcome), flush=True)
     failed = [o.row.name for o in outcomes if o.failures]
-    print(f"{len(outcomes)} rows, {sum(bool(o.not_run) for o in outcomes)} not run, "
-          f"{len(failed)} failed {failed or ''}")  # fmt: skip
+    not_run = sum(bool(outcome.not_run) for outcome in outcomes)
+    print(f"{len(outcomes)} row{'s' if len(outcomes) > 1 else ''}, {not_run} not run, "
+          f"{len(failed)} failed {failed or ''}".rstrip())  # fmt: skip
     if arguments.only is None and not failed:
         blocks.write(PAGE, "matrix", page(outcomes, (time.perf_counter() - start) / 60))
-    return bool(failed or not outcomes)
+    return int(bool(failed) or not_run == len(outcomes))
 
 
 def _line(outcome: Outcome) -> str:

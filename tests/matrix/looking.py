@@ -72,8 +72,15 @@ class Look:
         self.each(look)
         return looked[-1]
 
-    def refused(self, call: Callable[[], Any], error: type[Exception], *patterns: str) -> None:
-        """`call` must raise `error` with a message in which all patterns are found."""
+    def refused(
+        self, call: Callable[[], Any], error: type[Exception], *patterns: str, what: str = ""
+    ) -> None:
+        """`call` must raise `error` with a message in which all patterns are found.
+
+        Args:
+            what: which use it is that is refused, where the row has others.
+        """
+        kind = f"refused {what}".strip()
 
         def refuse() -> int:
             try:
@@ -84,7 +91,7 @@ class Look:
                 raise AssertionError(f"expected {error.__name__}, and nothing was raised")
             for pattern in patterns:
                 assert re.search(pattern, message), f"no '{pattern}' in: {message}"
-            self.messages[f"refused: {error.__name__}: {message}"] = None
+            self.messages[f"{kind}: {error.__name__}: {message}"] = None
             return 0
 
         self.each(refuse)

@@ -32,9 +32,13 @@ def dynamic_int8(look: Look) -> str:
     look.refused(
         lambda: paramstats.summarize(model.state_dict()),
         TypeError, "expected a torch.Tensor", "got torch.dtype", "leave it out with exclude",
+        what="`q.state_dict()`",
     )  # fmt: skip
     look.each(lambda: len(paramstats.summarize(model.state_dict(), exclude=r"_packed_params")) - 4)
-    return "torch lists no parameters; pass `{name: layer.weight()}`, read as dequantised"
+    return (
+        "torch lists no parameters of such a model `q`; pass `{name: layer.weight()}`, read as "
+        'dequantised; refused: `q.state_dict()`, unless with `exclude="_packed_params"`'
+    )
 
 
 @row("Static quantisation: observers, fake quantisation, qint8 per channel", "sklearn", quick=True)
@@ -224,7 +228,7 @@ def packed(look: Look) -> str:
             {"packed": codes.view(dtype), "codes": codes},
             skipped={"packed": f"torch has no conversion .*{dtype}"},
         )
-    return "skipped; their bytes: `.view(torch.uint8)`"
+    return "the packed are skipped, the rest read; their bytes are read, too: `.view(torch.uint8)`"
 
 
 @row("Spectral convolution with complex weights (an FNO of our own)", quick=True)
@@ -322,20 +326,23 @@ def nested(look: Look) -> str:
     def compare() -> int:
         summary = paramstats.summarize({"ragged": ragged, "plain": torch.ones(4)})
         assert math.isnan(summary["ragged"].mean) and summary["plain"].norm == 2
+        read = paramstats.summarize({str(i): part for i, part in enumerate(ragged.unbind())})
+        assert [stats.count for stats in read.values()] == [6, 9] and not read.skipped
         look.messages[f"skipped: {summary.skipped['ragged']}"] = None
         return 1
 
     look.each(compare)
-    return "its parts are read: `.unbind()`"
+    return "the nested one is skipped, the rest read; its parts are read, too: `.unbind()`"
 
 
 @row("Masked tensors (`torch.masked`)", quick=True)
-def masked(look: Look) -> None:
+def masked(look: Look) -> str:
     from torch.masked import masked_tensor
 
     data = torch.randn(50)
     reason = "MaskedTensor has no operator that gives its elements"
     look({"masked": masked_tensor(data, data > 0), "data": data}, skipped={"masked": reason})
+    return "the masked one is skipped, the rest read"
 
 
 @row("bfloat16, float16 and float64 weights", "sklearn", quick=True)

@@ -60,7 +60,8 @@ class Outcome:
         if engine not in self.compared:
             return "not run: the engine is not installed"
         said = ["every figure"] if self.compared[engine] else []
-        said += dict.fromkeys(message.partition(":")[0] for message in self.messages)
+        kinds = (message.partition(": ")[0] for message in self.messages)
+        said += dict.fromkeys(kind.partition(" ")[0] for kind in kinds)
         return ", ".join(said)
 
 
@@ -89,7 +90,7 @@ def run_row(row: Row, engines: Sequence[Engine]) -> Outcome:
     outcome = Outcome(row)
     missing = [name for name in row.needs if importlib.util.find_spec(name) is None]
     if missing:
-        outcome.not_run = f"{', '.join(missing)} is not installed"
+        outcome.not_run = f"{', '.join(missing)} is not installed; make matrix installs it"
         return outcome
     look = Look(engines)
     threads = torch.get_num_threads()

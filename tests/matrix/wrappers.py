@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 import socket
 import tempfile
 from collections import Counter
@@ -182,10 +183,15 @@ def compiled(look: Look) -> str:
     same_training(look, with_the_call_inside)
     look.refused(
         torch.compile(lambda: paramstats.summarize(model), fullgraph=True, backend="aot_eager"),
-        torch._dynamo.exc.Unsupported, "reads values", "outside of code with fullgraph=True",
+        torch._dynamo.exc.Unsupported, re.escape(f"(reason: {REASON})"),
     )  # fmt: skip
-    look.messages = {"refused: Unsupported: " + REASON: None}  # torch's has many lines more
-    return "`_orig_mod.` names, as `named_parameters()`; a call in a compiled step breaks its graph"
+    refused = f"refused with `fullgraph=True`: Unsupported: ... (reason: {REASON}) ..."
+    look.messages = {refused: None}  # torch's has many lines more
+    return (
+        "`_orig_mod.` names, as `named_parameters()`; a call in a compiled step breaks its graph; "
+        "refused with `fullgraph=True`: torch's hint there, to remove `torch.compiler.disable`, "
+        "does not help, move the call out of the compiled code"
+    )
 
 
 @row("`torch.compile` with inductor", "sklearn")
@@ -404,12 +410,20 @@ def inside_vmap(look: Look) -> str:
 
 
 @row("Fake tensors (`FakeTensorMode`) and the meta device", quick=True)
-def fake(look: Look) -> None:
+def fake(look: Look) -> str:
     from torch._subclasses.fake_tensor import FakeTensorMode
+
+    def without_figures() -> int:
+        summary = paramstats.summarize(nn.Linear(3, 2, device="meta"))
+        assert summary["weight"].shape == (2, 3) and not summary.skipped
+        assert all(math.isnan(stats.norm) for stats in summary.values())
+        return 0
 
     with FakeTensorMode():
         model = nn.Linear(3, 2)
     look(model, skipped={"weight": "FakeTensor", "bias": "FakeTensor"})
+    look.each(without_figures)
+    return "fake: in `summary.skipped`; meta: figures NaN, and not in `summary.skipped`"
 
 
 @row(
@@ -452,11 +466,16 @@ def optimizers(look: Look) -> str:
         TypeError,
         "expected an nn.Module",
         "pass the model",
+        what="the optimizer",
     )
     look.refused(
-        lambda: paramstats.summarize(optimizer.state_dict()), TypeError, "expected", "got dict"
+        lambda: paramstats.summarize(optimizer.state_dict()),
+        TypeError,
+        "expected",
+        "got dict",
+        what="its `state_dict()`",
     )
     names = {id(p): name for name, p in model.named_parameters()}
     look({f"{names[id(p)]}.{key}": value for p, state in optimizer.state.items()
           for key, value in state.items()})  # fmt: skip
-    return "its moments are read as a mapping of names to tensors"
+    return "both are refused; its moments, as a mapping of names to tensors, are read"
