@@ -124,6 +124,7 @@ def test_an_unchanged_model_keeps_its_layout(native):
 
 
 def test_layouts_go_with_their_model(native):
+    gc.collect()  # models that other tests left
     before = native.native.cached_layouts()
     model = nn.Sequential(Block(1))
     summarize(model)
@@ -153,6 +154,7 @@ def test_models_whose_class_knows_them_go_too(native):
         model = Own()
         return model
 
+    gc.collect()  # models that other tests left
     before = native.native.cached_layouts()
     for make in (parametrized, closure):
         model = make()
@@ -263,6 +265,7 @@ def test_templates_and_selections_do_not_pile_up(engine):
 
 
 def test_many_models_come_and_go(native):
+    gc.collect()  # models that other tests left
     before = native.native.cached_layouts()
     for i in range(200):
         model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1 + i % 3))
