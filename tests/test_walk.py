@@ -9,6 +9,7 @@ import importlib
 import json
 import sys
 import threading
+import types
 import weakref
 
 import pytest
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 
 import paramstats
+from paramstats import sharding
 
 summarize = paramstats.summarize
 
@@ -561,6 +563,39 @@ def test_a_small_stack_is_enough(native, monkeypatch, fsdp):
     finally:
         threading.stack_size(before)
     assert found == [2, 2]
+
+
+def test_fsdp_is_found_while_another_thread_changes_the_model(monkeypatch):
+    """What is wrapped is in the model all the time; other modules come and go."""
+
+    class Wrapped(nn.Module):
+        pass
+
+    fsdp = types.ModuleType("torch.distributed.fsdp")
+    fsdp.FSDPModule = Wrapped  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torch.distributed.fsdp", fsdp)
+    model, stop = nn.Module(), threading.Event()
+    for i in range(5000):  # long enough to be looked through for threads to take turns meanwhile
+        put(model, str(i), None)
+    put(model, "wrapped", Wrapped())
+
+    def change() -> None:
+        while not stop.is_set():
+            put(model, "more", None)
+            sum(range(50))  # a place to be interrupted at
+            del model._modules["more"]
+
+    thread = threading.Thread(target=change)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    thread.start()
+    try:
+        found = [sharding.is_sharded(model, []) for _ in range(300)]
+    finally:
+        stop.set()
+        thread.join()
+        sys.setswitchinterval(interval)
+    assert all(found)
 
 
 def test_100_000_modules(engine):
