@@ -118,13 +118,14 @@ def _modules(source: torch.nn.Module) -> Iterator[torch.nn.Module]:
         module = left.pop()
         yield module
         try:
-            children = [child for child in module._modules.values() if id(child) not in seen]
+            children = list(module._modules.values())  # at one moment: another thread may change it
         except Exception as error:  # one that keeps its children in a way of its own
             if is_of_a_handler(error):
                 raise
             continue
-        seen.update(map(id, children))
-        left.extend(child for child in children if child is not None)
+        new = [child for child in children if child is not None and id(child) not in seen]
+        seen.update(map(id, new))
+        left.extend(new)
 
 
 def refuse_shards(named: Iterable[tuple[str, Any]]) -> None:

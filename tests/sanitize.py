@@ -165,16 +165,27 @@ def programs(sanitizer: Sanitizer, names: tuple[str, ...]) -> list[Result]:
     return results
 
 
+def copy_changed(root: Path, names: list[str], tree: Path) -> None:
+    """Makes `tree` a copy of these files; what was built there stays."""
+    wanted = {name for name in names if (root / name).is_file()}
+    for path in [p for p in tree.rglob("*") if p.is_file()]:
+        name = path.relative_to(tree).as_posix()
+        built = name.startswith("build/") or path.name == "_build.json" or path.suffix == ".so"
+        if not built and name not in wanted:
+            path.unlink()
+    for name in wanted:
+        source, to = root / name, tree / name
+        if not to.exists() or to.stat().st_mtime < source.stat().st_mtime:
+            to.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source, to)
+
+
 def python_tests(sanitizer: Sanitizer, what: str, arguments: list[str]) -> Result:
     begin = time.monotonic()
     tree = BUILD / sanitizer.libraries[0] / "tree"
     tree.mkdir(parents=True, exist_ok=True)
     files = run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]).stdout
-    for name in filter(None, files.split("\0")):
-        source, to = ROOT / name, tree / name
-        if source.exists() and (not to.exists() or to.stat().st_mtime < source.stat().st_mtime):
-            to.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(source, to)
+    copy_changed(ROOT, [name for name in files.split("\0") if name], tree)
     flags = [*sanitizer.flags, *sanitizer.build, "-O1", "-g", "-D_GLIBCXX_ASSERTIONS"]
     run(
         [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"],

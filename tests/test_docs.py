@@ -9,15 +9,18 @@ from pathlib import Path
 
 import pytest
 
+from docs import blocks
+
 ROOT = Path(__file__).parent.parent
 MODULES = sorted(
     path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__")
     for path in ROOT.glob("paramstats/**/*.py")
     if ">>> " in path.read_text()
 )
+DOCS = list(ROOT.glob("docs/*.md"))
 PAGES = [
     "README.md",
-    *sorted(f"docs/{p.name}" for p in ROOT.glob("docs/*.md") if "```python" in p.read_text()),
+    *sorted(f"docs/{p.name}" for p in DOCS if "```python" in p.read_text()),
 ]
 NUMBER = re.compile(r"^-?\d[\d.,]*(e[+-]\d+)?%?$")
 
@@ -47,10 +50,10 @@ def test_the_readme_with_each_engine(engine, capsys, folder):
 def run_page(page, capsys):
     """Runs a page's Python blocks in order, and yields what is defined after each; a text block
     after one is what it printed."""
-    blocks = re.findall(r"```(python|text)\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    parts = re.findall(r"```(python|text)\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     namespace: dict[str, object] = {}
     printed = ""
-    for kind, text in blocks:
+    for kind, text in parts:
         if kind == "python":
             try:
                 exec(compile(text, page, "exec"), namespace)
@@ -78,3 +81,10 @@ def test_every_environment_variable_is_documented():
     used = {v for path in sources for v in re.findall(r"PARAMSTATS_[A-Z_]+", path.read_text())}
     readme = (ROOT / "README.md").read_text()
     assert {v for v in used if v not in readme} == set()
+
+
+@pytest.mark.parametrize("page", ["README.md", *sorted(f"docs/{p.name}" for p in DOCS)])
+def test_no_recorded_block_is_empty(page):
+    text = (ROOT / page).read_text()
+    names = re.findall(r"^<!-- (\S+):begin -->$", text, re.MULTILINE)
+    assert [name for name in names if not blocks.content(text, name).strip()] == []

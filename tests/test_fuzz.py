@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +21,7 @@ from paramstats.moments import ROW
 from tests.conftest import load_engine
 from tests.fuzz import campaign
 
+ROOT = Path(__file__).parent.parent
 SHORT = {"modules": 400, "tensors": 2500, "summaries": 1000, "racing": 300, "tables": 3000}
 KEPT = {
     "modules": (0, 4, 7, 22, 23, 62, 63, 69, 72, 83, 98, 101, 114, 115, 129, 151, 159, 180, 184),
@@ -101,21 +106,28 @@ def test_a_summary_of_something_else_is_noticed(monkeypatch, kind):
 def test_nothing_grows():
     from tests.fuzz import memory
 
-    growths = memory.run(1000)
+    growths = memory.in_a_child(1000)
     assert len(growths) > 20
     assert [growth for growth in growths if growth.grew] == []
 
 
-def test_a_leak_is_noticed(monkeypatch):
-    from tests.fuzz import memory
+def test_a_leak_is_noticed():
+    """In a process of its own: memory that other tests let go would be used before any is added."""
+    subprocess.run([sys.executable, "-m", "tests.fuzz.broken"], check=True, cwd=ROOT)
 
-    kept: list[object] = []
-    model = memory.Model()
-    monkeypatch.setattr(memory.gc, "collect", lambda: 0)  # slow, and nothing here is a cycle
-    assert memory.measured("", lambda: kept.append(model), 100, model).references == 100
-    assert memory.measured("", lambda: kept.append(object()), 1000, model).blocks >= 1000
-    assert memory.measured("", lambda: kept.append(b"x" * 65536), 300, model).mebibytes > 5
-    assert memory.measured("", lambda: None, 1000, model).grew is False
+
+@pytest.mark.parametrize(("calls", "mebibytes"), [(2000, 0.26), (20_000, 0.42), (100_000, 2.1)])
+def test_fewer_calls_may_leave_less(calls, mebibytes):
+    from tests.fuzz.memory import Growth
+
+    assert Growth("", calls, mebibytes, 0, 0, 0).grew
+    assert not Growth("", calls, 0.9 * mebibytes, 0, 0, 0).grew
+
+
+def test_a_block_left_by_every_call_shows():
+    from tests.fuzz.memory import LEAST_CALLS, Growth
+
+    assert Growth("", LEAST_CALLS, 0.0, LEAST_CALLS, 0, 0).grew
 
 
 def test_a_child_that_crashes_hangs_or_is_wrong_is_told_with_its_seed(capfd, tmp_path):

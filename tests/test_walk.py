@@ -9,6 +9,7 @@ import importlib
 import json
 import sys
 import threading
+import types
 import weakref
 
 import pytest
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 
 import paramstats
+from paramstats import sharding
 
 summarize = paramstats.summarize
 
@@ -124,7 +126,7 @@ def test_an_unchanged_model_keeps_its_layout(native):
 
 
 def test_layouts_go_with_their_model(native):
-    gc.collect()  # models of other tests
+    gc.collect()  # models that other tests left
     before = native.native.cached_layouts()
     model = nn.Sequential(Block(1))
     summarize(model)
@@ -154,7 +156,7 @@ def test_models_whose_class_knows_them_go_too(native):
         model = Own()
         return model
 
-    gc.collect()  # models of other tests
+    gc.collect()  # models that other tests left
     before = native.native.cached_layouts()
     for make in (parametrized, closure):
         model = make()
@@ -230,7 +232,7 @@ def test_templates_and_selections_do_not_pile_up(engine):
 
 
 def test_many_models_come_and_go(native):
-    gc.collect()  # models of other tests
+    gc.collect()  # models that other tests left
     before = native.native.cached_layouts()
     for i in range(200):
         model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1 + i % 3))
@@ -541,6 +543,39 @@ def test_a_small_stack_is_enough(native, monkeypatch, fsdp):
     finally:
         threading.stack_size(before)
     assert found == [2, 2]
+
+
+def test_fsdp_is_found_while_another_thread_changes_the_model(monkeypatch):
+    """What is wrapped is in the model all the time; other modules come and go."""
+
+    class Wrapped(nn.Module):
+        pass
+
+    fsdp = types.ModuleType("torch.distributed.fsdp")
+    fsdp.FSDPModule = Wrapped  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torch.distributed.fsdp", fsdp)
+    model, stop = nn.Module(), threading.Event()
+    for i in range(5000):  # long enough to be looked through for threads to take turns meanwhile
+        put(model, str(i), None)
+    put(model, "wrapped", Wrapped())
+
+    def change() -> None:
+        while not stop.is_set():
+            put(model, "more", None)
+            sum(range(50))  # a place to be interrupted at
+            del model._modules["more"]
+
+    thread = threading.Thread(target=change)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    thread.start()
+    try:
+        found = [sharding.is_sharded(model, []) for _ in range(300)]
+    finally:
+        stop.set()
+        thread.join()
+        sys.setswitchinterval(interval)
+    assert all(found)
 
 
 def test_100_000_modules(engine):

@@ -21,10 +21,14 @@ from paramstats import engine as engines
 from tests.fuzz.modules import ENGINES, HostileError, Listing
 
 CALLS = 100_000
+LEAST_CALLS = 400
+"""Of a path that takes long: more than MOST_BLOCKS, so that a block left by each shows."""
 MOST_BLOCKS = 300
 """Blocks of Python's allocator that may stay, whatever the calls: dictionaries of others grow."""
-MOST_MEBIBYTES = 2.0
-"""Of 100,000 calls, a leak of 21 bytes at each."""
+MOST_BYTES = 21
+"""That may stay of a call, where there are enough of them ..."""
+NOISE_BYTES = 1 << 18
+"""... to be more than what the memory differs by anyway."""
 _PAGE = 4096
 
 
@@ -41,7 +45,8 @@ class Growth:
 
     @property
     def grew(self) -> bool:
-        much = self.mebibytes > MOST_MEBIBYTES or self.blocks > MOST_BLOCKS
+        most = max(NOISE_BYTES, MOST_BYTES * self.calls)
+        much = self.mebibytes * (1 << 20) > most or self.blocks > MOST_BLOCKS
         return much or self.references != 0 or self.layouts != 0
 
 
@@ -175,7 +180,7 @@ def run(calls: int) -> list[Growth]:
             warnings.simplefilter("ignore")
             engines._engine = ENGINES[0]
             for path, (call, less) in _paths(model).items():
-                growths.append(measured(path, call, max(calls // less, 100), model))
+                growths.append(measured(path, call, max(calls // less, LEAST_CALLS), model))
             engines._engine = ENGINES[1]
             call, _ = _paths(model)["scalars"]
             growths.append(measured("the reference engine", call, calls // 10, model))

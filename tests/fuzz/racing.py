@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable
 
 import torch
+import torch.distributed.fsdp  # so that models are looked through for it
 from torch import nn
 
 import paramstats
