@@ -36,7 +36,7 @@ ROOT = Path(__file__).parent.parent
 BUILD = ROOT / "build/elsewhere"
 PAGE = ROOT / "docs/platforms.md"
 TOOLS = ["setuptools>=77", "ninja", "pybind11", "build", "numpy", "pytest", "hypothesis"]
-TOOLS += ["safetensors", "rich", "tqdm"]
+TOOLS += ["safetensors", "rich", "tqdm", "pandas"]
 
 # Prints what an environment lacks of the names that it is given, `name>=version` among them.
 LACKING = """
@@ -65,7 +65,7 @@ SUPPORTED = [
 
 # What depends on Python, torch and the compiler, and on no optional library.
 CORE = """
-    numerics inputs walk determinism summary moments untouched compile engine reference watch
+    numerics inputs walk fork signals determinism summary moments untouched compile engine reference watch
     rendering report history/test_history checkpoints/test_formats checkpoints/test_pickles
     checkpoints/test_distributed
 """
