@@ -40,8 +40,8 @@ def walk(
         if not _is_of_depth(error):
             raise
         raise RecursionError(
-            f"paramstats.summarize: expected modules within modules no deeper than Python's "
-            f"recursion limit, {sys.getrecursionlimit()}, got more ({error}); "
+            f"paramstats.summarize: expected modules that torch can list within Python's recursion "
+            f"limit, {sys.getrecursionlimit()}, got too many within each other ({error}); "
             f"sys.setrecursionlimit raises it"
         ) from error
     return make_layout(rows.names, rows.aliases, parameters, rows.tensors), rows.tensors
@@ -62,7 +62,7 @@ def walk_named(
         if not isinstance(value, (torch.Tensor, Shard)):
             if not passes(name, include, exclude):
                 continue
-            raise _no_tensor(name, value)
+            raise _no_tensor(name, value, _remedy(value))
         if name in named:
             raise ValueError(f"paramstats.summarize: expected every name once, got '{name}' twice")
         named[name] = value
@@ -93,7 +93,7 @@ class _Rows:
         for name, tensor in _checked_pairs(named):
             _check_name(name)
             if not isinstance(tensor, torch.Tensor):
-                raise _no_tensor(name, tensor)
+                raise _no_tensor(name, tensor, "a module's parameters and buffers are tensors")
             self.add(name, tensor)
 
     @property
@@ -202,10 +202,10 @@ def _check_name(name: Any) -> None:
         )
 
 
-def _no_tensor(name: str, value: Any) -> TypeError:
+def _no_tensor(name: str, value: Any, remedy: str) -> TypeError:
     return TypeError(
-        f"paramstats.summarize: expected a torch.Tensor, got {_type_name(value)} for "
-        f"'{name}'; {_remedy(value)}"
+        f"paramstats.summarize: expected a torch.Tensor, got {_type_name(value)} for '{name}'; "
+        f"{remedy}"
     )
 
 

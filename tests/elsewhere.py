@@ -65,9 +65,9 @@ SUPPORTED = [
 
 # What depends on Python, torch and the compiler, and on no optional library.
 CORE = """
-    numerics inputs walk fork signals determinism summary moments untouched compile engine reference watch
-    rendering report history/test_history checkpoints/test_formats checkpoints/test_pickles
-    checkpoints/test_distributed
+    numerics inputs walk fork signals determinism summary moments untouched compile engine
+    reference watch rendering report history/test_history checkpoints/test_formats
+    checkpoints/test_pickles checkpoints/test_distributed
 """
 
 IMPORT_ALONE = """
