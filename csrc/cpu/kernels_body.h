@@ -31,6 +31,14 @@
 
 constexpr int kPrefetchBytes = 16384;  // how far ahead of the read memory is asked for
 
+// An element at any address: a tensor may begin at an odd one.
+template <class S>
+inline S element_at(const S* x) {
+  S value;
+  __builtin_memcpy(&value, x, sizeof(value));
+  return value;
+}
+
 // ---- sums of one block ---------------------------------------------------------------------
 
 struct BlockSums {
@@ -111,7 +119,8 @@ inline void take_rest(const typename T::Storage* x, int64_t n, typename T::Vecto
                       Extremes<T>& e, BlockSums& out) {
   using V = typename T::Vector;
   typename T::Storage padded[kUnit<T>];
-  for (int i = 0; i < kUnit<T>; ++i) padded[i] = x[0];
+  const auto first = element_at(x);
+  for (int i = 0; i < kUnit<T>; ++i) padded[i] = first;
   __builtin_memcpy(padded, x, n * sizeof(x[0]));
   V v[T::kVectors];
   T::load(padded, v);
@@ -201,7 +210,7 @@ inline bool try_block(const typename T::Storage* x, int64_t n, Running<T>& r) {
     Fit fit = Fit::kUnusable;
     if (s.sum_sq == 0 &&  // mean and m2 without any rounding
         all_same<T>(x, n, extremes.zero_count() - r.extremes.zero_count())) {
-      typename T::Storage first[kUnit<T>] = {x[0]};
+      typename T::Storage first[kUnit<T>] = {element_at(x)};
       typename T::Vector v[T::kVectors];
       T::load(first, v);
       fit = Fit::kGood;

@@ -75,7 +75,9 @@ void gather(const void* data, const std::vector<Dim>& dims, int64_t begin, int64
   while (n > 0) {
     const int64_t left = inner.size - column;
     const int64_t run = left < n ? left : n;
-    for (int64_t i = 0; i < run; ++i) out[i] = x[offset + i * inner.stride];
+    for (int64_t i = 0; i < run; ++i) {  // from any address: a tensor may begin at an odd one
+      std::memcpy(out + i, x + offset + i * inner.stride, sizeof(T));
+    }
     out += run;
     n -= run;
     offset += run * inner.stride;
