@@ -104,6 +104,27 @@ void every_size_at_every_address() {
 
 // ---- hostile values ------------------------------------------------------------------------
 
+// Not even aligned to an element, as views of other bytes may be; with and without gaps.
+void any_odd_address() {
+  for (DType dtype : all_dtypes()) {
+    for (int64_t n : {1, 3, 17, 200}) {
+      for (int64_t stride : {1, 3}) {
+        const Tensor t(dtype, Shape{n}, Shape{stride});
+        std::vector<unsigned char> shifted(t.memory.size() + 1);
+        std::memcpy(shifted.data() + 1, t.memory.data(), t.memory.size());
+        TensorView view = t.view();
+        view.data = shifted.data() + 1;
+        for (const Kernels* kernels : available_kernels()) {
+          check::at(std::string(kernels->name) + " " + name_of(dtype));
+          Moments state;
+          summarize({view}, {&state}, *kernels, nullptr);
+          CHECK(oracle::same_bits(state, summary_of(t, *kernels)), true);
+        }
+      }
+    }
+  }
+}
+
 void constants_have_no_variance() {
   for (DType dtype : all_dtypes()) {
     for (int64_t n : {int64_t{2}, int64_t{3}, int64_t{100}, 2 * kBlock + 5}) {
@@ -367,6 +388,7 @@ int run_all() {
   RUN(every_pattern_of_8_and_16_bits_is_read_right);
   RUN(wide_integers_keep_their_extremes);
   RUN(every_size_at_every_address);
+  RUN(any_odd_address);
   RUN(constants_have_no_variance);
   RUN(zeros_of_either_sign_are_all_counted);
   RUN(extremes_of_one_sign);
