@@ -117,15 +117,20 @@ def _modules(source: torch.nn.Module) -> Iterator[torch.nn.Module]:
     while left:
         module = left.pop()
         yield module
-        try:
-            children = list(module._modules.values())  # at one moment: another thread may change it
-        except Exception as error:  # one that keeps its children in a way of its own
-            if is_of_a_handler(error):
-                raise
-            continue
-        new = [child for child in children if child is not None and id(child) not in seen]
+        new = [child for child in children(module) if id(child) not in seen]
         seen.update(map(id, new))
         left.extend(new)
+
+
+def children(module: torch.nn.Module) -> list[torch.nn.Module]:
+    """Its modules, at one moment: another thread may change it. None of one that keeps them in a
+    way of its own."""
+    try:
+        return [child for child in list(module._modules.values()) if child is not None]
+    except Exception as error:
+        if is_of_a_handler(error):
+            raise
+        return []
 
 
 def refuse_shards(named: Iterable[tuple[str, Any]]) -> None:

@@ -15,7 +15,7 @@ import torch
 
 from paramstats.interrupts import is_of_a_handler
 from paramstats.layout import Patterns, passes
-from paramstats.sharding import Shard
+from paramstats.sharding import Shard, children
 from paramstats.untraced import unseen
 
 MakeLayout = Callable[[tuple[str, ...], tuple[tuple[str, ...], ...], int, list[torch.Tensor]], Any]
@@ -120,12 +120,7 @@ def _few_paths(module: torch.nn.Module) -> bool:
         visits += 1
         if visits > _MOST_VISITS * len(modules) + 1000:
             return False
-        try:
-            children = visited._modules.values()
-            left.extend(child for child in children if child is not None)
-        except Exception as error:  # it keeps them otherwise: only it can tell
-            if is_of_a_handler(error):
-                raise
+        left.extend(children(visited))
     return True
 
 

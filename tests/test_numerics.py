@@ -13,26 +13,8 @@ import paramstats
 from paramstats import engine as engines
 from paramstats import reference
 from tests import oracle
+from tests.accuracy.adversarial import FLOATS, INTEGERS
 
-FLOATS = [
-    torch.float64,
-    torch.float32,
-    torch.bfloat16,
-    torch.float16,
-    torch.float8_e4m3fn,
-    torch.float8_e5m2,
-]
-INTEGERS = [
-    torch.int8,
-    torch.uint8,
-    torch.int16,
-    torch.uint16,
-    torch.int32,
-    torch.uint32,
-    torch.int64,
-    torch.uint64,
-    torch.bool,
-]
 BLOCK, PART, CHUNK = 16384, 4096, reference.CHUNK
 SIZES = [0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 127, 129]
 SIZES += [PART - 1, PART, PART + 1, BLOCK, PART + BLOCK - 1, PART + BLOCK, PART + BLOCK + 1]

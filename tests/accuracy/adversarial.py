@@ -7,7 +7,6 @@ import torch
 from hypothesis import strategies as st
 
 from paramstats import reference
-from tests.accuracy.bound import FLOAT32_LANES
 
 FLOATS = [
     torch.float64,
@@ -252,6 +251,3 @@ def laid_out(draw, elements: st.SearchStrategy[torch.Tensor]) -> torch.Tensor:
 def tensors(chunks: bool = True) -> st.SearchStrategy[torch.Tensor]:
     """Adversarial tensors of every type, with one finite element at least."""
     return laid_out(st.one_of(shaped(chunks), shaped(chunks), shaped(chunks), any_elements()))
-
-
-__all__ = ["FLOATS", "FLOAT32_LANES", "INTEGERS", "SHAPES", "rounds_one_way", "tensors"]
