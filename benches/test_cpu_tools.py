@@ -13,7 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from benches import chart, compare, compare_worker, contestants, hardware, report, step_cost
+from benches import chart, compare, compare_worker, contestants, hardware, report
+from benches.step_cost import measuring
+from benches.step_cost.tools import Tool, available, called
+from benches.step_cost.trainings import WORKS, Work
 from benches.tables import render
 
 
@@ -49,11 +52,11 @@ def _report(**more: Any) -> dict[str, Any]:
 
 def _steps(free: float = 1.0) -> dict[str, Any]:
     turn = {
-        "nothing": step_cost.Timing(1.0, free),
-        "paramstats": step_cost.Timing(1.02, 1.0),
-        "item_loop": step_cost.Timing(1.5, None),
+        "nothing": measuring.Timing(1.0, free),
+        "paramstats": measuring.Timing(1.02, 1.0),
+        "item_loop": measuring.Timing(1.5, None),
     }
-    tools = step_cost.summed_up([turn, turn])
+    tools = measuring.summed_up([turn, turn])
     for name, tool in tools.items():
         tool["title"] = f"`{name}`"
     return {"steps": {"gpt2": {"title": "GPT-2", "tools": tools}}, "missing": {}, "quick": True}
@@ -126,27 +129,27 @@ def test_the_chart_is_the_same_every_time(tmp_path: Path, more: dict[str, Any]) 
 
 def test_what_is_added_is_told_within_a_turn() -> None:
     turns = [
-        {"nothing": step_cost.Timing(base, 1.0), "tool": step_cost.Timing(base + 0.1, 1.0)}
+        {"nothing": measuring.Timing(base, 1.0), "tool": measuring.Timing(base + 0.1, 1.0)}
         for base in (1.0, 2.0, 1.0)  # a slow spell
     ]
-    tool = step_cost.summed_up(turns)["tool"]
+    tool = measuring.summed_up(turns)["tool"]
     assert (tool["added_s"], tool["more"]) == (pytest.approx(0.1), pytest.approx(0.1))
     assert tool["free"] == 1.0
 
 
-def _mlp() -> step_cost.Work:
+def _mlp() -> Work:
     pytest.importorskip("sklearn", reason="its digits are what is trained on")
-    return next(work for work in step_cost.WORKS if work.name == "mlp")
+    return next(work for work in WORKS if work.name == "mlp")
 
 
 def test_tools_are_right_and_leave_nothing_behind() -> None:
     with ExitStack() as stack:
-        tools, missing = step_cost.tools(stack)
+        tools, missing = available(stack)
         work = replace(_mlp(), steps=1, first=0)
-        measured = step_cost.measure(work, tools, 2)
+        measured = measuring.measure(work, tools, 2)
         training = work.build()
         for tool in tools:
-            step_cost.timed(training, tool, work)
+            measuring.timed(training, tool, work)
         for p in training.model.parameters():
             assert not p._backward_hooks and not p._post_accumulate_grad_hooks
         assert not training.model._forward_hooks
@@ -155,7 +158,7 @@ def test_tools_are_right_and_leave_nothing_behind() -> None:
             assert {"gradients/0.weight", "parameters/4.bias"} <= set(logged)
     assert measured["tools"].keys() | missing.keys() >= {"paramstats_hooks", "lightning"}
     assert measured["tools"]["paramstats_hooks"]["error"]["norm"] < 1e-6
-    assert list(step_cost.lines(measured))
+    assert list(measuring.lines(measured))
 
 
 def test_a_wrong_tool_is_found() -> None:
@@ -165,12 +168,12 @@ def test_a_wrong_tool_is_found() -> None:
     def twice(log: dict[str, Any]) -> dict[str, Any]:
         return {name: (mean, 2 * std, norm, zero) for name, (mean, std, norm, zero) in log.items()}
 
-    tools = [step_cost.Tool("loop", "", step_cost._called(loop), twice)]
+    tools = [Tool("loop", "", called(loop), twice)]
     with pytest.raises(AssertionError, match="std of"):
-        step_cost.check(training, tools)
-    only_one = [step_cost.Tool("loop", "", step_cost._called(loop), lambda log: {})]
+        measuring.check(training, tools)
+    only_one = [Tool("loop", "", called(loop), lambda log: {})]
     with pytest.raises(AssertionError, match="loop: "):
-        step_cost.check(training, only_one)
+        measuring.check(training, only_one)
 
 
 # ---- peers --------------------------------------------------------------------------------------

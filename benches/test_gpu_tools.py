@@ -11,8 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from benches import compiling, gpu_check, on_gpu, sanitizer_case, test_device_memory
+from benches import compiling, gpu_check, sanitizer_case, test_device_memory
 from benches.exact import exact, worst_errors
+from benches.on_gpu import launches, training
+from benches.on_gpu.__main__ import PARTS
+from benches.on_gpu.setting import small_tensors
 
 CPU = torch.device("cpu")
 
@@ -38,22 +41,29 @@ def test_calls_are_counted_within_the_region() -> None:
         _event("kernel", "mine", 41.0, 2),
         _event("gpu_memcpy", "Memcpy HtoD (Pageable -> Device)", 42.0, 5),
     ]
-    counts = on_gpu.count_calls(events, "R")
+    counts = launches.count_calls(events, "R")
     kinds = ("launches", "copies", "waits", "allocations", "pageable_copies")
     assert [counts[kind] for kind in kinds] == [3, 1, 1, 1, 1]
     assert counts["device_work"] == {"mine": 1, "Memcpy HtoD (Pageable -> Device)": 1}
 
 
 def test_the_profiler_gives_the_region() -> None:
-    found = on_gpu.launches(on_gpu.small_tensors(2, True, CPU), "case", "reference", CPU)
+    found = launches.launches(small_tensors(2, True, CPU), "case", "reference", CPU)
     assert (found.tensors, found.launches, found.waits) == (8, 0, 0)
 
 
 def test_training_steps() -> None:
     pytest.importorskip("transformers")
-    cost = on_gpu.training_cost(on_gpu.TINY, "reference", 1, CPU)
+    cost = training.training_cost(training.TINY, "reference", 1, CPU)
     assert len(cost["steps"]) == 4
     assert all(step["median_s"] > 0 for step in cost["steps"].values())
+    assert len(list(training.lines(cost))) == 4
+
+
+@pytest.mark.parametrize("name", sorted(set(PARTS) - {"training"}))
+def test_parts_tell_what_they_measured(name: str) -> None:
+    found = PARTS[name].measure(CPU, True)
+    assert all(row["engine"] in line for row in found for line in PARTS[name].lines(row))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int8])

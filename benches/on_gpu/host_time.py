@@ -1,0 +1,119 @@
+"""The host's time for a call over small tensors."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+import paramstats
+from benches import models
+from benches.on_gpu.setting import CASES, WARM_UP, engine_of, engines, small_tensors, synchronize
+
+MUST = 150e-6
+AIM = 60e-6
+"""Seconds of the host for a call over 1,000 small tensors."""
+
+_FEW_CALLS = 10
+"""Of the reference engine, which launches some thirty kernels for each tensor."""
+
+_BUSY_SECONDS = 0.02
+_CYCLES = 2e9
+"""In a second; faster than GPUs' clocks, so that they are busy for no less than was asked."""
+
+
+@dataclass(frozen=True)
+class HostTime:
+    """Seconds until a call returns, and until its figures are here."""
+
+    case: str
+    engine: str
+    tensors: int
+    calls: int
+    median_s: float
+    tenth_s: float
+    ninetieth_s: float
+    busy_s: float | None
+    """The median while the device has 20 ms of other work to do first; None on a CPU."""
+    complete_s: float
+    """The median until the figures could be read."""
+    must_s: float | None
+    aim_s: float | None
+
+
+def host_time(
+    model: nn.Module, case: str, engine: str, calls: int, device: torch.device, targets: bool
+) -> HostTime:
+    """Nothing is waited for while the clock runs; the queue is empty when it starts."""
+    with engine_of(engine):
+        for _ in range(WARM_UP):
+            paramstats.summarize(model).wait()
+        returned, complete = _timed_calls(model, calls, device, lambda: None)
+        busy = None
+        if device.type == "cuda":
+            few = max(WARM_UP, calls // 10)
+            busy = statistics.median(_timed_calls(model, few, device, _keep_busy)[0])
+        deciles = statistics.quantiles(returned, n=10)
+    return HostTime(
+        case=case,
+        engine=engine,
+        tensors=len(models.tensors(model)),
+        calls=calls,
+        median_s=statistics.median(returned),
+        tenth_s=deciles[0],
+        ninetieth_s=deciles[-1],
+        busy_s=busy,
+        complete_s=statistics.median(complete),
+        must_s=MUST if targets else None,
+        aim_s=AIM if targets else None,
+    )
+
+
+def _timed_calls(
+    model: nn.Module, calls: int, device: torch.device, before: Callable[[], None]
+) -> tuple[list[float], list[float]]:
+    returned, complete = [], []
+    for _ in range(calls):
+        synchronize(device)
+        before()
+        begin = time.perf_counter()
+        summary = paramstats.summarize(model)
+        returned.append(time.perf_counter() - begin)
+        summary.wait()
+        complete.append(time.perf_counter() - begin)
+    return returned, complete
+
+
+def _keep_busy() -> None:
+    torch.cuda._sleep(int(_BUSY_SECONDS * _CYCLES))
+
+
+def measure(device: torch.device, quick: bool) -> list[dict[str, Any]]:
+    calls = 100 if quick else 1000
+    found = []
+    for engine in engines(device):
+        is_native = engine == "native"
+        for case, arguments in CASES.items():
+            model = small_tensors(*arguments, device)
+            has_target = is_native and len(models.tensors(model)) == 1000
+            some = calls if is_native else _FEW_CALLS
+            found.append(asdict(host_time(model, case, engine, some, device, has_target)))
+    return found
+
+
+def lines(row: dict[str, Any]) -> Iterator[str]:
+    busy = "" if row["busy_s"] is None else f", {row['busy_s'] * 1e6:.1f} us while busy"
+    targets = (
+        f"; must {row['must_s'] * 1e6:.0f} us, aim {row['aim_s'] * 1e6:.0f} us"
+        if row["must_s"]
+        else ""
+    )
+    yield (
+        f"host time, {row['engine']}, {row['case']}: {row['median_s'] * 1e6:.1f} us"
+        f"{busy}, complete after {row['complete_s'] * 1e6:.1f} us{targets}"
+    )
