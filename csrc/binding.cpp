@@ -11,113 +11,23 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <cstring>
-#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "cpu/denormals.h"
 #include "cpu/engine.h"
-#include "cpu/strides.h"
 #include "cuda_call.h"
+#include "module_tree.h"
 #include "module_walk.h"
 #include "moments.h"
+#include "tensor_view.h"
 #include "thread_pool.h"
 
 namespace py = pybind11;
 
 namespace paramstats {
 namespace {
-
-// ---- which tensors the kernels may read --------------------------------------------------------
-
-// The dispatch keys of a tensor, less those that only say what autograd makes of it. A tensor with
-// exactly a plain tensor's keys is its own memory: no subclass with operators of its own, no lazy
-// conjugation or negation, not sparse, quantised, nested, functorch's or on yet another device.
-uint64_t kind_of(const c10::TensorImpl& t) {
-  const auto autograd = c10::DispatchKeySet(c10::DispatchKey::AutogradFunctionality) |
-                        c10::DispatchKeySet(c10::DispatchKey::ADInplaceOrView);
-  return t.key_set().raw_repr() & ~autograd.raw_repr();
-}
-
-// Made by hand: a dispatch mode that is active at the first call would meddle with at::empty.
-uint64_t plain_kind(c10::DispatchKey key, c10::DeviceType device) {
-  return kind_of(*c10::make_intrusive<c10::TensorImpl>(
-      c10::DispatchKeySet(key), caffe2::TypeMeta::Make<float>(), c10::Device(device, 0)));
-}
-
-bool is_plain_cpu(const c10::TensorImpl& t) {
-  static const uint64_t plain = plain_kind(c10::DispatchKey::CPU, c10::kCPU);
-  return kind_of(t) == plain && !t.has_symbolic_sizes_strides();
-}
-
-bool is_plain_cuda(const c10::TensorImpl& t) {
-  static const uint64_t plain = plain_kind(c10::DispatchKey::CUDA, c10::kCUDA);
-  return kind_of(t) == plain && !t.has_symbolic_sizes_strides();
-}
-
-bool is_plain(const c10::TensorImpl& t) { return is_plain_cpu(t) || is_plain_cuda(t); }
-
-std::optional<DType> native_dtype(at::ScalarType dtype) {
-  switch (dtype) {
-    case at::kDouble: return DType::kFloat64;
-    case at::kFloat: return DType::kFloat32;
-    case at::kBFloat16: return DType::kBFloat16;
-    case at::kHalf: return DType::kFloat16;
-    case at::kFloat8_e4m3fn: return DType::kFloat8E4M3FN;
-    case at::kFloat8_e5m2: return DType::kFloat8E5M2;
-    case at::kChar: return DType::kInt8;
-    case at::kByte: return DType::kUInt8;
-    case at::kBool: return DType::kBool;
-    case at::kShort: return DType::kInt16;
-    case at::kUInt16: return DType::kUInt16;
-    case at::kInt: return DType::kInt32;
-    case at::kUInt32: return DType::kUInt32;
-    case at::kLong: return DType::kInt64;
-    case at::kUInt64: return DType::kUInt64;
-    default: return std::nullopt;
-  }
-}
-
-// Whether the storage really holds all elements: sharding libraries free it behind a tensor's back,
-// and what torch compiles takes sizes and strides unchecked.
-bool storage_holds(const c10::TensorImpl& t) {
-  int64_t first = t.storage_offset(), last = first;
-  for (int64_t d = 0; d < t.dim(); ++d) {
-    int64_t reach;
-    if (__builtin_mul_overflow(t.size(d) - 1, t.stride(d), &reach)) return false;
-    int64_t& end = reach < 0 ? first : last;
-    if (__builtin_add_overflow(end, reach, &end)) return false;
-  }
-  uint64_t bytes;
-  return first >= 0 &&
-         !__builtin_mul_overflow(static_cast<uint64_t>(last) + 1, t.itemsize(), &bytes) &&
-         bytes <= t.storage().nbytes();
-}
-
-// Of a plain tensor, on whatever device.
-std::optional<cpu::TensorView> native_view(const c10::TensorImpl& t) {
-  const auto dtype = native_dtype(c10::typeMetaToScalarType(t.dtype()));
-  if (!dtype) return std::nullopt;
-  const int64_t numel = t.numel();
-  if (numel > 0 && !storage_holds(t)) return std::nullopt;
-  // Storage::data(), not data_ptr(): reading must not make a copy-on-write tensor copy itself.
-  const auto* data = static_cast<const char*>(t.storage().data());
-  if (numel > 0) data += t.storage_offset() * static_cast<int64_t>(t.itemsize());
-  return cpu::TensorView{
-      data, *dtype, numel, static_cast<int>(t.dim()), t.sizes().data(), t.strides().data()};
-}
-
-// What the CUDA kernels read: the same without gaps.
-std::optional<cuda::TensorView> native_cuda_view(const c10::TensorImpl& t) {
-  const auto view = native_view(t);
-  if (!view) return std::nullopt;
-  const bool dense =
-      view->numel == 0 || cpu::is_contiguous(*view) || cpu::is_dense(cpu::memory_order(*view));
-  const auto misaligned = reinterpret_cast<uintptr_t>(view->data) % element_size(view->dtype);
-  if (!dense || misaligned != 0) return std::nullopt;
-  return cuda::TensorView{view->data, view->numel, view->dtype};
-}
 
 // ---- from tensors to rows ------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-// From an nn.Module tree to its parameters, by reading the modules' dictionaries.
+// From an nn.Module tree to its parameters: a layout for each model, kept while it holds.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -16,9 +16,6 @@ namespace paramstats {
 // None where the tree cannot be read this way (a class of it overrides named_parameters or its
 // like, or is no plain nn.Module): then Python has to ask the module itself.
 pybind11::object walk(pybind11::handle module, bool buffers, pybind11::handle make_layout);
-
-// Has `walk` read tensors of one more class, DTensor, although its operators are Python code.
-void read_distributed(pybind11::handle type);
 
 // How many models' layouts are kept. They go when their model does.
 size_t cached_layouts();
