@@ -11,9 +11,18 @@ from types import CodeType, FrameType
 from typing import Any
 
 
-def is_of_a_handler(error: BaseException) -> bool:
-    """Whether `error` came from a signal's handler, as a time limit's does: it is the caller's,
-    whatever was being tried when the signal came.
+def let_through(error: BaseException) -> None:
+    """Raises `error` again if it came from a signal's handler, as a time limit's does: it is the
+    caller's, whatever was being tried when the signal came.
+
+    The first thing that an `except` does which takes whatever other people's code may raise.
+    """
+    if _is_of_a_handler(error):
+        raise error
+
+
+def _is_of_a_handler(error: BaseException) -> bool:
+    """Whether a signal's handler is among the frames that `error` came through.
 
     A handler is what was called with a number and the frame that it interrupted, or what is in
     place for a signal now. (Neither alone tells: many put the handler before back and raise then,

@@ -9,21 +9,20 @@ value before all are done: the states stay there, and one transfer brings them o
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
-import os
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from paramstats.interrupts import is_of_a_handler
+from paramstats.elements import check_storage, elements, gradient, numel
+from paramstats.forked import threads_that_exist
+from paramstats.interrupts import let_through
 from paramstats.layout import is_lazy
 from paramstats.moments import ABSENT, ROW, Moments, merge, unread
-from paramstats.untraced import unseen, unwrapped
+from paramstats.untraced import unseen
 
 CHUNK = 1 << 17
 """Elements that are worked on at a time, on a CPU: their temporaries stay in its caches."""
@@ -151,95 +150,6 @@ def _from_row(row: Sequence[float]) -> Moments:
     return Moments(*(int(c) for c in row[:5]), *row[5:])
 
 
-# ---- what may stand for a tensor's elements -----------------------------------------------------
-
-
-def _elements(x: Tensor) -> tuple[Tensor, int]:
-    """A strided tensor with the elements that are stored, and how many zeros are not."""
-    if x.is_nested:
-        raise TypeError("nested tensors are not read; pass their parts")
-    if type(x) is not Tensor:
-        x = _plain(x)
-    x = unwrapped(x)
-    if x.is_quantized:
-        x = x.dequantize()
-    if x.layout is torch.strided:
-        return x.resolve_neg().resolve_conj() if x.is_neg() or x.is_conj() else x, 0
-    if x.layout is torch.sparse_coo:
-        stored = x.coalesce().values()
-    elif x.layout in (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc):
-        stored = x.values()
-    else:
-        return x.to_dense(), 0
-    return stored, x.numel() - stored.numel()
-
-
-def _plain(x: Tensor) -> Tensor:
-    """A tensor of a subclass as a plain one, through what the subclass offers."""
-    if type(x) is torch.nn.Parameter:
-        return x.detach()
-    if hasattr(x, "to_local"):  # a DTensor held whole
-        return x.to_local()  # type: ignore[no-any-return]
-    if type(x).__torch_dispatch__ == Tensor.__torch_dispatch__:  # its memory is its own
-        with torch._C.DisableTorchFunctionSubclass():
-            return x.detach().as_subclass(Tensor)
-    for convert in (lambda: x.dequantize(), lambda: x.to(torch.float64)):
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that it is not there
-                plain = convert()
-        except Exception as error:  # whatever an operator that a subclass lacks raises
-            if is_of_a_handler(error):
-                raise
-            continue
-        if type(plain) is Tensor and plain.numel() == x.numel():
-            return plain
-    raise TypeError(f"{type(x).__qualname__} has no operator that gives its elements")
-
-
-def _check_storage(x: Tensor) -> None:
-    """A storage that was emptied behind its tensor's back must not be read."""
-    nbytes = x.untyped_storage().nbytes()
-    begin = x.storage_offset()
-    if x.is_contiguous() and begin >= 0 and nbytes >= (begin + x.numel()) * x.element_size():
-        return
-    if x.numel() == 0:
-        return
-    reach = [(n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)]
-    first = begin + sum(r for r in reach if r < 0)
-    last = begin + sum(r for r in reach if r > 0)
-    if first < 0 or (last + 1) * x.element_size() > nbytes:
-        raise ValueError(f"its storage holds {nbytes} bytes, not all elements")
-
-
-# ---- threads ------------------------------------------------------------------------------------
-
-
-_is_forked_child = False
-
-
-def _note_fork() -> None:
-    global _is_forked_child
-    _is_forked_child = True
-
-
-os.register_at_fork(after_in_child=_note_fork)
-
-
-@contextlib.contextmanager
-def _threads_that_exist() -> Iterator[None]:
-    """In a child of fork() the calling thread alone: it has none of its parent's threads, and
-    torch's operators on large tensors wait for them for ever."""
-    if not _is_forked_child or (threads := torch.get_num_threads()) == 1:
-        yield
-        return
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 # ---- tables of rows -----------------------------------------------------------------------------
 
 
@@ -324,13 +234,12 @@ def fill(
     skipped: dict[int, str] = {}
     later: Later = {}
     n = len(table) // ROW.size // 2
-    with torch.no_grad(), _threads_that_exist():
+    with torch.no_grad(), threads_that_exist():
         for row, tensor in left:
             try:
                 state = _state(tensor, row, later) if params or row >= n else None
             except Exception as error:  # a subclass may raise anything; training goes on
-                if is_of_a_handler(error):
-                    raise
+                let_through(error)
                 state = None
                 skipped[row] = _reason(error, tensor)
             ROW.pack_into(out, row * ROW.size, *(state or unread(numel(tensor))))
@@ -367,8 +276,8 @@ def _state(tensor: Tensor, row: int, later: Later) -> Moments:
     """The state of any tensor; of one on an accelerator, unread for now and added to `later`."""
     if tensor.device.type == "meta" or is_lazy(tensor):
         return unread(numel(tensor))
-    x, zeros = _elements(tensor)
-    _check_storage(x)
+    x, zeros = elements(tensor)
+    check_storage(x)
     if x.is_complex():
         state = _complex(x)
     elif x.device.type == "cpu":
@@ -386,21 +295,5 @@ def _state(tensor: Tensor, row: int, later: Later) -> Moments:
     return merge(_zeros(zeros), state) if zeros else state
 
 
-def gradient(tensor: Tensor) -> Tensor | None:
-    """`tensor.grad`, without torch's warning where it is not a leaf."""
-    if tensor.is_leaf or tensor.retains_grad:
-        return tensor.grad
-    return None
-
-
 def _zeros(count: int) -> Moments:
     return Moments(count, count, 0, 0, 0, 0.0, 0.0, 0.0, 0.0) if count else Moments()
-
-
-def numel(tensor: Tensor) -> int:
-    try:
-        return 0 if is_lazy(tensor) else int(tensor.numel())
-    except Exception as error:  # sizes that are symbols, or a subclass that will not tell
-        if is_of_a_handler(error):
-            raise
-        return 0

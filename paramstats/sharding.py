@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from paramstats.interrupts import is_of_a_handler
+from paramstats.interrupts import let_through
 
 _MOST = 1 << 60
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -128,8 +128,7 @@ def children(module: torch.nn.Module) -> list[torch.nn.Module]:
     try:
         return [child for child in list(module._modules.values()) if child is not None]
     except Exception as error:
-        if is_of_a_handler(error):
-            raise
+        let_through(error)
         return []
 
 

@@ -14,7 +14,7 @@ import torch
 from paramstats import reference, sharding
 from paramstats import walk as python_walk
 from paramstats.engine import Engine, engine
-from paramstats.interrupts import is_of_a_handler
+from paramstats.interrupts import let_through
 from paramstats.layout import Layout, Patterns, compile_patterns
 from paramstats.sharding import Shard, refuse_shards
 from paramstats.summary import Summary, warn_once
@@ -190,6 +190,5 @@ def _is_finite(value: Any) -> bool:
     try:
         return math.isfinite(value)
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # the last are torch's
-        if is_of_a_handler(error):
-            raise
+        let_through(error)
         return False

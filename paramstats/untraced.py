@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import torch
 
-from paramstats.interrupts import is_of_a_handler
+from paramstats.interrupts import let_through
 
 F = TypeVar("F", bound=Callable[..., object])
 
@@ -52,8 +52,7 @@ def unseen() -> Iterator[None]:
             try:
                 hide(back)
             except _GONE as error:
-                if is_of_a_handler(error):
-                    raise
+                let_through(error)
         yield
 
 
@@ -89,8 +88,7 @@ def unwrapped(x: torch.Tensor) -> torch.Tensor:
             x = functorch.get_unwrapped(x)
         is_one_of_many = functorch.is_batchedtensor(x)
     except _GONE as error:
-        if is_of_a_handler(error):
-            raise
+        let_through(error)
         return x
     if is_one_of_many:
         raise TypeError("inside torch.vmap it stands for one of many; call summarize outside of it")

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from paramstats.interrupts import is_of_a_handler
+from paramstats.interrupts import let_through
 from paramstats.layout import Patterns, passes
 from paramstats.sharding import Shard, children
 from paramstats.untraced import unseen
@@ -130,8 +130,7 @@ def _named(named: Callable[..., Iterable[tuple[str, Any]]], every_name: bool) ->
         try:
             return list(named(remove_duplicate=False))
         except TypeError as error:
-            if is_of_a_handler(error):
-                raise
+            let_through(error)
     return list(named())
 
 

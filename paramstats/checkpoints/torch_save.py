@@ -17,7 +17,7 @@ from paramstats.checkpoints import pickles
 from paramstats.checkpoints.pickles import PickleError
 from paramstats.checkpoints.rebuilding import ALLOWED, Places, Storage, listed, storage
 from paramstats.checkpoints.stored import CheckpointError, Stored
-from paramstats.interrupts import is_of_a_handler
+from paramstats.interrupts import let_through
 
 LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 """How a file of torch before 1.6 begins: its magic number, pickled."""
@@ -60,8 +60,7 @@ def read(file: IO[bytes], path: str, begin: int = 0, size: int | None = None) ->
     except CheckpointError:
         raise
     except (*_BROKEN, zipfile.BadZipFile, NotImplementedError, OSError) as error:
-        if is_of_a_handler(error):
-            raise
+        let_through(error)
         raise CheckpointError(
             f"paramstats: expected a whole torch.save archive, got {path}: {error}"
         ) from None

@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 
 from paramstats.history.lines import Entry, entry_line, entry_of, expect, layout_line, layout_of
-from paramstats.interrupts import is_of_a_handler
+from paramstats.interrupts import let_through
 from paramstats.layout import Layout
 
 try:
@@ -159,8 +159,7 @@ class Reader:
                 try:
                     parsed = self._parse(line)
                 except Exception as error:  # whatever the bytes of a broken line come to
-                    if is_of_a_handler(error):
-                        raise
+                    let_through(error)
                     self._end_at(number, line, error, (rest for _, rest in lines))
                     return
                 self.size += len(line)

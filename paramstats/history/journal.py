@@ -12,7 +12,7 @@ from typing import Any
 
 from paramstats.history.file import Reader, TakenError, Writer, write_all
 from paramstats.history.lines import Entry
-from paramstats.interrupts import is_of_a_handler
+from paramstats.interrupts import let_through
 from paramstats.layout import Layout
 
 
@@ -98,8 +98,7 @@ class Journal:
             if self._writer is not None:
                 self._writer.write(entry)
         except OSError as error:  # a full disk is no reason to end a training
-            if is_of_a_handler(error):
-                raise
+            let_through(error)
             warnings.warn(
                 f"paramstats.History: '{self._path}' cannot be written any more, entries from step "
                 f"{entry.step} on are in memory alone: {error}",

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from paramstats import reference
+from paramstats.elements import numel
 from paramstats.layout import Layout
 from paramstats.sharded.merging import word_for
 from paramstats.sharding import Shard
@@ -47,7 +47,7 @@ def content_of(layout: Layout, rows: Sequence[Any]) -> tuple[Content, bytes]:
             layout.dtypes,
             tuple(device.type for device in layout.devices),
             layout.requires_grad,
-            tuple(x.numel if isinstance(x, Shard) else reference.numel(x) for x in rows),
+            tuple(x.numel if isinstance(x, Shard) else numel(x) for x in rows),
         )
         digest = _digests_by_content.get(content)
         if digest is None:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from paramstats import moments, reference
+from paramstats.elements import numel
 from paramstats.engine import Engine
 from paramstats.layout import Layout
 from paramstats.moments import ABSENT, ROW, Moments, unread
@@ -106,7 +107,7 @@ class Offer:
                 self._leave(row)
             elif row in self._held.partial:
                 self._leave(row, self._keep(row, x, self._held.partial[row]))
-            elif x.is_complex() and reference.numel(x) != numels[row]:
+            elif x.is_complex() and numel(x) != numels[row]:
                 self._leave(row, "the moduli of parts of a complex tensor cannot be joined")
             else:
                 rows.append(row)
@@ -158,7 +159,7 @@ class Offer:
     def _leave(self, row: int, reason: str | None = None) -> None:
         """Its size alone; with a reason, marked as what could not be read."""
         tensor = self._held.tensors[row]
-        state = unread(0 if tensor is None else reference.numel(tensor))
+        state = unread(0 if tensor is None else numel(tensor))
         if reason is not None:
             state = state._replace(zeros=1)
             self.unreadable[self.layout.row_name(row)] = reason

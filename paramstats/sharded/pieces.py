@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from paramstats import reference
+from paramstats.elements import gradient
 from paramstats.sharded.merging import NOT_HELD
 from paramstats.sharded.partial import Addends, addends_of
 from paramstats.sharding import Shard
@@ -76,8 +76,8 @@ def held(rows: Sequence[Any], grads: bool, known: Placings) -> Held:
 
 def _gradient(x: Any) -> Tensor | None:
     if isinstance(x, Shard):
-        return reference.gradient(x.tensor) if x.grad is None else x.grad
-    return reference.gradient(x)
+        return gradient(x.tensor) if x.grad is None else x.grad
+    return gradient(x)
 
 
 def _placing(spec: Any) -> Placing:
