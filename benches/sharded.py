@@ -30,6 +30,7 @@ import paramstats
 from benches import hardware
 from paramstats.engine import engine
 from paramstats.layout import Layout
+from paramstats.sharded.collectives import Processes
 from paramstats.sharded.exchange import ALL_TO_ALL_FROM, Group, Result
 from paramstats.sharded.offer import FailedOffer, Offer
 from paramstats.sharded.pieces import held
@@ -44,27 +45,27 @@ _BYTES_PER_SECOND = 10e9
 """That reach one process, assumed: a tenth of what 8 GPUs share with 8 x 400 Gbit/s."""
 
 
-class OneForAll(Group):
-    """A group whose other processes have the same keys' successors and the same states."""
+class OneForAll(Processes):
+    """One process in the place of all, as if the others had its keys' successors and its states."""
 
     def __init__(self, ranks: int) -> None:
         super().__init__(None)
-        self._size = ranks
-        self._ranks = list(range(ranks))
+        self.size = ranks
+        self.ranks = list(range(ranks))
         self.collectives = 0
         self.received = 0
         self.seconds = 0.0
 
-    def _all_gather(self, block: Tensor) -> Tensor:
+    def all_gather(self, block: Tensor) -> Tensor:
         begin = time.perf_counter()
-        out = block.repeat(self._size, 1, 1)
-        if self._size < ALL_TO_ALL_FROM:  # else they are joined, and have no keys
+        out = block.repeat(self.size, 1, 1)
+        if self.size < ALL_TO_ALL_FROM:  # else they are joined, and have no keys
             _as_of_others(out)
         return self._received(out, begin)
 
-    def _all_to_all(self, blocks: Tensor) -> Tensor:
+    def all_to_all(self, blocks: Tensor) -> Tensor:
         begin = time.perf_counter()
-        out = blocks[:1].repeat(self._size, 1, 1)
+        out = blocks[:1].repeat(self.size, 1, 1)
         _as_of_others(out)
         return self._received(out, begin)
 
@@ -91,19 +92,20 @@ def measured(tensors: int, ranks: int) -> dict[str, float]:
     names = tuple(parameters)
     layout = Layout.of(names, ((),) * len(names), len(names), rows)  # type: ignore[arg-type]
     offer = Offer(engine(), layout, rows, held(rows, True, {}), True)
-    group = OneForAll(ranks)
+    processes = OneForAll(ranks)
+    group = Group(processes)
     group.exchange(offer)  # the first time, names are agreed on
     seconds = []
     for _ in range(_REPEAT):
-        group.collectives, group.received, group.seconds = 0, 0, 0.0
+        processes.collectives, processes.received, processes.seconds = 0, 0, 0.0
         begin = time.perf_counter()
         result = group.exchange(offer)
-        seconds.append(time.perf_counter() - begin - group.seconds)
+        seconds.append(time.perf_counter() - begin - processes.seconds)
         assert len(result.table) == tensors // 2 * 2 * 72 and not result.diverged
-    network = group.collectives * _LATENCY + group.received / _BYTES_PER_SECOND
+    network = processes.collectives * _LATENCY + processes.received / _BYTES_PER_SECOND
     return {
-        "collectives": group.collectives,
-        "received": group.received,
+        "collectives": processes.collectives,
+        "received": processes.received,
         "work_s": statistics.median(seconds),
         "network_s": network,
     }

@@ -18,7 +18,8 @@ import torch.distributed as dist
 
 from paramstats.engine import Engine
 from paramstats.layout import Layout
-from paramstats.sharded.exchange import Outcome, Result, group_aside, group_of
+from paramstats.sharded.exchange import Outcome, Result
+from paramstats.sharded.groups import group_aside, group_of
 from paramstats.sharded.offer import FailedOffer, Offer
 from paramstats.sharded.pieces import Placings, held
 from paramstats.sharded.wrappers import unwrapped

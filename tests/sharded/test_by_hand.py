@@ -121,17 +121,17 @@ def _groups() -> None:
         with pytest.raises(ValueError, match="a group that this process belongs to"):
             paramstats.summarize(source, group=only_0)
     # What was agreed in a group goes with it.
-    from paramstats.sharded import exchange
+    from paramstats.sharded import groups
 
     paramstats.summarize(source, group=world)
     paramstats.summarize(source, group=world, async_op=True).wait()
-    assert world in exchange._groups and len(exchange._aside) == 1
+    assert world in groups._groups and len(groups._aside) == 1
     del world
     dist.barrier()
     dist.destroy_process_group()
     del only_0
     gc.collect()
-    assert not len(exchange._groups) and not len(exchange._aside)
+    assert not len(groups._groups) and not len(groups._aside)
     assert paramstats.summarize({"w": paramstats.Shard(torch.ones(2), 0, 2)})["w"].count == 2
 
 
