@@ -18,7 +18,9 @@ def let_through(error: BaseException) -> None:
     The first thing that an `except` does which takes whatever other people's code may raise.
     """
     if _is_of_a_handler(error):
-        raise error
+        # Not `raise error`: this frame would come into the traceback, whose frames hold tensors,
+        # and its `error` would hold the traceback.
+        raise
 
 
 def _is_of_a_handler(error: BaseException) -> bool:

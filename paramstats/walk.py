@@ -1,6 +1,6 @@
 """From a source to named tensors: modules by their own methods, mappings, pairs.
 
-The native engine reads plain modules faster (csrc/module_walk.cpp); this is the road for those
+The native engine reads plain modules faster (csrc/module_tree.cpp); this is the road for those
 that list their parameters in a way of their own, and for all modules without it.
 """
 

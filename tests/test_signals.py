@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import importlib
 import signal
 import sys
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -87,6 +89,21 @@ def test_an_exception_of_a_handler_is_not_a_tensors(engine, sigterm, handler, ki
         paramstats.summarize({"x": torch.ones(3), "w": odd})
     sigterm(signal.SIG_IGN)
     assert paramstats.summarize({"x": torch.ones(3)})["x"].mean == 1.0
+
+
+def test_an_exception_of_a_handler_holds_no_tensors_once_it_was_caught(engine, sigterm):
+    """No cycle of it and its traceback is left to the collector, which may come much later."""
+    sigterm(out_of_time)
+    tensor = torch.ones(3)
+    alive = weakref.ref(tensor)
+    gc.disable()
+    try:
+        with contextlib.suppress(TimeoutError):
+            paramstats.summarize({"x": tensor, "w": Interrupts(torch.ones(5))})
+        del tensor
+        assert alive() is None
+    finally:
+        gc.enable()
 
 
 def test_a_handler_that_returns_disturbs_nothing(engine, sigterm):

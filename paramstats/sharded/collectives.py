@@ -1,4 +1,4 @@
-"""The processes of a group, and the collective calls that an exchange makes among them."""
+"""The processes of a group, and the collective calls of an exchange but for partial tensors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Processes:
     """One process alone where there is no group."""
 
     def __init__(self, process_group: dist.ProcessGroup | None) -> None:
-        # Not owned: a destroyed group goes with what was agreed in it.
+        # Not owned: a group that is destroyed goes, and with it what `groups` keeps of it.
         self._reference = None if process_group is None else weakref.ref(process_group)
         self.size = 1 if process_group is None else dist.get_world_size(process_group)
         self.rank = 0 if process_group is None else dist.get_rank(process_group)
@@ -49,36 +49,37 @@ class Processes:
         return torch.device("cuda", torch.cuda.current_device())
 
     def all_gather(self, block: Tensor) -> Tensor:
-        if self.process_group is None or self.size == 1:
+        group, device = self.process_group, self.device
+        if group is None or self.size == 1:
             return block[None]
-        device = self.device
         out = torch.empty((self.size, *block.shape), dtype=block.dtype, device=device)
         gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
         with _explained():
-            gather(out.view(-1, WORDS), block.to(device), group=self.process_group)
+            gather(out.view(-1, WORDS), block.to(device), group=group)
         return out.cpu()
 
     def all_to_all(self, blocks: Tensor) -> Tensor:
+        group = self.process_group
         sent = blocks.to(self.device)
         out = torch.empty_like(sent)
         with _explained():
-            dist.all_to_all_single(out, sent, group=self.process_group)
+            dist.all_to_all_single(out, sent, group=group)
         return out.cpu()
 
     def gather_objects(self, mine: T) -> list[T]:
-        if self.process_group is None:
+        group = self.process_group
+        if group is None:
             return [mine]
         found: list[Any] = [None] * self.size
         with _explained():
-            dist.all_gather_object(found, mine, group=self.process_group)
+            dist.all_gather_object(found, mine, group=group)
         return found
 
     def broadcast(self, own: T | None, sender: int) -> T:
+        group, device = self.process_group, self.device
         box = [own if sender == self.rank else None]
         with _explained():
-            dist.broadcast_object_list(
-                box, src=self.ranks[sender], group=self.process_group, device=self.device
-            )
+            dist.broadcast_object_list(box, src=self.ranks[sender], group=group, device=device)
         assert box[0] is not None
         return box[0]
 

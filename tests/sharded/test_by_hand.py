@@ -15,6 +15,8 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 
 import paramstats
+from paramstats.sharded.collectives import DESTROYED, Processes
+from paramstats.sharded.merging import WORDS
 from tests import oracle
 from tests.sharded.models import Transformer, backward, check, figures
 from tests.sharded.together import together
@@ -177,3 +179,21 @@ def _ddp() -> None:
 
 def test_ddp_needs_nothing():
     together(2, _ddp)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda processes: processes.all_gather(torch.ones(1, WORDS)),
+        lambda processes: processes.all_to_all(torch.ones(1, 1, WORDS)),
+        lambda processes: processes.gather_objects("mine"),
+        lambda processes: processes.broadcast("mine", 0),
+    ],
+    ids=["all_gather", "all_to_all", "gather_objects", "broadcast"],
+)
+def test_a_group_that_is_gone_is_not_taken_for_a_failed_call(call):
+    processes = Processes(None)
+    processes._reference = lambda: None
+    with pytest.raises(RuntimeError) as caught:
+        call(processes)
+    assert str(caught.value) == DESTROYED
