@@ -17,9 +17,9 @@ struct Tree {
   std::vector<Py_ssize_t> attributes;  // of each module, how many: an override may be among them
   std::vector<size_t> members;         // positions in `signature` of entries that are tensors
   size_t parameters = 0;               // how many of `members` are parameters; buffers follow
-  size_t visits = 0;
+  size_t visits = 0;                   // of modules, a shared one each time
 
-  // A module whose children are being read, and the next of them.
+  // While it is read: a module whose children are being read, and the next of them.
   struct Open {
     PyObject* children;
     Py_ssize_t next;
@@ -50,8 +50,9 @@ struct Tree {
 // code, as making a list may, has to own what it still needs: see `owned`.
 bool read_tree(PyObject* module, bool buffers, Tree& tree);
 
-// The full names of `tree.members`, in order. None where a module of it lists itself in a way of
-// its own, or a name is no string that UTF-8 can hold.
+// The full names of `tree.members`, in order; nullopt where a module of it lists itself in a way of
+// its own, or a name is no string that UTF-8 can hold. May run Python code, as of a metaclass: the
+// caller holds what `tree.owned()` gave.
 std::optional<std::vector<std::string>> names_of_members(const Tree& tree);
 
 // Has `read_tree` read tensors of one more class, DTensor, although its operators are Python code.

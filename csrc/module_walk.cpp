@@ -194,7 +194,7 @@ py::object walk(py::handle module, bool buffers, py::handle make_layout) {
     put_back(tree);
     return py::make_tuple(std::move(layout), std::move(tensors));
   }
-  const std::vector<py::object> owned = tree.owned();
+  const std::vector<py::object> owned = tree.owned();  // from here on Python code runs
   Entry entry;
   if (!make_entry(std::move(tree), make_layout, entry)) return py::none();
   py::tuple result = py::make_tuple(entry.layout, tensors_of(entry.tree, entry.rows));

@@ -1,7 +1,7 @@
 // Which tensors the kernels may read, and where their elements lie.
 #pragma once
 
-#include <ATen/core/Tensor.h>
+#include <c10/core/TensorImpl.h>
 
 #include <optional>
 
@@ -10,12 +10,12 @@
 
 namespace paramstats {
 
-// Whether a tensor is its own memory, on that device, with sizes that are numbers.
+// Whether a tensor is its own memory, with sizes that are numbers: on that device, or on either.
 bool is_plain_cpu(const c10::TensorImpl& t);
 bool is_plain_cuda(const c10::TensorImpl& t);
 inline bool is_plain(const c10::TensorImpl& t) { return is_plain_cpu(t) || is_plain_cuda(t); }
 
-// A plain tensor's elements, on whatever device. None where the kernels do not know the type, or
+// A plain tensor's elements, on whatever device; nullopt where the kernels do not know the type, or
 // the storage does not hold all elements. The view shows the tensor's own sizes and strides.
 std::optional<cpu::TensorView> native_view(const c10::TensorImpl& t);
 
