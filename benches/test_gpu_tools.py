@@ -15,7 +15,7 @@ from benches import compiling, gpu_check, sanitizer_case, test_device_memory
 from benches.exact import exact, worst_errors
 from benches.on_gpu import launches, training
 from benches.on_gpu.__main__ import PARTS
-from benches.on_gpu.setting import small_tensors
+from benches.on_gpu.common import small_tensors
 
 CPU = torch.device("cpu")
 
@@ -63,7 +63,9 @@ def test_training_steps() -> None:
 @pytest.mark.parametrize("name", sorted(set(PARTS) - {"training"}))
 def test_parts_tell_what_they_measured(name: str) -> None:
     found = PARTS[name].measure(CPU, True)
-    assert all(row["engine"] in line for row in found for line in PARTS[name].lines(row))
+    told = [line for row in found for line in PARTS[name].lines(row)]
+    assert len(told) == len(found) > 0
+    assert all(row["engine"] in line for row, line in zip(found, told, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int8])

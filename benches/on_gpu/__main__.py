@@ -12,15 +12,16 @@ import torch
 
 import paramstats
 from benches import hardware, on_gpu
-from benches.on_gpu import host_time, launches, repeats, training
+from benches.on_gpu import host_time, launches, repeatable, training
 
 PARTS = {
     "host_time": host_time,
     "launches": launches,
-    "repeatable": repeats,
+    "repeatable": repeatable,
     "training": training,
 }
-"""What is measured, by the name that the report knows it under."""
+"""What is measured, by the name that the report knows it under. Of each, `measure(device, quick)`
+gives rows for JSON, and `lines(row)` what they say as text."""
 
 
 def main() -> int:

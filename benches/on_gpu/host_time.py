@@ -13,11 +13,12 @@ from torch import nn
 
 import paramstats
 from benches import models
-from benches.on_gpu.setting import CASES, WARM_UP, engine_of, engines, small_tensors, synchronize
+from benches.on_gpu.common import CASES, WARM_UP, engine_of, engines, small_tensors, synchronize
 
+TENSORS = 1000
 MUST = 150e-6
 AIM = 60e-6
-"""Seconds of the host for a call over 1,000 small tensors."""
+"""Seconds of the host for a call of the native engine over so many small tensors."""
 
 _FEW_CALLS = 10
 """Of the reference engine, which launches some thirty kernels for each tensor."""
@@ -47,7 +48,7 @@ class HostTime:
 
 
 def host_time(
-    model: nn.Module, case: str, engine: str, calls: int, device: torch.device, targets: bool
+    model: nn.Module, case: str, engine: str, calls: int, device: torch.device
 ) -> HostTime:
     """Nothing is waited for while the clock runs; the queue is empty when it starts."""
     with engine_of(engine):
@@ -59,18 +60,20 @@ def host_time(
             few = max(WARM_UP, calls // 10)
             busy = statistics.median(_timed_calls(model, few, device, _keep_busy)[0])
         deciles = statistics.quantiles(returned, n=10)
+    tensors = len(models.tensors(model))
+    has_targets = engine == "native" and tensors == TENSORS
     return HostTime(
         case=case,
         engine=engine,
-        tensors=len(models.tensors(model)),
+        tensors=tensors,
         calls=calls,
         median_s=statistics.median(returned),
         tenth_s=deciles[0],
         ninetieth_s=deciles[-1],
         busy_s=busy,
         complete_s=statistics.median(complete),
-        must_s=MUST if targets else None,
-        aim_s=AIM if targets else None,
+        must_s=MUST if has_targets else None,
+        aim_s=AIM if has_targets else None,
     )
 
 
@@ -97,12 +100,10 @@ def measure(device: torch.device, quick: bool) -> list[dict[str, Any]]:
     calls = 100 if quick else 1000
     found = []
     for engine in engines(device):
-        is_native = engine == "native"
+        some = calls if engine == "native" else _FEW_CALLS
         for case, arguments in CASES.items():
             model = small_tensors(*arguments, device)
-            has_target = is_native and len(models.tensors(model)) == 1000
-            some = calls if is_native else _FEW_CALLS
-            found.append(asdict(host_time(model, case, engine, some, device, has_target)))
+            found.append(asdict(host_time(model, case, engine, some, device)))
     return found
 
 

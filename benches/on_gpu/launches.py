@@ -15,7 +15,7 @@ from torch import nn
 
 import paramstats
 from benches import models
-from benches.on_gpu.setting import CASES, WARM_UP, engine_of, engines, small_tensors, synchronize
+from benches.on_gpu.common import CASES, WARM_UP, engine_of, engines, small_tensors, synchronize
 
 _REGION = "paramstats: one call"
 

@@ -36,9 +36,7 @@ class Tool:
     tolerances: Tolerances = PARAMSTATS
 
 
-def called(
-    look: Callable[[nn.Module], Any],
-) -> Callable[[nn.Module], AbstractContextManager[Look]]:
+def called(look: Callable[[nn.Module], Any]) -> Attached:
     """A function of the model that has nothing to attach."""
 
     @contextmanager

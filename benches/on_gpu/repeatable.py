@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 import paramstats
-from benches.on_gpu.setting import engine_of, engines, small_tensors
+from benches.on_gpu.common import engine_of, engines, small_tensors
 
 
-def repeatable(source: Any, case: str, engine: str, runs: int) -> dict[str, Any]:
+def repeat(source: Any, case: str, engine: str, runs: int) -> dict[str, Any]:
     """How many runs give the first one's bits: summaries compare by the bytes of their states."""
     with engine_of(engine):
         first = paramstats.summarize(source)
@@ -37,7 +37,7 @@ def measure(device: torch.device, quick: bool) -> list[dict[str, Any]]:
         },
     }
     return [
-        repeatable(source, case, engine, 10)
+        repeat(source, case, engine, 10)
         for engine in engines(device)
         for case, source in sources.items()
     ]

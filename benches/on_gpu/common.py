@@ -52,4 +52,4 @@ CASES = {
     "500 parameters and their gradients": (250, True),
     "1,000 parameters and their gradients": (500, True),
 }
-"""Arguments of `small_tensors` by name. The first two are of 1,000 tensors, as the targets are."""
+"""Arguments of `small_tensors` by name."""
