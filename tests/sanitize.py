@@ -255,10 +255,14 @@ def main() -> int:
         return found + programs(THREAD, ("threads",) if quick else ("kernels", "threads"))
 
     if quick:
-        with ThreadPoolExecutor(1) as beside:  # one of the programs is a minute of one thread
-            waiting = beside.submit(all_programs)
-            results = [python_tests(ADDRESS, "native code", QUICK)]
-            results += waiting.result()
+        with ThreadPoolExecutor(2) as pool:  # one of the programs is a minute of one thread
+            under_way = [
+                pool.submit(all_programs),
+                pool.submit(lambda: [python_tests(ADDRESS, "native code", QUICK)]),
+            ]
+        if failures := [str(error) for part in under_way if (error := part.exception())]:
+            sys.exit("\n".join(failures))
+        results = [result for part in under_way for result in part.result()]
     else:
         results = all_programs()
         left_out = [f"--deselect={test}" for test in LEFT_OUT]

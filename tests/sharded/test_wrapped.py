@@ -133,9 +133,9 @@ def _zero(stage: int) -> None:
     os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
 
-    # Or it compiles this at first use, into a folder that all of a user's processes share, and
-    # waits without end for a process that was killed while it compiled.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Or it tries compilers for all its operators, and compiles collectives in shared memory into
+    # a folder of the user's, where it waits without end for a process that was killed meanwhile.
+    deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     plain = Transformer(tied=False)
     engine, *_ = deepspeed.initialize(
         model=copy.deepcopy(plain),
