@@ -91,13 +91,13 @@ test-everywhere:  ## test all combinations, an hour, 30 GB; writes docs/platform
 test-huge: $(VENV)/installed  ## run the tests of tensors of more than 2^31 elements (5 GB of memory)
 	$(BIN)/python -m pytest --quiet -m huge
 
-fuzz: $(VENV)/installed  ## make a million hostile calls, 15 minutes; writes docs/robustness.md
+fuzz: $(VENV)/installed  ## make a million hostile calls, 5 minutes; writes docs/robustness.md
 	$(BIN)/python -m tests.fuzz --write
 
-sanitize: $(VENV)/installed  ## run all tests under sanitizers, 20 minutes; writes docs/robustness.md
+sanitize: $(VENV)/installed  ## run all tests under sanitizers, 15 minutes; writes docs/robustness.md
 	$(BIN)/python -m tests.sanitize
 
-sanitize-quick: $(VENV)/installed  ## run those that check every change, 2 or 3 minutes
+sanitize-quick: $(VENV)/installed  ## run those that check every change, 2 minutes
 	$(BIN)/python -m tests.sanitize --quick
 
 accuracy: $(VENV)/installed  ## try the error bound, 10 to 20 minutes; writes docs/accuracy.md and README.md
@@ -120,7 +120,7 @@ $(VENV)/matrix: $(VENV)/installed
 		peft torchao bitsandbytes torch-geometric e3nn neuraloperator
 	@touch $@
 
-matrix: $(VENV)/matrix  ## try what people do to models, 3 minutes; writes docs/compatibility.md
+matrix: $(VENV)/matrix  ## try what people do to models, a minute or two; writes docs/compatibility.md
 	$(BIN)/python -m tests.matrix
 
 $(VENV)/peers: $(VENV)/installed

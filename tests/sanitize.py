@@ -1,6 +1,6 @@
 """The tests under sanitizers: of addresses and undefined behaviour, and of threads.
 
-    make sanitize          everything, some 20 minutes; writes its table into docs/robustness.md
+    make sanitize          everything, some 15 minutes; writes its table into docs/robustness.md
     make sanitize-quick    what every change has to pass
 
 The C++ tests are compiled whole. For the Python tests a copy of the tree in build/sanitized gets an

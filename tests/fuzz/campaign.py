@@ -1,6 +1,6 @@
 """The campaign: all kinds of cases in child processes, so that a crash has a number.
 
-    python -m tests.fuzz                                    a million executions, 15 minutes
+    python -m tests.fuzz                                    a million executions, 5 minutes
     python -m tests.fuzz --scale 0.001                      a thousand of them
     python -m tests.fuzz --only modules --seed 4 --count 1  one case
 

@@ -107,7 +107,7 @@ def page(outcomes: Sequence[Outcome], minutes: float) -> str:
     lines += [
         "",
         f"{len(run)} of {len(outcomes)} rows run, {compared:,} tensors compared by each engine, in "
-        f"{minutes:.0f} minutes: paramstats {paramstats.__version__}, Python "
+        f"{minutes:.0f} min: paramstats {paramstats.__version__}, Python "
         f"{platform.python_version()}, {platform.system()} on {platform.machine()}, "
         f"{', '.join(versions)}; {datetime.date.today().isoformat()}.",
     ]
