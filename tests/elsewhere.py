@@ -31,8 +31,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from docs import blocks
+from tests.commands import ROOT, run
 
-ROOT = Path(__file__).parent.parent
 BUILD = ROOT / "build/elsewhere"
 PAGE = ROOT / "docs/platforms.md"
 TOOLS = ["setuptools>=77", "ninja", "pybind11", "build", "numpy", "pytest", "hypothesis"]
@@ -112,17 +112,6 @@ def recorded(table: str, row: str) -> str:
 
     others = [r for r in rows if combination(r) != combination(row)]
     return "\n".join([*head, *sorted([*others, row])])
-
-
-def run(
-    *command: str, cwd: str | Path = ROOT, **environment: str
-) -> subprocess.CompletedProcess[str]:
-    """Ends the program where the command fails, with what that said."""
-    keep = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PARAMSTATS_BACKEND")}
-    done = subprocess.run(command, cwd=cwd, env=keep | environment, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
-    return done
 
 
 def check_tools(python: str) -> None:

@@ -27,7 +27,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from docs import blocks
+from tests.commands import ROOT, run
+
 BUILD = ROOT / "build/sanitized"
 CXX = os.environ.get("CXX", "g++")
 CPUS = os.cpu_count() or 1
@@ -120,18 +122,6 @@ class Result:
         return f"{self.what}, sanitizer of {self.sanitizer}: {outcome} ({self.seconds:.0f} s)"
 
 
-def run(
-    command: list[str], cwd: Path = ROOT, **environment: str
-) -> subprocess.CompletedProcess[str]:
-    """Ends the program where the command fails, with what that said."""
-    done = subprocess.run(
-        command, cwd=cwd, env=os.environ | environment, capture_output=True, text=True
-    )
-    if done.returncode:
-        sys.exit(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
-    return done
-
-
 def programs(sanitizer: Sanitizer, names: tuple[str, ...]) -> list[Result]:
     """C++ tests. Every file is compiled once, as many at a time as there are processors."""
     folder = BUILD / sanitizer.libraries[0] / "cpp"
@@ -141,7 +131,7 @@ def programs(sanitizer: Sanitizer, names: tuple[str, ...]) -> list[Result]:
 
     def compiled(source: str) -> str:
         to = str(folder / f"{Path(source).name}.o")
-        run([CXX, *flags, "-Itests/cpp/cuda_shim", "-c", "-x", "c++", source, "-o", to])
+        run(CXX, *flags, "-Itests/cpp/cuda_shim", "-c", "-x", "c++", source, "-o", to)
         return to
 
     begin = time.monotonic()
@@ -151,7 +141,7 @@ def programs(sanitizer: Sanitizer, names: tuple[str, ...]) -> list[Result]:
     results = []
     for name in names:
         program = str(folder / name)
-        run([CXX, *flags, *(objects[s] for s in SOURCES[name]), "-o", program])
+        run(CXX, *flags, *(objects[s] for s in SOURCES[name]), "-o", program)
         done = subprocess.run([program], cwd=ROOT, capture_output=True, text=True)
         said = re.findall(r"\d+ passed, \d+ failed", done.stdout)
         bad = done.returncode != 0
@@ -185,20 +175,19 @@ def python_tests(sanitizer: Sanitizer, what: str, arguments: list[str]) -> Resul
     begin = time.monotonic()
     tree = BUILD / sanitizer.libraries[0] / "tree"
     tree.mkdir(parents=True, exist_ok=True)
-    files = run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]).stdout
+    files = run("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard").stdout
     copy_changed(ROOT, [name for name in files.split("\0") if name], tree)
     flags = [*sanitizer.flags, *sanitizer.build, "-O1", "-g", "-D_GLIBCXX_ASSERTIONS"]
     run(
-        [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"],
+        *(sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"),
         cwd=tree,
         CXX=CXX,
-        PYTHONPATH="",
         PARAMSTATS_STRICT_BUILD="1",
         PARAMSTATS_CFLAGS=" ".join(flags),
         LDFLAGS=" ".join(sanitizer.flags),
     )
     (BUILD / "suppressions").write_text(SUPPRESSIONS)
-    libraries = [run([CXX, f"-print-file-name={n}"]).stdout.strip() for n in sanitizer.libraries]
+    libraries = [run(CXX, f"-print-file-name={n}").stdout.strip() for n in sanitizer.libraries]
     if not all(os.path.isabs(library) for library in libraries):
         sys.exit(f"expected g++ and its sanitizers, got {CXX}, which has not all of {libraries}")
     tests = subprocess.run(
@@ -226,19 +215,20 @@ def python_tests(sanitizer: Sanitizer, what: str, arguments: list[str]) -> Resul
 
 
 def table(results: list[Result]) -> str:
-    lines = ["| what | under the sanitizer of | outcome | minutes |", "| --- | --- | --- | ---: |"]
-    for r in results:
-        outcome = f"**failed**, {r.said}" if r.failed else r.said
-        lines.append(f"| {r.what} | {r.sanitizer} | {outcome} | {r.seconds / 60:.1f} |")
     import torch
 
-    compiler = run([CXX, "--version"]).stdout.splitlines()[0]
-    lines.append("")
-    lines.append(
+    rows = [
+        (r.what, r.sanitizer, f"**failed**, {r.said}" if r.failed else r.said,
+         f"{r.seconds / 60:.1f}")
+        for r in results
+    ]  # fmt: skip
+    outcomes = blocks.table(("what", "under the sanitizer of", "outcome", "minutes"), rows, [3])
+    compiler = run(CXX, "--version").stdout.splitlines()[0]
+    return (
+        f"{outcomes}\n\n"
         f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d}; torch {torch.__version__}, "
         f"Python {platform.python_version()}, {compiler}, {platform.machine()}, {CPUS} cores."
     )
-    return "\n".join(lines)
 
 
 def main() -> int:
@@ -268,9 +258,6 @@ def main() -> int:
         left_out = [f"--deselect={test}" for test in LEFT_OUT]
         results.append(python_tests(ADDRESS, "all", left_out))
         results.append(python_tests(THREAD, "several threads", THREADED))
-
-        from docs import blocks
-
         blocks.write(ROOT / "docs/robustness.md", "sanitize", table(results))
     return int(any(result.failed for result in results))
 
