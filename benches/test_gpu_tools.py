@@ -15,7 +15,7 @@ from benches import compiling, gpu_check, sanitizer_case, test_device_memory
 from benches.exact import exact, worst_errors
 from benches.on_gpu import launches, training
 from benches.on_gpu.__main__ import PARTS
-from benches.on_gpu.common import small_tensors
+from benches.on_gpu.small_tensors import small_tensors
 
 CPU = torch.device("cpu")
 

@@ -13,7 +13,8 @@ from torch import nn
 
 import paramstats
 from benches import models
-from benches.on_gpu.common import CASES, WARM_UP, engine_of, engines, small_tensors, synchronize
+from benches.on_gpu.engines import engine_of, engines, synchronize
+from benches.on_gpu.small_tensors import CASES, WARM_UP, small_tensors
 
 TENSORS = 1000
 MUST = 150e-6

@@ -15,7 +15,8 @@ from torch import nn
 
 import paramstats
 from benches import models
-from benches.on_gpu.common import CASES, WARM_UP, engine_of, engines, small_tensors, synchronize
+from benches.on_gpu.engines import engine_of, engines, synchronize
+from benches.on_gpu.small_tensors import CASES, WARM_UP, small_tensors
 
 _REGION = "paramstats: one call"
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 import paramstats
-from benches.on_gpu.common import engine_of, engines, small_tensors
+from benches.on_gpu.engines import engine_of, engines
+from benches.on_gpu.small_tensors import small_tensors
 
 
 def repeat(source: Any, case: str, engine: str, runs: int) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch import nn
 
 import paramstats
 from benches.contestants import item_loop_no_grad
-from benches.on_gpu.common import engine_of, engines, synchronize
+from benches.on_gpu.engines import engine_of, engines, synchronize
 
 
 @dataclass(frozen=True)

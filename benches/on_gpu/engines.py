@@ -1,4 +1,4 @@
-"""The engines, the devices and the models of many small tensors."""
+"""The engines of a device, and how to wait for it."""
 
 from __future__ import annotations
 
@@ -6,12 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
 
 import paramstats
-
-WARM_UP = 5
-"""Calls before one that counts."""
 
 
 @contextmanager
@@ -35,21 +31,3 @@ def engines(device: torch.device) -> tuple[str, ...]:
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def small_tensors(layers: int, gradients: bool, device: torch.device) -> nn.Module:
-    """Two parameters a layer, of 256 and 16 elements."""
-    torch.manual_seed(0)
-    model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(layers))).to(device)
-    if gradients:
-        for p in model.parameters():
-            p.grad = torch.randn_like(p)
-    return model
-
-
-CASES = {
-    "1,000 parameters, no gradients": (500, False),
-    "500 parameters and their gradients": (250, True),
-    "1,000 parameters and their gradients": (500, True),
-}
-"""Arguments of `small_tensors` by name."""
