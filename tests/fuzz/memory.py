@@ -18,7 +18,8 @@ from torch import nn
 
 import paramstats
 from paramstats import engine as engines
-from tests.fuzz.modules import ENGINES, HostileError, Listing
+from tests.fuzz.hostile import HostileError, Listing
+from tests.fuzz.modules import ENGINES
 
 CALLS = 100_000
 LEAST_CALLS = 400
