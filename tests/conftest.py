@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,15 @@ def load_engine(name: str) -> engines.Engine:
         if os.environ.get("PARAMSTATS_STRICT_BUILD", "0") not in ("", "0"):
             raise
         pytest.skip(str(error))
+
+
+def in_a_small_thread(call: Callable[[], object]) -> None:
+    """On a thread with a stack of 64 KiB."""
+    before = threading.stack_size(64 * 1024)
+    thread = threading.Thread(target=call)
+    thread.start()
+    threading.stack_size(before)
+    thread.join()
 
 
 @pytest.fixture(params=["native", "reference"])

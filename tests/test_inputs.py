@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import math
 import sys
-import threading
 import types
 import warnings
 import weakref
@@ -15,6 +14,7 @@ import torch
 
 import paramstats
 from tests import oracle
+from tests.conftest import in_a_small_thread
 
 summarize = paramstats.summarize
 
@@ -559,14 +559,8 @@ def test_a_small_stack_is_enough(native):
     holed[::100] = math.nan
     tensors = {"plain": plain, "gaps": holed[::2], "holed": holed}
     expected, found = summarize(tensors), []
-    before = threading.stack_size(64 * 1024)
-    try:
-        for _ in range(20):
-            thread = threading.Thread(target=lambda: found.append(summarize(tensors)))
-            thread.start()
-            thread.join()
-    finally:
-        threading.stack_size(before)
+    for _ in range(20):
+        in_a_small_thread(lambda: found.append(summarize(tensors)))
     assert found == [expected] * 20
 
 

@@ -18,6 +18,7 @@ from torch import nn
 
 import paramstats
 from paramstats import sharding
+from tests.conftest import in_a_small_thread
 
 summarize = paramstats.summarize
 
@@ -125,9 +126,13 @@ def test_an_unchanged_model_keeps_its_layout(native):
     assert summarize(model, include="linear")._layout is summarize(model, include="linear")._layout
 
 
-def test_layouts_go_with_their_model(native):
+def layouts_left(native) -> int:
     gc.collect()  # models that other tests left
-    before = native.native.cached_layouts()
+    return native.native.cached_layouts()
+
+
+def test_layouts_go_with_their_model(native):
+    before = layouts_left(native)
     model = nn.Sequential(Block(1))
     summarize(model)
     summarize(model, buffers=True)
@@ -156,8 +161,7 @@ def test_models_whose_class_knows_them_go_too(native):
         model = Own()
         return model
 
-    gc.collect()  # models that other tests left
-    before = native.native.cached_layouts()
+    before = layouts_left(native)
     for make in (parametrized, closure):
         model = make()
         summarize(model)
@@ -169,15 +173,18 @@ def test_models_whose_class_knows_them_go_too(native):
 
 
 @pytest.fixture
-def little_to_collect():
-    """The collector passes over what other tests have imported and kept."""
+def collector():
+    """Passes over what other tests have imported and kept; afterwards it is what it was."""
+    thresholds = gc.get_threshold()
     gc.collect()
     gc.freeze()
     yield
     gc.unfreeze()
+    gc.set_threshold(*thresholds)
+    gc.enable()
 
 
-def test_the_garbage_collector_may_run_at_any_time(native, little_to_collect):
+def test_the_garbage_collector_may_run_at_any_time(native, collector):
     """A finalizer that empties the model, at every allocation that can set the collector off."""
 
     class Evil:
@@ -188,23 +195,18 @@ def test_the_garbage_collector_may_run_at_any_time(native, little_to_collect):
             for name in list(self.model._parameters):
                 self.model._parameters[name] = None
 
-    thresholds = gc.get_threshold()
-    try:
-        for warm in (True, False):
-            for threshold in range(1, 30):
-                model = nn.Linear(2, 2)
-                if warm:
-                    summarize(model)
-                gc.collect()
-                gc.disable()
-                Evil(model)
-                gc.set_threshold(threshold, 10, 10)
-                gc.enable()
+    for warm in (True, False):
+        for threshold in range(1, 30):
+            model = nn.Linear(2, 2)
+            if warm:
                 summarize(model)
-                gc.disable()
-    finally:
-        gc.set_threshold(*thresholds)
-        gc.enable()
+            gc.collect()
+            gc.disable()
+            Evil(model)
+            gc.set_threshold(threshold, 10, 10)
+            gc.enable()
+            summarize(model)
+            gc.disable()
 
 
 def test_overrides_after_the_first_call_are_noticed(engine):
@@ -241,8 +243,7 @@ def test_templates_and_selections_do_not_pile_up(engine):
 
 
 def test_many_models_come_and_go(native):
-    gc.collect()  # models that other tests left
-    before = native.native.cached_layouts()
+    before = layouts_left(native)
     for i in range(200):
         model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1 + i % 3))
         assert list(summarize(model)) == expected_names(model)
@@ -459,7 +460,7 @@ def test_an_attribute_whose_comparison_changes_the_model(native):
     assert len(tensors) == 100 and all(len(m._parameters) == 2 for m in list(model)[:-1])
 
 
-def test_the_collector_does_not_run_while_the_tree_is_read(native, little_to_collect):
+def test_the_collector_does_not_run_while_the_tree_is_read(native, collector):
     """Modules that were never asked for their __dict__ have it made then: an allocation."""
     found = []
 
@@ -472,23 +473,18 @@ def test_the_collector_does_not_run_while_the_tree_is_read(native, little_to_col
                 module._parameters.clear()
             self.junk = [torch.ones(2, 2) for _ in range(100)]
 
-    thresholds = gc.get_threshold()
-    try:
-        for threshold in range(1, 25, 2):
-            model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(20)))
-            for i in range(20):
-                put(model, str(20 + i), nn.Module())
-            gc.collect()
-            gc.disable()
-            Evil(model)
-            gc.set_threshold(threshold, 10, 10)
-            gc.enable()
-            found.append(native.walk(model, False, lambda names, *_: len(names)))
-            gc.disable()
-            assert gc.get_count()[0] >= 0
-    finally:
-        gc.set_threshold(*thresholds)
+    for threshold in range(1, 25, 2):
+        model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(20)))
+        for i in range(20):
+            put(model, str(20 + i), nn.Module())
+        gc.collect()
+        gc.disable()
+        Evil(model)
+        gc.set_threshold(threshold, 10, 10)
         gc.enable()
+        found.append(native.walk(model, False, lambda names, *_: len(names)))
+        gc.disable()
+        assert gc.get_count()[0] >= 0
     assert all(len(tensors) == layout for layout, tensors in found)
 
 
@@ -545,14 +541,8 @@ def test_a_small_stack_is_enough(native, monkeypatch, fsdp):
     cycle = nn.Sequential(nn.Linear(2, 2))
     put(cycle[0], "up", cycle)
     found = []
-    before = threading.stack_size(64 * 1024)
-    try:
-        for model in (deep(900), cycle):
-            thread = threading.Thread(target=lambda m=model: found.append(len(summarize(m))))
-            thread.start()
-            thread.join()
-    finally:
-        threading.stack_size(before)
+    for model in (deep(900), cycle):
+        in_a_small_thread(lambda m=model: found.append(len(summarize(m))))
     assert found == [2, 2]
 
 
