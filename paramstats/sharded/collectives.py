@@ -59,8 +59,8 @@ class Processes:
         return out.cpu()
 
     def all_to_all(self, blocks: Tensor) -> Tensor:
-        group = self.process_group
-        sent = blocks.to(self.device)
+        group, device = self.process_group, self.device
+        sent = blocks.to(device)
         out = torch.empty_like(sent)
         with _explained():
             dist.all_to_all_single(out, sent, group=group)
