@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 import paramstats
+from tests.dtypes import DTYPES, FLOATS
 
 _CHUNK_BYTES = 1 << 17
 """That one thread block reads: kChunkBytes in csrc/cuda/engine.h."""
@@ -26,36 +27,17 @@ _OVER = 13
 """Elements more than a chunk."""
 
 _OFFSETS = (0, 1, 3)
-_FLOATS = (
-    torch.float64,
-    torch.float32,
-    torch.bfloat16,
-    torch.float16,
-    torch.float8_e4m3fn,
-    torch.float8_e5m2,
-)
-_INTEGERS = (
-    torch.int8,
-    torch.uint8,
-    torch.bool,
-    torch.int16,
-    torch.uint16,
-    torch.int32,
-    torch.uint32,
-    torch.int64,
-    torch.uint64,
-)
 
 
 def tensors() -> Iterator[tuple[str, torch.Tensor, int]]:
     """Names, tensors on the CPU, and how many elements of each are left out at its beginning."""
     torch.manual_seed(0)
-    for dtype in (*_FLOATS, *_INTEGERS):
+    for dtype in DTYPES:
         chunk = _CHUNK_BYTES // dtype.itemsize
         for numel in (*_FEW, chunk + _OVER):
             for offset in _OFFSETS:
                 yield f"{dtype} {numel} from {offset}", _random(numel + offset, dtype), offset
-    for dtype in _FLOATS:
+    for dtype in FLOATS:
         chunk = _CHUNK_BYTES // dtype.itemsize
         yield f"{dtype} a chunk of NaN", _random(chunk, dtype).fill_(math.nan), 0
         some = _random(2 * chunk + _OVER, dtype)

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from docs import blocks
+
 
 def render(report: dict[str, Any]) -> str:
     """The tables in Markdown, and under them what they were measured on."""
@@ -303,8 +305,7 @@ def _cuda_legend(report: dict[str, Any]) -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    rule = ("---", *("---:" for _ in head[1:]))
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *rows))
+    return blocks.table(head, rows, right=range(1, len(head)))
 
 
 def _legend(report: dict[str, Any]) -> str:

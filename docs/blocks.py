@@ -1,4 +1,4 @@
-"""Blocks of a page that a command writes: what it measured last, between two comments.
+"""What commands write into pages: tables, in blocks between two comments.
 
 <!-- benchmark:begin -->
 ...
@@ -7,7 +7,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], right: Collection[int] = ()) -> str:
+    """In Markdown; `right`: positions of the columns that are aligned there, as numbers are."""
+    rule = ["---:" if i in right else "---" for i in range(len(head))]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *rows))
 
 
 def _parts(text: str, block: str) -> tuple[str, str, str]:

@@ -24,7 +24,7 @@ import paramstats
 from paramstats import engine as engines
 from tests import oracle
 from tests.conftest import load_engine
-from tests.test_fake_cuda import DTYPES
+from tests.dtypes import DTYPES
 
 pytestmark = [
     pytest.mark.cuda,

@@ -29,6 +29,7 @@ from tests import oracle
 from tests.accuracy import adversarial, rational
 from tests.accuracy.test_bound import assert_within, state_of
 from tests.conftest import load_engine
+from tests.dtypes import DTYPES
 from tests.fake_cuda import building
 
 pytestmark = pytest.mark.skipif(
@@ -168,13 +169,6 @@ def test_whatever_needs_figures_waits_for_them(cuda, model, use):
     summary = paramstats.summarize(moved(model, cuda))
     use(summary)
     assert summary.ready()
-
-
-DTYPES = (
-    torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn,
-    torch.float8_e5m2, torch.int8, torch.uint8, torch.bool, torch.int16, torch.uint16, torch.int32,
-    torch.uint32, torch.int64, torch.uint64,
-)  # fmt: skip
 
 
 def test_every_type_by_one_launch(cuda):

@@ -57,9 +57,7 @@ def campaign(cases: int, first_seed: int, folder: Path) -> Worst:
     worst = Worst()
 
     def take(name: str, kind: str, chosen, tensor, on, truth) -> None:
-        state = state_of(chosen, on)
-        assert_within(kind, state, tensor, truth)
-        errors = bound.errors(state, truth, kind, tensor.dtype)
+        errors = assert_within(kind, state_of(chosen, on), tensor, truth)
         worst.take(name, tensor.dtype, errors)
         target(errors.worst_used, label=name)
 
@@ -90,25 +88,21 @@ def campaign(cases: int, first_seed: int, folder: Path) -> Worst:
 
 
 def shown(worst: Worst, cases: int, seconds: float) -> str:
-    lines = [
-        "| engine | sums in | states | mean, of rms | std | norm | of what the bound allows |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
+    rows = []
     for (name, lanes), of in worst.found.items():
         most = max(of["mean_used"], of["std_used"], of["norm_used"])
         errors = (of["mean_of_rms"], of["std"], of["norm"])
         # float64's are next to nothing, or those of values far from zero: see the bound's E.
         cells = [f"{e:.1e}" if lanes == "float32" else "-" for e in errors]
-        allowed = f"{most:.0%}"
-        row = [name, lanes, f"{worst.states[name, lanes]:,}", *cells, allowed]
-        lines.append(f"| {' | '.join(row)} |")
-    lines += [
-        "",
+        rows.append((name, lanes, f"{worst.states[name, lanes]:,}", *cells, f"{most:.0%}"))
+    head = ("engine", "sums in", "states", "mean, of rms", "std", "norm",
+            "of what the bound allows")  # fmt: skip
+    return (
+        f"{blocks.table(head, rows, right=range(2, 7))}\n\n"
         f"The worst of {cases:,} adversarial tensors, each against exact rational arithmetic; none "
         f"outside its bound. {cpu_name()}, torch {torch.__version__}, {date.today()}, "
-        f"{seconds / 60:.0f} minutes.",
-    ]
-    return "\n".join(lines)
+        f"{seconds / 60:.0f} minutes."
+    )
 
 
 def main() -> None:

@@ -7,26 +7,8 @@ import torch
 from hypothesis import strategies as st
 
 from paramstats import reference
+from tests.dtypes import FLOATS, INTEGERS
 
-FLOATS = [
-    torch.float64,
-    torch.float32,
-    torch.bfloat16,
-    torch.float16,
-    torch.float8_e4m3fn,
-    torch.float8_e5m2,
-]
-INTEGERS = [
-    torch.int8,
-    torch.uint8,
-    torch.int16,
-    torch.uint16,
-    torch.int32,
-    torch.uint32,
-    torch.int64,
-    torch.uint64,
-    torch.bool,
-]
 _LEAST, _MOST = 1e-140, 1e140
 """Between these docs/accuracy.md speaks of float64: their squares, and the sums of those, float64
 holds."""

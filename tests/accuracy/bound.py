@@ -10,21 +10,9 @@ import torch
 
 from paramstats.moments import Moments, finalize_finite
 from tests.accuracy.rational import Exact, root
+from tests.dtypes import DTYPES
 
-FLOAT32_LANES = frozenset(
-    {
-        torch.float32,
-        torch.bfloat16,
-        torch.float16,
-        torch.float8_e4m3fn,
-        torch.float8_e5m2,
-        torch.int8,
-        torch.uint8,
-        torch.int16,
-        torch.uint16,
-        torch.bool,
-    }
-)
+FLOAT32_LANES = frozenset({torch.float32, *(d for d in DTYPES if d.itemsize < 4)})
 """Element types that float32 holds exactly."""
 
 _U = 2.0**-24

@@ -9,16 +9,11 @@ import torch
 from torch import Tensor
 
 import paramstats
+from docs import blocks
 from tests.accuracy.rational import exact, root
 
 Figures = tuple[float, float, float]
 """Mean, std at correction 0, norm."""
-
-
-def _one_among(n: int) -> Tensor:
-    x = 1e-3 * torch.randn(n)
-    x[n // 2] = 1e4
-    return x
 
 
 NASTY: dict[str, Callable[[], Tensor]] = {
@@ -82,14 +77,11 @@ def rows() -> Iterator[tuple[str, dict[str, Figures]]]:
 
 
 def table() -> str:
-    lines = [
-        f"| relative error of mean, std, norm | {' | '.join(CONTESTANTS)} |",
-        f"| --- | {' | '.join('---' for _ in CONTESTANTS)} |",
-    ]
-    for name, errors in rows():
-        cells = (", ".join(map(_shown, errors[contestant])) for contestant in CONTESTANTS)
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    cells = (
+        (name, *(", ".join(map(_shown, errors[contestant])) for contestant in CONTESTANTS))
+        for name, errors in rows()
+    )
+    return blocks.table(("relative error of mean, std, norm", *CONTESTANTS), cells)
 
 
 def _shown(error: float) -> str:

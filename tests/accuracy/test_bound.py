@@ -35,7 +35,10 @@ def state_of(chosen: Engine, tensor: torch.Tensor) -> Moments:
     return moments.row(reference.finished(table, transfers), 0)
 
 
-def assert_within(name: str, state: Moments, tensor: torch.Tensor, truth: rational.Exact) -> None:
+def assert_within(
+    name: str, state: Moments, tensor: torch.Tensor, truth: rational.Exact
+) -> bound.Errors:
+    """How far the state is off, which is not too far."""
     found = bound.errors(state, truth, name, tensor.dtype)
     assert found.worst_used <= 1, found
     assert state.count == tensor.numel() and moments.finite_count(state) == truth.n
@@ -45,6 +48,7 @@ def assert_within(name: str, state: Moments, tensor: torch.Tensor, truth: ration
     wide = wide[wide.isfinite()]
     assert (state.min, state.max) == (wide.min().item(), wide.max().item())
     assert state.m2 == 0 if state.min == state.max else state.m2 > 0
+    return found
 
 
 @given(adversarial.tensors())

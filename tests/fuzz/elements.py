@@ -60,8 +60,6 @@ DTYPES = {
 }
 """How the bits of each type lie in memory, and what makes them values where numpy does not know."""
 
-NARROW = [dtype for dtype in DTYPES if dtype.itemsize < 4]
-
 _POOL = np.random.RandomState(0).bytes(1 << 22)
 _NORMAL = np.random.RandomState(1).standard_normal(1 << 18)
 
@@ -208,9 +206,6 @@ class Expected:
         spread, right = math.sqrt(m2 / n), math.sqrt(self.m2 / n)
         slack = STD_TOLERANCE * right + ROUNDING * abs(self.mean)
         assert abs(spread - right) <= slack + (SMALL if largest < 1e-140 else 0), (row, self)
-
-
-EDGES = (4096, 16384, 131072)
 
 
 def a_size(rng: random.Random) -> int:

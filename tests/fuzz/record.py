@@ -6,17 +6,15 @@ import datetime
 import os
 import platform
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 import paramstats
+from benches.hardware import cpu_name
 from docs import blocks
 from paramstats import engine as engines
-
-if TYPE_CHECKING:
-    from tests.fuzz.campaign import Tally
-    from tests.fuzz.memory import Growth
+from tests.fuzz.campaign import Tally
+from tests.fuzz.memory import Growth
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "robustness.md"
 WHAT = {
@@ -29,50 +27,40 @@ WHAT = {
 
 
 def text(tallies: dict[str, Tally], growths: list[Growth], seconds: float) -> str:
-    lines = [
-        "| kind | what | executions | crashes | hangs | wrong | seconds |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for kind, t in tallies.items():
-        lines.append(
-            f"| {kind} | {WHAT[kind]} | {t.executions:,} | {t.crashes} | {t.hangs} | {t.wrong} | "
-            f"{t.seconds:.0f} |"
-        )
     executions, crashes, hangs, wrong = (
         sum(getattr(t, field) for t in tallies.values())
         for field in ("executions", "crashes", "hangs", "wrong")
     )
-    lines += [
-        f"| all | two processes at a time, then memory | {executions:,} | {crashes} | {hangs} | "
-        f"{wrong} | {seconds:.0f} |",
-        "",
-        "| memory, by the path of a call | calls | more MiB | more Python memory blocks | "
-        "more references | more cached layouts |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for g in growths:
-        lines.append(
-            f"| {g.path} | {g.calls:,} | {g.mebibytes:.2f} | {g.blocks} | {g.references} | "
-            f"{g.layouts} |"
-        )
+    everything = Tally(executions, crashes, hangs, wrong, seconds)
+    rows = [(kind, WHAT[kind], t) for kind, t in tallies.items()]
+    rows.append(("all", "two processes at a time, then memory", everything))
+    tallied = blocks.table(
+        ("kind", "what", "executions", "crashes", "hangs", "wrong", "seconds"),
+        [
+            (kind, what, f"{t.executions:,}", *map(str, (t.crashes, t.hangs, t.wrong)),
+             f"{t.seconds:.0f}")
+            for kind, what, t in rows
+        ],
+        right=range(2, 7),
+    )  # fmt: skip
+    grown = blocks.table(
+        ("memory, by the path of a call", "calls", "more MiB", "more Python memory blocks",
+         "more references", "more cached layouts"),
+        [
+            (g.path, f"{g.calls:,}", f"{g.mebibytes:.2f}",
+             *map(str, (g.blocks, g.references, g.layouts)))
+            for g in growths
+        ],
+        right=range(1, 6),
+    )  # fmt: skip
     levels = ", ".join(engines.engine().native.simd_levels())
-    lines += [
-        "",
-        f"{datetime.date.today():%Y-%m-%d} on {_processor()}, {os.cpu_count()} cores; paramstats "
+    made_on = (
+        f"{datetime.date.today():%Y-%m-%d} on {cpu_name()}, {os.cpu_count()} cores; paramstats "
         f"{paramstats.__version__} (SIMD levels {levels}), torch {torch.__version__}, Python "
-        f"{platform.python_version()}.",
-    ]
-    return "\n".join(lines)
+        f"{platform.python_version()}."
+    )
+    return f"{tallied}\n\n{grown}\n\n{made_on}"
 
 
 def write(content: str) -> None:
     blocks.write(PAGE, "fuzz", content)
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()

@@ -14,9 +14,9 @@ import torch
 import paramstats
 from paramstats import engine as engines
 from tests.fuzz.elements import DTYPES, Elements, Expected, some
+from tests.fuzz.modules import ENGINES
 
 NAMES = ("w", "a.b", "a.b.c", "ü", "\n", "", ".", "\0", "\ud800", "total", "x" * 300, "{kind}")
-ENGINES = tuple(engines.choose(name) for name in ("native", "reference"))
 BAD_ARGUMENTS: tuple[dict[str, Any], ...] = (
     {"correction": math.nan}, {"correction": 10**400}, {"correction": torch.ones(2)},
     {"correction": "1"}, {"grad_scale": 0}, {"grad_scale": -1.0}, {"grad_scale": math.inf},

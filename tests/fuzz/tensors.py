@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import random
-import struct
 import threading
 
 import torch
 
 from paramstats import engine as engines
+from paramstats.moments import ABSENT, ROW
 from tests.fuzz.elements import Elements, some
 
-ROW = struct.Struct("=5q4d")  # counts; mean, m2, min, max
-ABSENT = -1
 SMALL_STACK = 128 * 1024  # numpy, which checks there, needs more than the kernels
 
 

@@ -74,44 +74,37 @@ def _line(outcome: Outcome) -> str:
 
 def page(outcomes: Sequence[Outcome], minutes: float) -> str:
     """What docs/compatibility.md shows of a run: a table for each theme, messages, versions."""
-    lines: list[str] = []
+    parts: list[str] = []
     for theme, title in THEMES.items():
-        lines += [
-            f"## {title}\n",
-            "| what | native | reference | tensors | |",
-            "| --- | --- | --- | ---: | --- |",
-        ]
-        for outcome in outcomes:
-            if outcome.row.theme == theme:
-                said = [outcome.of(engine) for engine in ("native", "reference")]
-                if outcome.not_run:
-                    said = ["not run", "not run"]
-                compared = max(outcome.compared.values(), default=0)
-                tensors = f"{compared:,}" if compared else ""
-                remark = outcome.not_run or outcome.remark
-                cells = [outcome.row.title, *said, tensors, remark]
-                lines.append(f"| {' | '.join(cells)} |")
-        lines.append("")
-    lines += [
-        "## What is refused or skipped, and its message\n",
-        "| what | message |",
-        "| --- | --- |",
+        rows = [_cells(outcome) for outcome in outcomes if outcome.row.theme == theme]
+        table = blocks.table(("what", "native", "reference", "tensors", ""), rows, right=[3])
+        parts += [f"## {title}", table]
+    messages = [
+        (outcome.row.title, f"{kind}: `{text}`")
+        for outcome in outcomes
+        for kind, _, text in (message.partition(": ") for message in outcome.messages)
     ]
-    for outcome in outcomes:
-        for message in outcome.messages:
-            kind, _, text = message.partition(": ")
-            lines.append(f"| {outcome.row.title} | {kind}: `{text}` |")
+    parts.append("## What is refused or skipped, and its message")
+    parts.append(blocks.table(("what", "message"), messages))
     run = [outcome for outcome in outcomes if not outcome.not_run]
     compared = sum(max(outcome.compared.values(), default=0) for outcome in run)
     versions = [f"{name} {version}" for name in LIBRARIES if (version := _version(name))]
-    lines += [
-        "",
+    parts.append(
         f"{len(run)} of {len(outcomes)} rows run, {compared:,} tensors compared by each engine, in "
         f"{minutes:.0f} min: paramstats {paramstats.__version__}, Python "
         f"{platform.python_version()}, {platform.system()} on {platform.machine()}, "
-        f"{', '.join(versions)}; {datetime.date.today().isoformat()}.",
-    ]
-    return "\n".join(lines)
+        f"{', '.join(versions)}; {datetime.date.today().isoformat()}."
+    )
+    return "\n\n".join(parts)
+
+
+def _cells(outcome: Outcome) -> tuple[str, ...]:
+    said = ["not run"] * 2
+    if not outcome.not_run:
+        said = [outcome.of(engine) for engine in ("native", "reference")]
+    compared = max(outcome.compared.values(), default=0)
+    tensors = f"{compared:,}" if compared else ""
+    return (outcome.row.title, *said, tensors, outcome.not_run or outcome.remark)
 
 
 def _version(distribution: str) -> str | None:
