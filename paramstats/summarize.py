@@ -17,7 +17,8 @@ from paramstats.engine import Engine, engine
 from paramstats.interrupts import let_through
 from paramstats.layout import Layout, Patterns, compile_patterns
 from paramstats.sharding import Shard, refuse_shards
-from paramstats.summary import Summary, warn_once
+from paramstats.skipped import warn_once
+from paramstats.summary import Summary
 from paramstats.untraced import unseen, untraced
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ def stats_of(tensor: torch.Tensor) -> paramstats.ParamStats:
 
 @pytest.fixture(autouse=True)
 def _no_warnings():
-    paramstats.summary._warned.clear()  # each test gets its own
+    paramstats.skipped._warned.clear()  # each test gets its own
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", message="Sparse (CSR|CSC|BSR|BSC)")  # torch: beta
@@ -527,7 +527,7 @@ def test_a_key_that_empties_its_list(native):
 
 def test_reasons_for_not_reading_do_not_pile_up(engine):
     warnings.simplefilter("ignore")
-    warned = paramstats.summary._warned
+    warned = paramstats.skipped._warned
     warned.clear()
     try:
         for size in range(1, 1200):

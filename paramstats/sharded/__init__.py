@@ -23,7 +23,8 @@ from paramstats.sharded.groups import group_aside, group_of
 from paramstats.sharded.offer import FailedOffer, Offer
 from paramstats.sharded.pieces import Placings, held
 from paramstats.sharded.wrappers import unwrapped
-from paramstats.summary import Summary, warn_once
+from paramstats.skipped import warn_once
+from paramstats.summary import Summary
 from paramstats.untraced import untraced
 
 __all__ = ["Call", "summarize_local", "summarize_together"]

@@ -190,7 +190,7 @@ def _nothing_changes(entries: Sequence[Entry]) -> Iterator[None]:
 @contextlib.contextmanager
 def _warnings_of(skipped: Mapping[str, str]) -> Iterator[None]:
     """No warning but the one for each kind of what is skipped."""
-    paramstats.summary._warned.clear()
+    paramstats.skipped._warned.clear()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield
