@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benches.tables import in_order, size_and_dtype
+from benches.tables.cpu import in_order, size_and_dtype
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

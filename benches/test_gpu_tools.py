@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from benches import compiling, gpu_check, sanitizer_case, test_device_memory
+from benches import compiling, sanitizer_case, test_device_memory
 from benches.exact import exact, worst_errors
+from benches.gpu_check.running import Outcome, Step, run
+from benches.gpu_check.steps import BUDGET, sanitizer_options
 from benches.on_gpu import launches, training
 from benches.on_gpu.__main__ import PARTS
 from benches.on_gpu.small_tensors import small_tensors
@@ -92,9 +94,9 @@ def test_a_compiler_that_takes_too_long_is_stopped() -> None:
     assert compiling.why_not_compiled(lambda: None, 1) is None
 
 
-def _run(tmp_path: Path, code: str, limit: float = 20, **more: Any) -> gpu_check.Outcome:
-    step = gpu_check.Step("step", (sys.executable, "-c", code), limit, **more)
-    return gpu_check.run(step, gpu_check.BUDGET, tmp_path / "log", os.environ)
+def _run(tmp_path: Path, code: str, limit: float = 20, **more: Any) -> Outcome:
+    step = Step("step", (sys.executable, "-c", code), limit, **more)
+    return run(step, BUDGET, tmp_path / "log", os.environ)
 
 
 def test_steps_end_as_they_end(tmp_path: Path) -> None:
@@ -117,6 +119,6 @@ def test_a_step_is_interrupted_then_killed(tmp_path: Path) -> None:
 
 
 def test_sanitizer_options_are_those_it_has() -> None:
-    assert gpu_check.sanitizer_options("") == ()
-    options = gpu_check.sanitizer_options("  --kernel-name arg\n  --kernel-regex arg")
+    assert sanitizer_options("") == ()
+    options = sanitizer_options("  --kernel-name arg\n  --kernel-regex arg")
     assert options == ("--kernel-name", "kns=paramstats")
