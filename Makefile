@@ -35,7 +35,7 @@ $(VENV)/installed: $(VENV)/torch setup.py $(NATIVE)
 	@touch $@
 
 demo: $(VENV)/installed  ## train on real data; show the tables, and the speed beside the loop's
-	$(BIN)/python -m paramstats demo
+	$(BIN)/python examples/demo.py
 
 test: $(VENV)/installed test-cpp test-cuda-shim  ## run all tests, C++ and Python
 	$(BIN)/python -m pytest --quiet
@@ -108,7 +108,7 @@ count:  ## hold the kernels' instructions for an element to limits (valgrind)
 	$(CXX) -std=c++17 -O3 -Wall -Wextra tests/cpp/one_kernel.cpp csrc/cpu/*.cpp -o build/cpp/one_kernel
 	$(PYTHON) tests/count_instructions.py
 
-cuda-compile:  ## compile the CUDA engine for every architecture; fails on spills (nvcc)
+cuda-compile:  ## compile the CUDA backend for every architecture; fails on spills (nvcc)
 	$(PYTHON) tests/cuda_compile.py
 
 gpu-check:  ## build, test and measure on a GPU, 10 minutes; writes build/gpu-check

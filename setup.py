@@ -1,6 +1,6 @@
-"""Builds the native engines against the torch that is installed, or does without them.
+"""Builds the native backends against the torch that is installed, or does without them.
 
-The engines are accelerators: where the CPU's cannot be built (no compiler, no torch at build time),
+The backends are accelerators: where the CPU's cannot be built (no compiler, no torch at build time),
 the package installs as pure Python; where CUDA's cannot (no nvcc, a torch without CUDA), without
 that; `paramstats.backend()` says why. PARAMSTATS_STRICT_BUILD=1 makes
 a failure an error; PARAMSTATS_NO_NATIVE=1 does not try.
@@ -44,7 +44,7 @@ def import_torch():
 
     pip builds in an environment of its own that hides the user's site-packages but runs the user's
     interpreter, so they are still found by their path. Listing torch as a build requirement would
-    build against another torch than the one the engine is to run with.
+    build against another torch than the one the backend is to run with.
     """
     try:
         import torch
@@ -56,7 +56,7 @@ def import_torch():
 
 
 class Outcome:
-    """What became of the engines; the installed package reads it to explain itself."""
+    """What became of the backends; the installed package reads it to explain itself."""
 
     def __init__(self):
         self.record = {
@@ -70,12 +70,12 @@ class Outcome:
             "machine": platform.machine(),
         }
 
-    def failed(self, engine, reason):
-        """`engine`, "native" or "cuda", could not be built."""
-        self.record["reason" if engine == "native" else "cuda_reason"] = reason
+    def failed(self, backend, reason):
+        """`backend`, "native" or "cuda", could not be built."""
+        self.record["reason" if backend == "native" else "cuda_reason"] = reason
         if STRICT:
             sys.exit(f"paramstats: PARAMSTATS_STRICT_BUILD is set and {reason}")
-        print(f"paramstats: installing without the {engine} engine: {reason}", file=sys.stderr)
+        print(f"paramstats: installing without the {backend} backend: {reason}", file=sys.stderr)
 
     def save(self, package):
         package.mkdir(parents=True, exist_ok=True)
@@ -135,7 +135,7 @@ def told(error):
 
 
 def cuda_extension(outcome, torch):
-    """The CUDA engine as a module of its own, or None where there is nothing to build it with."""
+    """The CUDA backend as a module of its own, or None where there is nothing to build it with."""
     home = cuda_home()
     if torch.version.cuda is None or home is None:
         outcome.record["cuda_reason"] = (
@@ -166,7 +166,7 @@ def cuda_extension(outcome, torch):
 
 
 def extensions(outcome):
-    """(ext_modules, build_ext command) for the engines; ([], None) where none can be tried."""
+    """(ext_modules, build_ext command) for the backends; ([], None) where none can be tried."""
     if UNWANTED:
         outcome.failed("native", "PARAMSTATS_NO_NATIVE was set")
         return [], None
@@ -191,7 +191,7 @@ def extensions(outcome):
                 package = Path(self.build_lib) / "paramstats"
             wanted, built = self.extensions, []
             for extension in wanted:
-                engine = extension.name.rpartition("._")[2]
+                backend = extension.name.rpartition("._")[2]
                 self.extensions, self.inplace, self.compiler = [extension], inplace, compiler
                 places = [
                     Path(self.get_ext_fullpath(extension.name)),
@@ -205,11 +205,11 @@ def extensions(outcome):
                 except (Exception, SystemExit) as e:
                     error = told(e)
                 if any(place.exists() for place in places):
-                    outcome.record[engine] = True
+                    outcome.record[backend] = True
                     built.append(extension)
                 else:
                     outcome.failed(
-                        engine, f"it could not be compiled ({error}; pip install -v . shows more)"
+                        backend, f"it could not be compiled ({error}; pip install -v . shows more)"
                     )
             wanted[:] = built  # so that nothing later looks for the other files
             self.extensions = wanted

@@ -145,7 +145,7 @@ def _draw_shares(
 
 
 def _draw_added(axes: Axes, title: str, tools: list[tuple[str, float, float, bool]]) -> None:
-    """A bar for each tool, with its name and its figures."""
+    """A bar for each tool, with its name and its statistics."""
     widest = max(seconds for _, seconds, _, _ in tools)
     for y, (name, seconds, more, ours) in enumerate(tools):
         axes.barh(y, max(seconds, 0), 0.72, color=_OURS if ours else _OTHERS)

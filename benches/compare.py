@@ -77,7 +77,7 @@ def copy_present(folder: Path) -> Path:
 
 
 def build(tree: Path) -> None:
-    """The native engine, in place; there is nothing to compare without it."""
+    """The native backend, in place; there is nothing to compare without it."""
     environment = {**os.environ, "PARAMSTATS_STRICT_BUILD": "1"}
     environment.pop("PYTHONPATH", None)
     done = subprocess.run(
@@ -92,8 +92,8 @@ def build(tree: Path) -> None:
         sys.exit(f"benches.compare: {tree.name} does not build:\n{(done.stdout + done.stderr)}")
 
 
-def same_engine(one: Path, other: Path) -> bool:
-    """Whether both trees' engines are built from the same files."""
+def same_backend(one: Path, other: Path) -> bool:
+    """Whether both trees' backends are built from the same files."""
     return _files(one, _BUILT_FROM) == _files(other, _BUILT_FROM)
 
 
@@ -133,8 +133,8 @@ class Process:
         )
         hello = self._answer()
         package = (tree / "paramstats").resolve()
-        if Path(hello["package"]).resolve() != package or hello["engine"] != "native":
-            sys.exit(f"benches.compare: expected the native engine of {package}, got {hello}")
+        if Path(hello["package"]).resolve() != package or hello["backend"] != "native":
+            sys.exit(f"benches.compare: expected the native backend of {package}, got {hello}")
 
     def __enter__(self) -> Process:
         return self
@@ -166,9 +166,11 @@ def measure_pair(trees: tuple[Path, Path], cases: Sequence[str], turns: int) -> 
     with Process(trees[0]) as base, Process(trees[1]) as now:
         found = []
         for case in cases:
-            figures = [process.ask(build=case)["figures"] for process in (base, now)]
-            if not _same_figures(*figures):
-                sys.exit(f"benches.compare: {case}: expected {figures[0]} again, got {figures[1]}")
+            statistics = [process.ask(build=case)["statistics"] for process in (base, now)]
+            if not _same_figures(*statistics):
+                sys.exit(
+                    f"benches.compare: {case}: expected {statistics[0]} again, got {statistics[1]}"
+                )
             seconds = []
             for turn in range(turns):
                 order = (base, now) if turn % 2 == 0 else (now, base)
@@ -264,7 +266,7 @@ def main() -> int:
         now = copy_present(Path(temporary) / "now")
         print(f"building {revision}", flush=True)
         build(base)
-        if same_engine(base, now):
+        if same_backend(base, now):
             print("the present tree's C++ is the same: not built again", flush=True)
             if same_python(base, now):
                 print("and so is its Python: what differs below is noise", flush=True)

@@ -27,7 +27,7 @@ _WARM_SECONDS = 0.005
 """At the start of a turn, when the other worker's threads may be awake and its data in cache."""
 
 _ROUNDS = 7
-"""Of a turn, whose figure is their median: one interrupt makes none."""
+"""Of a turn, whose statistic is their median: one interrupt makes none."""
 
 
 def _tiny_mlp() -> Any:
@@ -76,7 +76,7 @@ class Worker:
         self._iterations = 1
 
     def build(self, case: str) -> dict[str, Any]:
-        """The total's figures, for both trees must find the same."""
+        """The total's statistics, for both trees must find the same."""
         self._source = None  # before the next one is made
         build, threads = CASES[case]
         torch.manual_seed(0)
@@ -90,7 +90,7 @@ class Worker:
             calls += 1
         self._iterations = max(1, round(_TURN_SECONDS / _ROUNDS / (seconds / calls)))
         shares = [total.mean / total.rms, total.std / total.rms, total.zero_fraction]
-        return {"figures": [*shares, total.rms, total.min, total.max]}
+        return {"statistics": [*shares, total.rms, total.min, total.max]}
 
     def turn(self) -> dict[str, Any]:
         """Seconds a call."""
@@ -109,7 +109,7 @@ class Worker:
 
 def main() -> None:
     backend = paramstats.backend()
-    print(json.dumps({"package": str(Path(paramstats.__file__).parent), "engine": backend.cpu}))
+    print(json.dumps({"package": str(Path(paramstats.__file__).parent), "backend": backend.cpu}))
     sys.stdout.flush()
     worker = Worker()
     for line in sys.stdin:

@@ -1,4 +1,4 @@
-"""Options and fixtures of the benchmarks: the device, the threads, the engine, and how to time."""
+"""Options and fixtures of the benchmarks: the device, the threads, the backend, and how to time."""
 
 from __future__ import annotations
 
@@ -72,17 +72,17 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 @pytest.fixture
 def use_engine(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> Callable[[str], None]:
-    """Forces an engine of paramstats until the test is over; skips the test where it is missing,
+    """Forces an backend of paramstats until the test is over; skips the test where it is missing,
     so that nothing runs under another's name."""
 
     def use(name: str) -> None:
         try:
-            chosen = paramstats.engine.choose(name)
+            chosen = paramstats._core.backend.choose(name)
         except RuntimeError as missing:
             pytest.skip(str(missing))
-        monkeypatch.setattr(paramstats.engine, "_engine", chosen)
+        monkeypatch.setattr(paramstats._core.backend, "_active", chosen)
         if device.type == "cuda" and paramstats.backend().cuda != name:
-            pytest.skip(f"CUDA tensors have the {paramstats.backend().cuda} engine")
+            pytest.skip(f"CUDA tensors have the {paramstats.backend().cuda} backend")
 
     return use
 

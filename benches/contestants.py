@@ -1,7 +1,7 @@
-"""The things that are timed, each a function of a model, all for the same figures.
+"""The things that are timed, each a function of a model, all for the same statistics.
 
-They return the figures as whoever calls them would take them. What makes them comparable for the
-check, `Contestant.figures`, is not timed.
+They return the statistics as whoever calls them would take them. What makes them comparable for the
+check, `Contestant.statistics`, is not timed.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ import torch
 from torch import nn
 
 import paramstats
-from benches.exact import PARAMSTATS, TORCH, Figures, Tolerances
+from benches.exact import PARAMSTATS, TORCH, Statistics, Tolerances
 
 Tensors = Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """One way to get at the figures of every parameter and gradient."""
+    """One way to get at the statistics of every parameter and gradient."""
 
     name: str
     run: Callable[[nn.Module], Any]
-    figures: Callable[[Any], dict[str, Figures]]
+    statistics: Callable[[Any], dict[str, Statistics]]
     """What `run` returned, by `models.tensors`' names."""
     tolerances: Tolerances
-    engine: str | None = None
-    """The engine that paramstats must run on."""
+    backend: str | None = None
+    """The backend that paramstats must run on."""
     queues: bool = False
     """Whether it returns before a GPU is done, so that the GPU's own time can be told."""
     compiles: bool = False
@@ -45,8 +45,8 @@ class Contestant:
 # ---- what paramstats replaces -------------------------------------------------------------------
 
 
-def item_loop(model: nn.Module) -> dict[str, Figures]:
-    log: dict[str, Figures] = {}
+def item_loop(model: nn.Module) -> dict[str, Statistics]:
+    log: dict[str, Statistics] = {}
     for name, p in model.named_parameters():
         log[name] = (
             p.mean().item(), p.std().item(), p.norm().item(), (p == 0).float().mean().item()
@@ -67,17 +67,17 @@ item_loop_no_grad = torch.no_grad()(item_loop)
 
 @torch.no_grad()
 def four_of_each(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """A row of figures for each tensor, on its device, without a wait; zeros are counted without
+    """A row of statistics for each tensor, on its device, without a wait; zeros are counted without
     the loop's two temporaries."""
-    figures = []
+    statistics = []
     for tensor in tensors:
         t = tensor.float() if tensor.element_size() == 1 else tensor  # torch has no mean of bytes
         zero_fraction = (t.numel() - t.count_nonzero()) / t.numel()
-        figures += [t.mean(), t.std(), t.norm(), zero_fraction]
-    return torch.stack(figures).view(-1, 4)
+        statistics += [t.mean(), t.std(), t.norm(), zero_fraction]
+    return torch.stack(statistics).view(-1, 4)
 
 
-def batched_torch(model: nn.Module) -> dict[str, Figures]:
+def batched_torch(model: nn.Module) -> dict[str, Statistics]:
     """One wait for all."""
     names, tensors = _named_tensors(model)
     return by_name(names, four_of_each(tensors))
@@ -89,20 +89,20 @@ def compiled_four_of_each() -> Callable[[list[torch.Tensor]], torch.Tensor]:
     return torch.compile(four_of_each, dynamic=False)
 
 
-def compiled_torch(model: nn.Module) -> dict[str, Figures]:
+def compiled_torch(model: nn.Module) -> dict[str, Statistics]:
     """The same, each tensor's four reductions fused as torch's compiler can."""
     names, tensors = _named_tensors(model)
     return by_name(names, compiled_four_of_each()(tensors))
 
 
-def by_name(names: list[str], rows: torch.Tensor) -> dict[str, Figures]:
+def by_name(names: list[str], rows: torch.Tensor) -> dict[str, Statistics]:
     """The one transfer."""
     return {name: tuple(row) for name, row in zip(names, rows.tolist(), strict=True)}
 
 
 @torch.no_grad()
 def foreach_norm_only(model: nn.Module) -> dict[str, float]:
-    """One figure of the four."""
+    """One statistic of the four."""
     names, tensors = _named_tensors(model)
     norms = torch.stack(torch._foreach_norm(tensors)).tolist()
     return dict(zip(names, norms, strict=True))
@@ -118,27 +118,27 @@ def _named_tensors(model: nn.Module) -> tuple[list[str], list[torch.Tensor]]:
     return names, tensors
 
 
-def _only_norms(norms: dict[str, float]) -> dict[str, Figures]:
+def _only_norms(norms: dict[str, float]) -> dict[str, Statistics]:
     return {name: (None, None, norm, None) for name, norm in norms.items()}
 
 
 # ---- other libraries -----------------------------------------------------------------------------
 
 
-def numpy_views(model: nn.Module) -> dict[str, Figures]:
+def numpy_views(model: nn.Module) -> dict[str, Statistics]:
     """NumPy's own reductions of the tensors' memory, without a copy."""
     import numpy as np
 
-    figures: dict[str, Figures] = {}
+    statistics: dict[str, Statistics] = {}
     for name, tensor in zip(*_named_tensors(model), strict=True):
         x = tensor.detach().numpy().ravel()
-        figures[name] = (
+        statistics[name] = (
             float(x.mean()),
             float(x.std(ddof=1)),
             float(np.linalg.norm(x)),
             1 - np.count_nonzero(x) / x.size,
         )
-    return figures
+    return statistics
 
 
 def _why_not_numpy(tensors: Tensors) -> str | None:
@@ -162,20 +162,20 @@ error would be seen."""
 _LOVELY_FIGURES = re.compile(r"\u03bc=(\S+) \u03c3=(\S+)")
 
 
-def _from_lines(lines: dict[str, str]) -> dict[str, Figures]:
-    figures: dict[str, Figures] = {}
+def _from_lines(lines: dict[str, str]) -> dict[str, Statistics]:
+    statistics: dict[str, Statistics] = {}
     for name, line in lines.items():
         found = _LOVELY_FIGURES.search(line)
         assert found or "all_zeros" in line, line
-        mean, std = (_printed(figure) for figure in found.groups()) if found else (0.0, 0.0)
-        figures[name] = (mean, std, None, None)
-    return figures
+        mean, std = (_printed(statistic) for statistic in found.groups()) if found else (0.0, 0.0)
+        statistics[name] = (mean, std, None, None)
+    return statistics
 
 
-def _printed(figure: str) -> float | None:
+def _printed(statistic: str) -> float | None:
     """None for "0.002" and the like, of which too little is left to be checked."""
-    value = float(figure)
-    return None if "e" not in figure and abs(value) < 0.01 else value
+    value = float(statistic)
+    return None if "e" not in statistic and abs(value) < 0.01 else value
 
 
 def _why_not_lovely(tensors: Tensors) -> str | None:
@@ -196,30 +196,30 @@ def scalars(model: nn.Module) -> dict[str, float]:
     return paramstats.summarize(model).scalars(totals=False)
 
 
-def from_summary(summary: paramstats.Summary) -> dict[str, Figures]:
-    figures = {}
+def from_summary(summary: paramstats.Summary) -> dict[str, Statistics]:
+    statistics = {}
     for name, entry in summary.items():
-        figures[name] = _four(entry)
+        statistics[name] = _four(entry)
         if entry.grad is not None:
-            figures[f"{name}.grad"] = _four(entry.grad)
-    return figures
+            statistics[f"{name}.grad"] = _four(entry.grad)
+    return statistics
 
 
-def _four(stats: paramstats.TensorStats) -> Figures:
+def _four(stats: paramstats.TensorStats) -> Statistics:
     return stats.mean, stats.std, stats.norm, stats.zero_fraction
 
 
-def from_scalars(values: dict[str, float]) -> dict[str, Figures]:
-    figures: dict[str, list[float]] = {}
+def from_scalars(values: dict[str, float]) -> dict[str, Statistics]:
+    statistics: dict[str, list[float]] = {}
     for key, value in values.items():  # mean, std, norm and zero_fraction of a tensor in a row
         kind_and_stat, _, name = key.partition("/")
         kind = kind_and_stat.partition("_")[0]
-        figures.setdefault(f"{name}.grad" if kind == "grad" else name, []).append(value)
-    return {name: (four[0], four[1], four[2], four[3]) for name, four in figures.items()}
+        statistics.setdefault(f"{name}.grad" if kind == "grad" else name, []).append(value)
+    return {name: (four[0], four[1], four[2], four[3]) for name, four in statistics.items()}
 
 
-def _as_it_is(figures: dict[str, Figures]) -> dict[str, Figures]:
-    return figures
+def _as_it_is(statistics: dict[str, Statistics]) -> dict[str, Statistics]:
+    return statistics
 
 
 CONTESTANTS = (

@@ -1,4 +1,4 @@
-"""The figures in float64 torch by their definition, and how far a contestant may be off."""
+"""The statistics in float64 torch by their definition, and how far a contestant may be off."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-Figures = tuple[float | None, float | None, float | None, float | None]
+Statistics = tuple[float | None, float | None, float | None, float | None]
 """mean, std, norm and zero fraction; None where a contestant does not give one."""
 
 _CHUNK = 1 << 20
@@ -17,7 +17,7 @@ _CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class Exact:
-    """The figures of one tensor."""
+    """The statistics of one tensor."""
 
     mean: float
     std: float
@@ -68,18 +68,18 @@ def exact(tensor: torch.Tensor) -> Exact:
 
 
 def worst_errors(
-    figures: Mapping[str, Figures], expected: Mapping[str, Exact], tolerances: Tolerances
+    statistics: Mapping[str, Statistics], expected: Mapping[str, Exact], tolerances: Tolerances
 ) -> dict[str, float]:
-    """The largest error of each figure, in the units of `Tolerances`, over all tensors.
+    """The largest error of each statistic, in the units of `Tolerances`, over all tensors.
 
-    Raises AssertionError with tensor and figure where one is too large or a tensor is missing.
+    Raises AssertionError with tensor and statistic where one is too large or a tensor is missing.
     """
-    assert figures.keys() == expected.keys(), figures.keys() ^ expected.keys()
+    assert statistics.keys() == expected.keys(), statistics.keys() ^ expected.keys()
     worst: dict[str, float] = {}
-    for name, (mean, std, norm, zero_fraction) in figures.items():
+    for name, (mean, std, norm, zero_fraction) in statistics.items():
         want = expected[name]
         rounding = tolerances.roundings * _last_place(want.dtype) / 2
-        for figure, got, right, unit, allowed in (
+        for statistic, got, right, unit, allowed in (
             ("mean", mean, want.mean, want.rms, tolerances.mean + rounding),
             ("std", std, want.std, want.std, tolerances.std + rounding),
             ("norm", norm, want.norm, want.norm, tolerances.norm + rounding),
@@ -89,9 +89,9 @@ def worst_errors(
                 continue
             off = abs(got - right)
             assert off <= allowed * unit, (
-                f"{figure} of '{name}': expected {right!r} +- {allowed * unit:.1e}, got {got!r}"
+                f"{statistic} of '{name}': expected {right!r} +- {allowed * unit:.1e}, got {got!r}"
             )
-            worst[figure] = max(worst.get(figure, 0.0), off / unit if off else 0.0)
+            worst[statistic] = max(worst.get(statistic, 0.0), off / unit if off else 0.0)
     return worst
 
 

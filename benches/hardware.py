@@ -56,7 +56,7 @@ def _times() -> tuple[float, float] | None:
 
 
 def describe(device: str) -> dict[str, Any]:
-    """Hardware, versions, engine and date, ready for JSON; nothing that names the machine."""
+    """Hardware, versions, backend and date, ready for JSON; nothing that names the machine."""
     on_gpu = device == "cuda" and torch.cuda.is_available()
     gpu = _gpu() if on_gpu else {}
     backend = paramstats.backend()  # which knows more of a device that is in use
@@ -75,7 +75,7 @@ def describe(device: str) -> dict[str, Any]:
             "torch": backend.torch,
             "python": platform.python_version(),
         },
-        "engine": backend.cuda if device == "cuda" else backend.cpu,
+        "backend": backend.cuda if device == "cuda" else backend.cpu,
         "simd": backend.simd,
     }
 

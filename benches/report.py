@@ -8,7 +8,7 @@
     python -m benches.report --json FILE ... --step-cost FILE   takes what both of them wrote
     python -m benches.report --json FILE ... --on-gpu FILE      the same for a GPU
 
-Of several runs, each figure is the median of their medians, spread and company the worst; the
+Of several runs, each statistic is the median of their medians, spread and company the worst; the
 training steps are measured once.
 The tables go between two lines of README.md, <!-- benchmark:begin --> and <!-- benchmark:end -->
 (benchmark-cuda for a run on CUDA).
@@ -66,7 +66,7 @@ def run_module(module: str) -> dict[str, Any] | None:
 
 def joined(report: Report, other: dict[str, Any]) -> Report:
     """One report of both, of the same machine and versions."""
-    for key in ("hardware", "versions", "engine"):
+    for key in ("hardware", "versions", "backend"):
         if report[key] != other[key]:
             sys.exit(f"benches.report: expected both on one machine, got another {key}")
     if "parts" in other:

@@ -3,7 +3,7 @@
     compute-sanitizer --tool memcheck python -m benches.sanitizer_case
 
 Every tensor is made on the CPU and copied over, so that no kernels but paramstats' run, and what
-they read is known to be written. Figures are compared with the CPU's.
+they read is known to be written. Statistics are compared with the CPU's.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def model(device: torch.device) -> nn.Module:
 
 
 def differences(name: str, got: paramstats.TensorStats, want: paramstats.TensorStats) -> list[str]:
-    """Counts and extremes are the same; the rest is what either engine promises of the truth."""
+    """Counts and extremes are the same; the rest is what either backend promises of the truth."""
     found = []
     for stat in ("count", "zero_count", "nan_count", "pos_inf_count", "neg_inf_count"):
         if getattr(got, stat) != getattr(want, stat):
@@ -119,11 +119,11 @@ def main() -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         print("benches.sanitizer_case: no CUDA device", file=sys.stderr)
         return 2
-    engine = getattr(paramstats.backend(), options.device)
+    backend = getattr(paramstats.backend(), options.device)
     found = check(torch.device(options.device))
     for difference in found[:20]:
         print(difference)
-    print(f"{options.device}, {engine} engine: {len(found)} differences")
+    print(f"{options.device}, {backend} backend: {len(found)} differences")
     return 1 if found else 0
 
 

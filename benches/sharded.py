@@ -28,12 +28,12 @@ from torch.multiprocessing.spawn import spawn
 
 import paramstats
 from benches import hardware
-from paramstats.engine import engine
-from paramstats.layout import Layout
-from paramstats.sharded.collectives import Processes
-from paramstats.sharded.exchange import ALL_TO_ALL_FROM, Group, Result
-from paramstats.sharded.offer import FailedOffer, Offer
-from paramstats.sharded.pieces import held
+from paramstats._core.backend import active
+from paramstats._core.layout import Layout
+from paramstats._sharded.collectives import Processes
+from paramstats._sharded.exchange import ALL_TO_ALL_FROM, Group, Result
+from paramstats._sharded.offer import FailedOffer, Offer
+from paramstats._sharded.pieces import held
 
 _RANKS = (8, 16, 64, 256, 1024, 4096)
 _ELEMENTS = 16
@@ -87,11 +87,11 @@ def measured(tensors: int, ranks: int) -> dict[str, float]:
     for i in range(tensors // 2):
         p = nn.Parameter(torch.randn(_ELEMENTS))
         p.grad = torch.randn(_ELEMENTS)
-        parameters[f"layers.{i}.weight"] = paramstats.Shard(p, 0, _ELEMENTS * ranks)
+        parameters[f"layers.{i}.weight"] = paramstats.LocalShard(p, 0, _ELEMENTS * ranks)
     rows = list(parameters.values())
     names = tuple(parameters)
     layout = Layout.of(names, ((),) * len(names), len(names), rows)  # type: ignore[arg-type]
-    offer = Offer(engine(), layout, rows, held(rows, True, {}), True)
+    offer = Offer(active(), layout, rows, held(rows, True, {}), True)
     processes = OneForAll(ranks)
     group = Group(processes)
     group.exchange(offer)  # the first time, names are agreed on

@@ -232,8 +232,8 @@ def test_a_worker_answers() -> None:
     threads = torch.get_num_threads()
     try:
         worker = compare_worker.Worker()
-        figures = [worker.build(case)["figures"] for case in ("tiny MLP", "tiny MLP")]
-        assert compare._same_figures(*figures)
+        statistics = [worker.build(case)["statistics"] for case in ("tiny MLP", "tiny MLP")]
+        assert compare._same_figures(*statistics)
         assert worker.turn()["seconds"] > 0
     finally:
         torch.set_num_threads(threads)
@@ -253,6 +253,6 @@ def test_the_present_tree_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     copy = compare.copy_present(tmp_path / "copy")
     names = {str(path.relative_to(copy)) for path in copy.rglob("*") if path.is_file()}
     assert names == {".gitignore", "csrc/a.cpp", "setup.py", "new.py"}
-    assert compare.same_engine(tree, copy)
+    assert compare.same_backend(tree, copy)
     (tree / "csrc/a.cpp").write_text("changed")
-    assert not compare.same_engine(tree, copy)
+    assert not compare.same_backend(tree, copy)

@@ -1,7 +1,7 @@
 """One tensor in a GPU's memory or in its L2 cache: paramstats against a copy of the same bytes.
 
 A copy reads and writes each byte, so that at its rate a read would take half of its time. The
-others' figures stay on the device; paramstats' time has its transfer in it.
+others' statistics stay on the device; paramstats' time has its transfer in it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 import paramstats
 from benches.conftest import Measure
 from benches.contestants import compiled_four_of_each, four_of_each
-from benches.exact import PARAMSTATS, TORCH, Exact, Figures, Tolerances, exact, worst_errors
+from benches.exact import PARAMSTATS, TORCH, Exact, Statistics, Tolerances, exact, worst_errors
 
 _GIB = 1 << 30
 _PIECE = 1 << 26
@@ -44,13 +44,13 @@ class Memory:
 
 @dataclass(frozen=True)
 class OnDevice:
-    """One way to the figures of a tensor, which returns before the device is done."""
+    """One way to the statistics of a tensor, which returns before the device is done."""
 
     name: str
     run: Callable[[torch.Tensor], Any]
-    figures: Callable[[Any], Figures]
+    statistics: Callable[[Any], Statistics]
     tolerances: Tolerances
-    engine: str | None = None
+    backend: str | None = None
     compiles: bool = False
 
 
@@ -58,12 +58,12 @@ def _summary(tensor: torch.Tensor) -> paramstats.Summary:
     return paramstats.summarize({"x": tensor})
 
 
-def _from_summary(summary: paramstats.Summary) -> Figures:
+def _from_summary(summary: paramstats.Summary) -> Statistics:
     stats = summary["x"]
     return stats.mean, stats.std, stats.norm, stats.zero_fraction
 
 
-def _from_row(rows: torch.Tensor) -> Figures:
+def _from_row(rows: torch.Tensor) -> Statistics:
     mean, std, norm, zero_fraction = rows[0].tolist()
     return mean, std, norm, zero_fraction
 
@@ -131,18 +131,18 @@ def test_one_tensor(
     use_engine: Callable[[str], None],
     compile_first: Callable[[Callable[[], Any]], None],
 ) -> None:
-    if contestant.engine is not None:
-        use_engine(contestant.engine)
+    if contestant.backend is not None:
+        use_engine(contestant.backend)
     if contestant.compiles:
         compile_first(lambda: contestant.run(memory.tensor))
     try:
         result = contestant.run(memory.tensor)
     except (RuntimeError, TypeError) as error:
-        if contestant.engine is not None:
+        if contestant.backend is not None:
             raise
         pytest.skip(f"torch has no such operator: {str(error).splitlines()[0]}")
     errors = worst_errors(
-        {"x": contestant.figures(result)}, {"x": memory.expected}, contestant.tolerances
+        {"x": contestant.statistics(result)}, {"x": memory.expected}, contestant.tolerances
     )
     measure(
         lambda: contestant.run(memory.tensor),

@@ -67,19 +67,19 @@ def test_parts_tell_what_they_measured(name: str) -> None:
     found = PARTS[name].measure(CPU, True)
     told = [line for row in found for line in PARTS[name].lines(row)]
     assert len(told) == len(found) > 0
-    assert all(row["engine"] in line for row, line in zip(found, told, strict=True))
+    assert all(row["backend"] in line for row, line in zip(found, told, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int8])
 def test_one_tensor_on_any_device(dtype: torch.dtype) -> None:
-    """That the contestants of a GPU's memory are right, but for the compiler and the engine."""
+    """That the contestants of a GPU's memory are right, but for the compiler and the backend."""
     tensor = test_device_memory.filled(100_000, dtype, CPU)
     expected = {"x": exact(tensor)}
     for contestant in test_device_memory.CONTESTANTS:
         without = contestant.name == "foreach_norm_only" and dtype.itemsize == 1
         if not (contestant.compiles or without):
-            figures = contestant.figures(contestant.run(tensor))
-            worst_errors({"x": figures}, expected, contestant.tolerances)
+            statistics = contestant.statistics(contestant.run(tensor))
+            worst_errors({"x": statistics}, expected, contestant.tolerances)
 
 
 def test_sanitizer_case() -> None:

@@ -121,9 +121,9 @@ def read_only(memory: Memory, name: str, threads: int) -> ReadOnly:
 
 @pytest.fixture
 def native(memory: Memory, use_engine: Callable[[str], None]) -> Iterator[None]:
-    """The native engine, at the case's SIMD level until the test is over."""
+    """The native backend, at the case's SIMD level until the test is over."""
     use_engine("native")
-    kernels = paramstats.engine.engine().native
+    kernels = paramstats._core.backend.active().native
     best = kernels.simd_level()
     if memory.simd is not None:
         if memory.simd == best or memory.simd not in kernels.simd_levels():
@@ -137,8 +137,8 @@ def native(memory: Memory, use_engine: Callable[[str], None]) -> Iterator[None]:
 def test_paramstats(memory: Memory, name: str, measure: Measure) -> None:
     source = {"x": memory.tensor}
     stats = paramstats.summarize(source)["x"]
-    figures = {"x": (stats.mean, stats.std, stats.norm, stats.zero_fraction)}
-    errors = worst_errors(figures, {"x": memory.expected}, PARAMSTATS)
+    statistics = {"x": (stats.mean, stats.std, stats.norm, stats.zero_fraction)}
+    errors = worst_errors(statistics, {"x": memory.expected}, PARAMSTATS)
     measure(
         lambda: paramstats.summarize(source),
         name,
@@ -155,7 +155,7 @@ def test_read_only(memory: Memory, name: str, read_only: ReadOnly, measure: Meas
 
 @of_plain_bytes
 def test_torch_sum(memory: Memory, name: str, measure: Measure) -> None:
-    """One figure by torch, of the same bytes as integers, which it adds up fastest."""
+    """One statistic by torch, of the same bytes as integers, which it adds up fastest."""
     words = memory.tensor.view(torch.int64)
     measure(words.sum, name, "torch_sum", seconds=_SECONDS, **memory.about)
 

@@ -57,14 +57,14 @@ def test_model(
     reason = contestant.why_not(case.tensors)
     if reason is not None:
         pytest.skip(reason)
-    if contestant.engine is not None:
-        use_engine(contestant.engine)
+    if contestant.backend is not None:
+        use_engine(contestant.backend)
     if contestant.compiles:
         if device.type == "cpu" and len(case.tensors) > _MOST_COMPILED:
             pytest.skip("compiling so many tensors for a CPU takes minutes")
         compile_first(lambda: contestant.run(case.model))
-    figures = contestant.figures(contestant.run(case.model))
-    errors = worst_errors(figures, case.expected, contestant.tolerances)
+    statistics = contestant.statistics(contestant.run(case.model))
+    errors = worst_errors(statistics, case.expected, contestant.tolerances)
     measure(
         lambda: contestant.run(case.model),
         case.name,

@@ -10,6 +10,7 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <algorithm>
 #include <cstring>
 #include <string>
 #include <utility>
@@ -179,7 +180,7 @@ py::tuple read(const py::list& tensors, bool params, bool grads) {
   return py::make_tuple(std::move(rows), work.left_for_python(), std::move(transfers));
 }
 
-// ---- from rows to figures ------------------------------------------------------------------
+// ---- from rows to statistics ------------------------------------------------------------------
 
 const Moments* rows_of(const py::bytes& table, size_t begin, size_t end) {
   const auto size = static_cast<size_t>(PyBytes_GET_SIZE(table.ptr())) / sizeof(Moments);
@@ -209,29 +210,33 @@ py::bytes merge_rows(const py::bytes& table, size_t begin, size_t end) {
   return py::bytes(reinterpret_cast<const char*>(&all), sizeof(all));
 }
 
-// {keys[k]: figure}, the keys running over rows and, within a row, over `figures` (positions in
-// Figures). Absent and unread rows have keys, too, and are passed over.
-py::dict figures(const py::bytes& table, const py::list& keys, const std::vector<int>& which,
+// The state of row i of n with the gradient scale divided out: gradients are the second half.
+Moments unscaled(const Moments* rows, size_t i, size_t n, double grad_scale) {
+  return 2 * i >= n && grad_scale != 1 ? scaled(rows[i], 1 / grad_scale) : rows[i];
+}
+
+// Returns {key: statistic}. `keys` holds one key per row and, within a row, per entry of `columns`
+// (positions in Statistics). Absent and unread rows also have keys, which are skipped.
+py::dict scalars(const py::bytes& table, const py::list& keys, const std::vector<int>& columns,
                  double correction, double grad_scale) {
   const cpu::WithDenormals with_denormals;
-  const size_t n = keys.size() / (which.empty() ? 1 : which.size());
+  const size_t n = keys.size() / (columns.empty() ? 1 : columns.size());
   const Moments* rows = rows_of(table, 0, n);
-  for (int f : which) {
-    if (f < 0 || f >= kFigures) throw py::index_error("no such figure");
+  for (int column : columns) {
+    if (column < 0 || column >= kStatistics) throw py::index_error("no such statistic");
   }
   py::dict out;
   Py_ssize_t next = 0;
   for (size_t i = 0; i < n; ++i) {
-    if (is_unread(rows[i])) {  // an absent row is, too
-      next += static_cast<Py_ssize_t>(which.size());
+    if (is_unread(rows[i])) {  // true for absent rows, too
+      next += static_cast<Py_ssize_t>(columns.size());
       continue;
     }
-    const bool unscale = 2 * i >= n && grad_scale != 1;
-    const Figures f = finalize(unscale ? scaled(rows[i], 1 / grad_scale) : rows[i], correction);
-    double values[kFigures];
-    std::memcpy(values, &f, sizeof(f));
-    for (int position : which) {
-      const py::float_ value(values[position]);
+    const Statistics all = finalize(unscaled(rows, i, n, grad_scale), correction);
+    double values[kStatistics];
+    std::memcpy(values, &all, sizeof(all));
+    for (int column : columns) {
+      const py::float_ value(values[column]);
       // A key's own __hash__ may change the list.
       if (next >= PyList_GET_SIZE(keys.ptr())) throw py::index_error("the keys have changed");
       const auto key = py::reinterpret_borrow<py::object>(PyList_GET_ITEM(keys.ptr(), next++));
@@ -239,6 +244,23 @@ py::dict figures(const py::bytes& table, const py::list& keys, const std::vector
     }
   }
   return out;
+}
+
+// Returns the statistics of every row as float64, in the order of Statistics. Absent rows are NaN.
+py::bytes finalize_table(const py::bytes& table, double correction, double grad_scale) {
+  const cpu::WithDenormals with_denormals;
+  const size_t n = PyBytes_GET_SIZE(table.ptr()) / sizeof(Moments);
+  const Moments* rows = rows_of(table, 0, n);
+  std::vector<Statistics> out(n);
+  for (size_t i = 0; i < n; ++i) {
+    if (is_absent(rows[i])) {
+      auto* values = reinterpret_cast<double*>(&out[i]);
+      std::fill(values, values + kStatistics, kNaN);
+    } else {
+      out[i] = finalize(unscaled(rows, i, n, grad_scale), correction);
+    }
+  }
+  return py::bytes(reinterpret_cast<const char*>(out.data()), n * sizeof(Statistics));
 }
 
 void write_transfer(const Transfer& transfer, const py::bytearray& table) {
@@ -285,8 +307,9 @@ PYBIND11_MODULE(_native, m) {
   m.def("cuda_trouble", &paramstats::cuda_trouble, "device"_a);
   m.def("read", &paramstats::read, "tensors"_a, "params"_a, "grads"_a);
   m.def("merge_rows", &paramstats::merge_rows, "table"_a, "begin"_a, "end"_a);
-  m.def("figures", &paramstats::figures, "table"_a, "keys"_a, "figures"_a, "correction"_a,
+  m.def("scalars", &paramstats::scalars, "table"_a, "keys"_a, "columns"_a, "correction"_a,
         "grad_scale"_a);
+  m.def("finalize_table", &paramstats::finalize_table, "table"_a, "correction"_a, "grad_scale"_a);
   m.def("threads", &paramstats::torch_threads);
   m.def("simd_levels", &paramstats::simd_levels);
   m.def("simd_level", [] { return std::string(paramstats::kernels->name); });

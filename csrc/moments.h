@@ -47,7 +47,7 @@ PARAMSTATS_HD inline int64_t finite_count(const Moments& a) {
   return a.count - a.nans - a.pos_infs - a.neg_infs;
 }
 
-// A state whose elements could not be read (a meta tensor): its size is known, its figures are NaN.
+// A state whose elements could not be read (a meta tensor): its size is known, its statistics are NaN.
 PARAMSTATS_HD inline Moments unread(int64_t count) {
   return {count, 0, 0, 0, 0, kNaN, kNaN, kNaN, kNaN};
 }
@@ -197,17 +197,17 @@ PARAMSTATS_HD inline Fit from_sums(const ShiftedSums& s, int64_t n, double pivot
 
 // What a person reads; paramstats/moments.py has the same fields in the same order. Doubles
 // throughout, so that any of them can be asked for by its position.
-struct Figures {
+struct Statistics {
   double count, mean, std, var, norm, rms, min, max, abs_max;
   double zero_count, zero_fraction, nan_count, pos_inf_count, neg_inf_count, nonfinite_count;
 };
-constexpr int kFigures = sizeof(Figures) / sizeof(double);
+constexpr int kStatistics = sizeof(Statistics) / sizeof(double);
 
 // Over the finite elements alone.
-inline Figures finalize_finite(const Moments& a, double correction) {
+inline Statistics finalize_finite(const Moments& a, double correction) {
   const double n = static_cast<double>(finite_count(a));
   const double zeros = static_cast<double>(a.zeros);
-  Figures out{n, kNaN, kNaN, kNaN, kNaN, kNaN, kNaN, kNaN, kNaN, zeros, kNaN, 0, 0, 0, 0};
+  Statistics out{n, kNaN, kNaN, kNaN, kNaN, kNaN, kNaN, kNaN, kNaN, zeros, kNaN, 0, 0, 0, 0};
   if (is_unread(a)) return out;
   if (n == 0) {
     out.norm = 0;
@@ -228,8 +228,8 @@ inline Figures finalize_finite(const Moments& a, double correction) {
 }
 
 // Over all elements, as torch gives them: one NaN makes them NaN, an infinity the norm infinite.
-inline Figures finalize(const Moments& a, double correction) {
-  Figures out = finalize_finite(a, correction);
+inline Statistics finalize(const Moments& a, double correction) {
+  Statistics out = finalize_finite(a, correction);
   out.count = static_cast<double>(a.count);
   out.nan_count = static_cast<double>(a.nans);
   out.pos_inf_count = static_cast<double>(a.pos_infs);

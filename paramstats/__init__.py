@@ -6,14 +6,14 @@
 ['weight', 'bias']
 """
 
-from paramstats.engine import Backend, backend
-from paramstats.findings import Finding, Findings, Severity, Thresholds
-from paramstats.history import History
-from paramstats.sharding import Shard
-from paramstats.stats import ParamStats, TensorStats
-from paramstats.summarize import summarize
-from paramstats.summary import Summary
-from paramstats.watch import Watcher, watch
+from paramstats._core.backend import Backend, backend
+from paramstats._core.shard import LocalShard
+from paramstats._findings import Finding, Findings, Severity, Thresholds
+from paramstats._history import History
+from paramstats._stats import ParamStats, TensorStats
+from paramstats._summarize import summarize
+from paramstats._summary import Summary
+from paramstats._watch import Watcher, watch
 
 __all__ = [
     "Backend",
@@ -22,7 +22,7 @@ __all__ = [
     "History",
     "ParamStats",
     "Severity",
-    "Shard",
+    "LocalShard",
     "Summary",
     "TensorStats",
     "Thresholds",

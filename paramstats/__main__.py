@@ -1,62 +1,8 @@
-"""`python -m paramstats`: `demo`, `info`, and `show` for checkpoint files."""
+"""Runs the command line: `python -m paramstats`."""
 
-from __future__ import annotations
-
-import argparse
 import sys
-from typing import Any
 
-import torch
-
-import paramstats
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m paramstats", description="Statistics of PyTorch parameters and gradients."
-    )
-    parser.add_argument("--version", action="version", version=paramstats.__version__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("info", help="which engine runs, and why")
-    demo = commands.add_parser("demo", help="train a small network and look at its parameters")
-    demo.add_argument("--epochs", type=int, default=10, help="passes over the digits (default 10)")
-    _add_show(commands)
-    chosen = parser.parse_args(arguments)
-    if chosen.command == "show":
-        from paramstats.checkpoints import show
-
-        return show.run(chosen)
-    try:
-        if chosen.command == "info":
-            if torch.cuda.is_available():
-                torch.cuda.init()  # only then it is known whether the kernels run there
-            print(paramstats.backend())
-            return 0
-        from paramstats import demo as module
-
-        return module.run(chosen.epochs)
-    except (RuntimeError, ValueError) as error:  # an engine that is forced and not there
-        print(error, file=sys.stderr)
-        return 2
-
-
-def _add_show(commands: Any) -> None:
-    show = commands.add_parser("show", help="the tensors of a checkpoint, or what changed in one")
-    show.add_argument("file", help="a .safetensors or torch.save file, an .index.json, a folder")
-    show.add_argument("other", nargs="?", help="another one: show what changed from FILE to it")
-    form = show.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="all figures, as JSON")
-    form.add_argument("--csv", action="store_true", help="a row for each tensor, as CSV")
-    show.add_argument(
-        "--sort",
-        metavar="STAT",
-        help="order by a figure, largest first (--sort=-STAT: smallest), or by name",
-    )
-    show.add_argument("--limit", type=int, metavar="N", help="only the first N tensors")
-    for word in ("include", "exclude"):
-        what = f"{word} tensors with a name in which RE is found; may be repeated"
-        show.add_argument(f"--{word}", action="append", metavar="RE", help=what)
-
+from paramstats._cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -14,7 +14,7 @@ def run(
     *command: str, cwd: str | Path = ROOT, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """Ends the program where the command fails, with what that said. It does not see which
-    paramstats is to be imported here, nor which engine is forced, but by `environment`."""
+    paramstats is to be imported here, nor which backend is forced, but by `environment`."""
     keep = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PARAMSTATS_BACKEND")}
     done = subprocess.run(command, cwd=cwd, env=keep | environment, capture_output=True, text=True)
     if done.returncode:

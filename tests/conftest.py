@@ -1,4 +1,4 @@
-"""Fixtures that every test may use: each engine in turn, and a model with gradients."""
+"""Fixtures that every test may use: each backend in turn, and a model with gradients."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ import pytest
 import torch
 from hypothesis import settings
 
-from paramstats import engine as engines
+from paramstats._core import backend as backends
 
 settings.register_profile("default", deadline=None, derandomize=True)  # one seed: CI repeats itself
 settings.register_profile("explore", deadline=None, max_examples=2000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
-def load_engine(name: str) -> engines.Engine:
-    """The engine called `name`; skips, saying why, where the native one is not installed."""
+def load_backend(name: str) -> backends.Implementation:
+    """The backend called `name`; skips, saying why, where the native one is not installed."""
     try:
-        return engines.choose(name)
+        return backends.choose(name)
     except RuntimeError as error:
         if os.environ.get("PARAMSTATS_STRICT_BUILD", "0") not in ("", "0"):
             raise
@@ -39,23 +39,25 @@ def in_a_small_thread(call: Callable[[], object]) -> None:
 
 
 @pytest.fixture(params=["native", "reference"])
-def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> engines.Engine:
-    """Runs the test once with each engine."""
-    chosen = load_engine(request.param)
-    monkeypatch.setattr(engines, "_engine", chosen)
+def backend(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> backends.Implementation:
+    """Runs the test once with each backend."""
+    chosen = load_backend(request.param)
+    monkeypatch.setattr(backends, "_active", chosen)
     return chosen
 
 
 @pytest.fixture
-def native(monkeypatch: pytest.MonkeyPatch) -> engines.Engine:
-    """Runs the test with the native engine alone."""
-    chosen = load_engine("native")
-    monkeypatch.setattr(engines, "_engine", chosen)
+def native(monkeypatch: pytest.MonkeyPatch) -> backends.Implementation:
+    """Runs the test with the native backend alone."""
+    chosen = load_backend("native")
+    monkeypatch.setattr(backends, "_active", chosen)
     return chosen
 
 
 @pytest.fixture(params=["avx512", "avx2", "plain"])
-def simd_level(request: pytest.FixtureRequest, native: engines.Engine) -> Iterator[str]:
+def simd_level(request: pytest.FixtureRequest, native: backends.Implementation) -> Iterator[str]:
     """Runs the test once with the native kernels of each SIMD level that is here."""
     extension = native.native
     if request.param not in extension.simd_levels():

@@ -1,4 +1,4 @@
-"""Compiles the CUDA engine with nvcc for every architecture it knows; needs no GPU.
+"""Compiles the CUDA backend with nvcc for every architecture it knows; needs no GPU.
 
     make cuda-compile
 
@@ -87,7 +87,7 @@ def check_nvrtc() -> list[str]:
     options = [f"-I{path}".encode() for path in (CUDA, CUDA.parent)]
     options += [b"-std=c++17", b"-arch=compute_90"]
     arguments = (ctypes.c_char_p * len(options))(*options)
-    library.nvrtcCreateProgram(ctypes.byref(program), source, b"engine", 0, None, None)
+    library.nvrtcCreateProgram(ctypes.byref(program), source, b"backend", 0, None, None)
     failed = library.nvrtcCompileProgram(program, len(options), arguments)
     size = ctypes.c_size_t()
     library.nvrtcGetProgramLogSize(program, ctypes.byref(size))

@@ -65,7 +65,7 @@ SUPPORTED = [
 
 # What depends on Python, torch and the compiler, and on no optional library.
 CORE = """
-    numerics inputs walk fork signals determinism summary moments untouched compile engine
+    numerics inputs walk fork signals determinism summary moments untouched compile backend
     reference watch rendering report history/test_history checkpoints/test_formats
     checkpoints/test_pickles checkpoints/test_distributed
 """
@@ -174,15 +174,15 @@ def installed(python: str, what: Path, to: Path, **environment: str) -> Path:
 
 
 def bare(python: str, path: Path) -> tuple[str, str]:
-    """(engine, what is said): with no compiler in sight, in no folder of ours."""
+    """(backend, what is said): with no compiler in sight, in no folder of ours."""
     code = f"import sys; sys.path.insert(0, {str(path)!r}){IMPORT_ALONE}"
     done = run(python, "-W", "default", "-c", code, cwd="/", PATH="/nowhere")
     out = done.stdout + done.stderr
     if str(path) not in out:
         sys.exit(f"expected paramstats from {path}, got\n{out}")
-    engine = re.search(r"^(native|reference) ", out, re.M)
-    assert engine is not None, out
-    return engine[1], out
+    backend = re.search(r"^(native|reference) ", out, re.M)
+    assert backend is not None, out
+    return backend[1], out
 
 
 def test(python: str, path: Path, folder: Path) -> tuple[bool, str]:
@@ -222,9 +222,9 @@ def other_torch(python: str, folder: Path, running: str, tag: str) -> str:
     else:
         return ""
     path = installed(python, wheel, folder / "other-torch")
-    engine, said = bare(python, path)
-    expected = f"the native engine was built for torch {built} and this is torch {running}"
-    if engine != "reference" or expected not in said or "To rebuild it: pip" not in said:
+    backend, said = bare(python, path)
+    expected = f"the native backend was built for torch {built} and this is torch {running}"
+    if backend != "reference" or expected not in said or "To rebuild it: pip" not in said:
         sys.exit(f"expected '{expected}', got\n{said}")
     forced = subprocess.run(
         [python, "-c", "import paramstats; paramstats.summarize({})"],
@@ -234,7 +234,7 @@ def other_torch(python: str, folder: Path, running: str, tag: str) -> str:
         text=True,
     )
     if forced.returncode != 1 or "RuntimeError: paramstats: expected the" not in forced.stderr:
-        sys.exit(f"expected an error where the native engine is forced, got\n{forced.stderr}")
+        sys.exit(f"expected an error where the native backend is forced, got\n{forced.stderr}")
     return f"of {built}: torch operators, and says how to rebuild"
 
 
@@ -249,14 +249,14 @@ def combination(python: str, torch: str, cxx: str) -> Outcome:
     print(f"Python {major}.{minor}.{micro}, torch {running}, {cxx}", flush=True)
     sdist, wheel = build(path, cxx, folder)
     target = installed(path, wheel, folder / "installed-wheel")
-    engine, said = bare(path, target)
-    if engine != "native" or "Warning" in said:
-        sys.exit(f"expected the native engine and no warning, got\n{said}")
+    backend, said = bare(path, target)
+    if backend != "native" or "Warning" in said:
+        sys.exit(f"expected the native backend and no warning, got\n{said}")
     without = installed(
         path, sdist, folder / "no-compiler", PATH=str(Path(path).parent), CXX="", CC=""
     )
-    engine, said = bare(path, without)
-    if engine != "reference" or "it could not be compiled" not in said:
+    backend, said = bare(path, without)
+    if backend != "reference" or "it could not be compiled" not in said:
         sys.exit(f"expected to install without a compiler and to say so, got\n{said}")
     failed, said = test(path, target, folder)
     compiler = re.search(r"\d+\.\d+\.\d+", run(cxx, "--version").stdout.splitlines()[0])

@@ -1,4 +1,4 @@
-"""What the figures must be: numpy's extended precision over the elements, by the textbook."""
+"""What the statistics must be: numpy's extended precision over the elements, by the textbook."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def elements(tensor: torch.Tensor) -> np.ndarray:
 
 
 def check(stats: TensorStats, tensor: torch.Tensor, correction: float = 1) -> None:
-    """Asserts every figure of `stats` against the elements of a real tensor."""
+    """Asserts every statistic of `stats` against the elements of a real tensor."""
     x = elements(tensor)
     counts = {
         "count": x.size,

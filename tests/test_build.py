@@ -1,4 +1,4 @@
-"""Building the native engine, or installing without it: what setup.py leaves, and what it says."""
+"""Building the native backend, or installing without it: what setup.py leaves, and what it says."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_engine import SUMMARIZE, run
+from tests.test_backend import SUMMARIZE, run
 
 ROOT = Path(__file__).parent.parent
 
@@ -30,7 +30,7 @@ def build(to: Path, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 def check_reference(to: Path, reason: str) -> None:
-    """What was built runs without the native engine and says once why."""
+    """What was built runs without the native backend and says once why."""
     record = json.loads((to / "lib/paramstats/_build.json").read_text())
     assert record["native"] is False and reason in record["reason"]
     assert (to / "lib/paramstats/py.typed").exists()

@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+DEMO = Path(__file__).parent.parent / "examples" / "demo.py"
 
 
 def paramstats(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -26,7 +29,12 @@ def test_info():
 @pytest.mark.parametrize("backend", ["", "reference"])
 def test_demo(backend):
     pytest.importorskip("sklearn", reason="scikit-learn is not installed")
-    result = paramstats("demo", "--epochs", "3", PARAMSTATS_BACKEND=backend)
+    result = subprocess.run(
+        [sys.executable, DEMO, "--epochs", "3"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"COLUMNS": "120", "PARAMSTATS_BACKEND": backend},
+    )
     assert result.returncode == 0, result.stderr
     out = result.stdout
     assert "lazy" in out and "stem.weight" in out and "= hidden_again.weight" in out

@@ -1,4 +1,4 @@
-"""Inside torch.compile: right figures, a break where a call is, and nothing compiled twice."""
+"""Inside torch.compile: right statistics, a break where a call is, and nothing compiled twice."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def read_scalars(summary):
 @pytest.mark.parametrize(
     ("read", "breaks"), [(read_nothing, 1), (read_entry, 2), (read_total, 2), (read_scalars, 2)]
 )
-def test_in_a_compiled_step(engine, model, read, breaks):
+def test_in_a_compiled_step(backend, model, read, breaks):
     from torch._dynamo.utils import compilation_time_metrics, counters
 
     torch._dynamo.reset()
@@ -46,8 +46,8 @@ def test_in_a_compiled_step(engine, model, read, breaks):
     compiled = []
     for _ in range(5):
         expected = read(paramstats.summarize(model))
-        loss, figure = step(torch.randn(4, 8))
-        assert figure == expected
+        loss, statistic = step(torch.randn(4, 8))
+        assert statistic == expected
         loss.backward()
         optimizer.step()
         compiled.append(len(compilation_time_metrics["_compile.compile_inner"]))
@@ -62,7 +62,7 @@ def test_torch_compile_is_not_imported_for_nothing():
 
 @pytest.mark.parametrize("way", ["gone", "called otherwise"])
 def test_without_the_mark_a_wrapper_does(monkeypatch, way):
-    from paramstats.untraced import untraced
+    from paramstats._core.torch_private import skip_dynamo
 
     importlib.import_module("torch._dynamo")  # which wants the mark itself
     place, name = torch._C._dynamo.eval_frame, "set_code_exec_strategy"
@@ -74,11 +74,11 @@ def test_without_the_mark_a_wrapper_does(monkeypatch, way):
     def function(x):
         return 2 * x
 
-    wrapped = untraced(function)
+    wrapped = skip_dynamo(function)
     assert wrapped is not function and wrapped(3) == 6
 
 
-def test_fullgraph_is_refused_with_the_reason(engine, model):
+def test_fullgraph_is_refused_with_the_reason(backend, model):
     torch._dynamo.reset()
     step = torch.compile(lambda: paramstats.summarize(model), fullgraph=True, backend="eager")
     with pytest.raises(

@@ -21,9 +21,9 @@ import torch
 from torch import nn
 
 import paramstats
-from paramstats import engine as engines
+from paramstats._core import backend as backends
 from tests import oracle
-from tests.conftest import load_engine
+from tests.conftest import load_backend
 from tests.dtypes import DTYPES
 
 pytestmark = [
@@ -33,12 +33,12 @@ pytestmark = [
 
 
 @pytest.fixture
-def cuda_engine(monkeypatch: pytest.MonkeyPatch) -> engines.Engine:
-    """The native engine, where its CUDA half must be there, too."""
-    chosen = load_engine("native")
+def cuda_backend(monkeypatch: pytest.MonkeyPatch) -> backends.Implementation:
+    """The native backend, where its CUDA half must be there, too."""
+    chosen = load_backend("native")
     trouble = chosen.cuda_trouble(torch.device("cuda", torch.cuda.current_device()))
     assert trouble is None, trouble
-    monkeypatch.setattr(engines, "_engine", chosen)
+    monkeypatch.setattr(backends, "_active", chosen)
     return chosen
 
 
@@ -48,7 +48,7 @@ def check(summary: paramstats.Summary, tensors: dict[str, torch.Tensor]) -> None
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_type_size_and_address(cuda_engine, dtype):
+def test_every_type_size_and_address(cuda_backend, dtype):
     torch.manual_seed(0)
     whole = (7 * torch.randn(300_000)).abs().to(dtype).cuda()
     sizes = (0, 1, 2, 15, 16, 17, 31, 33, 127, 129, 16384, 32768 + 1, 131072 - 1, 131072 + 13)
@@ -63,7 +63,7 @@ def test_every_type_size_and_address(cuda_engine, dtype):
     [torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2, torch.int8],
     ids=str,
 )
-def test_every_pattern_of_8_and_16_bits(cuda_engine, dtype):
+def test_every_pattern_of_8_and_16_bits(cuda_backend, dtype):
     """The device's own conversions, which the CPU's stand-in does not have."""
     bits = torch.int16 if dtype.itemsize == 2 else torch.int8
     low, high = torch.iinfo(bits).min, torch.iinfo(bits).max
@@ -88,13 +88,13 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_hostile_values(cuda_engine, dtype):
+def test_hostile_values(cuda_backend, dtype):
     torch.manual_seed(0)
     tensors = {name: make(100_003).to(dtype).cuda() for name, make in HOSTILE.items()}
     check(paramstats.summarize(tensors), tensors)
 
 
-def test_more_elements_than_32_bits_count(cuda_engine):
+def test_more_elements_than_32_bits_count(cuda_backend):
     free, _ = torch.cuda.mem_get_info()
     if free < 3 << 30:
         pytest.skip("needs 3 GiB of GPU memory")
@@ -105,7 +105,7 @@ def test_more_elements_than_32_bits_count(cuda_engine):
     assert stats.mean == pytest.approx(1 + 2 / (2**31 + 9), rel=1e-12)
 
 
-def test_layouts_and_what_goes_through_operators(cuda_engine):
+def test_layouts_and_what_goes_through_operators(cuda_backend):
     torch.manual_seed(0)
     x = torch.randn(4, 6, 8, 10, device="cuda")
     tensors = {
@@ -129,7 +129,7 @@ def busy(milliseconds: float) -> None:
     torch.cuda._sleep(int(milliseconds * 1e6))
 
 
-def test_nothing_waits_and_the_result_knows(cuda_engine, model):
+def test_nothing_waits_and_the_result_knows(cuda_backend, model):
     model.cuda()
     model(torch.randn(4, 8, device="cuda")).sum().backward()
     expected = paramstats.summarize(model).scalars()
@@ -144,7 +144,7 @@ def test_nothing_waits_and_the_result_knows(cuda_engine, model):
     assert summary.scalars() == expected and summary.ready()
 
 
-def test_launches_and_waits_in_the_profiler(cuda_engine, model):
+def test_launches_and_waits_in_the_profiler(cuda_backend, model):
     model.cuda()
     model(torch.randn(4, 8, device="cuda")).sum().backward()
     for _ in range(3):
@@ -163,7 +163,7 @@ def test_launches_and_waits_in_the_profiler(cuda_engine, model):
 
 
 @pytest.mark.parametrize("side", [False, True])
-def test_what_is_let_go_meanwhile_is_read_all_the_same(cuda_engine, side):
+def test_what_is_let_go_meanwhile_is_read_all_the_same(cuda_backend, side):
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(512, 512) for _ in range(8)))
     model(torch.randn(2, 512)).sum().backward()
@@ -185,14 +185,14 @@ def test_what_is_let_go_meanwhile_is_read_all_the_same(cuda_engine, side):
     assert garbage
 
 
-def test_summaries_thrown_away(cuda_engine, model):
+def test_summaries_thrown_away(cuda_backend, model):
     model.cuda()
     for _ in range(50):
         paramstats.summarize(model)
     assert paramstats.summarize(model).total.count == 75
 
 
-def test_ten_runs_give_the_same_bits(cuda_engine):
+def test_ten_runs_give_the_same_bits(cuda_backend):
     torch.manual_seed(0)
     tensors = {str(d): (9 * torch.randn(1_000_003)).to(d).cuda() for d in DTYPES}
     first = pickle.dumps(paramstats.summarize(tensors))
@@ -202,7 +202,7 @@ def test_ten_runs_give_the_same_bits(cuda_engine):
     assert all(pickle.loads(first)[name] == stats for name, stats in alone.items())
 
 
-def test_the_cpu_and_a_gpu_in_one_model(cuda_engine, model):
+def test_the_cpu_and_a_gpu_in_one_model(cuda_backend, model):
     on_cpu = copy.deepcopy(model)
     model[0].cuda()
     summary = paramstats.summarize(model)
@@ -210,7 +210,7 @@ def test_the_cpu_and_a_gpu_in_one_model(cuda_engine, model):
     assert [str(entry.device) for entry in summary.values()] == ["cuda:0", "cuda:0", "cpu", "cpu"]
 
 
-def test_two_gpus(cuda_engine, model):
+def test_two_gpus(cuda_backend, model):
     if torch.cuda.device_count() < 2:
         pytest.skip("there is one GPU")
     expected = copy.deepcopy(model)
@@ -220,9 +220,9 @@ def test_two_gpus(cuda_engine, model):
     assert torch.cuda.current_device() == 0
 
 
-@pytest.mark.parametrize("engine_name", ["native", "reference"])
-def test_graph_capture_is_refused_and_goes_on(cuda_engine, model, monkeypatch, engine_name):
-    monkeypatch.setattr(engines, "_engine", load_engine(engine_name))
+@pytest.mark.parametrize("backend_name", ["native", "reference"])
+def test_graph_capture_is_refused_and_goes_on(cuda_backend, model, monkeypatch, backend_name):
+    monkeypatch.setattr(backends, "_active", load_backend(backend_name))
     model.cuda()
     paramstats.summarize(model).wait()
     x = torch.ones(8, device="cuda")
@@ -248,7 +248,7 @@ def in_a_process_of_its_own(code: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_first_call_inside_a_capture(cuda_engine):
+def test_a_first_call_inside_a_capture(cuda_backend):
     done = in_a_process_of_its_own("""
         import torch, paramstats
         model, x = torch.nn.Linear(4, 4).cuda(), torch.ones(8, device="cuda")
@@ -265,7 +265,7 @@ def test_a_first_call_inside_a_capture(cuda_engine):
     assert done.stdout.split() == ["refused", "16.0", "20", "native"], done.stderr
 
 
-def test_earlier_summaries_during_a_capture(cuda_engine, model):
+def test_earlier_summaries_during_a_capture(cuda_backend, model):
     model.cuda()
     expected = paramstats.summarize(model).total.norm
     x = torch.ones(8, device="cuda")
@@ -282,7 +282,7 @@ def test_earlier_summaries_during_a_capture(cuda_engine, model):
     assert y.sum().item() == 16.0 and asked.total.norm == expected
 
 
-def test_a_device_assertion_is_told_and_ends_nothing_else(cuda_engine):
+def test_a_device_assertion_is_told_and_ends_nothing_else(cuda_backend):
     """Summaries that are freed after it must not end the process before its traceback."""
     done = in_a_process_of_its_own("""
         import torch, paramstats
@@ -301,7 +301,7 @@ def test_a_device_assertion_is_told_and_ends_nothing_else(cuda_engine):
     assert done.returncode >= 0, done.stderr  # no signal
 
 
-def test_two_threads(cuda_engine, model):
+def test_two_threads(cuda_backend, model):
     model.cuda()
     expected = paramstats.summarize(model).scalars()
     found: list[Any] = []
@@ -318,7 +318,7 @@ def test_two_threads(cuda_engine, model):
     assert len(found) == 400 and all(scalars == expected for scalars in found)
 
 
-def test_the_cache_emptied_meanwhile(cuda_engine, model):
+def test_the_cache_emptied_meanwhile(cuda_backend, model):
     model.cuda()
     expected = paramstats.summarize(model).total.norm
     busy(50)
@@ -327,15 +327,15 @@ def test_the_cache_emptied_meanwhile(cuda_engine, model):
     assert summary.total.norm == expected
 
 
-def test_the_reference_engine_agrees(cuda_engine, model, monkeypatch):
+def test_the_reference_engine_agrees(cuda_backend, model, monkeypatch):
     model.cuda()
     model(torch.randn(4, 8, device="cuda")).sum().backward()
     native = paramstats.summarize(model).scalars()
-    monkeypatch.setattr(engines, "_engine", load_engine("reference"))
+    monkeypatch.setattr(backends, "_active", load_backend("reference"))
     assert paramstats.summarize(model).scalars() == pytest.approx(native, rel=1e-6, abs=1e-6)
 
 
-def test_in_a_compiled_step(cuda_engine, model):
+def test_in_a_compiled_step(cuda_backend, model):
     model.cuda()
 
     @torch.compile

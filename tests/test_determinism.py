@@ -45,7 +45,7 @@ def test_threads_runs_and_company(native, tensors, simd_level, restore_threads):
 def _states(extension, tensors: list[torch.Tensor]) -> list[bytes]:
     table, left, _ = extension.read(tensors, True, False)
     assert not left
-    size = paramstats.moments.ROW.size
+    size = paramstats._core.moments.ROW.size
     return [table[i * size : (i + 1) * size] for i in range(len(tensors))]
 
 

@@ -26,7 +26,7 @@ NUMBER = re.compile(r"^-?\d[\d.,]*(e[+-]\d+)?%?$")
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_docstrings(module, engine):
+def test_docstrings(module, backend):
     try:
         results = doctest.testmod(importlib.import_module(module))
     except ImportError as error:
@@ -42,7 +42,7 @@ def test_pages(page, capsys, folder):
         pass
 
 
-def test_the_readme_with_each_engine(engine, capsys, folder):
+def test_the_readme_with_each_backend(backend, capsys, folder):
     for _ in run_page("README.md", capsys):
         pass
 

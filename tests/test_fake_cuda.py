@@ -1,4 +1,4 @@
-"""The road of CUDA tensors from `summarize` to figures, on devices that are not there.
+"""The road of CUDA tensors from `summarize` to statistics, on devices that are not there.
 
 tests/fake_cuda stands for CUDA where torch has none: work is queued and does not run before
 somebody waits, memory that is let go becomes garbage in the order of its stream. What only a real
@@ -24,11 +24,11 @@ from hypothesis import given, settings
 from torch import nn
 
 import paramstats
-from paramstats import engine as engines
+from paramstats._core import backend as backends
 from tests import oracle
 from tests.accuracy import adversarial, rational
 from tests.accuracy.test_bound import assert_within, state_of
-from tests.conftest import load_engine
+from tests.conftest import load_backend
 from tests.dtypes import DTYPES
 from tests.fake_cuda import building
 
@@ -39,7 +39,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def extension(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    native = load_engine("native").native
+    native = load_backend("native").native
     if importlib.util.find_spec("ninja") is None:
         pytest.skip("ninja is not installed")
     return building.install(native, tmp_path_factory.mktemp("fake_cuda"))
@@ -47,9 +47,9 @@ def extension(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture
 def cuda(extension: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The fake, with the native engine as it is where the CUDA engine loads."""
-    chosen = dataclasses.replace(load_engine("native"), cuda=extension, cuda_missing=None)
-    monkeypatch.setattr(engines, "_engine", chosen)
+    """The fake, with the native backend as it is where the CUDA backend loads."""
+    chosen = dataclasses.replace(load_backend("native"), cuda=extension, cuda_missing=None)
+    monkeypatch.setattr(backends, "_active", chosen)
     yield extension
     for device in range(2):
         extension.use_stream(device, 0)
@@ -80,7 +80,7 @@ def test_the_error_bound(cuda):
     @given(adversarial.tensors())
     @settings(max_examples=300)
     def holds(tensor):
-        state = state_of(engines.engine(), cuda.to(tensor.contiguous(), 0))
+        state = state_of(backends.active(), cuda.to(tensor.contiguous(), 0))
         assert_within("cuda", state, tensor, rational.exact(tensor))
 
     holds()
@@ -186,7 +186,7 @@ def test_layouts(cuda, monkeypatch):
     """Dense in any order of dimensions goes to the kernels; what has gaps to torch's operators."""
     left = []
     monkeypatch.setattr(
-        paramstats.reference, "fill",
+        paramstats._core.reference, "fill",
         lambda table, rows, params: (left.extend(row for row, _ in rows), (table, (), {}))[1],
     )  # fmt: skip
     x = torch.randn(2, 3, 4, 5)
@@ -319,10 +319,12 @@ def test_figures_wanted_by_two_threads(cuda, model):
 @pytest.mark.parametrize("forced", [False, True])
 def test_a_device_that_the_kernels_were_not_compiled_for(cuda, model, monkeypatch, forced):
     """Its tensors go through torch operators, which say so once; or not at all."""
-    chosen = dataclasses.replace(engines.engine(), forced=forced)
-    monkeypatch.setattr(engines, "_engine", chosen)
-    monkeypatch.setattr(engines, "_explained", set())
-    monkeypatch.setattr(paramstats.reference, "fill", lambda table, rows, params: (table, (), {}))
+    chosen = dataclasses.replace(backends.active(), forced=forced)
+    monkeypatch.setattr(backends, "_active", chosen)
+    monkeypatch.setattr(backends, "_explained", set())
+    monkeypatch.setattr(
+        paramstats._core.reference, "fill", lambda table, rows, params: (table, (), {})
+    )
     moved(model, cuda)
     cuda.fail("check")
     chosen.native.use_cuda_engine(cuda.api())  # which forgets what it knows of devices
@@ -346,7 +348,7 @@ def test_the_current_device_is_left_as_it_was(cuda):
 
 
 def test_an_engine_of_another_version_is_refused(cuda):
-    native = engines.engine().native
+    native = backends.active().native
     with pytest.raises(ValueError, match=r"it is paramstats\.cuda\.Api/0, not "):
         native.use_cuda_engine(cuda.old_api())
     assert paramstats.summarize({"w": cuda.to(torch.ones(4), 0)})["w"].norm == 2.0

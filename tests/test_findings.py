@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from paramstats import ParamStats, Severity, Summary, Thresholds, summarize
-from paramstats.findings import Kind
-from paramstats.findings.rules import find
+from paramstats._findings import FindingCode
+from paramstats._findings.rules import find
 
 STEPS = 200
 
@@ -65,11 +65,11 @@ def train(
     return summaries
 
 
-def kinds(summary: Summary, severity: Severity = Severity.WARNING) -> dict[Kind, list[str]]:
+def kinds(summary: Summary, severity: Severity = Severity.WARNING) -> dict[FindingCode, list[str]]:
     """The names of each kind of finding."""
-    out: dict[Kind, list[str]] = {}
+    out: dict[FindingCode, list[str]] = {}
     for finding in summary.findings().at_least(severity):
-        out.setdefault(finding.kind, []).append(finding.name)
+        out.setdefault(finding.code, []).append(finding.name)
     return out
 
 
@@ -202,7 +202,7 @@ class Additive(nn.Module):
     ],
     ids=["low rank", "zero residual", "additive", "padding", "weight norm"],
 )
-def test_no_alarm_from_what_begins_at_zero_or_one(engine, digits, first):
+def test_no_alarm_from_what_begins_at_zero_or_one(backend, digits, first):
     torch.manual_seed(0)
     layer = first()
     images, labels = digits
@@ -220,7 +220,7 @@ class Indices(nn.Module):
         return x.long()
 
 
-def test_a_state_dict_of_ten_thousand_takes_no_longer_than_a_model(engine):
+def test_a_state_dict_of_ten_thousand_takes_no_longer_than_a_model(backend):
     """Each entry is looked at a fixed number of times: what is known of all is found once."""
     looked = 0
 
@@ -247,15 +247,15 @@ class Values:
 # ---- sick ones
 
 
-def test_a_learning_rate_of_a_thousand(engine, digits):
+def test_a_learning_rate_of_a_thousand(backend, digits):
     model = mlp()
     summaries = train(model, digits, 12, torch.optim.SGD(model.parameters(), lr=1e3))
     named = [set(kinds(summary)) for summary in summaries]
-    assert named[0] == set() and Kind.GRADIENT_RATIO in named[2]
-    assert Kind.ZERO_GRADIENT in named[-1], "its ReLUs have died"
+    assert named[0] == set() and FindingCode.GRADIENT_RATIO in named[2]
+    assert FindingCode.ZERO_GRADIENT in named[-1], "its ReLUs have died"
 
 
-def test_a_detached_layer(engine, digits):
+def test_a_detached_layer(backend, digits):
     class Detached(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -265,64 +265,64 @@ def test_a_detached_layer(engine, digits):
             return self.second(torch.relu(self.first(x)).detach())
 
     (summary,) = train(Detached(), digits, 1)
-    assert kinds(summary) == {Kind.MISSING_GRADIENT: ["first.weight", "first.bias"]}
+    assert kinds(summary) == {FindingCode.MISSING_GRADIENT: ["first.weight", "first.bias"]}
     assert "detached" in summary.findings()[0].advice
 
 
-def test_no_gradient_is_no_finding_before_the_first_backward(engine):
+def test_no_gradient_is_no_finding_before_the_first_backward(backend):
     assert summarize(mlp()).findings() == ()
 
 
-def test_frozen_layers_owe_no_gradient(engine, digits):
+def test_frozen_layers_owe_no_gradient(backend, digits):
     model = mlp()
     model[0].requires_grad_(False)
     (summary,) = train(model, digits, 1)
     assert summary.findings() == ()
 
 
-def test_zero_initialisation(engine, digits):
+def test_zero_initialisation(backend, digits):
     model = mlp()
     for parameter in model.parameters():
         nn.init.zeros_(parameter)
     weights = ["0.weight", "2.weight", "4.weight"]
-    assert kinds(summarize(model)) == {Kind.DEAD_WEIGHT: weights}, "before training"
+    assert kinds(summarize(model)) == {FindingCode.DEAD_WEIGHT: weights}, "before training"
     summary = train(model, digits, 3)[-1]
-    assert kinds(summary) == {Kind.ZERO_GRADIENT: weights, Kind.DEAD_WEIGHT: weights}
+    assert kinds(summary) == {FindingCode.ZERO_GRADIENT: weights, FindingCode.DEAD_WEIGHT: weights}
     assert {f.name for f in summary.findings() if f.severity == Severity.INFO} == {
         "0.bias",
         "2.bias",
     }
 
 
-def test_constant_initialisation(engine, digits):
+def test_constant_initialisation(backend, digits):
     model = mlp()
     nn.init.constant_(model[2].weight, 0.01)
     summary = summarize(model)
-    assert kinds(summary) == {Kind.CONSTANT_WEIGHT: ["2.weight"]}
-    assert summary.findings()[0].measure == "std 0, all elements 0.01"
+    assert kinds(summary) == {FindingCode.CONSTANT_WEIGHT: ["2.weight"]}
+    assert summary.findings()[0].message == "std 0, all elements 0.01"
 
 
-def test_a_zero_that_wakes_up_is_only_good_to_know(engine, digits):
+def test_a_zero_that_wakes_up_is_only_good_to_know(backend, digits):
     model = mlp()
     nn.init.zeros_(model[4].weight)
     assert kinds(summarize(model)) == {}
     first, second = train(model, digits, 2)
     assert kinds(first) == {}
     assert kinds(first, Severity.INFO) == {
-        Kind.DEAD_WEIGHT: ["4.weight"],
-        Kind.ZERO_GRADIENT: ["0.weight", "0.bias", "2.weight", "2.bias"],
+        FindingCode.DEAD_WEIGHT: ["4.weight"],
+        FindingCode.ZERO_GRADIENT: ["0.weight", "0.bias", "2.weight", "2.bias"],
     }
     assert second.findings() == ()
 
 
-def test_dead_relus(engine, digits):
+def test_dead_relus(backend, digits):
     model = mlp()
     nn.init.constant_(model[2].bias, -100.0)
     summary = train(model, digits, 2)[-1]
-    assert kinds(summary) == {Kind.ZERO_GRADIENT: ["0.weight", "2.weight", "4.weight"]}
+    assert kinds(summary) == {FindingCode.ZERO_GRADIENT: ["0.weight", "2.weight", "4.weight"]}
 
 
-def test_nan_in_the_data(engine, digits):
+def test_nan_in_the_data(backend, digits):
     def spoil(step: int, images: Tensor) -> None:
         if step == 1:
             images[5, 7] = math.nan
@@ -330,16 +330,16 @@ def test_nan_in_the_data(engine, digits):
     before, during, after = train(mlp(), digits, 3, at_step=spoil)
     names = ["0.weight", "0.bias", "2.weight", "2.bias", "4.weight", "4.bias"]
     assert before.findings() == ()
-    assert kinds(during) == {Kind.NONFINITE_GRADIENT: names[::-1]}
+    assert kinds(during) == {FindingCode.NONFINITE_GRADIENT: names[::-1]}
     assert "loss and at the data" in during.findings()[0].advice
-    assert kinds(after)[Kind.NONFINITE_PARAMETER] == names
-    gradients = next(f for f in after.findings() if f.kind == Kind.NONFINITE_GRADIENT)
+    assert kinds(after)[FindingCode.NONFINITE_PARAMETER] == names
+    gradients = next(f for f in after.findings() if f.code == FindingCode.NONFINITE_GRADIENT)
     assert gradients.advice == "From parameters that have it: mend those first"
     first = after.findings()[0]
     assert first.name == "0.weight" and "The first of 6 in the model's order" in first.advice
 
 
-def test_nan_made_in_backward_is_traced_to_where_it_began(engine, digits):
+def test_nan_made_in_backward_is_traced_to_where_it_began(backend, digits):
     class Root(nn.Module):
         """The root of exactly 0 has no finite slope."""
 
@@ -349,11 +349,11 @@ def test_nan_made_in_backward_is_traced_to_where_it_began(engine, digits):
     model = mlp()
     model[1] = Root()
     (summary,) = train(model, digits, 1)
-    assert kinds(summary) == {Kind.NONFINITE_GRADIENT: ["0.bias", "0.weight"]}
+    assert kinds(summary) == {FindingCode.NONFINITE_GRADIENT: ["0.bias", "0.weight"]}
     assert "Backward met it here first" in summary.findings()[0].advice
 
 
-def test_float16_that_overflows(engine, digits):
+def test_float16_that_overflows(backend, digits):
 
     def scaled(scale: float) -> Summary:
         def loss(out: Tensor, labels: Tensor) -> Tensor:
@@ -364,34 +364,34 @@ def test_float16_that_overflows(engine, digits):
 
     largest = max(entry.grad.abs_max for entry in scaled(1).values())
     near, over = scaled(40000 / largest), scaled(80000 / largest)
-    assert set(kinds(near)) == {Kind.OVERFLOW, Kind.GRADIENT_RATIO}
-    assert any("float16 ends at 65.50e3" in f.measure for f in near.findings())
-    (sick,) = (f for f in over.findings() if f.kind == Kind.NONFINITE_GRADIENT)
-    assert sick.measure.endswith("Inf of 10") and sick.name == "4.bias"
+    assert set(kinds(near)) == {FindingCode.OVERFLOW, FindingCode.GRADIENT_RATIO}
+    assert any("float16 ends at 65.50e3" in f.message for f in near.findings())
+    (sick,) = (f for f in over.findings() if f.code == FindingCode.NONFINITE_GRADIENT)
+    assert sick.message.endswith("Inf of 10") and sick.name == "4.bias"
     assert "65,504, where float16 ends" in sick.advice
 
 
-def test_float16_that_underflows(engine, digits):
+def test_float16_that_underflows(backend, digits):
     def small(out: Tensor, labels: Tensor) -> Tensor:
         return nn.functional.cross_entropy(out.float(), labels) * 1e-4
 
     (summary,) = train(mlp(torch.float16), digits, 1, loss_of=small)
-    assert kinds(summary)[Kind.UNDERFLOW] == ["0.weight", "2.weight", "4.weight"]
+    assert kinds(summary)[FindingCode.UNDERFLOW] == ["0.weight", "2.weight", "4.weight"]
     (wide,) = train(mlp(torch.bfloat16), digits, 1, loss_of=small)
-    assert Kind.UNDERFLOW not in kinds(wide), "bfloat16 has float32's range"
+    assert FindingCode.UNDERFLOW not in kinds(wide), "bfloat16 has float32's range"
 
 
-def test_ranges_are_those_in_memory(engine):
-    """What a scaler multiplied stays in the type as it is, whatever the figures are."""
+def test_ranges_are_those_in_memory(backend):
+    """What a scaler multiplied stays in the type as it is, whatever the statistics are."""
     w = torch.randn(4, 4).half().requires_grad_()
     w.grad = torch.full((4, 4), 32768.0, dtype=torch.float16)
     summary = summarize({"w": w}, grad_scale=32768.0)
     assert summary["w"].grad.mean == 1
-    assert [f.kind for f in summary.findings()] == [Kind.OVERFLOW]
-    assert summary.findings()[0].figure == pytest.approx(32768 / 65504)
+    assert [f.code for f in summary.findings()] == [FindingCode.OVERFLOW]
+    assert summary.findings()[0].value == pytest.approx(32768 / 65504)
 
 
-def test_a_deep_network_of_sigmoids_has_vanishing_gradients(engine, digits):
+def test_a_deep_network_of_sigmoids_has_vanishing_gradients(backend, digits):
     torch.manual_seed(0)
     layers = [layer for _ in range(30) for layer in (nn.Linear(64, 64), nn.Sigmoid())]
     (summary,) = train(nn.Sequential(*layers, nn.Linear(64, 10)), digits, 1)
@@ -399,40 +399,40 @@ def test_a_deep_network_of_sigmoids_has_vanishing_gradients(engine, digits):
     norms = [summary[f"{2 * i}.weight"].grad.norm for i in range(31)]
     median = sorted(norms)[15]
     vanished = [f"{2 * i}.weight" for i in range(31) if norms[i] < 1e-6 * median]
-    assert found[Kind.VANISHING_GRADIENT] == vanished
+    assert found[FindingCode.VANISHING_GRADIENT] == vanished
     assert vanished and vanished[0] == "0.weight"
-    assert Kind.EXPLODING_GRADIENT not in found, "the last layers are well"
+    assert FindingCode.EXPLODING_GRADIENT not in found, "the last layers are well"
 
 
-def test_a_feature_in_units_of_its_own_has_exploding_gradients(engine, digits):
+def test_a_feature_in_units_of_its_own_has_exploding_gradients(backend, digits):
     """Pixels counted in millionths, before a weight that makes up for it."""
     images, labels = digits
     model = mlp()
     with torch.no_grad():
         model[0].weight *= 1e-6
     (summary,) = train(model, (images * 1e6, labels), 1)
-    assert kinds(summary)[Kind.EXPLODING_GRADIENT] == ["0.weight"]
-    (finding,) = (f for f in summary.findings() if f.kind == Kind.EXPLODING_GRADIENT)
+    assert kinds(summary)[FindingCode.EXPLODING_GRADIENT] == ["0.weight"]
+    (finding,) = (f for f in summary.findings() if f.code == FindingCode.EXPLODING_GRADIENT)
     norms = [summary[f"{i}.weight"].grad.norm for i in (0, 2, 4)]
-    assert finding.figure == norms[0] / sorted(norms)[1] > finding.threshold == 1e4
+    assert finding.value == norms[0] / sorted(norms)[1] > finding.threshold == 1e4
 
 
-def test_a_loss_that_is_a_sum_is_out_of_proportion(engine, digits):
+def test_a_loss_that_is_a_sum_is_out_of_proportion(backend, digits):
     def total(out: Tensor, labels: Tensor) -> Tensor:
         return nn.functional.cross_entropy(out, labels, reduction="sum") * 1e4
 
     (summary,) = train(mlp(), digits, 1, loss_of=total)
-    assert set(kinds(summary)) == {Kind.GRADIENT_RATIO}
+    assert set(kinds(summary)) == {FindingCode.GRADIENT_RATIO}
     (finding, *_) = summary.findings()
     entry = summary[finding.name]
-    assert finding.figure == entry.grad.norm / entry.norm > finding.threshold == 1e3
+    assert finding.value == entry.grad.norm / entry.norm > finding.threshold == 1e3
 
 
-def test_weights_that_have_run_away(engine, digits):
+def test_weights_that_have_run_away(backend, digits):
     torch.manual_seed(0)
     model = Transformer()
     train(model, digits, 4, torch.optim.SGD(model.parameters(), lr=1e6))
-    huge = kinds(summarize(model))[Kind.HUGE_WEIGHT]
+    huge = kinds(summarize(model))[FindingCode.HUGE_WEIGHT]
     assert huge == [
         name for name, p in model.named_parameters()
         if sum(n > 1 for n in p.shape) > 1 and p.double().square().mean().sqrt() > 1e3
@@ -440,25 +440,25 @@ def test_weights_that_have_run_away(engine, digits):
     assert huge
 
 
-def test_pruned_weights_are_good_to_know(engine):
+def test_pruned_weights_are_good_to_know(backend):
     from torch.nn.utils import prune
 
     model = mlp()
     prune.random_unstructured(model[2], "weight", amount=0.95)
     prune.remove(model[2], "weight")
     (finding,) = summarize(model).findings()
-    assert (finding.kind, finding.severity) == (Kind.SPARSE_WEIGHT, Severity.INFO)
-    assert finding.name == "2.weight" and finding.figure == pytest.approx(0.95, abs=1e-3)
+    assert (finding.code, finding.severity) == (FindingCode.SPARSE_WEIGHT, Severity.INFO)
+    assert finding.name == "2.weight" and finding.value == pytest.approx(0.95, abs=1e-3)
     assert summarize(model).findings(Thresholds(sparse_weight=0.97)) == ()
 
 
-def test_masks_in_buffers_may_be_infinite(engine):
+def test_masks_in_buffers_may_be_infinite(backend):
     model = nn.Module()
     model.register_buffer("mask", torch.full((4, 4), -math.inf).triu(1))
     assert summarize(model, buffers=True).findings() == ()
     model.mask[0, 0] = math.nan
     (finding,) = summarize(model, buffers=True).findings()
-    assert (finding.where, finding.name, finding.figure) == ("buffer", "mask", 1)
+    assert (finding.source, finding.name, finding.value) == ("buffer", "mask", 1)
 
 
 @pytest.mark.parametrize(
@@ -474,27 +474,27 @@ def test_masks_in_buffers_may_be_infinite(engine):
         torch.tensor(0.0),
     ],
 )
-def test_what_is_no_weight_may_be_constant(engine, tensor):
+def test_what_is_no_weight_may_be_constant(backend, tensor):
     assert summarize({"x": tensor}).findings() == ()
 
 
-def test_lazy_parameters_are_no_finding(engine):
+def test_lazy_parameters_are_no_finding(backend):
     assert summarize(nn.Sequential(nn.LazyLinear(4))).findings() == ()
 
 
-def test_copies_that_differ(engine):
+def test_copies_that_differ(backend):
     make, state = summarize({"w": torch.randn(3, 4)}).__reduce__()
     summary = make(*state[:6], {"w (gradient)": "ranks 1 and 3 differ"}, False)
     (finding,) = summary.findings()
-    assert (finding.kind, finding.severity) == (Kind.DIVERGED_COPIES, Severity.ERROR)
-    assert (finding.name, finding.where) == ("w", "grad")
-    assert finding.measure == "ranks 1 and 3 differ" and "! copies differ" in summary.table()
+    assert (finding.code, finding.severity) == (FindingCode.DIVERGED_COPIES, Severity.ERROR)
+    assert (finding.name, finding.source) == ("w", "grad")
+    assert finding.message == "ranks 1 and 3 differ" and "! copies differ" in summary.table()
 
 
 # ---- what a finding is
 
 
-def test_limits_are_adjustable_and_exact(engine):
+def test_limits_are_adjustable_and_exact(backend):
     w = torch.ones(2, 8, requires_grad=True)
     with torch.no_grad():
         w[0, 0] = 0.5
@@ -504,7 +504,7 @@ def test_limits_are_adjustable_and_exact(engine):
     assert summary.findings(Thresholds(largest_gradient_ratio=ratio)) == ()
     below = math.nextafter(ratio, 0)
     (finding,) = summary.findings(Thresholds(largest_gradient_ratio=below))
-    assert finding.figure == ratio and finding.threshold == below
+    assert finding.value == ratio and finding.threshold == below
 
 
 @pytest.mark.parametrize("value", [-1.0, math.nan, "1", None])
@@ -513,7 +513,7 @@ def test_thresholds_are_numbers(value):
         Thresholds(overflow=value)
 
 
-def test_the_most_severe_comes_first(engine, model):
+def test_the_most_severe_comes_first(backend, model):
     model[0].weight.grad.zero_()
     model[0].bias.grad.zero_()
     model[2].weight.data[0, 0] = math.inf
@@ -525,7 +525,7 @@ def test_the_most_severe_comes_first(engine, model):
         findings.at_least("error")
 
 
-def test_they_print_as_a_report(engine):
+def test_they_print_as_a_report(backend):
     source = {f"w{i}": torch.zeros(3, 4) for i in range(25)} | {"sick": torch.tensor([math.nan])}
     lines = str(summarize(source).findings()).splitlines()
     assert lines[0].startswith("ERROR NaN or Inf in parameter: ")
@@ -536,7 +536,7 @@ def test_they_print_as_a_report(engine):
     assert str(summarize({"w": torch.randn(3, 4)}).findings()) == "no findings"
 
 
-def test_a_finding_is_data(engine, model):
+def test_a_finding_is_data(backend, model):
     model[0].weight.grad.zero_()
     (finding,) = summarize(model).findings()
     record = {**vars(finding), "severity": finding.severity.name}

@@ -13,8 +13,8 @@ import paramstats
 
 FORK = """
 import os, signal, sys, torch, paramstats
-from paramstats import engine
-engine._engine = engine.choose(sys.argv[1])
+from paramstats._core import backend as backend
+backend._active = backend.choose(sys.argv[1])
 torch.set_num_threads(2)
 x = torch.randn(3_000_000)
 tensors = {"x": x, "complex": torch.view_as_complex(x.view(-1, 2))}
@@ -38,12 +38,12 @@ sys.exit(code)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_a_large_model_in_a_forked_child(engine):
-    run = subprocess.run([sys.executable, "-c", FORK, engine.name], timeout=120)
+def test_a_large_model_in_a_forked_child(backend):
+    run = subprocess.run([sys.executable, "-c", FORK, backend.name], timeout=120)
     assert run.returncode == 0
 
 
-def test_a_process_that_is_no_child_leaves_the_threads_alone(engine, monkeypatch):
+def test_a_process_that_is_no_child_leaves_the_threads_alone(backend, monkeypatch):
     def asked(*_):
         raise AssertionError("looked at torch's threads")
 

@@ -15,9 +15,9 @@ import pytest
 import torch
 
 import paramstats
-from paramstats import engine as engines
-from paramstats.moments import ROW
-from tests.conftest import load_engine
+from paramstats._core import backend as backends
+from paramstats._core.moments import ROW
+from tests.conftest import load_backend
 from tests.fuzz import campaign
 
 ROOT = Path(__file__).parent.parent
@@ -34,9 +34,9 @@ right = paramstats.summarize
 
 
 @pytest.fixture(autouse=True)
-def _as_it_was(native: engines.Engine) -> Iterator[None]:
-    """Cases choose threads, SIMD level and engine as they like."""
-    extension, threads = load_engine("native").native, torch.get_num_threads()
+def _as_it_was(native: backends.Implementation) -> Iterator[None]:
+    """Cases choose threads, SIMD level and backend as they like."""
+    extension, threads = load_backend("native").native, torch.get_num_threads()
     level = extension.simd_level()
     yield
     extension.set_simd_level(level)
@@ -56,7 +56,7 @@ def test_seeds_that_found_something(kind):
 
 
 class Wrong:
-    """The native engine, with one figure of one row not quite right."""
+    """The native backend, with one statistic of one row not quite right."""
 
     def __init__(self, native: Any, field: int) -> None:
         self._native, self._field = native, field
@@ -86,7 +86,7 @@ class Wrong:
 @pytest.mark.parametrize("kind", ["tensors", "tables"])
 def test_a_figure_that_is_not_quite_right_is_noticed(native, monkeypatch, kind, field):
     wrong = dataclasses.replace(native, native=Wrong(native.native, field))
-    monkeypatch.setattr(engines, "_engine", wrong)
+    monkeypatch.setattr(backends, "_active", wrong)
     module = importlib.import_module(f"tests.fuzz.{kind}")
     with pytest.raises(AssertionError):
         list(map(module.run, range(200)))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import paramstats
-from paramstats import moments
+from paramstats._core import moments
 from tests.matrix.looking import Look, same_training
 from tests.matrix.rows import ROWS, Row, run_row
 
@@ -19,8 +19,8 @@ QUICK = [row for row in ROWS if row.quick]
 
 
 @pytest.mark.parametrize("row", QUICK, ids=lambda row: row.name)
-def test_row(engine, row):
-    outcome = run_row(row, [engine])
+def test_row(backend, row):
+    outcome = run_row(row, [backend])
     if outcome.not_run:
         pytest.skip(outcome.not_run)
     assert not outcome.failures
@@ -29,10 +29,10 @@ def test_row(engine, row):
 # ---- a row can fail --------------------------------------------------------------------------
 
 
-def failure_of(engine, run, *needs: str) -> str:
-    outcome = run_row(Row("", "wrappers", needs, True, run), [engine])
+def failure_of(backend, run, *needs: str) -> str:
+    outcome = run_row(Row("", "wrappers", needs, True, run), [backend])
     assert not outcome.not_run
-    return outcome.failures.get(engine.name, "")
+    return outcome.failures.get(backend.name, "")
 
 
 def trained() -> torch.nn.Module:
@@ -42,25 +42,27 @@ def trained() -> torch.nn.Module:
     return model
 
 
-@pytest.mark.parametrize("figure", ["mean", "std", "norm", "zero_fraction", "min", "max", "count"])
+@pytest.mark.parametrize(
+    "statistic", ["mean", "std", "norm", "zero_fraction", "min", "max", "count"]
+)
 @pytest.mark.parametrize("which", [0, 2, 4])
-def test_a_wrong_figure_fails(engine, monkeypatch, figure, which):
+def test_a_wrong_figure_fails(backend, monkeypatch, statistic, which):
     """Of a parameter, of a gradient, of a buffer: the `which`-th of all that are made."""
     model, finalize, made = trained(), moments.finalize, []
 
     def wrong(state, correction):
-        figures = finalize(state, correction)
-        made.append(figures)
-        value = getattr(figures, figure)
-        change = {figure: value + 1e-3 * max(abs(value), 1e-3)} if figure != "count" else {
-            figure: value + 1}  # fmt: skip
-        return figures._replace(**change) if len(made) == which + 1 else figures
+        statistics = finalize(state, correction)
+        made.append(statistics)
+        value = getattr(statistics, statistic)
+        change = {statistic: value + 1e-3 * max(abs(value), 1e-3)} if statistic != "count" else {
+            statistic: value + 1}  # fmt: skip
+        return statistics._replace(**change) if len(made) == which + 1 else statistics
 
     monkeypatch.setattr(moments, "finalize", wrong)
-    assert "AssertionError" in failure_of(engine, lambda look: look(model))
+    assert "AssertionError" in failure_of(backend, lambda look: look(model))
     made.clear()
     made.extend([None] * 1000)
-    assert not failure_of(engine, lambda look: look(model))
+    assert not failure_of(backend, lambda look: look(model))
 
 
 @pytest.mark.parametrize(
@@ -73,7 +75,7 @@ def test_a_wrong_figure_fails(engine, monkeypatch, figure, which):
         (lambda model: warnings.warn("look here", stacklevel=1), "warned: look here"),
     ],
 )
-def test_a_call_that_does_more_than_read_fails(engine, monkeypatch, meddle, message):
+def test_a_call_that_does_more_than_read_fails(backend, monkeypatch, meddle, message):
     summarize = paramstats.summarize
 
     def meddling(model, **arguments):
@@ -82,10 +84,10 @@ def test_a_call_that_does_more_than_read_fails(engine, monkeypatch, meddle, mess
         return summary
 
     monkeypatch.setattr(paramstats, "summarize", meddling)
-    assert message in failure_of(engine, lambda look: look(trained()))
+    assert message in failure_of(backend, lambda look: look(trained()))
 
 
-def test_a_training_that_goes_another_way_fails(engine):
+def test_a_training_that_goes_another_way_fails(backend):
     def train(observe):
         model = trained()
         if isinstance(observe, Look):
@@ -93,10 +95,10 @@ def test_a_training_that_goes_another_way_fails(engine):
                 model[0].weight += 1e-7
         return model
 
-    assert "another way" in failure_of(engine, lambda look: same_training(look, train))
+    assert "another way" in failure_of(backend, lambda look: same_training(look, train))
 
 
-def test_entries_that_lack_or_are_too_many_fail(engine, monkeypatch):
+def test_entries_that_lack_or_are_too_many_fail(backend, monkeypatch):
     summarize = paramstats.summarize
     for arguments in ({"exclude": "0.bias"}, {"grads": False}, {"buffers": False}):
 
@@ -104,25 +106,25 @@ def test_entries_that_lack_or_are_too_many_fail(engine, monkeypatch):
             return summarize(model, **(given | arguments))
 
         monkeypatch.setattr(paramstats, "summarize", other)
-        assert "AssertionError" in failure_of(engine, lambda look: look(trained()))
+        assert "AssertionError" in failure_of(backend, lambda look: look(trained()))
 
 
-def test_what_is_refused_or_skipped_must_be_said(engine):
+def test_what_is_refused_or_skipped_must_be_said(backend):
     def refuse(look):
         look.refused(lambda: paramstats.summarize(3), TypeError, "got float")
 
-    assert "no 'got float' in" in failure_of(engine, refuse)
+    assert "no 'got float' in" in failure_of(backend, refuse)
     assert "nothing was raised" in failure_of(
-        engine, lambda look: look.refused(lambda: None, TypeError)
+        backend, lambda look: look.refused(lambda: None, TypeError)
     )
     opaque = torch.arange(4, dtype=torch.uint8).view(torch.uint4)
-    assert "skipped" in failure_of(engine, lambda look: look({"x": opaque}))
+    assert "skipped" in failure_of(backend, lambda look: look({"x": opaque}))
 
 
-def test_a_row_whose_library_lacks_is_not_run(engine):
-    outcome = run_row(Row("", "wrappers", ("no_such_library",), True, trained), [engine])
-    assert outcome.of(engine.name) == (
+def test_a_row_whose_library_lacks_is_not_run(backend):
+    outcome = run_row(Row("", "wrappers", ("no_such_library",), True, trained), [backend])
+    assert outcome.of(backend.name) == (
         "not run: no_such_library is not installed; make matrix installs it"
     )
-    nothing = run_row(Row("", "wrappers", (), True, lambda look: None), [engine])
-    assert nothing.failures[engine.name] == "the row compared nothing"
+    nothing = run_row(Row("", "wrappers", (), True, lambda look: None), [backend])
+    assert nothing.failures[backend.name] == "the row compared nothing"

@@ -85,7 +85,7 @@ def resnet():
 
 
 @pytest.mark.parametrize("make", [gpt2, t5, vit, mixtral, resnet], ids=lambda f: f.__name__)
-def test_every_figure(engine, make):
+def test_every_figure(backend, make):
     torch.manual_seed(0)
     model, aliases = make()
     summary = paramstats.summarize(model, buffers=True)

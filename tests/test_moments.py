@@ -9,9 +9,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paramstats import moments, reference
-from paramstats.moments import ABSENT, ROW, Figures, Moments, finalize, merge, scaled, unread
-from tests.conftest import load_engine
+from paramstats._core import moments, reference
+from paramstats._core.moments import (
+    ABSENT,
+    ROW,
+    Moments,
+    Statistics,
+    finalize,
+    merge,
+    scaled,
+    unread,
+)
+from tests.conftest import load_backend
 
 elements = st.lists(
     st.one_of(st.floats(-1e6, 1e6), st.sampled_from([0.0, math.nan, math.inf, -math.inf])),
@@ -72,14 +81,14 @@ STATES = [
 @pytest.mark.parametrize("correction", [0, 1, 2, 6])
 @pytest.mark.parametrize("grad_scale", [1.0, 0.125, 1024.0])
 def test_the_cpp_twin_agrees(correction, grad_scale):
-    """Bulk figures and merges of the native engine, against these, on every kind of state."""
-    native = load_engine("native")
+    """Bulk statistics and merges of the native backend, against these, on every kind of state."""
+    native = load_backend("native")
     rows = [*STATES, *STATES]
     table = b"".join(ROW.pack(*state) for state in rows)
-    which = list(range(len(Figures._fields)))
-    keys = [f"{i}/{f}" for i in range(len(rows)) for f in Figures._fields]
+    which = list(range(len(Statistics._fields)))
+    keys = [f"{i}/{f}" for i in range(len(rows)) for f in Statistics._fields]
     arguments = (table, keys, which, correction, grad_scale)
-    ours, theirs = moments.figures(*arguments), native.figures(*arguments)
+    ours, theirs = moments.scalars(*arguments), native.scalars(*arguments)
     assert list(ours) == list(theirs)
     for key, value in ours.items():
         assert theirs[key] == pytest.approx(value, rel=1e-15, nan_ok=True), key
@@ -92,8 +101,8 @@ def test_the_cpp_twin_agrees(correction, grad_scale):
 
 def test_absent_rows_have_no_figures():
     table = ROW.pack(*Moments(1, 0, 0, 0, 0, 2.0, 0.0, 2.0, 2.0)) + ROW.pack(*unread(ABSENT))
-    for engine in (moments, load_engine("native")):
-        assert engine.figures(table, ["a", "b"], [1], 1, 1.0) == {"a": 2.0}
+    for backend in (moments, load_backend("native")):
+        assert backend.scalars(table, ["a", "b"], [1], 1, 1.0) == {"a": 2.0}
 
 
 def test_scaling_is_scaling_the_elements():
@@ -102,6 +111,6 @@ def test_scaling_is_scaling_the_elements():
 
 
 def test_the_figures_of_a_state_by_hand():
-    figures = finalize(Moments(4, 1, 0, 0, 0, 0.0, 26.0, -4.0, 3.0), correction=1)
-    assert figures.norm == math.sqrt(26) and figures.var == 26 / 3 and figures.abs_max == 4
-    assert figures.rms == math.sqrt(6.5) and figures.zero_fraction == 0.25
+    statistics = finalize(Moments(4, 1, 0, 0, 0, 0.0, 26.0, -4.0, 3.0), correction=1)
+    assert statistics.norm == math.sqrt(26) and statistics.var == 26 / 3 and statistics.abs_max == 4
+    assert statistics.rms == math.sqrt(6.5) and statistics.zero_fraction == 0.25

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import paramstats
-from paramstats import engine as engines
-from paramstats import reference
+from paramstats._core import backend as backends
+from paramstats._core import reference
 from tests import oracle
 from tests.accuracy.test_bound import state_of
 from tests.dtypes import FLOATS, INTEGERS
@@ -58,14 +58,14 @@ NASTY = {
 
 
 @pytest.mark.parametrize("name", NASTY)
-def test_nasty_data(engine, name):
+def test_nasty_data(backend, name):
     torch.manual_seed(0)
     x = NASTY[name]()
     oracle.check(stats_of(x), x)
 
 
 @pytest.mark.parametrize("n", SIZES + CHUNK_SIZES)
-def test_every_size(engine, n):
+def test_every_size(backend, n):
     torch.manual_seed(n)
     x = 0.02 * torch.randn(n) + 0.01
     oracle.check(stats_of(x), x)
@@ -73,7 +73,7 @@ def test_every_size(engine, n):
 
 @pytest.mark.parametrize("dtype", FLOATS + INTEGERS, ids=str)
 @pytest.mark.parametrize("n", [0, 1, 5, 63, 1025, CHUNK + 3])
-def test_every_dtype(engine, dtype, n):
+def test_every_dtype(backend, dtype, n):
     torch.manual_seed(n)
     if dtype in FLOATS:
         x = (3 * torch.randn(n)).to(dtype)
@@ -84,7 +84,7 @@ def test_every_dtype(engine, dtype, n):
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_non_finite_values(engine, dtype):
+def test_non_finite_values(backend, dtype):
     torch.manual_seed(0)
     for position in (0, 1, 1500, 4999):
         for values in ([math.nan], [math.inf], [-math.inf], [math.nan, math.inf, -math.inf]):
@@ -93,7 +93,7 @@ def test_non_finite_values(engine, dtype):
             oracle.check(stats_of(x.to(dtype)), x.to(dtype))  # e4m3fn has no infinity: NaN
 
 
-def test_figures_spread_non_finite_values_as_torch_does(engine):
+def test_figures_spread_non_finite_values_as_torch_does(backend):
     x = torch.tensor([1.0, -2.0, math.inf])
     stats = stats_of(x)
     assert stats.mean == x.mean().item() == math.inf
@@ -109,7 +109,7 @@ def test_figures_spread_non_finite_values_as_torch_does(engine):
     assert (bad.finite.mean, bad.finite.norm, bad.finite.max) == (0.5, 1.0, 1.0)
 
 
-def test_figures_that_a_person_can_check(engine):
+def test_figures_that_a_person_can_check(backend):
     stats = stats_of(torch.tensor([3.0, -4.0, 0.0, 1.0]))
     assert (stats.count, stats.zero_count, stats.zero_fraction) == (4, 1, 0.25)
     assert (stats.mean, stats.min, stats.max, stats.abs_max) == (0.0, -4.0, 3.0, 4.0)
@@ -120,33 +120,33 @@ def test_figures_that_a_person_can_check(engine):
 
 @pytest.mark.filterwarnings("ignore:std")  # torch's, at more correction than elements
 @pytest.mark.parametrize("correction", [0, 1, 2, 0.5, 5, 7])
-def test_correction_is_torchs(engine, correction):
+def test_correction_is_torchs(backend, correction):
     x = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0], dtype=torch.float64)
     expected = x.std(correction=correction).item()
     assert stats_of(x, correction=correction).std == pytest.approx(expected, nan_ok=True)
 
 
 @pytest.mark.parametrize("value", [0.1, 1e-40, 3e38, -7.0, 1e-300])
-def test_a_constant_has_no_deviation(engine, value):
+def test_a_constant_has_no_deviation(backend, value):
     x = torch.full((300_000,), value, dtype=torch.float64 if value == 1e-300 else torch.float32)
     stats = stats_of(x)
     assert stats.std == 0 and stats.mean == x[0].item()
 
 
 @pytest.mark.parametrize("e", [30, 40, 44])
-def test_integers_far_from_zero(engine, e):
+def test_integers_far_from_zero(backend, e):
     torch.manual_seed(0)
     x = torch.randint(0, 3, (1000,)) + 2**e  # one block: beyond, merging rounds the means
     oracle.check(stats_of(x), x)
 
 
-def test_many_values_of_one_size_and_both_signs(engine):
+def test_many_values_of_one_size_and_both_signs(backend):
     x = torch.ones(4095) * 1.8237813583927718
     x[:2047] *= -1
     oracle.check(stats_of(x), x)
 
 
-def test_float64_near_its_limits(engine):
+def test_float64_near_its_limits(backend):
     x = torch.tensor([1.7e308, -1.7e308, 1.7e308], dtype=torch.float64)
     stats = stats_of(x)
     assert stats.mean == pytest.approx(1.7e308 / 3) and stats.norm == math.inf  # as torch
@@ -171,9 +171,9 @@ def test_any_floats(data, offset):
     x = torch.tensor(data, dtype=torch.float32)[offset:]
     for name in ("native", "reference"):
         try:
-            chosen = engines.choose(name)
+            chosen = backends.choose(name)
         except RuntimeError:
-            continue  # the native engine is not installed; the fixtures of other tests say so
+            continue  # the native backend is not installed; the fixtures of other tests say so
         oracle.check(paramstats.TensorStats(state_of(chosen, x), 1), x)
         assert chosen.name == name
 
@@ -191,7 +191,7 @@ def test_more_than_two_to_the_31_elements(native, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_parts_far_from_zero_and_from_each_other(engine, dtype):
+def test_parts_far_from_zero_and_from_each_other(backend, dtype):
     """What a part's mean loses shows in the spread of the whole when most of it lies between."""
     torch.manual_seed(0)
     for _ in range(5):

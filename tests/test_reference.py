@@ -1,4 +1,4 @@
-"""The reference engine where the CPU does not show it: on devices that must not be waited for."""
+"""The reference backend where the CPU does not show it: on devices that must not be waited for."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import paramstats
-from paramstats import moments, reference
-from paramstats.layout import Layout
-from paramstats.summary import Summary
+from paramstats._core import moments, reference
+from paramstats._core.layout import Layout
+from paramstats._summary import Summary
 from tests import oracle
 
 
@@ -81,21 +81,21 @@ def test_reading_a_figure_waits_once(read):
     assert summary.ready() and late.waits == 1
 
 
-def test_under_a_fake_tensor_mode(engine, model):
+def test_under_a_fake_tensor_mode(backend, model):
     """Real tensors summarised while a dispatch mode is on, and fake ones: no crash."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     expected = paramstats.summarize(model)["0.weight"].norm
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fake = mode.from_tensor(torch.ones(3))
-    paramstats.skipped._warned.clear()
+    paramstats._core.skipped._warned.clear()
     with pytest.warns(RuntimeWarning, match="could not be read"):
         summary = paramstats.summarize({"fake": fake, "real": torch.ones(4)})
     assert summary["real"].norm == 2.0 and "fake" in summary.skipped
     assert paramstats.summarize(model)["0.weight"].norm == expected
 
 
-def test_inside_vmap(engine):
+def test_inside_vmap(backend):
     """functorch's wrappers cannot be read one by one: a reason, not a crash."""
 
     def inner(x):
@@ -103,6 +103,6 @@ def test_inside_vmap(engine):
         assert "x" in summary.skipped and summary["whole"].norm == 2.0
         return x
 
-    paramstats.skipped._warned.clear()
+    paramstats._core.skipped._warned.clear()
     with pytest.warns(RuntimeWarning, match="could not be read"):
         torch.vmap(inner)(torch.ones(3, 4))

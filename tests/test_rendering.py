@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from paramstats import rendering, summarize
+from paramstats import summarize
+from paramstats._core import format as rendering
 
 
 @pytest.mark.parametrize(
@@ -51,7 +52,7 @@ def test_names_are_elided_in_the_middle():
     assert rendering.elide("abc", 3) == "abc"
 
 
-def test_one_line(engine, model):
+def test_one_line(backend, model):
     model[0].weight.data[0, 0] = math.nan
     model[0].weight.data[0, 1] = math.inf
     model[0].weight.data[0, 2] = -math.inf
@@ -68,22 +69,22 @@ def test_one_line(engine, model):
         (torch.full((3,), 0.5), "<w: float32 [3] all 0.5>"),
         (torch.tensor([3.0, 4.0]), "<w: float32 [2] mean=3.5 std=0.7071 norm=5 min=3 max=4>"),
         (torch.empty(0, 4), "<w: float32 [0, 4] n=0 empty>"),
-        (torch.empty(3, device="meta"), "<w: float32 [3] meta no figures yet>"),
+        (torch.empty(3, device="meta"), "<w: float32 [3] meta no statistics yet>"),
         (torch.tensor(7), "<w: int64 [] mean=7 std=nan norm=7 min=7 max=7>"),
         (torch.tensor([math.nan] * 2), "<w: float32 [2] mean=nan std=nan norm=nan min=nan max=nan"
          " NaN!=2>"),
     ],
 )  # fmt: skip
-def test_one_line_says_what_a_tensor_is_like(engine, tensor, line):
+def test_one_line_says_what_a_tensor_is_like(backend, tensor, line):
     assert repr(summarize({"w": tensor})["w"]) == line
 
 
-def test_one_line_of_a_lazy_parameter(engine):
+def test_one_line_of_a_lazy_parameter(backend):
     entry = summarize(torch.nn.LazyLinear(2))["weight"]
-    assert repr(entry) == "<weight: float32 lazy no figures yet>"
+    assert repr(entry) == "<weight: float32 lazy no statistics yet>"
 
 
-def test_one_line_of_a_gradient_and_of_what_trains(engine):
+def test_one_line_of_a_gradient_and_of_what_trains(backend):
     x = torch.zeros(2, requires_grad=True)
     x.sum().backward()
     assert repr(summarize({"x": x})["x"]) == "<x: float32 [2] all zeros grad(all 1)>"

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from paramstats import summarize, tree
+from paramstats import summarize
+from paramstats._display import tree
 
 ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -39,7 +40,7 @@ def blocks() -> nn.Module:
     return net
 
 
-def test_table(engine, model):
+def test_table(backend, model):
     model[2].bias.requires_grad_(False)
     model[2].bias.grad = None
     model[0].bias.grad = None
@@ -51,7 +52,7 @@ def test_table(engine, model):
     assert "frozen" in lines[5] and "none" in lines[3] and lines[7].startswith("total")
 
 
-def test_aliases_and_gradients_in_the_table(engine, model):
+def test_aliases_and_gradients_in_the_table(backend, model):
     model[2].bias = model[0].bias  # tied
     lines = summarize(model).table(width=200).splitlines()
     assert lines[4].split() == ["=", "2.bias"] and "grad norm" in lines[0]
@@ -59,7 +60,7 @@ def test_aliases_and_gradients_in_the_table(engine, model):
     assert "grad" not in str(summarize(model))
 
 
-def test_long_names_are_elided_in_the_middle(engine):
+def test_long_names_are_elided_in_the_middle(backend):
     summary = summarize({f"model.layers.{i}.{'x' * 80}.weight": torch.ones(2) for i in range(12)})
     lines = summary.table(width=110).splitlines()
     assert all(len(line) <= 110 for line in lines)
@@ -67,7 +68,7 @@ def test_long_names_are_elided_in_the_middle(engine):
     assert "…" in lines[3] and lines[3].startswith("  0.xxx") and ".weight" in lines[3]
 
 
-def test_a_narrow_terminal_loses_columns_before_names(engine, model):
+def test_a_narrow_terminal_loses_columns_before_names(backend, model):
     names = [f"model.layers.{i}.self_attn.q_proj.weight" for i in range(12)]
     source = {name: torch.ones(512, 512, requires_grad=True) for name in names}
     for x in source.values():
@@ -78,19 +79,19 @@ def test_a_narrow_terminal_loses_columns_before_names(engine, model):
         assert len({line.split()[0] for line in lines[2:14]}) == 12, "names differ"
 
 
-def test_columns_without_room_are_named(engine, model):
+def test_columns_without_room_are_named(backend, model):
     note = summarize(model).table(60).splitlines()[-1]
     assert note == "no room for grad mean, mean, grad zeros, zeros"
     assert "no room" not in summarize(model).table(120)
 
 
-def test_outside_a_terminal_names_are_whole(engine, monkeypatch):
+def test_outside_a_terminal_names_are_whole(backend, monkeypatch):
     monkeypatch.delenv("COLUMNS", raising=False)
     name = "x" * 300
     assert name in str(summarize({name: torch.ones(2)}))
 
 
-def test_a_table_prints_on_any_output(engine, model, monkeypatch):
+def test_a_table_prints_on_any_output(backend, model, monkeypatch):
     import io
     import sys
 
@@ -99,7 +100,7 @@ def test_a_table_prints_on_any_output(engine, model, monkeypatch):
     assert "a\\nb" in str(summarize({"a\nb": torch.ones(2)}))
 
 
-def test_html_escapes_names(engine):
+def test_html_escapes_names(backend):
     html = summarize({"<script>": torch.ones(2)})._repr_html_()
     assert "&lt;script&gt;" in html and "<script>" not in html
 
@@ -107,7 +108,7 @@ def test_html_escapes_names(engine):
 # ---- the module tree
 
 
-def test_blocks_have_a_line_with_their_figures_as_one(engine, blocks):
+def test_blocks_have_a_line_with_their_figures_as_one(backend, blocks):
     lines = summarize(blocks).table().splitlines()
     assert [line.split()[0] for line in lines[2:7]] == [
         "0.weight",
@@ -129,7 +130,7 @@ def test_blocks_have_a_line_with_their_figures_as_one(engine, blocks):
         assert float(text) == pytest.approx(expected.item(), rel=1e-3)
 
 
-def test_buffers_follow_in_an_outline_of_their_own(engine):
+def test_buffers_follow_in_an_outline_of_their_own(backend):
     net = nn.Sequential(*(nn.BatchNorm1d(4) for _ in range(4)))
     labels = [line.split()[0] for line in summarize(net, buffers=True).table().splitlines()[2:-2]]
     assert labels[:8] == [name for name, _ in net.named_parameters()]
@@ -181,18 +182,18 @@ def odd() -> dict[str, torch.Tensor]:
         ("nan_count", ["sick", "small", "large", "endless", "middle", "meta"]),
     ],
 )
-def test_sorted(engine, odd, sort_by, expected):
+def test_sorted(backend, odd, sort_by, expected):
     assert names(summarize(odd).table(sort_by=sort_by)) == expected
 
 
-def test_what_is_sorted_by_has_a_column(engine, model):
+def test_what_is_sorted_by_has_a_column(backend, model):
     summary = summarize(model)
     assert "grad abs_max" in summary.table(sort_by="grad.abs_max").splitlines()[0]
     assert "grad abs_max" in summary.table(40, sort_by="grad_abs_max").splitlines()[0]
     assert summary.table(sort_by="zeros") == summary.table(sort_by="zero_fraction")
 
 
-def test_limit(engine, model, blocks):
+def test_limit(backend, model, blocks):
     lines = summarize(model).table(sort_by="norm", limit=1).splitlines()
     assert len(lines) == 6 and lines[3] == "... and 3 more" and lines[-1].startswith("total")
     assert "more" not in summarize(model).table(limit=4)
@@ -203,7 +204,7 @@ def test_limit(engine, model, blocks):
     )
 
 
-def test_one_kind(engine):
+def test_one_kind(backend):
     net = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
     net[1].running_mean += 1
     net[0].bias.requires_grad_(False)
@@ -231,7 +232,7 @@ def test_one_kind(engine):
         ({"limit": -1}, "expected limit to be 0 or more, got -1"),
     ],
 )
-def test_what_cannot_be_is_said(engine, model, arguments, words):
+def test_what_cannot_be_is_said(backend, model, arguments, words):
     with pytest.raises(ValueError, match=f"^paramstats.table: {words}"):
         summarize(model).table(**arguments)
 
@@ -246,7 +247,7 @@ def sick(model):
     return summarize(model)
 
 
-def test_what_is_odd_stands_beside_its_tensor(engine, model, sick):
+def test_what_is_odd_stands_beside_its_tensor(backend, model, sick):
     lines = sick.table().splitlines()
     assert lines[2].endswith("! NaN or Inf in parameter") and lines[4].endswith("! no gradient")
     assert lines[-1] == (
@@ -258,7 +259,7 @@ def test_what_is_odd_stands_beside_its_tensor(engine, model, sick):
     assert "!" not in healthy.table() and healthy.table().splitlines()[-1].startswith("total")
 
 
-def test_colour_is_for_terminals(engine, sick, monkeypatch):
+def test_colour_is_for_terminals(backend, sick, monkeypatch):
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
             return True
@@ -281,7 +282,7 @@ def test_colour_is_for_terminals(engine, sick, monkeypatch):
         sick.table(color=True)
 
 
-def test_rich_prints_it(engine, sick):
+def test_rich_prints_it(backend, sick):
     console = pytest.importorskip("rich.console").Console(file=io.StringIO(), width=60)
     console.print(sick)
     printed, lines = console.file.getvalue(), sick.table(60).splitlines()
@@ -321,7 +322,7 @@ class Rows(HTMLParser):
             self.rows[-1][-1] += data
 
 
-def test_html_has_the_same_cells(engine, blocks):
+def test_html_has_the_same_cells(backend, blocks):
     summary = summarize(blocks)
     html = Rows(summary._repr_html_())
     text = [line.split("  ") for line in summary.table().splitlines() if "─" not in line]
@@ -332,13 +333,13 @@ def test_html_has_the_same_cells(engine, blocks):
     assert "1.0.norm.weight" in html.titles
 
 
-def test_html_marks_what_is_odd(engine, sick):
+def test_html_marks_what_is_odd(backend, sick):
     html = Rows(sick._repr_html_())
     assert html.classes[1:] == ["tensor error", "tensor", "tensor warning", "tensor", "total"]
     assert any("It took no part in the loss" in title for title in html.titles)
 
 
-def test_html_of_a_large_model_is_cut(engine):
+def test_html_of_a_large_model_is_cut(backend):
     html = summarize({f"w{i}": torch.ones(1) for i in range(1200)})._repr_html_()
     assert html.count("<tr") == 1003 and "... and 200 more" in html
 
@@ -346,7 +347,7 @@ def test_html_of_a_large_model_is_cut(engine):
 # ---- odd outputs
 
 
-def test_what_stands_in_for_standard_output_need_not_know_of_terminals(engine, sick, monkeypatch):
+def test_what_stands_in_for_standard_output_need_not_know_of_terminals(backend, sick, monkeypatch):
     class Tee:
         def write(self, text: str) -> int:
             return len(text)
@@ -359,7 +360,7 @@ def test_what_stands_in_for_standard_output_need_not_know_of_terminals(engine, s
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
-def test_names_that_standard_output_lacks(engine, encoding, monkeypatch):
+def test_names_that_standard_output_lacks(backend, encoding, monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
     table = str(summarize({"h\u6f22.w": torch.ones(2)}))
     assert "h\\u6f22.w" in table

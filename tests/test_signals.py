@@ -16,8 +16,11 @@ import torch
 from torch import nn
 
 import paramstats
-from paramstats.checkpoints import compare_files, differences, pickles, summarize_file, torch_save
-from paramstats.history import file as history_file
+from paramstats._history import file as history_file
+from paramstats.checkpoints import _differences as differences
+from paramstats.checkpoints import _pickles as pickles
+from paramstats.checkpoints import _torch_save as torch_save
+from paramstats.checkpoints import compare_files, summarize_file
 from tests.test_inputs import Wrapper
 
 
@@ -82,7 +85,7 @@ def sigterm():
 
 @pytest.mark.parametrize("handler", HANDLERS)
 @pytest.mark.parametrize("kind", [Interrupts, InterruptsSizes])
-def test_an_exception_of_a_handler_is_not_a_tensors(engine, sigterm, handler, kind):
+def test_an_exception_of_a_handler_is_not_a_tensors(backend, sigterm, handler, kind):
     odd = kind(torch.randn(5))
     sigterm(HANDLERS[handler])
     with pytest.raises(TimeoutError, match="out of time"):
@@ -91,7 +94,7 @@ def test_an_exception_of_a_handler_is_not_a_tensors(engine, sigterm, handler, ki
     assert paramstats.summarize({"x": torch.ones(3)})["x"].mean == 1.0
 
 
-def test_an_exception_of_a_handler_holds_no_tensors_once_it_was_caught(engine, sigterm):
+def test_an_exception_of_a_handler_holds_no_tensors_once_it_was_caught(backend, sigterm):
     """No cycle of it and its traceback is left to the collector, which may come much later."""
     sigterm(out_of_time)
     tensor = torch.ones(3)
@@ -106,7 +109,7 @@ def test_an_exception_of_a_handler_holds_no_tensors_once_it_was_caught(engine, s
         gc.enable()
 
 
-def test_a_handler_that_returns_disturbs_nothing(engine, sigterm):
+def test_a_handler_that_returns_disturbs_nothing(backend, sigterm):
     came = []
     sigterm(lambda *_: came.append(paramstats.summarize({"y": torch.ones(2)})))
     with warnings.catch_warnings():
@@ -131,7 +134,7 @@ def children(monkeypatch):
 
 def children_where_fsdp_is(monkeypatch):
     importlib.import_module("torch.distributed.fsdp")
-    monkeypatch.setattr("paramstats.walk._few_paths", lambda module: True)
+    monkeypatch.setattr("paramstats._core.walk._few_paths", lambda module: True)
     model = children(monkeypatch)
     model.named_parameters = nn.Linear(2, 2).named_parameters
     return model
@@ -148,7 +151,7 @@ def listing(monkeypatch):
 
 @pytest.mark.parametrize("make", [children, children_where_fsdp_is, listing])
 @pytest.mark.parametrize("kind", [TimeoutError, TypeError])
-def test_an_exception_of_a_handler_is_not_a_modules(engine, sigterm, monkeypatch, make, kind):
+def test_an_exception_of_a_handler_is_not_a_modules(backend, sigterm, monkeypatch, make, kind):
     raised = []
 
     def handler(number, frame):
@@ -162,7 +165,7 @@ def test_an_exception_of_a_handler_is_not_a_modules(engine, sigterm, monkeypatch
         paramstats.summarize(model)
 
 
-def test_an_exception_of_a_handler_is_not_a_numbers(engine, sigterm):
+def test_an_exception_of_a_handler_is_not_a_numbers(backend, sigterm):
     class Number:
         def __float__(self):
             signal.raise_signal(signal.SIGTERM)
@@ -177,7 +180,7 @@ def test_an_exception_of_a_handler_is_not_a_numbers(engine, sigterm):
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timers here")
-def test_a_timer_in_the_midst_of_the_walk(engine):
+def test_a_timer_in_the_midst_of_the_walk(backend):
     came = []
 
     def handler(number, frame):
@@ -202,7 +205,7 @@ def test_a_timer_in_the_midst_of_the_walk(engine):
         gc.enable()
 
 
-def test_a_frame_among_the_locals_is_no_handlers(engine):
+def test_a_frame_among_the_locals_is_no_handlers(backend):
     def who_asks():
         caller = sys._getframe().f_back
         raise RuntimeError(f"not in {caller.f_code.co_name}")

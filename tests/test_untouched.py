@@ -27,7 +27,7 @@ def state(tensors):
 
 
 @pytest.mark.parametrize("mode", MODES, ids=lambda m: m.__name__)
-def test_tensors_are_untouched(engine, model, mode):
+def test_tensors_are_untouched(backend, model, mode):
     embedding = torch.nn.Embedding(20, 3, sparse=True)
     embedding(torch.tensor([1, 1, 4])).sum().backward()
     inner = model[0].weight * 2
@@ -47,14 +47,14 @@ def test_tensors_are_untouched(engine, model, mode):
     inner.sum().backward()
 
 
-def test_a_bad_source_leaves_all_as_it_was(engine, model):
+def test_a_bad_source_leaves_all_as_it_was(backend, model):
     before = state(model.parameters())
     with pytest.raises(TypeError):
         paramstats.summarize([*model.named_parameters(), ("bad", 3)])
     assert state(model.parameters()) == before
 
 
-def test_inference_tensors(engine):
+def test_inference_tensors(backend):
     with torch.inference_mode():
         x = torch.ones(5)
     assert paramstats.summarize({"x": x})["x"].mean == 1.0
@@ -139,7 +139,7 @@ def beside_fake_tensors(model, x):
 
 
 @pytest.mark.parametrize("see", [traced, functionally_traced, counted, beside_fake_tensors])
-def test_what_sees_operators_sees_none_of_a_call(engine, see):
+def test_what_sees_operators_sees_none_of_a_call(backend, see):
     model, x = Looks(), torch.randn(2, 40)
     seen = see(model, x)
     assert model.seen and not model.seen[0].skipped
@@ -179,7 +179,7 @@ class OwnFunctions(torch.Tensor):
         raise NotImplementedError(f"no {func}")
 
 
-def test_modes_of_functions_neither_see_nor_change_a_call(engine, model):
+def test_modes_of_functions_neither_see_nor_change_a_call(backend, model):
     model[0].weight.grad = torch.ones(6, 8).to_sparse()
     others = {
         "x": torch.ones(3),
@@ -218,7 +218,7 @@ class Seeing(TorchFunctionMode):
 
 @pytest.mark.parametrize("way", ["gone", "called otherwise"])
 @pytest.mark.parametrize("name", PRIVATE)
-def test_a_torch_without_a_private_name(engine, monkeypatch, name, way):
+def test_a_torch_without_a_private_name(backend, monkeypatch, name, way):
     tensors = {"x": torch.ones(3), "complex": torch.ones(3, dtype=torch.cfloat)}
     place, _, last = f"torch.{name}".rpartition(".")
     place = functools.reduce(getattr, place.split(".")[1:], torch)
@@ -231,7 +231,7 @@ def test_a_torch_without_a_private_name(engine, monkeypatch, name, way):
     assert [entry.mean for entry in summary.values()] == [1.0, 1.0] and not summary.skipped
 
 
-def test_a_torch_without_any_private_name(engine):
+def test_a_torch_without_any_private_name(backend):
     names = [*PRIVATE, "_C._dynamo.eval_frame.set_code_exec_strategy"]
     code = f"""
 import torch, torch._dynamo  # which wants them itself
@@ -241,5 +241,5 @@ import paramstats
 summary = paramstats.summarize({{"x": torch.ones(3), "complex": torch.ones(3, dtype=torch.cfloat)}})
 assert [entry.mean for entry in summary.values()] == [1.0, 1.0] and not summary.skipped
 """
-    environment = os.environ | {"PARAMSTATS_BACKEND": engine.name}
+    environment = os.environ | {"PARAMSTATS_BACKEND": backend.name}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)

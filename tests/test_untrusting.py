@@ -15,12 +15,12 @@ import torch
 
 from tests.checkpoints.files import FORMATS, save
 from tests.checkpoints.test_pickles import Calls
-from tests.test_engine import run
+from tests.test_backend import run
 
 HOOK = """
 import json, os, sys
 import torch
-from paramstats.demo import SharedNet  # so that nothing of torch's is imported for the first time
+from examples.demo import SharedNet  # so that nothing of torch's is imported for the first time
 
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate",
@@ -67,7 +67,7 @@ history.save(SAVED)
 """
 
 SHOW = """
-from paramstats.__main__ import main
+from paramstats._cli import main
 import contextlib, io
 def everything():
     for path in PATHS:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import paramstats
-from paramstats import sharding
+from paramstats._core import shard as sharding
 from tests.conftest import in_a_small_thread
 
 summarize = paramstats.summarize
@@ -42,13 +42,13 @@ class Block(nn.Module):
 
 
 @pytest.mark.parametrize("buffers", [False, True])
-def test_names_and_order(engine, buffers):
+def test_names_and_order(backend, buffers):
     model = nn.Sequential(Block(2), nn.Conv2d(1, 2, 3), nn.MultiheadAttention(4, 2))
     assert list(summarize(model, buffers=buffers)) == expected_names(model, buffers)
     assert list(summarize(model, buffers=buffers)) == expected_names(model, buffers)
 
 
-def test_nested_blocks_by_name(engine):
+def test_nested_blocks_by_name(backend):
     model = nn.Sequential(Block(2))
     name = "0.inner.a.inner.a.linear.weight"
     entry = summarize(model)[name]
@@ -102,7 +102,7 @@ def exchanged(model: nn.Module) -> None:
     [changed, replaced, renamed, frozen, removed, tied, reshaped, converted, reordered, exchanged],
     ids=lambda f: f.__name__,
 )
-def test_a_changed_model_is_noticed(engine, change):
+def test_a_changed_model_is_noticed(backend, change):
     model = nn.Sequential(Block(1), nn.Linear(3, 2))
     before = summarize(model)
     names = list(before)
@@ -209,7 +209,7 @@ def test_the_garbage_collector_may_run_at_any_time(native, collector):
             gc.disable()
 
 
-def test_overrides_after_the_first_call_are_noticed(engine):
+def test_overrides_after_the_first_call_are_noticed(backend):
     model = nn.Linear(3, 2)
     assert list(summarize(model)) == ["weight", "bias"]
     weight = model.weight
@@ -225,7 +225,7 @@ def test_overrides_after_the_first_call_are_noticed(engine):
     assert list(summarize(model)) == ["mine"]
 
 
-def test_modules_shared_within_shared_modules_end(engine):
+def test_modules_shared_within_shared_modules_end(backend):
     """2^24 paths lead to the leaf."""
     model = nn.Linear(2, 2)
     for _ in range(24):
@@ -233,7 +233,7 @@ def test_modules_shared_within_shared_modules_end(engine):
     assert list(summarize(model)) == expected_names(model)
 
 
-def test_templates_and_selections_do_not_pile_up(engine):
+def test_templates_and_selections_do_not_pile_up(backend):
     model = nn.Linear(2, 2)
     layout = summarize(model)._layout
     for i in range(100):
@@ -281,20 +281,20 @@ class Listed(nn.Module):
 
 
 @pytest.mark.parametrize("cls", [lambda: Doubled(3, 2), Listed, lambda: nn.Sequential(Listed())])
-def test_classes_that_list_themselves_are_asked(engine, cls):
+def test_classes_that_list_themselves_are_asked(backend, cls):
     model = cls()
     assert list(summarize(model)) == expected_names(model)
     assert list(summarize(model)) == expected_names(model)
 
 
-def test_an_instance_that_lists_itself_is_asked(engine):
+def test_an_instance_that_lists_itself_is_asked(backend):
     model = nn.Linear(3, 2)
     weight = model.weight
     model.named_parameters = lambda **_: iter([("only", weight)])
     assert list(summarize(model)) == ["only"]
 
 
-def test_scripted_and_wrapped_models(engine):
+def test_scripted_and_wrapped_models(backend):
     model = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
     scripted = torch.jit.script(model)
     assert list(summarize(scripted)) == expected_names(scripted)
@@ -308,13 +308,13 @@ def test_scripted_and_wrapped_models(engine):
     assert list(summarize(model)) == expected_names(model)
 
 
-def test_a_cycle_of_modules_ends(engine):
+def test_a_cycle_of_modules_ends(backend):
     model = nn.Sequential(nn.Linear(2, 2))
     model[0].parent = model
     assert list(summarize(model)) == ["0.weight", "0.bias"]
 
 
-def test_deep_nesting(engine):
+def test_deep_nesting(backend):
     model = nn.Linear(2, 2)
     for _ in range(150):
         model = nn.Sequential(model)
@@ -331,7 +331,7 @@ def test_modules_without_hash_or_equality(native):  # torch's own listing needs 
     assert list(summarize(Odd(2, 2))) == ["weight", "bias"]
 
 
-def test_copies_have_layouts_of_their_own(engine):
+def test_copies_have_layouts_of_their_own(backend):
     model = nn.Sequential(nn.Linear(2, 2))
     summarize(model)
     other = copy.deepcopy(model)
@@ -346,7 +346,7 @@ def put(module: nn.Module, key: object, child: nn.Module | None) -> None:
     module._modules[key] = child  # type: ignore[index]
 
 
-def test_a_child_without_a_name(engine):
+def test_a_child_without_a_name(backend):
     model = nn.Module()
     put(model, "", nn.Linear(2, 2))
     put(model._modules[""], "", nn.Sequential(nn.Linear(1, 1)))
@@ -355,7 +355,7 @@ def test_a_child_without_a_name(engine):
     assert list(summarize(model)) == expected_names(model)
 
 
-def test_keys_that_are_more_than_strings(engine):
+def test_keys_that_are_more_than_strings(backend):
     class Rewriting(str):
         def __radd__(self, other):
             return f"{other}rewritten"
@@ -382,7 +382,7 @@ def test_a_key_does_not_keep_its_model(native):
 
 
 @pytest.mark.parametrize("kind", ["_parameters", "_modules", "_buffers"])
-def test_a_property_of_the_class_comes_before_the_instance(engine, kind):
+def test_a_property_of_the_class_comes_before_the_instance(backend, kind):
     class Owned(nn.Module):
         locals()[kind] = property(lambda self: self.__dict__["shown"], lambda self, value: None)
 
@@ -398,7 +398,7 @@ def test_a_property_of_the_class_comes_before_the_instance(engine, kind):
 
 
 @pytest.mark.parametrize("value", [3, "x", nn.Linear(1, 1), nn.Linear])
-def test_a_parameter_that_is_no_tensor(engine, value):
+def test_a_parameter_that_is_no_tensor(backend, value):
     model = nn.Sequential(nn.Linear(2, 2))
     model[0]._parameters["odd"] = value
     with pytest.raises(
@@ -415,14 +415,14 @@ def test_a_parameter_that_is_no_tensor(engine, value):
         ([("a", torch.ones(1)), ("b", None)], "got NoneType for 'b'"),
     ],
 )
-def test_a_module_that_lists_nonsense(engine, listed, message):
+def test_a_module_that_lists_nonsense(backend, listed, message):
     model = nn.Linear(2, 2)
     model.named_parameters = lambda **_: iter(listed)
     with pytest.raises(TypeError, match=f"^paramstats.summarize: .*{message}"):
         summarize(model)
 
 
-def test_two_tensors_of_one_name(engine):
+def test_two_tensors_of_one_name(backend):
     model = nn.Module()
     model.a = nn.Module()
     model.a.b = nn.Parameter(torch.zeros(1))
@@ -510,13 +510,13 @@ def test_5000_levels(native):
     assert [len(name) for name in summarize(deep(5000))] == [2 * 5000 + 6, 2 * 5000 + 4]
 
 
-def test_too_many_levels_for_python_are_an_error(engine):
+def test_too_many_levels_for_python_are_an_error(backend):
     with pytest.raises(RecursionError, match=r"^paramstats.summarize: .*recursion limit"):
         summarize(deep(20_000))
     assert len(summarize(nn.Linear(2, 2))) == 2
 
 
-def test_a_recursion_of_a_modules_own_is_what_it_raised(engine):
+def test_a_recursion_of_a_modules_own_is_what_it_raised(backend):
     class Endless(nn.Linear):
         def named_parameters(self, *args, **kwargs):
             return self.named_parameters(*args, **kwargs)
@@ -525,7 +525,7 @@ def test_a_recursion_of_a_modules_own_is_what_it_raised(engine):
         summarize(Endless(2, 2))
 
 
-def test_the_cause_of_too_many_levels_is_kept(engine):
+def test_the_cause_of_too_many_levels_is_kept(backend):
     with pytest.raises(RecursionError, match=r"^paramstats.summarize: ") as caught:
         summarize(deep(20_000))
     assert isinstance(caught.value.__cause__, RecursionError)
@@ -579,7 +579,7 @@ def test_fsdp_is_found_while_another_thread_changes_the_model(monkeypatch):
     assert all(found)
 
 
-def test_100_000_modules(engine):
+def test_100_000_modules(backend):
     model = nn.Module()
     one = nn.Linear(1, 1)
     for i in range(100_000):
@@ -630,7 +630,7 @@ def test_children_that_are_no_modules_stay_as_they_are(native, child):
     assert in_type.value == before
 
 
-def test_children_that_raise_when_they_are_listed(engine):
+def test_children_that_raise_when_they_are_listed(backend):
     class Raising(dict):
         def values(self):
             raise OSError("no values")
@@ -640,7 +640,7 @@ def test_children_that_raise_when_they_are_listed(engine):
     assert list(summarize(model)) == expected_names(model)
 
 
-def test_modules_that_torch_calls_equal_are_two(engine):
+def test_modules_that_torch_calls_equal_are_two(backend):
     class Equal(nn.Linear):
         def __eq__(self, other):
             return True

@@ -1,4 +1,4 @@
-"""watch: figures of the right moment, at the right steps, to whom they are for."""
+"""watch: statistics of the right moment, at the right steps, to whom they are for."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def arriving(monkeypatch):
     return have_figures_arrive_late(monkeypatch)
 
 
-def test_a_plain_loop(engine):
+def test_a_plain_loop(backend):
     model, logged, moments = network(), Logged(), {}
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     watcher = paramstats.watch(model, every=3, log=logged)
@@ -40,7 +40,7 @@ def test_a_plain_loop(engine):
 
 
 @pytest.mark.parametrize("by_number", [True, False])
-def test_scaled_accumulated_and_clipped(engine, by_number):
+def test_scaled_accumulated_and_clipped(backend, by_number):
     model, logged, moments = network(), Logged(), {}
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
@@ -306,7 +306,7 @@ def test_a_scaler_that_serves_two_optimizers():
 
 
 def test_a_key_without_a_kind_is_refused_before_training():
-    with pytest.raises(ValueError, match="expected a key for each figure"):
+    with pytest.raises(ValueError, match="expected a key for each statistic"):
         paramstats.watch(nn.Linear(3, 2), print, key="{stat}/{name}")
     with pytest.raises(TypeError, match="expected a History for history, got 3"):
         paramstats.watch(nn.Linear(3, 2), history=3)

@@ -49,7 +49,7 @@ def steps(out: Path, quick: bool) -> list[Step]:
         Step("packages", (python, "-c", _TOOLS), 30, essential=True),
         Step("build", (python, "setup.py", "build_ext", "--inplace"), 200, essential=True,
              environment={"PARAMSTATS_STRICT_BUILD": "1"}),
-        Step("native engine", (python, "-c", _NATIVE), 40, essential=True),
+        Step("native backend", (python, "-c", _NATIVE), 40, essential=True),
         Step("CUDA tests", (*pytest, "-m", "cuda", "tests"), 120),
         memcheck,
         Step("on_gpu", (python, "-m", "benches.on_gpu", "--json", str(on_gpu))
@@ -69,7 +69,7 @@ _NO_GPU = tuple(
     f"--ignore=tests/{room}"
     for room in ("checkpoints", "history", "integrations", "test_docs.py", "test_findings.py")
 )
-"""Tests of what stands on a summary, wherever its figures were made."""
+"""Tests of what stands on a summary, wherever its statistics were made."""
 
 
 def _sanitizers(quick: bool) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""The engines of a device, and how to wait for it."""
+"""The backends of a device, and how to wait for it."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import paramstats
 
 @contextmanager
 def engine_of(name: str) -> Iterator[None]:
-    """Has paramstats run on an engine."""
-    before = paramstats.engine._engine
-    paramstats.engine._engine = paramstats.engine.choose(name)
+    """Has paramstats run on an backend."""
+    before = paramstats._core.backend._active
+    paramstats._core.backend._active = paramstats._core.backend.choose(name)
     try:
         yield
     finally:
-        paramstats.engine._engine = before
+        paramstats._core.backend._active = before
 
 
-def engines(device: torch.device) -> tuple[str, ...]:
+def backends(device: torch.device) -> tuple[str, ...]:
     """The native one first, where it serves this device."""
     backend = paramstats.backend()
     here = backend.cuda if device.type == "cuda" else backend.cpu

@@ -13,16 +13,16 @@ from torch import nn
 
 import paramstats
 from benches import models
-from benches.on_gpu.engines import engine_of, engines, synchronize
+from benches.on_gpu.backends import backends, engine_of, synchronize
 from benches.on_gpu.small_tensors import CASES, WARM_UP, small_tensors
 
 TENSORS = 1000
 MUST = 150e-6
 AIM = 60e-6
-"""Seconds of the host for a call of the native engine over so many small tensors."""
+"""Seconds of the host for a call of the native backend over so many small tensors."""
 
 _FEW_CALLS = 10
-"""Of the reference engine, which launches some thirty kernels for each tensor."""
+"""Of the reference backend, which launches some thirty kernels for each tensor."""
 
 _BUSY_SECONDS = 0.02
 _CYCLES = 2e9
@@ -31,10 +31,10 @@ _CYCLES = 2e9
 
 @dataclass(frozen=True)
 class HostTime:
-    """Seconds until a call returns, and until its figures are here."""
+    """Seconds until a call returns, and until its statistics are here."""
 
     case: str
-    engine: str
+    backend: str
     tensors: int
     calls: int
     median_s: float
@@ -43,16 +43,16 @@ class HostTime:
     busy_s: float | None
     """The median while the device has 20 ms of other work to do first; None on a CPU."""
     complete_s: float
-    """The median until the figures could be read."""
+    """The median until the statistics could be read."""
     must_s: float | None
     aim_s: float | None
 
 
 def host_time(
-    model: nn.Module, case: str, engine: str, calls: int, device: torch.device
+    model: nn.Module, case: str, backend: str, calls: int, device: torch.device
 ) -> HostTime:
     """Nothing is waited for while the clock runs; the queue is empty when it starts."""
-    with engine_of(engine):
+    with engine_of(backend):
         for _ in range(WARM_UP):
             paramstats.summarize(model).wait()
         returned, complete = _timed_calls(model, calls, device, lambda: None)
@@ -62,10 +62,10 @@ def host_time(
             busy = statistics.median(_timed_calls(model, few, device, _keep_busy)[0])
         deciles = statistics.quantiles(returned, n=10)
     tensors = len(models.tensors(model))
-    has_targets = engine == "native" and tensors == TENSORS
+    has_targets = backend == "native" and tensors == TENSORS
     return HostTime(
         case=case,
-        engine=engine,
+        backend=backend,
         tensors=tensors,
         calls=calls,
         median_s=statistics.median(returned),
@@ -100,11 +100,11 @@ def _keep_busy() -> None:
 def measure(device: torch.device, quick: bool) -> list[dict[str, Any]]:
     calls = 100 if quick else 1000
     found = []
-    for engine in engines(device):
-        some = calls if engine == "native" else _FEW_CALLS
+    for backend in backends(device):
+        some = calls if backend == "native" else _FEW_CALLS
         for case, arguments in CASES.items():
             model = small_tensors(*arguments, device)
-            found.append(asdict(host_time(model, case, engine, some, device)))
+            found.append(asdict(host_time(model, case, backend, some, device)))
     return found
 
 
@@ -116,6 +116,6 @@ def lines(row: dict[str, Any]) -> Iterator[str]:
         else ""
     )
     yield (
-        f"host time, {row['engine']}, {row['case']}: {row['median_s'] * 1e6:.1f} us"
+        f"host time, {row['backend']}, {row['case']}: {row['median_s'] * 1e6:.1f} us"
         f"{busy}, complete after {row['complete_s'] * 1e6:.1f} us{targets}"
     )

@@ -15,7 +15,7 @@ from torch import nn
 
 import paramstats
 from benches import models
-from benches.on_gpu.engines import engine_of, engines, synchronize
+from benches.on_gpu.backends import backends, engine_of, synchronize
 from benches.on_gpu.small_tensors import CASES, WARM_UP, small_tensors
 
 _REGION = "paramstats: one call"
@@ -37,7 +37,7 @@ class Launches:
     """What one call asks of CUDA, by the profiler."""
 
     case: str
-    engine: str
+    backend: str
     tensors: int
     launches: int
     copies: int
@@ -52,13 +52,13 @@ class Launches:
     """What torch.cuda.set_sync_debug_mode("error") has to say about the call."""
 
 
-def launches(model: nn.Module, case: str, engine: str, device: torch.device) -> Launches:
-    with engine_of(engine):
+def launches(model: nn.Module, case: str, backend: str, device: torch.device) -> Launches:
+    with engine_of(backend):
         for _ in range(WARM_UP):
             paramstats.summarize(model).wait()
         counts = count_calls(trace(lambda: paramstats.summarize(model), device), _REGION)
         refused = refused_by_torch(lambda: paramstats.summarize(model), device)
-    return Launches(case, engine, len(models.tensors(model)), **counts, refused_by_torch=refused)
+    return Launches(case, backend, len(models.tensors(model)), **counts, refused_by_torch=refused)
 
 
 def trace(call: Callable[[], paramstats.Summary], device: torch.device) -> list[dict[str, Any]]:
@@ -137,19 +137,19 @@ def refused_by_torch(call: Callable[[], object], device: torch.device) -> str | 
 
 
 def measure(device: torch.device, quick: bool) -> list[dict[str, Any]]:
-    """Of the reference engine the first case alone."""
+    """Of the reference backend the first case alone."""
     found = []
-    for engine in engines(device):
-        for case in CASES if engine == "native" else list(CASES)[:1]:
+    for backend in backends(device):
+        for case in CASES if backend == "native" else list(CASES)[:1]:
             model = small_tensors(*CASES[case], device)
-            found.append(asdict(launches(model, case, engine, device)))
+            found.append(asdict(launches(model, case, backend, device)))
     return found
 
 
 def lines(row: dict[str, Any]) -> Iterator[str]:
     refused = row["refused_by_torch"] or "none"
     yield (
-        f"one call, {row['engine']}, {row['case']}: {row['launches']} launches, "
+        f"one call, {row['backend']}, {row['case']}: {row['launches']} launches, "
         f"{row['copies']} copies ({row['pageable_copies']} pageable), {row['waits']} waits,"
         f" {row['allocations']} allocations; waits that torch refused: {refused}"
     )

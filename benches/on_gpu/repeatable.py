@@ -8,16 +8,16 @@ from typing import Any
 import torch
 
 import paramstats
-from benches.on_gpu.engines import engine_of, engines
+from benches.on_gpu.backends import backends, engine_of
 from benches.on_gpu.small_tensors import small_tensors
 
 
-def repeat(source: Any, case: str, engine: str, runs: int) -> dict[str, Any]:
+def repeat(source: Any, case: str, backend: str, runs: int) -> dict[str, Any]:
     """How many runs give the first one's bits: summaries compare by the bytes of their states."""
-    with engine_of(engine):
+    with engine_of(backend):
         first = paramstats.summarize(source)
         same = 1 + sum(paramstats.summarize(source) == first for _ in range(runs - 1))
-    return {"case": case, "engine": engine, "runs": runs, "same": same}
+    return {"case": case, "backend": backend, "runs": runs, "same": same}
 
 
 def with_nan(numel: int, device: torch.device) -> torch.Tensor:
@@ -38,11 +38,11 @@ def measure(device: torch.device, quick: bool) -> list[dict[str, Any]]:
         },
     }
     return [
-        repeat(source, case, engine, 10)
-        for engine in engines(device)
+        repeat(source, case, backend, 10)
+        for backend in backends(device)
         for case, source in sources.items()
     ]
 
 
 def lines(row: dict[str, Any]) -> Iterator[str]:
-    yield f"{row['engine']}, {row['case']}: {row['same']} of {row['runs']} runs the same"
+    yield f"{row['backend']}, {row['case']}: {row['same']} of {row['runs']} runs the same"

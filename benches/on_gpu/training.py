@@ -13,7 +13,7 @@ from torch import nn
 
 import paramstats
 from benches.contestants import item_loop_no_grad
-from benches.on_gpu.engines import engine_of, engines, synchronize
+from benches.on_gpu.backends import backends, engine_of, synchronize
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Steps:
 
 
 class Deferred:
-    """Summarises every so many steps, and reads the figures a step later."""
+    """Summarises every so many steps, and reads the statistics a step later."""
 
     def __init__(self, every: int) -> None:
         self._every = every
@@ -112,7 +112,7 @@ def _looks() -> dict[str, tuple[Callable[[nn.Module, int], None], Callable[[], N
 
 
 def training_cost(
-    training: Training, engine: str, turns: int, device: torch.device
+    training: Training, backend: str, turns: int, device: torch.device
 ) -> dict[str, Any]:
     """Milliseconds a step of each variant, and how much more than of none, in turns.
 
@@ -121,7 +121,7 @@ def training_cost(
     steps = Steps(training, device)
     looks = _looks()
     seconds: dict[str, list[float]] = {name: [] for name in looks}
-    with engine_of(engine):
+    with engine_of(backend):
         for look, end in looks.values():
             steps.block(look, end)
         for turn in range(turns):
@@ -132,7 +132,7 @@ def training_cost(
     base = seconds["nothing"]
     return {
         "title": training.title,
-        "engine": engine,
+        "backend": backend,
         "tokens_a_step": training.batch * training.tokens,
         "turns": turns,
         "steps": {
@@ -148,12 +148,12 @@ def training_cost(
 
 def measure(device: torch.device, quick: bool) -> list[dict[str, Any]]:
     training = GPT2 if device.type == "cuda" else TINY
-    return [training_cost(training, engines(device)[0], 3 if quick else 9, device)]
+    return [training_cost(training, backends(device)[0], 3 if quick else 9, device)]
 
 
 def lines(row: dict[str, Any]) -> Iterator[str]:
     for look, step in row["steps"].items():
         yield (
-            f"a step of {row['title']}, {row['engine']}, {look}: "
+            f"a step of {row['title']}, {row['backend']}, {look}: "
             f"{step['median_s'] * 1e3:.2f} ms, {step['more']:+.2%}"
         )

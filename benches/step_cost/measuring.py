@@ -25,7 +25,7 @@ from benches.step_cost.trainings import Training, Work
 def check(training: Training, tools: Sequence[Tool]) -> dict[str, dict[str, float]]:
     """Every tool's worst errors for one and the same backward pass.
 
-    Raises AssertionError where a tool's figures are wrong, or not those of all gradients.
+    Raises AssertionError where a tool's statistics are wrong, or not those of all gradients.
     """
     with ExitStack() as stack:
         looks = [(tool, stack.enter_context(tool.attached(training.model))) for tool in tools]
@@ -35,12 +35,12 @@ def check(training: Training, tools: Sequence[Tool]) -> dict[str, dict[str, floa
     gradients = {name for name in expected if name.endswith(".grad")}
     errors = {}
     for tool, result in results:
-        if tool.figures is not None:
-            figures = tool.figures(result)
-            assert figures.keys() >= gradients, f"{tool.name}: {gradients - figures.keys()}"
-            wanted = expected if figures.keys() - gradients else gradients
+        if tool.statistics is not None:
+            statistics = tool.statistics(result)
+            assert statistics.keys() >= gradients, f"{tool.name}: {gradients - statistics.keys()}"
+            wanted = expected if statistics.keys() - gradients else gradients
             errors[tool.name] = worst_errors(
-                figures, {name: expected[name] for name in wanted}, tool.tolerances
+                statistics, {name: expected[name] for name in wanted}, tool.tolerances
             )
     return errors
 
@@ -94,7 +94,7 @@ def _middle_half(values: Sequence[float]) -> list[float]:
 
 
 def measure(work: Work, tools: Sequence[Tool], turns: int) -> dict[str, Any]:
-    """A training's figures for JSON."""
+    """A training's statistics for JSON."""
     torch.manual_seed(0)
     training = work.build()
     errors = check(training, tools)
@@ -149,7 +149,7 @@ def _children_ticks() -> int:
 
 
 def lines(measured: dict[str, Any]) -> Iterator[str]:
-    """A training's figures as text."""
+    """A training's statistics as text."""
     yield f"{measured['title']}, medians of {measured['turns']} turns"
     for tool in measured["tools"].values():
         low, high = tool["added_quartiles_s"]

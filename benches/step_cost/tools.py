@@ -15,7 +15,7 @@ from torch import nn
 
 import paramstats
 from benches.contestants import from_scalars, item_loop_no_grad
-from benches.exact import PARAMSTATS, TORCH, Figures, Tolerances
+from benches.exact import PARAMSTATS, TORCH, Statistics, Tolerances
 
 Look = Callable[[], Any]
 """What a tool does between the backward pass and the optimizer's step."""
@@ -31,7 +31,7 @@ class Tool:
     name: str
     title: str
     attached: Attached
-    figures: Callable[[Any], dict[str, Figures]] | None = None
+    statistics: Callable[[Any], dict[str, Statistics]] | None = None
     """What a look returned, by `models.tensors`' names; None where it returns nothing to check."""
     tolerances: Tolerances = PARAMSTATS
 
@@ -92,14 +92,14 @@ def _paramstats() -> list[Tool]:
     ]
 
 
-def _without_total(scalars: dict[str, float]) -> dict[str, Figures]:
+def _without_total(scalars: dict[str, float]) -> dict[str, Statistics]:
     return from_scalars({key: x for key, x in scalars.items() if not key.endswith("/total")})
 
 
 def _lightning(stack: ExitStack) -> Tool:
     grad_norm = importlib.import_module("lightning.pytorch.utilities").grad_norm
 
-    def figures(norms: dict[str, torch.Tensor]) -> dict[str, Figures]:
+    def statistics(norms: dict[str, torch.Tensor]) -> dict[str, Statistics]:
         named = {key.partition("/")[2]: norm.item() for key, norm in norms.items() if "/" in key}
         return {f"{name}.grad": (None, None, norm, None) for name, norm in named.items()}
 
@@ -107,7 +107,7 @@ def _lightning(stack: ExitStack) -> Tool:
         "lightning",
         "Lightning's `grad_norm`",
         called(lambda model: grad_norm(model, norm_type=2)),
-        figures,
+        statistics,
         TORCH,
     )
 

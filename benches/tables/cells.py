@@ -40,12 +40,12 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def measured_on(report: dict[str, Any]) -> str:
     hardware, versions = report["hardware"], report["versions"]
     runs = "1 run" if report["runs"] == 1 else f"{report['runs']} runs"
-    engine = f"{report['engine']} engine"
+    backend = f"{report['backend']} backend"
     if report["simd"] and report["device"] == "cpu":
-        engine += f", {report['simd']}"
+        backend += f", {report['simd']}"
     return (
         f"Medians of {runs} on {hardware['gpu'] or hardware['cpu']}, {hardware['cores']} cores, "
         f"{hardware['threads']} threads where no other number is given; "
-        f"paramstats {versions['paramstats']} ({engine}), torch {versions['torch']}, "
+        f"paramstats {versions['paramstats']} ({backend}), torch {versions['torch']}, "
         f"Python {versions['python']}, {report['date']}."
     )

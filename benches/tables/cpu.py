@@ -59,7 +59,7 @@ _MODEL_COLUMNS: tuple[tuple[str, Cell], ...] = (
     ("`_foreach_norm`", _times_as_long("foreach_norm_only")),
     ("of the read-only limit", lambda case: _share(case)),
     (
-        "reference engine against the loop",
+        "reference backend against the loop",
         _times_as_long("item_loop_no_grad", "paramstats_reference"),
     ),
 )
@@ -149,7 +149,7 @@ def _legend(report: dict[str, Any]) -> str:
     )
     return (
         "Nx: takes N times as long as paramstats with `scalars()`, which makes floats of four "
-        "figures of each tensor, as the others do (the loop under `no_grad`; `_foreach_norm` gives "
+        "statistics of each tensor, as the others do (the loop under `no_grad`; `_foreach_norm` gives "
         "the norm alone; compiled torch: up to 64 tensors, beyond which compiling takes minutes). "
         "The limit "
         "is a loop that only reads the same bytes; 1.00 is as fast. "

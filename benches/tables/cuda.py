@@ -16,7 +16,7 @@ _MODEL_HEAD = (
     "batched torch",
     "compiled",
     "`_foreach_norm`",
-    "reference engine against the loop",
+    "reference backend against the loop",
 )
 _MEMORY_HEAD = (
     "one tensor",
@@ -27,18 +27,18 @@ _MEMORY_HEAD = (
     "batched torch",
     "compiled",
     "`_foreach_norm`",
-    "reference engine",
+    "reference backend",
 )
 _HOST_HEAD = (
     "the call alone",
-    "engine",
+    "backend",
     "host's time",
     "while the GPU is busy",
-    "to the figures",
+    "to the statistics",
     "must",
     "aim",
 )
-_LAUNCHES_HEAD = ("one call", "engine", "launches", "copies", "waits", "allocations")
+_LAUNCHES_HEAD = ("one call", "backend", "launches", "copies", "waits", "allocations")
 _TRAINING_HEAD = ("in a training step of", "", "a step", "more than none")
 
 
@@ -105,11 +105,11 @@ def _on_gpu(found: dict[str, Any]) -> list[str]:
     tables: list[tuple[tuple[str, ...], list[tuple[str, ...]]]] = [
         (
             _HOST_HEAD,
-            [(row["case"], row["engine"], *(time(row[key]) for key in times)) for row in host],
+            [(row["case"], row["backend"], *(time(row[key]) for key in times)) for row in host],
         ),
         (
             _LAUNCHES_HEAD,
-            [(row["case"], row["engine"], *(str(row[key]) for key in counts)) for row in launches],
+            [(row["case"], row["backend"], *(str(row[key]) for key in counts)) for row in launches],
         ),
         (
             _TRAINING_HEAD,
@@ -126,7 +126,7 @@ def _on_gpu(found: dict[str, Any]) -> list[str]:
 def _legend(report: dict[str, Any]) -> str:
     return (
         "Nx: takes N times as long as paramstats with `scalars()`; of one tensor, as the call "
-        "alone, by the GPU's own clock, and the others leave their figures there (`_foreach_norm` "
+        "alone, by the GPU's own clock, and the others leave their statistics there (`_foreach_norm` "
         "gives the norm alone; the loop runs under `no_grad`; compiled: batched torch under "
         "`torch.compile`, whose compilation is not timed). The copy is from device to device, of "
         "the same bytes; its rate counts bytes read and written, and 1.00 is as fast. "

@@ -9,7 +9,7 @@
 
 namespace paramstats::cpu {
 
-// While it lives, subnormal numbers are read and made as they are, not as zero: otherwise figures
+// While it lives, subnormal numbers are read and made as they are, not as zero: otherwise statistics
 // would depend on whether torch.set_flush_denormal had reached the thread that read the chunk.
 class WithDenormals {
  public:

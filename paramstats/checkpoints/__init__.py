@@ -4,9 +4,9 @@
 show` prints them.
 """
 
-from paramstats.checkpoints.comparing import compare_files
-from paramstats.checkpoints.comparison import Change, Comparison
-from paramstats.checkpoints.stored import CheckpointError
-from paramstats.checkpoints.summarizing import summarize_file
+from paramstats.checkpoints._comparing import compare_files
+from paramstats.checkpoints._comparison import Change, Comparison
+from paramstats.checkpoints._stored import CheckpointError
+from paramstats.checkpoints._summarizing import summarize_file
 
 __all__ = ["Change", "CheckpointError", "Comparison", "compare_files", "summarize_file"]

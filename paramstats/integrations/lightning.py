@@ -1,7 +1,7 @@
 """The callback for Lightning's Trainer, of `lightning` or of `pytorch_lightning`.
 
 Lightning calls `on_before_optimizer_step` where gradients are accumulated, averaged over processes,
-unscaled, and not clipped yet: the moment that figures are wanted of. Only optimizers that unscale
+unscaled, and not clipped yet: the moment that statistics are wanted of. Only optimizers that unscale
 while they step (fused ones) are met before that; the scale is then asked of the precision plugin.
 """
 
@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from paramstats.extras import needed
-from paramstats.watch import History, Log, Watcher, watch
+from paramstats._core.optional import import_optional
+from paramstats._watch import History, Log, Watcher, watch
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -26,11 +26,11 @@ else:
     )
     is_older = is_older and find_spec("pytorch_lightning") is not None
     name = "pytorch_lightning" if is_older else "lightning.pytorch"
-    Callback = needed(name, "ParamStatsCallback", "lightning").Callback
+    Callback = import_optional(name, "ParamStatsCallback", "lightning").Callback
 
 
 class ParamStatsCallback(Callback):
-    """Logs figures of the parameters and gradients that a Lightning Trainer trains.
+    """Logs statistics of the parameters and gradients that a Lightning Trainer trains.
 
     >>> from lightning.pytorch import Trainer
     >>> from paramstats.integrations.lightning import ParamStatsCallback

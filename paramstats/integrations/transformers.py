@@ -19,22 +19,26 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from paramstats.extras import needed
-from paramstats.integrations.after_backward import AfterBackward
-from paramstats.summary import Summary
-from paramstats.watch import History, Log, Watcher, watch
+from paramstats._core.optional import import_optional
+from paramstats._summary import Summary
+from paramstats._watch import History, Log, Watcher, watch
+from paramstats.integrations._after_backward import AfterBackward
 
 if TYPE_CHECKING:
     from accelerate.state import GradientState
     from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
     from transformers import TrainingArguments as Arguments
 else:
-    TrainerCallback = needed("transformers", "ParamStatsCallback", "transformers").TrainerCallback
-    GradientState = needed("accelerate.state", "ParamStatsCallback", "transformers").GradientState
+    TrainerCallback = import_optional(
+        "transformers", "ParamStatsCallback", "transformers"
+    ).TrainerCallback
+    GradientState = import_optional(
+        "accelerate.state", "ParamStatsCallback", "transformers"
+    ).GradientState
 
 
 class ParamStatsCallback(TrainerCallback):
-    """Logs figures of the parameters and gradients that a transformers Trainer trains.
+    """Logs statistics of the parameters and gradients that a transformers Trainer trains.
 
     >>> from paramstats.integrations.transformers import ParamStatsCallback, reporters
     >>> def add_to(trainer):
@@ -135,7 +139,7 @@ def reporters(trainer: Trainer) -> Log:
     >>> def add_to(trainer):
     ...     trainer.add_callback(ParamStatsCallback(log=reporters(trainer)))
 
-    `Trainer.log` would also print every figure and keep it in `log_history`. Keys come out as the
+    `Trainer.log` would also print every statistic and keep it in `log_history`. Keys come out as the
     Trainer's own do: in front of them the reporters put `train/`.
 
     Raises:

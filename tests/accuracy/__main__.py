@@ -1,4 +1,4 @@
-"""The error bound on a hundred thousand adversarial tensors, by every engine.
+"""The error bound on a hundred thousand adversarial tensors, by every backend.
 
     python -m tests.accuracy                        writes into docs/accuracy.md and README.md
     python -m tests.accuracy --cases 2000 --dry-run
@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings, target
 
 from benches.hardware import cpu_name
 from docs import blocks
-from paramstats import engine as engines
+from paramstats._core import backend as backends
 from tests.accuracy import adversarial, bound, nasty, rational
 from tests.accuracy.test_bound import assert_within, state_of
 from tests.fake_cuda import building
@@ -33,7 +33,7 @@ _ROUND = 5000
 
 
 class Worst:
-    """The largest of each error, by engine and by what its lanes are."""
+    """The largest of each error, by backend and by what its lanes are."""
 
     def __init__(self) -> None:
         self.found: dict[tuple[str, str], dict[str, float]] = {}
@@ -43,13 +43,13 @@ class Worst:
         lanes = "float32" if dtype in bound.FLOAT32_LANES else "float64"
         worst = self.found.setdefault((name, lanes), {})
         self.states[name, lanes] += 1
-        for figure, error in dataclasses.asdict(errors).items():
-            worst[figure] = max(worst.get(figure, 0.0), error)
+        for statistic, error in dataclasses.asdict(errors).items():
+            worst[statistic] = max(worst.get(statistic, 0.0), error)
 
 
 def campaign(cases: int, first_seed: int, folder: Path) -> Worst:
     """Raises AssertionError where a state is outside its bound."""
-    native, reference = engines.choose("native"), engines.choose("reference")
+    native, reference = backends.choose("native"), backends.choose("reference")
     levels = native.native.simd_levels()
     cuda = None
     if torch.version.cuda is None:
@@ -95,7 +95,7 @@ def shown(worst: Worst, cases: int, seconds: float) -> str:
         # float64's are next to nothing, or those of values far from zero: see the bound's E.
         cells = [f"{e:.1e}" if lanes == "float32" else "-" for e in errors]
         rows.append((name, lanes, f"{worst.states[name, lanes]:,}", *cells, f"{most:.0%}"))
-    head = ("engine", "sums in", "states", "mean, of rms", "std", "norm",
+    head = ("backend", "sums in", "states", "mean, of rms", "std", "norm",
             "of what the bound allows")  # fmt: skip
     return (
         f"{blocks.table(head, rows, right=range(2, 7))}\n\n"

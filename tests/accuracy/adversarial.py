@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
-from paramstats import reference
+from paramstats._core import reference
 from tests.dtypes import FLOATS, INTEGERS
 
 _LEAST, _MOST = 1e-140, 1e140

@@ -8,7 +8,7 @@ from fractions import Fraction
 
 import torch
 
-from paramstats.moments import Moments, finalize_finite
+from paramstats._core.moments import Moments, finalize_finite
 from tests.accuracy.rational import Exact, root
 from tests.dtypes import DTYPES
 
@@ -38,9 +38,9 @@ _IN_FLOAT32 = {
 }
 
 
-def bound_of(engine: str, dtype: torch.dtype) -> Bound:
+def bound_of(backend: str, dtype: torch.dtype) -> Bound:
     """For "native", "cuda" or "reference"."""
-    return _IN_FLOAT32[engine] if dtype in FLOAT32_LANES else _WIDE
+    return _IN_FLOAT32[backend] if dtype in FLOAT32_LANES else _WIDE
 
 
 def derived(additions: int, fused: int, most_off: float) -> tuple[float, float]:
@@ -53,9 +53,9 @@ def derived(additions: int, fused: int, most_off: float) -> tuple[float, float]:
     return a * _U, (beta + math.hypot(beta, a)) / 2 * _U
 
 
-def chunks(engine: str, dtype: torch.dtype, n: int) -> int:
+def chunks(backend: str, dtype: torch.dtype, n: int) -> int:
     """C: of 128 KiB on a GPU, of 131,072 elements elsewhere."""
-    size = (1 << 17) // dtype.itemsize if engine == "cuda" else 1 << 17
+    size = (1 << 17) // dtype.itemsize if backend == "cuda" else 1 << 17
     return -(-n // size)
 
 
@@ -77,16 +77,16 @@ class Errors:
         return max(self.mean_used, self.std_used, self.norm_used)
 
 
-def errors(state: Moments, truth: Exact, engine: str, dtype: torch.dtype) -> Errors:
-    """How far a state of an engine's is from the exact sums of n > 0 elements of a type."""
-    bound = bound_of(engine, dtype)
-    figures = finalize_finite(state, 0)
+def errors(state: Moments, truth: Exact, backend: str, dtype: torch.dtype) -> Errors:
+    """How far a state of an backend's is from the exact sums of n > 0 elements of a type."""
+    bound = bound_of(backend, dtype)
+    statistics = finalize_finite(state, 0)
     std, norm = root(truth.m2 / truth.n), root(truth.sum_sq)
     rms = root(truth.sum_sq / truth.n)
-    rounding = (2 * chunks(engine, dtype, state.count) + 6000) * Fraction(1, 2**53)
-    mean_off = abs(Fraction(figures.mean) - truth.mean)
-    std_off = abs(Fraction(figures.std) - std)
-    norm_off = abs(Fraction(figures.norm) - norm)
+    rounding = (2 * chunks(backend, dtype, state.count) + 6000) * Fraction(1, 2**53)
+    mean_off = abs(Fraction(statistics.mean) - truth.mean)
+    std_off = abs(Fraction(statistics.std) - std)
+    norm_off = abs(Fraction(statistics.norm) - norm)
     return Errors(
         _part(
             mean_off, Fraction(bound.mean) * std + (Fraction(bound.mean_of_rms) + rounding) * rms

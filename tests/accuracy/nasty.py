@@ -12,7 +12,7 @@ import paramstats
 from docs import blocks
 from tests.accuracy.rational import exact, root
 
-Figures = tuple[float, float, float]
+Statistics = tuple[float, float, float]
 """Mean, std at correction 0, norm."""
 
 
@@ -26,27 +26,27 @@ NASTY: dict[str, Callable[[], Tensor]] = {
 }
 
 
-def by_paramstats(x: Tensor) -> Figures:
+def by_paramstats(x: Tensor) -> Statistics:
     stats = paramstats.summarize({"x": x}, correction=0)["x"]
     return stats.mean, stats.std, stats.norm
 
 
-def by_torch(x: Tensor) -> Figures:
+def by_torch(x: Tensor) -> Statistics:
     return x.mean().item(), x.std(correction=0).item(), x.norm().item()
 
 
-def _by_sums(total: float, squares: float, n: int) -> Figures:
+def _by_sums(total: float, squares: float, n: int) -> Statistics:
     mean = total / n
     var = squares / n - mean * mean
     return mean, math.sqrt(var) if var >= 0 else math.nan, math.sqrt(squares)
 
 
-def by_sums_of_squares(x: Tensor) -> Figures:
+def by_sums_of_squares(x: Tensor) -> Statistics:
     """In one read, in the precision that torch adds the type up in."""
     return _by_sums(x.sum().item(), (x * x).sum().item(), x.numel())
 
 
-def by_wide_sums_of_squares(x: Tensor) -> Figures:
+def by_wide_sums_of_squares(x: Tensor) -> Statistics:
     """The same on a float64 copy."""
     return by_sums_of_squares(x.double())
 
@@ -59,7 +59,7 @@ CONTESTANTS = {
 }
 
 
-def rows() -> Iterator[tuple[str, dict[str, Figures]]]:
+def rows() -> Iterator[tuple[str, dict[str, Statistics]]]:
     """For each input the errors of each contestant: of the mean in parts of the root mean square,
     of std and norm in parts of themselves."""
     for name, make in NASTY.items():

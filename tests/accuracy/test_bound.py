@@ -10,11 +10,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from paramstats import moments, reference
-from paramstats.engine import Engine
-from paramstats.moments import Moments
+from paramstats._core import moments, reference
+from paramstats._core.backend import Implementation
+from paramstats._core.moments import Moments
 from tests.accuracy import adversarial, bound, rational
-from tests.conftest import load_engine
+from tests.conftest import load_backend
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -26,8 +26,8 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
-def state_of(chosen: Engine, tensor: torch.Tensor) -> Moments:
-    """A tensor's state by an engine, without what `summarize` does around it."""
+def state_of(chosen: Implementation, tensor: torch.Tensor) -> Moments:
+    """A tensor's state by an backend, without what `summarize` does around it."""
     table, left, transfers = chosen.read([tensor], True, False)
     if left:
         table, _, skipped = reference.fill(table, left)
@@ -54,7 +54,7 @@ def assert_within(
 @given(adversarial.tensors())
 @settings(max_examples=1500)
 def test_the_native_engine(tensor):
-    chosen = load_engine("native")
+    chosen = load_backend("native")
     truth = rational.exact(tensor)
     before = chosen.native.simd_level()
     try:
@@ -68,7 +68,7 @@ def test_the_native_engine(tensor):
 @given(adversarial.tensors())
 @settings(max_examples=500)
 def test_the_reference_engine(tensor):
-    state = state_of(load_engine("reference"), tensor)
+    state = state_of(load_backend("reference"), tensor)
     assert_within("reference", state, tensor, rational.exact(tensor))
 
 
@@ -108,11 +108,11 @@ def test_roots(value):
     assert abs(root * root - value) <= value / 2**98
 
 
-@pytest.mark.parametrize("figure", ["mean", "m2"])
-def test_a_state_outside_the_bound_is_found(figure):
+@pytest.mark.parametrize("statistic", ["mean", "m2"])
+def test_a_state_outside_the_bound_is_found(statistic):
     tensor = torch.tensor([1.0, 2.0, 4.0])
     truth = rational.exact(tensor)
-    state = state_of(load_engine("reference"), tensor)
+    state = state_of(load_backend("reference"), tensor)
     assert bound.errors(state, truth, "native", torch.float32).worst_used < 0.1
-    off = state._replace(**{figure: getattr(state, figure) * (1 + 3e-6)})
+    off = state._replace(**{statistic: getattr(state, statistic) * (1 + 3e-6)})
     assert bound.errors(off, truth, "native", torch.float32).worst_used > 1

@@ -11,7 +11,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from paramstats import Summary
-from paramstats.moments import ROW
+from paramstats._core.moments import ROW
 
 safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
 save_file, load_file = safetensors.save_file, safetensors.load_file

@@ -1,4 +1,4 @@
-"""Whatever is in a file: right figures, or an error that names it."""
+"""Whatever is in a file: right statistics, or an error that names it."""
 
 from __future__ import annotations
 

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from paramstats.checkpoints import compare_files, comparing, reading
-from paramstats.checkpoints.stored import Part, row_major
+from paramstats.checkpoints import _comparing as comparing
+from paramstats.checkpoints import _reading as reading
+from paramstats.checkpoints import compare_files
+from paramstats.checkpoints._stored import Part, row_major
 from tests.checkpoints.files import FORMATS, save
 
 
@@ -25,7 +27,7 @@ def only(result):
     return row
 
 
-def test_figures_a_person_can_check(engine, tmp_path):
+def test_figures_a_person_can_check(backend, tmp_path):
     row = only(compare(tmp_path, {"w": torch.tensor([3.0, 4.0])}, {"w": torch.tensor([3.0, 9.0])}))
     assert (row.name, row.shape, row.count) == ("w", (2,), 2)
     assert (row.norm_a, row.norm_b) == (5.0, pytest.approx(math.sqrt(90), rel=1e-12))
@@ -80,21 +82,21 @@ def test_any_format_against_any(tmp_path, form_a, form_b):
         (torch.tensor([1.5]).to(torch.float8_e4m3fn), torch.tensor([2.5]).half(), 1.0, 1),
     ],
 )
-def test_awkward_elements(engine, tmp_path, a, b, norm, changed):
+def test_awkward_elements(backend, tmp_path, a, b, norm, changed):
     row = only(compare(tmp_path, {"w": a}, {"w": b}))
     assert row.change_norm == pytest.approx(norm, rel=1e-6)
     assert row.largest_change == pytest.approx(norm, rel=1e-6)
     assert (row.changed_count, row.dtype_a, row.dtype_b) == (changed, a.dtype, b.dtype)
 
 
-def test_conjugates(engine, tmp_path):
+def test_conjugates(backend, tmp_path):
     z = torch.tensor([3 + 4j, 1 + 0j])
     row = only(compare(tmp_path, {"z": z}, {"z": z.conj()}))
     assert (row.change_norm, row.changed_count) == (8.0, 1)
     assert only(compare(tmp_path, {"z": z.conj()}, {"z": z.conj()})).changed_count == 0
 
 
-def test_zeros_and_nan_in_relative_changes(engine, tmp_path):
+def test_zeros_and_nan_in_relative_changes(backend, tmp_path):
     zero, one, bad = torch.zeros(2), torch.ones(2), torch.tensor([1.0, math.nan])
     a = {"same": zero, "from nothing": zero.clone(), "to nan": one, "half": 2 * one}
     b = {"same": zero, "from nothing": one, "to nan": bad, "half": one}
@@ -105,7 +107,7 @@ def test_zeros_and_nan_in_relative_changes(engine, tmp_path):
     assert result.rows[0].changed_count == 1
 
 
-def test_elements_that_are_not_finite_hide_no_change(engine, tmp_path):
+def test_elements_that_are_not_finite_hide_no_change(backend, tmp_path):
     inf, nan = math.inf, math.nan
     pairs = {
         "kept": ([nan, inf, 2.0], [nan, inf, 2.0]),
@@ -125,7 +127,7 @@ def test_elements_that_are_not_finite_hide_no_change(engine, tmp_path):
     assert changed == {name: int(name != "kept") for name in pairs}
 
 
-def test_what_cannot_be_compared_is_named(engine, tmp_path):
+def test_what_cannot_be_compared_is_named(backend, tmp_path):
     w = torch.ones(2)
     a = {
         "w": w,
@@ -162,7 +164,7 @@ def test_other_types_are_noted(tmp_path):
     assert "other dtype: w: float32 and float16" in str(result)
 
 
-def test_views_are_compared_by_place(engine, tmp_path, monkeypatch):
+def test_views_are_compared_by_place(backend, tmp_path, monkeypatch):
     monkeypatch.setattr(reading, "PIECE", 1 << 14)
     x = torch.randn(300, 200)
     y = x.clone()

@@ -55,7 +55,7 @@ def folder(tmp_path_factory):
     return path
 
 
-def test_shards_are_merged_to_whole_tensors(engine, folder):
+def test_shards_are_merged_to_whole_tensors(backend, folder):
     summary = summarize_file(folder)
     tensors = whole()
     assert set(summary) == {f"model.{name}" for name in tensors} | {"list.0"}
@@ -70,7 +70,7 @@ def test_shards_are_merged_to_whole_tensors(engine, folder):
             oracle.check(entry, x)
 
 
-def test_shards_are_compared_with_whole_tensors(engine, folder, tmp_path):
+def test_shards_are_compared_with_whole_tensors(backend, folder, tmp_path):
     changed = {f"model.{name}": x.clone() for name, x in whole().items()}
     changed["model.columns"][4, 8] += 100
     torch.save(changed, tmp_path / "b.pt")

@@ -13,7 +13,9 @@ import torch
 
 import paramstats
 from paramstats import checkpoints
-from paramstats.checkpoints import CheckpointError, reading, states, summarize_file
+from paramstats.checkpoints import CheckpointError, summarize_file
+from paramstats.checkpoints import _reading as reading
+from paramstats.checkpoints import _states as states
 from tests import oracle
 from tests.checkpoints.files import FORMATS, assert_same, save, save_file, tensors
 
@@ -27,7 +29,7 @@ def written(tmp_path_factory):
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_every_format_gives_the_figures_of_loaded_tensors(engine, written, form):
+def test_every_format_gives_the_figures_of_loaded_tensors(backend, written, form):
     made, paths = written
     summary = summarize_file(paths[form])
     assert_same(summary, paramstats.summarize(made))
@@ -36,7 +38,7 @@ def test_every_format_gives_the_figures_of_loaded_tensors(engine, written, form)
     assert summary.total.count == sum(x.numel() for x in made.values())
 
 
-def test_figures_against_the_truth(engine, written):
+def test_figures_against_the_truth(backend, written):
     made, paths = written
     summary = summarize_file(paths["pt"], correction=0)
     for name, x in made.items():
@@ -70,7 +72,7 @@ def test_a_folder_of_files_without_an_index(tmp_path):
         summarize_file(tmp_path)
 
 
-def test_pieces_of_any_size_make_the_same(engine, written, monkeypatch):
+def test_pieces_of_any_size_make_the_same(backend, written, monkeypatch):
     made, paths = written
     monkeypatch.setattr(reading, "PIECE", 1 << 20)
     monkeypatch.setattr(states, "_BATCH", 1)
@@ -78,7 +80,7 @@ def test_pieces_of_any_size_make_the_same(engine, written, monkeypatch):
         assert_same(summarize_file(paths[form]), paramstats.summarize(made))
 
 
-def test_nested_containers_have_dotted_names(engine, tmp_path):
+def test_nested_containers_have_dotted_names(backend, tmp_path):
     saved = {
         "model": {"w": torch.ones(2), "deep": {"b": torch.zeros(3)}},
         "optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}, "groups": [{"lr": 0.1}]},
@@ -100,7 +102,7 @@ def test_nested_containers_have_dotted_names(engine, tmp_path):
     assert list(summarize_file(tmp_path / "none.pt")) == []
 
 
-def test_a_modules_state_dict(engine, tmp_path):
+def test_a_modules_state_dict(backend, tmp_path):
     model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3))
     torch.save(model.state_dict(), tmp_path / "a.pt")
     assert_same(
@@ -111,7 +113,7 @@ def test_a_modules_state_dict(engine, tmp_path):
 
 
 @pytest.mark.parametrize("new", [True, False])
-def test_tied_tensors_are_one_entry(engine, tmp_path, new):
+def test_tied_tensors_are_one_entry(backend, tmp_path, new):
     w = torch.randn(6, 4)
     saved = {"a": w, "tied": w.view(6, 4), "transposed": w.t(), "rows": w[2:], "again": w}
     torch.save(saved, tmp_path / "a.pt", _use_new_zipfile_serialization=new)
@@ -123,7 +125,7 @@ def test_tied_tensors_are_one_entry(engine, tmp_path, new):
 
 
 @pytest.mark.parametrize("new", [True, False])
-def test_tensors_that_are_not_contiguous(engine, tmp_path, new, monkeypatch):
+def test_tensors_that_are_not_contiguous(backend, tmp_path, new, monkeypatch):
     monkeypatch.setattr(reading, "PIECE", 1 << 20)
     x = torch.randn(900, 1000)
     saved = {
@@ -144,7 +146,7 @@ def test_tensors_that_are_not_contiguous(engine, tmp_path, new, monkeypatch):
     assert_same(summarize_file(tmp_path / "a.pt", include="tr|ch"), paramstats.summarize(dense))
 
 
-def test_a_complex_tensor_in_several_pieces(engine, tmp_path, monkeypatch):
+def test_a_complex_tensor_in_several_pieces(backend, tmp_path, monkeypatch):
     monkeypatch.setattr(reading, "PIECE", 1 << 20)
     monkeypatch.setattr(states, "_COMPLEX_CHUNK", 1000)
     z = torch.randn(300_000, dtype=torch.complex64) + (2 - 3j)
@@ -158,7 +160,7 @@ def test_a_complex_tensor_in_several_pieces(engine, tmp_path, monkeypatch):
     assert state.m2 == pytest.approx(right.m2, rel=1e-12)
 
 
-def test_what_has_no_elements_to_read_is_listed_with_the_reason(engine, tmp_path):
+def test_what_has_no_elements_to_read_is_listed_with_the_reason(backend, tmp_path):
     saved = {
         "w": torch.ones(2),
         "sparse": torch.eye(3).to_sparse(),
@@ -174,7 +176,7 @@ def test_what_has_no_elements_to_read_is_listed_with_the_reason(engine, tmp_path
     assert "a sparse tensor" in summary.skipped["sparse"] and summary.total.count == 2
 
 
-def test_types_that_torch_does_not_compute_with(engine, tmp_path):
+def test_types_that_torch_does_not_compute_with(backend, tmp_path):
     header = {
         "four": {"dtype": "F4", "shape": [2, 3], "data_offsets": [0, 3]},
         "six": {"dtype": "F6_E2M3", "shape": [4], "data_offsets": [3, 6]},
@@ -188,7 +190,7 @@ def test_types_that_torch_does_not_compute_with(engine, tmp_path):
     assert list(summary.skipped) == ["four", "six"]
 
 
-def test_a_type_that_torch_only_names(engine, tmp_path):
+def test_a_type_that_torch_only_names(backend, tmp_path):
     four = torch.zeros(4, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
     torch.save({"four": four, "w": torch.ones(2)}, tmp_path / "a.pt")
     with pytest.warns(RuntimeWarning, match="'four' could not be read"):
@@ -208,7 +210,7 @@ def test_a_view_beyond_its_storage(tmp_path):
         summarize_file(path)
 
 
-def test_tensors_that_the_file_does_not_align(engine, tmp_path):
+def test_tensors_that_the_file_does_not_align(backend, tmp_path):
     x = torch.randn(3, dtype=torch.float64)
     header = {
         "__metadata__": {"format": "pt"},

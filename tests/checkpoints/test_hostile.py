@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from paramstats.checkpoints import CheckpointError, summarize_file
-from paramstats.checkpoints.stored import Part, Stored, check_total
+from paramstats.checkpoints._stored import Part, Stored, check_total
 from tests.checkpoints.files import save_file
 
 STRING = b"\x8c\x01k"

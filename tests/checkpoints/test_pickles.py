@@ -9,8 +9,10 @@ import pickle
 import pytest
 import torch
 
-from paramstats.checkpoints import CheckpointError, pickles, rebuilding, summarize_file
-from paramstats.checkpoints.pickles import Made, PickleError
+from paramstats.checkpoints import CheckpointError, summarize_file
+from paramstats.checkpoints import _pickles as pickles
+from paramstats.checkpoints import _rebuilding as rebuilding
+from paramstats.checkpoints._pickles import Made, PickleError
 
 PLAIN = {
     "none": [None, True, False],

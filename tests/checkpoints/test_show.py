@@ -20,8 +20,9 @@ import pytest
 import torch
 
 import paramstats
-from paramstats.__main__ import main
-from paramstats.checkpoints import show, summarize_file
+from paramstats._cli import main
+from paramstats.checkpoints import _show as show
+from paramstats.checkpoints import summarize_file
 from tests.checkpoints.files import save, save_file
 from tests.checkpoints.test_formats import packed
 from tests.checkpoints.test_pickles import Calls
@@ -43,7 +44,7 @@ def names(table: str) -> list[str]:
     return words[: words.index("total") + 1] if "total" in words else words
 
 
-def test_a_table(engine, path, capsys):
+def test_a_table(backend, path, capsys):
     assert main(["show", str(path)]) == 0
     out = capsys.readouterr()
     table = summarize_file(path).table(kind="param").splitlines()[:-1]  # less its note
@@ -177,7 +178,7 @@ def test_warnings_are_lines(tmp_path, capsys):
     torch.save({"s": torch.eye(2).to_sparse(), "w": torch.ones(1)}, tmp_path / "a.pt")
     assert main(["show", str(tmp_path / "a.pt")]) == 0
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("paramstats: 's' could not be read, figures are NaN: a sparse tensor")
+    assert line.startswith("paramstats: 's' could not be read, statistics are NaN: a sparse tensor")
 
 
 # ---- broken files

@@ -1,5 +1,5 @@
 // The answers that the C++ tests compare with: elements decoded one by one as their formats are
-// defined, figures by two passes in long double. Written for plainness; shares no code with csrc.
+// defined, statistics by two passes in long double. Written for plainness; shares no code with csrc.
 #pragma once
 
 #include <cmath>
@@ -83,7 +83,7 @@ inline uint64_t random_bits(DType dtype, Rng& rng) {
   return sign << (f.exponent_bits + f.mantissa_bits) | (zero ? 0 : magnitude);
 }
 
-// ---- figures -------------------------------------------------------------------------------
+// ---- statistics -------------------------------------------------------------------------------
 
 struct Truth {
   Moments exact;  // counts, min and max; mean and m2 rounded from those below

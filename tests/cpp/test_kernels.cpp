@@ -56,7 +56,7 @@ void every_pattern_of_8_and_16_bits_is_read_right() {
     for (uint64_t bits = 0; bits < uint64_t{1} << (8 * element_size(dtype)); ++bits) {
       const auto one = oracle::truth_of({oracle::decode(dtype, bits)}).exact;
       for (int64_t n : {1, 64}) {
-        Moments want = one;  // a constant: no figure has any rounding
+        Moments want = one;  // a constant: no statistic has any rounding
         for (int64_t* count :
              {&want.count, &want.zeros, &want.nans, &want.pos_infs, &want.neg_infs}) {
           *count *= n;

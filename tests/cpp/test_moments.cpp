@@ -1,5 +1,5 @@
 // The state and its verbs: merge's laws, update against two passes in long double, finalize and
-// scaled against figures that a person can check.
+// scaled against statistics that a person can check.
 //
 //     g++ -std=c++17 -O2 tests/cpp/test_moments.cpp -o build/test_moments && build/test_moments
 #include <cfloat>
@@ -246,33 +246,33 @@ void subnormals_are_numbers_and_not_zeros() {
 
 // ---- finalize ------------------------------------------------------------------------------
 
-void check_figures(const Figures& got, const Figures& want) {
+void check_statistics(const Statistics& got, const Statistics& want) {
   const double *g = &got.count, *w = &want.count;
-  for (int i = 0; i < kFigures; ++i) CHECK_NEAR(g[i], w[i], 4e-16 * std::fabs(w[i]));
+  for (int i = 0; i < kStatistics; ++i) CHECK_NEAR(g[i], w[i], 4e-16 * std::fabs(w[i]));
 }
 
 void finalize_of_3_minus_4_and_0() {
-  const Figures got = finalize(state_of({3, -4, 0}), 1);
+  const Statistics got = finalize(state_of({3, -4, 0}), 1);
   const double var = 37.0 / 3;  // m2 = 3^2 + 4^2 - 3 (1/3)^2 = 74/3, over 3 - 1
   const double rms = 5 / std::sqrt(3.0);
-  check_figures(got, {3, -1.0 / 3, std::sqrt(var), var, 5, rms, -4, 3, 4, 1, 1.0 / 3, 0, 0, 0, 0});
-  check_figures(finalize_finite(state_of({3, -4, 0}), 1), got);
+  check_statistics(got, {3, -1.0 / 3, std::sqrt(var), var, 5, rms, -4, 3, 4, 1, 1.0 / 3, 0, 0, 0, 0});
+  check_statistics(finalize_finite(state_of({3, -4, 0}), 1), got);
 }
 
 void what_is_empty_has_a_norm_and_no_other_figure() {
-  const Figures want = {0, kNaN, kNaN, kNaN, 0, kNaN, kNaN, kNaN, kNaN, 0, kNaN, 0, 0, 0, 0};
-  check_figures(finalize(Moments(), 1), want);
-  check_figures(finalize_finite(Moments(), 1), want);
+  const Statistics want = {0, kNaN, kNaN, kNaN, 0, kNaN, kNaN, kNaN, kNaN, 0, kNaN, 0, 0, 0, 0};
+  check_statistics(finalize(Moments(), 1), want);
+  check_statistics(finalize_finite(Moments(), 1), want);
 }
 
 void what_was_not_read_has_a_count_and_no_figures() {
   for (int64_t n : {int64_t{0}, int64_t{12}, kAbsent}) {
     check::at("count " + std::to_string(n));
-    for (const Figures& f : {finalize(unread(n), 1), finalize_finite(unread(n), 1)}) {
+    for (const Statistics& f : {finalize(unread(n), 1), finalize_finite(unread(n), 1)}) {
       CHECK(f.count, n);
-      for (double figure :
+      for (double statistic :
            {f.mean, f.std, f.var, f.norm, f.rms, f.min, f.max, f.abs_max, f.zero_fraction}) {
-        CHECK(figure, kNaN);
+        CHECK(statistic, kNaN);
       }
       CHECK(f.nonfinite_count, 0);
     }
@@ -300,11 +300,11 @@ void nan_and_infinities_spread_as_in_torch() {
     check::at("row " + std::to_string(&r - table.data()));
     const double count = static_cast<double>(r.x.size());
     const double zeros = r.zero_fraction * count;
-    check_figures(
+    check_statistics(
         finalize(state_of(r.x), 1),
         {count, r.mean, kNaN, kNaN, r.norm, r.norm, r.min, r.max, r.abs_max, zeros, r.zero_fraction,
          r.nans, r.pos_infs, r.neg_infs, r.nans + r.pos_infs + r.neg_infs});
-    check_figures(finalize_finite(state_of(r.x), 1), finalize(state_of(r.finite), 1));
+    check_statistics(finalize_finite(state_of(r.x), 1), finalize(state_of(r.finite), 1));
   }
 }
 
@@ -329,7 +329,7 @@ void corrections_divide_as_in_torch() {
   };
   for (const Row& r : table) {
     check::at(r.why);
-    const Figures got = finalize(state_of(r.x), r.correction);
+    const Statistics got = finalize(state_of(r.x), r.correction);
     CHECK_NEAR(got.var, r.var, 4e-16 * r.var);
     CHECK_NEAR(got.std, std::sqrt(r.var), 4e-16 * std::sqrt(r.var));
   }

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import paramstats
-from paramstats import engine as engines
+from paramstats._core import backend as backends
 from tests.fuzz.hostile import HostileError, Listing
 from tests.fuzz.modules import ENGINES
 
@@ -170,23 +170,23 @@ def measured(path: str, call: Callable[[], Any], calls: int, model: Model) -> Gr
 
 
 def run(calls: int) -> list[Growth]:
-    """Every path with the native engine, and the first with the other one."""
+    """Every path with the native backend, and the first with the other one."""
     model = Model()
     growths = []
-    before = engines.engine()
+    before = backends.active()
     gc.collect()
     gc.freeze()  # what is there already need not be looked at again and again
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            engines._engine = ENGINES[0]
+            backends._active = ENGINES[0]
             for path, (call, less) in _paths(model).items():
                 growths.append(measured(path, call, max(calls // less, LEAST_CALLS), model))
-            engines._engine = ENGINES[1]
+            backends._active = ENGINES[1]
             call, _ = _paths(model)["scalars"]
-            growths.append(measured("the reference engine", call, calls // 10, model))
+            growths.append(measured("the reference backend", call, calls // 10, model))
     finally:
-        engines._engine = before
+        backends._active = before
         gc.unfreeze()
     return growths
 

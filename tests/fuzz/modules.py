@@ -16,11 +16,11 @@ import torch
 from torch import nn
 
 import paramstats
-from paramstats import engine as engines
+from paramstats._core import backend as backends
 from tests.fuzz.damage import COMMON, RARE, Case
 from tests.fuzz.hostile import HostileError
 
-ENGINES = tuple(engines.choose(name) for name in ("native", "reference"))
+ENGINES = tuple(backends.choose(name) for name in ("native", "reference"))
 
 
 def grouped(named: Any) -> list[list[Any]]:
@@ -100,7 +100,7 @@ def run(seed: int) -> int:
     """One case; returns its executions."""
     case = Case(seed)
     rng = case.rng
-    engines._engine = ENGINES[rng.random() < 0.2]
+    backends._active = ENGINES[rng.random() < 0.2]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -110,7 +110,7 @@ def run(seed: int) -> int:
             return executions
     finally:
         case.empty()  # cycles go at once
-        engines._engine = ENGINES[0]
+        backends._active = ENGINES[0]
 
 
 def _call(case: Case) -> int:

@@ -1,6 +1,6 @@
 """A model that another thread changes while it is summarised.
 
-Every tensor is one number throughout, so that a figure which mixes two, or memory that was let go,
+Every tensor is one number throughout, so that a statistic which mixes two, or memory that was let go,
 shows. Left out: another thread that sets `.grad`, by itself or in backward, which crashes torch
 itself where somebody reads it at that moment.
 """
@@ -17,7 +17,7 @@ import torch.distributed.fsdp  # so that models are looked through for it
 from torch import nn
 
 import paramstats
-from paramstats import engine as engines
+from paramstats._core import backend as backends
 from tests.fuzz.modules import ENGINES
 
 NUMBERS = (1.0, -2.0, 3.0)
@@ -33,7 +33,7 @@ def run(seed: int) -> int:
     size = LARGE if rng.random() < 0.1 else 5
     model = nn.Sequential(*(_layer(rng, size) for _ in range(rng.randrange(1, 12))))
     native = rng.random() < 0.8
-    engines._engine = ENGINES[not native]
+    backends._active = ENGINES[not native]
     stop = threading.Event()
     changes = [_change(random.Random(seed + i + 1), model, size) for i in range(2)]
     threads = [threading.Thread(target=_until, args=(stop, change)) for change in changes]
@@ -50,7 +50,7 @@ def run(seed: int) -> int:
         for thread in threads:
             thread.join()
         sys.setswitchinterval(interval)
-        engines._engine = ENGINES[0]
+        backends._active = ENGINES[0]
     return executions
 
 
@@ -113,7 +113,7 @@ def _call(model: nn.Module, native: bool) -> None:
     try:
         summary = paramstats.summarize(model)
     except REFUSED:
-        assert not native  # the walk of the native engine sees one moment
+        assert not native  # the walk of the native backend sees one moment
         return
     assert len(set(summary)) == len(summary)
     for entry in summary.values():

@@ -12,17 +12,17 @@ import torch
 import paramstats
 from benches.hardware import cpu_name
 from docs import blocks
-from paramstats import engine as engines
+from paramstats._core import backend as backends
 from tests.fuzz.campaign import Tally
 from tests.fuzz.memory import Growth
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "robustness.md"
 WHAT = {
     "tensors": "the native entry reads a list of tensors",
-    "tables": "the native entry merges rows and makes figures",
-    "summaries": "`summarize` of mappings and pairs, 3 in 10 with the reference engine",
-    "modules": "`summarize` of hostile modules, 2 in 10 with the reference engine",
-    "racing": "`summarize` while two threads change the model, 2 in 10 with the reference engine",
+    "tables": "the native entry merges rows and makes statistics",
+    "summaries": "`summarize` of mappings and pairs, 3 in 10 with the reference backend",
+    "modules": "`summarize` of hostile modules, 2 in 10 with the reference backend",
+    "racing": "`summarize` while two threads change the model, 2 in 10 with the reference backend",
 }
 
 
@@ -53,7 +53,7 @@ def text(tallies: dict[str, Tally], growths: list[Growth], seconds: float) -> st
         ],
         right=range(1, 6),
     )  # fmt: skip
-    levels = ", ".join(engines.engine().native.simd_levels())
+    levels = ", ".join(backends.active().native.simd_levels())
     made_on = (
         f"{datetime.date.today():%Y-%m-%d} on {cpu_name()}, {os.cpu_count()} cores; paramstats "
         f"{paramstats.__version__} (SIMD levels {levels}), torch {torch.__version__}, Python "

@@ -1,4 +1,4 @@
-"""`summarize` of mappings and pairs, by each engine: every kind of tensor, argument and source."""
+"""`summarize` of mappings and pairs, by each backend: every kind of tensor, argument and source."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import paramstats
-from paramstats import engine as engines
+from paramstats._core import backend as backends
 from tests.fuzz.elements import DTYPES, Elements, Expected, some
 from tests.fuzz.modules import ENGINES
 
@@ -34,13 +34,13 @@ def run(seed: int) -> int:
     """One case; returns its executions."""
     rng = random.Random(seed)
     torch.set_num_threads(1)
-    engines._engine = ENGINES[rng.random() < 0.3]
+    backends._active = ENGINES[rng.random() < 0.3]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return _refused(rng) if rng.random() < 0.15 else _read(rng)
     finally:
-        engines._engine = ENGINES[0]
+        backends._active = ENGINES[0]
 
 
 def _refused(rng: random.Random) -> int:
@@ -81,7 +81,7 @@ def _read(rng: random.Random) -> int:
 
 
 def _finish(rng: random.Random, summary: paramstats.Summary, right: dict[str, Any]) -> None:
-    """What stands on the summary works, too, whatever the figures."""
+    """What stands on the summary works, too, whatever the statistics."""
     kind = rng.randrange(12)
     if kind == 0:
         str(summary), repr(summary), summary.table(width=60), summary._repr_html_()

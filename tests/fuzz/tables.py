@@ -1,4 +1,4 @@
-"""`merge_rows` and `figures` of the native entry: any bytes, bounds, keys, positions, numbers.
+"""`merge_rows` and `statistics` of the native entry: any bytes, bounds, keys, positions, numbers.
 
 Where the arguments are what they should be, the definition in Python says what must come out.
 """
@@ -10,8 +10,8 @@ import math
 import random
 from typing import Any
 
-from paramstats import engine as engines
-from paramstats import moments
+from paramstats._core import backend as backends
+from paramstats._core import moments
 
 EXTREMES = (0.0, -0.0, 1.0, -1.0, 0.5, 1e308, -1e308, 5e-324, math.inf, -math.inf, math.nan, 3.0)
 REFUSED = (TypeError, ValueError, IndexError, OverflowError)
@@ -20,7 +20,7 @@ REFUSED = (TypeError, ValueError, IndexError, OverflowError)
 def run(seed: int) -> int:
     """One case; returns its executions."""
     rng = random.Random(seed)
-    native = engines.engine().native
+    native = backends.active().native
     if rng.random() < 0.3:
         return _abused(rng, native)
     rows = rng.choice((0, 1, 2, 2, 3, 4, 8, 40, 400))
@@ -36,7 +36,7 @@ def run(seed: int) -> int:
     correction, grad_scale = rng.choice(EXTREMES), rng.choice(EXTREMES)
     are_numbers = math.isfinite(correction) and grad_scale in (1.0, 0.5, 3.0, 1e308)
     both = are_states and are_numbers
-    _same(both, native.figures, moments.figures, table, keys, which, correction, grad_scale)
+    _same(both, native.statistics, moments.statistics, table, keys, which, correction, grad_scale)
     return 2
 
 
@@ -87,10 +87,10 @@ def _abused(rng: random.Random, native: Any) -> int:
     calls = [
         lambda: native.merge_rows(rng.choice(junk), rng.choice(junk), rng.choice(junk)),
         lambda: native.merge_rows(rng.randbytes(150), rng.randrange(-1, 4), rng.randrange(-1, 4)),
-        lambda: native.figures(*(rng.choice(junk) for _ in range(5))),
-        lambda: native.figures(bytes(72 * 9), hostile, [0], 1.0, 1.0),
-        lambda: native.figures(rng.randbytes(300), ["a"] * rng.randrange(9), [0], 1.0, 1.0),
-        lambda: native.figures(bytes(144), [[], "b"], [rng.randrange(-2, 17)], 1.0, 1.0),
+        lambda: native.scalars(*(rng.choice(junk) for _ in range(5))),
+        lambda: native.scalars(bytes(72 * 9), hostile, [0], 1.0, 1.0),
+        lambda: native.scalars(rng.randbytes(300), ["a"] * rng.randrange(9), [0], 1.0, 1.0),
+        lambda: native.scalars(bytes(144), [[], "b"], [rng.randrange(-2, 17)], 1.0, 1.0),
         lambda: native.read(rng.choice(junk), rng.choice(junk), True),
         lambda: native.read([rng.choice(junk) for _ in range(3)], True, True),
         lambda: native.set_simd_level(rng.choice(junk)),

@@ -7,8 +7,8 @@ import threading
 
 import torch
 
-from paramstats import engine as engines
-from paramstats.moments import ABSENT, ROW
+from paramstats._core import backend as backends
+from paramstats._core.moments import ABSENT, ROW
 from tests.fuzz.elements import Elements, some
 
 SMALL_STACK = 128 * 1024  # numpy, which checks there, needs more than the kernels
@@ -17,7 +17,7 @@ SMALL_STACK = 128 * 1024  # numpy, which checks there, needs more than the kerne
 def run(seed: int) -> int:
     """One case; returns its executions."""
     rng = random.Random(seed)
-    native = engines.engine().native
+    native = backends.active().native
     pool = _pool(rng)
     rows = _list(rng, pool)
     tensors = [elements.tensor for elements, _ in rows]

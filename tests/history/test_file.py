@@ -93,7 +93,7 @@ def written(path) -> History:
     return history
 
 
-def test_load_gives_equal_summaries_back(engine, tmp_path):
+def test_load_gives_equal_summaries_back(backend, tmp_path):
     history = written(tmp_path / "run.jsonl")
     assert the_same(History.load(tmp_path / "run.jsonl"), history)
     history.save(tmp_path / "saved.jsonl")
@@ -102,7 +102,7 @@ def test_load_gives_equal_summaries_back(engine, tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["run.jsonl", "saved.jsonl"], "nothing left beside it"
 
 
-def test_every_line_is_plain_json(engine, tmp_path, model):
+def test_every_line_is_plain_json(backend, tmp_path, model):
     path = tmp_path / "run.jsonl"
     with History(path) as history:
         for step in (0, 7):
@@ -224,7 +224,7 @@ def test_a_file_that_is_not_there(tmp_path):
     assert not (tmp_path / "nothing.jsonl").exists()
 
 
-def test_an_existing_file_is_continued(engine, tmp_path, model):
+def test_an_existing_file_is_continued(backend, tmp_path, model):
     path = tmp_path / "run.jsonl"
     with History(path) as first:
         first.append(0, summarize(model))
@@ -404,7 +404,7 @@ def read_all_figures(history: History) -> None:
         pickle.dumps(summary)
     for name in history.names:
         assert len(history[name].norm) == len(history[name].grad.finite.std) == len(history)
-        assert len(history[name].update_ratio) == len(history)
+        assert len(history[name].min_update_ratio) == len(history)
     assert len(history.total.grad.mean) == len(history.steps)
     repr(history)
 
@@ -635,7 +635,7 @@ def test_a_failed_first_line_leaves_nothing_open(tmp_path, monkeypatch):
     def fail(self, lines):
         raise OSError("full")
 
-    monkeypatch.setattr("paramstats.history.file.Writer._write", fail)
+    monkeypatch.setattr("paramstats._history.file.Writer._write", fail)
     with pytest.raises(OSError, match="full") as caught:
         History(tmp_path / "run.jsonl")
     monkeypatch.undo()

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import paramstats
 from paramstats import History, Summary
-from paramstats.stats import STATS
+from paramstats._stats import STATS
 
 summarize = paramstats.summarize
 
@@ -42,7 +42,7 @@ def full(value: float, n: int = 4) -> Summary:
 # ---- what is there
 
 
-def test_it_is_a_sequence_of_summaries(engine, model):
+def test_it_is_a_sequence_of_summaries(backend, model):
     summaries = [summarize(model) for _ in range(3)]
     history = History()
     assert len(history) == 0 and list(history) == [] and history.names == ()
@@ -55,7 +55,7 @@ def test_it_is_a_sequence_of_summaries(engine, model):
     assert repr(history) == "<History of 3 summaries of 4 tensors, steps 3 to 20>"
 
 
-def test_series_have_the_figures_of_summaries(engine, model):
+def test_series_have_the_figures_of_summaries(backend, model):
     history = train(History(), model, range(8))
     series = history["0.weight"]
     assert len(series) == 8 and series.steps.tolist() == list(range(8))
@@ -76,7 +76,7 @@ def test_series_have_the_figures_of_summaries(engine, model):
     assert math.isnan(total.grad.norm[2])
 
 
-def test_finite(engine):
+def test_finite(backend):
     history = History()
     for step, bad in enumerate((1.0, math.nan, math.inf)):
         history.append(step, summarize({"w": torch.tensor([3.0, 4.0, bad])}))
@@ -87,7 +87,7 @@ def test_finite(engine):
     assert series.nonfinite_count.tolist() == [0, 1, 1]
 
 
-def test_arrays_are_the_callers_own(engine, model):
+def test_arrays_are_the_callers_own(backend, model):
     series = train(History(), model, range(2))["0.bias"]
     series.mean[:] = 7
     assert 7 not in series.mean
@@ -95,7 +95,7 @@ def test_arrays_are_the_callers_own(engine, model):
         series.mean = 1  # type: ignore[misc]
 
 
-def test_names_that_come_go_and_change_size(engine):
+def test_names_that_come_go_and_change_size(backend):
     history = History()
     history.append(0, summarize({"a": torch.ones(2)}))
     history.append(1, summarize({"b": torch.ones(3), "a": torch.ones(5)}))
@@ -106,7 +106,7 @@ def test_names_that_come_go_and_change_size(engine):
     assert math.isnan(history["b"].mean[0]) and math.isnan(history["b"].grad.norm[2])
 
 
-def test_aliases_and_unknown_names(engine, model):
+def test_aliases_and_unknown_names(backend, model):
     model[2].bias = torch.nn.Parameter(torch.ones(6))
     model[0].bias = model[2].bias
     model[2] = torch.nn.Identity()
@@ -120,7 +120,7 @@ def test_aliases_and_unknown_names(engine, model):
         history["0.weigth"]
 
 
-def test_to_pandas(engine, model):
+def test_to_pandas(backend, model):
     history = train(History(), model, range(4))
     frame = history.to_pandas()
     assert list(frame.index.names) == ["step", "name"] and len(frame) == 4 * 4
@@ -142,7 +142,7 @@ def test_to_pandas(engine, model):
 
 
 @pytest.mark.parametrize("step", [3, 2, 0, -1])
-def test_going_back_drops_what_comes_later(engine, step):
+def test_going_back_drops_what_comes_later(backend, step):
     history = History()
     for before in range(4):
         history.append(before, full(before))
@@ -177,7 +177,7 @@ def test_steps_may_be_numpys_and_negative():
     assert history.steps.tolist() == [-5, 3, 1 << 62]
 
 
-# ---- figures on their way
+# ---- statistics on their way
 
 
 class Transfer:
@@ -272,12 +272,12 @@ def test_each_step_twice_keeps_as_many():
     assert len(set(np.diff(history.steps)[:-1])) == 1
 
 
-def test_two_entries_stay_at_any_bound(engine, model):
+def test_two_entries_stay_at_any_bound(backend, model):
     history = train(History(max_bytes=1), model, range(20))
     assert history.steps.tolist() == [0, 19]
 
 
-def test_the_bound_holds_for_real_sizes(engine):
+def test_the_bound_holds_for_real_sizes(backend):
     names = [f"block.{i}.weight" for i in range(200)]
     summarize({name: torch.ones(2) for name in names})
     bound = 1 << 20
@@ -322,7 +322,7 @@ def ratio(before: torch.Tensor, after: torch.Tensor) -> float:
     history = History()
     for step, x in enumerate((before, after)):
         history.append(step, summarize({"w": x}))
-    first, second = history["w"].update_ratio
+    first, second = history["w"].min_update_ratio
     assert math.isnan(first)
     return second
 
@@ -361,7 +361,7 @@ def test_update_ratio_is_exact_for_shifts_and_scalings(values, shift, scale, is_
     assert ratio(before, after) == pytest.approx(true, rel=1e-9, abs=rounding)
 
 
-def test_update_ratio_by_hand(engine):
+def test_update_ratio_by_hand(backend):
     x = torch.tensor([3.0, 5.0])  # mean 4, deviations -1 and 1, norm sqrt(34)
     assert ratio(x, x + 1) == pytest.approx((2 / 34) ** 0.5)
     assert ratio(x, torch.tensor([2.0, 6.0])) == pytest.approx((2 / 34) ** 0.5)
@@ -380,11 +380,11 @@ def test_update_ratio_by_hand(engine):
         ([], []),
     ],
 )
-def test_update_ratio_is_nan_where_nothing_is_known(engine, before, after):
+def test_update_ratio_is_nan_where_nothing_is_known(backend, before, after):
     assert math.isnan(ratio(torch.tensor(before), torch.tensor(after)))
 
 
-def test_update_ratio_of_what_is_not_there(engine):
+def test_update_ratio_of_what_is_not_there(backend):
     history = History()
     lazy = torch.nn.LazyLinear(2)
     history.append(0, summarize(lazy))
@@ -393,7 +393,7 @@ def test_update_ratio_of_what_is_not_there(engine):
     history.append(2, summarize(lazy))
     history.append(3, summarize({"other": torch.ones(1)}))
     history.append(4, summarize(lazy, params=False))
-    assert np.isnan(history["weight"].update_ratio).tolist() == [True, True, False, True, True]
+    assert np.isnan(history["weight"].min_update_ratio).tolist() == [True, True, False, True, True]
 
 
 # ---- what it needs

@@ -23,8 +23,8 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from paramstats.history import heatmap, labels, plotting, states
-from paramstats.stats import STATS
+from paramstats._history import heatmap, labels, plotting, states
+from paramstats._stats import STATS
 
 summarize = paramstats.summarize
 
@@ -83,7 +83,7 @@ def test_lines_have_the_histories_figures():
     (ax,) = history.plot("a", "mean", "param").axes
     assert ax.get_title(loc="left") == "parameter mean"
     assert ax.lines[0].get_ydata().tolist() == [1, 1, 1]
-    (ax,) = history.plot("a", stat="update_ratio").axes
+    (ax,) = history.plot("a", stat="min_update_ratio").axes
     assert ax.lines[0].get_ydata() == pytest.approx([math.nan, 0, 0], nan_ok=True)
 
 
@@ -200,7 +200,7 @@ def test_cells_have_the_histories_figures():
 
 
 @pytest.mark.parametrize("kind", ["grad", "param"])
-def test_cells_are_the_summaries_figures_to_the_last_bit(engine, kind):
+def test_cells_are_the_summaries_figures_to_the_last_bit(backend, kind):
     torch.manual_seed(0)
     special = (math.nan, math.inf, -math.inf, 0.0)
     history = History()
@@ -225,13 +225,13 @@ def test_cells_are_the_summaries_figures_to_the_last_bit(engine, kind):
         for column, (_, summary) in enumerate(history):
             for row, name in enumerate(names):
                 entry = summary.get(name)
-                figures = entry if kind == "param" else entry and entry.grad
-                if figures is not None and not math.isnan(figures._state.mean):
-                    expected[row, column] = getattr(figures, stat)
-        np.testing.assert_array_equal(found.figures(stat), expected, stat)
+                statistics = entry if kind == "param" else entry and entry.grad
+                if statistics is not None and not math.isnan(statistics._state.mean):
+                    expected[row, column] = getattr(statistics, stat)
+        np.testing.assert_array_equal(found.statistics(stat), expected, stat)
     if kind == "param":
-        expected = np.array([history[name].update_ratio for name in names])
-        np.testing.assert_array_equal(found.update_ratio(), expected)
+        expected = np.array([history[name].min_update_ratio for name in names])
+        np.testing.assert_array_equal(found.min_update_ratio(), expected)
         assert (expected > 0).any()
         expected = np.array([history[name].nonfinite_count > 0 for name in names])
         np.testing.assert_array_equal(found.has_nonfinite, expected)
@@ -330,7 +330,7 @@ def test_many_entries_share_columns_and_lose_no_spike():
 
 
 def test_heat_map_of_update_ratio():
-    ax = made(["a", "b"]).heatmap("update_ratio").axes[0]
+    ax = made(["a", "b"]).heatmap("min_update_ratio").axes[0]
     codes = ax.collections[1].get_array()
     assert (codes[:, 0] == heatmap._MISSING).all() and (codes[:, 1:] == heatmap._ZERO).all()
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["not known", "zero"]
@@ -394,7 +394,7 @@ def test_any_name(name):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"stat": "median"}, "expected a stat out of count, mean.*update_ratio, got 'median'"),
+        ({"stat": "median"}, "expected a stat out of count, mean.*min_update_ratio, got 'median'"),
         ({"kind": "buffer"}, "expected 'grad' or 'param' for kind, got 'buffer'"),
         ({"names": "nothing"}, "got 'nothing', which is in none of 1"),
         ({"names": ["w", "("]}, "expected names, or regular expressions.*got '\\('"),
@@ -412,8 +412,8 @@ def test_nothing_to_draw():
     for draw in (without.plot, without.heatmap):
         with pytest.raises(ValueError, match=r"expected gradients, got none.*kind='param'"):
             draw()
-    with pytest.raises(ValueError, match="expected names for update_ratio, got 'total'"):
-        made(["w"]).plot("total", "update_ratio")
+    with pytest.raises(ValueError, match="expected names for min_update_ratio, got 'total'"):
+        made(["w"]).plot("total", "min_update_ratio")
 
 
 @pytest.mark.parametrize("method", ["plot", "heatmap"])

@@ -1,4 +1,4 @@
-"""Summaries whose figures are on their way, as a GPU's are, on a CPU."""
+"""Summaries whose statistics are on their way, as a GPU's are, on a CPU."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import paramstats
-from paramstats.summary import Summary
+from paramstats._summary import Summary
 
 
 class Arriving:
@@ -40,5 +40,5 @@ def have_figures_arrive_late(monkeypatch: pytest.MonkeyPatch) -> list[Arriving]:
             summary._layout, nothing, summary._correction, summary._grad_scale, transfers[-1:]
         )
 
-    monkeypatch.setattr(sys.modules["paramstats.watch"], "summarize", summarize)
+    monkeypatch.setattr(sys.modules["paramstats._watch"], "summarize", summarize)
     return transfers

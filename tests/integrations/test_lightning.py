@@ -60,7 +60,7 @@ def scaled(init_scale: float = 1024.0):
 
 
 @pytest.mark.parametrize("mixed", [False, True])
-def test_accumulated_and_clipped(engine, tmp_path, mixed):
+def test_accumulated_and_clipped(backend, tmp_path, mixed):
     module, logged = Module(), Logged()
     plugins = [scaled()] if mixed else []
     options = {"accumulate_grad_batches": 2, "gradient_clip_val": 1e-3, "plugins": plugins}
@@ -74,7 +74,7 @@ def test_accumulated_and_clipped(engine, tmp_path, mixed):
     assert "param_norm/net.0.weight" in logged[0]
 
 
-def test_an_optimizer_that_unscales_while_it_steps(engine, tmp_path):
+def test_an_optimizer_that_unscales_while_it_steps(backend, tmp_path):
     module, logged = Module(torch.optim.Adam, scale=1024.0, fused=True), Logged()
     precision = lightning.plugins.MixedPrecision(
         "16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=1024.0)
@@ -99,7 +99,7 @@ def test_all_loggers_have_it_by_default(tmp_path):
 
     events = EventAccumulator(str(tmp_path / "tensorboard" / "version_0")).Reload()
     for key in expected[0]:
-        single = {s: torch.tensor(figures[key]).item() for s, figures in expected.items()}
+        single = {s: torch.tensor(statistics[key]).item() for s, statistics in expected.items()}
         assert {e.step: e.value for e in events.Scalars(key)} == single
 
 

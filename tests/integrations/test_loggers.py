@@ -51,15 +51,17 @@ def _log_records(data: bytes) -> Iterator[bytes]:
 
 def figures_in(row: dict[str, object], prefix: str = "") -> dict[str, object]:
     """Without what else is in a row, such as the Trainer's own `grad_norm`."""
-    figures = {k.removeprefix(prefix): v for k, v in row.items()}
+    statistics = {k.removeprefix(prefix): v for k, v in row.items()}
     return {
-        k: v for k, v in figures.items() if k.startswith(("param_", "grad_")) and k.count("/") == 1
+        k: v
+        for k, v in statistics.items()
+        if k.startswith(("param_", "grad_")) and k.count("/") == 1
     }
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 def test_the_page_s_loggers(folder, capsys):
-    """Runs docs/training.md; of each logger in it the last figures are read back."""
+    """Runs docs/training.md; of each logger in it the last statistics are read back."""
     last, runs = {}, {}
     for namespace in run_page("docs/training.md", capsys):
         if "watcher" in namespace:
@@ -86,7 +88,7 @@ def test_the_page_s_loggers(folder, capsys):
         assert [e.step for e in found] == [0, 10, 20, 30]
         assert found[-1].value == torch.tensor(value, dtype=torch.float32).item()
 
-    with open(folder / "figures.csv", newline="") as file:
+    with open(folder / "statistics.csv", newline="") as file:
         rows = list(csv.reader(file))
     assert {key: float(value) for step, key, value in rows if step == "30"} == of_csv
     assert len(rows) == 4 * len(of_csv)
@@ -94,7 +96,7 @@ def test_the_page_s_loggers(folder, capsys):
 
 @pytest.mark.parametrize("late", [False, True])
 def test_wandb_loses_nothing_among_calls_of_ones_own(folder, monkeypatch, late):
-    """Figures that come a step late are in the row of their own step all the same."""
+    """Statistics that come a step late are in the row of their own step all the same."""
     if late:
         have_figures_arrive_late(monkeypatch)
     model = network()

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import paramstats
-from paramstats.integrations.after_backward import AfterBackward
+from paramstats.integrations._after_backward import AfterBackward
 from tests.integrations.moments import Logged, moment, network, scalars_of
 from tests.sharded.models import Transformer, backward
 from tests.sharded.together import together

@@ -3,5 +3,5 @@
     python -m tests.matrix            every row, and the table in docs/compatibility.md
     python -m tests.matrix --only lora    those with a word in their name or title
 
-Each row trains a real model for a few real steps and looks at it with each engine.
+Each row trains a real model for a few real steps and looks at it with each backend.
 """

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import paramstats
 from docs import blocks
-from paramstats import engine as engines
+from paramstats._core import backend as backends
 from tests.matrix.rows import ROWS, Outcome, run_row
 
 THEMES = {
@@ -46,7 +46,7 @@ def main() -> int:
     if arguments.list:
         print("\n".join(f"{row.name:50} {row.title}" for row in rows))
         return 0
-    both = [engines.choose("native"), engines.choose("reference")]
+    both = [backends.choose("native"), backends.choose("reference")]
     outcomes = []
     start = time.perf_counter()
     for row in rows:
@@ -90,7 +90,7 @@ def page(outcomes: Sequence[Outcome], minutes: float) -> str:
     compared = sum(max(outcome.compared.values(), default=0) for outcome in run)
     versions = [f"{name} {version}" for name in LIBRARIES if (version := _version(name))]
     parts.append(
-        f"{len(run)} of {len(outcomes)} rows run, {compared:,} tensors compared by each engine, in "
+        f"{len(run)} of {len(outcomes)} rows run, {compared:,} tensors compared by each backend, in "
         f"{minutes:.0f} min: paramstats {paramstats.__version__}, Python "
         f"{platform.python_version()}, {platform.system()} on {platform.machine()}, "
         f"{', '.join(versions)}; {datetime.date.today().isoformat()}."
@@ -101,7 +101,7 @@ def page(outcomes: Sequence[Outcome], minutes: float) -> str:
 def _cells(outcome: Outcome) -> tuple[str, ...]:
     said = ["not run"] * 2
     if not outcome.not_run:
-        said = [outcome.of(engine) for engine in ("native", "reference")]
+        said = [outcome.of(backend) for backend in ("native", "reference")]
     compared = max(outcome.compared.values(), default=0)
     tensors = f"{compared:,}" if compared else ""
     return (outcome.row.title, *said, tensors, outcome.not_run or outcome.remark)

@@ -1,4 +1,4 @@
-"""One look at a model: a summary by each engine, all of it compared, and nothing left changed."""
+"""One look at a model: a summary by each backend, all of it compared, and nothing left changed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 import paramstats
-from paramstats import engine as engines
+from paramstats._core import backend as backends
 from tests import oracle
 
 Observe = Callable[..., Any]
@@ -32,13 +32,13 @@ class Entry(NamedTuple):
 
 
 class Look:
-    """Calls `summarize` with each engine and compares all that comes out with the oracle.
+    """Calls `summarize` with each backend and compares all that comes out with the oracle.
 
-    An engine that failed is left out from there on; `failures` says why.
+    An backend that failed is left out from there on; `failures` says why.
     """
 
-    def __init__(self, chosen: Sequence[engines.Engine]) -> None:
-        self.engines = list(chosen)
+    def __init__(self, chosen: Sequence[backends.Implementation]) -> None:
+        self.backends = list(chosen)
         self.compared = dict.fromkeys((e.name for e in chosen), 0)
         self.failures: dict[str, str] = {}
         self.messages: dict[str, None] = {}
@@ -51,7 +51,7 @@ class Look:
         skipped: Mapping[str, str] | None = None,
         grad_scale: float = 1.0,
     ) -> paramstats.Summary:
-        """The summary of the last engine, of all parameters, buffers and gradients.
+        """The summary of the last backend, of all parameters, buffers and gradients.
 
         Args:
             truth: by name, plain tensors with the elements that a subclass stands for.
@@ -97,20 +97,20 @@ class Look:
         self.each(refuse)
 
     def each(self, check: Callable[[], int]) -> None:
-        """`check` with each engine in force; it returns how many tensors it compared."""
-        before = engines._engine
-        for engine in self.engines:
-            if engine.name in self.failures:
+        """`check` with each backend in force; it returns how many tensors it compared."""
+        before = backends._active
+        for backend in self.backends:
+            if backend.name in self.failures:
                 continue
-            engines._engine = engine
+            backends._active = backend
             try:
-                self.compared[engine.name] += check()
+                self.compared[backend.name] += check()
             except Exception as error:
                 place = traceback.extract_tb(error.__traceback__)[-1]
                 where = f"{place.filename.rpartition('/')[2]}:{place.lineno}"
-                self.failures[engine.name] = f"{type(error).__name__}: {error} ({where})"
+                self.failures[backend.name] = f"{type(error).__name__}: {error} ({where})"
             finally:
-                engines._engine = before
+                backends._active = before
 
 
 def unobserved(*_: Any, **__: Any) -> None:
@@ -190,12 +190,12 @@ def _nothing_changes(entries: Sequence[Entry]) -> Iterator[None]:
 @contextlib.contextmanager
 def _warnings_of(skipped: Mapping[str, str]) -> Iterator[None]:
     """No warning but the one for each kind of what is skipped."""
-    paramstats.skipped._warned.clear()
+    paramstats._core.skipped._warned.clear()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield
     texts = [str(w.message) for w in caught]
-    other = [t for t in texts if "could not be read, its figures are NaN" not in t]
+    other = [t for t in texts if "could not be read, its statistics are NaN" not in t]
     assert not other, f"warned: {other[0]}"
     assert bool(texts) == bool(skipped), f"{len(texts)} warnings for {len(skipped)} skipped tensors"
 
@@ -209,7 +209,7 @@ def _use(summary: paramstats.Summary) -> None:
     assert pickle.loads(pickle.dumps(summary)) == summary
 
 
-# ---- figure for figure -----------------------------------------------------------------------
+# ---- statistic for statistic -----------------------------------------------------------------------
 
 
 class _Comparison:
@@ -249,19 +249,19 @@ class _Comparison:
         assert got == expected, f"{got}, expected {expected}"
         assert stats.requires_grad == tensor.requires_grad, f"requires_grad of '{name}'"
         assert stats.kind == entry.kind
-        self._figures(name, stats, tensor, entry.kind)
+        self._statistics(name, stats, tensor, entry.kind)
         grad = gradient(tensor)
         if grad is None:
             assert stats.grad is None, f"a gradient of '{name}', which has none"
         else:
             assert stats.grad is not None, f"no gradient of '{name}'"
-            self._figures(f"{name} (gradient)", stats.grad, grad, "grad")
+            self._statistics(f"{name} (gradient)", stats.grad, grad, "grad")
 
-    def _figures(
+    def _statistics(
         self, name: str, stats: paramstats.TensorStats, tensor: torch.Tensor, kind: str
     ) -> None:
         if name in self._skipped:
-            assert math.isnan(stats.mean) and math.isnan(stats.norm), f"figures of '{name}'"
+            assert math.isnan(stats.mean) and math.isnan(stats.norm), f"statistics of '{name}'"
             return
         plain = elements(self._truth.get(name, tensor))
         if kind == "grad" and self._scale != 1:
@@ -302,7 +302,7 @@ def elements(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def check(stats: paramstats.TensorStats, tensor: torch.Tensor) -> None:
-    """Every figure; of complex tensors as the README has them."""
+    """Every statistic; of complex tensors as the README has them."""
     if not tensor.is_complex():
         oracle.check(stats, tensor)
         return

@@ -22,7 +22,7 @@ def linears(dtype: torch.dtype = torch.float32) -> nn.Sequential:
 
 @row("Dynamic int8 (`quantize_dynamic`)", "sklearn", quick=True)
 def dynamic_int8(look: Look) -> str:
-    torch.backends.quantized.engine = "fbgemm"
+    torch.backends.quantized.backend = "fbgemm"
     model = torch.ao.quantization.quantize_dynamic(linears(), {nn.Linear}, dtype=torch.qint8)
     model(batch(0)[0])
     assert len(look(model)) == 0
@@ -43,7 +43,7 @@ def dynamic_int8(look: Look) -> str:
 
 @row("Static quantisation: observers, fake quantisation, qint8 per channel", "sklearn", quick=True)
 def static_int8(look: Look) -> None:
-    torch.backends.quantized.engine = "fbgemm"
+    torch.backends.quantized.backend = "fbgemm"
     model = nn.Sequential(
         torch.ao.quantization.QuantStub(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10),
         torch.ao.quantization.DeQuantStub(),
@@ -301,7 +301,7 @@ def sparse_embedding(look: Look) -> str:
 
     model = same_training(look, run)
     assert look(model, grad_scale=512.0)["words.weight"].grad.zero_count > 2000 * 16
-    return "the figures of the dense gradient, which is never made"
+    return "the statistics of the dense gradient, which is never made"
 
 
 @row("Sparse parameters: COO, CSR, BSR weights", quick=True)
@@ -371,4 +371,4 @@ def lazy(look: Look) -> str:
     look.each(compare)
     model(torch.randn(4, 5)).sum().backward()
     look(model)
-    return "listed without a shape, figures NaN"
+    return "listed without a shape, statistics NaN"

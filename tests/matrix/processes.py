@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, default_convert
 
 import paramstats
-from paramstats import engine as engines
+from paramstats._core import backend as backends
 from tests.matrix.looking import Look, check
 from tests.matrix.rows import NotRunError, row
 
@@ -47,13 +47,13 @@ def as_it_is(items: list[Any]) -> Any:
 
 
 class Prepared:
-    """Gives a worker the engine, and threads if more than its one are wanted."""
+    """Gives a worker the backend, and threads if more than its one are wanted."""
 
-    def __init__(self, engine: str, threads: int | None) -> None:
-        self.engine, self.threads = engine, threads
+    def __init__(self, backend: str, threads: int | None) -> None:
+        self.backend, self.threads = backend, threads
 
     def __call__(self, _: int) -> None:
-        engines._engine = engines.choose(self.engine)
+        backends._active = backends.choose(self.backend)
         if self.threads:
             torch.set_num_threads(self.threads)
 
@@ -65,7 +65,7 @@ def in_workers(look: Look, method: str, threads: int | None = None) -> None:
     def compare() -> int:
         paramstats.summarize({"x": large(0)})  # the threads are there when workers are made
         large(0).sum()
-        prepare = Prepared(engines.engine().name, threads)
+        prepare = Prepared(backends.active().name, threads)
         loader = DataLoader(
             Summaries(), batch_size=1, num_workers=2, collate_fn=as_it_is, timeout=SECONDS,
             worker_init_fn=prepare, multiprocessing_context=method,
@@ -115,8 +115,8 @@ def forked(look: Look) -> str:
         child = os.fork()
         if child == 0:
             signal.alarm(SECONDS)
-            figures = paramstats.summarize({"x": tensor})["x"]
-            os._exit(int(abs(figures.norm - expected.norm) > 1e-6 * expected.norm))
+            statistics = paramstats.summarize({"x": tensor})["x"]
+            os._exit(int(abs(statistics.norm - expected.norm) > 1e-6 * expected.norm))
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, "the child hung or differs"
         check(paramstats.summarize({"x": tensor})["x"], tensor)
         return 1
@@ -125,8 +125,8 @@ def forked(look: Look) -> str:
     return "on the calling thread there: torch's own operators would hang"
 
 
-def hogwild(model: torch.nn.Module, engine: str) -> None:
-    engines._engine = engines.choose(engine)
+def hogwild(model: torch.nn.Module, backend: str) -> None:
+    backends._active = backends.choose(backend)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     for _ in range(5):
         optimizer.zero_grad()
@@ -141,15 +141,15 @@ def shared_memory(look: Look) -> None:
 
     def compare() -> int:
         model = torch.nn.Linear(64, 32).share_memory()
-        mp.spawn(_hogwild_process, (model, engines.engine().name), nprocs=2)
+        mp.spawn(_hogwild_process, (model, backends.active().name), nprocs=2)
         check(paramstats.summarize(model)["weight"], model.weight)
         return 1
 
     look.each(compare)
 
 
-def _hogwild_process(_: int, model: torch.nn.Module, engine: str) -> None:
-    hogwild(model, engine)
+def _hogwild_process(_: int, model: torch.nn.Module, backend: str) -> None:
+    hogwild(model, backend)
 
 
 @row("Threads that summarise one model at once, while another trains it", quick=True)
@@ -248,8 +248,8 @@ def time_limit(look: Look) -> str:
 
 INTERRUPTED = """
 import sys, torch, paramstats
-from paramstats import engine
-engine._engine = engine.choose(sys.argv[1])
+from paramstats._core import backend as backend
+backend._active = backend.choose(sys.argv[1])
 tensors = {str(i): torch.randn(1_500_000) for i in range(8)}
 tensors["z"] = torch.randn(50_000, dtype=torch.cfloat)
 expected = {name: stats.norm for name, stats in paramstats.summarize(tensors).items()}
@@ -261,7 +261,7 @@ for _ in range(int(sys.argv[2])):
     except KeyboardInterrupt:
         pass
     again = {name: stats.norm for name, stats in paramstats.summarize(tensors).items()}
-    assert again == expected, "the next call gives other figures"
+    assert again == expected, "the next call gives other statistics"
     print("interrupted", flush=True)
 print("begun", flush=True)
 while True:
@@ -274,7 +274,7 @@ def interrupted(look: Look) -> str:
     times = 20
 
     def compare() -> int:
-        name = engines.engine().name
+        name = backends.active().name
         child = subprocess.Popen(
             [sys.executable, "-c", INTERRUPTED, name, str(times)],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

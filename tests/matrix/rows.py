@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from paramstats.engine import Engine
+from paramstats._core.backend import Implementation
 from tests.matrix.looking import Look
 
 Run = Callable[[Look], str | None]
@@ -51,15 +51,15 @@ class Outcome:
     compared: dict[str, int] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
 
-    def of(self, engine: str) -> str:
-        """What the table says of an engine."""
+    def of(self, backend: str) -> str:
+        """What the table says of an backend."""
         if self.not_run:
             return f"not run: {self.not_run}"
-        if engine in self.failures:
-            return f"FAILED: {self.failures[engine]}"
-        if engine not in self.compared:
-            return "not run: the engine is not installed"
-        said = ["every figure"] if self.compared[engine] else []
+        if backend in self.failures:
+            return f"FAILED: {self.failures[backend]}"
+        if backend not in self.compared:
+            return "not run: the backend is not installed"
+        said = ["every statistic"] if self.compared[backend] else []
         kinds = (message.partition(": ")[0] for message in self.messages)
         said += dict.fromkeys(kind.partition(" ")[0] for kind in kinds)
         return ", ".join(said)
@@ -85,14 +85,14 @@ def row(title: str, *needs: str, quick: bool = False) -> Callable[[Run], Run]:
     return enter
 
 
-def run_row(row: Row, engines: Sequence[Engine]) -> Outcome:
-    """Runs a row with the engines; what it raises is a failure of all of them."""
+def run_row(row: Row, backends: Sequence[Implementation]) -> Outcome:
+    """Runs a row with the backends; what it raises is a failure of all of them."""
     outcome = Outcome(row)
     missing = [name for name in row.needs if importlib.util.find_spec(name) is None]
     if missing:
         outcome.not_run = f"{', '.join(missing)} is not installed; make matrix installs it"
         return outcome
-    look = Look(engines)
+    look = Look(backends)
     threads = torch.get_num_threads()
     if row.theme != "processes":
         torch.set_num_threads(1)  # small models: threads would only wait for each other
@@ -108,7 +108,7 @@ def run_row(row: Row, engines: Sequence[Engine]) -> Outcome:
         place = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{place.filename.rpartition('/')[2]}:{place.lineno}"
         reason = f"{type(error).__name__}: {error} ({where})"
-        outcome.failures = {engine.name: reason for engine in engines}
+        outcome.failures = {backend.name: reason for backend in backends}
     finally:
         logging.disable(logging.NOTSET)
         torch.set_num_threads(threads)
@@ -117,5 +117,5 @@ def run_row(row: Row, engines: Sequence[Engine]) -> Outcome:
     outcome.messages = list(look.messages)
     outcome.failures |= look.failures
     if not (outcome.not_run or outcome.failures or outcome.messages or any(look.compared.values())):
-        outcome.failures = {engine.name: "the row compared nothing" for engine in engines}
+        outcome.failures = {backend.name: "the row compared nothing" for backend in backends}
     return outcome

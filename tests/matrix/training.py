@@ -149,7 +149,7 @@ def autocast(look: Look) -> str:
             return model
 
         same_training(look, run)
-    return "`grad_scale=` gives the figures after `unscale_`; also inside autocast"
+    return "`grad_scale=` gives the statistics after `unscale_`; also inside autocast"
 
 
 @row("An overflow under GradScaler: infinite gradients", "sklearn", quick=True)

@@ -16,7 +16,7 @@ from torch.nn import functional
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import paramstats
-from paramstats.untraced import REASON
+from paramstats._core.torch_private import REASON
 from tests.matrix.looking import Look, Observe, check, same_training
 from tests.matrix.rows import NotRunError, row
 from tests.matrix.training import batch, classifier, train
@@ -277,7 +277,7 @@ def inside_tracers(look: Look) -> str:
         return compared
 
     look.each(compare)
-    return "figures of the real tensors; nothing of the call in the graph"
+    return "statistics of the real tensors; nothing of the call in the graph"
 
 
 @row("A tensor of `torch.fx.symbolic_trace`", quick=True)
@@ -423,7 +423,7 @@ def fake(look: Look) -> str:
         model = nn.Linear(3, 2)
     look(model, skipped={"weight": "FakeTensor", "bias": "FakeTensor"})
     look.each(without_figures)
-    return "fake: in `summary.skipped`; meta: figures NaN, and not in `summary.skipped`"
+    return "fake: in `summary.skipped`; meta: statistics NaN, and not in `summary.skipped`"
 
 
 @row(

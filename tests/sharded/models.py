@@ -1,4 +1,4 @@
-"""Sharded models, and what their figures must be."""
+"""Sharded models, and what their statistics must be."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def whole(x: Any) -> torch.Tensor:
 
 
 def check(summary: paramstats.Summary, named: dict[str, torch.Tensor]) -> None:
-    """Asserts all figures against whole tensors, which are gathered here, and their gradients."""
+    """Asserts all statistics against whole tensors, which are gathered here, and their gradients."""
     assert list(summary) == list(named)
     assert not summary.diverged and not summary.skipped
     for name, tensor in named.items():
@@ -75,7 +75,7 @@ def check(summary: paramstats.Summary, named: dict[str, torch.Tensor]) -> None:
             oracle.check(entry.grad, whole(grad.detach()))
 
 
-def figures(summary: paramstats.Summary) -> bytes:
+def statistics(summary: paramstats.Summary) -> bytes:
     """All that must be the same on every process, to the last bit."""
     summary.wait()
     return repr((list(summary), dict(summary.diverged))).encode() + summary._table

@@ -15,10 +15,10 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 
 import paramstats
-from paramstats.sharded.collectives import DESTROYED, Processes
-from paramstats.sharded.merging import WORDS
+from paramstats._sharded.collectives import DESTROYED, Processes
+from paramstats._sharded.merging import WORDS
 from tests import oracle
-from tests.sharded.models import Transformer, backward, check, figures
+from tests.sharded.models import Transformer, backward, check, statistics
 from tests.sharded.together import together
 
 
@@ -28,7 +28,7 @@ def _by_hand() -> None:
     values = torch.randn(6, 9, generator=torch.Generator().manual_seed(0))
     column = nn.Parameter(values.chunk(2, dim=1)[rank % 2])
     column.main_grad = torch.full_like(column, float(rank % 2))
-    shard = paramstats.Shard(column, rank % 2, values.numel(), values.shape, column.main_grad)
+    shard = paramstats.LocalShard(column, rank % 2, values.numel(), values.shape, column.main_grad)
     summary = paramstats.summarize({"w": shard, "norm": torch.ones(3)})
     oracle.check(summary["w"], values)
     assert summary["w"].shape == (6, 9) and summary["w"].requires_grad
@@ -42,11 +42,11 @@ def test_shards_by_hand():
 
 
 def test_a_shard_of_one_process():
-    whole = paramstats.Shard(torch.arange(4.0), 0, 4, (2, 2))
+    whole = paramstats.LocalShard(torch.arange(4.0), 0, 4, (2, 2))
     summary = paramstats.summarize({"w": whole})
     assert summary["w"].mean == 1.5 and summary["w"].shape == (2, 2)
     with pytest.raises(RuntimeError, match=r"the 5 elements of 'w', got 4"):
-        paramstats.summarize({"w": paramstats.Shard(torch.arange(4.0), 0, 5)})
+        paramstats.summarize({"w": paramstats.LocalShard(torch.arange(4.0), 0, 5)})
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_a_shard_of_one_process():
 )
 def test_shards_that_cannot_be(arguments, message):
     with pytest.raises((TypeError, ValueError), match=message):
-        paramstats.Shard(*arguments)
+        paramstats.LocalShard(*arguments)
 
 
 def _stages() -> None:
@@ -79,7 +79,7 @@ def _stages() -> None:
         assert summary[name].shape == entry.shape
     assert summary.total.norm == pytest.approx(expected.total.norm, rel=1e-12)
     alike = [b""] * 2
-    dist.all_gather_object(alike, figures(summary))
+    dist.all_gather_object(alike, statistics(summary))
     assert len(set(alike)) == 1
 
 
@@ -123,7 +123,7 @@ def _groups() -> None:
         with pytest.raises(ValueError, match="a group that this process belongs to"):
             paramstats.summarize(source, group=only_0)
     # What was agreed in a group goes with it.
-    from paramstats.sharded import groups
+    from paramstats._sharded import groups
 
     paramstats.summarize(source, group=world)
     paramstats.summarize(source, group=world, async_op=True).wait()
@@ -134,7 +134,7 @@ def _groups() -> None:
     del only_0
     gc.collect()
     assert not len(groups._groups) and not len(groups._aside)
-    assert paramstats.summarize({"w": paramstats.Shard(torch.ones(2), 0, 2)})["w"].count == 2
+    assert paramstats.summarize({"w": paramstats.LocalShard(torch.ones(2), 0, 2)})["w"].count == 2
 
 
 def test_groups():
@@ -151,7 +151,7 @@ def _saved() -> None:
     assert summary.to_pandas().attrs == {"diverged": told}
     again = pickle.loads(pickle.dumps(summary))
     assert again == summary and again.diverged == summary.diverged
-    local = paramstats.summarize({"w": paramstats.Shard(source["w"], rank, 6)}, local=True)
+    local = paramstats.summarize({"w": paramstats.LocalShard(source["w"], rank, 6)}, local=True)
     assert local.to_dict()["is_local"] is True
     assert pickle.loads(pickle.dumps(local)).is_local
 

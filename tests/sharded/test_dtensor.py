@@ -19,7 +19,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 import paramstats
-from tests.sharded.models import Transformer, backward, check, figures, tokens
+from tests.sharded.models import Transformer, backward, check, statistics, tokens
 from tests.sharded.together import together
 
 
@@ -31,7 +31,7 @@ def _sharded(model: Transformer, mesh, **kwargs) -> Transformer:
 
 def _check_all_alike(summary: paramstats.Summary) -> None:
     everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, figures(summary))
+    dist.all_gather_object(everyone, statistics(summary))
     assert len(set(everyone)) == 1
 
 
@@ -64,7 +64,7 @@ def test_fully_shard(processes, tied):
 
 
 def _by_torch_operators() -> None:
-    paramstats.engine._engine = paramstats.engine.choose("reference")
+    paramstats._core.backend._active = paramstats._core.backend.choose("reference")
     _fsdp2(MixedPrecisionPolicy(), True)
 
 

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paramstats.moments import ABSENT, ROW, Moments, merge, unread
-from paramstats.sharded.merging import (
+from paramstats._core.moments import ABSENT, ROW, Moments, merge, unread
+from paramstats._sharded.merging import (
     DIVERGED,
     INCOMPLETE,
     NOT_HELD,
@@ -37,7 +37,7 @@ def joined(*parts: torch.Tensor, numel: int, compare: bool = True) -> tuple[int,
 
 
 def state_of(x: torch.Tensor) -> Moments:
-    from paramstats import reference
+    from paramstats._core import reference
 
     return reference._from_row(reference.exact(x).tolist()) if x.numel() else Moments()
 

@@ -12,7 +12,7 @@ from torch.distributed.tensor._ops._embedding_ops import _MaskPartial
 from torch.distributed.tensor._ops._math_ops import _NormPartial
 
 import paramstats
-from paramstats.sharded.partial import Addend, Addends, plan
+from paramstats._sharded.partial import Addend, Addends, plan
 from tests.sharded.test_safety import messages_of
 from tests.sharded.together import together
 

@@ -14,9 +14,9 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.debug import CommDebugMode
 
 import paramstats
-from paramstats.sharded import exchange
+from paramstats._sharded import exchange
 from tests import oracle
-from tests.sharded.models import Transformer, backward, figures
+from tests.sharded.models import Transformer, backward, statistics
 from tests.sharded.together import together
 
 
@@ -60,9 +60,9 @@ def _exact() -> None:
         values = x + offset
         got = paramstats.summarize({"x": _whole(values)})["x"]
         alone = paramstats.summarize({"x": values})["x"]
-        for figure in ("mean", "std", "norm"):
-            a, b = getattr(got, figure), getattr(alone, figure)
-            assert abs(a - b) <= 1e-12 * max(abs(b), alone.std), (offset, figure)
+        for statistic in ("mean", "std", "norm"):
+            a, b = getattr(got, statistic), getattr(alone, statistic)
+            assert abs(a - b) <= 1e-12 * max(abs(b), alone.std), (offset, statistic)
         assert (got.min, got.max, got.count) == (alone.min, alone.max, alone.count)
 
 
@@ -128,7 +128,7 @@ def _gradient_none_on_one() -> None:
     local = paramstats.summarize({"x": x}, local=True)
     assert local["x"].count == 5 and local["x"].shape == (5,) and local.is_local
     assert "this process's part" in local.table() and "part" in repr(local)
-    # Of a copy there is another: its figures stand, and the difference is told.
+    # Of a copy there is another: its statistics stand, and the difference is told.
     if dist.get_rank() == 1:
         plain.grad = None
     x.grad = None
@@ -163,18 +163,18 @@ def test_missing_shard():
 
 def _error_on_one() -> None:
     source = {"w": _whole(torch.ones(8))}
-    real = paramstats.engine.engine().read
-    engine = paramstats.engine.engine()
+    real = paramstats._core.backend.active().read
+    backend = paramstats._core.backend.active()
     if dist.get_rank() == 1:
 
         def fail(*args):
             raise MemoryError("no memory")
 
-        object.__setattr__(engine, "read", fail)
+        object.__setattr__(backend, "read", fail)
     messages = messages_of(lambda: paramstats.summarize(source))
     assert {m.partition(":")[0] for m in messages} == {"MemoryError", "RuntimeError"}
     assert any("rank 1" in m for m in messages)
-    object.__setattr__(engine, "read", real)
+    object.__setattr__(backend, "read", real)
     assert paramstats.summarize(source)["w"].count == 8
 
 
@@ -277,7 +277,7 @@ def test_flipped_bit_is_named():
 
 def _other_instructions() -> None:
     """What AVX2 adds up may end in another last digit than AVX-512's: no divergence."""
-    native = paramstats.engine.engine().native
+    native = paramstats._core.backend.active().native
     if native is not None and dist.get_rank() == 1:
         native.set_simd_level("plain")
     values = torch.randn(100_000, generator=torch.Generator().manual_seed(0))
@@ -362,14 +362,14 @@ def _async() -> None:
     assert all(isinstance(s, paramstats.Summary) for s in later)
     for got, now in zip(later, expected, strict=True):
         assert got.wait() is got and got.ready()
-        assert figures(got) == figures(now) and got == now
+        assert statistics(got) == statistics(now) and got == now
         assert repr(got.scalars()) == repr(now.scalars())
     end = time.monotonic() + 10
     last = paramstats.summarize(model, async_op=True)
     while not last.ready():
         assert time.monotonic() < end
         time.sleep(0.001)
-    # What is missing is told where the figures are asked for.
+    # What is missing is told where the statistics are asked for.
     p = nn.Parameter(_whole(torch.ones(4)))
     grad = _whole(torch.ones(4))
     p.grad = grad if dist.get_rank() == 0 else None

@@ -15,7 +15,7 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 import paramstats
 from tests import oracle
-from tests.sharded.models import Block, Transformer, backward, figures, tokens
+from tests.sharded.models import Block, Transformer, backward, statistics, tokens
 from tests.sharded.together import together
 
 
@@ -37,7 +37,7 @@ def _check(summary: paramstats.Summary, named: dict[str, torch.Tensor], rtol: fl
         assert entry.grad.norm == pytest.approx(p.grad.norm().item(), rel=rtol), name
         assert entry.grad.max == pytest.approx(p.grad.max().item(), rel=rtol, abs=1e-7), name
     alike = [b""] * dist.get_world_size()
-    dist.all_gather_object(alike, figures(summary))
+    dist.all_gather_object(alike, statistics(summary))
     assert len(set(alike)) == 1
 
 
@@ -137,7 +137,7 @@ def _zero(stage: int) -> None:
     # a folder of the user's, where it waits without end for a process that was killed meanwhile.
     deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     plain = Transformer(tied=False)
-    engine, *_ = deepspeed.initialize(
+    backend, *_ = deepspeed.initialize(
         model=copy.deepcopy(plain),
         model_parameters=None,
         config={
@@ -149,17 +149,17 @@ def _zero(stage: int) -> None:
         dist_init_required=False,
     )
     batch = tokens()
-    logits = engine(batch)
+    logits = backend(batch)
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.flatten())
-    engine.backward(loss)
-    summary = paramstats.summarize(engine.module)
+    backend.backward(loss)
+    summary = paramstats.summarize(backend.module)
     if stage == 3:
         _check(summary, _expected(plain), 1e-5)
     else:
         for name, p in plain.named_parameters():
             oracle.check(summary[name], p)
             assert summary[name].grad is None or summary[name].grad.count == p.numel()
-    engine.step()
+    backend.step()
 
 
 @needs_deepspeed

@@ -1,0 +1,1 @@
+"""The private core: tensors to moments, without presentation."""

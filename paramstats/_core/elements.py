@@ -1,0 +1,84 @@
+"""What stands for a tensor's elements, of whatever kind it is; its gradient; how many there are."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from paramstats._core.interrupts import let_through
+from paramstats._core.layout import is_lazy
+from paramstats._core.torch_private import unwrapped
+
+
+def elements(x: Tensor) -> tuple[Tensor, int]:
+    """A strided tensor with the elements that are stored, and how many zeros are not."""
+    if x.is_nested:
+        raise TypeError("nested tensors are not read; pass their parts")
+    if type(x) is not Tensor:
+        x = _plain(x)
+    x = unwrapped(x)
+    if x.is_quantized:
+        x = x.dequantize()
+    if x.layout is torch.strided:
+        return x.resolve_neg().resolve_conj() if x.is_neg() or x.is_conj() else x, 0
+    if x.layout is torch.sparse_coo:
+        stored = x.coalesce().values()
+    elif x.layout in (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc):
+        stored = x.values()
+    else:
+        return x.to_dense(), 0
+    return stored, x.numel() - stored.numel()
+
+
+def _plain(x: Tensor) -> Tensor:
+    """A tensor of a subclass as a plain one, through what the subclass offers."""
+    if type(x) is torch.nn.Parameter:
+        return x.detach()
+    if hasattr(x, "to_local"):  # a DTensor held whole
+        return x.to_local()  # type: ignore[no-any-return]
+    if type(x).__torch_dispatch__ == Tensor.__torch_dispatch__:  # its memory is its own
+        with torch._C.DisableTorchFunctionSubclass():
+            return x.detach().as_subclass(Tensor)
+    for convert in (lambda: x.dequantize(), lambda: x.to(torch.float64)):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that it is not there
+                plain = convert()
+        except Exception as error:  # whatever an operator that a subclass lacks raises
+            let_through(error)
+            continue
+        if type(plain) is Tensor and plain.numel() == x.numel():
+            return plain
+    raise TypeError(f"{type(x).__qualname__} has no operator that gives its elements")
+
+
+def check_storage(x: Tensor) -> None:
+    """A storage that was emptied behind its tensor's back must not be read."""
+    nbytes = x.untyped_storage().nbytes()
+    begin = x.storage_offset()
+    if x.is_contiguous() and begin >= 0 and nbytes >= (begin + x.numel()) * x.element_size():
+        return
+    if x.numel() == 0:
+        return
+    reach = [(n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)]
+    first = begin + sum(r for r in reach if r < 0)
+    last = begin + sum(r for r in reach if r > 0)
+    if first < 0 or (last + 1) * x.element_size() > nbytes:
+        raise ValueError(f"its storage holds {nbytes} bytes, not all elements")
+
+
+def gradient(tensor: Tensor) -> Tensor | None:
+    """`tensor.grad`, without torch's warning where it is not a leaf."""
+    if tensor.is_leaf or tensor.retains_grad:
+        return tensor.grad
+    return None
+
+
+def numel(tensor: Tensor) -> int:
+    try:
+        return 0 if is_lazy(tensor) else int(tensor.numel())
+    except Exception as error:  # sizes that are symbols, or a subclass that will not tell
+        let_through(error)
+        return 0

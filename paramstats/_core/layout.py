@@ -1,0 +1,243 @@
+"""What a model's tensors are called and what they look like, apart from their values."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
+
+from paramstats._core.interrupts import let_through
+from paramstats._core.torch_private import no_tracing
+
+Patterns = tuple[re.Pattern[str], ...]
+
+_MOST_KEPT = 16
+"""Templates and selections remembered: a caller with new ones each step must not fill memory."""
+
+
+class Keys(NamedTuple):
+    """What the statistics of a summary are called in a logger."""
+
+    rows: list[str]
+    total: dict[str, list[str]]
+    are_distinct: bool
+
+
+class Layout:
+    """The rows of a summary: immutable, and shared by all summaries of an unchanged model.
+
+    `parameters` is how many leading rows are parameters; the rest are buffers. `is_sharded` is None
+    until somebody has looked.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_index",
+        "_keys",
+        "_selections",
+        "aliases",
+        "devices",
+        "dtypes",
+        "is_sharded",
+        "names",
+        "parameters",
+        "requires_grad",
+        "shapes",
+    )
+
+    def __init__(
+        self,
+        names: tuple[str, ...],
+        aliases: tuple[tuple[str, ...], ...],
+        parameters: int,
+        shapes: tuple[tuple[int, ...] | None, ...],
+        dtypes: tuple[torch.dtype, ...],
+        devices: tuple[torch.device, ...],
+        requires_grad: tuple[bool, ...],
+    ) -> None:
+        self.names = names
+        self.aliases = aliases
+        self.parameters = parameters
+        self.shapes = shapes
+        self.dtypes = dtypes
+        self.devices = devices
+        self.requires_grad = requires_grad
+        self.is_sharded: bool | None = None
+        self._index: dict[str, int] | None = None
+        self._keys: dict[Any, Keys] = {}
+        self._selections: dict[Any, tuple[Layout, list[int]]] = {}
+
+    @classmethod
+    def of(
+        cls,
+        names: tuple[str, ...],
+        aliases: tuple[tuple[str, ...], ...],
+        parameters: int,
+        tensors: Sequence[torch.Tensor],
+    ) -> Layout:
+        """The layout of `tensors`, whose names are known.
+
+        Raises ValueError where one name is that of two tensors.
+        """
+        _check_distinct(names, aliases)
+        with no_tracing():
+            return cls(
+                names,
+                aliases,
+                parameters,
+                tuple(_shape(t) for t in tensors),
+                tuple(t.dtype for t in tensors),
+                tuple(t.device for t in tensors),
+                tuple(t.requires_grad for t in tensors),
+            )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Layout, self.fields
+
+    @property
+    def fields(self) -> tuple[Any, ...]:
+        """All that makes it what it is; hashable."""
+        fields = ("names", "aliases", "parameters", "shapes", "dtypes", "devices", "requires_grad")
+        return tuple(getattr(self, field) for field in fields)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def index(self) -> dict[str, int]:
+        """The row of every name, aliases included."""
+        if self._index is None:
+            index = {alias: i for i, names in enumerate(self.aliases) for alias in names}
+            index.update({name: i for i, name in enumerate(self.names)})
+            self._index = index
+        return self._index
+
+    def row(self, row: int) -> tuple[Any, ...]:
+        """All that is known of a row."""
+        return (
+            self.names[row],
+            self.aliases[row],
+            self.shapes[row],
+            self.dtypes[row],
+            self.devices[row],
+            self.requires_grad[row],
+        )
+
+    def row_name(self, row: int) -> str:
+        """What a row of the table is called: gradients follow the tensors."""
+        n = len(self.names)
+        return self.names[row] if row < n else f"{self.names[row - n]} (gradient)"
+
+    def kind(self, row: int) -> str:
+        return "param" if row < self.parameters else "buffer"
+
+    def keys(self, template: str, stats: tuple[str, ...]) -> Keys:
+        """Logger keys of all rows, their gradients after them, and of the total; made once."""
+        made = self._keys.get((template, stats))
+        if made is None:
+
+            def some(kind: str, name: str) -> list[str]:
+                return [template.format(kind=kind, stat=stat, name=name) for stat in stats]
+
+            own = [k for row, name in enumerate(self.names) for k in some(self.kind(row), name)]
+            grads = [k for name in self.names for k in some("grad", name)]
+            total = {kind: some(kind, "total") for kind in ("param", "grad")}
+            everything = [*own, *grads, *total["param"], *total["grad"]]
+            made = Keys([*own, *grads], total, len(set(everything)) == len(everything))
+            _remember(self._keys, (template, stats), made)
+        return made
+
+    def select(self, include: Patterns | None, exclude: Patterns) -> tuple[Layout, list[int]]:
+        """The rows that have a name which `passes`, and their positions in this layout."""
+        key = (include, exclude)
+        made = self._selections.get(key)
+        if made is None:
+            rows = [
+                row
+                for row, name in enumerate(self.names)
+                if any(passes(n, include, exclude) for n in (name, *self.aliases[row]))
+            ]
+            layout = Layout(
+                tuple(self.names[row] for row in rows),
+                tuple(self.aliases[row] for row in rows),
+                sum(row < self.parameters for row in rows),
+                tuple(self.shapes[row] for row in rows),
+                tuple(self.dtypes[row] for row in rows),
+                tuple(self.devices[row] for row in rows),
+                tuple(self.requires_grad[row] for row in rows),
+            )
+            made = (layout, rows)
+            _remember(self._selections, key, made)
+        return made
+
+
+def _check_distinct(names: tuple[str, ...], aliases: tuple[tuple[str, ...], ...]) -> None:
+    """Modules with dots in their names, or a parameter and a buffer, can be called alike."""
+    if len(set(names).union(*aliases)) == len(names) + sum(map(len, aliases)):
+        return
+    row_of: dict[str, int] = {}
+    for row, several in enumerate(zip(names, aliases, strict=True)):
+        for name in (several[0], *several[1]):
+            if row_of.setdefault(name, row) != row:
+                raise ValueError(
+                    f"paramstats.summarize: expected every name once, got '{name}' for two tensors"
+                )
+
+
+def _remember(kept: dict[Any, Any], key: Any, value: Any) -> None:
+    if len(kept) >= _MOST_KEPT:
+        kept.clear()
+    kept[key] = value
+
+
+def passes(name: str, include: Patterns | None, exclude: Patterns) -> bool:
+    """Whether a name is asked for: any of `include` found in it, none of `exclude`."""
+    if include is not None and not any(p.search(name) for p in include):
+        return False
+    return not any(p.search(name) for p in exclude)
+
+
+def no_such_name(name: object, known: Collection[str], count: int) -> str:
+    """What a KeyError says: the closest of the names that are known."""
+    if any(other.startswith(f"{name}.") for other in known):
+        return f"'{name}' is a module, not a parameter: name one of its own, or pick it by include="
+    close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    hint = f"; did you mean '{close[0]}'?" if close else ""
+    return f"no parameter '{name}' among {count}{hint}"
+
+
+def compile_patterns(patterns: Any, argument: str) -> Patterns:
+    """`patterns`, one regular expression or several, as a tuple."""
+    several = [patterns] if isinstance(patterns, (str, re.Pattern)) else patterns
+    if not isinstance(several, Iterable):
+        raise TypeError(
+            f"paramstats.summarize: expected a regular expression or several for {argument}, "
+            f"got {type(patterns).__name__}"
+        )
+    try:
+        return tuple(re.compile(p) for p in several)
+    except (re.error, TypeError) as error:
+        raise type(error)(
+            f"paramstats.summarize: expected regular expressions for {argument}, "
+            f"got {patterns!r}: {error}"
+        ) from None
+
+
+def is_lazy(tensor: torch.Tensor) -> bool:
+    """Whether it is a parameter of a lazy layer that has not seen its first batch."""
+    return isinstance(tensor, UninitializedTensorMixin)
+
+
+def _shape(tensor: torch.Tensor) -> tuple[int, ...] | None:
+    """None where there is no shape yet (a lazy parameter) or none in integers."""
+    if is_lazy(tensor):
+        return None
+    try:
+        return tuple(int(size) for size in tensor.shape)
+    except Exception as error:  # whatever a subclass raises that has no such shape
+        let_through(error)
+        return None

@@ -1,0 +1,213 @@
+"""The state of a tensor and its verbs, in Python: what csrc/moments.h is in C++.
+
+The reference backend merges with it, and every statistic that a `Summary` hands out one by one is
+finalized here; the native backend has the same formulae for many at once.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Iterator
+from typing import NamedTuple
+
+NAN = math.nan
+INF = math.inf
+ABSENT = -1
+"""The count of a row without a tensor: a gradient that is None."""
+
+
+class Moments(NamedTuple):
+    """Counts over all elements; mean, m2 (sum of squared deviations), min, max over finite ones."""
+
+    count: int = 0  # type: ignore[assignment]  # hides tuple.count, which nothing needs here
+    zeros: int = 0
+    nans: int = 0
+    pos_infs: int = 0
+    neg_infs: int = 0
+    mean: float = 0.0
+    m2: float = 0.0
+    min: float = INF
+    max: float = -INF
+
+
+ROW = struct.Struct("=5q4d")
+"""How a state lies in a table of rows; the C++ struct has the same layout."""
+
+
+class Statistics(NamedTuple):
+    """What a person reads, in the order of the C++ struct of this name."""
+
+    count: float  # type: ignore[assignment]
+    mean: float
+    std: float
+    var: float
+    norm: float
+    rms: float
+    min: float
+    max: float
+    abs_max: float
+    zero_count: float
+    zero_fraction: float
+    nan_count: float
+    pos_inf_count: float
+    neg_inf_count: float
+    nonfinite_count: float
+
+
+def unread(count: int) -> Moments:
+    """A tensor whose size is known and whose elements are not."""
+    return Moments(count, 0, 0, 0, 0, NAN, NAN, NAN, NAN)
+
+
+def is_unread(a: Moments) -> bool:
+    return math.isnan(a.mean)
+
+
+def finite_count(a: Moments) -> int:
+    return a.count - a.nans - a.pos_infs - a.neg_infs
+
+
+def merge(a: Moments, b: Moments) -> Moments:
+    """Joins two disjoint parts (Chan, Golub, LeVeque 1979, equations 2.1a and 2.1b)."""
+    na, nb = finite_count(a), finite_count(b)
+    if na == 0 or nb == 0:
+        mean, m2 = (b.mean, b.m2) if na == 0 else (a.mean, a.m2)
+    else:
+        weight = nb / (na + nb)
+        delta = b.mean - a.mean
+        mean = a.mean + delta * weight
+        m2 = a.m2 + b.m2 + delta * delta * (na * weight)
+        if math.isinf(delta):  # opposite means near the limit of float64
+            mean, m2 = a.mean * (1 - weight) + b.mean * weight, INF
+    return Moments(
+        a.count + b.count,
+        a.zeros + b.zeros,
+        a.nans + b.nans,
+        a.pos_infs + b.pos_infs,
+        a.neg_infs + b.neg_infs,
+        mean,
+        m2,
+        min(a.min, b.min),
+        max(a.max, b.max),
+    )
+
+
+def scaled(a: Moments, factor: float) -> Moments:
+    """The state of the elements times `factor` > 0."""
+    return a._replace(
+        mean=a.mean * factor, m2=a.m2 * factor * factor, min=a.min * factor, max=a.max * factor
+    )
+
+
+def finalize_finite(a: Moments, correction: float) -> Statistics:
+    """The statistics of the finite elements alone."""
+    n = finite_count(a)
+    zeros = a.zeros
+    if n == 0 or is_unread(a):
+        norm = NAN if is_unread(a) else 0.0
+        return Statistics(n, NAN, NAN, NAN, norm, NAN, NAN, NAN, NAN, zeros, NAN, 0, 0, 0, 0)
+    mean, m2 = a.mean, a.m2
+    freedom = max(n - correction, 0)  # as in torch.var
+    var = m2 / freedom if freedom else (NAN if m2 == 0 else INF)
+    norm = math.hypot(math.sqrt(m2), mean * math.sqrt(n))
+    rms = math.hypot(math.sqrt(m2 / n), mean)
+    largest = max(abs(a.min), abs(a.max))
+    share = zeros / n
+    std = math.sqrt(var)
+    return Statistics(n, mean, std, var, norm, rms, a.min, a.max, largest, zeros, share, 0, 0, 0, 0)
+
+
+def finalize(a: Moments, correction: float) -> Statistics:
+    """The statistics over all elements, as torch gives them: NaN and infinities spread."""
+    n = finite_count(a)
+    out = finalize_finite(a, correction)
+    if n == a.count:
+        return out
+    out = out._replace(
+        count=a.count,
+        std=NAN,
+        var=NAN,
+        zero_fraction=a.zeros / a.count,
+        nan_count=a.nans,
+        pos_inf_count=a.pos_infs,
+        neg_inf_count=a.neg_infs,
+        nonfinite_count=a.count - n,
+    )
+    if a.nans:
+        return out._replace(mean=NAN, norm=NAN, rms=NAN, min=NAN, max=NAN, abs_max=NAN)
+    return out._replace(
+        mean=INF if not a.neg_infs else -INF if not a.pos_infs else NAN,
+        norm=INF,
+        rms=INF,
+        abs_max=INF,
+        min=-INF if a.neg_infs else a.min if n else INF,
+        max=INF if a.pos_infs else a.max if n else -INF,
+    )
+
+
+# ---- tables of rows: the native backend has these as functions of the same name and arguments ----
+
+
+def row(table: bytes, index: int) -> Moments:
+    """The state at `index` of a table."""
+    return Moments._make(ROW.unpack_from(table, index * ROW.size))
+
+
+def merge_rows(table: bytes, begin: int, end: int) -> bytes:
+    """Rows [begin, end) as one, without what is absent or unread; unread if nothing was read."""
+    out = Moments()
+    states = [state for state in _rows(table, begin, end) if state.count != ABSENT]
+    for state in states:
+        if not is_unread(state):
+            out = merge(out, state)
+    if states and all(map(is_unread, states)):
+        out = unread(sum(state.count for state in states))
+    return ROW.pack(*out)
+
+
+def scalars(
+    table: bytes, keys: list[str], columns: list[int], correction: float, grad_scale: float
+) -> dict[str, float]:
+    """Return `{key: statistic}`, without absent and unread rows.
+
+    `keys` holds one key per row and, within a row, per entry of `columns` (positions in
+    `Statistics`). Rows in the second half are gradients, which are divided by `grad_scale`.
+    """
+    n = len(keys) // max(len(columns), 1)
+    out: dict[str, float] = {}
+    remaining = iter(keys)
+    for i, state in enumerate(_rows(table, 0, n)):
+        own = [next(remaining) for _ in columns]
+        if is_unread(state):  # true for absent rows, too
+            continue
+        values = finalize(_unscaled(state, i, n, grad_scale), correction)
+        out.update((key, float(values[c])) for key, c in zip(own, columns, strict=True))
+    return out
+
+
+STATISTICS_ROW = struct.Struct(f"={len(Statistics._fields)}d")
+
+
+def finalize_table(table: bytes, correction: float, grad_scale: float) -> bytes:
+    """Return the statistics of every row as float64, in the order of `Statistics`.
+
+    Absent rows are NaN. Rows in the second half are gradients, which are divided by `grad_scale`.
+    """
+    n = len(table) // ROW.size
+    absent = STATISTICS_ROW.pack(*[NAN] * len(Statistics._fields))
+    return b"".join(
+        absent
+        if state.count == ABSENT
+        else STATISTICS_ROW.pack(*finalize(_unscaled(state, i, n, grad_scale), correction))
+        for i, state in enumerate(_rows(table, 0, n))
+    )
+
+
+def _unscaled(state: Moments, i: int, n: int, grad_scale: float) -> Moments:
+    return scaled(state, 1 / grad_scale) if 2 * i >= n and grad_scale != 1 else state
+
+
+def _rows(table: bytes, begin: int, end: int) -> Iterator[Moments]:
+    view = memoryview(table)[begin * ROW.size : end * ROW.size]
+    return map(Moments._make, ROW.iter_unpack(view))

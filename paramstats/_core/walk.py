@@ -1,0 +1,218 @@
+"""From a source to named tensors: modules by their own methods, mappings, pairs.
+
+The native backend reads plain modules faster (csrc/module_tree.cpp); this is the road for those
+that list their parameters in a way of their own, and for all modules without it.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from paramstats._core.interrupts import let_through
+from paramstats._core.layout import Patterns, passes
+from paramstats._core.shard import LocalShard, children
+from paramstats._core.torch_private import no_tracing
+
+MakeLayout = Callable[[tuple[str, ...], tuple[tuple[str, ...], ...], int, list[torch.Tensor]], Any]
+
+_MOST_VISITS = 10
+"""Times the modules' number: more paths than this lead through modules shared within shared
+modules, which double with every level, or through a cycle."""
+
+
+def walk(
+    module: torch.nn.Module, buffers: bool, make_layout: MakeLayout
+) -> tuple[Any, list[torch.Tensor]]:
+    """The layout of a module's parameters (then buffers), and the tensors themselves."""
+    rows = _Rows()
+    every_name = _few_paths(module)
+    try:
+        rows.add_all(_named(module.named_parameters, every_name))
+        parameters = len(rows.tensors)
+        if buffers:
+            rows.add_all(_named(module.named_buffers, every_name))
+    except RecursionError as error:
+        if not _is_of_depth(error):
+            raise
+        raise RecursionError(
+            f"paramstats.summarize: expected modules that torch can list within Python's recursion "
+            f"limit, {sys.getrecursionlimit()}, got too many within each other ({error}); "
+            f"sys.setrecursionlimit raises it"
+        ) from error
+    return make_layout(rows.names, rows.aliases, parameters, rows.tensors), rows.tensors
+
+
+def walk_named(
+    source: Any, include: Patterns | None, exclude: Patterns, make_layout: MakeLayout
+) -> tuple[Any, list[torch.Tensor]]:
+    """The same of a mapping name -> tensor or of (name, tensor) pairs.
+
+    Two names for one tensor, or for the very same elements in memory (which is how a `state_dict`
+    holds a tied parameter), are one row.
+    """
+    rows = _Rows(key=_memory)
+    named: dict[str, Any] = {}
+    for name, value in _pairs(source):
+        _check_name(name)
+        if not isinstance(value, (torch.Tensor, LocalShard)):
+            if not passes(name, include, exclude):
+                continue
+            raise _no_tensor(name, value, _remedy(value))
+        if name in named:
+            raise ValueError(f"paramstats.summarize: expected every name once, got '{name}' twice")
+        named[name] = value
+    with no_tracing():
+        for name, value in named.items():
+            rows.add(name, value)
+    layout = make_layout(rows.names, rows.aliases, len(rows.tensors), rows.tensors)
+    return layout, rows.tensors
+
+
+class _Rows:
+    """Tensors in order of their first name, with all their names."""
+
+    def __init__(self, key: Callable[[torch.Tensor], Any] = id) -> None:
+        self.tensors: list[Any] = []
+        self._key = key
+        self._row_of: dict[Any, int] = {}
+        self._names: list[list[str]] = []
+
+    def add(self, name: str, tensor: Any) -> None:
+        row = self._row_of.setdefault(self._key(tensor), len(self.tensors))
+        if row == len(self.tensors):
+            self.tensors.append(tensor)
+            self._names.append([])
+        self._names[row].append(name)
+
+    def add_all(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
+        for name, tensor in _checked_pairs(named):
+            _check_name(name)
+            if not isinstance(tensor, torch.Tensor):
+                raise _no_tensor(name, tensor, "a module's parameters and buffers are tensors")
+            self.add(name, tensor)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(names[0] for names in self._names)
+
+    @property
+    def aliases(self) -> tuple[tuple[str, ...], ...]:
+        return tuple(tuple(names[1:]) for names in self._names)
+
+
+def _is_of_depth(error: RecursionError) -> bool:
+    """Whether most of the stack went into torch's descent from module to module."""
+    codes = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return codes.count(torch.nn.Module.named_modules.__code__) > len(codes) // 2
+
+
+def _few_paths(module: torch.nn.Module) -> bool:
+    """Whether all paths to all modules can be walked."""
+    modules, visits, left = set(), 0, [module]
+    while left:  # not by named_modules, which follows a cycle as deep as the stack is, or deeper
+        visited = left.pop()
+        modules.add(id(visited))
+        visits += 1
+        if visits > _MOST_VISITS * len(modules) + 1000:
+            return False
+        left.extend(children(visited))
+    return True
+
+
+def _named(named: Callable[..., Iterable[tuple[str, Any]]], every_name: bool) -> Any:
+    """All names of every tensor where the module can tell them, the first one where it cannot."""
+    if every_name:
+        try:
+            return list(named(remove_duplicate=False))
+        except TypeError as error:
+            let_through(error)
+    return list(named())
+
+
+def _memory(tensor: torch.Tensor) -> Any:
+    """Equal for tensors that are the same elements in memory with the same gradient."""
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.is_nested:
+        return id(tensor)
+    if tensor.layout is not torch.strided or tensor.is_meta or tensor.numel() == 0:
+        return id(tensor)
+    try:  # not data_ptr(), which would make a copy-on-write tensor copy itself
+        storage = tensor.untyped_storage()._cdata
+    except NotImplementedError:  # a wrapper of functorch's
+        return id(tensor)
+    grad = tensor.grad if tensor.is_leaf else None
+    return (
+        tensor.device,
+        storage,
+        tensor.storage_offset(),
+        tensor.dtype,
+        tensor.shape,
+        tensor.stride(),
+        tensor.is_conj(),
+        tensor.is_neg(),
+        id(grad),
+    )
+
+
+def _pairs(source: Any) -> Iterator[tuple[Any, Any]]:
+    if isinstance(source, Mapping):
+        yield from source.items()
+        return
+    expected = "an nn.Module, a mapping of names to tensors or an iterable of (name, tensor) pairs"
+    if isinstance(source, (str, bytes, torch.Tensor)) or not isinstance(source, Iterable):
+        hint = ""
+        if isinstance(source, torch.Tensor):
+            hint = "; for one tensor pass {'name': tensor}"
+        elif isinstance(source, torch.optim.Optimizer):
+            hint = "; pass the model"
+        raise TypeError(
+            f"paramstats.summarize: expected {expected}, got {_type_name(source)}{hint}"
+        )
+    yield from _checked_pairs(source)
+
+
+def _checked_pairs(source: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+    for position, pair in enumerate(source):
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            hint = ""
+            if isinstance(pair, torch.Tensor):
+                hint = "; for a model's parameters pass the model or model.named_parameters()"
+            raise TypeError(
+                f"paramstats.summarize: expected (name, tensor) pairs, got {_type_name(pair)} "
+                f"at position {position}{hint}"
+            )
+        yield pair[0], pair[1]
+
+
+def _check_name(name: Any) -> None:
+    if not isinstance(name, str):
+        raise TypeError(
+            f"paramstats.summarize: expected names to be str, got {type(name).__name__} "
+            f"for {name!r}"
+        )
+
+
+def _no_tensor(name: str, value: Any, remedy: str) -> TypeError:
+    return TypeError(
+        f"paramstats.summarize: expected a torch.Tensor, got {_type_name(value)} for '{name}'; "
+        f"{remedy}"
+    )
+
+
+def _remedy(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "pass that mapping itself"
+    if hasattr(type(value), "__array_interface__"):  # a torch.fx.Proxy says it has everything
+        return "convert it with torch.from_numpy"
+    return "leave it out with exclude=..."
+
+
+def _type_name(value: Any) -> str:
+    cls = type(value)
+    return (
+        cls.__qualname__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__qualname__}"
+    )
