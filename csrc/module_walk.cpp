@@ -142,7 +142,7 @@ bool still_true(const Entry& entry, const Tree& tree) {
 }
 
 // A tensor is a row under its first name; its other names are aliases.
-bool make_entry(Tree tree, py::handle make_layout, Entry& entry) {
+bool make_entry(py::handle module, Tree tree, py::handle make_layout, Entry& entry) {
   const auto names = names_of_members(tree);
   if (!names) return false;
   std::unordered_map<PyObject*, size_t> row_of;
@@ -169,7 +169,7 @@ bool make_entry(Tree tree, py::handle make_layout, Entry& entry) {
   }
   entry.remember(std::move(tree));
   const py::list tensors = tensors_of(entry.tree, entry.rows);
-  entry.layout = make_layout(first, others, parameters, tensors);  // may run any Python code
+  entry.layout = make_layout(module, first, others, parameters, tensors);  // may run any Python code
   return true;
 }
 
@@ -196,7 +196,7 @@ py::object walk(py::handle module, bool buffers, py::handle make_layout) {
   }
   const std::vector<py::object> owned = tree.owned();  // from here on Python code runs
   Entry entry;
-  if (!make_entry(std::move(tree), make_layout, entry)) return py::none();
+  if (!make_entry(module, std::move(tree), make_layout, entry)) return py::none();
   py::tuple result = py::make_tuple(entry.layout, tensors_of(entry.tree, entry.rows));
   entry.weakref = weakref_that_forgets(module.ptr(), buffers);
   if (entry.weakref) {

@@ -7,7 +7,7 @@ namespace paramstats {
 
 // What `module.named_parameters()` (and `named_buffers()` after it) would list, as a tuple
 // (layout, tensors): `tensors` a list with each tensor once, `layout` what
-// make_layout(names, aliases, parameters, tensors) made of them: names tuple of str, aliases tuple
+// make_layout(module, names, aliases, parameters, tensors) made of them: names tuple of str, aliases tuple
 // of tuples of str, parameters the number of rows that are parameters.
 //
 // The layout is made anew only if something about the model has changed since the last call: a

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
-from examples.demo import SharedNet
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import paramstats
+from examples.demo import SharedNet
 
 _HERE = Path(__file__).parent
 _WIDTH = {"history-lines": 1350, "history-heatmap": 1000}

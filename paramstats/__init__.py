@@ -4,31 +4,56 @@
 >>> summary = paramstats.summarize(torch.nn.Linear(3, 2))
 >>> list(summary)
 ['weight', 'bias']
+
+`paramstats.checkpoints` reads statistics from files. `paramstats.integrations` has callbacks for
+trainers. Both are imported when they are first used.
 """
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from paramstats._core.backend import Backend, backend
 from paramstats._core.shard import LocalShard
-from paramstats._findings import Finding, Findings, Severity, Thresholds
+from paramstats._findings import Finding, FindingCode, Findings, Severity, Thresholds
 from paramstats._history import History
-from paramstats._stats import ParamStats, TensorStats
+from paramstats._stats import ParamStats, TensorStats, TotalStats
 from paramstats._summarize import summarize
 from paramstats._summary import Summary
 from paramstats._watch import Watcher, watch
 
+if TYPE_CHECKING:
+    from paramstats import checkpoints, integrations
+
 __all__ = [
     "Backend",
     "Finding",
+    "FindingCode",
     "Findings",
     "History",
+    "LocalShard",
     "ParamStats",
     "Severity",
-    "LocalShard",
     "Summary",
     "TensorStats",
     "Thresholds",
+    "TotalStats",
     "Watcher",
     "backend",
+    "checkpoints",
+    "integrations",
     "summarize",
     "watch",
 ]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("checkpoints", "integrations"):
+        return importlib.import_module(f"paramstats.{name}")
+    raise AttributeError(f"module 'paramstats' has no attribute '{name}'", name=name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,18 +1,16 @@
-"""The statistics of one tensor, of one parameter, and of all of them as one."""
+"""The statistics of one tensor, of one parameter and of all parameters together."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
-from paramstats._core import format as rendering
 from paramstats._core import moments
-from paramstats._core.layout import Layout
-from paramstats._core.moments import ROW, Moments, Statistics
-
-STATS = Statistics._fields
-"""Every statistic that `scalars` and `to_dict` know."""
+from paramstats._core.format import dtype_name, number, one_line_name, percent, shape
+from paramstats._core.moments import ABSENT, ROW, Moments, Statistics
+from paramstats._core.options import STATS, did_you_mean
+from paramstats._core.record import Record
 
 
 class TensorStats:
@@ -23,24 +21,34 @@ class TensorStats:
     >>> stats.norm, stats.abs_max, stats.zero_count, stats.count
     (2.0, 1.0, 1, 5)
 
-    Statistics are what torch gives: a NaN makes mean, norm, min and max NaN, an infinity the norm
-    infinite, std of one element is NaN. `finite` has the same statistics over the finite elements
-    alone. Of complex tensors, mean is the modulus of the mean; min, max and abs_max are of moduli.
+    The values are what torch gives: a NaN makes mean, norm, min and max NaN; an infinity makes the
+    norm infinite; std of one element is NaN. `finite` has the statistics of the finite elements
+    only. For a complex tensor, mean is the modulus of the mean, and min, max and abs_max are those
+    of the moduli. Statistics of a tensor that was not read are NaN.
     """
 
-    __slots__ = ("_correction", "_made", "_state")
+    __slots__ = ("_correction", "_state", "_statistics")
 
-    def __init__(self, state: Moments, correction: float) -> None:
+    def __init__(
+        self, state: Moments, correction: float, statistics: Statistics | None = None
+    ) -> None:
         self._state = state
         self._correction = correction
-        self._made: Statistics | None = None
+        self._statistics = statistics
 
-    @property
-    def _statistics(self) -> Statistics:
-        """Made when a statistic is first asked for."""
-        if self._made is None:
-            self._made = moments.finalize(self._state, self._correction)
-        return self._made
+    def statistics(self) -> Statistics:
+        """Return all statistics as a named tuple of floats."""
+        if self._statistics is None:
+            self._statistics = moments.finalize(self._state, self._correction)
+        return self._statistics
+
+    def state(self) -> Moments:
+        """Return the counts and moments that the statistics are computed from."""
+        return self._state
+
+    def is_read(self) -> bool:
+        """Return whether the elements were read; otherwise all statistics but `count` are NaN."""
+        return not moments.is_unread(self._state)
 
     def _identity(self) -> tuple[object, ...]:
         """What makes two of these equal; bytes, so that NaN equals itself."""
@@ -54,169 +62,130 @@ class TensorStats:
     def __hash__(self) -> int:
         return hash(self._identity())
 
+    if not TYPE_CHECKING:  # type checkers should report the names that do not exist
+
+        def __getattr__(self, name: str) -> NoReturn:
+            raise AttributeError(
+                f"'{type(self).__name__}' object has no attribute '{name}'{did_you_mean(name)}",
+                name=name,
+                obj=self,
+            )
+
     @property
     def count(self) -> int:
         """Number of elements."""
-        return int(self._statistics.count)
+        return int(self.statistics().count)
 
     @property
     def mean(self) -> float:
-        return self._statistics.mean
+        """Arithmetic mean."""
+        return self.statistics().mean
 
     @property
     def std(self) -> float:
         """Standard deviation, with the `correction` that `summarize` was given."""
-        return self._statistics.std
+        return self.statistics().std
 
     @property
     def var(self) -> float:
-        return self._statistics.var
+        """Variance: the square of `std`."""
+        return self.statistics().var
 
     @property
     def norm(self) -> float:
         """L2 norm: the square root of the sum of squares."""
-        return self._statistics.norm
+        return self.statistics().norm
 
     @property
     def rms(self) -> float:
         """Root mean square: norm / sqrt(count)."""
-        return self._statistics.rms
+        return self.statistics().rms
 
     @property
     def min(self) -> float:
-        return self._statistics.min
+        """Smallest element."""
+        return self.statistics().min
 
     @property
     def max(self) -> float:
-        return self._statistics.max
+        """Largest element."""
+        return self.statistics().max
 
     @property
     def abs_max(self) -> float:
-        return self._statistics.abs_max
+        """Largest absolute value."""
+        return self.statistics().abs_max
 
     @property
     def zero_count(self) -> int:
-        return int(self._statistics.zero_count)
+        """Number of elements that are zero."""
+        return int(self.statistics().zero_count)
 
     @property
     def zero_fraction(self) -> float:
         """Share of the elements that are zero, 0 to 1."""
-        return self._statistics.zero_fraction
+        return self.statistics().zero_fraction
 
     @property
     def nan_count(self) -> int:
-        return int(self._statistics.nan_count)
+        """Number of NaN elements."""
+        return int(self.statistics().nan_count)
 
     @property
     def pos_inf_count(self) -> int:
-        return int(self._statistics.pos_inf_count)
+        """Number of elements that are +infinity."""
+        return int(self.statistics().pos_inf_count)
 
     @property
     def neg_inf_count(self) -> int:
-        return int(self._statistics.neg_inf_count)
+        """Number of elements that are -infinity."""
+        return int(self.statistics().neg_inf_count)
 
     @property
     def nonfinite_count(self) -> int:
-        return int(self._statistics.nonfinite_count)
+        """Number of elements that are NaN or infinite."""
+        return int(self.statistics().nonfinite_count)
 
     @property
     def finite(self) -> TensorStats:
-        """The same statistics over the finite elements alone."""
+        """The statistics of the finite elements only."""
         statistics = moments.finalize_finite(self._state, self._correction)
-        count = int(statistics.count)
-        finite = TensorStats(
-            self._state._replace(count=count, nans=0, pos_infs=0, neg_infs=0), self._correction
-        )
-        finite._made = statistics
-        return finite
+        state = self._state._replace(count=int(statistics.count), nans=0, pos_infs=0, neg_infs=0)
+        return TensorStats(state, self._correction, statistics)
 
-    def to_dict(self) -> dict[str, float]:
-        """Every statistic by name; counts are int."""
+    def to_dict(self) -> dict[str, Any]:
+        """Return every statistic by name; counts are int, the others float."""
         return {stat: getattr(self, stat) for stat in STATS}
 
     def __repr__(self) -> str:
-        return f"<{rendering.one_line(self)}>"
+        return f"<{self._one_line()}>"
 
+    def _one_line(self) -> str:
+        return self._values()
 
-class ParamStats(TensorStats):
-    """The statistics of one parameter (or buffer), with what it is and the statistics of its gradient.
-
-    >>> import torch, paramstats
-    >>> entry = paramstats.summarize(torch.nn.Linear(3, 2))["weight"]
-    >>> entry.shape, entry.dtype, entry.requires_grad, entry.grad
-    ((2, 3), torch.float32, True, None)
-    """
-
-    __slots__ = ("_grad", "_layout", "_row")
-
-    def __init__(
-        self,
-        state: Moments,
-        correction: float,
-        layout: Layout,
-        row: int,
-        grad: TensorStats | None,
-    ) -> None:
-        super().__init__(state, correction)
-        self._layout = layout
-        self._row = row
-        self._grad = grad
-
-    @property
-    def name(self) -> str:
-        return self._layout.names[self._row]
-
-    @property
-    def shape(self) -> tuple[int, ...] | None:
-        """None while a lazy parameter has no shape."""
-        return self._layout.shapes[self._row]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._layout.dtypes[self._row]
-
-    @property
-    def device(self) -> torch.device:
-        return self._layout.devices[self._row]
-
-    @property
-    def requires_grad(self) -> bool:
-        return self._layout.requires_grad[self._row]
-
-    @property
-    def aliases(self) -> tuple[str, ...]:
-        """The other names of a tied parameter."""
-        return self._layout.aliases[self._row]
-
-    @property
-    def kind(self) -> str:
-        """ "param" or "buffer"."""
-        return self._layout.kind(self._row)
-
-    @property
-    def grad(self) -> TensorStats | None:
-        """None where there is no gradient, which is not the same as one of zeros."""
-        return self._grad
-
-    def _identity(self) -> tuple[object, ...]:
-        return *super()._identity(), self._layout.row(self._row), self._grad
-
-    def to_dict(self) -> dict[str, Any]:
-        """What it is, its statistics, and those of `grad` (None, or a dict); of JSON's types."""
-        return {
-            "shape": None if self.shape is None else list(self.shape),
-            "dtype": rendering.dtype_name(self.dtype),
-            "device": str(self.device),
-            "requires_grad": self.requires_grad,
-            "aliases": list(self.aliases),
-            "kind": self.kind,
-            **super().to_dict(),
-            "grad": None if self.grad is None else self.grad.to_dict(),
-        }
+    def _values(self) -> str:
+        """The statistics in one line, shortened where they are all the same."""
+        if not self.is_read():
+            return "no statistics yet"
+        if not self.count:
+            return "empty"
+        if self.zero_fraction == 1:
+            return "all zeros"
+        if self.count > 1 and self.min == self.max and not self.nonfinite_count:
+            return f"all {number(self.mean)}"
+        parts = [
+            f"{stat}={number(getattr(self, stat))}"
+            for stat in ("mean", "std", "norm", "min", "max")
+        ]
+        if self.zero_count:
+            parts.append(f"zero_fraction={percent(self.zero_fraction)}")
+        counts = {"NaN": self.nan_count, "+Inf": self.pos_inf_count, "-Inf": self.neg_inf_count}
+        parts += [f"{what}!={count:,}" for what, count in counts.items() if count]
+        return " ".join(parts)
 
 
 class TotalStats(TensorStats):
-    """All parameters as one, and in `grad` all gradients as one (None where there are none)."""
+    """The statistics of all parameters together; `grad` has those of all gradients together."""
 
     __slots__ = ("_grad",)
 
@@ -226,13 +195,112 @@ class TotalStats(TensorStats):
 
     @property
     def grad(self) -> TensorStats | None:
+        """The statistics of the gradient, or None if there is none."""
         return self._grad
 
     def _identity(self) -> tuple[object, ...]:
         return *super()._identity(), self._grad
 
     def to_dict(self) -> dict[str, Any]:
+        """Return every statistic by name, and those of `grad` as a dict or None."""
         return {
             **super().to_dict(),
             "grad": None if self.grad is None else self.grad.to_dict(),
         }
+
+    def _one_line(self) -> str:
+        return self._values() + (f" grad({self._grad._values()})" if self._grad else "")
+
+
+class ParamStats(TotalStats):
+    """The statistics of one parameter or buffer, its properties, and its gradient's statistics.
+
+    >>> import torch, paramstats
+    >>> entry = paramstats.summarize(torch.nn.Linear(3, 2))["weight"]
+    >>> entry.shape, entry.dtype, entry.requires_grad, entry.grad
+    ((2, 3), torch.float32, True, None)
+
+    `grad` is None where there is no gradient, which differs from a gradient of zeros.
+    """
+
+    __slots__ = ("_layout", "_row")
+
+    def __init__(self, record: Record, row: int) -> None:
+        layout = record.layout
+        grad = record.state(len(layout) + row)
+        super().__init__(
+            record.state(row),
+            record.correction,
+            None if grad.count == ABSENT else TensorStats(grad, record.correction),
+        )
+        self._layout = layout
+        self._row = row
+
+    @property
+    def name(self) -> str:
+        """Its first name."""
+        return self._layout.names[self._row]
+
+    @property
+    def shape(self) -> tuple[int, ...] | None:
+        """The shape; None for a lazy parameter that has none yet."""
+        return self._layout.shapes[self._row]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the elements."""
+        return self._layout.dtypes[self._row]
+
+    @property
+    def device(self) -> torch.device:
+        """The device that holds the tensor."""
+        return self._layout.devices[self._row]
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether the tensor requires a gradient."""
+        return self._layout.requires_grad[self._row]
+
+    @property
+    def aliases(self) -> tuple[str, ...]:
+        """The other names of a tied parameter."""
+        return self._layout.aliases[self._row]
+
+    @property
+    def kind(self) -> str:
+        """Either "param" or "buffer"."""
+        return self._layout.kind(self._row)
+
+    def _identity(self) -> tuple[object, ...]:
+        return *super()._identity(), self._layout.row(self._row)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return its properties, its statistics and those of `grad`, as types that JSON knows."""
+        return {
+            "shape": None if self.shape is None else list(self.shape),
+            "dtype": dtype_name(self.dtype),
+            "device": str(self.device),
+            "requires_grad": self.requires_grad,
+            "aliases": list(self.aliases),
+            "kind": self.kind,
+            **super().to_dict(),
+        }
+
+    def _one_line(self) -> str:
+        device = "" if self.device.type == "cpu" else f" {self.device}"
+        count = f" n={self.count:,}" if self.shape is not None and len(self.shape) > 1 else ""
+        what = f"{one_line_name(self.name)}: {dtype_name(self.dtype)} {shape(self.shape)}"
+        return f"{what}{count}{device} {super()._one_line()}"
+
+
+def entries(record: Record) -> list[ParamStats]:
+    """Return the statistics of every tensor of a record, in its order."""
+    return [ParamStats(record, row) for row in range(len(record.layout))]
+
+
+def merged(record: Record, begin: int, end: int) -> TotalStats:
+    """Return the statistics of the tensors [begin, end) of a record together."""
+    n, grad = len(record.layout), None
+    if record.has_gradient(begin, end):
+        grad = TensorStats(record.merged(n + begin, n + end), record.correction)
+    return TotalStats(record.merged(begin, end), record.correction, grad)

@@ -1,26 +1,23 @@
-"""What the caller holds: a mapping from names to statistics."""
+"""`Summary`: a mapping from parameter names to statistics."""
 
 from __future__ import annotations
 
-import functools
-import string
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from paramstats._core import moments
-from paramstats._core.backend import active
-from paramstats._core.layout import Layout, no_such_name
-from paramstats._core.moments import ABSENT, Moments
+from paramstats._core.layout import Layout, compile_patterns, no_such_name
+from paramstats._core.moments import ABSENT
 from paramstats._core.optional import import_optional
-from paramstats._core.reference import finished
+from paramstats._core.options import STATS, Pattern, checked_key, checked_stats, duplicate_keys
+from paramstats._core.record import Deferred, Record
 from paramstats._core.torch_private import skip_dynamo
-from paramstats._stats import STATS, ParamStats, TensorStats, TotalStats
+from paramstats._stats import ParamStats, TotalStats, merged
 
 if TYPE_CHECKING:
     import pandas
 
-    from paramstats._core.reference import Transfer
     from paramstats._findings import Findings, Thresholds
 
 
@@ -35,56 +32,53 @@ class Summary(Mapping[str, ParamStats]):
     >>> summary["0.weight"].shape, summary.total.count
     ((3, 4), 23)
 
-    A tied parameter answers to all its names; iteration gives the first. Statistics are ready, or, of
-    tensors on a GPU, on their way: reading one waits for this summary's transfer alone.
+    A tied parameter can be looked up under all its names; iteration gives the first. Statistics of
+    tensors on a GPU may still be under way: reading one waits for this summary's transfer only.
     """
 
-    __slots__ = (
-        "_correction",
-        "_diverged",
-        "_grad_scale",
-        "_layout",
-        "_local",
-        "_pending",
-        "_skipped",
-        "_table",
-    )
+    __slots__ = ("_deferred", "_ready")
 
-    def __init__(
-        self,
-        layout: Layout,
-        table: bytes,
-        correction: float,
-        grad_scale: float,
-        pending: Sequence[Transfer] = (),
-        skipped: Mapping[str, str] = MappingProxyType({}),
-        diverged: Mapping[str, str] = MappingProxyType({}),
-        local: bool = False,
-    ) -> None:
-        self._layout = layout
-        self._table = table
-        self._correction = correction
-        self._grad_scale = grad_scale
-        self._pending = tuple(pending)
-        self._skipped = skipped
-        self._diverged = diverged
-        self._local = local
+    def __init__(self, record: Record | Deferred) -> None:
+        if isinstance(record, Record):
+            self._ready: Record | None = record
+            self._deferred: Deferred | None = None
+        else:
+            self._ready = None
+            self._deferred = record
+
+    @property
+    def _record(self) -> Record:
+        """The record, waited for where it is still being computed."""
+        record = self._ready
+        if record is None:
+            deferred = self._deferred  # read once: another thread may finish first
+            record = self._ready if deferred is None else deferred.result()
+            assert record is not None
+            self._ready = record
+            self._deferred = None
+        return record
+
+    @property
+    def _layout(self) -> Layout:
+        """The layout, which is usually known before the statistics are."""
+        deferred = self._deferred
+        return self._record.layout if deferred is None else deferred.layout()
 
     # ---- the mapping
 
     @skip_dynamo
     def __getitem__(self, name: str) -> ParamStats:
-        row = self._layout.index.get(name)
+        record = self._record
+        row = record.layout.index.get(name)
         if row is None:
-            raise KeyError(no_such_name(name, self._layout.index, len(self)))
-        grad = self._state(len(self) + row)
-        return ParamStats(
-            self._state(row),
-            self._correction,
-            self._layout,
-            row,
-            None if grad.count == ABSENT else TensorStats(grad, self._correction),
-        )
+            raise KeyError(no_such_name(name, record.layout.index, len(self)))
+        return ParamStats(record, row)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return `self[name]`, or `default` if there is no such tensor."""
+        if name in self:
+            return self[name]
+        return default
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._layout.names)
@@ -103,55 +97,80 @@ class Summary(Mapping[str, ParamStats]):
     __hash__ = None  # type: ignore[assignment]  # as every Mapping
 
     def _identity(self) -> tuple[object, ...]:
-        self.wait()
-        rows = [self._layout.row(row) for row in range(len(self))]
-        return rows, self._layout.parameters, self._table, self._correction, self._grad_scale
+        layout, table, correction, grad_scale, *_ = self._record
+        rows = [layout.row(row) for row in range(len(layout))]
+        return rows, layout.parameters, table, correction, grad_scale
 
     # ---- beyond the mapping
 
     @property
     @skip_dynamo
     def total(self) -> TotalStats:
-        """All parameters merged into one, each counted once; `.grad`: all gradients likewise.
+        """The statistics of all parameters together; `.grad` has those of all gradients together.
 
-        Buffers do not count, nor what could not be read. Of complex parameters `norm` and counts
-        are exact; `mean` and `std` take the modulus of each one's mean.
+        Each parameter counts once. Buffers do not count, nor do tensors that could not be read. For
+        complex parameters, `norm` and the counts are exact; `mean` and `std` use the modulus of
+        each parameter's mean.
         """
-        return self._as_one(0, self._layout.parameters)
+        record = self._record
+        return merged(record, 0, record.layout.parameters)
 
     @property
     def skipped(self) -> Mapping[str, str]:
-        """Why a tensor could not be read, by name; empty when all is well."""
-        return MappingProxyType(dict(self._skipped))
+        """Why a tensor could not be read, by name; empty if all were read."""
+        return MappingProxyType(dict(self._record.skipped))
 
     @property
     def diverged(self) -> Mapping[str, str]:
-        """Of a sharded model, what should be the same on several processes and is not, by name,
-        with the ranks that differ; empty when all is well. A gradient is "NAME (gradient)".
+        """Tensors whose replicas differ between ranks, by name, with the ranks that differ.
 
-        Copies are compared by their statistics, to the last bit: what changes none of them, such as
-        the lowest bit of one element among millions, may pass.
+        A gradient is named "NAME (gradient)". Replicas are compared by their statistics, to the
+        last bit. A difference that changes no statistic, such as the lowest bit of one element
+        among millions, is not seen.
         """
-        return MappingProxyType(dict(self._diverged))
+        return MappingProxyType(dict(self._record.diverged))
 
     @property
     def is_local(self) -> bool:
-        """Whether these are the statistics of this process's part of a sharded model alone."""
-        return self._local
+        """Whether the statistics cover only this rank's part of a sharded model."""
+        return self._record.is_local
 
     @skip_dynamo
     def ready(self) -> bool:
-        """Whether reading a statistic would not wait."""
-        return all(transfer.ready() for transfer in self._pending)
+        """Return whether reading a statistic would not wait."""
+        deferred = self._deferred
+        return deferred is None or deferred.ready()
 
     @skip_dynamo
     def wait(self) -> Summary:
-        """Waits until all statistics are here, and returns this summary."""
-        pending = self._pending  # once: another thread may be waiting, too, and be done first
-        if pending:
-            self._table = finished(self._table, pending)
-            self._pending = ()
+        """Wait until all statistics are available, and return this summary."""
+        _ = self._record
         return self
+
+    @skip_dynamo
+    def filter(
+        self,
+        include: Pattern | Iterable[Pattern] | None = None,
+        exclude: Pattern | Iterable[Pattern] | None = None,
+    ) -> Summary:
+        """Return a summary of some of the tensors, without reading them again.
+
+        >>> import torch, paramstats
+        >>> summary = paramstats.summarize(torch.nn.Linear(3, 2))
+        >>> list(summary.filter(exclude="bias"))
+        ['weight']
+
+        Args:
+            include, exclude: regular expressions, as in `summarize`.
+
+        `total` of the result covers its tensors only.
+        """
+        return Summary(
+            self._record.select(
+                None if include is None else compile_patterns(include, "include"),
+                () if exclude is None else compile_patterns(exclude, "exclude"),
+            )
+        )
 
     @skip_dynamo
     def scalars(
@@ -159,75 +178,79 @@ class Summary(Mapping[str, ParamStats]):
         key: str = "{kind}_{stat}/{name}",
         stats: Sequence[str] = ("mean", "std", "norm", "zero_fraction"),
         totals: bool = True,
+        depth: int | None = None,
     ) -> dict[str, float]:
-        """A flat dict of floats, as loggers take it; without what could not be read.
+        """Return a flat dict of floats for a logger, without tensors that were not read.
 
         >>> import torch, paramstats
-        >>> summary = paramstats.summarize({"w": torch.ones(4)})
+        >>> summary = paramstats.summarize({"net.0.w": torch.ones(4), "net.1.w": torch.ones(5)})
         >>> summary.scalars(stats=("mean", "norm"), totals=False)
-        {'param_mean/w': 1.0, 'param_norm/w': 2.0}
+        ... # doctest: +NORMALIZE_WHITESPACE
+        {'param_mean/net.0.w': 1.0, 'param_norm/net.0.w': 2.0,
+         'param_mean/net.1.w': 1.0, 'param_norm/net.1.w': 2.236...}
+        >>> summary.scalars(stats="norm", totals=False, depth=1)
+        {'param_norm/net': 3.0}
 
         Args:
-            key: a format string with fields `kind` ("param", "grad" or "buffer"), `stat`, `name`.
-            stats: names of statistics, out of those that `TensorStats` has.
-            totals: also `total` and its gradient, under the name "total".
+            key: a format string with the fields `kind` ("param", "grad" or "buffer"), `stat` and
+                `name`.
+            stats: names of statistics, those that `TensorStats` has.
+            totals: whether to add the statistics of `total` and its gradient, under the name
+                "total".
+            depth: merge the tensors of each module into one value, for modules whose names have at
+                most so many parts. None: one value per tensor.
 
         Raises:
-            ValueError: an unknown stat or field, or a key that would stand for two statistics.
+            ValueError: an unknown statistic, a malformed key, a key that stands for two values, or
+                a depth below 1.
         """
-        self.wait()
-        stats = (stats,) if isinstance(stats, str) else tuple(stats)
-        for stat in stats:
-            if stat not in STATS:
-                raise ValueError(
-                    f"paramstats.scalars: expected stats out of {', '.join(STATS)}, got '{stat}'"
-                )
-        keys = self._layout.keys(_checked_template(key), stats)
-        which = [STATS.index(stat) for stat in stats]
-        out = active().scalars(self._table, keys.rows, which, self._correction, self._grad_scale)
-        expected = len(out) if keys.are_distinct else len(stats) * self._count(_is_read)
+        if depth is not None and (not isinstance(depth, int) or depth < 1):
+            raise ValueError(f"paramstats.scalars: expected depth to be 1 or more, got {depth!r}")
+        names = checked_stats(stats, "scalars")
+        full = self._record
+        record = full if depth is None else full.by_module(depth)
+        keys = record.layout.keys(checked_key(key), names)
+        columns = [STATS.index(stat) for stat in names]
+        out = record.scalars(keys.rows, columns)
+        expected = len(out) if keys.are_distinct else len(names) * _count_read(record)
         if totals:
             total = self.total
             for kind, statistics in (("param", total), ("grad", total.grad)):
-                if statistics is not None and _is_read(statistics._state):
-                    expected += len(stats)
-                    values = [float(statistics._statistics[position]) for position in which]
-                    out.update(zip(keys.total[kind], values, strict=True))
+                if statistics is not None and statistics.is_read():
+                    expected += len(names)
+                    values = statistics.statistics()
+                    out.update(
+                        zip(keys.total[kind], (float(values[c]) for c in columns), strict=True)
+                    )
         if len(out) != expected:
-            raise ValueError(
-                f"paramstats.scalars: expected a key for each statistic, got {len(out)} keys for "
-                f"{expected} statistics from '{key}'; use {{kind}}, {{stat}} and {{name}}, and "
-                f"totals=False where a parameter is called 'total'"
-            )
+            raise duplicate_keys(key, len(out), expected)
         return out
 
     @skip_dynamo
     def to_dict(self) -> dict[str, Any]:
-        """`{"params": {name: ...}, "total": ...}`, nested, of JSON's types alone.
+        """Return `{"params": {name: ...}, "total": ...}`, nested, with types that JSON knows.
 
-        Of a sharded model also `diverged` and `is_local`, where they say anything.
-        NaN and infinities are floats, which `json.dumps` and `json.loads` carry.
+        For a sharded model it also has `diverged` and `is_local`, where they are not empty or
+        False. NaN and infinities are floats, which `json.dumps` and `json.loads` carry.
         """
         return {
             "params": {name: entry.to_dict() for name, entry in self.items()},
             "total": self.total.to_dict(),
-            **self._about(),
+            **self._sharding(),
         }
 
-    def _about(self) -> dict[str, Any]:
-        """What a reader of a sharded model's statistics must know."""
-        about: dict[str, Any] = {}
-        if self._diverged:
-            about["diverged"] = dict(self._diverged)
-        if self._local:
-            about["is_local"] = True
-        return about
+    def _sharding(self) -> dict[str, Any]:
+        record = self._record
+        sharding: dict[str, Any] = {"diverged": dict(record.diverged)} if record.diverged else {}
+        if record.is_local:
+            sharding["is_local"] = True
+        return sharding
 
     @skip_dynamo
     def to_pandas(self) -> pandas.DataFrame:
-        """A DataFrame with a row per parameter; columns of gradients begin with `grad_`.
+        """Return a DataFrame with a row per tensor; columns of gradients begin with `grad_`.
 
-        Its `attrs` say of a sharded model what `to_dict` says beside the statistics.
+        For a sharded model, its `attrs` hold what `to_dict` adds.
         """
         frames = import_optional("pandas", "to_pandas", "pandas")
         rows = {}
@@ -241,12 +264,12 @@ class Summary(Mapping[str, ParamStats]):
             }
         frame: pandas.DataFrame = frames.DataFrame.from_dict(rows, orient="index")
         frame = frame.rename_axis("name")
-        frame.attrs.update(self._about())
+        frame.attrs.update(self._sharding())
         return frame
 
     @skip_dynamo
     def findings(self, thresholds: Thresholds | None = None) -> Findings:
-        """The health check: what asks for a look, the most severe first; empty where all is well.
+        """Run the health check: return what needs attention, the most severe first.
 
         >>> import torch, paramstats
         >>> summary = paramstats.summarize({"head.weight": torch.zeros(10, 64)})
@@ -254,13 +277,16 @@ class Summary(Mapping[str, ParamStats]):
         WARNING dead weight: All that passes is lost: was it initialised, loaded, pruned?
             head.weight  all 640 elements zero
 
-        Each `Finding` has `severity`, `code`, `name`, `value`, `threshold` and one line of
-        `advice`. Thresholds and their sources: `Thresholds`.
+        Each `Finding` has `severity`, `code`, `name`, `value`, `threshold`, `message` and
+        `advice`. The result is empty where nothing was found.
+
+        Args:
+            thresholds: from which value on something is a finding; default: `Thresholds()`.
         """
         from paramstats._findings import Thresholds
         from paramstats._findings.rules import find
 
-        return find(self, thresholds or Thresholds())
+        return find(self._record, thresholds or Thresholds())
 
     @skip_dynamo
     def table(
@@ -272,7 +298,7 @@ class Summary(Mapping[str, ParamStats]):
         kind: str | None = None,
         color: bool = False,
     ) -> str:
-        """An aligned table: a line a tensor, blocks of the module tree as one, the total below.
+        """Return an aligned table: a line per tensor and per block of modules, the total last.
 
         >>> import torch, paramstats
         >>> weights = {"a": torch.ones(2), "b": torch.tensor([0.0, 3.0]), "c": torch.zeros(2)}
@@ -285,90 +311,65 @@ class Summary(Mapping[str, ParamStats]):
         ──────────────────────────────────────────────────
         total               6  0.8333  1.169  3.317    50%
 
-        Findings of warning level and above stand beside their tensor.
+        Findings of severity WARNING and above are shown next to their tensor.
 
         Args:
-            width: columns to fit in, by eliding names in the middle and leaving out columns, those
-                of means first. None: the terminal's; outside a terminal nothing is elided.
-            sort_by: a statistic, such as "norm", "std" or "grad.norm", the largest first, NaN before
-                it; "-norm": the smallest first; "name": by name. None: the model's order.
-            limit: at most so many tensors.
-            kind: "param", "grad" or "buffer": the statistics of those alone, with min and max.
-            color: with a terminal's escape codes (needs rich). `print(summary)` has them by itself
-                on a terminal; `rich.print(summary)` anywhere.
+            width: number of columns to fit in; names are elided in the middle and columns are left
+                out, means first. None: the width of the terminal, or no limit outside of one.
+            sort_by: a statistic, such as "norm", "std" or "grad.norm", the largest first and NaN
+                before it; "-norm": the smallest first; "name": by name. None: the model's order.
+            limit: show at most so many tensors.
+            kind: "param", "grad" or "buffer": show only their statistics, with min and max.
+            color: add escape codes for a terminal (needs rich). `print(summary)` adds them on a
+                terminal; `rich.print(summary)` always does.
 
         Raises:
             ValueError: an unknown statistic or kind, or a limit below 0.
         """
-        from paramstats import _display as report
+        from paramstats import _display as display
 
-        made = report.table(self, sort_by, limit, kind)
-        return report.colored(made, width) if color else report.plain(made, width)
+        table = display.table(self._record, sort_by, limit, kind)
+        return display.colored(table, width) if color else display.plain(table, width)
 
     @skip_dynamo
     def __str__(self) -> str:
-        from paramstats import _display as report
+        from paramstats import _display as display
 
-        return report.for_print(report.table(self))
+        return display.for_print(display.table(self._record))
 
     def __rich_console__(self, console: Any, options: Any) -> Any:
-        from paramstats import _display as report
+        from paramstats import _display as display
 
-        yield from report.rich_lines(report.table(self), options.max_width)
+        yield from display.rich_lines(display.table(self._record), options.max_width)
 
     def __repr__(self) -> str:
-        n = len(self)
-        grads = self._count(lambda state: state.count != ABSENT) - n
-        where = ", this process's part of them" if self._local else ""
-        return f"<Summary of {len(self)} tensors, {grads} with gradients{where}>"
+        record, n = self._record, len(self)
+        grads = sum(moments.row(record.table, n + row).count != ABSENT for row in range(n))
+        where = ", this rank's part of them" if record.is_local else ""
+        return f"<Summary of {n} tensors, {grads} with gradients{where}>"
 
     def _repr_html_(self) -> str:
-        from paramstats import _display as report
+        from paramstats import _display as display
 
-        return report.html(self)
+        return display.html(self._record)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        self.wait()
-        state = (self._layout, self._table, self._correction, self._grad_scale)
-        return Summary, (*state, (), dict(self._skipped), dict(self._diverged), self._local)
-
-    def _state(self, row: int) -> Moments:
-        self.wait()
-        state = moments.row(self._table, row)
-        return self._unscaled(state) if row >= len(self) else state
-
-    def _as_one(self, begin: int, end: int) -> TotalStats:
-        """The tensors [begin, end) merged, and their gradients."""
-        n, grad = len(self), None
-        if any(self._state(n + row).count != ABSENT for row in range(begin, end)):
-            grad = TensorStats(self._merged(n + begin, n + end), self._correction)
-        return TotalStats(self._merged(begin, end), self._correction, grad)
-
-    def _merged(self, begin: int, end: int) -> Moments:
-        state = moments.row(active().merge_rows(self._table, begin, end), 0)
-        return self._unscaled(state) if begin >= len(self) and end > begin else state
-
-    def _unscaled(self, state: Moments) -> Moments:
-        if self._grad_scale == 1:
-            return state
-        return moments.scaled(state, 1 / self._grad_scale)
-
-    def _count(self, condition: Callable[[Moments], bool]) -> int:
-        """How many rows, of tensors and gradients, are so."""
-        return sum(condition(moments.row(self._table, row)) for row in range(2 * len(self)))
-
-
-def _is_read(state: Moments) -> bool:
-    return not moments.is_unread(state)
-
-
-@functools.lru_cache(maxsize=16)
-def _checked_template(key: str) -> str:
-    fields = {field for _, field, _, _ in string.Formatter().parse(key) if field is not None}
-    unknown = fields - {"kind", "stat", "name"}
-    if unknown:
-        raise ValueError(
-            f"paramstats.scalars: expected the fields kind, stat and name in key, got "
-            f"'{', '.join(sorted(unknown))}' in '{key}'"
+        record = self._record
+        return Summary, (
+            record._replace(skipped=dict(record.skipped), diverged=dict(record.diverged)),
         )
-    return key
+
+
+def record_of(summary: Summary) -> Record:
+    """Return the record of a summary, waiting for it if it is still being computed."""
+    return summary._record
+
+
+def layout_of(summary: Summary) -> Layout:
+    """Return the layout of a summary, without waiting for statistics on their way from a GPU."""
+    return summary._layout
+
+
+def _count_read(record: Record) -> int:
+    rows = range(2 * len(record.layout))
+    return sum(not moments.is_unread(moments.row(record.table, row)) for row in rows)

@@ -1,17 +1,27 @@
-"""Summaries at every so many steps of a training loop, handed to a logger and a history."""
+"""`watch`: summarize every N steps of a training loop, for a logger and a history."""
 
 from __future__ import annotations
 
+import inspect
 import operator
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from paramstats._core.layout import compile_patterns
+from paramstats._core.options import (
+    Pattern,
+    Scaler,
+    check_keys,
+    checked_stats,
+    make_options,
+    scale_of,
+)
 from paramstats._core.shard import LocalShard
 from paramstats._core.torch_private import skip_dynamo
-from paramstats._summarize import Pattern, summarize
+from paramstats._history import History
+from paramstats._summarize import summarize
 from paramstats._summary import Summary
 
 if TYPE_CHECKING:
@@ -21,21 +31,15 @@ Watched = torch.nn.Module | Mapping[str, torch.Tensor | LocalShard]
 
 
 class Log(Protocol):
-    """What takes scalars: `wandb.log`, `mlflow.log_metrics`, a Lightning logger's `log_metrics`."""
+    """A function that takes scalars, such as `wandb.log` or `mlflow.log_metrics`."""
 
     def __call__(self, scalars: dict[str, float], step: int, /) -> object: ...
 
 
-class History(Protocol):
-    """What keeps summaries; `append` must not wait for their statistics."""
+class Appendable(Protocol):
+    """A store of summaries, such as `History`; `append` must not wait for their statistics."""
 
     def append(self, step: int, summary: Summary, /) -> object: ...
-
-
-class Scaler(Protocol):
-    """A gradient scaler, such as `torch.amp.GradScaler`."""
-
-    def get_scale(self) -> float: ...
 
 
 def watch(
@@ -43,7 +47,7 @@ def watch(
     log: Log | None = None,
     *,
     every: int = 50,
-    history: History | None = None,
+    history: Appendable | str | os.PathLike[str] | None = None,
     key: str = "{kind}_{stat}/{name}",
     stats: Sequence[str] = ("mean", "std", "norm", "zero_fraction"),
     totals: bool = True,
@@ -56,7 +60,7 @@ def watch(
     group: dist.ProcessGroup | None = None,
     async_op: bool = False,
 ) -> Watcher:
-    """Has the statistics of a model logged as it trains, by one call in the loop.
+    """Log the statistics of a model while it trains, with one call in the training loop.
 
     >>> import torch, paramstats
     >>> model = torch.nn.Linear(3, 2)
@@ -71,18 +75,21 @@ def watch(
 
     Args:
         source: the model, or a mapping of names to tensors.
-        log: called with `Summary.scalars()` and the step, both positional: `wandb.log`,
-            `mlflow.log_metrics` and Lightning loggers' `log_metrics` fit as they are. Of several
-            processes only rank 0 of the default group calls it.
-        every: the first call of `Watcher.step` is due, and then the one at each multiple of this.
-        history: its `append(step, summary)` is called, on rank 0, before anything is logged.
-        key, stats, totals: what is logged, and as what: see `Summary.scalars`.
+        log: called as `log(scalars, step)` with the result of `Summary.scalars()`. `wandb.log`,
+            `mlflow.log_metrics` and the `log_metrics` of Lightning's loggers can be passed as they
+            are. In a distributed run only rank 0 of the default group calls it.
+        every: the first call of `Watcher.step` takes a summary, and then each step that is a
+            multiple of this number.
+        history: a `History`, whose `append(step, summary)` is called on rank 0 before anything is
+            logged; or the path of a file, for which `History(path)` is opened.
+        key, stats, totals: what is logged and under which keys; see `Summary.scalars`.
         params, grads, buffers, include, exclude, correction, group, async_op: see `summarize`.
 
     Raises:
-        TypeError: `source` is neither a module nor a mapping; `log` cannot be called.
-        ValueError: `every` is no whole number > 0; neither `log` nor `history` is there; a key,
-            stat, pattern or correction that `scalars` or `summarize` would refuse.
+        TypeError: `source` is neither a module nor a mapping, or `log` is not a function of
+            scalars and step.
+        ValueError: `every` is not a whole number > 0, neither `log` nor `history` is given, or an
+            argument that `scalars` or `summarize` would refuse.
     """
     if not isinstance(source, (torch.nn.Module, Mapping)):
         raise TypeError(
@@ -93,32 +100,37 @@ def watch(
         raise ValueError(f"paramstats.watch: expected a whole number > 0 for every, got {every!r}")
     if log is None and history is None:
         raise ValueError("paramstats.watch: expected log= or history=, got neither")
-    if history is not None and not callable(getattr(history, "append", None)):
-        raise TypeError(f"paramstats.watch: expected a History for history, got {history!r}")
-    if log is not None and not callable(log):
+    _check_log(log)
+    # All ranks check this, so that all raise: only rank 0 logs.
+    stats = checked_stats(stats, "watch")
+    check_keys(key, stats, totals)
+    options = make_options(
+        params, grads, buffers, include, exclude, correction, 1.0, False, group is not None,
+        async_op,
+    )  # fmt: skip
+    if isinstance(history, (str, os.PathLike)):
+        history = History(history) if _is_first_rank() else None
+    elif history is not None and not callable(getattr(history, "append", None)):
         raise TypeError(
-            f"paramstats.watch: expected a function of scalars and step for log, got {log!r}"
+            f"paramstats.watch: expected a History or a path for history, got {history!r}"
         )
-    logging: dict[str, Any] = {"key": key, "stats": stats, "totals": totals}
-    # What rank 0 alone would stumble over while it logs is said by all, before they train.
-    probe = torch.ones(1, requires_grad=True)
-    probe.grad = torch.ones(1)
-    summarize({"weight": probe}, correction=correction).scalars(**logging)
     reading = {
         "params": params,
         "grads": grads,
         "buffers": buffers,
-        "include": None if include is None else compile_patterns(include, "include"),
-        "exclude": None if exclude is None else compile_patterns(exclude, "exclude"),
+        "include": options.include,
+        "exclude": options.exclude or None,
         "correction": correction,
         "group": group,
         "async_op": async_op,
     }
-    return Watcher(source, log, history, every, reading, logging)
+    return Watcher(
+        source, log, history, every, reading, {"key": key, "stats": stats, "totals": totals}
+    )
 
 
 class Watcher:
-    """What `watch` returns: `step` is called once for each optimizer step.
+    """The object that `watch` returns; call its `step` once per optimizer step.
 
     >>> import torch, paramstats
     >>> model = torch.nn.Linear(3, 2)
@@ -129,17 +141,16 @@ class Watcher:
     {'param_norm/bias': ..., 'grad_norm/bias': 1.4142135623730951, ...} 7
     1.0
 
-    Statistics that are ready when they are taken, as those of tensors on the CPU, are logged at once.
-    Others are logged by the next call of `step`: by then the device has another step's work to do
-    while this one waits for the last one's statistics, and loggers still meet steps in order. The
-    last are logged by `close`, or when a `with` block ends.
+    Statistics that are available at once, as those of CPU tensors, are logged at once. Statistics
+    on their way from a GPU are logged by the next call of `step`, so that the loop does not wait
+    for them. Loggers see the steps in order. `close`, or the end of a `with` block, logs the last.
     """
 
     def __init__(
         self,
         source: Watched,
         log: Log | None,
-        history: History | None,
+        history: Appendable | None,
         every: int,
         reading: Mapping[str, Any],
         logging: Mapping[str, Any],
@@ -152,17 +163,22 @@ class Watcher:
         self._logging = logging
         self._step = -1
         self._next = 0
-        self._late: tuple[int, Summary] | None = None
+        self._unlogged: tuple[int, Summary] | None = None
         self._summary: Summary | None = None
 
     def __repr__(self) -> str:
-        what = type(self._source).__name__
-        return f"<Watcher of a {what}, every {self._every} steps, at step {self._step}>"
+        source = type(self._source).__name__
+        return f"<Watcher of a {source}, every {self._every} steps, at step {self._step}>"
 
     @property
     def summary(self) -> Summary | None:
-        """The latest; None before the first."""
+        """The latest summary; None before the first."""
         return self._summary
+
+    @property
+    def history(self) -> Appendable | None:
+        """The history that summaries are appended to, if there is one on this rank."""
+        return self._history
 
     @skip_dynamo
     def step(
@@ -172,32 +188,36 @@ class Watcher:
         step: int | None = None,
         optimizer: torch.optim.Optimizer | None = None,
     ) -> None:
-        """Summarizes if a summary is due; else it costs a comparison.
+        """Count a step, and take a summary if one is due.
 
-        Call it after backward and before gradients are unscaled, clipped or used. On every
-        process: of sharded models it is a collective call.
+        Call it after backward, before gradients are unscaled, clipped or used. A call that is not
+        due costs one comparison. For sharded models it is a collective call: make it on every rank.
 
         Args:
-            grad_scale: what the loss was multiplied by: a gradient scaler, which is asked on due
-                steps only (on a GPU it makes the caller wait), or its `get_scale()`. Nothing where
-                `unscale_` has been called already.
-            optimizer: whose gradients these are, where a scaler serves several.
-            step: its number; None: one more than the last, from 0. A number lower than the last,
-                as after a restart, is due.
+            grad_scale: the factor that the loss was multiplied by, or the gradient scaler itself.
+                The scaler is asked on due steps only, because that makes the CPU wait for the GPU.
+                Leave it out after `scaler.unscale_`.
+            step: the number of the step; None: the last one plus 1, starting at 0. A number lower
+                than the last, as after a restart, is due.
+            optimizer: the optimizer of these gradients, where one scaler serves several.
 
         Raises:
             ValueError: the scaler has unscaled gradients since its last `update`.
-            Whatever `summarize` and `log` raise. Statistics are not offered to `log` twice; the next
-            call goes on with the next step.
+
+        It also raises what `summarize` and `log` raise. Statistics are passed to `log` only once;
+        the next call continues with the next step.
         """
         if self.is_due(step):
             self.give(self._step, self.take(grad_scale, optimizer))
-        elif self._late is not None:
-            self._log_late()
+        elif self._unlogged is not None:
+            self._log_now()
 
     def is_due(self, step: int | None = None) -> bool:
-        """Counts a step, and tells whether it is one to summarize: the first part of `step`, for
-        callers that must `take` and `give` at two places."""
+        """Count a step and return whether a summary is due.
+
+        `step` is `is_due`, then `take` and `give`. Callers that must take a summary and log it at
+        different places call the three themselves.
+        """
         last = self._step
         self._step = step = last + 1 if step is None else operator.index(step)
         if last < step < self._next:
@@ -208,66 +228,68 @@ class Watcher:
     def take(
         self, grad_scale: float | Scaler = 1.0, optimizer: torch.optim.Optimizer | None = None
     ) -> Summary:
-        """A summary of this moment: the second part of `step`."""
-        scale = _scale(grad_scale, optimizer)
+        """Return a summary of the model as it is now; arguments as in `step`."""
+        scale = scale_of(grad_scale, optimizer)
         return summarize(self._source, grad_scale=scale, **self._reading)
 
     def give(self, step: int, summary: Summary) -> None:
-        """Keeps and logs a summary: the third part of `step`."""
+        """Append a summary to the history and log it."""
         self._summary = summary
-        if not _is_first_process():
+        if not _is_first_rank():
             return
         if self._history is not None:
             self._history.append(step, summary)
         if self._log is not None:
-            late, self._late = self._late, (step, summary)  # kept also if logging the last fails
-            self._send(late)
+            unlogged, self._unlogged = self._unlogged, (step, summary)  # kept if logging raises
+            self._send(unlogged)
             if summary.ready():
-                self._log_late()
+                self._log_now()
 
     def close(self) -> None:
-        """Logs what is not logged yet, and waits for it."""
-        self._log_late()
+        """Log what has not been logged yet, and wait for it."""
+        self._log_now()
 
     def __enter__(self) -> Watcher:
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
-        # After an error statistics may never come: other processes may have ended.
-        if kind is None or (self._late is not None and self._late[1].ready()):
+        # After an error the statistics may never arrive: other ranks may have ended.
+        if kind is None or (self._unlogged is not None and self._unlogged[1].ready()):
             self.close()
 
-    def _log_late(self) -> None:
-        late, self._late = self._late, None
-        self._send(late)
+    def _log_now(self) -> None:
+        unlogged, self._unlogged = self._unlogged, None
+        self._send(unlogged)
 
-    def _send(self, late: tuple[int, Summary] | None) -> None:
-        if late is not None and self._log is not None:
-            step, summary = late
+    def _send(self, unlogged: tuple[int, Summary] | None) -> None:
+        if unlogged is not None and self._log is not None:
+            step, summary = unlogged
             self._log(summary.scalars(**self._logging), step)
 
 
-def _scale(grad_scale: float | Scaler, optimizer: torch.optim.Optimizer | None) -> float:
-    """The number; refuses a scaler whose scale is not that of the gradients any more."""
-    if not hasattr(grad_scale, "get_scale"):
-        return grad_scale
-    # By optimizer, since the last update; torch has no public word for it.
-    states: Mapping[int, Any] = getattr(grad_scale, "_per_optimizer_states", {})
-    stages = {
-        getattr(state.get("stage"), "name", "READY")
-        for owner, state in states.items()
-        if optimizer is None or owner == id(optimizer)
-    }
-    if stages - {"READY"}:
-        raise ValueError(
-            "paramstats.watch: expected step(grad_scale=scaler) before scaler.unscale_ and "
-            "scaler.step, got a scaler that has unscaled gradients; call step earlier, or "
-            "leave grad_scale out; where it serves several optimizers, name the one: optimizer="
+def _check_log(log: object) -> None:
+    """Raise TypeError if `log` cannot be called as `log(scalars, step)`."""
+    if log is None:
+        return
+    if not callable(log):
+        raise TypeError(
+            f"paramstats.watch: expected a function of scalars and step for log, got {log!r}"
         )
-    return grad_scale.get_scale()
+    try:
+        parameters = list(inspect.signature(log).parameters.values())
+    except (TypeError, ValueError):  # some builtins have no signature
+        return
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    takes_two = len(positional) >= 2 or any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    # The second argument of LightningModule.log_dict is not a step.
+    if not takes_two or (len(positional) >= 2 and positional[1].name == "prog_bar"):
+        raise TypeError(
+            f"paramstats.watch: expected log to take (scalars, step), got {log!r}; pass "
+            f"log=lambda scalars, step: ... that calls it"
+        )
 
 
-def _is_first_process() -> bool:
+def _is_first_rank() -> bool:
     distributed = torch.distributed
     return not (distributed.is_available() and distributed.is_initialized()) or (
         distributed.get_rank() == 0

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import paramstats
+from paramstats._summary import record_of
 from tests import oracle
 from tests.conftest import in_a_small_thread
 
@@ -25,7 +26,7 @@ def stats_of(tensor: torch.Tensor) -> paramstats.ParamStats:
 
 @pytest.fixture(autouse=True)
 def _no_warnings():
-    paramstats._core.skipped._warned.clear()  # each test gets its own
+    paramstats._core.reading._warned.clear()  # each test gets its own
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", message="Sparse (CSR|CSC|BSR|BSC)")  # torch: beta
@@ -513,7 +514,7 @@ def test_what_is_no_number_is_refused(backend, argument, value):
 
 
 def test_a_key_that_empties_its_list(native):
-    table = summarize({"a": torch.ones(3), "b": torch.ones(3)})._table
+    table = record_of(summarize({"a": torch.ones(3), "b": torch.ones(3)})).table
 
     class Shrinking:
         def __hash__(self):
@@ -527,7 +528,7 @@ def test_a_key_that_empties_its_list(native):
 
 def test_reasons_for_not_reading_do_not_pile_up(backend):
     warnings.simplefilter("ignore")
-    warned = paramstats._core.skipped._warned
+    warned = paramstats._core.reading._warned
     warned.clear()
     try:
         for size in range(1, 1200):

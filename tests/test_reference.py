@@ -88,7 +88,7 @@ def test_under_a_fake_tensor_mode(backend, model):
     expected = paramstats.summarize(model)["0.weight"].norm
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fake = mode.from_tensor(torch.ones(3))
-    paramstats._core.skipped._warned.clear()
+    paramstats._core.reading._warned.clear()
     with pytest.warns(RuntimeWarning, match="could not be read"):
         summary = paramstats.summarize({"fake": fake, "real": torch.ones(4)})
     assert summary["real"].norm == 2.0 and "fake" in summary.skipped
@@ -103,6 +103,6 @@ def test_inside_vmap(backend):
         assert "x" in summary.skipped and summary["whole"].norm == 2.0
         return x
 
-    paramstats._core.skipped._warned.clear()
+    paramstats._core.reading._warned.clear()
     with pytest.warns(RuntimeWarning, match="could not be read"):
         torch.vmap(inner)(torch.ones(3, 4))

@@ -1,4 +1,4 @@
-"""Numbers, names and single tensors as people read them; tables are in report/."""
+"""Format numbers, names, shapes and dtypes for people."""
 
 from __future__ import annotations
 
@@ -8,64 +8,20 @@ import shutil
 import sys
 from typing import TYPE_CHECKING
 
-from paramstats._core.moments import is_unread
-
 if TYPE_CHECKING:
     import torch
 
-    from paramstats._stats import ParamStats, TensorStats
-
-
-def one_line(stats: TensorStats) -> str:
-    """What a tensor is like, in one line."""
-    grad = getattr(stats, "grad", None)
-    entry: ParamStats | None = stats if hasattr(stats, "name") else None  # type: ignore[assignment]
-    parts = [] if entry is None else [_what(entry)]
-    parts.append(_values(stats))
-    if grad is not None:
-        parts.append(f"grad({one_line(grad)})")
-    return " ".join(parts)
-
-
-def _what(entry: ParamStats) -> str:
-    dtype = dtype_name(entry.dtype)
-    device = "" if entry.device.type == "cpu" else f" {entry.device}"
-    count = f" n={entry.count:,}" if entry.shape is not None and len(entry.shape) > 1 else ""
-    return f"{one_line_name(entry.name)}: {dtype} {shape(entry.shape)}{count}{device}"
-
-
-def _values(stats: TensorStats) -> str:
-    """The statistics, or in a word what they would say one by one."""
-    if is_unread(stats._state):
-        return "no statistics yet"
-    if not stats.count:
-        return "empty"
-    if stats.zero_fraction == 1:
-        return "all zeros"
-    if stats.count > 1 and stats.min == stats.max and not stats.nonfinite_count:
-        return f"all {number(stats.mean)}"
-    parts = [
-        f"{stat}={number(getattr(stats, stat))}" for stat in ("mean", "std", "norm", "min", "max")
-    ]
-    if stats.zero_count:
-        parts.append(f"zeros={percent(stats.zero_fraction)}")
-    for name, count in (
-        ("NaN", stats.nan_count),
-        ("+Inf", stats.pos_inf_count),
-        ("-Inf", stats.neg_inf_count),
-    ):
-        if count:
-            parts.append(f"{name}!={count:,}")
-    return " ".join(parts)
-
 
 def number(x: float) -> str:
-    """Four significant digits; far from 1 in engineering notation, exponents in steps of three."""
-    mantissa, _, exponent = f"{x:.3e}".partition("e")
-    if x == 0 or not exponent or -3 <= int(exponent) <= 3:
-        return f"{x:.4g}"
-    shift = int(exponent) % 3
-    return f"{float(mantissa) * 10**shift:.{3 - shift}f}e{int(exponent) - shift}"
+    """Format with four significant digits; from 1e4 on and below 1e-3 with an exponent.
+
+    >>> from paramstats._core.format import number
+    >>> number(0.25), number(-1.7468e-4), number(65504)
+    ('0.25', '-1.747e-04', '6.550e+04')
+    """
+    text = f"{x:.3e}"
+    _, _, exponent = text.partition("e")
+    return f"{x:.4g}" if x == 0 or not exponent or -3 <= int(exponent) <= 3 else text
 
 
 def percent(fraction: float) -> str:

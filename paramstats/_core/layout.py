@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import weakref
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +12,9 @@ import torch
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 from paramstats._core.interrupts import let_through
+from paramstats._core.shard import is_sharded
 from paramstats._core.torch_private import no_tracing
+from paramstats._core.wrapper_names import without_wrappers
 
 Patterns = tuple[re.Pattern[str], ...]
 
@@ -28,14 +31,25 @@ class Keys(NamedTuple):
 
 
 class Layout:
-    """The rows of a summary: immutable, and shared by all summaries of an unchanged model.
+    """The names, shapes and dtypes of a summary's rows. Immutable.
 
-    `parameters` is how many leading rows are parameters; the rest are buffers. `is_sharded` is None
-    until somebody has looked.
+    All summaries of an unchanged model share one layout, so it also caches what depends on it
+    alone: logger keys and selections.
+
+    Args:
+        names: the first name of every tensor.
+        aliases: the other names of each, where it is tied.
+        parameters: how many leading rows are parameters; the others are buffers.
+        shapes: None for a lazy parameter.
+        dtypes, devices, requires_grad: of each tensor.
+        wrapper_names: the names that each tensor has under wrappers such as DDP or torch.compile,
+            where they differ from `names` and `aliases`. They are looked up, but not displayed.
+        is_sharded: whether this rank holds only a part of any of the tensors.
     """
 
     __slots__ = (
         "__weakref__",
+        "_groups",
         "_index",
         "_keys",
         "_selections",
@@ -47,6 +61,7 @@ class Layout:
         "parameters",
         "requires_grad",
         "shapes",
+        "wrapper_names",
     )
 
     def __init__(
@@ -58,6 +73,8 @@ class Layout:
         dtypes: tuple[torch.dtype, ...],
         devices: tuple[torch.device, ...],
         requires_grad: tuple[bool, ...],
+        wrapper_names: tuple[tuple[str, ...], ...] = (),
+        is_sharded: bool = False,
     ) -> None:
         self.names = names
         self.aliases = aliases
@@ -66,26 +83,30 @@ class Layout:
         self.dtypes = dtypes
         self.devices = devices
         self.requires_grad = requires_grad
-        self.is_sharded: bool | None = None
+        self.wrapper_names = wrapper_names
+        self.is_sharded = is_sharded
         self._index: dict[str, int] | None = None
         self._keys: dict[Any, Keys] = {}
         self._selections: dict[Any, tuple[Layout, list[int]]] = {}
+        self._groups: dict[int, tuple[Layout, list[list[int]]]] = {}
 
     @classmethod
     def of(
         cls,
+        source: Any,
         names: tuple[str, ...],
         aliases: tuple[tuple[str, ...], ...],
         parameters: int,
-        tensors: Sequence[torch.Tensor],
+        tensors: Sequence[Any],
     ) -> Layout:
-        """The layout of `tensors`, whose names are known.
+        """Return the layout of `tensors`, whose names in `source` are known.
 
-        Raises ValueError where one name is that of two tensors.
+        Raises ValueError where two tensors have the same name.
         """
         _check_distinct(names, aliases)
+        names, aliases, wrapper_names = without_wrappers(source, names, aliases)
         with no_tracing():
-            return cls(
+            return cls.shared(
                 names,
                 aliases,
                 parameters,
@@ -93,25 +114,46 @@ class Layout:
                 tuple(t.dtype for t in tensors),
                 tuple(t.device for t in tensors),
                 tuple(t.requires_grad for t in tensors),
+                wrapper_names,
+                is_sharded(source, tensors),
             )
 
+    @classmethod
+    def shared(cls, *fields: Any) -> Layout:
+        """Return a layout with these fields; equal layouts are one object as long as one is used.
+
+        A mapping has a new layout at every call. Histories would otherwise keep all of them.
+        """
+        layout = cls(*fields)
+        return _layouts.setdefault(layout.fields, layout)
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return Layout, self.fields
+        return Layout.shared, self.fields
 
     @property
     def fields(self) -> tuple[Any, ...]:
-        """All that makes it what it is; hashable."""
-        fields = ("names", "aliases", "parameters", "shapes", "dtypes", "devices", "requires_grad")
-        return tuple(getattr(self, field) for field in fields)
+        """Everything that tells one layout from another, as a hashable tuple."""
+        return (
+            self.names,
+            self.aliases,
+            self.parameters,
+            self.shapes,
+            self.dtypes,
+            self.devices,
+            self.requires_grad,
+            self.wrapper_names,
+            self.is_sharded,
+        )
 
     def __len__(self) -> int:
         return len(self.names)
 
     @property
     def index(self) -> dict[str, int]:
-        """The row of every name, aliases included."""
+        """The row of every name, aliases and names under wrappers included."""
         if self._index is None:
-            index = {alias: i for i, names in enumerate(self.aliases) for alias in names}
+            index = {name: i for i, names in enumerate(self.wrapper_names) for name in names}
+            index.update({alias: i for i, names in enumerate(self.aliases) for alias in names})
             index.update({name: i for i, name in enumerate(self.names)})
             self._index = index
         return self._index
@@ -151,15 +193,20 @@ class Layout:
             _remember(self._keys, (template, stats), made)
         return made
 
+    def names_of(self, row: int) -> tuple[str, ...]:
+        """Return all names of a tensor, the first one first."""
+        wrapper_names = self.wrapper_names[row] if self.wrapper_names else ()
+        return (self.names[row], *self.aliases[row], *wrapper_names)
+
     def select(self, include: Patterns | None, exclude: Patterns) -> tuple[Layout, list[int]]:
-        """The rows that have a name which `passes`, and their positions in this layout."""
+        """Return the layout of the rows that have a name which `passes`, and these rows."""
         key = (include, exclude)
-        made = self._selections.get(key)
-        if made is None:
+        selection = self._selections.get(key)
+        if selection is None:
             rows = [
                 row
-                for row, name in enumerate(self.names)
-                if any(passes(n, include, exclude) for n in (name, *self.aliases[row]))
+                for row in range(len(self))
+                if any(passes(name, include, exclude) for name in self.names_of(row))
             ]
             layout = Layout(
                 tuple(self.names[row] for row in rows),
@@ -169,10 +216,43 @@ class Layout:
                 tuple(self.dtypes[row] for row in rows),
                 tuple(self.devices[row] for row in rows),
                 tuple(self.requires_grad[row] for row in rows),
+                tuple(self.wrapper_names[row] for row in rows) if self.wrapper_names else (),
+                self.is_sharded,
             )
-            made = (layout, rows)
-            _remember(self._selections, key, made)
-        return made
+            selection = (layout, rows)
+            _remember(self._selections, key, selection)
+        return selection
+
+    def by_module(self, depth: int) -> tuple[Layout, list[list[int]]]:
+        """Return a layout with one row per module at `depth`, and the rows merged into each.
+
+        A module's path is cut to `depth` parts. Tensors directly in the root module keep their
+        name. Shapes are None; dtype and device are those of the module's first tensor.
+        """
+        grouped = self._groups.get(depth)
+        if grouped is None:
+            groups: dict[tuple[bool, str], list[int]] = {}
+            for row, name in enumerate(self.names):
+                path = name.split(".")[:-1]
+                group = ".".join(path[:depth]) if path else name
+                groups.setdefault((row >= self.parameters, group), []).append(row)
+            in_order = sorted(groups, key=lambda group: group[0])  # parameters first
+            first = [groups[group][0] for group in in_order]
+            layout = Layout(
+                tuple(name for _, name in in_order),
+                ((),) * len(in_order),
+                sum(not is_buffer for is_buffer, _ in in_order),
+                (None,) * len(in_order),
+                tuple(self.dtypes[row] for row in first),
+                tuple(self.devices[row] for row in first),
+                tuple(any(self.requires_grad[row] for row in groups[group]) for group in in_order),
+            )
+            grouped = (layout, [groups[group] for group in in_order])
+            _remember(self._groups, depth, grouped)
+        return grouped
+
+
+_layouts: weakref.WeakValueDictionary[tuple[Any, ...], Layout] = weakref.WeakValueDictionary()
 
 
 def _check_distinct(names: tuple[str, ...], aliases: tuple[tuple[str, ...], ...]) -> None:

@@ -6,6 +6,7 @@ that list their parameters in a way of their own, and for all modules without it
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,7 +19,9 @@ from paramstats._core.layout import Patterns, passes
 from paramstats._core.shard import LocalShard, children
 from paramstats._core.torch_private import no_tracing
 
-MakeLayout = Callable[[tuple[str, ...], tuple[tuple[str, ...], ...], int, list[torch.Tensor]], Any]
+MakeLayout = Callable[
+    [Any, tuple[str, ...], tuple[tuple[str, ...], ...], int, list[torch.Tensor]], Any
+]
 
 _MOST_VISITS = 10
 """Times the modules' number: more paths than this lead through modules shared within shared
@@ -44,7 +47,7 @@ def walk(
             f"limit, {sys.getrecursionlimit()}, got too many within each other ({error}); "
             f"sys.setrecursionlimit raises it"
         ) from error
-    return make_layout(rows.names, rows.aliases, parameters, rows.tensors), rows.tensors
+    return make_layout(module, rows.names, rows.aliases, parameters, rows.tensors), rows.tensors
 
 
 def walk_named(
@@ -69,7 +72,7 @@ def walk_named(
     with no_tracing():
         for name, value in named.items():
             rows.add(name, value)
-    layout = make_layout(rows.names, rows.aliases, len(rows.tensors), rows.tensors)
+    layout = make_layout(source, rows.names, rows.aliases, len(rows.tensors), rows.tensors)
     return layout, rows.tensors
 
 
@@ -169,6 +172,10 @@ def _pairs(source: Any) -> Iterator[tuple[Any, Any]]:
             hint = "; for one tensor pass {'name': tensor}"
         elif isinstance(source, torch.optim.Optimizer):
             hint = "; pass the model"
+        elif isinstance(source, (str, bytes, os.PathLike)):
+            hint = "; for a checkpoint call paramstats.checkpoints.summarize_file(path)"
+        elif isinstance(getattr(source, "model", None), torch.nn.Module):  # such as a Trainer
+            hint = "; pass its model: source.model"
         raise TypeError(
             f"paramstats.summarize: expected {expected}, got {_type_name(source)}{hint}"
         )

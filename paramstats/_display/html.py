@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import html as markup
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
+from paramstats._core.record import Record
 from paramstats._display.table import QUIET, Line, table
 from paramstats._findings import Severity
-
-if TYPE_CHECKING:
-    from paramstats._summary import Summary
 
 _HTML_TENSORS = 1000
 """Tensors shown in a notebook; browsers grow slow beyond."""
@@ -33,9 +30,9 @@ _CSS = """
 """
 
 
-def html(summary: Summary) -> str:
+def html(record: Record) -> str:
     """The table for a notebook: full names and advice come up under the pointer."""
-    made = table(summary, limit=_HTML_TENSORS)
+    made = table(record, limit=_HTML_TENSORS)
     marked = any(line.marks for line in made.lines)
     headings = ["parameter", *made.headings, *([""] if marked else [])]
     head = "".join(

@@ -9,17 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from paramstats._core.format import number, one_line_name, percent, shape
-from paramstats._core.moments import is_unread
+from paramstats._core.options import STATS
+from paramstats._core.record import Record
 from paramstats._display import tree
 from paramstats._findings import Finding, Findings, Severity, Thresholds
 from paramstats._findings.rules import find
-from paramstats._stats import STATS, ParamStats, TensorStats
-
-if TYPE_CHECKING:
-    from paramstats._summary import Summary
+from paramstats._stats import ParamStats, TensorStats, merged
+from paramstats._stats import entries as all_entries
 
 What = Literal["block", "tensor", "alias", "more", "total"]
 
@@ -62,7 +61,7 @@ class Table:
 
 
 def table(
-    summary: Summary,
+    record: Record,
     sort_by: str | None = None,
     limit: int | None = None,
     kind: str | None = None,
@@ -75,24 +74,24 @@ def table(
     if limit is not None and (not isinstance(limit, int) or limit < 0):
         raise ValueError(f"paramstats.table: expected limit to be 0 or more, got {limit!r}")
     wanted = order(sort_by, kind)
-    headings = _headings(summary, kind)
+    headings = _headings(record, kind)
     kept = wanted.heading if wanted else None
     if kept is not None and kept not in headings:
         headings.append(kept)
-    findings = find(summary, Thresholds()).at_least(Severity.WARNING)
+    findings = find(record, Thresholds()).at_least(Severity.WARNING)
     if kind is not None:
         findings = Findings(finding for finding in findings if finding.source == kind)
     lines = [
-        *_body(summary, headings, findings, wanted, limit, kind),
-        _total(summary, headings, kind),
+        *_body(record, headings, findings, wanted, limit, kind),
+        _total(record, headings, kind),
     ]
-    return Table(headings, lines, findings, _notes(summary, findings), kept)
+    return Table(headings, lines, findings, _notes(record, findings), kept)
 
 
-def ordered(summary: Summary, sort_by: str | None) -> list[str]:
+def ordered(record: Record, sort_by: str | None) -> list[str]:
     """The names in the order of `Summary.table`."""
     wanted = order(sort_by)
-    entries = list(summary.values())
+    entries = all_entries(record)
     return [entry.name for entry in (sorted(entries, key=wanted.key) if wanted else entries)]
 
 
@@ -109,7 +108,7 @@ class Order(NamedTuple):
         if self.stat == _NAME:
             return 1, entry.name
         stats = entry.grad if self.of_grad else entry
-        if stats is None or is_unread(stats._state):
+        if stats is None or not stats.is_read():
             return 2, 0.0
         value = float(getattr(stats, self.stat))
         if math.isnan(value):
@@ -139,23 +138,23 @@ def order(sort_by: str | None, kind: str | None = None) -> Order | None:
     return Order(heading, of_grad, stat, sort_by.startswith("-"))
 
 
-def _headings(summary: Summary, kind: str | None) -> list[str]:
+def _headings(record: Record, kind: str | None) -> list[str]:
     if kind is not None:
         return ["shape", *_COLUMNS_OF_ONE_KIND]
-    grads = any(entry.grad is not None for entry in summary.values())
+    grads = any(entry.grad is not None for entry in all_entries(record))
     return ["shape", *_COLUMNS, *(_GRAD + column for column in _COLUMNS if grads)]
 
 
 def _body(
-    summary: Summary,
+    record: Record,
     headings: list[str],
     findings: Sequence[Finding],
     wanted: Order | None,
     limit: int | None,
     kind: str | None,
 ) -> Iterator[Line]:
-    entries = list(summary.values())
-    spans = _spans(summary, kind)
+    entries = all_entries(record)
+    spans = _spans(record, kind)
     found: dict[str, list[Finding]] = {}
     for finding in findings:
         found.setdefault(finding.name, []).append(finding)
@@ -165,7 +164,7 @@ def _body(
         if limit is not None and shown == limit:
             break
         if node.is_block:
-            cells = _block_cells(summary, headings, node.begin, node.end, kind)
+            cells = _block_cells(record, headings, node.begin, node.end, kind)
             name = entries[node.begin].name
             yield Line("block", node.depth, one_line_name(node.label), name, cells)
             continue
@@ -182,9 +181,9 @@ def _body(
         yield Line("more", 0, label, "", [""] * len(headings))
 
 
-def _spans(summary: Summary, kind: str | None) -> list[tuple[int, int]]:
+def _spans(record: Record, kind: str | None) -> list[tuple[int, int]]:
     """The rows of a table: parameters, then buffers, or one of them."""
-    parameters, every = summary._layout.parameters, len(summary)
+    parameters, every = record.layout.parameters, len(record.layout)
     spans = [(0, parameters), (parameters, every)]
     return {None: spans, "buffer": spans[1:]}.get(kind, spans[:1])
 
@@ -221,7 +220,7 @@ def _cell(heading: str, entry: ParamStats, kind: str | None) -> str:
 
 
 def _figure(stats: TensorStats, stat: str) -> str:
-    if is_unread(stats._state):
+    if not stats.is_read():
         return "-"
     if stat == "zeros":
         return percent(stats.zero_fraction)
@@ -230,10 +229,10 @@ def _figure(stats: TensorStats, stat: str) -> str:
 
 
 def _block_cells(
-    summary: Summary, headings: Sequence[str], begin: int, end: int, kind: str | None
+    record: Record, headings: Sequence[str], begin: int, end: int, kind: str | None
 ) -> list[str]:
     """Rows [begin, end) as one."""
-    block = summary._as_one(begin, end)
+    block = merged(record, begin, end)
     cells = []
     for heading in headings:
         stats = block.grad if kind == "grad" or heading.startswith(_GRAD) else block
@@ -244,20 +243,20 @@ def _block_cells(
     return cells
 
 
-def _total(summary: Summary, headings: Sequence[str], kind: str | None) -> Line:
-    begin, end = _spans(summary, kind)[0]
-    return Line("total", 0, "total", "", _block_cells(summary, headings, begin, end, kind))
+def _total(record: Record, headings: Sequence[str], kind: str | None) -> Line:
+    begin, end = _spans(record, kind)[0]
+    return Line("total", 0, "total", "", _block_cells(record, headings, begin, end, kind))
 
 
-def _notes(summary: Summary, findings: Sequence[Finding]) -> list[str]:
+def _notes(record: Record, findings: Sequence[Finding]) -> list[str]:
     """What a reader must know besides."""
     notes = []
-    if summary.is_local:
+    if record.is_local:
         notes.append("statistics of this process's part alone")
-    if summary.diverged:
-        first, *others = summary.diverged
+    if record.diverged:
+        first, *others = record.diverged
         more = f" (and {len(others)} more)" if others else ""
-        notes.append(f"copies differ: {first}{more}: {summary.diverged[first]}")
+        notes.append(f"copies differ: {first}{more}: {record.diverged[first]}")
     if findings:
         errors = sum(finding.severity == Severity.ERROR for finding in findings)
         counts = [

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
 import torch
 
 from paramstats._core.format import dtype_name, number
+from paramstats._core.record import Record
 from paramstats._findings import Finding, FindingCode, Findings, Severity, Thresholds, Where
 from paramstats._findings.gradients import (
     gradient_sizes,
@@ -18,15 +18,13 @@ from paramstats._findings.gradients import (
 )
 from paramstats._findings.model import Model, is_added, is_weight, wakes
 from paramstats._findings.parameters import nonfinite_parameters, weights
-
-if TYPE_CHECKING:
-    from paramstats._stats import ParamStats, TensorStats
-    from paramstats._summary import Summary
+from paramstats._stats import ParamStats, TensorStats
+from paramstats._stats import entries as all_entries
 
 
-def find(summary: Summary, thresholds: Thresholds) -> Findings:
+def find(record: Record, thresholds: Thresholds) -> Findings:
     """What `Summary.findings` gives."""
-    entries = list(summary.values())
+    entries = all_entries(record)
     norms = sorted(
         entry.grad.norm
         for entry in entries
@@ -34,8 +32,8 @@ def find(summary: Summary, thresholds: Thresholds) -> Findings:
     )
     model = Model(
         entries,
-        dict(summary.diverged),
-        summary._grad_scale,
+        dict(record.diverged),
+        record.grad_scale,
         norms[len(norms) // 2] if norms else math.nan,
         thresholds,
         trains=any(entry.requires_grad for entry in entries),

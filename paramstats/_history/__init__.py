@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from paramstats._core.layout import Layout, no_such_name
 from paramstats._core.optional import import_optional
+from paramstats._core.options import STATS
 from paramstats._history.file import Reader
 from paramstats._history.journal import Journal
 from paramstats._history.lines import Entry
 from paramstats._history.thinning import Thinned
-from paramstats._stats import STATS
-from paramstats._summary import Summary
+from paramstats._summary import Summary, layout_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -169,7 +169,7 @@ class History:
 
     def __getitem__(self, name: str) -> ParamSeries:
         if name not in self:
-            known = [known for s in self._one_of_each_layout() for known in s._layout.index]
+            known = [known for s in self._one_of_each_layout() for known in layout_of(s).index]
             raise KeyError(no_such_name(name, known, len(self.names)))
         import_optional("numpy", "History", "plot")
         from paramstats._history.series import ParamSeries
@@ -307,7 +307,7 @@ class History:
         """The first summary of each layout, in order of appearance."""
         first: dict[Layout, Summary] = {}
         for _, summary in self:
-            first.setdefault(summary._layout, summary)
+            first.setdefault(layout_of(summary), summary)
         return list(first.values())
 
     def _take(self, entries: Iterable[Entry]) -> None:

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator
 from paramstats._core.interrupts import let_through
 from paramstats._core.layout import Layout
 from paramstats._history.lines import Entry, entry_line, entry_of, expect, layout_line, layout_of
+from paramstats._summary import record_of
 
 try:
     import fcntl
@@ -67,7 +68,7 @@ class Writer:
         """Appends an entry, after its layout where that has changed: one write, lines that are
         whole or, after an OSError, not there at all."""
         self.check(self._size)
-        layout = entry.summary._layout
+        layout = record_of(entry.summary).layout
         lines = entry_line(entry)
         if self._layout is None or self._layout.fields != layout.fields:
             lines = layout_line(layout) + lines

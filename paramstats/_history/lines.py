@@ -18,7 +18,8 @@ import torch
 from paramstats._core.format import dtype_name
 from paramstats._core.layout import Layout
 from paramstats._core.moments import ABSENT, NAN, ROW, Moments, unread
-from paramstats._summary import Summary
+from paramstats._core.record import Record
+from paramstats._summary import Summary, record_of
 
 _NONE: Mapping[str, str] = MappingProxyType({})
 
@@ -62,7 +63,7 @@ def layout_of(content: dict[str, Any]) -> Layout:
     parameters = content["parameters"]
     expect(type(parameters) is int and 0 <= parameters <= len(names), "parameters", parameters)
     n = len(names)
-    return Layout(
+    return Layout.shared(
         names,
         tuple(tuple(aliases.get(name, ())) for name in names),
         parameters,
@@ -89,22 +90,22 @@ def _dtype(name: str) -> torch.dtype:
 
 
 def entry_line(entry: Entry) -> bytes:
-    summary = entry.summary.wait()
+    record = record_of(entry.summary)
     head: dict[str, Any] = {
         "step": entry.step,
         "number": entry.number,
-        "correction": summary._correction,
-        "grad_scale": summary._grad_scale,
+        "correction": record.correction,
+        "grad_scale": record.grad_scale,
     }
-    if summary._skipped:
-        head["skipped"] = dict(summary._skipped)
-    if summary._diverged:
-        head["diverged"] = dict(summary._diverged)
-    if summary._local:
+    if record.skipped:
+        head["skipped"] = dict(record.skipped)
+    if record.diverged:
+        head["diverged"] = dict(record.diverged)
+    if record.is_local:
         head["is_local"] = True
-    rows = list(ROW.iter_unpack(summary._table))
-    n = len(summary)
-    columns = {"params": _columns(rows[:n], _numels(summary._layout))}
+    rows = list(ROW.iter_unpack(record.table))
+    n = len(record.layout)
+    columns = {"params": _columns(rows[:n], _numels(record.layout))}
     if any(row[0] != ABSENT for row in rows[n:]):
         columns["grads"] = _columns(rows[n:], [row[0] for row in rows[:n]])
     statistics = json.dumps(
@@ -131,12 +132,11 @@ def entry_of(content: dict[str, Any], layout: Layout) -> Entry:
     expect(grad_scale > 0 and math.isfinite(1 / grad_scale), "grad_scale > 0", grad_scale)
     is_local = content.get("is_local", False)
     expect(type(is_local) is bool, "true or false for is_local", is_local)
-    summary = Summary(
+    record = Record(
         layout,
         b"".join(starmap(ROW.pack, params + grads)),
         _number(content["correction"], "correction"),
         grad_scale,
-        (),
         _reasons(content, "skipped"),
         _reasons(content, "diverged"),
         is_local,
@@ -144,7 +144,7 @@ def entry_of(content: dict[str, Any], layout: Layout) -> Entry:
     step, number = content["step"], content["number"]
     expect(type(step) is int and -(1 << 63) <= step < 1 << 63, "a step", step)
     expect(type(number) is int and 0 <= number < 1 << 63, "a number", number)
-    return Entry(step, number, summary)
+    return Entry(step, number, Summary(record))
 
 
 def _states(columns: Any, counts: list[int]) -> list[Moments]:

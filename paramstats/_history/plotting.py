@@ -19,9 +19,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from paramstats._core.options import STATS
 from paramstats._history.labels import LINE_HEIGHT, SMALL, label_ends, root
 from paramstats._history.series import Array, ParamSeries, TotalSeries
-from paramstats._stats import STATS
+from paramstats._summary import layout_of
 
 if TYPE_CHECKING:
     from paramstats._history import History
@@ -122,7 +123,7 @@ def chosen(
         raise _no_names(names)
     known = history.names
     # By what they were called when they were last there, without statistics of every entry.
-    layouts = dict.fromkeys(summary._layout for _, summary in reversed(list(history)))
+    layouts = dict.fromkeys(layout_of(summary) for _, summary in reversed(list(history)))
     found: set[str] = set()
     for name in several:
         if not isinstance(name, (str, re.Pattern)):

@@ -15,12 +15,12 @@ import numpy.typing as npt
 
 from paramstats._core import moments
 from paramstats._core.moments import NAN, Moments, Statistics
-from paramstats._stats import STATS, ParamStats, TensorStats
+from paramstats._core.options import STATS
+from paramstats._stats import ParamStats, TensorStats
+from paramstats._summary import Summary, record_of
 
 if TYPE_CHECKING:
     import torch
-
-    from paramstats._summary import Summary
 
 Array = npt.NDArray[np.float64]
 
@@ -88,7 +88,7 @@ class TensorSeries:
         """A row for each step; made when a statistic is first asked for."""
         if self._made is None:
             rows = [
-                _UNKNOWN if stats is None else self._finalize(stats._state, stats._correction)
+                _UNKNOWN if stats is None else self._finalize(stats.state(), stats._correction)
                 for stats in self._stats
             ]
             self._made = np.array(rows, dtype=np.float64).reshape(-1, len(STATS))
@@ -222,7 +222,7 @@ def _state(entry: ParamStats | None) -> tuple[float, float, float]:
     """Count, mean and m2 where they cover all elements."""
     if entry is None or math.isnan(entry.norm) or entry.nonfinite_count:
         return NAN, NAN, NAN
-    state = entry._state
+    state = entry.state()
     return state.count, state.mean, state.m2
 
 
@@ -235,7 +235,7 @@ def rows(summary: Summary, stats: tuple[str, ...]) -> Array:
     NaN where there was nothing to read. One call of the backend for all of them.
     """
     scalars = summary.scalars(_KEY, stats, totals=False)
-    keys = summary._layout.keys(_KEY, stats).rows
+    keys = record_of(summary).layout.keys(_KEY, stats).rows
     own_then_grads = np.array([scalars.get(key, NAN) for key in keys], dtype=np.float64)
     return np.hstack(tuple(own_then_grads.reshape(2, len(summary), len(stats))))
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from paramstats._core.layout import Layout
 from paramstats._core.moments import ABSENT, INF, NAN, Moments
 from paramstats._history.series import Array, least_change
-from paramstats._summary import Summary
+from paramstats._summary import Summary, record_of
 
 Bools = npt.NDArray[np.bool_]
 
@@ -33,21 +33,21 @@ class States:
         self._states = np.zeros(shape, _STATE)
         self._states["mean"] = NAN
         self._shapes = np.zeros(shape, np.int64)
-        self._correction = np.array([summary._correction for summary in summaries])
+        self._correction = np.array([record_of(summary).correction for summary in summaries])
         known: dict[Layout, tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]] = {}
         shapes: dict[object, int] = {}
         for column, summary in enumerate(summaries):
-            layout = summary._layout
+            layout = record_of(summary).layout
             if layout not in known:
                 rows = np.array([layout.index.get(name, -1) for name in names], dtype=np.int64)
                 own = [shapes.setdefault(shape, len(shapes) + 1) for shape in layout.shapes]
                 known[layout] = rows, np.array([*own, 0])[rows]
             rows, self._shapes[:, column] = known[layout]
             there = np.nonzero(rows >= 0)[0]
-            table = np.frombuffer(summary.wait()._table, _STATE)
+            table = np.frombuffer(record_of(summary).table, _STATE)
             found = table[rows[there] + (len(summary) if kind == "grad" else 0)]
-            if kind == "grad" and summary._grad_scale != 1:
-                factor = 1 / summary._grad_scale
+            if kind == "grad" and record_of(summary).grad_scale != 1:
+                factor = 1 / record_of(summary).grad_scale
                 for name in ("mean", "m2", "m2", "min", "max"):
                     found[name] *= factor
             self._states[there, column] = found

@@ -8,7 +8,7 @@ import sys
 from paramstats._core.layout import Layout
 from paramstats._core.moments import ROW
 from paramstats._history.lines import Entry
-from paramstats._summary import Summary
+from paramstats._summary import Summary, layout_of
 
 _ENTRY_BYTES = 400
 """What an entry takes beside its table of states: the Summary, the Entry, their numbers."""
@@ -30,7 +30,6 @@ class Thinned:
         self.bytes = 0
         self._max_bytes = max_bytes
         self._spacing = 1
-        self._layouts: dict[tuple[object, ...], Layout] = {}
         self._uses: dict[Layout, int] = {}
 
     def add(self, step: int, number: int | None, summary: Summary) -> Entry:
@@ -71,11 +70,7 @@ class Thinned:
         self.entries[:] = kept
 
     def _count(self, summary: Summary) -> None:
-        # A mapping gives every summary a layout of its own. Layouts are immutable, and equal ones
-        # are as good as one: the summary takes ours.
-        layout = summary._layout
-        if layout not in self._uses:
-            layout = summary._layout = self._layouts.setdefault(layout.fields, layout)
+        layout = layout_of(summary)
         if layout not in self._uses:
             self._uses[layout] = 0
             self.bytes += _layout_bytes(layout)
@@ -83,11 +78,11 @@ class Thinned:
         self.bytes += _entry_bytes(summary)
 
     def _forget(self, entry: Entry) -> None:
-        layout = entry.summary._layout
+        layout = layout_of(entry.summary)
         self.bytes -= _entry_bytes(entry.summary)
         self._uses[layout] -= 1
         if self._uses[layout] == 0:
-            del self._uses[layout], self._layouts[layout.fields]
+            del self._uses[layout]
             self.bytes -= _layout_bytes(layout)
 
 

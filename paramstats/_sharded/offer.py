@@ -9,12 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from paramstats._core import moments, reference
+from paramstats._core import moments
 from paramstats._core.backend import Implementation
 from paramstats._core.elements import numel
 from paramstats._core.layout import Layout
 from paramstats._core.moments import ABSENT, ROW, Moments, unread
-from paramstats._core.shard import refuse_shards
+from paramstats._core.reading import Rows, read_rows
 from paramstats._sharded.agreement import Content, content_of
 from paramstats._sharded.merging import WORDS
 from paramstats._sharded.partial import (
@@ -55,7 +55,7 @@ class Offer:
         self._held = held
         self._params = params
         self._table = bytearray(_ABSENT * len(held.tensors))
-        self._under_way: list[tuple[list[int], bytes, Sequence[reference.Transfer]]] = []
+        self._under_way: list[tuple[list[int], Rows]] = []
         self._mine: dict[Label, Addend] = {}
         self._addends: dict[Label, Tensor] = {}
         self._try(self._read_all)
@@ -81,9 +81,7 @@ class Offer:
     ) -> list[Moments]:
         """The states of a plan's slots, from all processes' addends."""
         parts = add_up(plan, self._mine, self._addends, group, device)
-        table, left, transfers = self._backend.read(parts, True, False)
-        table, more, _ = reference.fill(table, left) if left else (table, (), {})
-        table = reference.finished(table, (*transfers, *more))
+        table = read_rows(self._backend, parts, True, False, str).finished()
         return [moments.row(table, slot) for slot in range(len(parts))]
 
     # ---- reading
@@ -133,23 +131,19 @@ class Offer:
     def _read(self, rows: list[int], tensors: list[Tensor]) -> None:
         if not rows:
             return
-        table, left, transfers = self._backend.read(tensors, True, False)
-        unreadable: dict[int, str] = {}
-        if left:
-            refuse_shards((self.layout.row_name(rows[i]), tensor) for i, tensor in left)
-            self._backend.explain_cuda(tensor.device for _, tensor in left)
-            table, more, unreadable = reference.fill(table, left)
-            transfers = (*transfers, *more)
-        if transfers:
-            self._under_way.append((rows, table, transfers))
+        read = read_rows(
+            self._backend, tensors, True, False, lambda i: self.layout.row_name(rows[i])
+        )
+        if read.transfers:
+            self._under_way.append((rows, read))
         else:
-            self._put(rows, table)
-        for i, reason in unreadable.items():
+            self._put(rows, read.table)
+        for i, reason in read.skipped.items():
             self._leave(rows[i], reason)
 
     def _wait(self) -> None:
-        for rows, table, transfers in self._under_way:
-            self._put(rows, reference.finished(table, transfers))
+        for rows, read in self._under_way:
+            self._put(rows, read.finished())
         self._under_way.clear()
 
     def _put(self, rows: list[int], table: bytes) -> None:

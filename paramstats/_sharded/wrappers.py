@@ -66,7 +66,7 @@ def _replace(
             aliases.append(tuple(rest))
             tensors.append(new.tensor)
             parameters += position < layout.parameters
-    return Layout.of(tuple(names), tuple(aliases), parameters, tensors), tensors
+    return Layout.of(None, tuple(names), tuple(aliases), parameters, tensors), tensors
 
 
 # ---- fully_shard --------------------------------------------------------------------------------

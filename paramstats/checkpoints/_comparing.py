@@ -20,7 +20,7 @@ from paramstats.checkpoints._stored import Part, Stored, check_unchanged, identi
 from paramstats.checkpoints._summarizing import Progress, selected
 
 if TYPE_CHECKING:
-    from paramstats._summarize import Pattern
+    from paramstats._core.options import Pattern
 
 
 def compare_files(

@@ -19,7 +19,8 @@ from typing import Any
 
 from paramstats import _display as report
 from paramstats._core.format import one_line_name
-from paramstats._stats import STATS
+from paramstats._core.options import STATS
+from paramstats._summary import record_of
 from paramstats.checkpoints._comparing import compare_files
 from paramstats.checkpoints._comparison import Change, in_order
 from paramstats.checkpoints._opening import explained
@@ -76,7 +77,7 @@ def _summarized(chosen: argparse.Namespace) -> str:
         summary = summarize_file(
             chosen.file, include=chosen.include, exclude=chosen.exclude, progress=progress
         )
-    names = report.ordered(summary, chosen.sort)[: chosen.limit]
+    names = report.ordered(record_of(summary), chosen.sort)[: chosen.limit]
     if chosen.json:
         entire = summary.to_dict()
         entire["params"] = {name: entire["params"][name] for name in names}
@@ -85,7 +86,7 @@ def _summarized(chosen: argparse.Namespace) -> str:
     if chosen.csv:
         records = [{"name": name, **summary[name].to_dict()} for name in names]
         return _csv(("name", "shape", "dtype", "aliases", *STATS), records)
-    table = report.table(summary, chosen.sort, chosen.limit, "param")
+    table = report.table(record_of(summary), chosen.sort, chosen.limit, "param")
     table.notes = ["", str(table.findings)] if table.findings else []
     return report.for_print(table) + "\n"
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 
-from paramstats._core import moments, reference
+from paramstats._core import moments
 from paramstats._core.backend import active
 from paramstats._core.moments import Moments
+from paramstats._core.reading import read_rows
 from paramstats._core.reference import CHUNK
 from paramstats.checkpoints._reading import Piece, view
 
@@ -75,13 +76,10 @@ class States:
         self._states[part] = out
 
 
-def read_table(tensors: list[torch.Tensor]) -> tuple[bytes, dict[int, str]]:
-    """A table of their states, and why one could not be read, by row."""
-    table, left, _ = active().read(tensors, True, False)
-    if not left:
-        return table, {}
-    table, _, skipped = reference.fill(table, left)
-    return table, skipped
+def read_table(tensors: list[torch.Tensor]) -> tuple[bytes, Mapping[int, str]]:
+    """Return a table of the tensors' states, and why one could not be read, by row."""
+    rows = read_rows(active(), tensors, True, False, str)
+    return rows.table, rows.skipped
 
 
 def _batches(views: list[torch.Tensor]) -> Iterator[range]:

@@ -6,20 +6,18 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
 
 import torch
 
 from paramstats._core.layout import Layout, compile_patterns, passes
 from paramstats._core.moments import ABSENT, ROW, unread
+from paramstats._core.options import Pattern
+from paramstats._core.record import Record
 from paramstats._summary import Summary
 from paramstats.checkpoints import _opening as opening
 from paramstats.checkpoints._reading import Reader, pieces, runs_of
 from paramstats.checkpoints._states import States
 from paramstats.checkpoints._stored import Stored, check_unchanged, identities
-
-if TYPE_CHECKING:
-    from paramstats._summarize import Pattern
 
 Progress = Callable[[int, int], None]
 """Told the bytes that are done and the bytes there are, after every piece."""
@@ -72,7 +70,7 @@ def summarize_file(
             RuntimeWarning,
             stacklevel=2,
         )
-    return Summary(_layout(tensors), table, float(correction), 1.0, (), skipped)
+    return Summary(Record(_layout(tensors), table, float(correction), skipped=skipped))
 
 
 def selected(

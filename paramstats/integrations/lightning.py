@@ -8,6 +8,7 @@ while they step (fused ones) are met before that; the scale is then asked of the
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from paramstats._core.optional import import_optional
-from paramstats._watch import History, Log, Watcher, watch
+from paramstats._watch import Appendable, Log, Watcher, watch
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -54,7 +55,7 @@ class ParamStatsCallback(Callback):
     """
 
     def __init__(
-        self, every: int = 50, *, log: Log | None = None, history: History | None = None,
+        self, every: int = 50, *, log: Log | None = None, history: Appendable | str | os.PathLike[str] | None = None,
         **options: Any,
     ) -> None:  # fmt: skip
         super().__init__()

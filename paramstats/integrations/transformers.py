@@ -14,6 +14,7 @@ given away at `on_pre_optimizer_step`.
 from __future__ import annotations
 
 import copy
+import os
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ import torch
 
 from paramstats._core.optional import import_optional
 from paramstats._summary import Summary
-from paramstats._watch import History, Log, Watcher, watch
+from paramstats._watch import Appendable, Log, Watcher, watch
 from paramstats.integrations._after_backward import AfterBackward
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ class ParamStatsCallback(TrainerCallback):
     """
 
     def __init__(
-        self, every: int = 50, *, log: Log | None = None, history: History | None = None,
+        self, every: int = 50, *, log: Log | None = None, history: Appendable | str | os.PathLike[str] | None = None,
         **options: Any,
     ) -> None:  # fmt: skip
         self._options: dict[str, Any] = {"log": log, "every": every, "history": history, **options}

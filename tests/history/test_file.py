@@ -22,6 +22,8 @@ from hypothesis import strategies as st
 
 import paramstats
 from paramstats import History, Summary
+from paramstats._core.record import Record
+from paramstats._summary import record_of
 
 summarize = paramstats.summarize
 
@@ -61,14 +63,15 @@ def odd_summaries() -> list[Summary]:
         plain,
         summarize({}),
         Summary(
-            plain._layout,
-            plain._table,
-            1.0,
-            1.0,
-            (),
-            {"a": f"TypeError: hidden, {n}"},
-            {"b": "ranks 1, 3: \u00fc"},
-            True,
+            Record(
+                record_of(plain).layout,
+                record_of(plain).table,
+                1.0,
+                1.0,
+                {"a": f"TypeError: hidden, {n}"},
+                {"b": "ranks 1, 3: \u00fc"},
+                True,
+            )
         ),
         table,
     ]
@@ -79,7 +82,7 @@ def the_same(a: History, b: History) -> bool:
 
     def all_of(history: History) -> list[object]:
         return [
-            (step, s, s._table, dict(s.skipped), dict(s.diverged), s.is_local, s._layout.fields)
+            (step, s, record_of(s)._replace(layout=None), record_of(s).layout.fields)
             for step, s in history
         ]
 

@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 
 import paramstats
 from paramstats import History, Summary
-from paramstats._stats import STATS
+from paramstats._core.options import STATS
+from paramstats._core.reading import DeferredRecord
+from paramstats._summary import record_of
 
 summarize = paramstats.summarize
 
@@ -194,15 +196,20 @@ class Transfer:
         table[:] = self.table
 
 
+def pending(record, transfer):
+    """A summary of `record`, whose table is still under way."""
+    unfinished = record._replace(table=bytes(len(record.table)))
+    return Summary(DeferredRecord(unfinished, [transfer]))
+
+
 def test_append_waits_for_nothing(tmp_path):
     path = tmp_path / "run.jsonl"
     transfers = []
     with History(path) as history:
         for step in range(4):
-            done = full(step)
-            transfers.append(Transfer(done._table))
-            unread = bytes(len(done._table))
-            history.append(step, Summary(done._layout, unread, 1.0, 1.0, (transfers[-1],)))
+            done = record_of(full(step))
+            transfers.append(Transfer(done.table))
+            history.append(step, pending(done, transfers[-1]))
         assert sum(transfer.waits for transfer in transfers) == 0 and len(history) == 4
         assert path.read_text().count('"step"') == 0
         transfers[0].is_here = transfers[2].is_here = True
@@ -218,12 +225,12 @@ def test_append_waits_for_nothing(tmp_path):
 def test_close_and_save_take_what_is_on_its_way(tmp_path):
     for name, finish in (("closed", History.close), ("saved", lambda h: h.save(tmp_path / "x"))):
         history = History(tmp_path / name)
-        done = full(3)
-        pending = Summary(done._layout, bytes(144), 1.0, 1.0, (Transfer(done._table),))
-        history.append(0, pending)
+        done = record_of(full(3))
+        summary = pending(done, Transfer(done.table))
+        history.append(0, summary)
         finish(history)
         assert History.load(tmp_path / name)["w"].mean.tolist() == [3]
-        assert pending.ready(), "the transfer's memory is let go of"
+        assert summary.ready(), "the transfer's memory is let go of"
     assert list(History.load(tmp_path / "x")) == list(history)
 
 
@@ -292,7 +299,7 @@ def test_the_bound_holds_for_real_sizes(backend):
     assert 0.4 * bound < used < bound, used
     assert 0.4 * bound < history._kept.bytes <= bound
     assert len({id(summary._layout) for _, summary in history}) == 1
-    tables = sum(sys.getsizeof(summary._table) for _, summary in history)
+    tables = sum(sys.getsizeof(record_of(summary).table) for _, summary in history)
     assert tables == len(history) * (144 * 200 + sys.getsizeof(b""))
 
 

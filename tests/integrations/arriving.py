@@ -7,7 +7,8 @@ import sys
 import pytest
 
 import paramstats
-from paramstats._summary import Summary
+from paramstats._core.reading import DeferredRecord
+from paramstats._summary import Summary, record_of
 
 
 class Arriving:
@@ -25,20 +26,15 @@ class Arriving:
 
 
 def have_figures_arrive_late(monkeypatch: pytest.MonkeyPatch) -> list[Arriving]:
-    """What is under way for each summary that a watcher takes from now on; the last is the latest.
-
-    (`watch` itself tries its arguments on a summary.)
-    """
+    """What is under way for each summary that a watcher takes from now on; the last is the latest."""
     transfers: list[Arriving] = []
     real = paramstats.summarize
 
     def summarize(*args, **kwargs):
-        summary = real(*args, **kwargs)
-        transfers.append(Arriving(summary._table))
-        nothing = bytes(len(summary._table))
-        return Summary(
-            summary._layout, nothing, summary._correction, summary._grad_scale, transfers[-1:]
-        )
+        record = record_of(real(*args, **kwargs))
+        transfers.append(Arriving(record.table))
+        unfinished = record._replace(table=bytes(len(record.table)))
+        return Summary(DeferredRecord(unfinished, transfers[-1:]))
 
     monkeypatch.setattr(sys.modules["paramstats._watch"], "summarize", summarize)
     return transfers

@@ -190,7 +190,7 @@ def _nothing_changes(entries: Sequence[Entry]) -> Iterator[None]:
 @contextlib.contextmanager
 def _warnings_of(skipped: Mapping[str, str]) -> Iterator[None]:
     """No warning but the one for each kind of what is skipped."""
-    paramstats._core.skipped._warned.clear()
+    paramstats._core.reading._warned.clear()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield

@@ -9,6 +9,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 import paramstats
+from paramstats._summary import record_of
 from tests import oracle
 
 
@@ -78,4 +79,4 @@ def check(summary: paramstats.Summary, named: dict[str, torch.Tensor]) -> None:
 def statistics(summary: paramstats.Summary) -> bytes:
     """All that must be the same on every process, to the last bit."""
     summary.wait()
-    return repr((list(summary), dict(summary.diverged))).encode() + summary._table
+    return repr((list(summary), dict(summary.diverged))).encode() + record_of(summary).table

@@ -1,0 +1,231 @@
+"""Validate the arguments of `summarize` and `watch`, in one place."""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from paramstats._core.layout import Patterns, compile_patterns
+from paramstats._core.moments import Statistics
+
+Pattern = str | re.Pattern[str]
+STATS = Statistics._fields
+"""The names of all statistics."""
+
+_MEANT = {
+    "average": "mean",
+    "avg": "mean",
+    "stddev": "std",
+    "stdev": "std",
+    "variance": "var",
+    "l2": "norm",
+    "l2_norm": "norm",
+    "minimum": "min",
+    "maximum": "max",
+    "absmax": "abs_max",
+    "max_abs": "abs_max",
+    "zeros": "zero_count' or 'zero_fraction",
+    "sparsity": "zero_fraction",
+    "nan": "nan_count",
+    "nans": "nan_count",
+    "inf_count": "pos_inf_count' or 'neg_inf_count",
+    "infs": "nonfinite_count",
+    "numel": "count",
+    "gradient": "grad",
+}
+"""What people type, and the name that is meant."""
+
+
+class Scaler(Protocol):
+    """A gradient scaler, such as `torch.amp.GradScaler`."""
+
+    def get_scale(self) -> float: ...
+
+
+class Options(NamedTuple):
+    """The checked arguments of `summarize`, without the source and the process group."""
+
+    params: bool
+    grads: bool
+    buffers: bool
+    include: Patterns | None
+    exclude: Patterns
+    correction: float
+    grad_scale: float
+    local: bool
+    async_op: bool
+
+
+def make_options(
+    params: bool,
+    grads: bool,
+    buffers: bool,
+    include: Pattern | Iterable[Pattern] | None,
+    exclude: Pattern | Iterable[Pattern] | None,
+    correction: float,
+    grad_scale: float | Scaler,
+    local: bool,
+    has_group: bool,
+    async_op: bool,
+) -> Options:
+    """Return the options of a call, or raise TypeError or ValueError for the first bad argument."""
+    correction = _number(correction, "correction")
+    if type(grad_scale) is not float:
+        grad_scale = scale_of(grad_scale)
+    arguments: Any = (
+        params, grads, buffers, include, exclude, correction, grad_scale, local, has_group, async_op
+    )  # fmt: skip
+    try:
+        return _checked(*arguments)
+    except TypeError:  # a list of patterns cannot be hashed
+        return _checked.__wrapped__(*arguments)
+
+
+@functools.lru_cache(maxsize=32)
+def _checked(
+    params: bool,
+    grads: bool,
+    buffers: bool,
+    include: Any,
+    exclude: Any,
+    correction: float,
+    grad_scale: float,
+    local: bool,
+    has_group: bool,
+    async_op: bool,
+) -> Options:
+    if not (math.isfinite(grad_scale) and grad_scale > 0 and math.isfinite(1 / grad_scale)):
+        raise ValueError(
+            f"paramstats.summarize: expected a finite number > 0 for grad_scale, got {grad_scale!r}"
+            "; a GradScaler's is scaler.get_scale()"
+        )
+    if local and (async_op or has_group):
+        other = "async_op=True" if async_op else "group="
+        raise ValueError(
+            f"paramstats.summarize: expected local=True without {other}, got both; local=True "
+            f"reads this rank's elements and never communicates"
+        )
+    return Options(
+        params,
+        grads,
+        buffers,
+        None if include is None else compile_patterns(include, "include"),
+        () if exclude is None else compile_patterns(exclude, "exclude"),
+        correction,
+        grad_scale,
+        local,
+        async_op,
+    )
+
+
+def scale_of(grad_scale: float | Scaler, optimizer: torch.optim.Optimizer | None = None) -> float:
+    """Return the number that gradients are multiplied by.
+
+    Args:
+        grad_scale: that number, or a gradient scaler, which is asked for it.
+        optimizer: the optimizer whose gradients are read, where a scaler serves several.
+
+    Raises:
+        ValueError: `grad_scale` is no number > 0, or the scaler has already unscaled gradients
+            since its last `update`, so that its scale is no longer theirs.
+    """
+    if not hasattr(grad_scale, "get_scale"):
+        return _number(grad_scale, "grad_scale", " > 0", "; a GradScaler's is scaler.get_scale()")
+    # torch has no public way to ask whether a scaler has unscaled gradients.
+    states: Mapping[int, Any] = getattr(grad_scale, "_per_optimizer_states", {})
+    stages = {
+        getattr(state.get("stage"), "name", "READY")
+        for owner, state in states.items()
+        if optimizer is None or owner == id(optimizer)
+    }
+    if stages - {"READY"}:
+        raise ValueError(
+            "paramstats: expected grad_scale=scaler before scaler.unscale_ and scaler.step, got a "
+            "scaler that has unscaled gradients; call this earlier or leave grad_scale out. If the "
+            "scaler serves several optimizers, name the one that is meant: "
+            "watcher.step(optimizer=...)"
+        )
+    return float(grad_scale.get_scale())
+
+
+def _number(value: Any, argument: str, condition: str = "", remedy: str = "") -> float:
+    try:
+        if math.isfinite(value):
+            return float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # the last two are torch's
+        pass
+    raise ValueError(
+        f"paramstats.summarize: expected a finite number{condition} for {argument}, "
+        f"got {value!r}{remedy}"
+    )
+
+
+def checked_stats(stats: str | Iterable[str], function: str) -> tuple[str, ...]:
+    """Return `stats` as a tuple of statistics' names.
+
+    Raises ValueError with the nearest name at one that does not exist.
+    """
+    names = (stats,) if isinstance(stats, str) else tuple(stats)
+    for name in names:
+        if name not in STATS:
+            raise ValueError(
+                f"paramstats.{function}: expected stats out of {', '.join(STATS)}, got "
+                f"'{name}'{did_you_mean(name)}"
+            )
+    return names
+
+
+def did_you_mean(name: object) -> str:
+    """Return "; did you mean 'std'?" for "stddev", and "" for a name without a likely meaning."""
+    meant = _MEANT.get(str(name).lower())
+    return f"; did you mean '{meant}'?" if meant else ""
+
+
+@functools.lru_cache(maxsize=16)
+def checked_key(key: str) -> str:
+    """Return `key`, a format string for the keys of `Summary.scalars`.
+
+    Raises ValueError where it is malformed or has fields other than kind, stat and name.
+    """
+    try:
+        key.format(kind="param", stat="mean", name="weight")
+    except (KeyError, IndexError, AttributeError) as error:
+        raise ValueError(
+            f"paramstats.scalars: expected the fields kind, stat and name in key, got "
+            f"{error.args[0]!r} in '{key}'"
+        ) from None
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"paramstats.scalars: expected a format string for key, got '{key}': {error}"
+        ) from None
+    return key
+
+
+def check_keys(key: str, stats: tuple[str, ...], totals: bool) -> None:
+    """Raise ValueError if `key` gives two statistics of one parameter the same key.
+
+    Summary.scalars would raise it, too, but in a distributed run only on the rank that logs.
+    """
+    names = ("weight", "total") if totals else ("weight",)
+    keys = [
+        checked_key(key).format(kind=kind, stat=stat, name=name)
+        for kind in ("param", "grad")
+        for stat in stats
+        for name in names
+    ]
+    if len(set(keys)) < len(keys):
+        raise duplicate_keys(key, len(set(keys)), len(keys))
+
+
+def duplicate_keys(key: str, keys: int, statistics: int) -> ValueError:
+    """Return the error for a key that stands for two statistics."""
+    return ValueError(
+        f"paramstats.scalars: expected a key for each statistic, got {keys} keys for {statistics} "
+        f"statistics from '{key}'; use {{kind}}, {{stat}} and {{name}}, and totals=False where a "
+        f"parameter is called 'total'"
+    )

@@ -1,0 +1,97 @@
+"""Read the states of tensors: the backend first, torch operators for what it defers."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from paramstats._core import reference
+from paramstats._core.backend import Implementation
+from paramstats._core.layout import Layout
+from paramstats._core.record import Record
+from paramstats._core.shard import refuse_shards
+from paramstats._core.torch_private import no_tracing
+
+_MAX_WARNED = 1000
+"""Reasons remembered. A reason may contain a size that differs at every call."""
+
+_warned: set[str] = set()
+
+
+class Rows(NamedTuple):
+    """A table of states, some of which may still be under way on a device."""
+
+    table: bytes
+    transfers: Sequence[reference.Transfer] = ()
+    skipped: Mapping[int, str] = MappingProxyType({})
+    """Why a row could not be read."""
+
+    def finished(self) -> bytes:
+        """Wait for the transfers and return the table with their states."""
+        return reference.finished(self.table, self.transfers) if self.transfers else self.table
+
+
+def read_rows(
+    backend: Implementation,
+    tensors: list[Any],
+    params: bool,
+    grads: bool,
+    row_name: Callable[[int], str],
+) -> Rows:
+    """Read the states of `tensors`, and of their gradients into the second half of the table.
+
+    Args:
+        backend: the backend that reads.
+        tensors: plain tensors; those that the backend defers are read by torch operators.
+        params: whether to read the tensors themselves; only their sizes otherwise.
+        grads: whether to read `.grad`; the rows are absent otherwise.
+        row_name: the name of a row, for errors.
+
+    Raises:
+        NotImplementedError: a gradient is sharded and its tensor is not.
+        RuntimeError: a stream that would be used is being captured into a CUDA graph, or the
+            native backend was forced and cannot read a CUDA tensor.
+    """
+    table, deferred_rows, transfers = backend.read(tensors, params, grads)
+    if not deferred_rows:
+        return Rows(table, transfers)
+    refuse_shards((row_name(row), tensor) for row, tensor in deferred_rows)
+    with no_tracing():
+        devices = [tensor.device for _, tensor in deferred_rows]
+    backend.explain_cuda(devices)
+    table, more, skipped = reference.fill(table, deferred_rows, params)
+    return Rows(table, (*transfers, *more), skipped)
+
+
+class DeferredRecord:
+    """A record whose table is complete once its transfers are."""
+
+    __slots__ = ("_record", "_transfers")
+
+    def __init__(self, record: Record, transfers: Sequence[reference.Transfer]) -> None:
+        self._record = record
+        self._transfers = tuple(transfers)
+
+    def layout(self) -> Layout:
+        return self._record.layout
+
+    def ready(self) -> bool:
+        return all(transfer.ready() for transfer in self._transfers)
+
+    def result(self) -> Record:
+        return self._record._replace(table=reference.finished(self._record.table, self._transfers))
+
+
+def warn_once(skipped: Mapping[str, str]) -> None:
+    """Warn about tensors that could not be read: `{name: reason}`; each reason once per process."""
+    for name, reason in skipped.items():
+        if reason not in _warned and len(_warned) < _MAX_WARNED:
+            _warned.add(reason)
+            warnings.warn(
+                f"paramstats.summarize: '{name}' could not be read, its statistics are NaN: "
+                f"{reason}",
+                RuntimeWarning,
+                stacklevel=4,
+            )

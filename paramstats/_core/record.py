@@ -1,0 +1,111 @@
+"""Define `Record`: what every source makes and every view reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import NamedTuple, Protocol
+
+from paramstats._core import moments
+from paramstats._core.backend import active
+from paramstats._core.layout import Layout, Patterns
+from paramstats._core.moments import ABSENT, ROW, Moments
+
+_EMPTY: Mapping[str, str] = MappingProxyType({})
+
+
+class Record(NamedTuple):
+    """The states of a model's tensors and gradients, and what is needed to interpret them.
+
+    `table` holds 2 N rows of `Moments` for N tensors: the tensors, then their gradients. The count
+    of a row is `ABSENT` where there is no gradient. Gradients in the table are still multiplied by
+    `grad_scale`; all methods divide it out.
+    """
+
+    layout: Layout
+    table: bytes
+    correction: float = 1.0
+    grad_scale: float = 1.0
+    skipped: Mapping[str, str] = _EMPTY
+    """Why a tensor could not be read, by name; "NAME (gradient)" for a gradient."""
+    diverged: Mapping[str, str] = _EMPTY
+    """Which ranks differ where all should hold the same values, by name."""
+    is_local: bool = False
+    """Whether the states cover only this rank's part of a sharded model."""
+
+    def state(self, row: int) -> Moments:
+        """Return the state of a row of the table."""
+        return self._unscaled(moments.row(self.table, row), row)
+
+    def has_gradient(self, begin: int, end: int) -> bool:
+        """Return whether any of the tensors [begin, end) has a gradient."""
+        n = len(self.layout)
+        return any(
+            moments.row(self.table, row).count != ABSENT for row in range(n + begin, n + end)
+        )
+
+    def merged(self, begin: int, end: int) -> Moments:
+        """Return rows [begin, end) merged into one state, without absent and unread rows."""
+        state = moments.row(active().merge_rows(self.table, begin, end), 0)
+        return self._unscaled(state, begin) if end > begin else state
+
+    def scalars(self, keys: list[str], columns: list[int]) -> dict[str, float]:
+        """Return `{key: statistic}` for all rows that were read; see `moments.scalars`."""
+        return active().scalars(self.table, keys, columns, self.correction, self.grad_scale)
+
+    def statistics(self) -> bytes:
+        """Return a float64 row of all statistics per row; see `moments.finalize_table`."""
+        return active().finalize_table(self.table, self.correction, self.grad_scale)
+
+    def select(self, include: Patterns | None, exclude: Patterns) -> Record:
+        """Return the record of the tensors whose names `include` and `exclude` let pass."""
+        layout, rows = self.layout.select(include, exclude)
+        names = {layout.row_name(row) for row in range(2 * len(layout))}
+        return self._replace(
+            layout=layout,
+            table=self._rows_of(rows),
+            skipped={name: why for name, why in self.skipped.items() if name in names},
+            diverged={name: why for name, why in self.diverged.items() if name in names},
+        )
+
+    def by_module(self, depth: int) -> Record:
+        """Return a record with one row per module at `depth`, merged from its tensors' rows."""
+        layout, groups = self.layout.by_module(depth)
+        grouped = [row for group in groups for row in group]
+        sorted_table = self._rows_of(grouped)
+        merge, rows = active().merge_rows, []
+        for first in (0, len(grouped)):
+            begin = first
+            for group in groups:
+                end = begin + len(group)
+                states = (moments.row(sorted_table, row) for row in range(begin, end))
+                if all(state.count == ABSENT for state in states):
+                    rows.append(ROW.pack(*moments.unread(ABSENT)))
+                else:
+                    rows.append(merge(sorted_table, begin, end))
+                begin = end
+        return self._replace(layout=layout, table=b"".join(rows))
+
+    def _rows_of(self, tensors: Sequence[int]) -> bytes:
+        """Return the rows of these tensors, then those of their gradients."""
+        n, size = len(self.layout), ROW.size
+        rows = (*tensors, *(n + tensor for tensor in tensors))
+        return b"".join(self.table[row * size : (row + 1) * size] for row in rows)
+
+    def _unscaled(self, state: Moments, row: int) -> Moments:
+        if self.grad_scale == 1 or row < len(self.layout):
+            return state
+        return moments.scaled(state, 1 / self.grad_scale)
+
+
+class Deferred(Protocol):
+    """A record that is still being computed, by a device or by a collective call."""
+
+    def layout(self) -> Layout:
+        """Return the layout, without waiting where it is already known."""
+
+    def ready(self) -> bool:
+        """Return whether `result` would not wait."""
+
+    def result(self) -> Record:
+        """Wait for the record and return it; raises what computing it raised."""
