@@ -19,7 +19,6 @@ from torch import Tensor
 
 from paramstats._core.elements import check_storage, elements, gradient, numel
 from paramstats._core.forked import threads_that_exist
-from paramstats._core.interrupts import let_through
 from paramstats._core.layout import is_lazy
 from paramstats._core.moments import ABSENT, ROW, Moments, merge, unread
 from paramstats._core.torch_private import no_tracing
@@ -239,7 +238,6 @@ def fill(
             try:
                 state = _state(tensor, row, later) if params or row >= n else None
             except Exception as error:  # a subclass may raise anything; training goes on
-                let_through(error)
                 state = None
                 skipped[row] = _reason(error, tensor)
             ROW.pack_into(out, row * ROW.size, *(state or unread(numel(tensor))))

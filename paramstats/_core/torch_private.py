@@ -13,8 +13,6 @@ from typing import TypeVar
 
 import torch
 
-from paramstats._core.interrupts import let_through
-
 F = TypeVar("F", bound=Callable[..., object])
 
 _GONE = (AttributeError, ImportError, TypeError)
@@ -49,10 +47,8 @@ def no_tracing() -> Iterator[None]:
     the model's, and their results are wanted now."""
     with contextlib.ExitStack() as back:
         for hide in (_from_tracing, _from_function_modes, _from_dispatch_modes):
-            try:
+            with contextlib.suppress(*_GONE):
                 hide(back)
-            except _GONE as error:
-                let_through(error)
         yield
 
 
@@ -87,8 +83,7 @@ def unwrapped(x: torch.Tensor) -> torch.Tensor:
         while functorch.is_gradtrackingtensor(x):
             x = functorch.get_unwrapped(x)
         is_one_of_many = functorch.is_batchedtensor(x)
-    except _GONE as error:
-        let_through(error)
+    except _GONE:
         return x
     if is_one_of_many:
         raise TypeError("inside torch.vmap it stands for one of many; call summarize outside of it")

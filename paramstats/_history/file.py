@@ -16,7 +16,6 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator
 
-from paramstats._core.interrupts import let_through
 from paramstats._core.layout import Layout
 from paramstats._history.lines import Entry, entry_line, entry_of, expect, layout_line, layout_of
 from paramstats._summary import record_of
@@ -160,7 +159,6 @@ class Reader:
                 try:
                     parsed = self._parse(line)
                 except Exception as error:  # whatever the bytes of a broken line come to
-                    let_through(error)
                     self._end_at(number, line, error, (rest for _, rest in lines))
                     return
                 self.size += len(line)

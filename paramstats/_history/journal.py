@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from paramstats._core.interrupts import let_through
 from paramstats._core.layout import Layout
 from paramstats._history.file import Reader, TakenError, Writer, write_all
 from paramstats._history.lines import Entry
@@ -98,7 +97,6 @@ class Journal:
             if self._writer is not None:
                 self._writer.write(entry)
         except OSError as error:  # a full disk is no reason to end a training
-            let_through(error)
             warnings.warn(
                 f"paramstats.History: '{self._path}' cannot be written any more, entries from step "
                 f"{entry.step} on are in memory alone: {error}",

@@ -12,8 +12,6 @@ import pickletools
 from collections.abc import Callable, Collection
 from typing import IO, Any
 
-from paramstats._core.interrupts import let_through
-
 
 class PickleError(Exception):
     """What is wrong with a pickle, in words that follow "got"."""
@@ -91,7 +89,6 @@ def load(
     except PickleError:
         raise
     except Exception as error:  # a broken pickle fails in as many ways as there are instructions
-        let_through(error)
         raise PickleError(f"a broken pickle ({type(error).__name__}: {error})") from None
 
 

@@ -13,7 +13,6 @@ import sys
 import zipfile
 from typing import IO, Any
 
-from paramstats._core.interrupts import let_through
 from paramstats.checkpoints import _pickles as pickles
 from paramstats.checkpoints._pickles import PickleError
 from paramstats.checkpoints._rebuilding import ALLOWED, Places, Storage, listed, storage
@@ -60,7 +59,6 @@ def read(file: IO[bytes], path: str, begin: int = 0, size: int | None = None) ->
     except CheckpointError:
         raise
     except (*_BROKEN, zipfile.BadZipFile, NotImplementedError, OSError) as error:
-        let_through(error)
         raise CheckpointError(
             f"paramstats: expected a whole torch.save archive, got {path}: {error}"
         ) from None

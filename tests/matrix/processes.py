@@ -218,34 +218,6 @@ def handler(look: Look) -> None:
     look.each(compare)
 
 
-@row("A time limit by SIGALRM, whose handler raises in the midst of calls", quick=True)
-def time_limit(look: Look) -> str:
-    def raise_it(*_: Any) -> None:
-        raise TimeoutError
-
-    def compare() -> int:
-        tensors = {str(i): torch.randn(2000) for i in range(60)}
-        expected = paramstats.summarize(tensors)
-        before = signal.signal(signal.SIGALRM, raise_it)
-        delays = random.Random(0)
-        try:
-            for _ in range(40):
-                try:
-                    signal.setitimer(signal.ITIMER_REAL, delays.uniform(1e-4, 5e-3))
-                    while True:
-                        assert paramstats.summarize(tensors) == expected
-                except TimeoutError:
-                    pass
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, before)
-        check(paramstats.summarize(tensors)["7"], tensors["7"])
-        return 1
-
-    look.each(compare)
-    return "the exception comes out of the call"
-
-
 INTERRUPTED = """
 import sys, torch, paramstats
 from paramstats._core import backend as backend
