@@ -6,6 +6,7 @@ that list their parameters in a way of their own, and for all modules without it
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import traceback
