@@ -13,8 +13,8 @@ from paramstats._core import walk as python_walk
 from paramstats._core.backend import active
 from paramstats._core.layout import Layout, Patterns
 from paramstats._core.options import Pattern, Scaler, make_options
-from paramstats._core.reading import DeferredRecord, read_rows, warn_once
-from paramstats._core.record import Record
+from paramstats._core.reading import DeferredRecord, read_deferred, warn_once
+from paramstats._core.record import NO_NAMES, Record
 from paramstats._core.shard import LocalShard
 from paramstats._core.torch_private import skip_dynamo
 from paramstats._summary import Summary
@@ -107,9 +107,8 @@ def summarize(
     """
     backend = active()
     options = make_options(
-        params, grads, buffers, include, exclude, correction, grad_scale, local,
-        group is not None, async_op,
-    )  # fmt: skip
+        include, exclude, correction, grad_scale, local, group is not None, async_op
+    )
     if isinstance(source, torch.nn.Module):
         walked = backend.walk(source, buffers, _make_layout)
         layout, tensors = walked or python_walk.walk(source, buffers, _make_layout)
@@ -121,16 +120,22 @@ def summarize(
         from paramstats import _sharded
 
         select = functools.partial(_select, include=options.include, exclude=options.exclude)
-        return Summary(_sharded.summarize(source, layout, tensors, backend, options, group, select))
+        call = _sharded.Call(backend, options, params, grads, group, select)
+        return _sharded.summarize(call, source, layout, tensors)
     if options.include is not None or options.exclude:
         layout, tensors = _select(layout, tensors, options.include, options.exclude)
-    rows = read_rows(backend, tensors, params, grads, layout.row_name)
-    record = Record(layout, rows.table, options.correction, options.grad_scale)
-    if rows.skipped:
-        skipped = {layout.row_name(row): reason for row, reason in rows.skipped.items()}
+    # read_rows, without the cost of a call for a model that the backend reads by itself.
+    table, deferred_rows, transfers = backend.read(tensors, params, grads)
+    skipped: Mapping[str, str] = NO_NAMES
+    if deferred_rows:
+        table, transfers, reasons = read_deferred(
+            backend, table, deferred_rows, transfers, params, layout.row_name
+        )
+        skipped = {layout.row_name(row): reason for row, reason in reasons.items()}
         warn_once(skipped)
-        record = record._replace(skipped=skipped)
-    return Summary(DeferredRecord(record, rows.transfers) if rows.transfers else record)
+    fields = (layout, table, options.correction, options.grad_scale, skipped, NO_NAMES, False)
+    record = tuple.__new__(Record, fields)  # takes half the time of Record(...)
+    return Summary(None, DeferredRecord(record, transfers)) if transfers else Summary(record)
 
 
 def _select(

@@ -38,13 +38,10 @@ class Summary(Mapping[str, ParamStats]):
 
     __slots__ = ("_deferred", "_ready")
 
-    def __init__(self, record: Record | Deferred) -> None:
-        if isinstance(record, Record):
-            self._ready: Record | None = record
-            self._deferred: Deferred | None = None
-        else:
-            self._ready = None
-            self._deferred = record
+    def __init__(self, record: Record | None, deferred: Deferred | None = None) -> None:
+        """Exactly one of the two is given."""
+        self._ready = record
+        self._deferred = deferred
 
     @property
     def _record(self) -> Record:
@@ -206,11 +203,10 @@ class Summary(Mapping[str, ParamStats]):
         """
         if depth is not None and (not isinstance(depth, int) or depth < 1):
             raise ValueError(f"paramstats.scalars: expected depth to be 1 or more, got {depth!r}")
-        names = checked_stats(stats, "scalars")
+        names, columns = checked_stats(stats)
         full = self._record
         record = full if depth is None else full.by_module(depth)
         keys = record.layout.keys(checked_key(key), names)
-        columns = [STATS.index(stat) for stat in names]
         out = record.scalars(keys.rows, columns)
         expected = len(out) if keys.are_distinct else len(names) * _count_read(record)
         if totals:
@@ -219,9 +215,8 @@ class Summary(Mapping[str, ParamStats]):
                 if statistics is not None and statistics.is_read():
                     expected += len(names)
                     values = statistics.statistics()
-                    out.update(
-                        zip(keys.total[kind], (float(values[c]) for c in columns), strict=True)
-                    )
+                    for key_, column in zip(keys.total[kind], columns, strict=True):
+                        out[key_] = float(values[column])
         if len(out) != expected:
             raise duplicate_keys(key, len(out), expected)
         return out

@@ -102,12 +102,9 @@ def watch(
         raise ValueError("paramstats.watch: expected log= or history=, got neither")
     _check_log(log)
     # All ranks check this, so that all raise: only rank 0 logs.
-    stats = checked_stats(stats, "watch")
+    stats, _ = checked_stats(stats, "watch")
     check_keys(key, stats, totals)
-    options = make_options(
-        params, grads, buffers, include, exclude, correction, 1.0, False, group is not None,
-        async_op,
-    )  # fmt: skip
+    options = make_options(include, exclude, correction, 1.0, False, group is not None, async_op)
     if isinstance(history, (str, os.PathLike)):
         history = History(history) if _is_first_rank() else None
     elif history is not None and not callable(getattr(history, "append", None)):

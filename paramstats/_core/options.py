@@ -48,11 +48,8 @@ class Scaler(Protocol):
 
 
 class Options(NamedTuple):
-    """The checked arguments of `summarize`, without the source and the process group."""
+    """Checked arguments of `summarize`."""
 
-    params: bool
-    grads: bool
-    buffers: bool
     include: Patterns | None
     exclude: Patterns
     correction: float
@@ -61,10 +58,10 @@ class Options(NamedTuple):
     async_op: bool
 
 
+_DEFAULT = Options(None, (), 1.0, 1.0, False, False)
+
+
 def make_options(
-    params: bool,
-    grads: bool,
-    buffers: bool,
     include: Pattern | Iterable[Pattern] | None,
     exclude: Pattern | Iterable[Pattern] | None,
     correction: float,
@@ -73,32 +70,17 @@ def make_options(
     has_group: bool,
     async_op: bool,
 ) -> Options:
-    """Return the options of a call, or raise TypeError or ValueError for the first bad argument."""
+    """Return checked options, or raise TypeError or ValueError for the first bad argument."""
+    if (
+        include is None
+        and exclude is None
+        and correction == 1
+        and grad_scale == 1
+        and not (local or has_group or async_op)
+    ):
+        return _DEFAULT
     correction = _number(correction, "correction")
-    if type(grad_scale) is not float:
-        grad_scale = scale_of(grad_scale)
-    arguments: Any = (
-        params, grads, buffers, include, exclude, correction, grad_scale, local, has_group, async_op
-    )  # fmt: skip
-    try:
-        return _checked(*arguments)
-    except TypeError:  # a list of patterns cannot be hashed
-        return _checked.__wrapped__(*arguments)
-
-
-@functools.lru_cache(maxsize=32)
-def _checked(
-    params: bool,
-    grads: bool,
-    buffers: bool,
-    include: Any,
-    exclude: Any,
-    correction: float,
-    grad_scale: float,
-    local: bool,
-    has_group: bool,
-    async_op: bool,
-) -> Options:
+    grad_scale = scale_of(grad_scale)
     if not (math.isfinite(grad_scale) and grad_scale > 0 and math.isfinite(1 / grad_scale)):
         raise ValueError(
             f"paramstats.summarize: expected a finite number > 0 for grad_scale, got {grad_scale!r}"
@@ -111,9 +93,6 @@ def _checked(
             f"reads this rank's elements and never communicates"
         )
     return Options(
-        params,
-        grads,
-        buffers,
         None if include is None else compile_patterns(include, "include"),
         () if exclude is None else compile_patterns(exclude, "exclude"),
         correction,
@@ -165,19 +144,26 @@ def _number(value: Any, argument: str, condition: str = "", remedy: str = "") ->
     )
 
 
-def checked_stats(stats: str | Iterable[str], function: str) -> tuple[str, ...]:
-    """Return `stats` as a tuple of statistics' names.
-
-    Raises ValueError with the nearest name at one that does not exist.
-    """
-    names = (stats,) if isinstance(stats, str) else tuple(stats)
-    for name in names:
+@functools.lru_cache(maxsize=32)
+def _columns(stats: tuple[str, ...], function: str) -> list[int]:
+    for name in stats:
         if name not in STATS:
             raise ValueError(
                 f"paramstats.{function}: expected stats out of {', '.join(STATS)}, got "
                 f"'{name}'{did_you_mean(name)}"
             )
-    return names
+    return [STATS.index(name) for name in stats]
+
+
+def checked_stats(
+    stats: str | Iterable[str], function: str = "scalars"
+) -> tuple[tuple[str, ...], list[int]]:
+    """Return the names of statistics, and their positions in `STATS`.
+
+    Raises ValueError with the likely name at one that does not exist.
+    """
+    names = (stats,) if isinstance(stats, str) else tuple(stats)
+    return names, _columns(names, function)
 
 
 def did_you_mean(name: object) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 from paramstats._core import reference
 from paramstats._core.backend import Implementation
@@ -20,17 +20,10 @@ _MAX_WARNED = 1000
 _warned: set[str] = set()
 
 
-class Rows(NamedTuple):
-    """A table of states, some of which may still be under way on a device."""
+_NO_REASONS: Mapping[int, str] = MappingProxyType({})
 
-    table: bytes
-    transfers: Sequence[reference.Transfer] = ()
-    skipped: Mapping[int, str] = MappingProxyType({})
-    """Why a row could not be read."""
-
-    def finished(self) -> bytes:
-        """Wait for the transfers and return the table with their states."""
-        return reference.finished(self.table, self.transfers) if self.transfers else self.table
+Rows = tuple[bytes, Sequence[reference.Transfer], Mapping[int, str]]
+"""A table of states, the transfers that complete it, and why a row could not be read."""
 
 
 def read_rows(
@@ -49,6 +42,10 @@ def read_rows(
         grads: whether to read `.grad`; the rows are absent otherwise.
         row_name: the name of a row, for errors.
 
+    Returns:
+        A table of 2 N rows, the transfers from devices that are still to be written into it (see
+        `reference.finished`), and why a row could not be read, by row.
+
     Raises:
         NotImplementedError: a gradient is sharded and its tensor is not.
         RuntimeError: a stream that would be used is being captured into a CUDA graph, or the
@@ -56,13 +53,25 @@ def read_rows(
     """
     table, deferred_rows, transfers = backend.read(tensors, params, grads)
     if not deferred_rows:
-        return Rows(table, transfers)
+        return table, transfers, _NO_REASONS
+    return read_deferred(backend, table, deferred_rows, transfers, params, row_name)
+
+
+def read_deferred(
+    backend: Implementation,
+    table: bytes,
+    deferred_rows: reference.Left,
+    transfers: Sequence[reference.Transfer],
+    params: bool,
+    row_name: Callable[[int], str],
+) -> Rows:
+    """Read with torch operators what `backend.read` deferred; the rest of `read_rows`."""
     refuse_shards((row_name(row), tensor) for row, tensor in deferred_rows)
     with no_tracing():
         devices = [tensor.device for _, tensor in deferred_rows]
     backend.explain_cuda(devices)
     table, more, skipped = reference.fill(table, deferred_rows, params)
-    return Rows(table, (*transfers, *more), skipped)
+    return table, (*transfers, *more), skipped
 
 
 class DeferredRecord:

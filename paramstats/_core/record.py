@@ -11,7 +11,7 @@ from paramstats._core.backend import active
 from paramstats._core.layout import Layout, Patterns
 from paramstats._core.moments import ABSENT, ROW, Moments
 
-_EMPTY: Mapping[str, str] = MappingProxyType({})
+NO_NAMES: Mapping[str, str] = MappingProxyType({})
 
 
 class Record(NamedTuple):
@@ -26,9 +26,9 @@ class Record(NamedTuple):
     table: bytes
     correction: float = 1.0
     grad_scale: float = 1.0
-    skipped: Mapping[str, str] = _EMPTY
+    skipped: Mapping[str, str] = NO_NAMES
     """Why a tensor could not be read, by name; "NAME (gradient)" for a gradient."""
-    diverged: Mapping[str, str] = _EMPTY
+    diverged: Mapping[str, str] = NO_NAMES
     """Which ranks differ where all should hold the same values, by name."""
     is_local: bool = False
     """Whether the states cover only this rank's part of a sharded model."""

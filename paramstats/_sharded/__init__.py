@@ -1,5 +1,5 @@
 """Statistics of models that several ranks hold together; imported when one is met."""
 
-from paramstats._sharded.summarize import summarize
+from paramstats._sharded.summarize import Call, summarize
 
-__all__ = ["summarize"]
+__all__ = ["Call", "summarize"]

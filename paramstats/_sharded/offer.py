@@ -9,12 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from paramstats._core import moments
+from paramstats._core import moments, reference
 from paramstats._core.backend import Implementation
 from paramstats._core.elements import numel
 from paramstats._core.layout import Layout
 from paramstats._core.moments import ABSENT, ROW, Moments, unread
-from paramstats._core.reading import Rows, read_rows
+from paramstats._core.reading import read_rows
 from paramstats._sharded.agreement import Content, content_of
 from paramstats._sharded.merging import WORDS
 from paramstats._sharded.partial import (
@@ -55,7 +55,7 @@ class Offer:
         self._held = held
         self._params = params
         self._table = bytearray(_ABSENT * len(held.tensors))
-        self._under_way: list[tuple[list[int], Rows]] = []
+        self._under_way: list[tuple[list[int], bytes, Sequence[reference.Transfer]]] = []
         self._mine: dict[Label, Addend] = {}
         self._addends: dict[Label, Tensor] = {}
         self._try(self._read_all)
@@ -81,7 +81,8 @@ class Offer:
     ) -> list[Moments]:
         """The states of a plan's slots, from all processes' addends."""
         parts = add_up(plan, self._mine, self._addends, group, device)
-        table = read_rows(self._backend, parts, True, False, str).finished()
+        table, transfers, _ = read_rows(self._backend, parts, True, False, str)
+        table = reference.finished(table, transfers)
         return [moments.row(table, slot) for slot in range(len(parts))]
 
     # ---- reading
@@ -131,19 +132,19 @@ class Offer:
     def _read(self, rows: list[int], tensors: list[Tensor]) -> None:
         if not rows:
             return
-        read = read_rows(
+        table, transfers, skipped = read_rows(
             self._backend, tensors, True, False, lambda i: self.layout.row_name(rows[i])
         )
-        if read.transfers:
-            self._under_way.append((rows, read))
+        if transfers:
+            self._under_way.append((rows, table, transfers))
         else:
-            self._put(rows, read.table)
-        for i, reason in read.skipped.items():
+            self._put(rows, table)
+        for i, reason in skipped.items():
             self._leave(rows[i], reason)
 
     def _wait(self) -> None:
-        for rows, read in self._under_way:
-            self._put(rows, read.finished())
+        for rows, table, transfers in self._under_way:
+            self._put(rows, reference.finished(table, transfers))
         self._under_way.clear()
 
     def _put(self, rows: list[int], table: bytes) -> None:

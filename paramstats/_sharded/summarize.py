@@ -12,7 +12,7 @@ import sys
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
@@ -20,77 +20,73 @@ from paramstats._core.backend import Implementation
 from paramstats._core.layout import Layout
 from paramstats._core.options import Options
 from paramstats._core.reading import warn_once
-from paramstats._core.record import Deferred, Record
+from paramstats._core.record import Record
 from paramstats._sharded.exchange import Outcome, Result
 from paramstats._sharded.groups import group_aside, group_of
 from paramstats._sharded.offer import FailedOffer, Offer
 from paramstats._sharded.pieces import Placings, held
 from paramstats._sharded.wrappers import unwrapped
-
-Select = Callable[[Layout, list[Any]], tuple[Layout, list[Any]]]
+from paramstats._summary import Summary
 
 _placings: weakref.WeakKeyDictionary[Layout, Placings] = weakref.WeakKeyDictionary()
 
 
-def summarize(
-    source: Any,
-    layout: Layout,
-    tensors: list[Any],
-    backend: Implementation,
-    options: Options,
-    group: dist.ProcessGroup | None,
-    select: Select,
-) -> Record | Deferred:
-    """Return the record of a sharded model; a collective call unless `options.local`.
+class Call(NamedTuple):
+    """How `paramstats.summarize` was called."""
+
+    backend: Implementation
+    options: Options
+    params: bool
+    grads: bool
+    group: dist.ProcessGroup | None
+    """The ranks that exchange; None: all."""
+    select: Callable[[Layout, list[Any]], tuple[Layout, list[Any]]]
+    """Returns what `include` and `exclude` leave of a layout and its tensors."""
+
+
+def summarize(call: Call, source: Any, layout: Layout, tensors: list[Any]) -> Summary:
+    """Return the summary of a sharded model; a collective call unless `local` is set.
 
     Args:
-        source: what `paramstats.summarize` was called with.
+        call: the arguments of the call.
+        source: the model, mapping or pairs.
         layout, tensors: the tensors of `source` as this rank has them.
-        backend: the backend that reads them.
-        options: the other arguments of the call.
-        group: the ranks that exchange; None: all.
-        select: returns what `include` and `exclude` leave of a layout and its tensors.
     """
+    backend, options = call.backend, call.options
     if options.local:
-        return _local_record(source, layout, tensors, backend, options, select)
+        return Summary(_local_record(call, source, layout, tensors))
     try:
-        layout, tensors = select(*unwrapped(source, layout, tensors))
+        layout, tensors = call.select(*unwrapped(source, layout, tensors))
         if backend.native is not None and "torch.distributed.tensor" in sys.modules:
             backend.native.read_distributed(sys.modules["torch.distributed.tensor"].DTensor)
-        here = held(tensors, options.grads, _placings.setdefault(layout, {}))
-        offer: Offer | FailedOffer = Offer(backend, layout, tensors, here, options.params)
+        here = held(tensors, call.grads, _placings.setdefault(layout, {}))
+        offer: Offer | FailedOffer = Offer(backend, layout, tensors, here, call.params)
     except Exception as error:  # raised after the exchange, as the other ranks wait for this one
         offer = FailedOffer(error)
     if options.async_op:
-        return _DeferredExchange(group_aside(group).exchange_later(offer), options)
-    result = group_of(group).exchange(offer)
+        later = group_aside(call.group).exchange_later(offer)
+        return Summary(None, _DeferredExchange(later, options))
+    result = group_of(call.group).exchange(offer)
     warn_once(result.skipped)
-    return _record(result, options)
+    return Summary(_record(result, options))
 
 
-def _local_record(
-    source: Any,
-    layout: Layout,
-    tensors: list[Any],
-    backend: Implementation,
-    options: Options,
-    select: Select,
-) -> Record:
+def _local_record(call: Call, source: Any, layout: Layout, tensors: list[Any]) -> Record:
     """Return the record of the elements on this rank, without communication."""
-    layout, tensors = select(*unwrapped(source, layout, tensors))
-    here = held(tensors, options.grads, {})
+    layout, tensors = call.select(*unwrapped(source, layout, tensors))
+    here = held(tensors, call.grads, {})
     here.partial.clear()  # the addends are the local elements
     local: list[Any] = here.tensors[: len(tensors)]
     layout = Layout.of(source, layout.names, layout.aliases, layout.parameters, local)
-    offer = Offer(backend, layout, local, here, options.params)
+    offer = Offer(call.backend, layout, local, here, call.params)
     if offer.error is not None:
         raise offer.error
     warn_once(offer.unreadable)
     return Record(
         layout,
         offer.table(),
-        options.correction,
-        options.grad_scale,
+        call.options.correction,
+        call.options.grad_scale,
         skipped=offer.unreadable,
         is_local=True,
     )

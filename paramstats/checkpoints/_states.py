@@ -78,8 +78,8 @@ class States:
 
 def read_table(tensors: list[torch.Tensor]) -> tuple[bytes, Mapping[int, str]]:
     """Return a table of the tensors' states, and why one could not be read, by row."""
-    rows = read_rows(active(), tensors, True, False, str)
-    return rows.table, rows.skipped
+    table, _, skipped = read_rows(active(), tensors, True, False, str)
+    return table, skipped
 
 
 def _batches(views: list[torch.Tensor]) -> Iterator[range]:

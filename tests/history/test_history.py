@@ -199,7 +199,7 @@ class Transfer:
 def pending(record, transfer):
     """A summary of `record`, whose table is still under way."""
     unfinished = record._replace(table=bytes(len(record.table)))
-    return Summary(DeferredRecord(unfinished, [transfer]))
+    return Summary(None, DeferredRecord(unfinished, [transfer]))
 
 
 def test_append_waits_for_nothing(tmp_path):

@@ -34,7 +34,7 @@ def have_figures_arrive_late(monkeypatch: pytest.MonkeyPatch) -> list[Arriving]:
         record = record_of(real(*args, **kwargs))
         transfers.append(Arriving(record.table))
         unfinished = record._replace(table=bytes(len(record.table)))
-        return Summary(DeferredRecord(unfinished, transfers[-1:]))
+        return Summary(None, DeferredRecord(unfinished, transfers[-1:]))
 
     monkeypatch.setattr(sys.modules["paramstats._watch"], "summarize", summarize)
     return transfers
