@@ -21,6 +21,7 @@ from paramstats._history import History
 from paramstats._stats import ParamStats, TensorStats, TotalStats
 from paramstats._summarize import summarize
 from paramstats._summary import Summary
+from paramstats._version import __version__
 from paramstats._watch import Watcher, watch
 
 if TYPE_CHECKING:
@@ -40,13 +41,13 @@ __all__ = [
     "Thresholds",
     "TotalStats",
     "Watcher",
+    "__version__",
     "backend",
     "checkpoints",
     "integrations",
     "summarize",
     "watch",
 ]
-__version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:

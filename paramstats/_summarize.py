@@ -46,7 +46,7 @@ def summarize(
     group: dist.ProcessGroup | None = None,
     async_op: bool = False,
 ) -> Summary:
-    """Compute mean, std, norm, zero fraction and more of every tensor and its gradient, in one read.
+    """Compute mean, std, norm, zero fraction and more of all tensors and gradients, in one read.
 
     >>> import torch, paramstats
     >>> model = torch.nn.Linear(3, 2)

@@ -1,4 +1,4 @@
-"""Which backend runs, and why."""
+"""Choose the backend: the native module where it loads, torch operators otherwise."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ import torch
 
 from paramstats._core import moments, reference
 from paramstats._core import walk as python_walk
+from paramstats._version import __version__
 
 _PACKAGE = Path(__file__).parent.parent
 _ENGINE_VARIABLE = "PARAMSTATS_BACKEND"
@@ -35,41 +36,41 @@ if (_PACKAGE.parent / "setup.py").exists():
 
 @dataclass(frozen=True)
 class Implementation:
-    """The four functions that differ between backends."""
+    """The functions of a backend, and why another one is not used."""
 
     name: str
     walk: Callable[..., Any]
-    """`(module, buffers, make_layout) -> (layout, tensors)`, or None: use the Python walk."""
+    """`(module, buffers, make_layout) -> (layout, tensors)`, or None if only `_core.walk` can."""
     read: Callable[
         [list[torch.Tensor], bool, bool],
-        tuple[bytes, reference.Left, Sequence[reference.Transfer]],
+        tuple[bytes, reference.DeferredRows, Sequence[reference.Transfer]],
     ]
-    """`(tensors, params, grads) -> (table, what is left for reference.fill, what is under way)`."""
+    """`(tensors, params, grads) -> (table, rows for reference.fill, transfers)`."""
     merge_rows: Callable[[bytes, int, int], bytes]
     scalars: Callable[[bytes, list[str], list[int], float, float], dict[str, float]]
     finalize_table: Callable[[bytes, float, float], bytes]
     native: Any = None
-    """The extension module, where it is this backend."""
+    """The extension module of the native backend; None in the reference backend."""
     missing: str | None = None
-    """Why the native backend is not this one."""
+    """Why this is not the native backend; None if it is."""
     cuda: Any = None
-    """The extension module of the CUDA backend, where there is one."""
+    """The extension module of the CUDA kernels, if it is installed."""
     cuda_missing: str | None = None
-    """Why there is none."""
+    """Why it is not."""
     forced: bool = False
-    """Whether no other will do."""
+    """Whether PARAMSTATS_BACKEND=native forbids to fall back to torch operators."""
 
     def cuda_trouble(self, device: torch.device) -> str | None:
-        """Why this backend's kernels do not read tensors of a CUDA device; None where they do."""
+        """Return why the kernels do not read tensors on a CUDA device; None if they do."""
         if self.cuda is None:
             return self.cuda_missing
         trouble = self.native.cuda_trouble(device.index)
         return f"the CUDA backend does not run on {device}: {trouble}" if trouble else None
 
     def explain_cuda(self, devices: Iterable[torch.device]) -> None:
-        """Says once why tensors of a CUDA device go through torch operators.
+        """Warn, once per device, why CUDA tensors are read with torch operators.
 
-        Raises RuntimeError where the native backend was forced.
+        Raises RuntimeError if the native backend is forced.
         """
         for device in {device for device in devices if device.type == "cuda"}:
             trouble = self.cuda_trouble(device) if self.name == "native" else None
@@ -81,7 +82,7 @@ class Implementation:
             if trouble and device not in _explained:
                 _explained.add(device)
                 warnings.warn(
-                    f"paramstats runs on torch operators on {device}, correct but slower: "
+                    f"paramstats uses torch operators on {device}, with the same results, but slower: "
                     f"{trouble}",
                     RuntimeWarning,
                     stacklevel=3,
@@ -90,24 +91,24 @@ class Implementation:
 
 @dataclass(frozen=True)
 class Backend:
-    """What `paramstats.backend()` tells."""
+    """The backend in use; what `paramstats.backend()` returns."""
 
     cpu: str
-    """The backend of CPU tensors: "native" or "reference"."""
+    """The backend for CPU tensors: "native" or "reference"."""
     cuda: str
-    """The backend of CUDA tensors: "native" or "reference"."""
+    """The backend for CUDA tensors: "native" or "reference"."""
     simd: str | None
-    """The instructions that native kernels use: "avx512", "avx2" or "plain"."""
+    """The SIMD instructions of the native kernels: "avx512", "avx2" or "plain"."""
     threads: int
-    """Threads that share a large model: torch's own."""
+    """The number of torch's threads, which read a large model together."""
     missing: str | None
-    """Why the native backend does not run, and what to do about it; None where it does."""
+    """Why the native backend is not used, and what to do about it; None if it is."""
     cuda_missing: str | None
-    """Why it is not the native one; None where it is."""
+    """Why the native backend is not used for CUDA tensors; None if it is."""
     cuda_architectures: str | None
-    """What the native one was compiled for, as nvcc calls it: "sm_80 sm_90 ..."."""
+    """The GPU architectures that the kernels were compiled for, such as "sm_80 sm_90"."""
     cuda_devices: tuple[str, ...]
-    """The GPUs that torch sees; by name once CUDA is initialised."""
+    """The GPUs that torch sees; their names once CUDA is initialised."""
     torch: str
     """The version of torch."""
     version: str
@@ -136,7 +137,7 @@ _explained: set[torch.device] = set()
 
 
 def active() -> Implementation:
-    """The backend of this process, chosen at the first call."""
+    """Return the backend of this process, which is chosen at the first call."""
     global _active
     if _active is None:
         with _lock:
@@ -146,7 +147,11 @@ def active() -> Implementation:
 
 
 def choose(wanted: str | None) -> Implementation:
-    """The backend called `wanted`, or the native one where it loads."""
+    """Return the backend named `wanted`; None: the native one if it loads, else the reference.
+
+    Raises ValueError for an unknown name, and RuntimeError if `wanted` is "native" and it does not
+    load. Falling back to the reference backend is a RuntimeWarning.
+    """
     if wanted not in (None, "", "native", "reference"):
         raise ValueError(
             f"paramstats: expected {_ENGINE_VARIABLE} to be native or reference, got '{wanted}'"
@@ -174,7 +179,7 @@ def choose(wanted: str | None) -> Implementation:
             f"paramstats: expected the native backend ({_ENGINE_VARIABLE}=native), but {missing}"
         )
     warnings.warn(
-        f"paramstats runs on torch operators, correct but slower: {missing}",
+        f"paramstats uses torch operators, with the same results, but slower: {missing}",
         RuntimeWarning,
         stacklevel=4,
     )
@@ -182,16 +187,15 @@ def choose(wanted: str | None) -> Implementation:
 
 
 def backend() -> Backend:
-    """Which backend runs on which device, with which instructions, and why not another.
+    """Return which backend is used on which device, and why not another.
 
     >>> import paramstats
     >>> paramstats.backend().cpu in ("native", "reference")
     True
 
-    Printed, it is what a bug report needs. Raises RuntimeError where PARAMSTATS_BACKEND=native asks
-    for an backend that is not there.
+    Print it for a bug report. Raises RuntimeError if PARAMSTATS_BACKEND=native is set and the native
+    backend does not load.
     """
-    from paramstats import __version__
 
     chosen = active()
     devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
@@ -228,7 +232,7 @@ def _reference(missing: str | None) -> Implementation:
 
 
 def _record() -> dict[str, Any]:
-    """What setup.py left: which extensions it built, for which torch, and why not."""
+    """Return the record that setup.py wrote: what it built, for which torch, and why not."""
     try:
         record = json.loads((_PACKAGE / "_build.json").read_text())
     except (OSError, ValueError):
@@ -237,7 +241,7 @@ def _record() -> dict[str, Any]:
 
 
 def _load_native() -> tuple[Any, str | None]:
-    """The extension module, or why there is none."""
+    """Return the extension module and None, or None and the reason."""
     record = _record()
     if not record.get("native"):
         reason = record.get("reason") or f"it was never built in {_PACKAGE}"
@@ -255,7 +259,7 @@ def _load_native() -> tuple[Any, str | None]:
 
 
 def _load_cuda(native: Any) -> tuple[Any, str | None]:
-    """The CUDA backend's extension module, made known to the native one; or why there is none."""
+    """Connect the CUDA module to the native one; return it and None, or None and the reason."""
     record = _record()
     if not record.get("cuda"):
         reason = record.get("cuda_reason") or "it was never built"
@@ -270,7 +274,7 @@ def _load_cuda(native: Any) -> tuple[Any, str | None]:
 
 
 def _minor(version: str) -> tuple[int, ...]:
-    """(2, 13) of "2.13.0+cpu": an extension runs with the minor version it was built for."""
+    """Return (2, 13) for "2.13.0+cpu"; an extension needs the minor version it was built for."""
     return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
 
 

@@ -1,4 +1,4 @@
-"""What stands for a tensor's elements, of whatever kind it is; its gradient; how many there are."""
+"""Convert any tensor (sparse, quantized, subclass) to a plain strided one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from paramstats._core.torch_private import unwrapped
 
 
 def elements(x: Tensor) -> tuple[Tensor, int]:
-    """A strided tensor with the elements that are stored, and how many zeros are not."""
+    """Return a strided tensor of the stored elements, and the number of zeros not stored."""
     if x.is_nested:
         raise TypeError("nested tensors are not read; pass their parts")
     if type(x) is not Tensor:
@@ -32,28 +32,28 @@ def elements(x: Tensor) -> tuple[Tensor, int]:
 
 
 def _plain(x: Tensor) -> Tensor:
-    """A tensor of a subclass as a plain one, through what the subclass offers."""
+    """Convert a tensor of a subclass to a plain one, with the methods that the subclass has."""
     if type(x) is torch.nn.Parameter:
         return x.detach()
-    if hasattr(x, "to_local"):  # a DTensor held whole
+    if hasattr(x, "to_local"):  # a DTensor that is complete on this rank
         return x.to_local()  # type: ignore[no-any-return]
-    if type(x).__torch_dispatch__ == Tensor.__torch_dispatch__:  # its memory is its own
+    if type(x).__torch_dispatch__ == Tensor.__torch_dispatch__:  # it holds its elements itself
         with torch._C.DisableTorchFunctionSubclass():
             return x.detach().as_subclass(Tensor)
     for convert in (lambda: x.dequantize(), lambda: x.to(torch.float64)):
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that it is not there
+                warnings.simplefilter("ignore")  # warnings that the operator is missing
                 plain = convert()
-        except Exception:  # whatever an operator that a subclass lacks raises
+        except Exception:  # a subclass may raise anything for an operator that it lacks
             continue
         if type(plain) is Tensor and plain.numel() == x.numel():
             return plain
-    raise TypeError(f"{type(x).__qualname__} has no operator that gives its elements")
+    raise TypeError(f"{type(x).__qualname__} has no operator that returns its elements")
 
 
 def check_storage(x: Tensor) -> None:
-    """A storage that was emptied behind its tensor's back must not be read."""
+    """Raise ValueError if the storage is too small, e.g. because it was resized to 0."""
     nbytes = x.untyped_storage().nbytes()
     begin = x.storage_offset()
     if x.is_contiguous() and begin >= 0 and nbytes >= (begin + x.numel()) * x.element_size():
@@ -68,14 +68,15 @@ def check_storage(x: Tensor) -> None:
 
 
 def gradient(tensor: Tensor) -> Tensor | None:
-    """`tensor.grad`, without torch's warning where it is not a leaf."""
+    """Return `tensor.grad`, or None without torch's warning for a tensor that is not a leaf."""
     if tensor.is_leaf or tensor.retains_grad:
         return tensor.grad
     return None
 
 
 def numel(tensor: Tensor) -> int:
+    """Return the number of elements, or 0 where it is not known."""
     try:
         return 0 if is_lazy(tensor) else int(tensor.numel())
-    except Exception:  # sizes that are symbols, or a subclass that will not tell
+    except Exception:  # symbolic sizes, or a subclass without sizes
         return 0

@@ -1,4 +1,4 @@
-"""Children of fork(), in which torch counts on threads that they do not have."""
+"""Let torch operators run in a child of fork(), which has none of its parent's threads."""
 
 from __future__ import annotations
 
@@ -21,8 +21,11 @@ os.register_at_fork(after_in_child=_note_fork)
 
 @contextlib.contextmanager
 def threads_that_exist() -> Iterator[None]:
-    """In a child of fork() the calling thread alone: it has none of its parent's threads, and
-    torch's operators on large tensors wait for them for ever."""
+    """Restrict torch to the calling thread in a child of fork().
+
+    The child has none of its parent's threads, and torch's operators on large tensors would wait
+    for them forever. Does nothing in other processes.
+    """
     if not _is_forked_child or (threads := torch.get_num_threads()) == 1:
         yield
         return

@@ -1,4 +1,4 @@
-"""What a model's tensors are called and what they look like, apart from their values."""
+"""`Layout`: the names, shapes, dtypes and devices of a model's tensors."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from paramstats._core.wrapper_names import without_wrappers
 
 Patterns = tuple[re.Pattern[str], ...]
 
-_MOST_KEPT = 16
-"""Templates and selections remembered: a caller with new ones each step must not fill memory."""
+_MAX_CACHED = 16
+"""Key templates and selections cached per layout, so that new ones at every step do not pile up."""
 
 
 class Keys(NamedTuple):
-    """What the statistics of a summary are called in a logger."""
+    """The logger keys of a summary: of its rows, and of its total by kind."""
 
     rows: list[str]
     total: dict[str, list[str]]
@@ -158,7 +158,7 @@ class Layout:
         return self._index
 
     def row(self, row: int) -> tuple[Any, ...]:
-        """All that is known of a row."""
+        """Return everything that is known about a tensor, for comparisons."""
         return (
             self.names[row],
             self.aliases[row],
@@ -169,28 +169,29 @@ class Layout:
         )
 
     def row_name(self, row: int) -> str:
-        """What a row of the table is called: gradients follow the tensors."""
+        """Return the name of a row of the table, in which gradients follow the tensors."""
         n = len(self.names)
         return self.names[row] if row < n else f"{self.names[row - n]} (gradient)"
 
     def kind(self, row: int) -> str:
+        """Return "param" or "buffer"."""
         return "param" if row < self.parameters else "buffer"
 
     def keys(self, template: str, stats: tuple[str, ...]) -> Keys:
-        """Logger keys of all rows, their gradients after them, and of the total; made once."""
-        made = self._keys.get((template, stats))
-        if made is None:
+        """Return the logger keys of all tensors, of their gradients, and of the total."""
+        keys = self._keys.get((template, stats))
+        if keys is None:
 
             def some(kind: str, name: str) -> list[str]:
                 return [template.format(kind=kind, stat=stat, name=name) for stat in stats]
 
-            own = [k for row, name in enumerate(self.names) for k in some(self.kind(row), name)]
-            grads = [k for name in self.names for k in some("grad", name)]
+            rows = [k for row, name in enumerate(self.names) for k in some(self.kind(row), name)]
+            rows += [k for name in self.names for k in some("grad", name)]
             total = {kind: some(kind, "total") for kind in ("param", "grad")}
-            everything = [*own, *grads, *total["param"], *total["grad"]]
-            made = Keys([*own, *grads], total, len(set(everything)) == len(everything))
-            _remember(self._keys, (template, stats), made)
-        return made
+            all_keys = [*rows, *total["param"], *total["grad"]]
+            keys = Keys(rows, total, len(set(all_keys)) == len(all_keys))
+            _remember(self._keys, (template, stats), keys)
+        return keys
 
     def names_of(self, row: int) -> tuple[str, ...]:
         """Return all names of a tensor, the first one first."""
@@ -255,7 +256,7 @@ _layouts: weakref.WeakValueDictionary[tuple[Any, ...], Layout] = weakref.WeakVal
 
 
 def _check_distinct(names: tuple[str, ...], aliases: tuple[tuple[str, ...], ...]) -> None:
-    """Modules with dots in their names, or a parameter and a buffer, can be called alike."""
+    """Raise ValueError if two tensors share a name, e.g. because a module's name has a dot."""
     if len(set(names).union(*aliases)) == len(names) + sum(map(len, aliases)):
         return
     row_of: dict[str, int] = {}
@@ -267,30 +268,42 @@ def _check_distinct(names: tuple[str, ...], aliases: tuple[tuple[str, ...], ...]
                 )
 
 
-def _remember(kept: dict[Any, Any], key: Any, value: Any) -> None:
-    if len(kept) >= _MOST_KEPT:
-        kept.clear()
-    kept[key] = value
+def _remember(cache: dict[Any, Any], key: Any, value: Any) -> None:
+    if len(cache) >= _MAX_CACHED:
+        cache.clear()
+    cache[key] = value
 
 
 def passes(name: str, include: Patterns | None, exclude: Patterns) -> bool:
-    """Whether a name is asked for: any of `include` found in it, none of `exclude`."""
+    """Return whether any pattern of `include`, and none of `exclude`, is found in a name."""
     if include is not None and not any(p.search(name) for p in include):
         return False
     return not any(p.search(name) for p in exclude)
 
 
 def no_such_name(name: object, known: Collection[str], count: int) -> str:
-    """What a KeyError says: the closest of the names that are known."""
+    """Return the text of a KeyError, with the most similar of the `known` names.
+
+    Args:
+        name: the name that was looked up.
+        known: all names, aliases included.
+        count: the number of tensors.
+    """
     if any(other.startswith(f"{name}.") for other in known):
-        return f"'{name}' is a module, not a parameter: name one of its own, or pick it by include="
+        return (
+            f"'{name}' is a module, not a parameter; use the name of one of its parameters, or "
+            f"summary.filter('^{name}')"
+        )
     close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
     hint = f"; did you mean '{close[0]}'?" if close else ""
     return f"no parameter '{name}' among {count}{hint}"
 
 
 def compile_patterns(patterns: Any, argument: str) -> Patterns:
-    """`patterns`, one regular expression or several, as a tuple."""
+    """Return one regular expression or several as a tuple of compiled ones.
+
+    Raises TypeError or re.error, which name `argument`, for anything else.
+    """
     several = [patterns] if isinstance(patterns, (str, re.Pattern)) else patterns
     if not isinstance(several, Iterable):
         raise TypeError(
@@ -307,12 +320,12 @@ def compile_patterns(patterns: Any, argument: str) -> Patterns:
 
 
 def is_lazy(tensor: torch.Tensor) -> bool:
-    """Whether it is a parameter of a lazy layer that has not seen its first batch."""
+    """Return whether it is a parameter of a lazy layer that has not seen its first batch."""
     return isinstance(tensor, UninitializedTensorMixin)
 
 
 def _shape(tensor: torch.Tensor) -> tuple[int, ...] | None:
-    """None where there is no shape yet (a lazy parameter) or none in integers."""
+    """Return the shape, or None for a lazy parameter or a shape that is not made of integers."""
     if is_lazy(tensor):
         return None
     try:

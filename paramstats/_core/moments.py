@@ -1,7 +1,7 @@
-"""The state of a tensor and its verbs, in Python: what csrc/moments.h is in C++.
+"""`Moments`, the state of a tensor, and its functions; the Python counterpart of csrc/moments.h.
 
-The reference backend merges with it, and every statistic that a `Summary` hands out one by one is
-finalized here; the native backend has the same formulae for many at once.
+The reference backend merges with it. Statistics that a `Summary` returns one at a time are computed
+here in either backend; the native backend has the same formulae for whole tables.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ class Moments(NamedTuple):
 
 
 ROW = struct.Struct("=5q4d")
-"""How a state lies in a table of rows; the C++ struct has the same layout."""
+"""The binary layout of a state in a table of rows, equal to that of the C++ struct."""
 
 
 class Statistics(NamedTuple):
-    """What a person reads, in the order of the C++ struct of this name."""
+    """The statistics that users read, in the order of the C++ struct of this name."""
 
     count: float  # type: ignore[assignment]
     mean: float
@@ -56,20 +56,22 @@ class Statistics(NamedTuple):
 
 
 def unread(count: int) -> Moments:
-    """A tensor whose size is known and whose elements are not."""
+    """Return the state of a tensor whose elements were not read."""
     return Moments(count, 0, 0, 0, 0, NAN, NAN, NAN, NAN)
 
 
 def is_unread(a: Moments) -> bool:
+    """Return whether the elements were not read; true for absent rows, too."""
     return math.isnan(a.mean)
 
 
 def finite_count(a: Moments) -> int:
+    """Return the number of finite elements."""
     return a.count - a.nans - a.pos_infs - a.neg_infs
 
 
 def merge(a: Moments, b: Moments) -> Moments:
-    """Joins two disjoint parts (Chan, Golub, LeVeque 1979, equations 2.1a and 2.1b)."""
+    """Return the state of two disjoint parts (Chan, Golub, LeVeque 1979, equations 2.1a, 2.1b)."""
     na, nb = finite_count(a), finite_count(b)
     if na == 0 or nb == 0:
         mean, m2 = (b.mean, b.m2) if na == 0 else (a.mean, a.m2)
@@ -94,14 +96,14 @@ def merge(a: Moments, b: Moments) -> Moments:
 
 
 def scaled(a: Moments, factor: float) -> Moments:
-    """The state of the elements times `factor` > 0."""
+    """Return the state of the elements multiplied by `factor` > 0."""
     return a._replace(
         mean=a.mean * factor, m2=a.m2 * factor * factor, min=a.min * factor, max=a.max * factor
     )
 
 
 def finalize_finite(a: Moments, correction: float) -> Statistics:
-    """The statistics of the finite elements alone."""
+    """Return the statistics of the finite elements only."""
     n = finite_count(a)
     zeros = a.zeros
     if n == 0 or is_unread(a):
@@ -119,7 +121,7 @@ def finalize_finite(a: Moments, correction: float) -> Statistics:
 
 
 def finalize(a: Moments, correction: float) -> Statistics:
-    """The statistics over all elements, as torch gives them: NaN and infinities spread."""
+    """Return the statistics of all elements; NaN and infinities propagate as in torch."""
     n = finite_count(a)
     out = finalize_finite(a, correction)
     if n == a.count:
@@ -146,16 +148,19 @@ def finalize(a: Moments, correction: float) -> Statistics:
     )
 
 
-# ---- tables of rows: the native backend has these as functions of the same name and arguments ----
+# ---- tables of rows; the native backend has functions of the same names and arguments
 
 
 def row(table: bytes, index: int) -> Moments:
-    """The state at `index` of a table."""
+    """Return the state in a row of a table."""
     return Moments._make(ROW.unpack_from(table, index * ROW.size))
 
 
 def merge_rows(table: bytes, begin: int, end: int) -> bytes:
-    """Rows [begin, end) as one, without what is absent or unread; unread if nothing was read."""
+    """Return rows [begin, end) merged into one row.
+
+    Absent and unread rows do not count. The result is unread if every present row is.
+    """
     out = Moments()
     states = [state for state in _rows(table, begin, end) if state.count != ABSENT]
     for state in states:

@@ -60,7 +60,7 @@ def read_rows(
 def read_deferred(
     backend: Implementation,
     table: bytes,
-    deferred_rows: reference.Left,
+    deferred_rows: reference.DeferredRows,
     transfers: Sequence[reference.Transfer],
     params: bool,
     row_name: Callable[[int], str],

@@ -1,10 +1,10 @@
-"""The definition in plain torch operators: the backend where there is no native one.
+"""Read tensors with torch operators: the reference backend, and the fallback of the native one.
 
-It also serves, next to the native backend, every tensor that the kernels may not read as it lies in
-memory: on another device, sparse, complex, quantised, or of a subclass with operators of its own.
+The native kernels cannot read every tensor: it may be sparse, complex, quantized, on another device
+or of a subclass with its own operators. Those tensors are read here with either backend.
 
-`exact` is the definition. On a CPU, `quick` is tried first; on other devices nothing looks at a
-value before all are done: the states stay there, and one transfer brings them over.
+`exact` is the definition of the statistics. On a CPU, `quick` is tried first. On other devices, no
+value is looked at before all states are computed, so that one transfer brings them to the CPU.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from paramstats._core.moments import ABSENT, ROW, Moments, merge, unread
 from paramstats._core.torch_private import no_tracing
 
 CHUNK = 1 << 17
-"""Elements that are worked on at a time, on a CPU: their temporaries stay in its caches."""
+"""Elements per chunk on a CPU, so that temporaries stay in its caches."""
 
 _DEVICE_CHUNK = 1 << 24
-"""The same on an accelerator, where launches cost more and 128 MiB of float64 is little."""
+"""Elements per chunk on an accelerator: fewer launches, at the cost of 128 MiB of float64."""
 
-_LEAST_SQUARES = 2e-33
-"""Below this a sum of squares in float32 may have lost digits to underflow: a chunk's roundings
-at float32's smallest step, 2^-149, are less than 1e-7 of more."""
+_MIN_SUM_OF_SQUARES = 2e-33
+"""Below this, a sum of squares in float32 may have lost digits to underflow. Above it, a chunk's
+rounding errors, of at most 2^-149 each, are less than 1e-7 of the sum."""
 
-_SHORT = 512
-"""Up to here one dot product is cheaper than squares and their sum, and as good; beyond, it adds up
-too many numbers in a row, and the sum's cascade loses fewer digits."""
+_MAX_DOT = 512
+"""Elements up to which m2 is one dot product. It is faster than squares and their sum, but it adds
+up all elements in sequence, which loses digits for longer tensors."""
 
-_LEAST_SPREAD = {torch.float32: 1e-4, torch.float64: 1e-12}
-"""Of the mean: its rounding (6e-8, 1e-16) shows in a standard deviation smaller than this."""
+_MIN_SPREAD = {torch.float32: 1e-4, torch.float64: 1e-12}
+"""Ratio std / mean below which the rounding of the mean (6e-8, 1e-16) shows in the std."""
 
 _FAR = 10
-"""Standard deviations from zero beyond which a mean's rounding is taken out."""
+"""Ratio mean / std above which the rounding of the mean is corrected."""
 
 _IN_FLOAT32 = frozenset({torch.float32, torch.bfloat16, torch.float16})
 _NO_FLOAT64 = frozenset({"mps"})
@@ -51,7 +51,7 @@ _NO_FLOAT64 = frozenset({"mps"})
 
 
 def exact(x: Tensor) -> Tensor:
-    """The state of a flat real tensor, as a float64 row of `Moments` on the tensor's device."""
+    """Return the state of a flat real tensor, as a float64 row of `Moments` on its device."""
     x = x.to(torch.float64)
     finite = x.isfinite()
     n = finite.sum()
@@ -59,25 +59,27 @@ def exact(x: Tensor) -> Tensor:
     low = x.where(finite, math.inf).amin()
     high = x.where(finite, -math.inf).amax()
     mean = values.sum() / n.clamp(min=1)
-    # A sum that overflowed is added again in shares of the mean; a constant's mean is exact.
+    # If the sum overflows, sum the elements divided by n. The mean of a constant is exact.
     mean = mean.where(mean.isfinite(), (values / n.clamp(min=1)).sum())
     mean = low.where(low == high, mean)
     deviations = (x - mean).where(finite, 0.0)
     shift = deviations.sum()
     m2 = deviations.square().sum()
-    # What is left of the mean's rounding, taken out (the corrected two-pass algorithm; skipped
-    # where it would overflow).
+    # Corrected two-pass algorithm: remove the error from rounding the mean, unless that overflows.
     correction = shift * (shift / n.clamp(min=1))
     m2 = (m2 - correction.where(correction.isfinite(), 0.0)).clamp(min=0.0)
     counts = ((x == 0).sum(), x.isnan().sum(), (x == math.inf).sum(), (x == -math.inf).sum())
-    count = x.new_full((), x.numel())  # torch.tensor(...) would wait for an accelerator
+    count = x.new_full((), x.numel())  # torch.tensor(...) would synchronize
     columns = (count, *counts, mean, m2, low, high)
     return torch.stack([c.to(torch.float64) for c in columns])
 
 
 def quick(x: Tensor) -> Moments | None:
-    """The state of a flat real tensor on a CPU by as few operators as torch has; None where its
-    precision or its range did not suffice, or an element is not finite."""
+    """Return the state of a flat real tensor on a CPU, with as few operators as possible.
+
+    Returns None where the precision or range of these operators does not suffice, or an element is
+    not finite.
+    """
     in_float32 = x.dtype in _IN_FLOAT32
     if x.dtype is not torch.float32:
         x = x.to(torch.float32 if in_float32 else torch.float64)
@@ -89,21 +91,23 @@ def quick(x: Tensor) -> Moments | None:
     if low == high:
         return Moments(n, zeros, 0, 0, 0, low, 0.0, low, high)
     mean = x.sum().item() / n
-    # Beside a mean that is large next to the deviations its rounding shows in the variance.
     d = x - mean
-    m2 = d.dot(d).item() if n <= _SHORT else d.square_().sum().item()
+    m2 = d.dot(d).item() if n <= _MAX_DOT else d.square_().sum().item()
     if not math.isfinite(m2):
         return None
-    if m2 < n * (_LEAST_SPREAD[x.dtype] * mean) ** 2 or (in_float32 and m2 < _LEAST_SQUARES):
+    if m2 < n * (_MIN_SPREAD[x.dtype] * mean) ** 2 or (in_float32 and m2 < _MIN_SUM_OF_SQUARES):
         return None
-    if m2 < n * (mean / _FAR) ** 2:  # as it shows in the distance from another part's mean
+    if m2 < n * (mean / _FAR) ** 2:  # matters when parts are merged
         mean += (x - mean).sum().item() / n
     return Moments(n, zeros, 0, 0, 0, mean, m2, low, high)
 
 
 def _complex(x: Tensor) -> Moments:
-    """Complex numbers: mean is the modulus of the mean, m2 the sum of squared distances from it,
-    min and max are of the modulus; so std, norm and zero_fraction are torch's."""
+    """Return the state of complex numbers, whose std, norm and zero_fraction are torch's.
+
+    Here, mean is the modulus of the mean, m2 the sum of squared distances from the mean, and min
+    and max are those of the moduli.
+    """
     x = x.to(torch.complex128)
     finite = x.isfinite()
     modulus = x.abs()
@@ -121,7 +125,7 @@ def _complex(x: Tensor) -> Moments:
 
 
 def _in_memory_order(x: Tensor) -> Tensor:
-    """A dense tensor as one run of its elements as they lie, without a copy; another one copied."""
+    """Return the elements as a flat tensor in memory order; copies only if the tensor has gaps."""
     order = sorted(range(x.dim()), key=lambda d: x.stride(d), reverse=True)
     return x.permute(order).reshape(-1)
 
@@ -130,8 +134,8 @@ def _flat(x: Tensor) -> Tensor:
     return x.view(-1) if x.is_contiguous() else _in_memory_order(x)
 
 
-def _here(x: Tensor) -> Moments:
-    """The state of a strided real tensor on the CPU."""
+def _on_cpu(x: Tensor) -> Moments:
+    """Return the state of a strided real tensor on the CPU."""
     n = x.numel()
     if n == 0:
         return Moments()
@@ -156,14 +160,14 @@ class Transfer(Protocol):
     """States that are still being computed on an accelerator."""
 
     def ready(self) -> bool:
-        """Whether `write` would not wait."""
+        """Return whether `write` would not wait."""
 
     def write(self, table: bytearray) -> None:
-        """Waits for this transfer alone and puts its states into their rows of a table."""
+        """Wait for this transfer only, and write its states into their rows of a table."""
 
 
 def finished(table: bytes, transfers: Sequence[Transfer]) -> bytes:
-    """A table with what is still under way; waits for that."""
+    """Wait for transfers and return the table with their states."""
     out = bytearray(table)
     for transfer in transfers:
         transfer.write(out)
@@ -171,10 +175,16 @@ def finished(table: bytes, transfers: Sequence[Transfer]) -> bytes:
 
 
 class Pending:
-    """The transfer of what torch operators compute."""
+    """The transfer of states that torch operators compute on one device.
+
+    Args:
+        device: where they are computed.
+        rows: the row of each state, and the number of zeros to add to it; a row may have several.
+        states: float64 rows of `Moments` on the device.
+    """
 
     def __init__(self, device: torch.device, rows: list[tuple[int, int]], states: list[Tensor]):
-        self._rows = rows  # (row, zeros to add) of each state, in order; a row may have several
+        self._rows = rows
         stacked = torch.stack(states)
         self._event: torch.Event | None = None
         if device.type == "cuda":
@@ -201,77 +211,94 @@ class Pending:
             ROW.pack_into(table, row * ROW.size, *merged)
 
 
-Left = list[tuple[int, Tensor]]
-"""Rows that are still to be read, each with the tensor that belongs there."""
+DeferredRows = list[tuple[int, Tensor]]
+"""Rows that `fill` must read, each with its tensor."""
 
 
 @no_tracing()
 def read(
     tensors: list[Tensor], params: bool, grads: bool
-) -> tuple[bytes, Left, Sequence[Transfer]]:
-    """A table in which every row is unread or absent, and what `fill` is to read; no transfers."""
+) -> tuple[bytes, DeferredRows, Sequence[Transfer]]:
+    """Return a table of unread and absent rows, the rows that `fill` must read, and no transfers.
+
+    Args:
+        tensors: the tensors.
+        params: whether to read the tensors.
+        grads: whether to read their gradients.
+    """
     n = len(tensors)
-    left: Left = list(enumerate(tensors)) if params else []
+    deferred_rows: DeferredRows = list(enumerate(tensors)) if params else []
     absent = ROW.pack(*unread(ABSENT))
     table = [ROW.pack(*unread(numel(t))) for t in tensors] + [absent] * n
     if grads:
         found = ((n + i, gradient(t)) for i, t in enumerate(tensors))
-        left += [(row, grad) for row, grad in found if grad is not None]
-    return b"".join(table), left, ()
+        deferred_rows += [(row, grad) for row, grad in found if grad is not None]
+    return b"".join(table), deferred_rows, ()
 
 
 @no_tracing()
 def fill(
-    table: bytes, left: Left, params: bool = True
+    table: bytes, deferred_rows: DeferredRows, params: bool = True
 ) -> tuple[bytes, tuple[Transfer, ...], dict[int, str]]:
-    """Reads what an backend `left` over; where not `params`, of the tensors' own rows their size.
+    """Read the rows that a backend has deferred.
 
-    Returns the table with them, what is under way, and why a row could not be read, by row.
+    Args:
+        table: the table that the backend returned.
+        deferred_rows: rows and their tensors.
+        params: whether to read the tensors themselves; otherwise only their sizes.
+
+    Returns:
+        The table with these rows, the transfers that complete it, and why a row could not be read.
+
+    Raises:
+        RuntimeError: a CUDA stream that would be used is being captured into a graph.
     """
-    _refuse_capture(left)
+    _refuse_capture(deferred_rows)
     out = bytearray(table)
     skipped: dict[int, str] = {}
-    later: Later = {}
+    on_device: OnDevice = {}
     n = len(table) // ROW.size // 2
     with torch.no_grad(), threads_that_exist():
-        for row, tensor in left:
+        for row, tensor in deferred_rows:
             try:
-                state = _state(tensor, row, later) if params or row >= n else None
+                state = _state(tensor, row, on_device) if params or row >= n else None
             except Exception as error:  # a subclass may raise anything; training goes on
                 state = None
                 skipped[row] = _reason(error, tensor)
             ROW.pack_into(out, row * ROW.size, *(state or unread(numel(tensor))))
-    transfers = tuple(Pending(device, *parts) for device, parts in later.items())
+    transfers = tuple(Pending(device, *parts) for device, parts in on_device.items())
     return bytes(out), transfers, skipped
 
 
 def _reason(error: Exception, tensor: Tensor) -> str:
-    """Why a tensor could not be read, in one line."""
+    """Return in one line why a tensor could not be read."""
     if isinstance(error, NotImplementedError) and "not implemented for" in str(error):
         return (
             f"{type(error).__name__}: torch has no conversion of {tensor.dtype} to numbers; "
-            f"pass what it stands for, or its bytes (.view(torch.uint8))"
+            f"pass the values it encodes, or its bytes (.view(torch.uint8))"
         )
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-def _refuse_capture(left: Left) -> None:
-    """Raises RuntimeError where a stream that would be read on is being captured into a graph."""
-    for device in {tensor.device for _, tensor in left if tensor.device.type == "cuda"}:
+def _refuse_capture(deferred_rows: DeferredRows) -> None:
+    """Raise RuntimeError if a stream that would be used is being captured into a CUDA graph."""
+    for device in {tensor.device for _, tensor in deferred_rows if tensor.device.type == "cuda"}:
         with torch.cuda.device(device):
             if torch.cuda.is_current_stream_capturing():
                 raise RuntimeError(
-                    f"paramstats.summarize: expected no CUDA graph capture under way, got a stream "
-                    f"that is being captured (call it before the capture, or between replays) on "
-                    f"{device}"
+                    f"paramstats.summarize: expected no CUDA graph capture, got a stream on "
+                    f"{device} that is being captured; call it before the capture or between replays"
                 )
 
 
-Later = dict[torch.device, tuple[list[tuple[int, int]], list[Tensor]]]
+OnDevice = dict[torch.device, tuple[list[tuple[int, int]], list[Tensor]]]
 
 
-def _state(tensor: Tensor, row: int, later: Later) -> Moments:
-    """The state of any tensor; of one on an accelerator, unread for now and added to `later`."""
+def _state(tensor: Tensor, row: int, on_device: OnDevice) -> Moments:
+    """Return the state of any tensor.
+
+    The states of a tensor on an accelerator are added to `on_device`, and its row is unread so far.
+    """
     if tensor.device.type == "meta" or is_lazy(tensor):
         return unread(numel(tensor))
     x, zeros = elements(tensor)
@@ -279,13 +306,13 @@ def _state(tensor: Tensor, row: int, later: Later) -> Moments:
     if x.is_complex():
         state = _complex(x)
     elif x.device.type == "cpu":
-        state = _here(x)
+        state = _on_cpu(x)
     elif x.device.type in _NO_FLOAT64:
-        state = _here(x.cpu())
+        state = _on_cpu(x.cpu())
     elif x.numel() == 0:
         state = Moments()
     else:
-        rows, states = later.setdefault(x.device, ([], []))
+        rows, states = on_device.setdefault(x.device, ([], []))
         for chunk in _flat(x).split(_DEVICE_CHUNK):
             rows.append((row, zeros))
             states.append(exact(chunk))

@@ -1,8 +1,7 @@
-"""Keeps torch.compile out of functions that it could only stumble through, and tracers from seeing
-what a call does.
+"""Keep torch.compile, tracers and torch modes away from our own operators.
 
-All of this takes names that torch does not promise to keep. Where one is gone, or wants to be
-called in another way, what it did is gone, and nothing else.
+These functions use private names of torch. Where a torch version lacks one or has changed it, only
+the protection that needs it is missing.
 """
 
 from __future__ import annotations
@@ -15,26 +14,25 @@ import torch
 
 F = TypeVar("F", bound=Callable[..., object])
 
-_GONE = (AttributeError, ImportError, TypeError)
-"""What a name of another torch's raises."""
+_MISSING = (AttributeError, ImportError, TypeError)
+"""What the use of a private name raises where torch lacks it or has changed it."""
 
-REASON = "paramstats reads values as they are now; call it outside of code with fullgraph=True"
-"""What torch.compile says where the break is an error."""
+REASON = "paramstats reads the current values; call it outside of code compiled with fullgraph=True"
+"""The reason that torch.compile shows where a graph break is an error."""
 
 
 def skip_dynamo(function: F) -> F:
-    """Has compiled code break its graph at a call of `function` and run it, and all that it calls,
-    as it is: one break, always the same, and nothing to compile again.
+    """Make torch.compile break its graph at a call of `function` and run the call uncompiled.
 
-    `torch.compiler.disable` does so by a wrapper, and imports torch._dynamo for it: seconds that
-    most programs would pay for nothing. Here the code object is marked instead, and a call costs no
-    more than before. Where torch has no such mark any more, the wrapper it is.
+    There is one graph break per call and no recompilation. `torch.compiler.disable` has the same
+    effect, but wraps the function and imports torch._dynamo, which takes seconds. Here the code
+    object is marked instead, at no cost per call. `torch.compiler.disable` is the fallback.
     """
     try:
         frames = torch._C._dynamo.eval_frame
         skip = frames._FrameAction.SKIP
         frames.set_code_exec_strategy(function.__code__, frames._FrameExecStrategy(skip, skip))
-    except _GONE:
+    except _MISSING:
         return torch.compiler.disable(function, reason=REASON)  # type: ignore[no-any-return]
     function._torchdynamo_disable = True  # type: ignore[attr-defined]
     function._torchdynamo_disable_msg = REASON  # type: ignore[attr-defined]
@@ -43,48 +41,47 @@ def skip_dynamo(function: F) -> F:
 
 @contextlib.contextmanager
 def no_tracing() -> Iterator[None]:
-    """Out of sight of what traces, counts, fakes or changes the operators that run: they are not
-    the model's, and their results are wanted now."""
-    with contextlib.ExitStack() as back:
-        for hide in (_from_tracing, _from_function_modes, _from_dispatch_modes):
-            with contextlib.suppress(*_GONE):
-                hide(back)
+    """Hide the operators in a `with` block from tracing, function modes and dispatch modes."""
+    with contextlib.ExitStack() as stack:
+        for hide in (_hide_from_tracing, _hide_from_function_modes, _hide_from_dispatch_modes):
+            with contextlib.suppress(*_MISSING):
+                hide(stack)
         yield
 
 
-def _from_tracing(back: contextlib.ExitStack) -> None:
+def _hide_from_tracing(stack: contextlib.ExitStack) -> None:
     tracing = torch._C._get_tracing_state()
     if tracing is not None:
         resume = torch._C._set_tracing_state  # type: ignore[attr-defined]
         resume(None)
-        back.callback(resume, tracing)
+        stack.callback(resume, tracing)
 
 
-def _from_function_modes(back: contextlib.ExitStack) -> None:
-    """Tensors' own __torch_function__ stays, for which DisableTorchFunction would not do."""
+def _hide_from_function_modes(stack: contextlib.ExitStack) -> None:
+    """Pop the modes. DisableTorchFunction would also disable tensors' own __torch_function__."""
     for _ in range(torch._C._len_torch_function_stack()):
-        back.enter_context(torch.overrides._pop_mode_temporarily())
+        stack.enter_context(torch.overrides._pop_mode_temporarily())
 
 
-def _from_dispatch_modes(back: contextlib.ExitStack) -> None:
+def _hide_from_dispatch_modes(stack: contextlib.ExitStack) -> None:
     if torch._C._len_torch_dispatch_stack():
         from torch.utils._python_dispatch import _disable_current_modes
 
-        back.enter_context(_disable_current_modes())
+        stack.enter_context(_disable_current_modes())
 
 
 def unwrapped(x: torch.Tensor) -> torch.Tensor:
-    """What a tensor inside torch.func.grad, jvp and the like stands for.
+    """Return the plain tensor behind one that torch.func.grad, jvp or the like has wrapped.
 
-    Raises TypeError inside torch.vmap.
+    Raises TypeError inside torch.vmap, where one tensor represents many.
     """
     try:
         functorch = torch._C._functorch
         while functorch.is_gradtrackingtensor(x):
             x = functorch.get_unwrapped(x)
         is_one_of_many = functorch.is_batchedtensor(x)
-    except _GONE:
+    except _MISSING:
         return x
     if is_one_of_many:
-        raise TypeError("inside torch.vmap it stands for one of many; call summarize outside of it")
+        raise TypeError("a tensor inside torch.vmap represents many; call summarize outside of it")
     return x

@@ -1,7 +1,7 @@
-"""From a source to named tensors: modules by their own methods, mappings, pairs.
+"""List the named tensors of a source: a module, a mapping, or (name, tensor) pairs.
 
-The native backend reads plain modules faster (csrc/module_tree.cpp); this is the road for those
-that list their parameters in a way of their own, and for all modules without it.
+The native backend lists plain modules itself, which is faster (csrc/module_tree.cpp). Modules that
+override `named_parameters` or the like, and all modules in the reference backend, are listed here.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ MakeLayout = Callable[
     [Any, tuple[str, ...], tuple[tuple[str, ...], ...], int, list[torch.Tensor]], Any
 ]
 
-_MOST_VISITS = 10
-"""Times the modules' number: more paths than this lead through modules shared within shared
-modules, which double with every level, or through a cycle."""
+_MAX_VISITS = 10
+"""Visits per module beyond which not every name is listed. The number of paths doubles with each
+level of modules that are shared within shared modules, and is infinite in a cycle."""
 
 
 def walk(
     module: torch.nn.Module, buffers: bool, make_layout: MakeLayout
 ) -> tuple[Any, list[torch.Tensor]]:
-    """The layout of a module's parameters (then buffers), and the tensors themselves."""
+    """Return the layout of a module's parameters, then buffers, and the tensors themselves."""
     rows = _Rows()
     every_name = _few_paths(module)
     try:
@@ -44,8 +44,8 @@ def walk(
             raise
         raise RecursionError(
             f"paramstats.summarize: expected modules that torch can list within Python's recursion "
-            f"limit, {sys.getrecursionlimit()}, got too many within each other ({error}); "
-            f"sys.setrecursionlimit raises it"
+            f"limit of {sys.getrecursionlimit()}, got modules nested too deeply ({error}); raise "
+            f"the limit with sys.setrecursionlimit"
         ) from error
     return make_layout(module, rows.names, rows.aliases, parameters, rows.tensors), rows.tensors
 
@@ -53,10 +53,10 @@ def walk(
 def walk_named(
     source: Any, include: Patterns | None, exclude: Patterns, make_layout: MakeLayout
 ) -> tuple[Any, list[torch.Tensor]]:
-    """The same of a mapping name -> tensor or of (name, tensor) pairs.
+    """Return the layout and the tensors of a mapping or of (name, tensor) pairs.
 
-    Two names for one tensor, or for the very same elements in memory (which is how a `state_dict`
-    holds a tied parameter), are one row.
+    Two names for one tensor, or for the same elements in memory, give one row. A `state_dict`
+    holds tied parameters in the second way.
     """
     rows = _Rows(key=_memory)
     named: dict[str, Any] = {}
@@ -77,7 +77,7 @@ def walk_named(
 
 
 class _Rows:
-    """Tensors in order of their first name, with all their names."""
+    """Collects tensors in the order of their first name, with all their names."""
 
     def __init__(self, key: Callable[[torch.Tensor], Any] = id) -> None:
         self.tensors: list[Any] = []
@@ -109,26 +109,26 @@ class _Rows:
 
 
 def _is_of_depth(error: RecursionError) -> bool:
-    """Whether most of the stack went into torch's descent from module to module."""
+    """Return whether torch's descent from module to module has filled most of the stack."""
     codes = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
     return codes.count(torch.nn.Module.named_modules.__code__) > len(codes) // 2
 
 
 def _few_paths(module: torch.nn.Module) -> bool:
-    """Whether all paths to all modules can be walked."""
-    modules, visits, left = set(), 0, [module]
-    while left:  # not by named_modules, which follows a cycle as deep as the stack is, or deeper
-        visited = left.pop()
+    """Return whether the modules have few enough paths to list all of them."""
+    modules, visits, remaining = set(), 0, [module]
+    while remaining:  # not by named_modules, which follows a cycle until the stack is full
+        visited = remaining.pop()
         modules.add(id(visited))
         visits += 1
-        if visits > _MOST_VISITS * len(modules) + 1000:
+        if visits > _MAX_VISITS * len(modules) + 1000:
             return False
-        left.extend(children(visited))
+        remaining.extend(children(visited))
     return True
 
 
 def _named(named: Callable[..., Iterable[tuple[str, Any]]], every_name: bool) -> Any:
-    """All names of every tensor where the module can tell them, the first one where it cannot."""
+    """Return (name, tensor) pairs, with only first names where a module gives no others."""
     if every_name:
         with contextlib.suppress(TypeError):  # a module whose method has no such argument
             return list(named(remove_duplicate=False))
@@ -136,7 +136,7 @@ def _named(named: Callable[..., Iterable[tuple[str, Any]]], every_name: bool) ->
 
 
 def _memory(tensor: torch.Tensor) -> Any:
-    """Equal for tensors that are the same elements in memory with the same gradient."""
+    """Return a key that is equal for tensors with the same memory and the same gradient."""
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.is_nested:
         return id(tensor)
     if tensor.layout is not torch.strided or tensor.is_meta or tensor.numel() == 0:

@@ -63,7 +63,7 @@ def without_wrappers(
 
 
 def _wrapper_prefixes(source: torch.nn.Module) -> list[str]:
-    """Return the prefix of the names below each wrapper that has a child `module`, deepest first."""
+    """Return the prefix of the names below each wrapper's child `module`, deepest first."""
     prefixes = []
     seen, remaining = {id(source)}, [("", source)]
     while remaining:  # not by named_modules, which recurses and needs the modules' hash
