@@ -105,8 +105,9 @@ def watch(
     stats, _ = checked_stats(stats, "watch")
     check_keys(key, stats, totals)
     options = make_options(include, exclude, correction, 1.0, False, group is not None, async_op)
+    opened: History | None = None
     if isinstance(history, (str, os.PathLike)):
-        history = History(history) if _is_first_rank() else None
+        history = opened = History(history) if _is_first_rank() else None
     elif history is not None and not callable(getattr(history, "append", None)):
         raise TypeError(
             f"paramstats.watch: expected a History or a path for history, got {history!r}"
@@ -121,9 +122,8 @@ def watch(
         "group": group,
         "async_op": async_op,
     }
-    return Watcher(
-        source, log, history, every, reading, {"key": key, "stats": stats, "totals": totals}
-    )
+    logging = {"key": key, "stats": stats, "totals": totals}
+    return Watcher(source, log, history, every, reading, logging, opened)
 
 
 class Watcher:
@@ -151,6 +151,7 @@ class Watcher:
         every: int,
         reading: Mapping[str, Any],
         logging: Mapping[str, Any],
+        opened: History | None = None,
     ) -> None:
         self._source = source
         self._log = log
@@ -158,6 +159,7 @@ class Watcher:
         self._every = every
         self._reading = reading
         self._logging = logging
+        self._opened = opened
         self._step = -1
         self._next = 0
         self._unlogged: tuple[int, Summary] | None = None
@@ -243,8 +245,10 @@ class Watcher:
                 self._log_now()
 
     def close(self) -> None:
-        """Log what has not been logged yet, and wait for it."""
+        """Wait for what has not been logged yet and log it; close a history opened by `watch`."""
         self._log_now()
+        if self._opened is not None:
+            self._opened.close()
 
     def __enter__(self) -> Watcher:
         return self

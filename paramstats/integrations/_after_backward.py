@@ -1,4 +1,4 @@
-"""Runs a function when autograd is through with gradients, before anybody else sees them."""
+"""Run a function at the end of each backward pass, when all gradients are complete."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.autograd import Variable
 
 
 class AfterBackward:
-    """Calls `function` at the end of every backward that brings a gradient, until `remove`.
+    """Call `function` at the end of every backward pass that computes a gradient, until `remove`.
 
     >>> import torch
     >>> from paramstats.integrations._after_backward import AfterBackward
@@ -20,12 +20,16 @@ class AfterBackward:
     >>> hooks.remove()
     >>> model(torch.ones(1, 3)).sum().backward()
 
-    The first gradient to be accumulated has the backend call it when that backward is over, by what
-    DistributedDataParallel and FSDP also use to average the last gradients. Theirs may come to
-    the queue later: ours queues itself once more, to come after them.
+    The first gradient of a pass queues a callback with the autograd engine. DDP and FSDP use the
+    same queue to average the last gradients and may add to it later, so the callback queues
+    `function` once more, to run after them.
 
-    A backward within a backward, which reentrant checkpointing runs for each segment, has an
-    end of its own: the last call is the one at which all gradients are there.
+    Reentrant checkpointing runs a backward pass within the backward pass for each segment. Then
+    `function` is called several times; all gradients are complete at the last call.
+
+    Args:
+        parameters: those whose gradients are awaited.
+        function: called without arguments.
     """
 
     def __init__(
@@ -40,6 +44,7 @@ class AfterBackward:
         ]
 
     def remove(self) -> None:
+        """Remove all hooks."""
         for hook in self._hooks:
             hook.remove()
 

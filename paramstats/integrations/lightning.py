@@ -1,8 +1,8 @@
-"""The callback for Lightning's Trainer, of `lightning` or of `pytorch_lightning`.
+"""The callback for Lightning's Trainer, from `lightning` or `pytorch_lightning`.
 
-Lightning calls `on_before_optimizer_step` where gradients are accumulated, averaged over processes,
-unscaled, and not clipped yet: the moment that statistics are wanted of. Only optimizers that unscale
-while they step (fused ones) are met before that; the scale is then asked of the precision plugin.
+Lightning calls `on_before_optimizer_step` when gradients are accumulated, averaged over ranks and
+unscaled, but not clipped yet. Fused optimizers unscale gradients in their step, so that they are
+still scaled then; the precision plugin gives the scale.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from paramstats._watch import Appendable, Log, Watcher, watch
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
 else:
-    # Where both are installed, the one that is in use. (A Trainer takes the other's, too.)
+    # If both are installed, use the one that is imported. (A Trainer accepts both callbacks.)
     is_older = "lightning.pytorch" not in sys.modules and (
         "pytorch_lightning" in sys.modules or find_spec("lightning") is None
     )
@@ -38,33 +38,37 @@ class ParamStatsCallback(Callback):
     >>> trainer = Trainer(callbacks=[ParamStatsCallback(every=50, stats=("norm", "zero_fraction"))])
 
     Args:
-        every: the first optimizer step is due, and then each whose `trainer.global_step` is a
-            multiple of this.
-        log: as `paramstats.watch` takes it; None: `log_metrics` of all the trainer's loggers.
-        history: as `paramstats.watch` takes it.
-        options: the rest of what `paramstats.watch` takes: `key`, `stats`, `include`, ...
+        every: the first optimizer step is summarized, and then each whose `trainer.global_step` is
+            a multiple of this number.
+        log: a function of scalars and step; default: `log_metrics` of all the trainer's loggers.
+        history: a `History` or the path of its file, as in `paramstats.watch`.
+        options: the other arguments of `paramstats.watch`: `key`, `stats`, `include`, ...
 
-    Gradients are those of a whole batch before clipping, unscaled. Names are those of the
-    LightningModule's parameters. Of several optimizers' steps within a batch the first one counts;
-    where they take turns, `paramstats.watch` in `training_step` shows each at its own moment, as
-    it does where gradients are clipped by hand.
+    Gradients are those of a whole batch, unscaled and not clipped. Names are those of the
+    LightningModule's parameters. If several optimizers step within a batch, the summary is taken at
+    the first step. Use `paramstats.watch` in `training_step` to summarize each optimizer's step, or
+    where you clip gradients yourself.
 
     Raises:
         TypeError, ValueError: as `paramstats.watch`.
-        ValueError: when training starts, if neither a log nor a history nor a logger is there.
+        ValueError: when training starts, if there is no log, no history and no logger.
     """
 
     def __init__(
-        self, every: int = 50, *, log: Log | None = None, history: Appendable | str | os.PathLike[str] | None = None,
+        self,
+        every: int = 50,
+        *,
+        log: Log | None = None,
+        history: Appendable | str | os.PathLike[str] | None = None,
         **options: Any,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         self._log = log
         self._history = history
         self._options: dict[str, Any] = {"every": every, "history": history, **options}
-        watch(torch.nn.Module(), log or _nowhere, **self._options)  # wrong ones are told from here
+        watch(torch.nn.Module(), log or _ignore, every=every, **options)  # raises for bad ones
         self._watcher: Watcher | None = None
-        self._is_done = False
+        self._is_taken = False
 
     @property
     def watcher(self) -> Watcher | None:
@@ -83,14 +87,14 @@ class ParamStatsCallback(Callback):
         self._watcher = watch(pl_module, log, **self._options)
 
     def on_train_batch_start(self, *_: Any) -> None:
-        self._is_done = False
+        self._is_taken = False
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        if self._is_done or self._watcher is None:
+        if self._is_taken or self._watcher is None:
             return
-        self._is_done = True
+        self._is_taken = True
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
             scaler = 1.0
@@ -110,5 +114,5 @@ def _to_loggers(trainer: Trainer, scalars: dict[str, float], step: int) -> None:
         logger.log_metrics(scalars, step)
 
 
-def _nowhere(scalars: dict[str, float], step: int) -> None:
-    """Stands for a log until there is one."""
+def _ignore(scalars: dict[str, float], step: int) -> None:
+    """A log for checking the other arguments, before the trainer's loggers are known."""

@@ -1,14 +1,13 @@
 """The callback for the Trainer of `transformers`.
 
-That Trainer has no event between backward and clipping: `on_pre_optimizer_step` comes after
-gradients were unscaled and clipped (`max_grad_norm` is 1 by default), and `on_substep_end` after
-all parts of an accumulation but the last. Callbacks do not hold the Trainer, whose
-`training_step` they could follow, and how much a gradient was clipped cannot be told from it.
+That Trainer has no event between backward and clipping. `on_pre_optimizer_step` comes after
+gradients are unscaled and clipped (`max_grad_norm` is 1 by default), and `on_substep_end` is not
+called for the last part of an accumulation.
 
-So autograd says when a backward is over (`AfterBackward`), on due steps alone: other steps have no
-hooks. accelerate's `sync_gradients` tells the last part of an accumulation. Gradients are still
-scaled then; the scaler belongs to the optimizer that accelerate has wrapped. What was taken last is
-given away at `on_pre_optimizer_step`.
+So on due steps, hooks of autograd take the summary at the end of backward (`AfterBackward`); other
+steps have no hooks. accelerate's `sync_gradients` identifies the last part of an accumulation.
+Gradients are still scaled then; the scaler belongs to the optimizer that accelerate has wrapped.
+The summary that was taken last is logged at `on_pre_optimizer_step`.
 """
 
 from __future__ import annotations
@@ -47,25 +46,30 @@ class ParamStatsCallback(TrainerCallback):
     ...     trainer.add_callback(ParamStatsCallback(every=50, log=log, stats=("norm",)))
 
     Args:
-        every: the first optimizer step is due, and then each whose number is a multiple of this.
-            Steps are numbered as in the Trainer's own logs, from 1.
-        log: as `paramstats.watch` takes it: `reporters(trainer)`, or any other.
-        history: as `paramstats.watch` takes it.
-        options: the rest of what `paramstats.watch` takes: `key`, `stats`, `include`, ...
+        every: the first optimizer step is summarized, and then each whose number is a multiple of
+            this number. Steps are numbered from 1, as in the Trainer's own logs.
+        log: a function of scalars and step, such as `reporters(trainer)`.
+        history: a `History` or the path of its file, as in `paramstats.watch`.
+        options: the other arguments of `paramstats.watch`: `key`, `stats`, `include`, ...
 
-    Gradients are those of a whole batch, averaged over processes, unscaled, before clipping. Names
-    are those of the model that the Trainer was given.
+    Gradients are those of a whole batch, averaged over ranks, unscaled and not clipped. Names are
+    those of the model that the Trainer was given.
 
     Raises:
         TypeError, ValueError: as `paramstats.watch`.
     """
 
     def __init__(
-        self, every: int = 50, *, log: Log | None = None, history: Appendable | str | os.PathLike[str] | None = None,
+        self,
+        every: int = 50,
+        *,
+        log: Log | None = None,
+        history: Appendable | str | os.PathLike[str] | None = None,
         **options: Any,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._options: dict[str, Any] = {"log": log, "every": every, "history": history, **options}
-        watch(torch.nn.Module(), **self._options)  # options that are wrong are told from here
+        if not isinstance(history, (str, os.PathLike)):  # a path is opened when training begins
+            watch(torch.nn.Module(), **self._options)  # raises for bad arguments
         self._watcher: Watcher | None = None
         self._hooks: AfterBackward | None = None
         self._scaler: Any = None
@@ -103,11 +107,12 @@ class ParamStatsCallback(TrainerCallback):
         if taken is not None:
             self._watcher.give(state.global_step + 1, taken)
             return
-        self._watcher.close()  # one step later, when the device has work to do meanwhile
+        self._watcher.close()  # logs the last summary, which is complete by now
         if is_due:
             warnings.warn(
-                f"paramstats.ParamStatsCallback: nothing is logged at step {state.global_step + 1}:"
-                " no gradient was seen to arrive, as under FullyShardedDataParallel or DeepSpeed",
+                f"paramstats.ParamStatsCallback: nothing is logged at step {state.global_step + 1}, "
+                "because no hook saw a gradient; FullyShardedDataParallel and DeepSpeed are not "
+                "supported here",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -115,9 +120,7 @@ class ParamStatsCallback(TrainerCallback):
     def on_step_end(
         self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if (
-            control.should_training_stop
-        ):  # reporters are still open, as at on_train_end they are not
+        if control.should_training_stop:  # reporters are closed at on_train_end
             self.on_train_end(args, state, control)
 
     def on_train_end(
@@ -134,17 +137,17 @@ class ParamStatsCallback(TrainerCallback):
 
 
 def reporters(trainer: Trainer) -> Log:
-    """A log for `ParamStatsCallback`: whatever the Trainer reports to, without its console.
+    """Return a log for `ParamStatsCallback` that writes to everything in the Trainer's `report_to`.
 
     >>> from paramstats.integrations.transformers import ParamStatsCallback, reporters
     >>> def add_to(trainer):
     ...     trainer.add_callback(ParamStatsCallback(log=reporters(trainer)))
 
-    `Trainer.log` would also print every statistic and keep it in `log_history`. Keys come out as the
-    Trainer's own do: in front of them the reporters put `train/`.
+    `Trainer.log` would also print every statistic and keep it in `log_history`. The reporters put
+    `train/` before the keys, as they do for the Trainer's own.
 
     Raises:
-        ValueError: the Trainer has no reporter: its `report_to` is empty.
+        ValueError: the Trainer has no reporter because its `report_to` is empty.
     """
     from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
