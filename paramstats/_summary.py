@@ -247,7 +247,7 @@ class Summary(Mapping[str, ParamStats]):
 
         For a sharded model, its `attrs` hold what `to_dict` adds.
         """
-        frames = import_optional("pandas", "to_pandas", "pandas")
+        frames = import_optional("pandas", "to_pandas")
         rows = {}
         for name, entry in self.items():
             record = entry.to_dict()
