@@ -34,7 +34,7 @@ $(VENV)/installed: $(VENV)/torch setup.py $(NATIVE)
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[dev]"
 	@touch $@
 
-demo: $(VENV)/installed  ## train on real data; show the tables, and the speed beside the loop's
+demo: $(VENV)/installed  ## train on real data; print statistics and speed
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/installed test-cpp test-cuda-shim  ## run all tests, C++ and Python
@@ -100,7 +100,7 @@ sanitize: $(VENV)/installed  ## run all tests under sanitizers, 15 minutes; writ
 sanitize-quick: $(VENV)/installed  ## run those that check every change, 2 minutes
 	$(BIN)/python -m tests.sanitize --quick
 
-accuracy: $(VENV)/installed  ## try the error bound, 10 minutes; writes docs/accuracy.md and README.md
+accuracy: $(VENV)/installed  ## try the error bound, 10 minutes; writes docs/accuracy.md and docs/semantics.md
 	$(BIN)/python -m tests.accuracy
 
 count:  ## hold the kernels' instructions for an element to limits (valgrind)

@@ -1,6 +1,6 @@
 """The error bound on a hundred thousand adversarial tensors, by every backend.
 
-    python -m tests.accuracy                        writes into docs/accuracy.md and docs/semantics.md
+    python -m tests.accuracy                        writes docs/accuracy.md and docs/semantics.md
     python -m tests.accuracy --cases 2000 --dry-run
     python -m tests.accuracy --seed 3               other cases
 
