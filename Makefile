@@ -100,7 +100,7 @@ sanitize: $(VENV)/installed  ## run all tests under sanitizers, 15 minutes; writ
 sanitize-quick: $(VENV)/installed  ## run those that check every change, 2 minutes
 	$(BIN)/python -m tests.sanitize --quick
 
-accuracy: $(VENV)/installed  ## try the error bound, 10 minutes; writes docs/accuracy.md and docs/semantics.md
+accuracy: $(VENV)/installed  ## try the error bound, 10 minutes; writes docs/accuracy.md and README.md
 	$(BIN)/python -m tests.accuracy
 
 count:  ## hold the kernels' instructions for an element to limits (valgrind)
