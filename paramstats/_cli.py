@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from typing import Any
 
 import torch
@@ -28,7 +29,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if torch.cuda.is_available():
             torch.cuda.init()  # before this, it is unknown whether the kernels run there
-        print(paramstats.backend())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # the printed text has the same reason
+            print(paramstats.backend())
         return 0
     except (RuntimeError, ValueError) as error:  # a forced backend that is not available
         print(error, file=sys.stderr)

@@ -23,9 +23,10 @@ def run(*arguments: str | Path, **environment: str) -> subprocess.CompletedProce
     )
 
 
-def test_info_prints_the_backend():
+def test_info_prints_the_backend_and_no_warning():
     result = run("-m", "paramstats", "info")
     assert result.returncode == 0 and "CPU tensors" in result.stdout
+    assert result.stderr == ""
 
 
 def test_unknown_backend_in_the_environment_is_a_one_line_error():
