@@ -40,8 +40,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _add_show(commands: Any) -> None:
     show = commands.add_parser("show", help="show the tensors of a checkpoint, or compare two")
-    show.add_argument("file", help="a .safetensors or torch.save file, an .index.json file, or a folder")
-    show.add_argument("other", nargs="?", help="a second checkpoint: show what changed from FILE to it")
+    show.add_argument("file", help="a safetensors or torch.save file, an .index.json, or a folder")
+    show.add_argument("other", nargs="?", help="another checkpoint: show what changed from FILE")
     form = show.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print all statistics as JSON")
     form.add_argument("--csv", action="store_true", help="print one row per tensor as CSV")

@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 
 from docs import blocks
-from paramstats import Thresholds
-from paramstats._findings import FindingCode
+from paramstats import FindingCode, Thresholds
 
 ROOT = Path(__file__).parent.parent
 MODULES = sorted(
