@@ -34,7 +34,7 @@ $(VENV)/installed: $(VENV)/torch setup.py $(NATIVE)
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[dev]"
 	@touch $@
 
-demo: $(VENV)/installed  ## train on real data; show the tables, and the speed beside the loop's
+demo: $(VENV)/installed  ## train on real data; print statistics and speed
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/installed test-cpp test-cuda-shim  ## run all tests, C++ and Python

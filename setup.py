@@ -1,9 +1,10 @@
-"""Builds the native backends against the torch that is installed, or does without them.
+"""Builds the native backends against the installed torch; installs without them if that fails.
 
-The backends are accelerators: where the CPU's cannot be built (no compiler, no torch at build time),
-the package installs as pure Python; where CUDA's cannot (no nvcc, a torch without CUDA), without
-that; `paramstats.backend()` says why. PARAMSTATS_STRICT_BUILD=1 makes
-a failure an error; PARAMSTATS_NO_NATIVE=1 does not try.
+Two extensions are built: `_native` (CPU) and `_cuda` (CUDA). Both are optional. Without a C++
+compiler or without torch at build time, the package is installed as pure Python. Without nvcc, or
+with a torch that has no CUDA, only `_cuda` is left out. The result is written to
+`paramstats/_build.json`, and `paramstats.backend()` reports it. docs/install.md lists the
+environment variables.
 """
 
 import contextlib
@@ -36,15 +37,15 @@ HEADERS = files("csrc/*.h", "csrc/cpu/*.h", "csrc/cuda/*.h")
 COMPILE_ARGS = ["-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
 COMPILE_ARGS += shlex.split(os.environ.get("PARAMSTATS_CFLAGS", ""))
 STRICT = os.environ.get("PARAMSTATS_STRICT_BUILD", "0") not in ("", "0")
-UNWANTED = os.environ.get("PARAMSTATS_NO_NATIVE", "0") not in ("", "0")
+NO_NATIVE = os.environ.get("PARAMSTATS_NO_NATIVE", "0") not in ("", "0")
 
 
 def import_torch():
-    """torch, also from under pip's build isolation.
+    """Import the user's torch, also under pip's build isolation.
 
-    pip builds in an environment of its own that hides the user's site-packages but runs the user's
-    interpreter, so they are still found by their path. Listing torch as a build requirement would
-    build against another torch than the one the backend is to run with.
+    pip hides the user's site-packages during a build, but runs the user's interpreter. Therefore
+    the paths of that interpreter still lead to the user's torch. If torch were a build requirement,
+    pip would install another torch, and the extensions would not match the user's.
     """
     try:
         import torch
@@ -55,11 +56,20 @@ def import_torch():
     return torch
 
 
-class Outcome:
-    """What became of the backends; the installed package reads it to explain itself."""
+def pybind11_include():
+    """Return the include path of pybind11; [] if it is missing, since torch bundles a copy."""
+    try:
+        import pybind11
+    except ImportError:
+        return []
+    return [pybind11.get_include()]
+
+
+class BuildRecord:
+    """Which backends were built, for which torch, and why a backend is missing."""
 
     def __init__(self):
-        self.record = {
+        self.values = {
             "native": False,
             "reason": "",
             "torch": None,
@@ -71,52 +81,52 @@ class Outcome:
         }
 
     def failed(self, backend, reason):
-        """`backend`, "native" or "cuda", could not be built."""
-        self.record["reason" if backend == "native" else "cuda_reason"] = reason
+        """Record why `backend` ("native" or "cuda") was not built; exit if the build is strict."""
+        self.values["reason" if backend == "native" else "cuda_reason"] = reason
         if STRICT:
             sys.exit(f"paramstats: PARAMSTATS_STRICT_BUILD is set and {reason}")
         print(f"paramstats: installing without the {backend} backend: {reason}", file=sys.stderr)
 
     def save(self, package):
         package.mkdir(parents=True, exist_ok=True)
-        (package / "_build.json").write_text(json.dumps(self.record, indent=2) + "\n")
+        (package / "_build.json").write_text(json.dumps(self.values, indent=2) + "\n")
 
 
-def nvcc_of(home):
+def nvcc_in(home):
     return str(Path(home) / "bin/nvcc")
 
 
 def cuda_home():
-    """Where CUDA's compiler and headers are; None where they are not.
+    """Return the folder of the CUDA toolkit, or None if there is none.
 
-    torch takes the folder above nvcc's, and is led astray where that is a script which calls the
-    real one: nvcc itself knows better.
+    torch assumes that the nvcc on the PATH is inside the toolkit. This fails if that nvcc is a
+    wrapper script. Therefore nvcc itself is asked, with --dryrun.
     """
     for variable in ("CUDA_HOME", "CUDA_PATH"):
         if os.environ.get(variable):
-            return os.environ[variable] if shutil.which(nvcc_of(os.environ[variable])) else None
+            return os.environ[variable] if shutil.which(nvcc_in(os.environ[variable])) else None
     nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
     if nvcc is None:
         return None
-    told = subprocess.run(  # noqa: S603 - the nvcc that the environment names
+    dryrun = subprocess.run(  # noqa: S603 - nvcc as found in the environment
         [nvcc, "--dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True
     )
-    here = re.search(r"_HERE_=(\S+)", told.stderr)
-    return str(Path(here.group(1) if here else Path(nvcc).resolve().parent).parent)
+    folder = re.search(r"_HERE_=(\S+)", dryrun.stderr)
+    return str(Path(folder.group(1) if folder else Path(nvcc).resolve().parent).parent)
 
 
 def cuda_architectures(home):
-    """The names of what to compile for, and nvcc's flags for it.
+    """Return (names of the architectures, flags for nvcc).
 
-    The first architecture of each generation that this nvcc knows, whose code runs on the later
-    ones, too, and the newest as PTX for those to come; or what TORCH_CUDA_ARCH_LIST says, for which
-    torch makes the flags.
+    If TORCH_CUDA_ARCH_LIST is set, torch adds the flags, so they are empty here. Otherwise the
+    extension contains code for the first architecture of each generation that nvcc knows from
+    sm_75 on (it also runs on later ones of that generation), and PTX of the newest for later GPUs.
     """
-    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST")
-    if wanted:
-        return wanted, []
-    known = subprocess.run(  # noqa: S603 - the same
-        [nvcc_of(home), "--list-gpu-arch"], capture_output=True, text=True, check=True
+    requested = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    if requested:
+        return requested, []
+    known = subprocess.run(  # noqa: S603 - nvcc as found in the environment
+        [nvcc_in(home), "--list-gpu-arch"], capture_output=True, text=True, check=True
     )
     numbers = sorted(int(n) for n in re.findall(r"compute_(\d+)", known.stdout) if int(n) >= 75)
     firsts = [n for n in numbers if n == min(m for m in numbers if m // 10 == n // 10)]
@@ -125,8 +135,11 @@ def cuda_architectures(home):
     return " ".join(f"sm_{n}" for n in firsts) + f" compute_{numbers[-1]}", flags
 
 
-def told(error):
-    """The first line of an exception; torch raises some whose text is not formatted yet."""
+def first_line(error):
+    """Return the type and the first line of an exception.
+
+    torch raises some exceptions with a format string and its values as separate arguments.
+    """
     text = str(error)
     if len(error.args) > 1 and isinstance(error.args[0], str):
         with contextlib.suppress(TypeError, ValueError):
@@ -134,24 +147,28 @@ def told(error):
     return f"{type(error).__name__}: {text}".strip().splitlines()[0]
 
 
-def cuda_extension(outcome, torch):
-    """The CUDA backend as a module of its own, or None where there is nothing to build it with."""
+def cuda_extension(record, torch):
+    """Return the extension of the CUDA backend, or None if it cannot be built.
+
+    It is a separate module: if it does not load, the CPU backend still does.
+    """
     home = cuda_home()
     if torch.version.cuda is None or home is None:
-        outcome.record["cuda_reason"] = (
+        record.values["cuda_reason"] = (
             f"torch {torch.__version__} has no CUDA"
             if torch.version.cuda is None
             else "nvcc was not found when it was built: not on the PATH, nor where CUDA_HOME says"
         )
         return None
-    os.environ["CUDA_HOME"] = home  # torch.utils.cpp_extension looks once, when it is imported
+    os.environ["CUDA_HOME"] = home  # torch.utils.cpp_extension reads it when it is imported
     try:
         from torch.utils.cpp_extension import CUDAExtension
 
-        outcome.record["cuda_architectures"], flags = cuda_architectures(home)
+        record.values["cuda_architectures"], flags = cuda_architectures(home)
         extension = CUDAExtension(
             "paramstats._cuda",
             CUDA_SOURCES,
+            include_dirs=pybind11_include(),
             depends=HEADERS,
             extra_compile_args={
                 "cxx": COMPILE_ARGS,
@@ -159,79 +176,82 @@ def cuda_extension(outcome, torch):
             },
         )
     except Exception as error:
-        outcome.failed("cuda", f"it could not be compiled ({told(error)})")
+        record.failed("cuda", f"it could not be compiled ({first_line(error)})")
         return None
-    extension.libraries = ["cudart"]  # nothing of torch: the other module has all of that
+    extension.libraries = ["cudart"]  # it does not use torch; only _native does
     return extension
 
 
-def extensions(outcome):
-    """(ext_modules, build_ext command) for the backends; ([], None) where none can be tried."""
-    if UNWANTED:
-        outcome.failed("native", "PARAMSTATS_NO_NATIVE was set")
+def extensions(record):
+    """Return (ext_modules, build_ext command); ([], None) if no build can be tried."""
+    if NO_NATIVE:
+        record.failed("native", "PARAMSTATS_NO_NATIVE was set")
         return [], None
     try:
         torch = import_torch()
-        cuda = cuda_extension(outcome, torch)
+        cuda = cuda_extension(record, torch)
         from torch.utils.cpp_extension import BuildExtension, CppExtension
-    except Exception as error:  # a broken torch fails in many ways, and must not fail pip
-        outcome.failed("native", f"torch could not be imported when it was built ({error})")
+    except Exception as error:  # whatever a broken torch raises, the installation must go on
+        record.failed("native", f"torch could not be imported when it was built ({error})")
         return [], None
-    outcome.record["torch"] = torch.__version__
+    record.values["torch"] = torch.__version__
 
     class OptionalBuildExtension(BuildExtension):
-        """Builds each extension by itself, so that one that fails takes no other along, and ends
-        quietly when it does: torch raises everything from OSError to RuntimeError then, and
-        setuptools' optional=True swallows it, so the file decides."""
+        """Build each extension separately; if one fails, record the reason and go on.
+
+        torch raises many types of exceptions if a build fails, and setuptools may swallow them.
+        Therefore a build counts as successful if the library file exists afterwards.
+        """
 
         def run(self):
-            inplace, compiler = self.inplace, self.compiler  # which run() changes
+            inplace, compiler = self.inplace, self.compiler  # run() changes both
             package = Path(self.get_finalized_command("build_py").get_package_dir("paramstats"))
             if not inplace:
                 package = Path(self.build_lib) / "paramstats"
-            wanted, built = self.extensions, []
-            for extension in wanted:
+            all_extensions, built = self.extensions, []
+            for extension in all_extensions:
                 backend = extension.name.rpartition("._")[2]
                 self.extensions, self.inplace, self.compiler = [extension], inplace, compiler
-                places = [
+                paths = [
                     Path(self.get_ext_fullpath(extension.name)),
                     Path(self.build_lib) / self.get_ext_filename(extension.name),
                 ]
-                for place in places:  # an earlier build's, for another torch perhaps
-                    place.unlink(missing_ok=True)
+                for path in paths:  # remove an earlier build, perhaps for another torch
+                    path.unlink(missing_ok=True)
                 error = "the compiler made no library"
                 try:
                     super().run()
                 except (Exception, SystemExit) as e:
-                    error = told(e)
-                if any(place.exists() for place in places):
-                    outcome.record[backend] = True
+                    error = first_line(e)
+                if any(path.exists() for path in paths):
+                    record.values[backend] = True
                     built.append(extension)
                 else:
-                    outcome.failed(
+                    record.failed(
                         backend, f"it could not be compiled ({error}; pip install -v . shows more)"
                     )
-            wanted[:] = built  # so that nothing later looks for the other files
-            self.extensions = wanted
-            outcome.save(package)
+            all_extensions[:] = built  # later commands must not look for the other libraries
+            self.extensions = all_extensions
+            record.save(package)
 
     native = CppExtension(
         "paramstats._native",
         SOURCES,
+        include_dirs=pybind11_include(),
         depends=HEADERS,
         extra_compile_args=COMPILE_ARGS,
-        # Symbols are looked up in the torch that is running, wherever it is installed.
+        # No path of torch is linked in: its symbols are found in the torch that is loaded.
         extra_link_args=[] if sys.platform == "darwin" else ["-Wl,--as-needed"],
     )
     return [native, *([cuda] if cuda else [])], OptionalBuildExtension
 
 
-outcome = Outcome()
-ext_modules, build_ext = extensions(outcome)
+record = BuildRecord()
+ext_modules, build_ext = extensions(record)
 
 
 class RecordedBuildPy(build_py):
-    """Leaves the outcome in the package where no build_ext will run to do so."""
+    """Write the build record also if there is no extension, hence no build_ext, to do it."""
 
     def run(self):
         super().run()
@@ -239,7 +259,7 @@ class RecordedBuildPy(build_py):
             package = Path(self.build_lib) / "paramstats"
             if self.editable_mode:
                 package = ROOT / "paramstats"
-            outcome.save(package)
+            record.save(package)
 
 
 setup(

@@ -1,4 +1,6 @@
-"""What commands write into pages: tables, in blocks between two comments.
+"""Read and replace the parts of documentation pages that commands generate.
+
+Such a block has a name and is between two comments:
 
 <!-- benchmark:begin -->
 ...
@@ -12,15 +14,15 @@ from pathlib import Path
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], right: Collection[int] = ()) -> str:
-    """In Markdown; `right`: positions of the columns that are aligned there, as numbers are."""
+    """Return a Markdown table; `right` holds the positions of right-aligned columns."""
     rule = ["---:" if i in right else "---" for i in range(len(head))]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *rows))
 
 
 def _parts(text: str, block: str) -> tuple[str, str, str]:
-    """What stands before, in and after the block of that name; its two lines are not in it.
+    """Split `text` into what is before, inside and after a block.
 
-    Raises ValueError where `text` has no such block.
+    The two comments belong to the outer parts. Raises ValueError if there is no such block.
     """
     begin, end = f"<!-- {block}:begin -->", f"<!-- {block}:end -->"
     before, found, rest = text.partition(begin)
@@ -31,16 +33,16 @@ def _parts(text: str, block: str) -> tuple[str, str, str]:
 
 
 def content(text: str, block: str) -> str:
-    """What stands in the block of that name, without the line breaks around it."""
+    """Return the content of a block without surrounding line breaks."""
     return _parts(text, block)[1].strip("\n")
 
 
 def replaced(text: str, block: str, content: str) -> str:
-    """`text` with `content` in the block of that name."""
+    """Return `text` with the content of a block replaced."""
     before, _, after = _parts(text, block)
     return f"{before}\n{content}\n{after}"
 
 
 def write(page: Path, block: str, content: str) -> None:
-    """The same in a file."""
+    """Replace the content of a block in a file."""
     page.write_text(replaced(page.read_text(), block, content))

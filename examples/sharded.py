@@ -1,8 +1,8 @@
-"""A small transformer, tensor parallel within fully_shard, on the CPU; one table for the whole.
+"""Train a small transformer with tensor parallelism inside fully_shard, on the CPU.
 
     torchrun --nproc-per-node 4 examples/sharded.py
 
-Every process makes the same calls and holds the same summary; rank 0 prints it.
+Every rank makes the same calls and gets the same summary of the whole model. Rank 0 prints it.
 """
 
 import os
@@ -41,14 +41,17 @@ class Transformer(nn.Module):
         self.head = nn.Linear(width, words)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.head(self.blocks(self.embedding(tokens))).clone()  # fully_shard warns of views
+        logits = self.head(self.blocks(self.embedding(tokens)))
+        return logits.clone()  # fully_shard warns about views
 
 
 def main() -> None:
     if "RANK" not in os.environ or int(os.environ["WORLD_SIZE"]) % 2:
-        sys.exit("run by torchrun, with an even number of processes: see above")
+        sys.exit(
+            "expected an even number of ranks: torchrun --nproc-per-node 4 examples/sharded.py"
+        )
     dist.init_process_group("gloo")
-    torch.manual_seed(0)  # the same model on every process
+    torch.manual_seed(0)  # the same model on every rank
     mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("dp", "tp"))
     model = Transformer()
     for block in model.blocks:
@@ -57,7 +60,7 @@ def main() -> None:
     fully_shard(model, mesh=mesh["dp"])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 
-    torch.manual_seed(1 + mesh["dp"].get_local_rank())  # other data on each data-parallel rank
+    torch.manual_seed(1 + mesh["dp"].get_local_rank())  # different data on each data-parallel rank
     for step in range(5):
         tokens = torch.randint(100, (8, 16))
         loss = nn.functional.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten())
@@ -69,7 +72,7 @@ def main() -> None:
         optimizer.step()
     if dist.get_rank() == 0:
         print(summary)
-        print("copies that differ:", dict(summary.diverged) or "none")
+        print("replicas that differ:", dict(summary.diverged) or "none")
     dist.destroy_process_group()
 
 

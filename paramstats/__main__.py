@@ -1,4 +1,4 @@
-"""Runs the command line: `python -m paramstats`."""
+"""Run the command line with `python -m paramstats`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""`python -m paramstats`, as a person runs it."""
+"""The command line and the demo, each run as a user runs it."""
 
 from __future__ import annotations
 
@@ -9,45 +9,44 @@ from pathlib import Path
 
 import pytest
 
+from paramstats import _cli
+
 DEMO = Path(__file__).parent.parent / "examples" / "demo.py"
 
 
-def paramstats(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "paramstats", *arguments],
+        [sys.executable, *arguments],
         capture_output=True,
         text=True,
         env=os.environ | {"COLUMNS": "120"} | environment,
     )
 
 
-def test_info():
-    result = paramstats("info")
+def test_info_prints_the_backend_and_no_warning():
+    result = run("-m", "paramstats", "info")
     assert result.returncode == 0 and "CPU tensors" in result.stdout
+    assert result.stderr == ""
 
 
-@pytest.mark.parametrize("backend", ["", "reference"])
-def test_demo(backend):
-    pytest.importorskip("sklearn", reason="scikit-learn is not installed")
-    result = subprocess.run(
-        [sys.executable, DEMO, "--epochs", "3"],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"COLUMNS": "120", "PARAMSTATS_BACKEND": backend},
-    )
-    assert result.returncode == 0, result.stderr
-    out = result.stdout
-    assert "lazy" in out and "stem.weight" in out and "= hidden_again.weight" in out
-    assert "Agreement with the .item() loop: largest difference" in out
-    assert "times as fast" in out and "Epochs: 3; digits: 1797" in out
-    assert "step/s" not in result.stderr  # no bars in what is no terminal
-
-
-def test_a_forced_engine_that_is_no_engine_is_one_line():
-    result = paramstats("info", PARAMSTATS_BACKEND="typo")
+def test_unknown_backend_in_the_environment_is_a_one_line_error():
+    result = run("-m", "paramstats", "info", PARAMSTATS_BACKEND="typo")
     assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
 
 
-def test_unknown_command():
-    result = paramstats("undo")
-    assert result.returncode == 2 and "invalid choice" in result.stderr
+def test_unknown_command_is_an_error(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        _cli.main(["undo"])
+    assert "invalid choice" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("backend", ["", "reference"])
+def test_demo_trains_and_agrees_with_the_item_loop(backend):
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+    result = run(DEMO, "--epochs", "1", PARAMSTATS_BACKEND=backend)
+    assert result.returncode == 0, result.stderr
+    out = result.stdout
+    assert "lazy" in out and "stem.weight" in out and "= hidden_again.weight" in out
+    assert "Largest relative difference from the .item() loop" in out
+    assert "times as fast" in out and "Epochs: 1; digits: 1797" in out
+    assert "step/s" not in result.stderr, "no progress bar outside a terminal"

@@ -278,7 +278,7 @@ def test_colour_is_for_terminals(backend, sick, monkeypatch):
     monkeypatch.delenv("NO_COLOR")
     monkeypatch.setitem(sys.modules, "rich.console", None)
     assert str(sick) == sick.table(), "without rich it is plain"
-    with pytest.raises(ImportError, match=r"pip install 'paramstats\[color\]'"):
+    with pytest.raises(ImportError, match=r"pip install rich"):
         sick.table(color=True)
 
 

@@ -1,4 +1,4 @@
-"""Libraries that only some features need: imported where they are used, named where they lack."""
+"""Import optional dependencies on first use; name the missing library in the error."""
 
 from __future__ import annotations
 
@@ -6,22 +6,26 @@ import importlib
 from typing import Any
 
 
-def import_optional(module: str, feature: str, extra: str) -> Any:
-    """The module called `module`, or an ImportError in one line that says what to install.
+def import_optional(module: str, feature: str) -> Any:
+    """Import and return `module`, which `feature` needs.
 
     >>> from paramstats._core.optional import import_optional
-    >>> import_optional("matplotlib_", "history.plot", "plot")
+    >>> import_optional("matplotlib_", "History.plot")
     Traceback (most recent call last):
         ...
-    ImportError: paramstats: history.plot needs matplotlib_: pip install 'paramstats[plot]'
+    ImportError: paramstats: History.plot needs matplotlib_: pip install matplotlib_
+
+    Raises:
+        ImportError: the library is not installed. The message names it and the command to install
+            it, in one line. If the library is installed but fails to import one of its own
+            dependencies, that error is raised unchanged.
     """
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         package = module.partition(".")[0]
         if error.name is None or error.name.partition(".")[0] != package:
-            raise  # it is there; something that it imports is not
+            raise
         raise ImportError(
-            f"paramstats: {feature} needs {package}: pip install 'paramstats[{extra}]'",
-            name=package,
+            f"paramstats: {feature} needs {package}: pip install {package}", name=package
         ) from None

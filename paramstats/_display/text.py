@@ -38,14 +38,14 @@ def plain(table: Table, width: int | None = None) -> str:
 
 def rich_lines(table: Table, width: int | None = None) -> Iterator[Text]:
     """The same as lines of rich's, with what is odd in colour; notes wrap where they are long."""
-    text = import_optional("rich.text", "colour", "color").Text
+    text = import_optional("rich.text", "colour").Text
     for line in _spans(table, width):
         yield text.assemble(*line, no_wrap=len(line) > 1)
 
 
 def colored(table: Table, width: int | None = None) -> str:
     """The same with a terminal's escape codes."""
-    console = import_optional("rich.console", "colour", "color").Console(
+    console = import_optional("rich.console", "colour").Console(
         file=io.StringIO(), force_terminal=True, width=1 << 30
     )
     console.print(*rich_lines(table, width), sep="\n", end="")
@@ -57,7 +57,7 @@ def for_print(table: Table) -> str:
     """In colour where standard output is a terminal that has it, and rich is installed."""
     if rendering.on_terminal():
         try:
-            console = import_optional("rich.console", "colour", "color").Console()
+            console = import_optional("rich.console", "colour").Console()
         except ImportError:
             return plain(table)
         if console.color_system is not None and not console.no_color:

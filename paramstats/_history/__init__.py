@@ -171,7 +171,7 @@ class History:
         if name not in self:
             known = [known for s in self._one_of_each_layout() for known in layout_of(s).index]
             raise KeyError(no_such_name(name, known, len(self.names)))
-        import_optional("numpy", "History", "plot")
+        import_optional("numpy", "History")
         from paramstats._history.series import ParamSeries
 
         return ParamSeries(self.steps, [summary.get(name) for _, summary in self])
@@ -179,7 +179,7 @@ class History:
     @property
     def total(self) -> TotalSeries:
         """All parameters as one at every step, and in `grad` all gradients as one."""
-        import_optional("numpy", "History", "plot")
+        import_optional("numpy", "History")
         from paramstats._history.series import TotalSeries
 
         totals = [summary.total for _, summary in self]
@@ -193,7 +193,7 @@ class History:
     @property
     def steps(self) -> npt.NDArray[np.int64]:
         """The steps of the entries, increasing."""
-        numpy = import_optional("numpy", "History", "plot")
+        numpy = import_optional("numpy", "History")
         steps: npt.NDArray[np.int64] = numpy.array([step for step, _ in self], dtype=numpy.int64)
         return steps
 
@@ -211,7 +211,7 @@ class History:
             stats: which statistics; those of gradients begin with `grad_`. NaN where there was no
                 gradient, or the tensor could not be read.
         """
-        frames = import_optional("pandas", "History.to_pandas", "pandas")
+        frames = import_optional("pandas", "History.to_pandas")
         from paramstats._history.series import joined, rows
 
         stats = (stats,) if isinstance(stats, str) else tuple(stats)
@@ -268,7 +268,7 @@ class History:
         and zeros are then off the picture. Steps at which a chosen tensor held NaN or infinities
         are marked.
         """
-        import_optional("matplotlib", "History.plot", "plot")
+        import_optional("matplotlib", "History.plot")
         from paramstats._history import plotting
 
         plotting.check(self, stat, kind)
@@ -296,7 +296,7 @@ class History:
         NaN and infinities, zeros and missing gradients have colours of their own. Beyond 900
         entries neighbours share a column, which shows the greatest of them, and NaN if any is.
         """
-        import_optional("matplotlib", "History.heatmap", "plot")
+        import_optional("matplotlib", "History.heatmap")
         from paramstats._history import heatmap, plotting
 
         plotting.check(self, stat, kind)

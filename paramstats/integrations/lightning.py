@@ -27,7 +27,7 @@ else:
     )
     is_older = is_older and find_spec("pytorch_lightning") is not None
     name = "pytorch_lightning" if is_older else "lightning.pytorch"
-    Callback = import_optional(name, "ParamStatsCallback", "lightning").Callback
+    Callback = import_optional(name, "ParamStatsCallback").Callback
 
 
 class ParamStatsCallback(Callback):

@@ -29,12 +29,8 @@ if TYPE_CHECKING:
     from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
     from transformers import TrainingArguments as Arguments
 else:
-    TrainerCallback = import_optional(
-        "transformers", "ParamStatsCallback", "transformers"
-    ).TrainerCallback
-    GradientState = import_optional(
-        "accelerate.state", "ParamStatsCallback", "transformers"
-    ).GradientState
+    TrainerCallback = import_optional("transformers", "ParamStatsCallback").TrainerCallback
+    GradientState = import_optional("accelerate.state", "ParamStatsCallback").GradientState
 
 
 class ParamStatsCallback(TrainerCallback):

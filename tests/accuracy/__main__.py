@@ -1,6 +1,6 @@
 """The error bound on a hundred thousand adversarial tensors, by every backend.
 
-    python -m tests.accuracy                        writes into docs/accuracy.md and README.md
+    python -m tests.accuracy                        writes docs/accuracy.md and docs/semantics.md
     python -m tests.accuracy --cases 2000 --dry-run
     python -m tests.accuracy --seed 3               other cases
 
@@ -121,7 +121,7 @@ def main() -> None:
     print(result, table, sep="\n\n")
     if not options.dry_run:
         blocks.write(_ROOT / "docs/accuracy.md", "accuracy", result)
-        blocks.write(_ROOT / "README.md", "accuracy", table)
+        blocks.write(_ROOT / "docs/semantics.md", "accuracy", table)
 
 
 if __name__ == "__main__":

@@ -426,7 +426,7 @@ for use in (lambda: history["weight"], lambda: history.steps, lambda: history.to
     )
     assert done.stdout.splitlines() == [
         "1 ('weight', 'bias')",
-        "paramstats: History needs numpy: pip install 'paramstats[plot]'",
-        "paramstats: History needs numpy: pip install 'paramstats[plot]'",
-        "paramstats: History.to_pandas needs pandas: pip install 'paramstats[pandas]'",
+        "paramstats: History needs numpy: pip install numpy",
+        "paramstats: History needs numpy: pip install numpy",
+        "paramstats: History.to_pandas needs pandas: pip install pandas",
     ]

@@ -200,6 +200,6 @@ def test_without_lightning(monkeypatch):
         monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.delitem(sys.modules, "lightning.pytorch")
     monkeypatch.delitem(sys.modules, "paramstats.integrations.lightning")
-    message = r"ParamStatsCallback needs lightning: pip install 'paramstats\[lightning\]'"
+    message = r"ParamStatsCallback needs lightning: pip install lightning"
     with pytest.raises(ImportError, match=message):
         importlib.import_module("paramstats.integrations.lightning")

@@ -237,6 +237,6 @@ def test_what_can_not_be(tmp_path):
 def test_without_transformers(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     monkeypatch.delitem(sys.modules, "paramstats.integrations.transformers")
-    message = r"ParamStatsCallback needs transformers: pip install 'paramstats\[transformers\]'"
+    message = r"ParamStatsCallback needs transformers: pip install transformers"
     with pytest.raises(ImportError, match=message):
         importlib.import_module("paramstats.integrations.transformers")
