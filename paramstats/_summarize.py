@@ -12,7 +12,7 @@ import torch
 from paramstats._core import walk as python_walk
 from paramstats._core.backend import active
 from paramstats._core.layout import Layout, Patterns
-from paramstats._core.options import Pattern, Scaler, make_options
+from paramstats._core.options import DEFAULT_OPTIONS, Pattern, Scaler, make_options
 from paramstats._core.reading import DeferredRecord, read_deferred, warn_once
 from paramstats._core.record import NO_NAMES, Record
 from paramstats._core.shard import LocalShard
@@ -122,7 +122,7 @@ def summarize(
         select = functools.partial(_select, include=options.include, exclude=options.exclude)
         call = _sharded.Call(backend, options, params, grads, group, select)
         return _sharded.summarize(call, source, layout, tensors)
-    if options.include is not None or options.exclude:
+    if options is not DEFAULT_OPTIONS:
         layout, tensors = _select(layout, tensors, options.include, options.exclude)
     # read_rows, without the cost of a call for a model that the backend reads by itself.
     table, deferred_rows, transfers = backend.read(tensors, params, grads)

@@ -58,7 +58,7 @@ class Options(NamedTuple):
     async_op: bool
 
 
-_DEFAULT = Options(None, (), 1.0, 1.0, False, False)
+DEFAULT_OPTIONS = Options(None, (), 1.0, 1.0, False, False)
 
 
 def make_options(
@@ -78,7 +78,7 @@ def make_options(
         and grad_scale == 1
         and not (local or has_group or async_op)
     ):
-        return _DEFAULT
+        return DEFAULT_OPTIONS
     correction = _number(correction, "correction")
     grad_scale = scale_of(grad_scale)
     if not (math.isfinite(grad_scale) and grad_scale > 0 and math.isfinite(1 / grad_scale)):
