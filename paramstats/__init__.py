@@ -6,7 +6,7 @@
 ['weight', 'bias']
 
 `paramstats.checkpoints` reads statistics from files. `paramstats.integrations` has callbacks for
-trainers. Both are imported when they are first used.
+trainers. These two and `paramstats.History` are imported when they are first used.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from paramstats._core.backend import Backend, backend
 from paramstats._core.shard import LocalShard
 from paramstats._findings import Finding, FindingCode, Findings, Severity, Thresholds
-from paramstats._history import History
 from paramstats._stats import ParamStats, TensorStats, TotalStats
 from paramstats._summarize import summarize
 from paramstats._summary import Summary
@@ -26,6 +25,7 @@ from paramstats._watch import Watcher, watch
 
 if TYPE_CHECKING:
     from paramstats import checkpoints, integrations
+    from paramstats._history import History
 
 __all__ = [
     "Backend",
@@ -53,6 +53,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in ("checkpoints", "integrations"):
         return importlib.import_module(f"paramstats.{name}")
+    if name == "History":
+        return importlib.import_module("paramstats._history").History
     raise AttributeError(f"module 'paramstats' has no attribute '{name}'", name=name)
 
 

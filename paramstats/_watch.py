@@ -20,12 +20,13 @@ from paramstats._core.options import (
 )
 from paramstats._core.shard import LocalShard
 from paramstats._core.torch_private import skip_dynamo
-from paramstats._history import History
 from paramstats._summarize import summarize
 from paramstats._summary import Summary
 
 if TYPE_CHECKING:
     import torch.distributed as dist
+
+    from paramstats._history import History
 
 Watched = torch.nn.Module | Mapping[str, torch.Tensor | LocalShard]
 
@@ -107,6 +108,8 @@ def watch(
     options = make_options(include, exclude, correction, 1.0, False, group is not None, async_op)
     opened: History | None = None
     if isinstance(history, (str, os.PathLike)):
+        from paramstats._history import History
+
         history = opened = History(history) if _is_first_rank() else None
     elif history is not None and not callable(getattr(history, "append", None)):
         raise TypeError(
