@@ -1,9 +1,9 @@
-// The Python module paramstats._native: from tensor objects to rows of Moments, and from rows to
-// what Python asks of them.
+// The Python module paramstats._native: reads tensors into tables of Moments, and computes
+// statistics from tables. paramstats/_native.pyi documents its functions.
 //
-// A table of rows is a bytes object of 2 N Moments for N tensors: first the tensors' own states,
-// then those of their gradients (count == kAbsent where there is none). Rows of tensors on a GPU
-// are unread at first; `Transfer`s fill them in later.
+// A table is a bytes object of 2 N Moments for N tensors: first the states of the tensors, then
+// those of their gradients (count == kAbsent if there is no gradient). Rows of tensors on a GPU are
+// unread at first; `Transfer`s fill them in later.
 #include <ATen/core/Tensor.h>
 #include <pybind11/pybind11.h>
 #include <torch/csrc/Exceptions.h>
@@ -30,20 +30,20 @@ namespace py = pybind11;
 namespace paramstats {
 namespace {
 
-// ---- from tensors to rows ------------------------------------------------------------------
+// ---- read tensors into a table ------------------------------------------------------------------
 
 const cpu::Kernels* kernels = cpu::available_kernels().front();
 
-// What one call reads, and where it puts the results. Until `run` is over no Python code may run
-// that could let go of the memory which the views show, unless that is kept.
+// What one call reads, and where it writes the results. Until `run` has returned, no Python code
+// may run that could free the memory of a view, unless `keep_memory` was called.
 struct Work {
   std::vector<cpu::TensorView> views;
   std::vector<Moments*> out;
   std::vector<const c10::TensorImpl*> tensors;
   CudaCall on_cuda;
-  std::vector<c10::Storage> alive;
-  std::vector<std::vector<int64_t>> shapes;
-  std::vector<std::pair<size_t, at::Tensor>> left;  // rows for Python, and what to read
+  std::vector<c10::Storage> kept_storages;
+  std::vector<std::vector<int64_t>> kept_shapes;
+  std::vector<std::pair<size_t, at::Tensor>> deferred_rows;  // rows for Python, and their tensors
 
   explicit Work(size_t rows) {
     views.reserve(rows);
@@ -67,30 +67,32 @@ struct Work {
         return;
       }
     }
-    leave(tensor, table, row);
+    defer(tensor, table, row);
   }
 
-  void leave(const at::Tensor& tensor, Moments* table, size_t row) {
+  // Leaves a row to Python, which reads any kind of tensor.
+  void defer(const at::Tensor& tensor, Moments* table, size_t row) {
     table[row] = unread(0);
-    left.emplace_back(row, tensor);
+    deferred_rows.emplace_back(row, tensor);
   }
 
-  // Before the GIL is let go: another thread may then drop a gradient or exchange a tensor's data.
+  // Keeps the memory of all views alive. Must be called before the GIL is released: another thread
+  // may then drop a gradient or replace the data of a tensor.
   void keep_memory() {
-    alive.reserve(tensors.size());
-    for (const c10::TensorImpl* t : tensors) alive.push_back(t->storage());
+    kept_storages.reserve(tensors.size());
+    for (const c10::TensorImpl* t : tensors) kept_storages.push_back(t->storage());
     tensors.clear();
   }
 
-  // The same for what is not looked at before that: sizes and strides are, unless devices are
-  // started first.
+  // Copies sizes and strides. Needed only if the GIL is released before cpu::summarize has read
+  // them.
   void keep_shapes() {
-    shapes.reserve(2 * views.size());
+    kept_shapes.reserve(2 * views.size());
     for (cpu::TensorView& v : views) {
-      shapes.emplace_back(v.sizes, v.sizes + v.ndim);
-      v.sizes = shapes.back().data();
-      shapes.emplace_back(v.strides, v.strides + v.ndim);
-      v.strides = shapes.back().data();
+      kept_shapes.emplace_back(v.sizes, v.sizes + v.ndim);
+      v.sizes = kept_shapes.back().data();
+      kept_shapes.emplace_back(v.strides, v.strides + v.ndim);
+      v.strides = kept_shapes.back().data();
     }
   }
 
@@ -105,35 +107,38 @@ struct Work {
     });
   }
 
-  py::list left_for_python() const {
+  py::list deferred_list() const {
     py::list rows;
-    for (const auto& [row, tensor] : left) rows.append(py::make_tuple(row, tensor));
+    for (const auto& [row, tensor] : deferred_rows) rows.append(py::make_tuple(row, tensor));
     return rows;
   }
 };
 
-// A lazy parameter is a tensor of a class of its own with no elements yet. (Only of a plain tensor
-// may numel be asked: another's class may answer with Python code.)
-bool is_lazy_perhaps(PyObject* object, const c10::TensorImpl& t) {
+// Whether a tensor may be a lazy parameter: an instance of a subclass without elements. (numel is
+// read only of plain tensors: other classes may compute it with Python code.)
+bool may_be_lazy(PyObject* object, const c10::TensorImpl& t) {
   return !THPVariable_CheckExact(object) && is_plain(t) && t.numel() == 0;
 }
 
 const at::Tensor& unpack(PyObject* object) {
   if (!THPVariable_CheckExact(object) &&
       !PyType_IsSubtype(Py_TYPE(object), reinterpret_cast<PyTypeObject*>(THPVariableClass))) {
-    throw py::type_error("read: expected a list of tensors");
+    throw py::type_error(
+        std::string("paramstats._native.read: expected a list of tensors, got an ") +
+        Py_TYPE(object)->tp_name + " in it");
   }
   return THPVariable_Unpack(object);
 }
 
-// tensor.grad where torch lets one ask for it without a warning; undefined elsewhere.
+// tensor.grad if torch would return it without a warning, else an undefined tensor.
 const at::Tensor& gradient_of(const at::Tensor& tensor) {
   static const at::Tensor none;
   const at::Tensor& grad = tensor.unsafeGetTensorImpl()->grad();
   return !grad.defined() || tensor.is_leaf() || tensor.retains_grad() ? grad : none;
 }
 
-// torch's own exceptions as Python knows them: out of memory above all.
+// Starts the reads on all devices. Raises torch's errors, e.g. out of memory, as their Python
+// classes.
 std::vector<std::shared_ptr<Transfer>> start(CudaCall& call) {
   try {
     return call.start();
@@ -155,12 +160,12 @@ py::tuple read(const py::list& tensors, bool params, bool grads) {
     PyObject* object = PyList_GET_ITEM(tensors.ptr(), static_cast<Py_ssize_t>(i));
     const at::Tensor& tensor = unpack(object);
     const c10::TensorImpl& t = *tensor.unsafeGetTensorImpl();
-    if (params && !is_lazy_perhaps(object, t)) {
+    if (params && !may_be_lazy(object, t)) {
       work.add(tensor, table, i);
     } else if (!params && is_plain(t)) {
       table[i] = unread(t.numel());
     } else {
-      work.leave(tensor, table, i);
+      work.defer(tensor, table, i);
     }
     const at::Tensor* grad = grads ? &gradient_of(tensor) : nullptr;
     if (grad != nullptr && grad->defined()) {
@@ -173,24 +178,28 @@ py::tuple read(const py::list& tensors, bool params, bool grads) {
     work.keep_memory();
     work.keep_shapes();
   }
-  const auto started = start(work.on_cuda);  // the devices, before the CPU is busy
+  const auto started = start(work.on_cuda);  // first, so that devices work while the CPU does
   work.run();
   py::list transfers;
   for (const auto& transfer : started) transfers.append(py::cast(transfer));
-  return py::make_tuple(std::move(rows), work.left_for_python(), std::move(transfers));
+  return py::make_tuple(std::move(rows), work.deferred_list(), std::move(transfers));
 }
 
-// ---- from rows to statistics ------------------------------------------------------------------
+// ---- compute statistics from a table -------------------------------------------------------
 
 const Moments* rows_of(const py::bytes& table, size_t begin, size_t end) {
   const auto size = static_cast<size_t>(PyBytes_GET_SIZE(table.ptr())) / sizeof(Moments);
-  if (begin > end || end > size) throw py::index_error("rows outside the table");
+  if (begin > end || end > size) {
+    throw py::index_error("paramstats._native: expected rows of a table of " +
+                          std::to_string(size) + " rows, got [" + std::to_string(begin) + ", " +
+                          std::to_string(end) + ")");
+  }
   return reinterpret_cast<const Moments*>(PyBytes_AS_STRING(table.ptr()));
 }
 
 bool is_absent(const Moments& a) { return a.count == kAbsent; }
 
-// The rows [begin, end) as one; what is absent or unread does not count, unless nothing was read.
+// Merges the rows [begin, end). Skips absent and unread rows, unless no row was read.
 py::bytes merge_rows(const py::bytes& table, size_t begin, size_t end) {
   const cpu::WithDenormals with_denormals;
   const Moments* rows = rows_of(table, begin, end);
@@ -210,35 +219,41 @@ py::bytes merge_rows(const py::bytes& table, size_t begin, size_t end) {
   return py::bytes(reinterpret_cast<const char*>(&all), sizeof(all));
 }
 
-// The state of row i of n with the gradient scale divided out: gradients are the second half.
-Moments unscaled(const Moments* rows, size_t i, size_t n, double grad_scale) {
+// The state of row i of n, divided by the gradient scale if it is a gradient (second half).
+Moments unscaled_row(const Moments* rows, size_t i, size_t n, double grad_scale) {
   return 2 * i >= n && grad_scale != 1 ? scaled(rows[i], 1 / grad_scale) : rows[i];
 }
 
-// Returns {key: statistic}. `keys` holds one key per row and, within a row, per entry of `columns`
-// (positions in Statistics). Absent and unread rows also have keys, which are skipped.
+// Returns {key: statistic}. `keys` contains, row by row, one key per entry of `columns` (positions
+// in Statistics). Absent and unread rows also have keys, which are skipped.
 py::dict scalars(const py::bytes& table, const py::list& keys, const std::vector<int>& columns,
                  double correction, double grad_scale) {
   const cpu::WithDenormals with_denormals;
   const size_t n = keys.size() / (columns.empty() ? 1 : columns.size());
   const Moments* rows = rows_of(table, 0, n);
   for (int column : columns) {
-    if (column < 0 || column >= kStatistics) throw py::index_error("no such statistic");
+    if (column < 0 || column >= kStatistics) {
+      throw py::index_error("paramstats._native.scalars: expected columns from 0 to " +
+                            std::to_string(kStatistics - 1) + ", got " + std::to_string(column));
+    }
   }
   py::dict out;
   Py_ssize_t next = 0;
   for (size_t i = 0; i < n; ++i) {
-    if (is_unread(rows[i])) {  // true for absent rows, too
+    if (is_unread(rows[i])) {  // absent rows, too
       next += static_cast<Py_ssize_t>(columns.size());
       continue;
     }
-    const Statistics all = finalize(unscaled(rows, i, n, grad_scale), correction);
+    const Statistics all = finalize(unscaled_row(rows, i, n, grad_scale), correction);
     double values[kStatistics];
     std::memcpy(values, &all, sizeof(all));
     for (int column : columns) {
       const py::float_ value(values[column]);
-      // A key's own __hash__ may change the list.
-      if (next >= PyList_GET_SIZE(keys.ptr())) throw py::index_error("the keys have changed");
+      if (next >= PyList_GET_SIZE(keys.ptr())) {
+        throw py::index_error(
+            "paramstats._native.scalars: expected an unchanged list of keys, but a key's __hash__ "
+            "removed some");
+      }
       const auto key = py::reinterpret_borrow<py::object>(PyList_GET_ITEM(keys.ptr(), next++));
       if (PyDict_SetItem(out.ptr(), key.ptr(), value.ptr()) != 0) throw py::error_already_set();
     }
@@ -246,7 +261,7 @@ py::dict scalars(const py::bytes& table, const py::list& keys, const std::vector
   return out;
 }
 
-// Returns the statistics of every row as float64, in the order of Statistics. Absent rows are NaN.
+// Returns the statistics of every row as float64, in the order of Statistics; NaN for absent rows.
 py::bytes finalize_table(const py::bytes& table, double correction, double grad_scale) {
   const cpu::WithDenormals with_denormals;
   const size_t n = PyBytes_GET_SIZE(table.ptr()) / sizeof(Moments);
@@ -257,7 +272,7 @@ py::bytes finalize_table(const py::bytes& table, double correction, double grad_
       auto* values = reinterpret_cast<double*>(&out[i]);
       std::fill(values, values + kStatistics, kNaN);
     } else {
-      out[i] = finalize(unscaled(rows, i, n, grad_scale), correction);
+      out[i] = finalize(unscaled_row(rows, i, n, grad_scale), correction);
     }
   }
   return py::bytes(reinterpret_cast<const char*>(out.data()), n * sizeof(Statistics));
@@ -268,7 +283,7 @@ void write_transfer(const Transfer& transfer, const py::bytearray& table) {
   transfer.write(rows, PyByteArray_GET_SIZE(table.ptr()) / sizeof(Moments));
 }
 
-// ---- which kernels run ---------------------------------------------------------------------
+// ---- select the kernels --------------------------------------------------------------------
 
 std::vector<std::string> simd_levels() {
   std::vector<std::string> names;
@@ -283,28 +298,31 @@ void set_simd_level(const std::string& name) {
       return;
     }
   }
-  throw py::value_error("this processor does not have the SIMD level '" + name + "'");
+  std::string levels;
+  for (const std::string& level : simd_levels()) levels += (levels.empty() ? "" : ", ") + level;
+  throw py::value_error("paramstats._native.set_simd_level: expected one of " + levels + ", got '" +
+                        name + "'");
 }
 
 }  // namespace
 }  // namespace paramstats
 
 PYBIND11_MODULE(_native, m) {
-  using namespace pybind11::literals;  // NOLINT: the literal _a has no other way in
-  m.doc() = "The native engine of paramstats. Private: import paramstats instead.";
+  using namespace pybind11::literals;  // NOLINT: needed for the literal _a
+  m.doc() = "The native backend of paramstats. Private: import paramstats instead.";
   m.attr("BLOCK") = paramstats::cpu::kBlock;
   m.attr("CHUNK") = paramstats::cpu::kChunk;
   m.attr("INNER") = paramstats::cpu::kInner;
-  m.attr("MOST_OFF") = paramstats::cpu::kMostOff;
+  m.attr("MAX_SHIFT_SHARE") = paramstats::cpu::kMaxShiftShare;
   m.attr("SERIAL_BYTES") = paramstats::cpu::kSerialBytes;
   m.def("walk", &paramstats::walk, "module"_a, "buffers"_a, "make_layout"_a);
   m.def("cached_layouts", &paramstats::cached_layouts);
-  m.def("read_distributed", &paramstats::read_distributed, "type"_a);
+  m.def("set_dtensor_class", &paramstats::set_dtensor_class, "type"_a);
   py::class_<paramstats::Transfer, std::shared_ptr<paramstats::Transfer>>(m, "Transfer")
       .def("ready", &paramstats::Transfer::ready)
       .def("write", &paramstats::write_transfer, "table"_a);
-  m.def("use_cuda_engine", &paramstats::use_cuda_engine, "api"_a);
-  m.def("cuda_trouble", &paramstats::cuda_trouble, "device"_a);
+  m.def("use_cuda_backend", &paramstats::use_cuda_backend, "api"_a);
+  m.def("cuda_error", &paramstats::cuda_error, "device"_a);
   m.def("read", &paramstats::read, "tensors"_a, "params"_a, "grads"_a);
   m.def("merge_rows", &paramstats::merge_rows, "table"_a, "begin"_a, "end"_a);
   m.def("scalars", &paramstats::scalars, "table"_a, "keys"_a, "columns"_a, "correction"_a,

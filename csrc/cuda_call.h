@@ -1,5 +1,5 @@
-// A call's CUDA tensors: handed to the CUDA engine by way of torch's own streams, allocators and
-// events, which c10 offers without CUDA. So this compiles and loads where CUDA is not.
+// Passes the CUDA tensors of one call to the CUDA backend, with torch's own streams, allocators and
+// events. It uses them through c10, so it compiles and loads without CUDA.
 #pragma once
 
 #include <c10/core/Stream.h>
@@ -15,46 +15,50 @@
 
 namespace paramstats {
 
-// Makes the functions of paramstats._cuda the CUDA engine: what its `api()` returned.
-void use_cuda_engine(const pybind11::capsule& api);
+// Sets the CUDA backend: the capsule that paramstats._cuda.api() returns. Raises ValueError if its
+// version differs from the one this was built for.
+void use_cuda_backend(const pybind11::capsule& api);
 
-// Why the CUDA engine cannot run on a device ("" where it can): its machine code does not fit, say.
-const std::string& cuda_trouble(c10::DeviceIndex device);
+// Why the CUDA backend cannot run on a device, e.g. because it was not compiled for its
+// architecture;
+// "" if it can run.
+const std::string& cuda_error(c10::DeviceIndex device);
 
-// States on their way from one device.
+// The states of one device's tensors, which may still be being computed.
 class Transfer {
  public:
   virtual ~Transfer() = default;
   virtual bool ready() const = 0;
-  // Waits for this transfer alone and puts its states into their rows of a table.
+  // Waits for this transfer alone and writes its states to their rows of a table of `rows` rows.
   virtual void write(Moments* table, size_t rows) const = 0;
 };
 
-// The tensors of one call. Adding reads no memory; they are read when their device gets to it.
+// The CUDA tensors of one call. `add` reads no memory; `start` enqueues the reads on the devices.
 class CudaCall {
  public:
-  // False where there is no CUDA engine for the tensor's device. Raises std::runtime_error where
-  // the device's current stream is being captured into a CUDA graph; nothing has touched it then.
+  // Returns false if there is no CUDA backend for the tensor's device. Raises std::runtime_error if
+  // the device's current stream is being captured into a CUDA graph; the capture stays valid.
   bool add(const cuda::TensorView& view, const c10::TensorImpl& tensor, size_t row);
 
   bool empty() const { return groups_.empty(); }
 
-  // Has each device's current stream read its tensors; does not wait. The GIL is let go meanwhile:
-  // a launch may have to wait for room in a queue that Python code is to empty.
+  // Enqueues the reads on each device's current stream and does not wait. Releases the GIL: a
+  // launch may block on a full queue until other Python code has run.
   //
-  // Memory: the results, the table and the workspace are of torch's allocators, which reuse what is
-  // let go in the order of the stream. So are the tensors themselves, if they were allocated on the
-  // stream that reads them, as torch's operators demand, too; where that stream is not the device's
-  // default one, which the model was most likely made on, their storages are told of it.
+  // Memory: the results, the table and the workspace come from torch's allocators, which reuse
+  // freed memory in stream order. This also makes it safe to free the tensors at once, if they were
+  // allocated on the stream that reads them (torch's operators have the same rule). If that stream
+  // is not the default stream, on which the model was most likely allocated, the tensors' storages
+  // are recorded on it.
   std::vector<std::shared_ptr<Transfer>> start();
 
  private:
   struct Group {
     c10::Stream stream;
-    void* handle;  // its cudaStream_t
-    bool runs;     // the CUDA engine does, on this device
+    void* handle;    // its cudaStream_t
+    bool supported;  // whether the CUDA backend runs on this device
     std::vector<cuda::TensorView> views;
-    std::vector<c10::Storage> storages;  // alive until their reading is enqueued
+    std::vector<c10::Storage> storages;  // kept alive until the reads are enqueued
     std::vector<size_t> rows;
   };
   Group& group_of(const c10::Device& device);

@@ -1,4 +1,4 @@
-// The element types that kernels read as they lie in memory.
+// The element types that the kernels read.
 #pragma once
 
 #include "portable.h"
@@ -14,7 +14,7 @@ enum class DType : uint8_t {
   kFloat8E5M2,
   kInt8,
   kUInt8,
-  kBool,  // a byte; any but 0 is true
+  kBool,  // one byte; every value but 0 is true
   kInt16,
   kUInt16,
   kInt32,
@@ -24,8 +24,8 @@ enum class DType : uint8_t {
 };
 constexpr int kDTypes = 15;
 
-// Two bits for each, the power of two that its size is: a table would be memory on a GPU, and a
-// switch is a jump that a processor mispredicts.
+// log2 of the size of each dtype in bytes, two bits per dtype. A table would be a memory access on
+// a GPU, and a switch would be a jump that a CPU mispredicts.
 constexpr uint32_t kLog2Sizes = 3 << 0 | 2 << 2 | 1 << 4 | 1 << 6 | 0 << 8 | 0 << 10 | 0 << 12 |
                                 0 << 14 | 0 << 16 | 1 << 18 | 1 << 20 | 2 << 22 | 2 << 24 |
                                 3u << 26 | 3u << 28;

@@ -1,3 +1,5 @@
+// Reads an nn.Module's tree directly from the `_parameters`, `_buffers` and `_modules` of its
+// modules.
 #include "module_tree.h"
 
 #include <ATen/core/Tensor.h>
@@ -10,13 +12,13 @@ namespace py = pybind11;
 namespace paramstats {
 namespace {
 
-// Deeper than this, or more modules than this, and the tree is most likely a cycle or modules
-// shared within shared modules without end: left to Python. (Depth costs no stack here.)
+// A tree that is deeper or has more modules than this is most likely a cycle, or has modules that
+// are shared many times over. Python handles it. (Depth costs no stack here.)
 constexpr size_t kMaxDepth = 10'000;
 constexpr size_t kMaxVisits = 200'000;
 
-// An attribute of every module, and where it stood in the last dictionary it was found in. Interned
-// once; never freed, because extension modules are not unloaded.
+// The name of an attribute that every module has, and its position in the last dictionary that
+// contained it. The name is interned once and never freed: extension modules are not unloaded.
 struct Attribute {
   PyObject* name;
   Py_ssize_t position = 0;
@@ -30,54 +32,56 @@ Attributes& attributes_of_modules() {
   return a;
 }
 
-// While it lives the garbage collector, and with it Python code, does not run: an instance that was
-// never asked for its __dict__ has it made, which may set off a collection.
-class WithoutCollector {
+// Disables the garbage collector, which runs Python code, in its scope. Python creates the __dict__
+// of an instance at the first access, and that may start a collection.
+class GarbageCollectorDisabled {
  public:
-  WithoutCollector() : was_enabled_(PyGC_Disable() != 0) {}
-  ~WithoutCollector() {
+  GarbageCollectorDisabled() : was_enabled_(PyGC_Disable() != 0) {}
+  ~GarbageCollectorDisabled() {
     if (was_enabled_) PyGC_Enable();
   }
-  WithoutCollector(const WithoutCollector&) = delete;
-  WithoutCollector& operator=(const WithoutCollector&) = delete;
+  GarbageCollectorDisabled(const GarbageCollectorDisabled&) = delete;
+  GarbageCollectorDisabled& operator=(const GarbageCollectorDisabled&) = delete;
 
  private:
   bool was_enabled_;
 };
 
-// nn.Module and the functions by which it lists itself; a class whose are others lists itself
-// otherwise.
+// nn.Module and its methods that list tensors and modules.
 struct ModuleClass {
   py::object type = py::module_::import("torch.nn").attr("Module");
-  std::vector<std::pair<py::str, py::object>> listing;
+  std::vector<std::pair<py::str, py::object>> methods;
   PyTypeObject* python_type() const { return reinterpret_cast<PyTypeObject*>(type.ptr()); }
   ModuleClass() {
     for (const char* name :
          {"parameters", "named_parameters", "buffers", "named_buffers", "modules", "named_modules",
           "children", "named_children", "_named_members", "__getattribute__"}) {
-      listing.emplace_back(py::str(name), type.attr(name));
+      methods.emplace_back(py::str(name), type.attr(name));
     }
   }
 };
 const ModuleClass& module_class() {
-  static const ModuleClass* const c = new ModuleClass();  // outlives the interpreter's shutdown
+  static const ModuleClass* const c =
+      new ModuleClass();  // never freed: may outlive the interpreter
   return *c;
 }
 
-bool lists_itself_plainly(PyObject* module, PyTypeObject* type) {
+// Whether neither the class nor the instance overrides how a module lists its tensors.
+bool lists_as_nn_module(PyObject* module, PyTypeObject* type) {
   PyObject* object = reinterpret_cast<PyObject*>(type);
-  for (const auto& [name, plain] : module_class().listing) {
-    const py::object own = py::reinterpret_steal<py::object>(PyObject_GetAttr(object, name.ptr()));
-    if (!own) PyErr_Clear();
-    if (!own.is(plain)) return false;
+  for (const auto& [name, original] : module_class().methods) {
+    const py::object method =
+        py::reinterpret_steal<py::object>(PyObject_GetAttr(object, name.ptr()));
+    if (!method) PyErr_Clear();
+    if (!method.is(original)) return false;
   }
-  // A property of the class would come before what the instance has under that name.
+  // A property of the class takes precedence over an attribute of the instance.
   const Attributes& a = attributes_of_modules();
   for (const Attribute* attribute : {&a.parameters, &a.buffers, &a.modules}) {
     if (_PyType_Lookup(type, attribute->name) != nullptr) return false;
   }
   const auto attributes = py::reinterpret_steal<py::dict>(PyObject_GenericGetDict(module, nullptr));
-  for (const auto& [name, plain] : module_class().listing) {
+  for (const auto& [name, original] : module_class().methods) {
     if (attributes.contains(name)) return false;
   }
   return true;
@@ -88,27 +92,29 @@ bool is_tensor(PyObject* object) {
          PyType_IsSubtype(Py_TYPE(object), reinterpret_cast<PyTypeObject*>(THPVariableClass));
 }
 
-// DTensor, once somebody has met one: its operators are Python code, its sizes are not.
-PyTypeObject* distributed = nullptr;
+// torch's DTensor, once set_dtensor_class was called. Its operators are Python code, its sizes are
+// not.
+PyTypeObject* dtensor_class = nullptr;
 
-// Whether sizes and the like can be asked for without a subclass's Python code answering.
-bool answers_by_itself(PyObject* object) {
+// Whether reading the size and other metadata of a tensor runs no Python code of a subclass.
+bool has_native_metadata(PyObject* object) {
   const c10::TensorImpl& t = *THPVariable_Unpack(object).unsafeGetTensorImpl();
-  const bool by_python =
-      t.key_set().has(c10::DispatchKey::Python) && Py_TYPE(object) != distributed;
-  return !by_python && !t.is_nested() && !t.has_symbolic_sizes_strides();
+  const bool runs_python =
+      t.key_set().has(c10::DispatchKey::Python) && Py_TYPE(object) != dtensor_class;
+  return !runs_python && !t.is_nested() && !t.has_symbolic_sizes_strides();
 }
 
 bool is_same(PyObject* key, PyObject* name) { return key == name; }
 
-// Whether it is a plain string of the same text: another one where a dictionary was unpickled.
+// Whether the key is a plain string with the same text. It is another object if the dictionary was
+// unpickled.
 bool is_equal(PyObject* key, PyObject* name) {
   return key == name ||
          (PyUnicode_CheckExact(key) && PyUnicode_GET_LENGTH(key) == PyUnicode_GET_LENGTH(name) &&
           PyUnicode_Compare(key, name) == 0);
 }
 
-// The value of the first key that is the attribute's name, borrowed, or null.
+// Returns the value of the first key that matches the attribute's name (borrowed), or null.
 template <bool (*is_name)(PyObject*, PyObject*)>
 PyObject* search(PyObject* attributes, Attribute& attribute) {
   PyObject *key, *value;
@@ -120,8 +126,9 @@ PyObject* search(PyObject* attributes, Attribute& attribute) {
   return nullptr;
 }
 
-// A borrowed plain dict of the module's, or null. Not looked up, which may run another key's
-// __eq__: found at the position where it was in the last module, or by a search.
+// Returns a dictionary attribute of a module (borrowed), or null if it is not a plain dict. A
+// normal lookup may run the __eq__ of another key, so this tries the position where the last module
+// had the attribute and then searches.
 PyObject* dict_of(PyObject* attributes, Attribute& attribute) {
   PyObject *key, *value;
   Py_ssize_t i = attribute.position;
@@ -132,12 +139,12 @@ PyObject* dict_of(PyObject* attributes, Attribute& attribute) {
   return value != nullptr && PyDict_CheckExact(value) ? value : nullptr;
 }
 
-// Adds a module and its own entries to the tree and opens it. False: not readable.
+// Adds a module and its own entries to the tree and opens it. Returns false if it is not readable.
 bool enter(PyObject* module, Attribute& kind, Tree& tree) {
   if (tree.open.size() > kMaxDepth || ++tree.visits > kMaxVisits) return false;
-  // Of nothing else is even the dictionary asked for: a built-in type would be given a new one.
+  // Check the type before the dictionary: asking a built-in type for one would create it.
   if (!PyType_IsSubtype(Py_TYPE(module), module_class().python_type())) return false;
-  // The owned reference may go at once: the module keeps its attributes alive.
+  // The module keeps its attributes alive, so the reference can be released at once.
   PyObject* attributes = PyObject_GenericGetDict(module, nullptr);
   if (attributes == nullptr) return false;
   Py_DECREF(attributes);
@@ -153,15 +160,15 @@ bool enter(PyObject* module, Attribute& kind, Tree& tree) {
     tree.signature.push_back(key);
     tree.signature.push_back(value);
     if (value == Py_None) continue;
-    if (!is_tensor(value) || !answers_by_itself(value)) return false;
+    if (!is_tensor(value) || !has_native_metadata(value)) return false;
     tree.members.push_back(tree.signature.size() - 1);
   }
   tree.open.push_back({children, 0});
   return true;
 }
 
-// Adds a module's entries, its own first, then its children's. Not by recursion: a tree may be
-// deeper than the stack of a small thread.
+// Adds the entries of a module, then those of its children. Does not recurse: a tree may be deeper
+// than the stack of a small thread allows.
 bool visit(PyObject* module, Attribute& kind, Tree& tree) {
   if (!enter(module, kind, tree)) return false;
   while (!tree.open.empty()) {
@@ -179,7 +186,7 @@ bool visit(PyObject* module, Attribute& kind, Tree& tree) {
   return true;
 }
 
-// The names of a tree's members, found again along the signature.
+// The full names of a tree's members, derived from its signature.
 struct Names {
   std::vector<std::string> of_member;
   bool readable = true;
@@ -201,22 +208,22 @@ struct Names {
  private:
   const Tree& tree_;
   size_t at_ = 0;
-  std::vector<std::string> prefixes_;  // of the modules that are open
+  std::vector<std::string> prefixes_;  // of the open modules
 
   void open(const std::string& name) {
     PyTypeObject* type = reinterpret_cast<PyTypeObject*>(tree_.signature[at_ + 1]);
-    readable = lists_itself_plainly(tree_.signature[at_], type);
+    readable = lists_as_nn_module(tree_.signature[at_], type);
     prefixes_.push_back(name.empty() ? "" : name + ".");
     at_ += 2;
   }
 
-  // A key and a value: a tensor, None or a child, which follows.
+  // Reads a key and its value: a tensor, None, or a child module whose entries follow.
   void entry() {
     PyObject* key = tree_.signature[at_];
     Py_ssize_t size = 0;
-    // A subclass may make of itself what it likes when torch puts it behind a prefix.
+    // A subclass of str may change the result when torch adds a prefix, so only str is accepted.
     const char* text = PyUnicode_CheckExact(key) ? PyUnicode_AsUTF8AndSize(key, &size) : nullptr;
-    if (text == nullptr) {  // no such string, or one that UTF-8 cannot hold
+    if (text == nullptr) {  // not a str, or not encodable as UTF-8
       PyErr_Clear();
       readable = false;
       return;
@@ -246,8 +253,8 @@ std::vector<py::object> Tree::owned() const {
 }
 
 bool read_tree(PyObject* module, bool buffers, Tree& tree) {
-  module_class();  // made by Python code, the first time
-  const WithoutCollector without_collector;
+  module_class();  // the first call runs Python code
+  const GarbageCollectorDisabled no_collection;
   if (!visit(module, attributes_of_modules().parameters, tree)) return false;
   tree.parameters = tree.members.size();
   return !buffers || visit(module, attributes_of_modules().buffers, tree);
@@ -259,10 +266,10 @@ std::optional<std::vector<std::string>> names_of_members(const Tree& tree) {
   return std::move(names.of_member);
 }
 
-void read_distributed(py::handle type) {
-  if (reinterpret_cast<PyTypeObject*>(type.ptr()) == distributed) return;
-  Py_INCREF(type.ptr());  // for good: it is one of torch's own
-  distributed = reinterpret_cast<PyTypeObject*>(type.ptr());
+void set_dtensor_class(py::handle type) {
+  if (reinterpret_cast<PyTypeObject*>(type.ptr()) == dtensor_class) return;
+  Py_INCREF(type.ptr());  // never released: the class belongs to torch
+  dtensor_class = reinterpret_cast<PyTypeObject*>(type.ptr());
 }
 
 }  // namespace paramstats

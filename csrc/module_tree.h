@@ -1,4 +1,5 @@
-// An nn.Module's tree, read from the modules' `_parameters`, `_buffers` and `_modules` themselves.
+// Reads an nn.Module's tree directly from the `_parameters`, `_buffers` and `_modules` of its
+// modules.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -9,22 +10,23 @@
 
 namespace paramstats {
 
-// A tree as it was found: every pointer in it borrowed.
+// A module tree at one moment. All its pointers are borrowed.
 struct Tree {
-  // What, compared with an earlier walk's, tells whether anything moved: for each module its
-  // address, its type and the key and value of each of its entries, in order.
+  // For each module, in order: its address, its type, and the key and value of each of its entries.
+  // Two walks with the same signature have seen the same tree.
   std::vector<PyObject*> signature;
-  std::vector<Py_ssize_t> attributes;  // of each module, how many: an override may be among them
-  std::vector<size_t> members;         // positions in `signature` of entries that are tensors
-  size_t parameters = 0;               // how many of `members` are parameters; buffers follow
-  size_t visits = 0;                   // of modules, a shared one each time
+  // The number of attributes of each module: it changes if an instance gets an override.
+  std::vector<Py_ssize_t> attributes;
+  std::vector<size_t> members;  // positions in `signature` of the entries that are tensors
+  size_t parameters = 0;        // how many of `members` are parameters; the others are buffers
+  size_t visits = 0;            // visited modules; a shared module counts each time
 
-  // While it is read: a module whose children are being read, and the next of them.
+  // A module whose children are being read, and the position of the next child.
   struct Open {
     PyObject* children;
     Py_ssize_t next;
   };
-  std::vector<Open> open;  // from the root on
+  std::vector<Open> open;  // the current path, from the root down
 
   bool operator==(const Tree& other) const {
     return signature == other.signature && attributes == other.attributes;
@@ -38,24 +40,25 @@ struct Tree {
     parameters = visits = 0;
   }
 
-  // References to everything, so that Python code may run.
+  // Returns references to all objects of the tree, which keep it alive while Python code runs.
   std::vector<pybind11::object> owned() const;
 };
 
-// Reads a module's parameters and those of the modules in it; where `buffers`, those after them.
-// False: not readable this way, or too deep, or too large.
+// Reads the parameters of a module and of all modules in it, followed by the buffers if `buffers`.
+// Returns false if the tree cannot be read this way, or is too deep or too large.
 //
-// No Python code runs meanwhile, neither a key's __eq__ nor what the garbage collector finalizes,
-// so nothing can change the tree (the GIL is held). Whatever comes after that and may run Python
-// code, as making a list may, has to own what it still needs: see `owned`.
+// The GIL is held and no Python code runs here, neither a key's __eq__ nor a finalizer, so nothing
+// can change the tree during the call. Code that runs afterwards and may call Python (creating a
+// list may) must own the objects that it still needs: see `owned`.
 bool read_tree(PyObject* module, bool buffers, Tree& tree);
 
-// The full names of `tree.members`, in order; nullopt where a module of it lists itself in a way of
-// its own, or a name is no string that UTF-8 can hold. May run Python code, as of a metaclass: the
-// caller holds what `tree.owned()` gave.
+// Returns the full names of `tree.members`, in order. Returns nullopt if a module overrides how
+// modules list their tensors, or if a name is not a string that UTF-8 can encode. May run Python
+// code (e.g. of a metaclass), so the caller must hold the result of `tree.owned()`.
 std::optional<std::vector<std::string>> names_of_members(const Tree& tree);
 
-// Has `read_tree` read tensors of one more class, DTensor, although its operators are Python code.
-void read_distributed(pybind11::handle type);
+// Tells `read_tree` which class is DTensor. DTensors are then read, although their operators are
+// Python code: their sizes are not.
+void set_dtensor_class(pybind11::handle type);
 
 }  // namespace paramstats

@@ -1,3 +1,4 @@
+// Lists the tensors of an nn.Module and caches one layout per model while it is valid.
 #include "module_walk.h"
 
 #include <ATen/core/Tensor.h>
@@ -16,10 +17,11 @@ namespace py = pybind11;
 namespace paramstats {
 namespace {
 
-// Pointers: a larger tree's memory is not kept for the next call.
-constexpr size_t kMostScratch = 1 << 20;
+// In pointers. The memory of a larger tree is not kept for the next call.
+constexpr size_t kMaxScratch = 1 << 20;
 
-// What a layout says of a tensor, to be compared without making Python objects.
+// The properties of a tensor that a layout contains. They are compared without making Python
+// objects.
 struct Meta {
   PyTypeObject* type;
   at::ScalarType dtype;
@@ -43,12 +45,12 @@ struct Meta {
   }
 };
 
-// A class as it was when it was found to list itself plainly. Not owned: a class may own a model,
-// which would then never go.
+// A module class at the time when it did not override how modules list their tensors. The class is
+// not owned: it may own a model, which could then never be freed.
 struct Class {
   py::object weakref;
   PyTypeObject* type;
-  unsigned int version;  // Python's own, which changes with the class or a base of it
+  unsigned int version;  // Python's tp_version_tag: changes with the class or one of its bases
 
   explicit Class(PyTypeObject* t)
       : weakref(py::reinterpret_steal<py::object>(
@@ -59,30 +61,31 @@ struct Class {
   }
 
   static unsigned int version_of(PyTypeObject* t) {
-#if PY_VERSION_HEX < 0x030b0000  // where a flag says whether the number holds
+#if PY_VERSION_HEX < 0x030b0000  // there, a flag says whether the number is valid
     if (!PyType_HasFeature(t, Py_TPFLAGS_VALID_VERSION_TAG)) return 0;
 #endif
     return t->tp_version_tag;
   }
 
   bool is_unchanged() const {
-    // No other class can have the address of one that is alive.
+    // While the class is alive, no other class can have its address.
     PyObject* alive = nullptr;
     if (!weakref || PyWeakref_GetRef(weakref.ptr(), &alive) != 1) return false;
-    Py_DECREF(alive);  // not the last reference: an instance in the tree holds one
+    Py_DECREF(alive);  // not the last reference: an instance in the tree owns one
     return version != 0 && version_of(type) == version;
   }
 };
 
-// The layout of one model, and all that must still be so for it to be true. Modules and tensors are
-// not owned either: that two pointers of a live model are equal means what it meant before, even if
-// both objects were exchanged.
+// The layout of one model, and everything that must be unchanged for it to be valid. Modules and
+// tensors are not owned, only their addresses are compared: while the model is alive, equal
+// addresses and equal metadata mean an equal layout, even if an object was replaced by another one
+// at the same address.
 struct Entry {
   Tree tree;
   std::vector<size_t> rows;  // positions in the signature of each tensor's first name
-  std::vector<Meta> metas;   // one a row
+  std::vector<Meta> metas;   // one per row
   std::vector<Class> classes;
-  std::vector<py::object> keys;  // owned: their addresses must stay theirs, and they own nothing
+  std::vector<py::object> keys;  // owned, so that no other string gets their addresses
   py::object layout;
   py::object weakref;
 
@@ -97,40 +100,42 @@ struct Entry {
   }
 };
 
-// By the model's address and whether buffers are listed. Never destroyed: Python objects must not
-// be let go after the interpreter has ended.
+// One cache with buffers and one without; the key is the model's address. Never destroyed: Python
+// objects must not be released after the interpreter has ended.
 using Cache = std::unordered_map<PyObject*, Entry>;
 Cache& cache(bool buffers) {
   static Cache* const caches = new Cache[2];
   return caches[buffers];
 }
 
-py::object weakref_that_forgets(PyObject* module, bool buffers) {
-  const py::cpp_function forget([module, buffers](py::handle) {
-    // Taken out whole before it is let go, which may run Python code that asks the cache.
-    const auto gone = cache(buffers).extract(module);
+// A weak reference that removes the model's cache entry when the model is freed.
+py::object weakref_with_cleanup(PyObject* module, bool buffers) {
+  const py::cpp_function remove([module, buffers](py::handle) {
+    // The entry leaves the cache before it is destroyed: its destructors may run Python code that
+    // uses the cache.
+    const auto entry = cache(buffers).extract(module);
   });
-  auto ref = py::reinterpret_steal<py::object>(PyWeakref_NewRef(module, forget.ptr()));
+  auto ref = py::reinterpret_steal<py::object>(PyWeakref_NewRef(module, remove.ptr()));
   if (!ref) PyErr_Clear();
   return ref;
 }
 
-// A list of the rows' tensors. Making one may set off the garbage collector, hence the references
-// taken before.
+// A Python list of the tensors of all rows. Creating a list may start the garbage collector, so
+// this takes a reference to each tensor first.
 py::list tensors_of(const Tree& tree, const std::vector<size_t>& rows) {
   std::vector<py::object> tensors;
   tensors.reserve(rows.size());
   for (size_t row : rows) {
     tensors.push_back(py::reinterpret_borrow<py::object>(tree.signature[row]));
   }
-  py::list out(tensors.size());  // from here on `tree` and `rows` may be gone
+  py::list out(tensors.size());  // may run Python code that destroys `tree` and `rows`
   for (size_t i = 0; i < tensors.size(); ++i) {
     PyList_SET_ITEM(out.ptr(), static_cast<Py_ssize_t>(i), tensors[i].release().ptr());
   }
   return out;
 }
 
-bool still_true(const Entry& entry, const Tree& tree) {
+bool is_valid(const Entry& entry, const Tree& tree) {
   if (!(entry.tree == tree)) return false;
   for (const Class& c : entry.classes) {
     if (!c.is_unchanged()) return false;
@@ -141,7 +146,7 @@ bool still_true(const Entry& entry, const Tree& tree) {
   return true;
 }
 
-// A tensor is a row under its first name; its other names are aliases.
+// Fills an entry from a tree. A tensor is listed under its first name; its other names are aliases.
 bool make_entry(py::handle module, Tree tree, py::handle make_layout, Entry& entry) {
   const auto names = names_of_members(tree);
   if (!names) return false;
@@ -169,18 +174,18 @@ bool make_entry(py::handle module, Tree tree, py::handle make_layout, Entry& ent
   }
   entry.remember(std::move(tree));
   const py::list tensors = tensors_of(entry.tree, entry.rows);
-  entry.layout = make_layout(module, first, others, parameters, tensors);  // may run any Python code
+  entry.layout = make_layout(module, first, others, parameters, tensors);  // runs Python code
   return true;
 }
 
 }  // namespace
 
 py::object walk(py::handle module, bool buffers, py::handle make_layout) {
-  thread_local Tree scratch;  // its memory is used again from call to call
+  thread_local Tree scratch;  // its memory is reused from call to call
   Tree tree = std::move(scratch);
   tree.clear();
   const auto put_back = [](Tree& t) {
-    if (t.signature.capacity() < kMostScratch) scratch = std::move(t);
+    if (t.signature.capacity() < kMaxScratch) scratch = std::move(t);
   };
   if (!read_tree(module.ptr(), buffers, tree)) {
     PyErr_Clear();
@@ -188,19 +193,19 @@ py::object walk(py::handle module, bool buffers, py::handle make_layout) {
     return py::none();
   }
   const auto found = cache(buffers).find(module.ptr());
-  if (found != cache(buffers).end() && still_true(found->second, tree)) {
-    py::object layout = found->second.layout;  // before anything that may change the cache
+  if (found != cache(buffers).end() && is_valid(found->second, tree)) {
+    py::object layout = found->second.layout;  // copied before Python code can change the cache
     py::list tensors = tensors_of(tree, found->second.rows);
     put_back(tree);
     return py::make_tuple(std::move(layout), std::move(tensors));
   }
-  const std::vector<py::object> owned = tree.owned();  // from here on Python code runs
+  const std::vector<py::object> owned = tree.owned();  // Python code runs from here on
   Entry entry;
   if (!make_entry(module, std::move(tree), make_layout, entry)) return py::none();
   py::tuple result = py::make_tuple(entry.layout, tensors_of(entry.tree, entry.rows));
-  entry.weakref = weakref_that_forgets(module.ptr(), buffers);
+  entry.weakref = weakref_with_cleanup(module.ptr(), buffers);
   if (entry.weakref) {
-    // The old entry goes after the new one is in: letting go of it may run Python code.
+    // The old entry is destroyed after the new one is stored: destroying it may run Python code.
     std::swap(cache(buffers)[module.ptr()], entry);
   }
   return result;

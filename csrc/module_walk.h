@@ -1,23 +1,26 @@
-// From an nn.Module tree to its parameters: a layout for each model, kept while it holds.
+// Lists the tensors of an nn.Module and caches one layout per model while it is valid.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
 namespace paramstats {
 
-// What `module.named_parameters()` (and `named_buffers()` after it) would list, as a tuple
-// (layout, tensors): `tensors` a list with each tensor once, `layout` what
-// make_layout(module, names, aliases, parameters, tensors) made of them: names tuple of str, aliases tuple
-// of tuples of str, parameters the number of rows that are parameters.
+// Returns the tuple (layout, tensors) of a module. `tensors` is a list of all tensors that
+// `module.named_parameters()` lists (followed by those of `named_buffers()` if `buffers`), each
+// tensor once. `layout` is the result of make_layout(module, names, aliases, parameters, tensors):
 //
-// The layout is made anew only if something about the model has changed since the last call: a
-// module, a name, a tensor's sharing, type, shape, dtype, device or requires_grad.
+//     names        tuple of str: the first name of each tensor
+//     aliases      tuple of tuples of str: the other names of each tensor
+//     parameters   int: how many of the tensors are parameters
 //
-// None where the tree cannot be read this way (a class of it overrides named_parameters or its
-// like, or is no plain nn.Module): then Python has to ask the module itself.
+// make_layout is called again only if the model has changed since the last call: a module, a name,
+// or a tensor's sharing, type, shape, dtype, device or requires_grad.
+//
+// Returns None if the module tree cannot be read this way, e.g. if a class in it overrides
+// named_parameters. The caller then lists the module with its own Python methods.
 pybind11::object walk(pybind11::handle module, bool buffers, pybind11::handle make_layout);
 
-// How many models' layouts are kept. They go when their model does.
+// The number of cached layouts. A layout is deleted together with its model.
 size_t cached_layouts();
 
 }  // namespace paramstats

@@ -1,4 +1,4 @@
-// The state of a tensor, or of any part of one, and its three verbs: update, merge, finalize.
+// The state of a tensor, or of any part of one, and its three operations: update, merge, finalize.
 //
 // A state counts every element and describes the finite ones by their mean and m2, the sum of
 // squared deviations from that mean:
@@ -9,11 +9,12 @@
 //     norm    sqrt(sum x^2)              = sqrt(m2 + n mean^2): two terms >= 0, nothing cancels
 //
 // The sums sum(x) and sum(x^2) are never formed: their difference loses every digit of a variance
-// that is small beside the mean (Chan, Golub, LeVeque: "Algorithms for computing the sample
+// that is small compared with the mean (Chan, Golub, LeVeque: "Algorithms for computing the sample
 // variance", The American Statistician 37(3), 1983, section 1).
 //
-// Host and device; no torch, no Python. It is the only definition of the state in C++;
-// paramstats/moments.py is the same in Python, for the fallback and for reading results.
+// Compiles for host and device and needs neither torch nor Python. It is the only definition of the
+// state in C++; paramstats/_core/moments.py is the Python version, for the fallback and for reading
+// results.
 #pragma once
 
 #if !defined(__CUDACC_RTC__)
@@ -24,16 +25,16 @@
 
 namespace paramstats {
 
-// Five counts and four doubles, 72 bytes without padding: also the row format that results travel
-// in (paramstats/moments.py reads it with struct "=5q4d").
+// Five counts and four doubles, 72 bytes without padding. This is also the row format of a table of
+// results (paramstats/_core/moments.py reads it with struct "=5q4d").
 struct Moments {
-  int64_t count = 0;     // all elements, finite or not; kAbsent marks "there is no such tensor"
-  int64_t zeros = 0;     // elements equal to zero, of either sign
-  int64_t nans = 0;      //
-  int64_t pos_infs = 0;  //
-  int64_t neg_infs = 0;  //
-  double mean = 0;       // of the finite elements, as all below; NaN marks "not read"
-  double m2 = 0;         //
+  int64_t count = 0;  // all elements, finite or not; kAbsent means "there is no such tensor"
+  int64_t zeros = 0;  // elements equal to zero, of either sign
+  int64_t nans = 0;
+  int64_t pos_infs = 0;
+  int64_t neg_infs = 0;
+  double mean = 0;  // this and the fields below: of the finite elements; NaN means "not read"
+  double m2 = 0;
   double min = kInfinity;
   double max = -kInfinity;
 };
@@ -41,23 +42,24 @@ static_assert(sizeof(Moments) == 72, "the row format is 5 int64 and 4 double");
 
 PARAMSTATS_HD inline bool is_finite(double x) { return x - x == 0; }
 
-constexpr int64_t kAbsent = -1;  // count of a row without a tensor: a gradient that is None
+constexpr int64_t kAbsent = -1;  // the count of a row without a tensor: a gradient that is None
 
 PARAMSTATS_HD inline int64_t finite_count(const Moments& a) {
   return a.count - a.nans - a.pos_infs - a.neg_infs;
 }
 
-// A state whose elements could not be read (a meta tensor): its size is known, its statistics are NaN.
+// The state of a tensor that was not read (e.g. a meta tensor): its count is known, its statistics
+// are NaN.
 PARAMSTATS_HD inline Moments unread(int64_t count) {
   return {count, 0, 0, 0, 0, kNaN, kNaN, kNaN, kNaN};
 }
 
 PARAMSTATS_HD inline bool is_unread(const Moments& a) { return a.mean != a.mean; }
 
-// Joins the states of two disjoint parts: equations 2.1a and 2.1b of Chan, Golub, LeVeque:
+// Merges the states of two disjoint parts: equations 2.1a and 2.1b of Chan, Golub, LeVeque:
 // "Updating formulae and a pairwise algorithm for computing sample variances", Stanford
-// STAN-CS-79-773, 1979, for means instead of sums. Equal means leave mean and m2 free of rounding,
-// so the parts of a constant tensor join to m2 == 0.
+// STAN-CS-79-773, 1979, for means instead of sums. Equal means add no rounding to mean and m2, so
+// the parts of a constant tensor merge to m2 == 0.
 PARAMSTATS_HD inline Moments merge(const Moments& a, const Moments& b) {
   Moments out;
   out.count = a.count + b.count;
@@ -87,7 +89,7 @@ PARAMSTATS_HD inline Moments merge(const Moments& a, const Moments& b) {
   return out;
 }
 
-// Takes in one element of any value.
+// Adds one element of any value to the state.
 PARAMSTATS_HD inline void update(Moments& state, double x) {
   Moments one;
   one.count = 1;
@@ -101,8 +103,8 @@ PARAMSTATS_HD inline void update(Moments& state, double x) {
 
 #if !defined(__CUDACC_RTC__)
 
-// Takes in n elements of any value, two passes: the exact routine that every fast one falls back
-// to. n is a block's length; the caller keeps the block in cache.
+// Adds n elements of any value to the state, in two passes. This is the exact routine that every
+// fast kernel falls back to. n is the length of a block, small enough to stay in cache.
 inline void update(Moments& state, const double* x, int64_t n) {
   constexpr int kLanes = 8;  // independent sums, so that the loops vectorise without -ffast-math
   Moments block;
@@ -130,8 +132,8 @@ inline void update(Moments& state, const double* x, int64_t n) {
         if (is_finite(x[i])) block.mean += x[i] / static_cast<double>(finite_n);
       }
     }
-    // Rounding must not carry the mean past the elements: of a constant it is the constant, and
-    // next to the limit of double it is not infinite.
+    // Rounding must not move the mean out of [min, max]: the mean of a constant is the constant,
+    // and the mean of elements near the limit of double is finite.
     block.mean = block.mean < block.min ? block.min : block.mean;
     block.mean = block.mean > block.max ? block.max : block.mean;
     double squares[kLanes] = {}, shifts[kLanes] = {};
@@ -141,18 +143,19 @@ inline void update(Moments& state, const double* x, int64_t n) {
       shifts[i % kLanes] += d;
     }
     for (double s : squares) block.m2 += s;
-    // What is left of the mean's rounding, which shows where deviations are as small as it.
+    // Corrects m2 for the rounding error of the mean, which matters where the deviations are as
+    // small as that error.
     double shift = 0;
     for (double s : shifts) shift += s;
-    const double off = shift * (shift / static_cast<double>(finite_n));
-    if (off <= kLargest && off <= block.m2) block.m2 -= off;
+    const double correction = shift * (shift / static_cast<double>(finite_n));
+    if (correction <= kLargest && correction <= block.m2) block.m2 -= correction;
   }
   state = merge(state, block);
 }
 
 #endif
 
-// What a kernel sums over n elements around a pivot, a value that it took to be near their mean.
+// The sums of n elements around a pivot, a value that the kernel expects to be near their mean.
 struct ShiftedSums {
   double sum;     // of d = x - pivot
   double sum_sq;  // of d^2; not finite if any element is not
@@ -161,49 +164,50 @@ struct ShiftedSums {
 };
 
 enum class Fit {
-  kGood,      // `out` is their state
-  kFar,       // the pivot was too far off: try pivot + sum / n
-  kUnusable,  // the sums could not hold the elements: NaN, an infinity, d^2 over- or underflowed
+  kGood,      // the state is valid
+  kFar,       // the pivot is too far from the mean: try again with pivot + sum / n
+  kUnusable,  // the sums cannot represent the elements: NaN, infinity, overflow or underflow of d^2
 };
 
-// The state of n > 0 elements from their sums,
+// Computes the state of n > 0 elements from their sums:
 //
 //     mean = pivot + sum / n              m2 = sum_sq - sum^2 / n
 //
-// where the subtraction is small: sum^2 / n is at most the share `most_off` of sum_sq. A sum of
-// squares outside [least, most] may have lost digits to under- or overflow.
-PARAMSTATS_HD inline Fit from_sums(const ShiftedSums& s, int64_t n, double pivot, double most_off,
-                                   double least, double most, Moments& out) {
-  if (!(s.sum_sq <= most)) return Fit::kUnusable;
+// The sums are accepted only if the subtraction is small: sum^2 / n <= max_shift_share * sum_sq. A
+// sum of squares outside [min_squares, max_squares] may have lost digits to underflow or overflow.
+PARAMSTATS_HD inline Fit from_sums(const ShiftedSums& s, int64_t n, double pivot,
+                                   double max_shift_share, double min_squares, double max_squares,
+                                   Moments& out) {
+  if (!(s.sum_sq <= max_squares)) return Fit::kUnusable;
   out.count = n;
   out.zeros = s.zeros;
   out.min = s.min;
   out.max = s.max;
-  if (s.min == s.max) {  // a constant: mean and m2 without any rounding
+  if (s.min == s.max) {  // a constant: mean and m2 have no rounding
     out.mean = s.min;
     out.m2 = 0;
     return Fit::kGood;
   }
-  if (s.sum_sq < least) return Fit::kUnusable;  // around the mean it is smaller yet
+  if (s.sum_sq < min_squares) return Fit::kUnusable;  // around the mean it is even smaller
   const double shift = s.sum / static_cast<double>(n);
-  const double off = s.sum * shift;
-  if (!(off <= s.sum_sq * most_off)) return Fit::kFar;
+  const double shift_squares = s.sum * shift;
+  if (!(shift_squares <= s.sum_sq * max_shift_share)) return Fit::kFar;
   out.mean = pivot + shift;
-  out.m2 = s.sum_sq - off;
+  out.m2 = s.sum_sq - shift_squares;
   return Fit::kGood;
 }
 
 #if !defined(__CUDACC_RTC__)
 
-// What a person reads; paramstats/moments.py has the same fields in the same order. Doubles
-// throughout, so that any of them can be asked for by its position.
+// The statistics that users see; paramstats/_core/moments.py has the same fields in the same order.
+// All are doubles, so that each can be selected by its position.
 struct Statistics {
   double count, mean, std, var, norm, rms, min, max, abs_max;
   double zero_count, zero_fraction, nan_count, pos_inf_count, neg_inf_count, nonfinite_count;
 };
 constexpr int kStatistics = sizeof(Statistics) / sizeof(double);
 
-// Over the finite elements alone.
+// The statistics of the finite elements alone.
 inline Statistics finalize_finite(const Moments& a, double correction) {
   const double n = static_cast<double>(finite_count(a));
   const double zeros = static_cast<double>(a.zeros);
@@ -213,11 +217,11 @@ inline Statistics finalize_finite(const Moments& a, double correction) {
     out.norm = 0;
     return out;
   }
-  const double freedom = n > correction ? n - correction : 0;  // torch.var divides by no less
+  const double freedom = n > correction ? n - correction : 0;  // at least 0, as in torch.var
   out.mean = a.mean;
   out.var = a.m2 / freedom;  // 0 / 0 is NaN, as in torch
   out.std = std::sqrt(out.var);
-  // hypot, so that the square of a mean near the limits of double neither over- nor underflows.
+  // hypot avoids the overflow and underflow of squares near the limits of double.
   out.norm = std::hypot(std::sqrt(a.m2), std::fabs(a.mean) * std::sqrt(n));
   out.rms = std::hypot(std::sqrt(a.m2 / n), a.mean);
   out.min = a.min;
@@ -227,7 +231,8 @@ inline Statistics finalize_finite(const Moments& a, double correction) {
   return out;
 }
 
-// Over all elements, as torch gives them: one NaN makes them NaN, an infinity the norm infinite.
+// The statistics of all elements, as torch computes them: with a NaN most are NaN, with an infinity
+// the norm is infinite.
 inline Statistics finalize(const Moments& a, double correction) {
   Statistics out = finalize_finite(a, correction);
   out.count = static_cast<double>(a.count);
@@ -247,7 +252,7 @@ inline Statistics finalize(const Moments& a, double correction) {
   out.norm = out.rms = out.abs_max = kInfinity;
   if (a.neg_infs > 0) out.min = -kInfinity;
   if (a.pos_infs > 0) out.max = kInfinity;
-  if (finite_count(a) == 0) {  // nothing but infinities, perhaps all of one sign
+  if (finite_count(a) == 0) {  // only infinities, perhaps all of one sign
     out.min = a.neg_infs > 0 ? -kInfinity : kInfinity;
     out.max = a.pos_infs > 0 ? kInfinity : -kInfinity;
   }
@@ -256,11 +261,12 @@ inline Statistics finalize(const Moments& a, double correction) {
 
 #endif
 
-// The state of the elements times a factor > 0: how gradients of a scaled loss are unscaled.
+// The state after multiplying every element by `factor` > 0: used to unscale gradients of a scaled
+// loss.
 PARAMSTATS_HD inline Moments scaled(const Moments& a, double factor) {
   Moments out = a;
   out.mean *= factor;
-  out.m2 = a.m2 * factor * factor;  // in this order: factor * factor may overflow alone
+  out.m2 = a.m2 * factor * factor;  // in this order: factor * factor alone may overflow
   out.min *= factor;
   out.max *= factor;
   return out;

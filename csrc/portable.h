@@ -1,4 +1,5 @@
-// What host compilers, nvcc and NVRTC (which has no standard headers) do not agree on.
+// Types, macros and constants that differ between host compilers, nvcc and NVRTC.
+// NVRTC has no standard headers.
 #pragma once
 
 #if defined(__CUDACC_RTC__)
@@ -20,7 +21,8 @@ typedef unsigned long long uint64_t;
 #define PARAMSTATS_HD
 #endif
 
-// Of double: std::numeric_limits' functions are not for device code.
+// Infinity, NaN and the largest finite value of double. Device code cannot call the functions of
+// std::numeric_limits.
 #if defined(__CUDACC_RTC__)
 #define kInfinity __longlong_as_double(0x7ff0000000000000)
 #define kNaN __longlong_as_double(0x7ff8000000000000)

@@ -1,3 +1,4 @@
+// Decides which tensors the kernels can read, and describes the memory of these tensors.
 #include "tensor_view.h"
 
 #include <c10/core/DispatchKeySet.h>
@@ -7,16 +8,16 @@
 namespace paramstats {
 namespace {
 
-// The dispatch keys of a tensor, less those that only say what autograd makes of it. A tensor with
-// exactly a plain tensor's keys is its own memory: no subclass with operators of its own, no lazy
-// conjugation or negation, not sparse, quantised, nested, functorch's or on yet another device.
+// The dispatch keys of a tensor without those of autograd. A tensor that has exactly the keys of a
+// plain tensor is no subclass with its own operators, has no lazy conjugation or negation, and is
+// not sparse, quantized, nested, from functorch or on another device.
 uint64_t kind_of(const c10::TensorImpl& t) {
   const auto autograd = c10::DispatchKeySet(c10::DispatchKey::AutogradFunctionality) |
                         c10::DispatchKeySet(c10::DispatchKey::ADInplaceOrView);
   return t.key_set().raw_repr() & ~autograd.raw_repr();
 }
 
-// Made by hand: a dispatch mode that is active at the first call would meddle with at::empty.
+// The keys of a plain tensor. Does not call at::empty, which an active dispatch mode would change.
 uint64_t plain_kind(c10::DispatchKey key, c10::DeviceType device) {
   return kind_of(*c10::make_intrusive<c10::TensorImpl>(
       c10::DispatchKeySet(key), caffe2::TypeMeta::Make<float>(), c10::Device(device, 0)));
@@ -43,15 +44,15 @@ std::optional<DType> native_dtype(at::ScalarType dtype) {
   }
 }
 
-// Whether the storage really holds all elements: sharding libraries free it behind a tensor's back,
-// and what torch compiles takes sizes and strides unchecked.
+// Whether the storage really holds all elements. Sharding libraries may free the storage of a live
+// tensor, and code from torch.compile does not check sizes and strides.
 bool storage_holds(const c10::TensorImpl& t) {
   int64_t first = t.storage_offset(), last = first;
   for (int64_t d = 0; d < t.dim(); ++d) {
-    int64_t reach;
-    if (__builtin_mul_overflow(t.size(d) - 1, t.stride(d), &reach)) return false;
-    int64_t& end = reach < 0 ? first : last;
-    if (__builtin_add_overflow(end, reach, &end)) return false;
+    int64_t extent;
+    if (__builtin_mul_overflow(t.size(d) - 1, t.stride(d), &extent)) return false;
+    int64_t& end = extent < 0 ? first : last;
+    if (__builtin_add_overflow(end, extent, &end)) return false;
   }
   uint64_t bytes;
   return first >= 0 &&
@@ -76,7 +77,7 @@ std::optional<cpu::TensorView> native_view(const c10::TensorImpl& t) {
   if (!dtype) return std::nullopt;
   const int64_t numel = t.numel();
   if (numel > 0 && !storage_holds(t)) return std::nullopt;
-  // Storage::data(), not data_ptr(): reading must not make a copy-on-write tensor copy itself.
+  // Storage::data() instead of data_ptr(), which would make a copy-on-write tensor copy itself.
   const auto* data = static_cast<const char*>(t.storage().data());
   if (numel > 0) data += t.storage_offset() * static_cast<int64_t>(t.itemsize());
   return cpu::TensorView{

@@ -1,4 +1,4 @@
-// Which tensors the kernels may read, and where their elements lie.
+// Decides which tensors the kernels can read, and describes the memory of these tensors.
 #pragma once
 
 #include <c10/core/TensorImpl.h>
@@ -10,16 +10,19 @@
 
 namespace paramstats {
 
-// Whether a tensor is its own memory, with sizes that are numbers: on that device, or on either.
+// Whether a tensor is a plain strided tensor with concrete sizes: on the CPU, on CUDA, or on
+// either. Its memory then holds its elements as they are.
 bool is_plain_cpu(const c10::TensorImpl& t);
 bool is_plain_cuda(const c10::TensorImpl& t);
 inline bool is_plain(const c10::TensorImpl& t) { return is_plain_cpu(t) || is_plain_cuda(t); }
 
-// A plain tensor's elements, on whatever device; nullopt where the kernels do not know the type, or
-// the storage does not hold all elements. The view shows the tensor's own sizes and strides.
+// The memory of a plain tensor on any device. Returns nullopt if the kernels do not support the
+// dtype, or if the storage is too small for all elements. The view borrows the tensor's sizes and
+// strides.
 std::optional<cpu::TensorView> native_view(const c10::TensorImpl& t);
 
-// The same for the CUDA kernels, which read no gaps and no odd addresses.
+// The memory of a plain tensor for the CUDA kernels. Returns nullopt also if the tensor has gaps or
+// is not aligned to its elements.
 std::optional<cuda::TensorView> native_cuda_view(const c10::TensorImpl& t);
 
 }  // namespace paramstats

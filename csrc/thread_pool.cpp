@@ -1,6 +1,7 @@
-// A file of its own: torch's stable C interface, which needs TORCH_TARGET_VERSION set, runs on
-// torch's pool whatever compiler and OpenMP flags this is built with (at::parallel_for does not).
-#define TORCH_TARGET_VERSION 0x020a000000000000  // 2.10.0, the oldest torch supported
+// Runs tasks on torch's own threads through torch's stable C interface. That interface works with
+// any compiler and OpenMP flags (at::parallel_for does not). It needs TORCH_TARGET_VERSION, so this
+// code has its own file.
+#define TORCH_TARGET_VERSION 0x020a000000000000  // 2.10.0, the oldest supported torch
 #include "thread_pool.h"
 
 #include <pthread.h>
@@ -16,7 +17,7 @@
 namespace paramstats {
 namespace {
 
-// A child of fork() has none of its parent's threads, and OpenMP waits for them for ever.
+// A child of fork() does not have its parent's threads. OpenMP would wait for them forever.
 bool is_forked_child = false;
 [[maybe_unused]] const int at_fork =
     pthread_atfork(nullptr, nullptr, [] { is_forked_child = true; });
@@ -28,7 +29,7 @@ struct Shared {
   void* context;
 };
 
-// Every thread takes the next task until none is left, so that a slow one holds up no other.
+// Each thread takes the next task until there are none, so that a slow task does not delay others.
 void take_tasks(int64_t, int64_t, void* context) {
   Shared& shared = *static_cast<Shared*>(context);
   for (int64_t i; (i = shared.next.fetch_add(1, std::memory_order_relaxed)) < shared.n;) {
@@ -37,8 +38,8 @@ void take_tasks(int64_t, int64_t, void* context) {
 }
 
 #if defined(PARAMSTATS_STD_THREADS)
-// Stands in the place of torch's for the thread sanitizer (tests/sanitize.py), which cannot see
-// what OpenMP's barriers put in order.
+// Replaces torch's function when built for the thread sanitizer (tests/sanitize.py), which does not
+// understand OpenMP's barriers.
 void torch_parallel_for(int64_t begin, int64_t end, int64_t, void (*part)(int64_t, int64_t, void*),
                         void* context) {
   std::vector<std::thread> threads;
@@ -62,7 +63,7 @@ void torch_pool(int64_t n, cpu::Task task, void* context) {
   shared.context = context;
   const int64_t threads = std::min<int64_t>(torch_threads(), n);
   if (threads > 1 && !is_forked_child) torch_parallel_for(0, threads, 1, take_tasks, &shared);
-  take_tasks(0, 0, &shared);  // alone; or what the pool left, should it have failed to start
+  take_tasks(0, 0, &shared);  // all tasks without a pool, or the remaining ones if the pool failed
 }
 
 }  // namespace paramstats

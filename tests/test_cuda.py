@@ -36,7 +36,7 @@ pytestmark = [
 def cuda_backend(monkeypatch: pytest.MonkeyPatch) -> backends.Implementation:
     """The native backend, where its CUDA half must be there, too."""
     chosen = load_backend("native")
-    trouble = chosen.cuda_trouble(torch.device("cuda", torch.cuda.current_device()))
+    trouble = chosen.cuda_error(torch.device("cuda", torch.cuda.current_device()))
     assert trouble is None, trouble
     monkeypatch.setattr(backends, "_active", chosen)
     return chosen

@@ -327,7 +327,7 @@ def test_a_device_that_the_kernels_were_not_compiled_for(cuda, model, monkeypatc
     )
     moved(model, cuda)
     cuda.fail("check")
-    chosen.native.use_cuda_engine(cuda.api())  # which forgets what it knows of devices
+    chosen.native.use_cuda_backend(cuda.api())  # which forgets what it knows of devices
     try:
         if forced:
             with pytest.raises(RuntimeError, match=r"expected the native engine.*no kernel image"):
@@ -338,7 +338,7 @@ def test_a_device_that_the_kernels_were_not_compiled_for(cuda, model, monkeypatc
         paramstats.summarize(model)  # pytest makes a second warning an error
     finally:
         cuda.fail("")
-        chosen.native.use_cuda_engine(cuda.api())
+        chosen.native.use_cuda_backend(cuda.api())
 
 
 def test_the_current_device_is_left_as_it_was(cuda):
@@ -350,7 +350,7 @@ def test_the_current_device_is_left_as_it_was(cuda):
 def test_an_engine_of_another_version_is_refused(cuda):
     native = backends.active().native
     with pytest.raises(ValueError, match=r"it is paramstats\.cuda\.Api/0, not "):
-        native.use_cuda_engine(cuda.old_api())
+        native.use_cuda_backend(cuda.old_api())
     assert paramstats.summarize({"w": cuda.to(torch.ones(4), 0)})["w"].norm == 2.0
 
 

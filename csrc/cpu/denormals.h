@@ -1,4 +1,4 @@
-// Numbers below the normal range, whatever the thread was set to do with them.
+// Turns off flush-to-zero in a scope, so that subnormal numbers keep their values.
 #pragma once
 
 #include <cstdint>
@@ -9,8 +9,8 @@
 
 namespace paramstats::cpu {
 
-// While it lives, subnormal numbers are read and made as they are, not as zero: otherwise statistics
-// would depend on whether torch.set_flush_denormal had reached the thread that read the chunk.
+// In its scope, subnormal numbers are neither read nor written as zero. Otherwise the statistics
+// would depend on whether torch.set_flush_denormal had an effect on the thread that read the chunk.
 class WithDenormals {
  public:
 #if defined(__x86_64__)

@@ -1,4 +1,5 @@
-// Cuts tensors into chunks, has threads summarise them, joins the chunks in order of their index.
+// Splits tensors into chunks, summarizes the chunks on a thread pool, and merges their states in
+// order of their index.
 #include "engine.h"
 
 #include <cstring>
@@ -9,17 +10,17 @@
 namespace paramstats::cpu {
 namespace {
 
-// Elements copied side by side at a time where a tensor has gaps: two parts of a block of the
-// widest type stay in L2.
+// Elements of a tensor with gaps that are copied to contiguous memory at a time: 64 KiB of the
+// widest dtype, which stay in L2.
 constexpr int64_t kGather = 2 * kPart;
 
-// Of each thread, which gets them when it first asks: more than a small one's stack holds.
-alignas(64) thread_local char beside[kGather * 8];
-alignas(64) thread_local double part[kPart];
+// Thread-local instead of on the stack, which is too small on some threads.
+alignas(64) thread_local char gather_buffer[kGather * 8];
+alignas(64) thread_local double part_buffer[kPart];
 
 struct Chunk {
   const TensorView* tensor;
-  const std::vector<Dim>* dims;  // null where the tensor is dense
+  const std::vector<Dim>* dims;  // null if the tensor is dense
   int64_t begin;
   int64_t n;
 };
@@ -33,8 +34,8 @@ Moments read_chunk(const Chunk& c, const Kernels& kernels) {
   Moments state;
   for (int64_t i = 0; i < c.n; i += kGather) {
     const int64_t n = c.n - i < kGather ? c.n - i : kGather;
-    gather(c.tensor->data, *c.dims, c.begin + i, n, size, beside);
-    state = merge(state, kernel(beside, n));
+    gather(c.tensor->data, *c.dims, c.begin + i, n, size, gather_buffer);
+    state = merge(state, kernel(gather_buffer, n));
   }
   return state;
 }
@@ -46,18 +47,18 @@ Chunk chunk_at(const TensorView& t, const std::vector<Dim>* dims, int64_t index)
   return {&t, dims, begin, t.numel - begin < kChunk ? t.numel - begin : kChunk};
 }
 
-// The dimensions of a tensor with gaps, in `storage`; null for a dense one.
-const std::vector<Dim>* gaps(const TensorView& t, std::vector<Dim>& storage) {
+// The dimensions of a tensor with gaps (stored in `storage`), or null for a dense tensor.
+const std::vector<Dim>* dims_with_gaps(const TensorView& t, std::vector<Dim>& storage) {
   if (is_contiguous(t)) return nullptr;
   storage = memory_order(t);
   return is_dense(storage) ? nullptr : &storage;
 }
 
-void summarize_here(const std::vector<TensorView>& tensors, const std::vector<Moments*>& out,
-                    const Kernels& kernels) {
+void summarize_on_this_thread(const std::vector<TensorView>& tensors,
+                              const std::vector<Moments*>& out, const Kernels& kernels) {
   std::vector<Dim> storage;
   for (size_t t = 0; t < tensors.size(); ++t) {
-    const auto* dims = gaps(tensors[t], storage);
+    const auto* dims = dims_with_gaps(tensors[t], storage);
     Moments state;
     for (int64_t c = 0; c < chunk_count(tensors[t].numel); ++c) {
       state = merge(state, read_chunk(chunk_at(tensors[t], dims, c), kernels));
@@ -66,10 +67,10 @@ void summarize_here(const std::vector<TensorView>& tensors, const std::vector<Mo
   }
 }
 
-// Everything that the threads share. They write to `states` by chunk index, each its own.
+// The data that all threads share. Each chunk has its own element of `states`.
 struct Job {
   std::vector<Chunk> chunks;
-  std::vector<int64_t> task_begin;  // tasks are runs of chunks of about kChunk elements together
+  std::vector<int64_t> task_begin;  // a task is a run of chunks, of about kChunk elements in total
   std::vector<Moments> states;
   const Kernels* kernels;
 };
@@ -84,7 +85,7 @@ void run_task(int64_t i, void* context) {
 
 }  // namespace
 
-double* scratch() { return part; }
+double* scratch() { return part_buffer; }
 
 int64_t total_bytes(const std::vector<TensorView>& tensors) {
   int64_t bytes = 0;
@@ -96,7 +97,7 @@ void summarize(const std::vector<TensorView>& tensors, const std::vector<Moments
                const Kernels& kernels, Pool pool) {
   const WithDenormals with_denormals;
   if (pool == nullptr || total_bytes(tensors) < kSerialBytes) {
-    return summarize_here(tensors, out, kernels);
+    return summarize_on_this_thread(tensors, out, kernels);
   }
   Job job;
   job.kernels = &kernels;
@@ -104,7 +105,7 @@ void summarize(const std::vector<TensorView>& tensors, const std::vector<Moments
   int64_t in_task = 0;
   job.task_begin.push_back(0);
   for (size_t t = 0; t < tensors.size(); ++t) {
-    const auto* dims = gaps(tensors[t], storage[t]);
+    const auto* dims = dims_with_gaps(tensors[t], storage[t]);
     for (int64_t c = 0; c < chunk_count(tensors[t].numel); ++c) {
       job.chunks.push_back(chunk_at(tensors[t], dims, c));
       in_task += job.chunks.back().n;
@@ -133,7 +134,7 @@ const std::vector<const Kernels*>& available_kernels() {
     std::vector<const Kernels*> found;
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    // Every processor with AVX2 has F16C; clang cannot be asked for it.
+    // Every CPU with AVX2 has F16C, which clang's __builtin_cpu_supports does not know.
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {

@@ -1,7 +1,7 @@
-// The CPU engine: many tensors in, one Moments each out, one read of memory.
+// The CPU backend: computes one Moments per tensor and reads the memory once.
 //
-// It knows raw pointers only: no torch, no Python, and no threads of its own (the caller hands it a
-// thread pool).
+// It works on raw pointers and needs neither torch nor Python. It has no threads; the caller passes
+// a thread pool.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,7 @@
 
 namespace paramstats::cpu {
 
-// A strided tensor. `sizes` and `strides` (in elements) are borrowed for the length of a call.
+// A strided tensor. `sizes` and `strides` (in elements) are borrowed for the duration of a call.
 struct TensorView {
   const void* data;
   DType dtype;
@@ -23,23 +23,23 @@ struct TensorView {
   const int64_t* strides;
 };
 
-// Runs task(i, context) once for every i in [0, n), in any order, on any threads; returns when all
-// are done. Tasks do not throw.
+// A pool calls task(i, context) once for every i in [0, n), in any order and on any threads, and
+// returns after the last call has returned. Tasks do not throw.
 using Task = void (*)(int64_t i, void* context);
 using Pool = void (*)(int64_t n, Task task, void* context);
 
-// Below this many bytes a call is cheaper on the calling thread than woken threads are.
+// A call that reads fewer bytes runs on the calling thread: waking others would take longer.
 constexpr int64_t kSerialBytes = 1 << 20;
 
 int64_t total_bytes(const std::vector<TensorView>& tensors);
 
-// Writes the state of tensors[i] to *out[i]. Bitwise the same for any pool and any company that a
-// tensor is in. Throws std::bad_alloc alone, before anything is read; sizes and strides are not
-// looked at any more once the pool runs.
+// Writes the state of tensors[i] to *out[i]. The result is bitwise the same for any pool, and does
+// not depend on the other tensors of the call. Throws nothing but std::bad_alloc, and only before
+// it reads any element. Does not use sizes and strides after it has called the pool.
 void summarize(const std::vector<TensorView>& tensors, const std::vector<Moments*>& out,
                const Kernels& kernels, Pool pool);
 
-// The kernels of every level that this processor can run, the fastest first. Never empty.
+// The kernels of each SIMD level that this CPU supports, fastest first. Never empty.
 const std::vector<const Kernels*>& available_kernels();
 
 }  // namespace paramstats::cpu

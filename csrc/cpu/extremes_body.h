@@ -1,9 +1,9 @@
-// Minimum, maximum and zeros while elements go by: a part of lanes_body.h, which includes it, once
-// per SIMD level and under the same rules as kernels_body.h.
+// Minimum, maximum and zero count in SIMD lanes. A part of lanes_body.h, which includes it once per
+// SIMD level; kernels_body.h states the rules for its code.
+//
+// `take(p, v)` adds elements: `p` points to them in memory, `v` contains them converted.
 
-// Kept in lanes; `take` is given elements as they lie in memory, and converted.
-
-// Of the converted elements.
+// The extremes of the converted elements.
 template <class T>
 struct Converted {
   typename T::Vector min = typename T::Vector{} + kInfinity;
@@ -21,61 +21,62 @@ struct Converted {
     min = smaller(other.min, min);
     max = larger(other.max, max);
   }
-  static bool is_nan() { return false; }  // the sums tell
-  double least() const { return lanes_min(min); }
-  double most() const { return lanes_max(max); }
+  static bool is_nan() { return false; }  // the sums show a NaN
+  double minimum() const { return lanes_min(min); }
+  double maximum() const { return lanes_max(max); }
 };
 
-// Of narrow floats as they lie in memory, several where a float32 has its place: a sign and a
-// magnitude that grows with the number that it is. Unsigned, every negative pattern is larger than
-// every positive one, and the larger the more negative; signed, the positive ones are larger.
+// The extremes of narrow floats, compared as the integers in memory: a vector then has two or four
+// times as many of them as of float32. The bits are a sign and a magnitude that grows with the
+// value. As unsigned integers, negative values compare larger than positive ones, and larger the
+// more negative they are. As signed integers, positive values compare larger.
 template <class T, class Unsigned, class Signed>
 struct SignMagnitude {
   static constexpr auto kMagnitude = static_cast<typename T::Storage>(~typename T::Storage{0}) >> 1;
-  Unsigned most_bits = {}, least_bits = ~Unsigned{};
-  Signed most_signed = (Signed)(Unsigned{} + static_cast<typename T::Storage>(kMagnitude + 1));
+  Unsigned max_bits = {}, min_bits = ~Unsigned{};
+  Signed max_signed = (Signed)(Unsigned{} + static_cast<typename T::Storage>(kMagnitude + 1));
   Unsigned zeros = {};
 
   void take(const typename T::Storage* p, const typename T::Vector (&)[T::kVectors]) {
     Unsigned v;
     __builtin_memcpy(&v, p, sizeof(v));
-    most_bits = v > most_bits ? v : most_bits;
-    least_bits = v < least_bits ? v : least_bits;
-    most_signed = (Signed)v > most_signed ? (Signed)v : most_signed;
+    max_bits = v > max_bits ? v : max_bits;
+    min_bits = v < min_bits ? v : min_bits;
+    max_signed = (Signed)v > max_signed ? (Signed)v : max_signed;
     count_without(zeros, v, Unsigned{} + static_cast<typename T::Storage>(kMagnitude));
   }
   void join(const SignMagnitude& other) {
-    most_bits = other.most_bits > most_bits ? other.most_bits : most_bits;
-    least_bits = other.least_bits < least_bits ? other.least_bits : least_bits;
-    most_signed = other.most_signed > most_signed ? other.most_signed : most_signed;
+    max_bits = other.max_bits > max_bits ? other.max_bits : max_bits;
+    min_bits = other.min_bits < min_bits ? other.min_bits : min_bits;
+    max_signed = other.max_signed > max_signed ? other.max_signed : max_signed;
   }
-  // Of a type whose conversion takes its NaN, the pattern of all ones, for a number.
+  // Whether there is a NaN, for a dtype whose conversion turns NaN (all ones) into a number.
   bool is_nan() const {
     if (!T::kNaNIsNumber) return false;
     const auto found =
-        (Unsigned)(most_bits == static_cast<typename T::Storage>(-1)) |
-        (Unsigned)((Unsigned)most_signed == static_cast<typename T::Storage>(kMagnitude));
+        (Unsigned)(max_bits == static_cast<typename T::Storage>(-1)) |
+        (Unsigned)((Unsigned)max_signed == static_cast<typename T::Storage>(kMagnitude));
     return lanes_any(found);
   }
-  double least() const {
-    const auto bits = lanes_max(most_bits);
-    return T::value(bits > kMagnitude ? bits : lanes_min(least_bits));  // is any negative?
+  double minimum() const {
+    const auto bits = lanes_max(max_bits);
+    return T::value(bits > kMagnitude ? bits : lanes_min(min_bits));  // is any negative?
   }
-  double most() const {
-    const auto bits = lanes_max(most_signed);
-    return T::value(bits >= 0 ? static_cast<typename T::Storage>(bits) : lanes_min(least_bits));
+  double maximum() const {
+    const auto bits = lanes_max(max_signed);
+    return T::value(bits >= 0 ? static_cast<typename T::Storage>(bits) : lanes_min(min_bits));
   }
 };
 
-// Of narrow integers as they lie in memory.
+// The extremes of narrow integers, compared as they are in memory.
 template <class T, class Lanes, class Unsigned>
 struct Integers {
-  Lanes min = Lanes{} + kMost, max = Lanes{} + kLeast;
+  Lanes min = Lanes{} + kMaxValue, max = Lanes{} + kMinValue;
   Unsigned zeros = {};
   static constexpr bool kSigned = static_cast<typename T::Storage>(-1) < 0;
   static constexpr int kBits = 8 * sizeof(typename T::Storage);
-  static constexpr typename T::Storage kLeast = kSigned ? -(1 << (kBits - 1)) : 0;
-  static constexpr typename T::Storage kMost = kSigned ? (1 << (kBits - 1)) - 1 : (1 << kBits) - 1;
+  static constexpr typename T::Storage kMinValue = kSigned ? -(1 << (kBits - 1)) : 0;
+  static constexpr typename T::Storage kMaxValue = (1 << (kBits - kSigned)) - 1;
 
   void take(const typename T::Storage* p, const typename T::Vector (&)[T::kVectors]) {
     Lanes v;
@@ -89,6 +90,6 @@ struct Integers {
     max = other.max > max ? other.max : max;
   }
   static bool is_nan() { return false; }
-  double least() const { return lanes_min(min); }
-  double most() const { return lanes_max(max); }
+  double minimum() const { return lanes_min(min); }
+  double maximum() const { return lanes_max(max); }
 };

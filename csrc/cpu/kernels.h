@@ -1,4 +1,4 @@
-// What the kernels of one SIMD level offer, and the sizes they work in.
+// The kernels of one SIMD level, and the sizes of blocks, parts and chunks.
 #pragma once
 
 #include <cstdint>
@@ -8,29 +8,29 @@
 
 namespace paramstats::cpu {
 
-// Elements whose sums are kept in SIMD lanes before they become a state: enough to make the joining
-// of states cheap, few enough that a block which must be read again (64 KiB of float32) is still in
+// Elements that are summed in SIMD lanes before the sums become a state. Large enough to make
+// merging cheap. Small enough that a block that must be read again (64 KiB of float32) is still in
 // L2, most of it in L1.
 constexpr int64_t kBlock = 16384;
 
-// A block that its lanes could not hold is tried again in parts of so many elements: they and their
-// float64 copy are in L1, and one NaN makes no more than that slow.
+// A block whose lanes overflowed or contain NaN is read again in parts of this many elements. A
+// part and its float64 copy fit in L1, and a single NaN makes only one part slow.
 constexpr int64_t kPart = kBlock / 4;
 
-// Elements that one thread takes at a time. Part boundaries depend on the tensor alone, so results
-// do not depend on the number of threads. From 64 Ki to 1 Mi elements make no difference in speed.
+// Elements that one thread reads at a time. Chunk boundaries depend on the tensor alone, so results
+// do not depend on the number of threads. Sizes from 64 Ki to 1 Mi elements are equally fast.
 constexpr int64_t kChunk = 8 * kBlock;
 
-// What the error bound is made of (docs/accuracy.md): additions in a float32 lane before it is
-// widened, and the share of a block's squares that its pivot's distance from its mean may make up.
+// The constants of the error bound (docs/accuracy.md): the number of additions in a float32 lane
+// before it is widened to float64, and the largest accepted sum(d)^2 / n as a share of sum(d^2).
 constexpr int kInner = 8;
-constexpr double kMostOff = 1.0 / 16;
+constexpr double kMaxShiftShare = 1.0 / 16;
 
-// Room for a part's elements as float64, of each thread its own: more than a small thread's stack
-// holds, and needed by few.
+// Memory for kPart float64 values, one buffer per thread.
 double* scratch();
 
-// Summarises n <= kChunk elements that lie side by side: counters in narrow lanes hold no more.
+// Summarizes n <= kChunk contiguous elements. (The counters in narrow lanes would overflow for
+// more.)
 using ChunkKernel = Moments (*)(const void* data, int64_t n);
 
 struct Kernels {

@@ -1,11 +1,11 @@
-// The kernels for AVX2. Compiled on every x86-64 machine, called where the processor has it.
+// The kernels for AVX2. Compiled on every x86-64 machine, used if the CPU supports AVX2.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
 #include "kernels.h"
 
 #define PARAMSTATS_LEVEL_NAME "avx2"
-// The narrow vector's width follows the element's: 64 bits of bytes, 128 bits of 16-bit integers.
+// The width of the loaded vector: 64 bits for bytes, 128 bits for 16-bit integers.
 #define PARAMSTATS_EXTEND(type, p) PARAMSTATS_EXTEND_##type(p)
 #define PARAMSTATS_LOAD64(p) _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))
 #define PARAMSTATS_LOAD128(p) _mm_loadu_si128(reinterpret_cast<const __m128i*>(p))
@@ -34,7 +34,7 @@
 
 namespace paramstats::cpu::avx2 {
 constexpr int kVectorBytes = 32;
-constexpr int kUnroll = 2;  // 16 registers hold the sums of two streams
+constexpr int kUnroll = 2;  // AVX2 has 16 registers, enough for two sets of sums
 #include "kernels_body.h"
 }  // namespace paramstats::cpu::avx2
 

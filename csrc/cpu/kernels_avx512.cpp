@@ -1,12 +1,12 @@
-// The kernels for AVX-512. Compiled on every x86-64 machine, called where the processor has it.
+// The kernels for AVX-512. Compiled on every x86-64 machine, used if the CPU supports AVX-512.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
 #include "kernels.h"
 
 #define PARAMSTATS_LEVEL_NAME "avx512"
-// The narrow vector's width follows the element's: 128 bits of bytes, 256 bits of 16-bit integers.
-// (The forms with a full mask, because GCC 12 warns about its own header in the plain ones.)
+// The width of the loaded vector: 128 bits for bytes, 256 bits for 16-bit integers.
+// (With full masks, because GCC 12 warns about its own header for the versions without a mask.)
 #define PARAMSTATS_EXTEND(type, p) PARAMSTATS_EXTEND_##type(p)
 #define PARAMSTATS_LOAD128(p) _mm_loadu_si128(reinterpret_cast<const __m128i*>(p))
 #define PARAMSTATS_LOAD256(p) _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))

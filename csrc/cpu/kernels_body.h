@@ -1,37 +1,38 @@
-// The kernels, once for every SIMD level: kernels_plain.cpp, kernels_avx2.cpp and
-// kernels_avx512.cpp each include this file inside a namespace of their own, with the target
-// switched on around it and kVectorBytes and kUnroll set. No include guard, no other include and no
-// std:: template in here: what is instantiated inside the switched region may use instructions
-// that the rest of the program must not.
+// The CPU kernels, compiled once per SIMD level. kernels_plain.cpp, kernels_avx2.cpp and
+// kernels_avx512.cpp each include this file in their own namespace, with the target's instructions
+// enabled and kVectorBytes and kUnroll defined. This file has no include guard, no standard headers
+// and no std:: templates: a template instantiated here may use instructions that the rest of the
+// program must not use.
 //
-// The naive version, which this computes to within the bound below:
+// A kernel computes this, within the error bound below:
 //
 //     for x in chunk: zeros += x == 0; min, max = ...; mean = sum(x) / n; m2 = sum((x - mean)^2)
 //
-// The work is done in blocks of kBlock elements. Each sums d = x - pivot and d^2 in SIMD lanes,
-// pivot being a value close to the block's mean (the mean of an earlier block), so that
+// It works on blocks of kBlock elements. For each block it sums d = x - pivot and d^2 in SIMD
+// lanes. The pivot is a value close to the block's mean: the mean of an earlier block. Then
 //
 //     mean = pivot + sum(d) / n           m2 = sum(d^2) - sum(d)^2 / n
 //
-// takes one read and the subtraction is small: a block is accepted only if the pivot lay within a
-// quarter of a standard deviation of its mean, sum(d)^2 / n <= sum(d^2) / 16. If not, it is done
-// again (in cache) around its own mean. Minimum, maximum and zeros stay in lanes from block to
-// block, for narrow types as the integers that lie in memory, and are looked at when the chunk is
-// done.
+// needs one read, and the subtraction is small: a block is accepted only if the distance between
+// pivot and mean is at most a quarter of a standard deviation, sum(d)^2 / n <= sum(d^2) / 16.
+// Otherwise the block, which is in cache, is read again around its own mean. Minimum, maximum and
+// zeros stay in lanes from block to block (for narrow dtypes as the integers in memory) and are
+// reduced at the end of the chunk.
 //
-// Error of an accepted float32 block, u = 2^-24: a sum grows by at most kInner = 8 additions in a
-// float32 lane and 2 more across lanes before it is widened to float64, where rounding no longer
-// counts. With the rounding of d itself, sum(d) is off by less than 11u sum|d| and sum(d^2) by less
-// than 13u sum(d^2). |sum d| <= sqrt(n sum(d^2)) / 4, so m2 is off by at most
-// (13 + 2 * 11 / 4) u sum(d^2) <= 18.5u (16/15) m2 = 1.2e-6 m2, the mean by 11.4u std = 6.8e-7 std,
-// if every rounding went the same way. Joined, std and norm of the whole are off by 7.5e-7:
-// docs/accuracy.md, with the float64 lanes of integers of 32 bits and more, and of float64.
+// Error of an accepted float32 block, u = 2^-24: a sum takes at most kInner = 8 additions in a
+// float32 lane and 2 more across lanes before it is widened to float64, where rounding errors are
+// negligible. Including the rounding of d, the error of sum(d) is below 11u sum|d| and the error of
+// sum(d^2) is below 13u sum(d^2). Because |sum d| <= sqrt(n sum(d^2)) / 4, the error of m2 is at
+// most (13 + 2 * 11 / 4) u sum(d^2) <= 18.5u (16/15) m2 = 1.2e-6 m2, and that of the mean is at
+// most 11.4u std = 6.8e-7 std, if all roundings have the same sign. After merging, the error of std
+// and norm is at most 7.5e-7. docs/accuracy.md has the derivation, also for float64 lanes (float64
+// and integers of 32 bits and more).
 
 #include "lanes_body.h"
 
-constexpr int kPrefetchBytes = 16384;  // how far ahead of the read memory is asked for
+constexpr int kPrefetchBytes = 16384;  // distance of the prefetch from the current read
 
-// An element at any address: a tensor may begin at an odd one.
+// Reads an element at any address, aligned or not.
 template <class S>
 inline S element_at(const S* x) {
   S value;
@@ -46,8 +47,9 @@ struct BlockSums {
   double sum_sq;  // of d^2; not finite if any element is not
 };
 
-// Vectors are taken kGroup at a time, in kUnits units of as many as one load gives: independent
-// sums, so that additions need not wait for each other.
+// Vectors are processed in groups of kGroup. A group has kUnits units, and a unit has the vectors
+// of one load. Each vector of a group has its own sums, so that additions do not wait for each
+// other.
 template <class T>
 constexpr int kUnits = kUnroll > T::kVectors ? kUnroll / T::kVectors : 1;
 template <class T>
@@ -55,25 +57,25 @@ constexpr int kGroup = kUnits<T> * T::kVectors;
 template <class T>
 constexpr int kUnit = T::kVectors * T::kWidth;  // elements
 
-// Minimum, maximum and zeros of what has been taken, one for each unit.
+// Minimum, maximum and zeros of the elements so far, one set per unit.
 template <class T>
 struct Extremes {
   typename T::Extremes units[kUnits<T>];
-  int64_t zeros = 0;  // beside those in lanes
+  int64_t zeros = 0;  // in addition to those in lanes
 
   int64_t zero_count() const {
     auto lanes = units[0].zeros;
     for (int u = 1; u < kUnits<T>; ++u) lanes += units[u].zeros;
     return zeros + lanes_sum(lanes);
   }
-  void empty_lanes() {  // before narrow ones overflow
+  void empty_lanes() {  // must be called before narrow lanes overflow
     zeros = zero_count();
     for (auto& unit : units) unit.zeros -= unit.zeros;
   }
 };
 
-// Takes `groups` groups of vectors and adds their sums to float64 lanes. Most tensors have means
-// near zero and are happy with the pivot that they begin with, 0: no need to subtract it.
+// Sums `groups` groups of vectors and adds the sums to float64 lanes. The first pivot is 0, which
+// is good enough for most tensors; kPivot = false then saves the subtraction.
 template <class T, bool kPivot>
 inline __attribute__((always_inline)) void take_tile(const typename T::Storage* x, int groups,
                                                      typename T::Vector pivot, Extremes<T>& e,
@@ -112,11 +114,11 @@ inline __attribute__((always_inline)) void take_tile(const typename T::Storage* 
   sum_sq += widened(all_squares);
 }
 
-// The first n < kUnit elements at x, without reading past them: the rest of the unit is filled up
-// with the first element, which changes no extreme, and left out of the sums.
+// Adds the n < kUnit elements at x without reading beyond them. The rest of the unit is filled with
+// the first element, which does not change the extremes, and is excluded from the sums.
 template <class T>
-inline void take_rest(const typename T::Storage* x, int64_t n, typename T::Vector pivot,
-                      Extremes<T>& e, BlockSums& out) {
+inline void take_remainder(const typename T::Storage* x, int64_t n, typename T::Vector pivot,
+                           Extremes<T>& e, BlockSums& out) {
   using V = typename T::Vector;
   typename T::Storage padded[kUnit<T>];
   const auto first = element_at(x);
@@ -160,7 +162,7 @@ inline BlockSums block_sums(const typename T::Storage* x, int64_t n, typename T:
   }
   for (; i < n; i += kUnit<T>) {
     if (n - i < kUnit<T>) {
-      take_rest<T>(x + i, n - i, pivots, e, out);
+      take_remainder<T>(x + i, n - i, pivots, e, out);
       break;
     }
     typename T::Vector v[T::kVectors];
@@ -182,15 +184,15 @@ inline BlockSums block_sums(const typename T::Storage* x, int64_t n, typename T:
   return out;
 }
 
-// ---- from sums to a state ------------------------------------------------------------------
+// ---- convert sums to a state ---------------------------------------------------------------
 
-// A chunk while its blocks go by.
+// The state of a chunk while its blocks are processed.
 template <class T>
 struct Running {
-  Moments state;  // without the extremes of the elements that `extremes` has seen
+  Moments state;  // without minimum, maximum and zeros of the elements that are in `extremes`
   Extremes<T> extremes;
   typename T::Scalar pivot = 0;
-  bool seen = false;  // whether `extremes` has seen any
+  bool has_extremes = false;  // whether any element is in `extremes`
 };
 
 template <class T>
@@ -198,8 +200,9 @@ inline bool all_same(const typename T::Storage* x, int64_t n, int64_t zeros) {
   return zeros == n || __builtin_memcmp(x, x + 1, (n - 1) * sizeof(x[0])) == 0;
 }
 
-// One block around a pivot, moved to the block's own mean where it was too far off. False: the
-// lanes could not hold the block (it has a NaN or an infinity, or d^2 over- or underflows).
+// Summarizes one block around the pivot, and again around the block's own mean if the pivot was too
+// far from it. Returns false if the lanes cannot represent the block: it contains NaN or infinity,
+// or d^2 overflows or underflows.
 template <class T>
 inline bool try_block(const typename T::Storage* x, int64_t n, Running<T>& r) {
   constexpr int kTries = 3;
@@ -208,7 +211,7 @@ inline bool try_block(const typename T::Storage* x, int64_t n, Running<T>& r) {
     const BlockSums s = block_sums<T>(x, n, r.pivot, extremes);
     Moments out;
     Fit fit = Fit::kUnusable;
-    if (s.sum_sq == 0 &&  // mean and m2 without any rounding
+    if (s.sum_sq == 0 &&  // a constant: mean and m2 have no rounding
         all_same<T>(x, n, extremes.zero_count() - r.extremes.zero_count())) {
       typename T::Storage first[kUnit<T>] = {element_at(x)};
       typename T::Vector v[T::kVectors];
@@ -217,8 +220,8 @@ inline bool try_block(const typename T::Storage* x, int64_t n, Running<T>& r) {
       out.count = n;
       out.mean = v[0][0];
     } else {
-      fit = from_sums({s.sum, s.sum_sq, -kInfinity, kInfinity, 0}, n, r.pivot, kMostOff,
-                      T::kLeastSquares, kLargest, out);
+      fit = from_sums({s.sum, s.sum_sq, -kInfinity, kInfinity, 0}, n, r.pivot, kMaxShiftShare,
+                      T::kMinSquares, kLargest, out);
       out.min = kInfinity;
       out.max = -kInfinity;
     }
@@ -226,7 +229,7 @@ inline bool try_block(const typename T::Storage* x, int64_t n, Running<T>& r) {
     if (fit == Fit::kGood) {
       r.state = merge(r.state, out);
       r.extremes = extremes;
-      r.seen = true;
+      r.has_extremes = true;
       return true;
     }
     r.pivot = static_cast<typename T::Scalar>(r.pivot + s.sum / static_cast<double>(n));
@@ -237,20 +240,20 @@ inline bool try_block(const typename T::Storage* x, int64_t n, Running<T>& r) {
 template <class T>
 inline Moments finish(const Running<T>& r) {
   Moments state = r.state;
-  if (!r.seen) return state;
+  if (!r.has_extremes) return state;
   state.zeros += r.extremes.zero_count();
   typename T::Extremes all = r.extremes.units[0];
   for (int u = 1; u < kUnits<T>; ++u) all.join(r.extremes.units[u]);
-  const double least = all.least(), most = all.most();
-  state.min = least < state.min ? least : state.min;
-  state.max = most > state.max ? most : state.max;
+  const double min = all.minimum(), max = all.maximum();
+  state.min = min < state.min ? min : state.min;
+  state.max = max > state.max ? max : state.max;
   return state;
 }
 
-// n <= kPart elements that the lanes of their type could not hold. Two roads, the second slower and
-// surer: float64 lanes on a converted copy; the exact routine, which knows NaN and infinity.
+// Summarizes n <= kPart elements that the lanes of their dtype cannot represent. Tries float64
+// lanes on a converted copy first, then the slower exact routine, which handles NaN and infinity.
 template <class T>
-void hard_part(const typename T::Storage* x, int64_t n, Running<T>& r) {
+void summarize_difficult_part(const typename T::Storage* x, int64_t n, Running<T>& r) {
   double* const values = scratch();
   for (int64_t i = 0; i < n; i += kUnit<T>) {
     const int64_t size = n - i < kUnit<T> ? n - i : kUnit<T>;
@@ -275,17 +278,18 @@ void hard_part(const typename T::Storage* x, int64_t n, Running<T>& r) {
   Moments out;
   update(out, values, n);
   r.state = merge(r.state, out);
-  // A pivot that is not finite would send every later block down this road.
+  // The pivot must be finite: otherwise every later block would take this slow path.
   r.pivot = static_cast<typename T::Scalar>(out.mean);
 }
 
-// The same of any number: in parts, as most may be held once they are away from the others.
+// Retries a block whose lanes failed, part by part; usually only one part needs the slow path.
 template <class T>
-__attribute__((noinline)) void hard_block(const typename T::Storage* x, int64_t n, Running<T>& r) {
+__attribute__((noinline)) void summarize_difficult_block(const typename T::Storage* x, int64_t n,
+                                                         Running<T>& r) {
   for (int64_t i = 0; i < n; i += kPart) {
     const int64_t size = n - i < kPart ? n - i : kPart;
     if (n > kPart && try_block<T>(x + i, size, r)) continue;
-    hard_part<T>(x + i, size, r);
+    summarize_difficult_part<T>(x + i, size, r);
   }
 }
 
@@ -296,10 +300,12 @@ Moments chunk(const void* data, int64_t n) {
   constexpr int64_t kNext = kNarrowCounters ? kPart / 2 : kBlock;
   const auto* x = static_cast<const typename T::Storage*>(data);
   Running<T> running;
-  int64_t size = kFirst;  // a short one finds the pivot
+  int64_t size = kFirst;  // the first block is short: it only has to find a pivot
   for (int64_t i = 0; i < n; i += size, size = kNext) {
     if (size > n - i) size = n - i;
-    if (!try_block<T>(x + i, size, running)) hard_block<T>(x + i, size, running);
+    if (!try_block<T>(x + i, size, running)) {
+      summarize_difficult_block<T>(x + i, size, running);
+    }
   }
   return finish(running);
 }

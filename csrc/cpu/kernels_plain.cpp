@@ -1,4 +1,4 @@
-// The kernels in the instructions that every machine of the architecture has (SSE2, NEON).
+// The kernels for the baseline instructions of the architecture (SSE2, NEON).
 #include "kernels.h"
 
 #define PARAMSTATS_LEVEL_NAME "plain"

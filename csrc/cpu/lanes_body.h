@@ -1,5 +1,5 @@
-// SIMD lanes, and how to read each element type into them: the first part of kernels_body.h, which
-// includes it, once per SIMD level and under the same rules.
+// SIMD lanes, and how each dtype is loaded into them. A part of kernels_body.h, which includes it
+// once per SIMD level and states the rules for its code.
 
 // ---- lanes ----------------------------------------------------------------------------------
 
@@ -15,8 +15,9 @@ typedef uint8_t UInt8Lanes __attribute__((vector_size(kVectorBytes)));
 
 typedef float HalfFloatLanes __attribute__((vector_size(kVectorBytes / 2)));
 
-// What compilers would make of `v < m ? v : m` is right for NaN and slow, unless they are told the
-// instruction. (Where an element is NaN, nothing of what is made here is used.)
+// Elementwise minimum, maximum and widening, as instructions where the level defines them.
+// Compilers generate slower code for `v < m ? v : m`, to be right for NaN. (If an element is NaN,
+// these results are not used.)
 #if !defined(PARAMSTATS_MIN_PS)
 inline FloatLanes smaller(FloatLanes v, FloatLanes m) { return v < m ? v : m; }
 inline FloatLanes larger(FloatLanes v, FloatLanes m) { return v > m ? v : m; }
@@ -37,7 +38,7 @@ inline DoubleLanes widened(FloatLanes v) { return PARAMSTATS_WIDENED(v); }
 #endif
 inline DoubleLanes widened(DoubleLanes v) { return v; }
 
-// Squares of float32 in float32, as everywhere: one that overflows says so.
+// Squares float32 in float32, as everywhere, so that an overflow shows.
 template <class V>
 inline DoubleLanes widened_squares(V d) {
   return widened(d * d);
@@ -51,7 +52,7 @@ inline void count_zeros(Int64Lanes& count, DoubleLanes v) { PARAMSTATS_COUNT_ZER
 inline void count_zeros(Int32Lanes& count, FloatLanes v) { count -= (Int32Lanes)(v == 0); }
 inline void count_zeros(Int64Lanes& count, DoubleLanes v) { count -= (Int64Lanes)(v == 0); }
 #endif
-// Counts where no bit of `mask` is set.
+// Counts the lanes in which no bit of `mask` is set.
 template <class Lanes>
 inline void count_without(Lanes& count, Lanes v, Lanes mask) {
 #if defined(PARAMSTATS_COUNT_WITHOUT_EPI8)
@@ -94,37 +95,37 @@ inline double lanes_total(DoubleLanes v) {
 }
 template <class V>
 inline auto lanes_min(V v) {
-  auto least = v[0];
-  for (int l = 1; l < kLanes<V>; ++l) least = v[l] < least ? v[l] : least;
-  return least;
+  auto min = v[0];
+  for (int l = 1; l < kLanes<V>; ++l) min = v[l] < min ? v[l] : min;
+  return min;
 }
 template <class V>
 inline auto lanes_max(V v) {
-  auto most = v[0];
-  for (int l = 1; l < kLanes<V>; ++l) most = v[l] > most ? v[l] : most;
-  return most;
+  auto max = v[0];
+  for (int l = 1; l < kLanes<V>; ++l) max = v[l] > max ? v[l] : max;
+  return max;
 }
 
-// The arithmetic of a block: float32 for what float32 holds exactly, float64 for the rest. A sum of
-// squares below kLeastSquares may have lost digits to underflow: it makes kBlock roundings at
-// float32's smallest step, 2^-149, less than 1e-7 of the sum. float64 has nothing wider to turn to,
-// so it has no such bound.
+// The arithmetic of a block: float32 lanes for dtypes that float32 represents exactly, float64
+// lanes for the others. A sum of squares below kMinSquares may have lost digits to underflow: above
+// it, kBlock roundings at the smallest step of float32, 2^-149, are less than 1e-7 of the sum.
+// float64 has no wider dtype as a fallback, so it has no such bound.
 struct InFloat {
   using Scalar = float;
   using Vector = FloatLanes;
   using Mask = Int32Lanes;
   static constexpr int kWidth = kVectorBytes / 4;
-  static constexpr double kLeastSquares = 2.4e-34;
+  static constexpr double kMinSquares = 2.4e-34;
 };
 struct InDouble {
   using Scalar = double;
   using Vector = DoubleLanes;
   using Mask = Int64Lanes;
   static constexpr int kWidth = kVectorBytes / 8;
-  static constexpr double kLeastSquares = 0;
+  static constexpr double kMinSquares = 0;
 };
 
-// Reads as many elements as V has lanes and converts them.
+// Loads as many elements as V has lanes and converts them.
 template <class V, class S>
 inline V load_converted(const S* p) {
   typedef S Narrow __attribute__((vector_size(sizeof(V) / sizeof(V{}[0]) * sizeof(S))));
@@ -133,8 +134,8 @@ inline V load_converted(const S* p) {
   return __builtin_convertvector(narrow, V);
 }
 
-// The same from narrow integers to 32 bits, which GCC makes element by element unless it is told
-// the instruction.
+// Loads narrow integers and extends them to 32 bits. With instructions where the level defines
+// them: GCC converts element by element otherwise.
 #if defined(PARAMSTATS_EXTEND)
 inline Int32Lanes extend(const int8_t* p) { return (Int32Lanes)PARAMSTATS_EXTEND(epi8, p); }
 inline Int32Lanes extend(const uint8_t* p) { return (Int32Lanes)PARAMSTATS_EXTEND(epu8, p); }
@@ -149,9 +150,9 @@ inline Int32Lanes extend(const S* p) {
 
 #include "extremes_body.h"
 
-// ---- one struct per element type: how to read vectors of it -------------------------------------
-// load(p, v) converts the elements of kVectors vectors. Lane l of vector k is element
-// k * kWidth + l, or, where kInterleaved, element l * kVectors + k.
+// ---- one struct per dtype: how to load vectors of it ----------------------------------------
+// load(p, v) loads and converts the elements of kVectors vectors. Lane l of vector k is element
+// k * kWidth + l, or element l * kVectors + k if kInterleaved.
 
 template <int n>
 struct Vectors {
@@ -159,13 +160,13 @@ struct Vectors {
   static constexpr bool kInterleaved = false;
   static constexpr bool kNaNIsNumber = false;
   template <class S>
-  static bool is_nan(S) {  // where load does not tell
+  static bool is_nan(S) {  // for dtypes whose NaN becomes a number in load
     return false;
   }
 };
 
 template <class T_, class L>
-struct Native : L, Vectors<1> {  // what converts to its lanes as it is
+struct Native : L, Vectors<1> {  // dtypes that compilers convert
   using Storage = T_;
   using Extremes = Converted<Native>;
   static void load(const Storage* p, typename L::Vector (&v)[1]) {
@@ -193,14 +194,14 @@ struct Bool : InFloat, Vectors<1> {
   }
 };
 
-// A narrow float's magnitude, moved up against float32's mantissa, reads as its value times a power
-// of two, subnormals included; `special` marks infinity and NaN, whose exponent is all ones.
+// Converts narrow floats to float32. Their magnitude bits, shifted to the position in float32, are
+// the value times a power of two, also for subnormals; `special` marks infinity and NaN.
 inline FloatLanes widen(UInt32Lanes sign, UInt32Lanes magnitude, float scale, UInt32Lanes special) {
   const FloatLanes value = as_float(magnitude) * scale;
   return as_float((UInt32Lanes)value | sign | (special & (magnitude | 0x7f800000u)));
 }
 
-// A narrow float on its own, by the same road as many.
+// The value of one narrow float, computed by `load` as for many.
 template <class T>
 inline double value_of(typename T::Storage bits) {
   typename T::Storage all[T::kVectors * T::kWidth] = {bits};
@@ -213,7 +214,7 @@ struct BFloat16 : InFloat, Vectors<2> {
   using Storage = uint16_t;
   using Extremes = SignMagnitude<BFloat16, UInt16Lanes, Int16Lanes>;
   static constexpr bool kInterleaved = true;
-  static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the first of two is the low half");
+  static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the first element is the low half");
   static void load(const Storage* p, Vector (&v)[2]) {
     UInt32Lanes pairs;
     __builtin_memcpy(&pairs, p, sizeof(pairs));
@@ -230,8 +231,8 @@ struct Float16 : InFloat, Vectors<2> {
     for (int k = 0; k < 2; ++k, p += kWidth) {
 #if defined(PARAMSTATS_LOAD_HALF)
       v[k] = (Vector)PARAMSTATS_LOAD_HALF(p);
-      // clang 14 would compare the halves with zero instead, element by element: hide where they
-      // are from.
+      // Hides the conversion from clang 14, which would compare the halves with zero element by
+      // element.
       __asm__("" : "+v"(v[k]));
 #else
       const UInt32Lanes h = (UInt32Lanes)extend(p);
@@ -244,8 +245,8 @@ struct Float16 : InFloat, Vectors<2> {
 };
 
 #if defined(PARAMSTATS_BYTES_AS_HALVES)
-// Four vectors, by the float16 patterns that T::half(h) makes of bytes in 16-bit lanes. (No lambda:
-// GCC compiles those for the base architecture.)
+// Loads four vectors of bytes: T::half(h) converts bytes in 16-bit lanes to float16 bits. (T::half
+// is not a lambda, because GCC compiles lambdas for the base architecture.)
 template <class T>
 inline void load_bytes_as_halves(const uint8_t* p, FloatLanes (&v)[4]) {
 #pragma GCC unroll 2
@@ -275,7 +276,7 @@ struct Float8E5M2 : InFloat, Vectors<4> {  // the upper half of a float16
   static double value(Storage bits) { return value_of<Float8E5M2>(bits); }
 };
 
-// No infinity; NaN is the one pattern of all ones, which reads as 480: see kNaNIsNumber.
+// Has no infinity. Its NaN (all ones) is loaded as 480: see kNaNIsNumber.
 struct Float8E4M3FN : InFloat, Vectors<4> {
   using Storage = uint8_t;
   using Extremes = SignMagnitude<Float8E4M3FN, UInt8Lanes, Int8Lanes>;
@@ -283,7 +284,7 @@ struct Float8E4M3FN : InFloat, Vectors<4> {
   static bool is_nan(Storage bits) { return (bits & 0x7f) == 0x7f; }
   static void load(const Storage* p, Vector (&v)[4]) {
 #if defined(PARAMSTATS_BYTES_AS_HALVES)
-    // Its exponent has a bit less than a float16's.
+    // Its exponent has one bit less than that of float16.
     load_bytes_as_halves<Float8E4M3FN>(p, v);
     for (auto& lanes : v) lanes *= 256.0f;
 #else

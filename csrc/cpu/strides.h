@@ -1,4 +1,4 @@
-// Puts the dimensions of a strided tensor in memory order and walks what does not lie side by side.
+// Sorts the dimensions of a strided tensor by stride, and copies elements of tensors with gaps.
 #pragma once
 
 #include <cstdint>
@@ -9,17 +9,17 @@
 
 namespace paramstats::cpu {
 
-// Dimensions of two elements or more that a tensor of fewer than 2^63 elements can have.
-constexpr int kMostDims = 63;
+// A tensor of fewer than 2^63 elements has at most this many dimensions of size 2 or more.
+constexpr int kMaxDims = 63;
 
 struct Dim {
   int64_t size;
-  int64_t stride;  // elements; 0 where a tensor is expanded
+  int64_t stride;  // in elements; 0 for an expanded dimension
 };
 
-// The same elements with the fewest dimensions: those of size 1 dropped, the rest in order of
-// stride, largest first, neighbours joined where one continues the other. A dense tensor, permuted
-// or not, comes out as one dimension of stride 1 (a scalar as none).
+// Describes the elements with as few dimensions as possible: drops dimensions of size 1, sorts the
+// others by stride (largest first) and joins adjacent dimensions without a gap between them. A
+// dense tensor, permuted or not, becomes one dimension of stride 1; a scalar has none.
 inline std::vector<Dim> memory_order(const TensorView& t) {
   std::vector<Dim> dims;
   dims.reserve(t.ndim);
@@ -42,8 +42,7 @@ inline std::vector<Dim> memory_order(const TensorView& t) {
   return dims;
 }
 
-// True where memory_order would find one run of neighbours, told without building it for the
-// common case of a contiguous tensor.
+// Whether a tensor is contiguous. A fast check for the common case, without calling memory_order.
 inline bool is_contiguous(const TensorView& t) {
   int64_t expected = 1;
   for (int i = t.ndim - 1; i >= 0; --i) {
@@ -58,12 +57,12 @@ inline bool is_dense(const std::vector<Dim>& dims) {
   return dims.empty() || (dims.size() == 1 && dims[0].stride == 1);
 }
 
-// Copies elements [begin, begin + n) of the memory order to `to`.
+// Copies elements [begin, begin + n) of `dims`, the result of memory_order, to `to`.
 template <class T>
 void gather(const void* data, const std::vector<Dim>& dims, int64_t begin, int64_t n, void* to) {
   const T* x = static_cast<const T*>(data);
   T* out = static_cast<T*>(to);
-  int64_t index[kMostDims];
+  int64_t index[kMaxDims];
   int64_t rest = begin, offset = 0;
   for (size_t d = dims.size(); d-- > 0;) {
     index[d] = rest % dims[d].size;
@@ -73,9 +72,9 @@ void gather(const void* data, const std::vector<Dim>& dims, int64_t begin, int64
   const Dim inner = dims.back();
   int64_t& column = index[dims.size() - 1];
   while (n > 0) {
-    const int64_t left = inner.size - column;
-    const int64_t run = left < n ? left : n;
-    for (int64_t i = 0; i < run; ++i) {  // from any address: a tensor may begin at an odd one
+    const int64_t remaining = inner.size - column;
+    const int64_t run = remaining < n ? remaining : n;
+    for (int64_t i = 0; i < run; ++i) {  // memcpy, because addresses may be unaligned
       std::memcpy(out + i, x + offset + i * inner.stride, sizeof(T));
     }
     out += run;

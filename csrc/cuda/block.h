@@ -1,4 +1,4 @@
-// What the threads of a block add up and merge, always in the same order.
+// Adds sums and merges states over the threads of a block, always in the same order.
 #pragma once
 
 #include "../moments.h"
@@ -7,13 +7,13 @@ namespace paramstats::cuda {
 
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-// Of elements, none of which is NaN: where one is, what they make is not used.
+// Minimum and maximum of two elements. If one is NaN, the result is not used.
 __device__ inline float smaller(float a, float b) { return fminf(a, b); }
 __device__ inline float larger(float a, float b) { return fmaxf(a, b); }
 __device__ inline double smaller(double a, double b) { return fmin(a, b); }
 __device__ inline double larger(double a, double b) { return fmax(a, b); }
 
-// What a thread, then a warp, then a block has summed.
+// The sums of a thread, a warp or a block.
 template <class L>
 struct Sums {
   double sum = 0, sum_sq = 0;
@@ -30,14 +30,14 @@ __device__ inline void add(Sums<L>& a, const Sums<L>& b) {
   a.zeros += b.zeros;
 }
 
-// Room for what the warps of a block tell each other; double, for its alignment.
+// Shared memory for exchange between the warps of a block; of type double for its alignment.
 template <int kBlock>
 struct Shared {
   static constexpr int kWarps = kBlock / 32;
   double bytes[kWarps * sizeof(Moments) / sizeof(double)];
 };
 
-// The sums of all threads, in every thread, in an order that is always the same.
+// Adds the sums of all threads in a fixed order. Every thread gets the result.
 template <class L, int kBlock>
 __device__ inline ShiftedSums block_sums(Sums<L> s, Shared<kBlock>& shared) {
   constexpr int kWarps = Shared<kBlock>::kWarps;
@@ -53,7 +53,7 @@ __device__ inline ShiftedSums block_sums(Sums<L> s, Shared<kBlock>& shared) {
   }
   auto* warps = reinterpret_cast<Sums<L>*>(shared.bytes);
   static_assert(sizeof(Sums<L>) * kWarps <= sizeof(shared.bytes), "the sums of all warps fit");
-  __syncthreads();  // whoever read what stands there is done
+  __syncthreads();  // all threads have read the previous contents
   if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = s;
   __syncthreads();
   Sums<L> all = warps[0];
@@ -62,6 +62,7 @@ __device__ inline ShiftedSums block_sums(Sums<L> s, Shared<kBlock>& shared) {
   return {all.sum, all.sum_sq, all.min, all.max, static_cast<int64_t>(all.zeros)};
 }
 
+// The state of the lane that is `lanes_up` above this one.
 __device__ inline Moments from_lane(const Moments& a, int lanes_up) {
   Moments b;
   b.count = __shfl_down_sync(kAllLanes, a.count, lanes_up);
@@ -76,9 +77,9 @@ __device__ inline Moments from_lane(const Moments& a, int lanes_up) {
   return b;
 }
 
-// The states of a warp's threads merged in order, in its lane 0.
+// Merges the states of a warp's threads in order. Lane 0 gets the result.
 __device__ inline Moments warp_merge(Moments state) {
-#pragma unroll 1  // or more than a thread's registers are under way at once
+#pragma unroll 1  // unrolled, it would need too many registers
   for (int lanes = 1; lanes < 32; lanes *= 2) {
     const Moments next = from_lane(state, lanes);
     if (threadIdx.x % (2 * lanes) == 0) state = merge(state, next);
@@ -86,7 +87,7 @@ __device__ inline Moments warp_merge(Moments state) {
   return state;
 }
 
-// The states of all threads merged in order, in thread 0.
+// Merges the states of all threads in order. Thread 0 gets the result.
 template <int kBlock>
 __device__ inline Moments block_merge(Moments state, Shared<kBlock>& shared) {
   state = warp_merge(state);

@@ -1,5 +1,5 @@
-// How each element type is read: sixteen bytes at a time into lanes of float32, or of float64 for
-// what float32 does not hold exactly. First part of kernels.h.
+// How each dtype is read: sixteen bytes at a time into float32 lanes, or into float64 lanes if
+// float32 cannot represent it exactly. A part of kernels.h.
 #pragma once
 
 #include "../dtypes.h"
@@ -11,21 +11,22 @@ struct Words {
   uint32_t w[4];
 };
 
-// The arithmetic of the sums. A sum of squares below kLeastSquares may have lost digits: it makes
-// the roundings of a chunk (at most 2^17) at float32's smallest step, 2^-149, less than 1e-7 of it.
+// The arithmetic of the sums. A sum of squares below kMinSquares may have lost digits to underflow:
+// above it, the roundings of a chunk (at most 2^17) at the smallest step of float32, 2^-149, are
+// less than 1e-7 of the sum.
 struct InFloat {
-  static constexpr int kTile = 4;  // loads of 16 bytes that a thread has under way
+  static constexpr int kTile = 4;  // 16-byte loads in flight per thread
   using Lanes = InFloat;
   using Lane = float;
-  using Count = float;  // of elements in a chunk, which it holds exactly and adds at less cost
-  static constexpr double kLeastSquares = 2e-33;
+  using Count = float;  // exact for all counts in a chunk, and faster than an integer
+  static constexpr double kMinSquares = 2e-33;
 };
 struct InDouble {
   static constexpr int kTile = 2;
   using Lanes = InDouble;
   using Lane = double;
   using Count = int;
-  static constexpr double kLeastSquares = 0;
+  static constexpr double kMinSquares = 0;
 };
 
 __device__ inline float as_float(uint32_t bits) { return __uint_as_float(bits); }
@@ -34,7 +35,7 @@ __device__ inline double as_double(uint32_t low, uint32_t high) {
   return __longlong_as_double(static_cast<int64_t>(static_cast<uint64_t>(high) << 32 | low));
 }
 
-// A float16 from the low half of a word.
+// The value of the float16 in the low half of a word.
 __device__ inline float half_value(uint32_t bits) {
 #if defined(__CUDA_ARCH__)
   float value;
@@ -47,13 +48,13 @@ __device__ inline float half_value(uint32_t bits) {
 #endif
 }
 
-// Byte i of a word as a float32, by way of the float 2^23 + byte: cheaper than a conversion.
+// Byte i of a word as a float32. Builds the float 2^23 + byte, which is cheaper than a conversion.
 __device__ inline float byte_value(uint32_t word, int i) {
   return as_float(__byte_perm(word, 0x4b000000u, 0x7540u | i)) - 0x1p23f;
 }
 
-// ---- one struct per element type ---------------------------------------------------------------
-// unpack(words, x) gives all elements of sixteen bytes, in the order that they lie in.
+// ---- one struct per dtype ----------------------------------------------------------------------
+// unpack(words, x) converts all elements of sixteen bytes, in memory order.
 
 struct Float64 : InDouble {
   using Storage = unsigned long long;
@@ -89,8 +90,8 @@ struct Float16 : InFloat {
   }
 };
 
-// A narrower float, put at the upper end of a half, reads as a float16 of the same or a wider
-// exponent. Four bytes make two words of two halves: the even ones and the odd ones.
+// The bits of an 8-bit float, as the upper bits of a float16, are a float16. Four bytes become two
+// words of two float16 each: the even bytes and the odd bytes.
 struct Float8E5M2 : InFloat {
   using Storage = uint8_t;
   __device__ static void unpack(const Words& v, float (&x)[16]) {
@@ -104,10 +105,10 @@ struct Float8E5M2 : InFloat {
   }
 };
 
-struct Float8E4M3FN : InFloat {  // no infinity; NaN is the one pattern of all ones
+struct Float8E4M3FN : InFloat {  // has no infinity; NaN is all ones
   using Storage = uint8_t;
   __device__ static void unpack(const Words& v, float (&x)[16]) {
-    for (int i = 0; i < 4; ++i) {  // its exponent has one bit less than float16's
+    for (int i = 0; i < 4; ++i) {  // its exponent has one bit less than that of float16
       const uint32_t even = v.w[i] << 8, odd = v.w[i];
       const uint32_t e = (even & 0x80008000u) | (even >> 1 & 0x3f803f80u);
       const uint32_t o = (odd & 0x80008000u) | (odd >> 1 & 0x3f803f80u);
@@ -115,7 +116,7 @@ struct Float8E4M3FN : InFloat {  // no infinity; NaN is the one pattern of all o
       x[4 * i + 1] = half_value(o & 0xffffu) * 256.0f;
       x[4 * i + 2] = half_value(e >> 16) * 256.0f;
       x[4 * i + 3] = half_value(o >> 16) * 256.0f;
-      // Which of four is NaN does not matter to sums: if any is, the first is made one.
+      // Sums only need to know whether any element is NaN, so a NaN among four sets the first.
       if (((v.w[i] & 0x7f7f7f7fu) + 0x01010101u) & 0x80808080u) x[4 * i] = as_float(0x7fc00000u);
     }
   }
@@ -128,14 +129,14 @@ struct UInt8 : InFloat {
   }
 };
 
-struct Int8 : InFloat {  // as x + 128, unsigned
+struct Int8 : InFloat {  // converted as the unsigned x + 128
   using Storage = uint8_t;
   __device__ static void unpack(const Words& v, float (&x)[16]) {
     for (int i = 0; i < 16; ++i) x[i] = byte_value(v.w[i / 4] ^ 0x80808080u, i % 4) - 128.0f;
   }
 };
 
-struct Bool : InFloat {  // each byte that is not 0 becomes 1
+struct Bool : InFloat {  // bytes that are not 0 become 1
   using Storage = uint8_t;
   __device__ static void unpack(const Words& v, float (&x)[16]) {
     for (int i = 0; i < 16; ++i) {
@@ -199,7 +200,7 @@ struct UInt64 : InDouble {
 template <class E>
 constexpr int kPerVector = 16 / static_cast<int>(sizeof(typename E::Storage));
 
-// One element on its own, by the same road.
+// Reads one element, with `unpack`.
 template <class E>
 __device__ inline typename E::Lane element(const typename E::Storage* x, int64_t i) {
   Words v = {};

@@ -1,9 +1,9 @@
-// The CUDA engine as its callers see it: raw pointers and a stream; no torch, no Python, no CUDA
-// header.
+// The interface of the CUDA backend: raw pointers and a stream, without torch, Python or CUDA
+// headers.
 //
-// It is built into a module of its own, paramstats._cuda, so that a CUDA library that is missing
-// never keeps the CPU engine from loading. That module exports `api()`; csrc/accelerator.cpp calls
-// through it.
+// The backend is built as a separate module, paramstats._cuda, so that a missing CUDA library does
+// not prevent the CPU backend from loading. That module exports `api()`, which csrc/cuda_call.cpp
+// calls.
 #pragma once
 
 #include "../dtypes.h"
@@ -11,7 +11,7 @@
 
 namespace paramstats::cuda {
 
-constexpr int kChunkBytes = 1 << 17;  // of a tensor, that one thread block reads
+constexpr int kChunkBytes = 1 << 17;  // bytes of a tensor that one thread block reads
 
 // A tensor without gaps.
 struct TensorView {
@@ -30,34 +30,35 @@ PARAMSTATS_HD inline int64_t chunk_count(const TensorView& t) {
 
 #if !defined(__CUDACC_RTC__)
 
-// Memory that a call needs: pinned on the host, whose first n Moments will be the results, and on
-// the device.
+// The memory that a call needs: pinned memory on the host, whose first n Moments become the
+// results, and memory on the device.
 struct Sizes {
   int64_t host, device;  // bytes
 };
 
-// An error is a text that lives as long as the module; null means none. Nothing here waits.
+// The functions of the backend. They return an error message (a static string), or null for
+// success. None of them waits for the device.
 struct Api {
-  // What stands in the way of running on the current device at all: no machine code that it
-  // understands.
+  // Returns an error if the backend was not compiled for the architecture of the current device.
   const char* (*check)();
-  // Whether `stream` (a cudaStream_t) is being captured into a graph.
+  // Sets `capturing` to whether `stream` (a cudaStream_t) is being captured into a graph.
   const char* (*is_capturing)(void* stream, bool& capturing);
-  // Sets how careful the runtime is for this thread while somebody captures a graph, and returns
-  // how careful it was: cudaStreamCaptureMode as an int.
+  // Sets the capture mode of this thread (a cudaStreamCaptureMode as an int) and returns the
+  // previous one.
   int (*exchange_capture_mode)(int mode);
   Sizes (*sizes)(const TensorView* tensors, int64_t n);
-  // Has `stream` read n > 0 tensors of the current device into the first n Moments of `host`. The
-  // tensors, `host` and `device` belong to the stream until it gets there.
+  // Enqueues on `stream`: read n > 0 tensors of the current device and write their states to the
+  // first n Moments of `host`. The tensors, `host` and `device` must stay valid until the stream is
+  // done.
   const char* (*enqueue)(const TensorView* tensors, int64_t n, void* host, void* device,
                          void* stream);
 };
 
 const Api& api();
 
-constexpr int kRelaxedCapture = 2;  // cudaStreamCaptureModeRelaxed: events may be asked after
+constexpr int kRelaxedCapture = 2;  // cudaStreamCaptureModeRelaxed: allows event queries
 
-constexpr const char* kApiName = "paramstats.cuda.Api/1";  // of the capsule; counts its changes
+constexpr const char* kApiName = "paramstats.cuda.Api/1";  // the capsule's name, with its version
 
 #endif
 

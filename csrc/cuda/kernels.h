@@ -1,25 +1,26 @@
-// The CUDA kernels: tensors of any types in, one Moments each out, one read of memory. Device code
-// alone, without any include that NVRTC would miss.
+// The CUDA kernels: compute one Moments per tensor, of any dtypes, and read the memory once. Device
+// code only, without includes that NVRTC does not have.
 //
-// Every tensor is cut into chunks of kChunkBytes. `summarize_chunks` runs one block per chunk, of
-// all tensors of a launch, and writes a state per chunk; `merge_chunks` runs one block per tensor
-// and joins its states in order of their index. No atomics, and nothing depends on which block ran
-// when: results are bitwise the same on every run, and in any company that a tensor is in.
+// Every tensor is split into chunks of kChunkBytes. `summarize_chunks` runs one block per chunk of
+// all tensors of a launch and writes one state per chunk. `merge_chunks` runs one block per tensor
+// and merges its states in order of their index. There are no atomics, and no result depends on the
+// order of the blocks: results are bitwise the same on every run and do not depend on the other
+// tensors.
 //
-// A block reads its chunk once, 16 bytes a load and E::kTile loads at a time in each thread, and
-// sums d = x - pivot and d^2. The pivot is the mean of 64 elements spread over the chunk; from_sums
-// accepts it if sum(d)^2 / n <= sum(d^2) / 8, which of 64 elements of one distribution fails three
-// times in a thousand, and then the chunk is read again around its own mean.
+// A block reads its chunk once, with E::kTile loads of 16 bytes in flight per thread, and sums
+// d = x - pivot and d^2. The pivot is the mean of 64 elements spread over the chunk. from_sums
+// accepts it if sum(d)^2 / n <= sum(d^2) / 8. For 64 elements of one distribution this fails three
+// times in a thousand; the chunk is then read again around its own mean.
 //
-// Error of an accepted chunk in float32 lanes, u = 2^-24. A tile's sums take at most 7 additions in
-// a lane and 3 across lanes before they are widened to float64, where rounding no longer counts:
-// float64 works once in 16 elements or more, so that cards on which it is slow still wait for
-// memory. With the rounding of d, sum(d) is off by less than 11u sum|d| and sum(d^2) =: S, whose
-// products are fused with additions, the first included, and may underflow, by less than 14u S. As
-// |sum d| <= sqrt(n S / 8) and S <= (8/7) m2, m2 is off by at most (14 + 11 / sqrt(2)) u S <=
-// 24.9u m2 and the mean by 11u rms(d) <= 11.8u std = 7.1e-7 std. Joined, std and norm of the whole
-// are off by 8.9e-7, if every rounding went the same way: docs/accuracy.md. Integers of 32 bits and
-// more, and float64, have float64 lanes.
+// Error of an accepted chunk in float32 lanes, u = 2^-24. The sums of a tile take at most 7
+// additions in a lane and 3 across lanes before they are widened to float64, where rounding errors
+// are negligible. (float64 is used once per 16 elements or more, so that GPUs with slow float64 are
+// still limited by memory.) Including the rounding of d, the error of sum(d) is below 11u sum|d|.
+// The error of S := sum(d^2), whose products are fused with the additions and may underflow, is
+// below 14u S. Because |sum d| <= sqrt(n S / 8) and S <= (8/7) m2, the error of m2 is at most (14 +
+// 11 / sqrt(2)) u S <= 24.9u m2, and that of the mean is at most 11u rms(d) <= 11.8u std = 7.1e-7
+// std. After merging, the error of std and norm is at most 8.9e-7, if all roundings have the same
+// sign: docs/accuracy.md. float64 and integers of 32 bits and more have float64 lanes.
 #pragma once
 
 #include "block.h"
@@ -28,22 +29,22 @@
 
 namespace paramstats::cuda {
 
-constexpr int kThreads = 128;    // of a block that reads a chunk
-constexpr int kBlocksPerSM = 6;  // that registers must suffice for: 80 a thread
+constexpr int kThreads = 128;    // per block that reads a chunk
+constexpr int kBlocksPerSM = 6;  // limits registers to 80 per thread
 constexpr int kMergeThreads = 512;
 
-// ---- which chunk -----------------------------------------------------------------------------
+// ---- find the chunk of a block ---------------------------------------------------------------
 
-// All tensors of a launch, in device memory. first_chunk[t] counts the chunks of all before
-// tensors[t].
+// All tensors of a launch, in device memory. first_chunk[t] is the number of chunks of all tensors
+// before tensors[t].
 struct Table {
   const int64_t* first_chunk;
   const TensorView* tensors;
   int count;
 };
 
-// The tensor that a chunk belongs to: the last one whose first chunk is not after it. A warp
-// compares with 32 at a time.
+// Finds the tensor of a chunk: the last tensor whose first chunk is not after it. A warp compares
+// 32 tensors at a time.
 __device__ inline int find_tensor(const Table& table, int64_t chunk) {
   const int lane = threadIdx.x % 32;
   int begin = 0, end = table.count;
@@ -64,19 +65,19 @@ struct Chunk {
   int n;
 };
 
-// The chunk of this block.
+// The chunk that this block reads.
 __device__ inline Chunk own_chunk(const Table& table) {
   const int64_t index = blockIdx.x;
   const int t = find_tensor(table, index);
   const TensorView tensor = table.tensors[t];
   const int64_t before = index - table.first_chunk[t];
   const int64_t size = chunk_size(tensor.dtype);
-  const int64_t left = tensor.numel - before * size;
+  const int64_t remaining = tensor.numel - before * size;
   return {tensor.dtype, static_cast<const char*>(tensor.data) + before * kChunkBytes,
-          static_cast<int>(left < size ? left : size)};
+          static_cast<int>(remaining < size ? remaining : size)};
 }
 
-// ---- one chunk ------------------------------------------------------------------------------
+// ---- summarize one chunk --------------------------------------------------------------------
 
 template <class L>
 __device__ inline void take(typename L::Lane x, typename L::Lane pivot, typename L::Lane& sum,
@@ -89,7 +90,7 @@ __device__ inline void take(typename L::Lane x, typename L::Lane pivot, typename
   s.zeros += x == 0 ? typename L::Count{1} : typename L::Count{0};
 }
 
-// kVectors loads' worth of elements.
+// Adds the elements of kVectors loads.
 template <class E, int kVectors>
 __device__ inline void take_vectors(const Words (&v)[kVectors], typename E::Lane pivot,
                                     Sums<typename E::Lanes>& s) {
@@ -117,7 +118,7 @@ __device__ inline void take_vectors(const Words (&v)[kVectors], typename E::Lane
   s.sum_sq += sum_sq[0];
 }
 
-// This thread's share of a chunk's elements, around a pivot. Indices into a chunk fit in 32 bits.
+// Sums this thread's elements of a chunk around a pivot. Indices in a chunk fit in 32 bits.
 template <class E>
 __device__ inline Sums<typename E::Lanes> thread_sums(const typename E::Storage* x, int n,
                                                       typename E::Lane pivot) {
@@ -148,7 +149,7 @@ __device__ inline Sums<typename E::Lanes> thread_sums(const typename E::Storage*
     const Words one[1] = {{{load.x, load.y, load.z, load.w}}};
     take_vectors<E, 1>(one, pivot, s);
   }
-  // What does not fill a vector, before the first and after the last: a thread each.
+  // Elements before the first vector and after the last one: one per thread.
   const int edge = threadIdx.x;
   if (edge < n - body) {
     typename E::Lane sum = 0, sum_sq = 0;
@@ -159,8 +160,8 @@ __device__ inline Sums<typename E::Lanes> thread_sums(const typename E::Storage*
   return s;
 }
 
-// The mean of 64 elements spread over the chunk; every warp of a block finds the same. They are not
-// at equal distances, which could be a row's length.
+// The mean of 64 elements spread over the chunk; the same in every warp of a block. The distances
+// between them vary: equal ones could match the row length of a matrix.
 template <class E>
 __device__ inline typename E::Lane sample_mean(const typename E::Storage* x, int n) {
   constexpr int kSamples = 64;
@@ -175,17 +176,17 @@ __device__ inline typename E::Lane sample_mean(const typename E::Storage* x, int
   return sum / kSamples;
 }
 
-// False: the lanes could not hold the chunk.
+// Returns false if the lanes cannot represent the chunk: NaN, infinity, overflow or underflow.
 template <class E>
 __device__ inline bool try_chunk(const void* data, int n, Shared<kThreads>& shared, Moments& out) {
   constexpr int kTries = 3;
-  constexpr double kMostOff = 1.0 / 8;
+  constexpr double kMaxShiftShare = 1.0 / 8;
   const auto* x = static_cast<const typename E::Storage*>(data);
   auto pivot = sample_mean<E>(x, n);
 #pragma unroll 1
   for (int attempt = 0; attempt < kTries; ++attempt) {
     const ShiftedSums s = block_sums(thread_sums<E>(x, n, pivot), shared);
-    const Fit fit = from_sums(s, n, pivot, kMostOff, E::kLeastSquares, kLargest, out);
+    const Fit fit = from_sums(s, n, pivot, kMaxShiftShare, E::kMinSquares, kLargest, out);
     if (fit != Fit::kFar) return fit == Fit::kGood;
     pivot = static_cast<typename E::Lane>(pivot + s.sum / n);
   }
@@ -217,9 +218,9 @@ __device__ inline double element_of(DType dtype, const void* data, int64_t i) {
   return 0;
 }
 
-// This block's chunk, of any content, element by element in float64: for NaN, infinities, and
-// values whose squares float32 does not hold. A function of its own that finds its chunk again:
-// what the fast road would have to keep for it, it would have to keep in registers.
+// Summarizes this block's chunk element by element in float64: for NaN, infinities, and values
+// whose squares float32 cannot represent. It is not inlined and finds its chunk again, so that the
+// fast path needs no registers for it.
 __device__ __noinline__ void exact_chunk(Table table, Shared<kThreads>& shared, Moments* states) {
   const Chunk chunk = own_chunk(table);
   Moments state;
@@ -263,25 +264,25 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
   if (threadIdx.x == 0) states[blockIdx.x] = state;
 }
 
-// One block per tensor. A thread merges a run of neighbouring chunks; then the threads' states are
-// merged in order.
+// One block per tensor. Each thread merges a run of adjacent chunks; then the states of the threads
+// are merged in order.
 extern "C" __global__ void __launch_bounds__(kMergeThreads)
     paramstats_merge_chunks(Table table, const Moments* states, Moments* rows) {
   __shared__ Shared<kMergeThreads> shared;
   const int t = blockIdx.x;
   const int64_t chunks = chunk_count(table.tensors[t]);
-  const Moments* mine = states + table.first_chunk[t];
+  const Moments* chunk_states = states + table.first_chunk[t];
   const int64_t run = (chunks + kMergeThreads - 1) / kMergeThreads;
   const int64_t begin = threadIdx.x * run;
   const int64_t end = begin + run < chunks ? begin + run : chunks;
   Moments state;
   if (begin < end) {
-    state = mine[begin];
-    Moments next = mine[begin + 1 < end ? begin + 1 : begin];
+    state = chunk_states[begin];
+    Moments next = chunk_states[begin + 1 < end ? begin + 1 : begin];
 #pragma unroll 1
     for (int64_t c = begin + 1; c < end; ++c) {
       const Moments current = next;
-      next = mine[c + 1 < end ? c + 1 : c];  // on its way while the current one is merged
+      next = chunk_states[c + 1 < end ? c + 1 : c];  // loaded while the current one is merged
       state = merge(state, current);
     }
   }

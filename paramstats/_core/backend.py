@@ -60,11 +60,11 @@ class Implementation:
     forced: bool = False
     """Whether PARAMSTATS_BACKEND=native forbids to fall back to torch operators."""
 
-    def cuda_trouble(self, device: torch.device) -> str | None:
+    def cuda_error(self, device: torch.device) -> str | None:
         """Return why the kernels do not read tensors on a CUDA device; None if they do."""
         if self.cuda is None:
             return self.cuda_missing
-        trouble = self.native.cuda_trouble(device.index)
+        trouble = self.native.cuda_error(device.index)
         return f"the CUDA backend does not run on {device}: {trouble}" if trouble else None
 
     def explain_cuda(self, devices: Iterable[torch.device]) -> None:
@@ -73,7 +73,7 @@ class Implementation:
         Raises RuntimeError if the native backend is forced.
         """
         for device in {device for device in devices if device.type == "cuda"}:
-            trouble = self.cuda_trouble(device) if self.name == "native" else None
+            trouble = self.cuda_error(device) if self.name == "native" else None
             if trouble and self.forced:
                 raise RuntimeError(
                     f"paramstats: expected the native backend ({_ENGINE_VARIABLE}=native) for "
@@ -203,7 +203,7 @@ def backend() -> Backend:
     if devices and torch.cuda.is_initialized():  # else asking would initialise CUDA
         devices = [torch.cuda.get_device_name(i) for i in range(len(devices))]
         if chosen.cuda:
-            cuda_missing = chosen.cuda_trouble(torch.device("cuda", torch.cuda.current_device()))
+            cuda_missing = chosen.cuda_error(torch.device("cuda", torch.cuda.current_device()))
     return Backend(
         cpu=chosen.name,
         cuda="reference" if cuda_missing else "native",
@@ -267,7 +267,7 @@ def _load_cuda(native: Any) -> tuple[Any, str | None]:
         return None, f"the CUDA backend is not installed: {reason}{remedy}"
     try:
         cuda = importlib.import_module("paramstats._cuda")
-        native.use_cuda_engine(cuda.api())
+        native.use_cuda_backend(cuda.api())
     except (ImportError, ValueError) as error:
         return None, f"the CUDA backend does not load ({error}). To rebuild it: {_REBUILD}"
     return cuda, None

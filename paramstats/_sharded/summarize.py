@@ -58,7 +58,7 @@ def summarize(call: Call, source: Any, layout: Layout, tensors: list[Any]) -> Su
     try:
         layout, tensors = call.select(*unwrapped(source, layout, tensors))
         if backend.native is not None and "torch.distributed.tensor" in sys.modules:
-            backend.native.read_distributed(sys.modules["torch.distributed.tensor"].DTensor)
+            backend.native.set_dtensor_class(sys.modules["torch.distributed.tensor"].DTensor)
         here = held(tensors, call.grads, _placings.setdefault(layout, {}))
         offer: Offer | FailedOffer = Offer(backend, layout, tensors, here, call.params)
     except Exception as error:  # raised after the exchange, as the other ranks wait for this one

@@ -26,5 +26,5 @@ def install(native: Any, folder: Path) -> Any:
         build_directory=str(folder),
     )
     built.install()
-    native.use_cuda_engine(built.api())
+    native.use_cuda_backend(built.api())
     return built
