@@ -251,8 +251,8 @@ py::dict scalars(const py::bytes& table, const py::list& keys, const std::vector
       const py::float_ value(values[column]);
       if (next >= PyList_GET_SIZE(keys.ptr())) {
         throw py::index_error(
-            "paramstats._native.scalars: expected an unchanged list of keys, but a key's __hash__ "
-            "removed some");
+            "paramstats._native.scalars: expected a fixed list, but the keys have changed during "
+            "the call");
       }
       const auto key = py::reinterpret_borrow<py::object>(PyList_GET_ITEM(keys.ptr(), next++));
       if (PyDict_SetItem(out.ptr(), key.ptr(), value.ptr()) != 0) throw py::error_already_set();
@@ -298,9 +298,7 @@ void set_simd_level(const std::string& name) {
       return;
     }
   }
-  std::string levels;
-  for (const std::string& level : simd_levels()) levels += (levels.empty() ? "" : ", ") + level;
-  throw py::value_error("paramstats._native.set_simd_level: expected one of " + levels + ", got '" +
+  throw py::value_error("paramstats._native.set_simd_level: expected one of simd_levels(), got '" +
                         name + "'");
 }
 

@@ -1,4 +1,4 @@
-// Checks for the C++ tests, which run where there is no torch, no Python and no test framework.
+// Checks for the C++ tests, which need neither torch nor Python nor a test framework.
 //
 //     void halves() { CHECK(1 + 1, 2); }
 //     int main() {
@@ -16,16 +16,16 @@
 
 namespace check {
 
-constexpr int kShown = 5;  // failures that a test prints; a broken kernel would print a million
+constexpr int kShown = 5;  // failures printed per test; a broken kernel has a million
 
 struct Tally {
   int passed = 0, failed = 0;  // tests
-  int64_t wrong = 0;           // checks of the running test
-  std::string where;           // what the running test is at
+  int64_t wrong = 0;           // failed checks of the running test
+  std::string where;           // the case that the running test checks
 };
 inline Tally tally;
 
-// Says what the checks that follow are about, for the case that one fails.
+// Describes the following checks; printed if one fails.
 inline void at(const std::string& where) { tally.where = where; }
 
 template <class A, class B>
@@ -38,7 +38,7 @@ void failure(const char* file, int line, const char* text, const A& got, const B
 
 template <class A, class B>
 bool same(const A& a, const B& b) {
-  return a == b || (a != a && b != b);  // a NaN that is expected is equal
+  return a == b || (a != a && b != b);  // NaN equals NaN
 }
 
 template <class A, class B>
@@ -59,7 +59,7 @@ inline void run(const char* name, void (*test)()) {
   std::cout << "FAILED " << name << ": " << tally.wrong << " wrong\n";
 }
 
-// What main returns.
+// Prints the result and returns the exit code for main.
 inline int report(const std::string& title) {
   std::cout << title << "\n" << tally.passed << " passed, " << tally.failed << " failed\n";
   return tally.failed == 0 ? 0 : 1;
@@ -67,7 +67,7 @@ inline int report(const std::string& title) {
 
 }  // namespace check
 
-// Equal: numbers as ==, NaN to NaN.
+// Checks that two values are equal (==, or both NaN).
 #define CHECK(got, want)                                                                  \
   do {                                                                                    \
     const auto& got_ = (got);                                                             \
@@ -75,7 +75,7 @@ inline int report(const std::string& title) {
     if (!check::same(got_, want_)) check::failure(__FILE__, __LINE__, #got, got_, want_); \
   } while (0)
 
-// Equal, or apart by `tolerance` (absolute) at most.
+// Checks that two values are equal or differ by at most `tolerance` (absolute).
 #define CHECK_NEAR(got, want, tolerance)                     \
   do {                                                       \
     const auto& got_ = (got);                                \

@@ -1,5 +1,6 @@
-// Runs one kernel over a part of a chunk: what tests/count_instructions.py counts. The elements'
-// mean is near zero, as most tensors' is, or, with `far`, too far from it to do without a pivot.
+// Runs one kernel on one tensor; tests/count_instructions.py counts its instructions. The mean of
+// the elements is near zero, as for most tensors, or with `far` so far from zero that it needs a
+// pivot.
 //
 //     one_kernel LEVEL DTYPE N near|far
 #include <cstdio>
@@ -12,11 +13,11 @@ int main(int argc, char** argv) {
   using namespace paramstats;
   if (argc != 5) return 2;
   const auto dtype = static_cast<DType>(std::atoi(argv[2]));
-  cpu::test::Tensor t(dtype, 65536);
-  const uint64_t sign = uint64_t{1} << (8 * element_size(dtype) - 1);
+  test::Tensor t(dtype, 65536);
+  const uint64_t sign = oracle::sign_bit(dtype);
   if (oracle::is_float(dtype) && std::strcmp(argv[4], "near") == 0) {
     t.fill([=](int64_t i) {
-      const uint64_t magnitude = oracle::random_bits(dtype, cpu::test::rng) & ~sign;
+      const uint64_t magnitude = oracle::random_bits(dtype, test::rng) & ~sign;
       return i % 2 ? magnitude | sign : magnitude;
     });
   }
@@ -26,6 +27,6 @@ int main(int argc, char** argv) {
     std::printf("%.17g\n", state.m2);
     return 0;
   }
-  std::printf("not here\n");
+  std::printf("this CPU does not support the level\n");
   return 3;
 }

@@ -1,5 +1,6 @@
-// The answers that the C++ tests compare with: elements decoded one by one as their formats are
-// defined, statistics by two passes in long double. Written for plainness; shares no code with csrc.
+// The expected results of the C++ tests: decodes elements one by one from the definition of their
+// dtype, and computes statistics in two passes of long double. Written to be obviously correct;
+// shares no code with csrc.
 #pragma once
 
 #include <cmath>
@@ -23,7 +24,7 @@ constexpr uint64_t kSeed = 20240229;
 
 // ---- elements ------------------------------------------------------------------------------
 
-// The six float types in one description; the bias is 2^(exponent_bits - 1) - 1 in all of them.
+// Describes the six float dtypes. Their bias is 2^(exponent_bits - 1) - 1.
 struct FloatFormat {
   int exponent_bits;
   int mantissa_bits;
@@ -31,6 +32,8 @@ struct FloatFormat {
 };
 
 inline bool is_float(DType dtype) { return dtype <= DType::kFloat8E5M2; }
+
+inline uint64_t sign_bit(DType dtype) { return uint64_t{1} << (8 * element_size(dtype) - 1); }
 
 inline FloatFormat float_format(DType dtype) {
   constexpr FloatFormat kFormats[] = {{11, 52}, {8, 23}, {8, 7}, {5, 10}, {4, 3}, {5, 2}};
@@ -43,7 +46,7 @@ inline double decode_float(DType dtype, uint64_t bits) {
   const uint64_t mantissa = bits & ((uint64_t{1} << f.mantissa_bits) - 1);
   const uint64_t exponent = (bits >> f.mantissa_bits) & all_ones;
   const double sign = bits >> (f.mantissa_bits + f.exponent_bits) & 1 ? -1 : 1;
-  if (dtype == DType::kFloat8E4M3FN) {  // all ones is NaN, the other patterns are numbers
+  if (dtype == DType::kFloat8E4M3FN) {  // all ones is NaN, all other patterns are numbers
     if (exponent == all_ones && mantissa == 7) return std::nan("");
   } else if (exponent == all_ones) {
     return mantissa != 0 ? std::nan("") : sign * std::numeric_limits<double>::infinity();
@@ -54,7 +57,7 @@ inline double decode_float(DType dtype, uint64_t bits) {
                            static_cast<int>(exponent) - f.bias() - f.mantissa_bits);
 }
 
-// The value of a pattern: what a state's min and max hold. 64-bit integers are rounded to double.
+// The value of a bit pattern, as in a state's min and max. 64-bit integers are rounded to double.
 inline double decode(DType dtype, uint64_t bits) {
   switch (dtype) {
     case DType::kInt8: return static_cast<int8_t>(bits);
@@ -70,8 +73,9 @@ inline double decode(DType dtype, uint64_t bits) {
   }
 }
 
-// A finite value: of an integer any pattern, of a float 1/16 zeros of either sign and else a
-// magnitude from 1/8 to 2, three of four positive so that the mean is not near zero.
+// The bits of a random finite value. Integers have any value. Floats are zero (of either sign) with
+// probability 1/16, otherwise their magnitude is between 1/8 and 2. Three quarters of them are
+// positive, so that the mean is not near zero.
 inline uint64_t random_bits(DType dtype, Rng& rng) {
   const uint64_t random = rng();
   if (!is_float(dtype)) return random;
@@ -86,7 +90,7 @@ inline uint64_t random_bits(DType dtype, Rng& rng) {
 // ---- statistics -------------------------------------------------------------------------------
 
 struct Truth {
-  Moments exact;  // counts, min and max; mean and m2 rounded from those below
+  Moments exact;  // exact counts, min and max; mean and m2 are rounded from the fields below
   long double n = 0, mean = 0, m2 = 0, sum_sq = 0;  // of the finite elements
 };
 
@@ -107,7 +111,7 @@ inline Truth truth_of(const std::vector<double>& x) {
     t.exact.max = std::fmax(t.exact.max, v);
   }
   if (t.n == 0) return t;
-  t.mean = t.exact.min == t.exact.max ? t.exact.min : sum / t.n;  // no rounding in a constant's
+  t.mean = t.exact.min == t.exact.max ? t.exact.min : sum / t.n;  // exact for a constant
   for (double v : x) {
     if (std::isfinite(v)) t.m2 += (v - t.mean) * (v - t.mean);
   }
@@ -116,14 +120,14 @@ inline Truth truth_of(const std::vector<double>& x) {
   return t;
 }
 
-// Largest error of the mean and of rms, over rms; of std, over itself.
+// The largest allowed errors: of mean and rms relative to rms, of std relative to std.
 struct Bounds {
   double mean, rms, std;
 };
-// What docs/accuracy.md derives for float32 lanes is 7e-7, 9e-7 and 9e-7; the promise is this.
+// docs/accuracy.md derives 7e-7, 9e-7 and 9e-7 for float32 lanes; these are the documented bounds.
 constexpr Bounds kFloatLanes = {1e-6, 1e-6, 1e-5};
-// The same derivation with u = 2^-53 gives 1.4e-15; each of at most 130 merges adds up to 4u. The
-// two-pass routine's sums grow by up to 130 additions in a lane: as much again.
+// With u = 2^-53 that derivation gives 1.4e-15; each of at most 130 merges adds up to 4u. The sums
+// of the two-pass routine take up to 130 additions in a lane, which adds the same amount.
 constexpr Bounds kDoubleLanes = {1e-13, 1e-13, 1e-13};
 
 inline void check_counts(const Moments& got, const Moments& want) {
@@ -149,12 +153,16 @@ inline void check_state(const Moments& got, const Truth& want, const Bounds& bou
     CHECK(got.m2, 0);
     return;
   }
+  if (got.min == got.max) {  // a constant has no rounding
+    CHECK(got.mean, want.exact.mean);
+    CHECK(got.m2, 0);
+  }
   const long double rms = sqrtl(want.sum_sq / want.n);
   const long double std = sqrtl(want.m2 / want.n);
   CHECK_NEAR(got.mean, want.mean, bounds.mean * rms);
-  CHECK_NEAR(paramstats::finalize_finite(got, 0).rms, rms, bounds.rms * rms);
-  CHECK_NEAR(paramstats::finalize_finite(got, 0).norm, sqrtl(want.sum_sq),
-             bounds.rms * sqrtl(want.sum_sq));
+  const paramstats::Statistics statistics = paramstats::finalize_finite(got, 0);
+  CHECK_NEAR(statistics.rms, rms, bounds.rms * rms);
+  CHECK_NEAR(statistics.norm, sqrtl(want.sum_sq), bounds.rms * sqrtl(want.sum_sq));
   CHECK_NEAR(sqrtl(got.m2 / want.n), std, bounds.std * std);
 }
 

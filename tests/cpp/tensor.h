@@ -1,5 +1,4 @@
-// A tensor of any type and layout with random content, its summaries at every SIMD level, and the
-// comparison of these with the oracle.
+// A tensor of any dtype and layout with random contents, and its states by the CPU backend.
 #pragma once
 
 #include <cstring>
@@ -12,7 +11,7 @@
 #include "check.h"
 #include "oracle.h"
 
-namespace paramstats::cpu::test {
+namespace paramstats::test {
 
 using Shape = std::vector<int64_t>;
 
@@ -33,17 +32,17 @@ inline std::vector<DType> all_dtypes() {
   return out;
 }
 
-// What float32 does not hold is summed in float64.
+// Dtypes that float32 cannot represent exactly are summed in float64.
 inline const oracle::Bounds& bounds(DType dtype) {
   return dtype == DType::kFloat64 || dtype >= DType::kInt32 ? oracle::kDoubleLanes
                                                             : oracle::kFloatLanes;
 }
 
-// Memory that ends with the last element, so that an address sanitizer sees any read beyond.
+// Its memory ends with the last element, so that the address sanitizer sees any read beyond it.
 struct Tensor {
   DType dtype;
   Shape sizes, strides;
-  int64_t first;  // elements before the first: moves it off the boundaries of vectors
+  int64_t first;  // elements before the first one; moves the tensor off vector boundaries
   std::vector<unsigned char> memory;
 
   Tensor(DType dtype, Shape sizes, Shape strides, int64_t first = 0)
@@ -56,18 +55,18 @@ struct Tensor {
   Tensor(DType dtype, int64_t n, int64_t first = 0) : Tensor(dtype, Shape{n}, Shape{1}, first) {}
 
   template <class Bits>
-  void fill(Bits bits_at) {  // every element in memory, the ones in gaps too
+  void fill(Bits bits_at) {  // sets every element in memory, including those in gaps
     const int64_t n = static_cast<int64_t>(memory.size()) / element_size(dtype);
-    for (int64_t i = 0; i < n; ++i) {
-      const uint64_t bits = bits_at(i);  // its low bytes come first, as on all machines we run on
-      std::memcpy(memory.data() + i * element_size(dtype), &bits, element_size(dtype));
-    }
+    for (int64_t i = 0; i < n; ++i) set(i, bits_at(i));
+  }
+  void set(int64_t i, uint64_t bits) {  // little-endian, like all machines we support
+    std::memcpy(memory.data() + i * element_size(dtype), &bits, element_size(dtype));
   }
   int64_t numel() const {
     return std::accumulate(sizes.begin(), sizes.end(), int64_t{1}, std::multiplies<int64_t>());
   }
   const unsigned char* data() const { return memory.data() + first * element_size(dtype); }
-  TensorView view() const {
+  cpu::TensorView view() const {
     return {data(), dtype, numel(), static_cast<int>(sizes.size()), sizes.data(), strides.data()};
   }
   std::vector<double> values() const {  // in row-major order of the logical index
@@ -84,32 +83,20 @@ struct Tensor {
     return out;
   }
 };
+using Tensors = std::vector<Tensor>;
 
-inline std::vector<Moments> summaries_of(const std::vector<const Tensor*>& tensors,
-                                         const Kernels& kernels, Pool pool = nullptr) {
+inline std::vector<Moments> cpu_states(const Tensors& tensors, const cpu::Kernels& kernels,
+                                       cpu::Pool pool = nullptr) {
   std::vector<Moments> states(tensors.size());
-  std::vector<TensorView> views;
+  std::vector<cpu::TensorView> views;
   std::vector<Moments*> out;
   for (size_t i = 0; i < tensors.size(); ++i) {
-    states[i].count = -7;  // overwritten, or seen
-    views.push_back(tensors[i]->view());
+    states[i].count = -7;  // must be overwritten
+    views.push_back(tensors[i].view());
     out.push_back(&states[i]);
   }
-  summarize(views, out, kernels, pool);
+  cpu::summarize(views, out, kernels, pool);
   return states;
 }
 
-inline Moments summary_of(const Tensor& tensor, const Kernels& kernels) {
-  return summaries_of({&tensor}, kernels)[0];
-}
-
-inline void check_at_every_level(const std::string& what, const Tensor& t,
-                                 const oracle::Bounds& bounds) {
-  const auto truth = oracle::truth_of(t.values());
-  for (const Kernels* kernels : available_kernels()) {
-    check::at(std::string(kernels->name) + " " + name_of(t.dtype) + " " + what);
-    oracle::check_state(summary_of(t, *kernels), truth, bounds);
-  }
-}
-
-}  // namespace paramstats::cpu::test
+}  // namespace paramstats::test

@@ -1,4 +1,4 @@
-// The one definition of what cuda_runtime.h declares: fibers, the scheduler, streams.
+// Implements cuda_runtime.h: fibers for threads, a scheduler for blocks, and streams.
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -10,7 +10,6 @@
 #include <memory>
 #include <mutex>
 #include <numeric>
-#include <set>
 #include <string>
 #include <vector>
 
@@ -27,13 +26,13 @@ extern "C" {
 extern char __start_cuda_shared[] __attribute__((weak, visibility("hidden")));
 extern char __stop_cuda_shared[] __attribute__((weak, visibility("hidden")));
 
-// Saves the callee's registers and stack pointer in *from, goes on where `to` was saved. Not
-// longjmp: the address sanitizer's forgets what it knows of the stack that is left.
+// Saves the callee-saved registers and the stack pointer in *from, and continues at `to`. longjmp
+// does not work: the address sanitizer's version forgets the state of the stack that it leaves.
 void cuda_shim_switch(void** from, void* to);
 }
 
 #if defined(__x86_64__)
-constexpr size_t kFrame = 8, kEntry = 6;  // words of a saved frame; which one is the way on
+constexpr size_t kFrame = 8, kEntry = 6;  // words of a saved frame; index of the return address
 asm(R"(
 .text
 .globl cuda_shim_switch
@@ -78,47 +77,56 @@ struct CUstream_st {
 namespace cuda_shim {
 namespace {
 
-// ---- Fibers ----
+// ---- fibers ----
 
 constexpr unsigned kMaxThreads = 1024, kLanes = 32;
-constexpr size_t kStack = 256 * 1024;  // reserved; the system gives what is touched
+constexpr size_t kStack = 256 * 1024;  // bytes of address space; pages are allocated on first use
 
 struct Fiber {
   void* stack_pointer = nullptr;
-  uint3 index{};
-  unsigned id = 0;
-  // What it waits for, and then what came of it.
+  unsigned index = 0;
+  // The collective that it waits at, its arguments, and then its result in `value`.
   Op op = kNone;
   unsigned mask = 0, argument = 0;
   uint64_t value = 0;
-  // The address sanitizer's.
+  // For the address sanitizer.
   void* fake_stack = nullptr;
   const void* bottom = nullptr;
   size_t size = 0;
 };
 
 struct Warp {
-  unsigned waiting, gone;  // lanes at a warp's collective; lanes that have exited or never were
+  unsigned waiting,
+      exited;  // lanes that wait at a warp collective; lanes that do not exist any more
 };
 
 Fiber fibers[kMaxThreads], host;
 Warp warps[kMaxThreads / kLanes];
 Fiber* current = &host;
-Fiber* came_from = &host;
+Fiber* previous = &host;
 Fiber* ready[kMaxThreads];
-unsigned threads, ready_count, exited, arrived;  // of the running block; arrived at the barrier
-Op barrier;                                      // if arrived > 0
-bool any, all;
+unsigned threads, ready_count, exited, arrived;  // of the running block; arrived at __syncthreads
 const std::function<void()>* kernel;
 uint64_t random_state = 1;
 
-constexpr const char* kNames[] = {"nothing",           "__syncthreads",    "__syncthreads_or",
-                                  "__syncthreads_and", "__syncwarp",       "__ballot_sync",
-                                  "__any_sync",        "__all_sync",       "__shfl_sync",
-                                  "__shfl_up_sync",    "__shfl_down_sync", "__shfl_xor_sync"};
-const char* name(Op op) { return kNames[op]; }
+const char* name(Op op) {
+  constexpr const char* kNames[] = {"nothing",       "__syncthreads",    "__syncwarp",
+                                    "__ballot_sync", "__shfl_down_sync", "__shfl_xor_sync"};
+  return kNames[op];
+}
 
-// In [0, n), by splitmix64: the same on every machine.
+[[noreturn]] __attribute__((format(printf, 1, 2))) void die(const char* format, ...) {
+  std::fprintf(stderr, "cuda_shim: deadlock/divergence: ");
+  if (current != &host) std::fprintf(stderr, "block %u thread %u: ", blockIdx.x, threadIdx.x);
+  va_list arguments;
+  va_start(arguments, format);
+  std::vfprintf(stderr, format, arguments);
+  va_end(arguments);
+  std::fprintf(stderr, "\n");
+  std::abort();
+}
+
+// A random number in [0, n), by splitmix64: the same on every machine.
 uint32_t draw(uint32_t n) {
   uint64_t z = random_state += 0x9e3779b97f4a7c15u;
   z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9u;
@@ -126,42 +134,38 @@ uint32_t draw(uint32_t n) {
   return static_cast<uint32_t>(((z ^ z >> 31) >> 32) * n >> 32);
 }
 
-void landed() {
+void finish_switch() {
 #ifdef CUDA_SHIM_ASAN
-  __sanitizer_finish_switch_fiber(current->fake_stack, &came_from->bottom, &came_from->size);
+  __sanitizer_finish_switch_fiber(current->fake_stack, &previous->bottom, &previous->size);
 #endif
 }
 
 void switch_to(Fiber* next) {
   if (next == current) return;
-  Fiber* self = came_from = current;
+  Fiber* self = previous = current;
   current = next;
-  threadIdx = next->index;
+  threadIdx.x = next->index;
 #ifdef CUDA_SHIM_ASAN
   __sanitizer_start_switch_fiber(&self->fake_stack, next->bottom, next->size);
 #endif
   cuda_shim_switch(&self->stack_pointer, next->stack_pointer);
-  landed();
+  finish_switch();
 }
 
-void wake(Fiber& fiber) {
+void make_ready(Fiber& fiber) {
   fiber.op = kNone;
   ready[ready_count++] = &fiber;
 }
 
-// The first thread of each kind of wait, as nobody can end any of them.
 [[noreturn]] void deadlock() {
   std::string waits;
-  std::set<std::pair<Op, unsigned>> seen;
   for (unsigned i = 0; i < threads; ++i) {
-    const Fiber& f = fibers[i];
-    if (f.op == kNone || seen.size() == 4 || !seen.insert({f.op, f.mask}).second) continue;
     char text[128];
-    std::snprintf(text, sizeof text, "%s thread (%u,%u,%u) at %s mask 0x%08x",
-                  waits.empty() ? "" : ",", f.index.x, f.index.y, f.index.z, name(f.op), f.mask);
+    std::snprintf(text, sizeof text, "\n  thread %u at %s mask 0x%08x", i, name(fibers[i].op),
+                  fibers[i].mask);
     waits += text;
   }
-  die("no thread can go on:%s", waits.c_str());
+  die("all threads wait:%s", waits.c_str());
 }
 
 Fiber* next() {
@@ -172,29 +176,29 @@ Fiber* next() {
   return fiber;
 }
 
-Warp& warp_of(const Fiber& fiber) { return warps[fiber.id / kLanes]; }
+Warp& warp_of(const Fiber& fiber) { return warps[fiber.index / kLanes]; }
 
-void leave() {
+void exit_thread() {
   Warp& warp = warp_of(*current);
-  const unsigned lane = current->id % kLanes;
-  if (arrived > 0) die("exits while others wait at %s", name(barrier));
+  const unsigned lane = current->index % kLanes;
+  if (arrived > 0) die("exits while others wait at __syncthreads");
   for (unsigned i = 0; i < kLanes && warp.waiting >> i; ++i) {
-    const Fiber& other = fibers[current->id - lane + i];
+    const Fiber& other = fibers[current->index - lane + i];
     if ((warp.waiting >> i & 1) && (other.mask >> lane & 1)) {
       die("exits while lane %u waits for it at %s mask 0x%08x", i, name(other.op), other.mask);
     }
   }
-  warp.gone |= 1u << lane;
+  warp.exited |= 1u << lane;
   switch_to(++exited == threads ? &host : next());
 }
 
-// A fiber runs a thread of one block after the other and never ends, so that no frame of an earlier
-// life is left on its stack.
+// A fiber runs a thread of one block after the other and never ends, so that its stack never
+// contains frames of a finished function.
 [[noreturn]] void fiber_main() noexcept {
-  landed();
+  finish_switch();
   for (;;) {
     (*kernel)();
-    leave();
+    exit_thread();
   }
 }
 
@@ -206,21 +210,19 @@ void make_fibers() {
   for (unsigned i = 0; i < kMaxThreads; ++i) {
     char* bottom = static_cast<char*>(memory) + i * kStack;
     mprotect(bottom, page, PROT_NONE);
-    // Tops at the same place in every page would share a few lines of the cache.
+    // Different offsets in a page: otherwise the tops of all stacks would share a few cache lines.
     const size_t size = kStack - i % 32 * 128;
     void** frame = reinterpret_cast<void**>(bottom + size) - kFrame;
     frame[kEntry] = reinterpret_cast<void*>(&fiber_main);
     fibers[i].stack_pointer = frame;
     fibers[i].bottom = bottom;
     fibers[i].size = size;
-    fibers[i].id = i;
+    fibers[i].index = i;
   }
 }
 
-void run_block(uint64_t number) {
-  blockIdx.x = static_cast<unsigned>(number % gridDim.x);
-  blockIdx.y = static_cast<unsigned>(number / gridDim.x % gridDim.y);
-  blockIdx.z = static_cast<unsigned>(number / gridDim.x / gridDim.y);
+void run_block(unsigned index) {
+  blockIdx.x = index;
   if (__start_cuda_shared != nullptr) {
     std::memset(__start_cuda_shared, 0xa5,
                 static_cast<size_t>(__stop_cuda_shared - __start_cuda_shared));
@@ -229,7 +231,7 @@ void run_block(uint64_t number) {
     warps[i / kLanes] = {0, threads - i >= kLanes ? 0 : ~0u << (threads - i)};
   }
   ready_count = exited = arrived = 0;
-  for (unsigned i = 0; i < threads; ++i) wake(fibers[i]);
+  for (unsigned i = 0; i < threads; ++i) make_ready(fibers[i]);
   switch_to(next());
 }
 
@@ -237,42 +239,35 @@ void run_kernel(dim3 grid, dim3 block, const std::function<void()>& body) {
   if (fibers[0].stack_pointer == nullptr) make_fibers();
   gridDim = grid;
   blockDim = block;
-  threads = block.x * block.y * block.z;
+  threads = block.x;
   kernel = &body;
-  for (unsigned i = 0; i < threads; ++i) {
-    fibers[i].index = {i % block.x, i / block.x % block.y, i / block.x / block.y};
-  }
-  std::vector<uint32_t> order(uint64_t{1} * grid.x * grid.y * grid.z);
+  std::vector<uint32_t> order(grid.x);
   std::iota(order.begin(), order.end(), 0u);
-  for (size_t left = order.size(); left > 0; --left) {
-    std::swap(order[left - 1], order[draw(static_cast<uint32_t>(left))]);
-    run_block(order[left - 1]);
+  for (size_t n = order.size(); n > 0; --n) {
+    std::swap(order[n - 1], order[draw(static_cast<uint32_t>(n))]);
+    run_block(order[n - 1]);
   }
 }
 
-void require_kernel(const char* what) {
-  if (current == &host) die("%s outside a kernel", what);
-}
+// ---- streams ----
 
-// ---- Streams ----
-
-struct Record {  // of an event: a place in a stream's queue
+struct Record {  // of an event: a position in a stream's queue
   cudaStream_t stream;
   bool done;
 };
 
 std::recursive_mutex mutex;
 CUstream_st default_streams[kDevices];
-std::set<cudaStream_t> streams;  // that were created
-int64_t call_count, launch_count, copy_count, synchronisation_count;
-bool touched;
+std::vector<cudaStream_t> streams;  // created by cudaStreamCreate; never destroyed
+int64_t call_count, launch_count, copy_count, synchronization_count;
+bool invalidated;
 thread_local cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;
 cudaError_t planned_error = cudaSuccess;
 int planned_skip;
 thread_local int device;
 thread_local cudaError_t last_error = cudaSuccess;
 
-// Every runtime call that can fail is body() in here.
+// Runs `body`, which implements a runtime call that can fail.
 template <class Body>
 cudaError_t call(Body&& body) {
   const std::lock_guard<std::recursive_mutex> lock(mutex);
@@ -288,18 +283,18 @@ cudaStream_t resolve(cudaStream_t stream) {
   return stream != nullptr ? stream : &default_streams[device];
 }
 
-// One that a stream in capture refuses.
+// Runs `body(stream)`, which implements a call that fails while the stream is being captured.
 template <class Body>
 cudaError_t call_on(cudaStream_t stream, Body&& body) {
   return call([&] {
     stream = resolve(stream);
     if (!stream->capturing) return body(stream);
-    touched = true;
+    invalidated = true;
     return cudaErrorStreamCaptureUnsupported;
   });
 }
 
-// Runs what is queued, up to a record if one is given.
+// Runs the enqueued work, up to a record if one is given.
 void advance(cudaStream_t stream, const Record* until = nullptr) {
   while (until != nullptr ? !until->done : !stream->queue.empty()) {
     const std::function<void()> work = std::move(stream->queue.front());
@@ -308,69 +303,41 @@ void advance(cudaStream_t stream, const Record* until = nullptr) {
   }
 }
 
-}  // namespace
-}  // namespace cuda_shim
-
-struct CUevent_st {
-  std::shared_ptr<cuda_shim::Record> last;
-};
-
-namespace cuda_shim {
-
-void die(const char* format, ...) {
-  std::fprintf(stderr, "cuda_shim: deadlock/divergence: ");
-  if (current != &host) {
-    std::fprintf(stderr, "block (%u,%u,%u) thread (%u,%u,%u): ", blockIdx.x, blockIdx.y, blockIdx.z,
-                 threadIdx.x, threadIdx.y, threadIdx.z);
-  }
-  va_list arguments;
-  va_start(arguments, format);
-  std::vfprintf(stderr, format, arguments);
-  va_end(arguments);
-  std::fprintf(stderr, "\n");
-  std::abort();
+// While any stream is being captured, a query of an event invalidates the capture, unless this
+// thread has chosen another capture mode.
+bool query_invalidates_capture() {
+  bool any = false;
+  for (const CUstream_st& stream : default_streams) any = any || stream.capturing;
+  for (cudaStream_t stream : streams) any = any || stream->capturing;
+  const bool invalidates = any && capture_mode == cudaStreamCaptureModeGlobal;
+  invalidated = invalidated || invalidates;
+  return invalidates;
 }
 
-int block_collective(Op op, bool value) {
-  require_kernel(name(op));
-  Fiber& self = *current;
-  if (exited > 0) die("%s after %u threads have exited", name(op), exited);
-  if (arrived == 0) {
-    barrier = op;
-    any = false;
-    all = true;
-  }
-  if (op != barrier) die("%s while others wait at %s", name(op), name(barrier));
-  any |= value;
-  all &= value;
-  self.op = op;
-  self.mask = ~0u;
+}  // namespace
+
+void sync_threads() {
+  if (exited > 0) die("__syncthreads after %u threads have exited", exited);
+  current->op = kSyncThreads;
+  current->mask = ~0u;
   if (++arrived == threads) {
     arrived = 0;
-    for (unsigned i = 0; i < threads; ++i) {
-      fibers[i].value = op == kSyncThreadsOr ? any : all;
-      wake(fibers[i]);
-    }
+    for (unsigned i = 0; i < threads; ++i) make_ready(fibers[i]);
   }
   switch_to(next());
-  return static_cast<int>(self.value);
 }
 
 uint64_t warp_collective(Op op, unsigned mask, uint64_t value, unsigned argument) {
-  require_kernel(name(op));
   Fiber& self = *current;
   Warp& warp = warp_of(self);
-  const unsigned lane = self.id % kLanes;
+  const unsigned lane = self.index % kLanes;
   Fiber* lanes = &self - lane;
   if (!(mask >> lane & 1)) die("%s mask 0x%08x lacks its own lane %u", name(op), mask, lane);
-  if (mask & warp.gone) die("%s mask 0x%08x names lanes that have exited", name(op), mask);
-  if (op >= kShfl) {  // which lane to read: its own where there is no such lane
-    unsigned from = argument % kLanes;
-    if (op == kShflUp) from = argument > lane ? lane : lane - argument;
-    if (op == kShflDown) from = argument >= kLanes - lane ? lane : lane + argument;
-    if (op == kShflXor) from = (lane ^ argument) >= kLanes ? lane : lane ^ argument;
-    if (!(mask >> from & 1)) die("%s mask 0x%08x reads lane %u", name(op), mask, from);
-    argument = from;
+  if (mask & warp.exited) die("%s mask 0x%08x has lanes that have exited", name(op), mask);
+  if (op >= kShflDown) {  // the lane to read: its own if there is no such lane
+    const unsigned from = op == kShflDown ? lane + argument : lane ^ argument;
+    argument = from < kLanes ? from : lane;
+    if (!(mask >> argument & 1)) die("%s mask 0x%08x reads lane %u", name(op), mask, argument);
   }
   self.op = op;
   self.mask = mask;
@@ -391,8 +358,8 @@ uint64_t warp_collective(Op op, unsigned mask, uint64_t value, unsigned argument
     }
     for (unsigned i = 0; i < kLanes; ++i) {
       if (!(mask >> i & 1)) continue;
-      lanes[i].value = op >= kShfl ? given[lanes[i].argument] : ballot;
-      wake(lanes[i]);
+      lanes[i].value = op >= kShflDown ? given[lanes[i].argument] : ballot;
+      make_ready(lanes[i]);
     }
     warp.waiting &= ~mask;
   }
@@ -401,8 +368,7 @@ uint64_t warp_collective(Op op, unsigned mask, uint64_t value, unsigned argument
 }
 
 void reschedule() {
-  require_kernel("an atomic or a fence");
-  wake(*current);
+  make_ready(*current);
   switch_to(next());
 }
 
@@ -421,9 +387,9 @@ void run_all() {
 
 void set_capturing(cudaStream_t stream, bool capturing) {
   resolve(stream)->capturing = capturing;
-  touched = false;
+  invalidated = false;
 }
-bool capture_touched() { return touched; }
+bool capture_invalidated() { return invalidated; }
 
 void fail_next(cudaError_t error, int skip) {
   planned_error = error;
@@ -435,15 +401,14 @@ int64_t loads = 0;
 int64_t calls() { return call_count; }
 int64_t launches() { return launch_count; }
 int64_t copies() { return copy_count; }
-int64_t synchronisations() { return synchronisation_count; }
+int64_t synchronizations() { return synchronization_count; }
 
 cudaError_t launch(dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
                    std::function<void()> body) {
   return call_on(stream, [&](cudaStream_t queue) {
-    const auto within = [](unsigned n, unsigned most) { return n >= 1 && n <= most; };
-    if (!within(grid.x, 0x7fffffffu) || !within(grid.y, 65535) || !within(grid.z, 65535) ||
-        !within(block.x, kMaxThreads) || !within(block.y, kMaxThreads) || !within(block.z, 64) ||
-        block.x * block.y * block.z > kMaxThreads || shared != 0) {
+    const bool is_1d = grid.y == 1 && grid.z == 1 && block.y == 1 && block.z == 1;
+    if (!is_1d || grid.x < 1 || grid.x > 0x7fffffffu || block.x < 1 || block.x > kMaxThreads ||
+        shared != 0) {
       return cudaErrorInvalidConfiguration;
     }
     if (queue->device != device) return cudaErrorInvalidResourceHandle;
@@ -454,28 +419,26 @@ cudaError_t launch(dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
   });
 }
 
-cudaError_t attributes(cudaFuncAttributes* attributes) {
-  return call([&] {
-    if (attributes == nullptr) return cudaErrorInvalidValue;
-    *attributes = {0, 0, 0, static_cast<int>(kMaxThreads), 32, 90, 90};
-    return cudaSuccess;
-  });
+cudaError_t succeed() {
+  return call([] { return cudaSuccess; });
 }
 
 }  // namespace cuda_shim
 
 using namespace cuda_shim;
 
-const char* cudaGetErrorName(cudaError_t error) {
+struct CUevent_st {
+  std::shared_ptr<Record> last;
+};
+
+const char* cudaGetErrorString(cudaError_t error) {
 #define CUDA_SHIM_NAME(name, number) \
   if (error == name) return #name;
   CUDA_SHIM_ERRORS(CUDA_SHIM_NAME)
 #undef CUDA_SHIM_NAME
   return "unrecognized error code";
 }
-const char* cudaGetErrorString(cudaError_t error) { return cudaGetErrorName(error); }
 cudaError_t cudaGetLastError() { return std::exchange(last_error, cudaSuccess); }
-cudaError_t cudaPeekAtLastError() { return last_error; }
 
 cudaError_t cudaGetDevice(int* result) {
   return call([&] {
@@ -491,21 +454,16 @@ cudaError_t cudaSetDevice(int wanted) {
   });
 }
 
-cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind,
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind,
                             cudaStream_t stream) {
   return call_on(stream, [&](cudaStream_t queue) {
-    if (kind < cudaMemcpyHostToHost || kind > cudaMemcpyDefault) return cudaErrorInvalidValue;
-    if (bytes > 0 && (to == nullptr || from == nullptr)) return cudaErrorInvalidValue;
-    queue->queue.push_back([=] {
-      if (bytes > 0) std::memcpy(to, from, bytes);
-    });
+    queue->queue.push_back([=] { std::memcpy(to, from, bytes); });
     ++copy_count;
     return cudaSuccess;
   });
 }
 cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t stream) {
   return call_on(stream, [&](cudaStream_t queue) {
-    if (bytes > 0 && to == nullptr) return cudaErrorInvalidValue;
     queue->queue.push_back([=] {
       if (bytes > 0) std::memset(to, value, bytes);
     });
@@ -517,23 +475,14 @@ cudaError_t cudaStreamCreate(cudaStream_t* stream) {
   return call([&] {
     *stream = new CUstream_st;
     (*stream)->device = device;
-    streams.insert(*stream);
-    return cudaSuccess;
-  });
-}
-cudaError_t cudaStreamDestroy(cudaStream_t stream) {
-  return call([&] {
-    if (streams.count(stream) == 0) return cudaErrorInvalidResourceHandle;
-    advance(stream);
-    streams.erase(stream);
-    delete stream;
+    streams.push_back(*stream);
     return cudaSuccess;
   });
 }
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
   return call_on(stream, [](cudaStream_t queue) {
     advance(queue);
-    ++synchronisation_count;
+    ++synchronization_count;
     return cudaSuccess;
   });
 }
@@ -548,6 +497,10 @@ cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* 
         resolve(stream)->capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
     return cudaSuccess;
   });
+}
+cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
+  std::swap(capture_mode, *mode);
+  return cudaSuccess;
 }
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
   return call_on(stream, [&](cudaStream_t queue) {
@@ -577,31 +530,17 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
     return cudaSuccess;
   });
 }
-cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
-  std::swap(capture_mode, *mode);
-  return cudaSuccess;
-}
-// While any stream captures, asking an event spoils the capture, unless this thread said that it
-// knows what it does.
-static bool spoils_a_capture() {
-  bool any = false;
-  for (const CUstream_st& stream : default_streams) any = any || stream.capturing;
-  for (cudaStream_t stream : streams) any = any || stream->capturing;
-  const bool spoils = any && capture_mode == cudaStreamCaptureModeGlobal;
-  touched = touched || spoils;
-  return spoils;
-}
 cudaError_t cudaEventQuery(cudaEvent_t event) {
   return call([&] {
-    if (spoils_a_capture()) return cudaErrorStreamCaptureUnsupported;
+    if (query_invalidates_capture()) return cudaErrorStreamCaptureUnsupported;
     return event->last == nullptr || event->last->done ? cudaSuccess : cudaErrorNotReady;
   });
 }
 cudaError_t cudaEventSynchronize(cudaEvent_t event) {
   return call([&] {
-    if (spoils_a_capture()) return cudaErrorStreamCaptureUnsupported;
+    if (query_invalidates_capture()) return cudaErrorStreamCaptureUnsupported;
     if (event->last != nullptr) advance(event->last->stream, event->last.get());
-    ++synchronisation_count;
+    ++synchronization_count;
     return cudaSuccess;
   });
 }
