@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 
 import pytest
 import torch
@@ -97,6 +98,23 @@ def test_the_cpp_twin_agrees(correction, grad_scale):
         ours, theirs = moments.merge_rows(table, 0, end), native.merge_rows(table, 0, end)
         assert moments.row(ours, 0)[:5] == moments.row(theirs, 0)[:5]
         assert moments.row(theirs, 0)[5:] == pytest.approx(moments.row(ours, 0)[5:], rel=1e-15)
+
+
+@pytest.mark.parametrize("correction", [0, 1, 2.5, 6])
+@pytest.mark.parametrize("grad_scale", [1.0, 0.125, 1024.0, 3.0])
+def test_finalize_table_of_both_backends_is_bitwise_equal(correction, grad_scale):
+    """Only norm and rms may differ by one rounding: Python's hypot is not the C library's."""
+    rows = [*STATES, unread(ABSENT), Moments(3, 0, 0, 0, 0, -1e-310, 1e308, -4e-310, 1.7e308)]
+    table = b"".join(ROW.pack(*state) for state in 2 * rows)
+    got = load_backend("native").finalize_table(table, correction, grad_scale)
+    want = moments.finalize_table(table, correction, grad_scale)
+    unpack = moments.STATISTICS_ROW.iter_unpack
+    assert len(got) == len(want) == 2 * len(rows) * moments.STATISTICS_ROW.size
+    for row, (a, b) in enumerate(zip(unpack(got), unpack(want), strict=True)):
+        for name, x, y in zip(Statistics._fields, a, b, strict=True):
+            rounding = math.ulp(y) if name in ("norm", "rms") and math.isfinite(y) else 0.0
+            same = struct.pack("d", x) == struct.pack("d", y) or (math.isnan(x) and math.isnan(y))
+            assert same or abs(x - y) <= rounding, (row, name, x, y)
 
 
 def test_absent_rows_have_no_figures():

@@ -1,0 +1,98 @@
+"""The native backend: reads tensors into tables of states and computes statistics from tables.
+
+A table is a bytes object with 2 N rows for N tensors: the states of the tensors, then those of
+their gradients. A row is a `paramstats._core.moments.Moments` in the format of `moments.ROW`. Its
+count is -1 if there is no such tensor (absent); its mean is NaN if it was not read (unread).
+
+The module is built from csrc/binding.cpp.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+BLOCK: int
+"""Elements that a CPU kernel sums before it converts the sums to a state."""
+CHUNK: int
+"""Elements that one thread reads at a time."""
+INNER: int
+"""Additions in a float32 lane before it is widened to float64: part of the error bound."""
+MAX_SHIFT_SHARE: float
+"""Largest accepted sum(d)^2 / n as a share of sum(d^2): part of the error bound."""
+SERIAL_BYTES: int
+"""A call that reads fewer bytes than this runs on the calling thread alone."""
+
+class Transfer:
+    """The states of one CUDA device's tensors, which may still be being computed."""
+
+    def ready(self) -> bool:
+        """Return whether the states have arrived. Does not wait."""
+    def write(self, table: bytearray) -> None:
+        """Wait for the states and write them to their rows of `table`."""
+
+def walk(
+    module: nn.Module, buffers: bool, make_layout: Callable[..., Any]
+) -> tuple[Any, list[torch.Tensor]] | None:
+    """Return `(layout, tensors)` of a module, each tensor once; None if only Python can list it.
+
+    `layout` is the result of `make_layout(module, names, aliases, parameters, tensors)`, which is
+    called again only if the model has changed.
+    """
+
+def cached_layouts() -> int:
+    """Return the number of layouts that `walk` has cached. A layout lives as long as its model."""
+
+def set_dtensor_class(type: type[torch.Tensor]) -> None:
+    """Tell `walk` which class is DTensor, so that it lists models with DTensors."""
+
+def read(
+    tensors: list[torch.Tensor], params: bool, grads: bool
+) -> tuple[bytes, list[tuple[int, torch.Tensor]], list[Transfer]]:
+    """Read tensors and their gradients; return `(table, deferred_rows, transfers)`.
+
+    `deferred_rows` are rows that the kernels cannot read, with their tensors. Rows of tensors on
+    CUDA devices are unread until their `Transfer` has written them.
+    """
+
+def merge_rows(table: bytes, begin: int, end: int) -> bytes:
+    """Merge rows [begin, end) to one row, without absent and unread rows.
+
+    If no row was read, the result is unread.
+    """
+
+def scalars(
+    table: bytes, keys: list[str], columns: list[int], correction: float, grad_scale: float
+) -> dict[str, float]:
+    """Return `{key: statistic}` without absent and unread rows.
+
+    `keys` contains, row by row, one key per entry of `columns` (positions in `Statistics`).
+    """
+
+def finalize_table(table: bytes, correction: float, grad_scale: float) -> bytes:
+    """Return the statistics of every row as float64, in the order of `Statistics`.
+
+    Absent rows are NaN. Gradients, the second half, are divided by `grad_scale` first.
+    """
+
+def use_cuda_backend(api: object) -> None:
+    """Set the CUDA backend: the capsule that `paramstats._cuda.api()` returns.
+
+    Raises ValueError if its version differs from the one that this module was built for.
+    """
+
+def cuda_error(device: int) -> str:
+    """Return why the CUDA backend cannot run on a device, or "" if it can."""
+
+def threads() -> int:
+    """Return the number of threads that large calls use: torch's own."""
+
+def simd_levels() -> list[str]:
+    """Return the SIMD levels that this CPU supports, fastest first: "avx512", "avx2", "plain"."""
+
+def simd_level() -> str:
+    """Return the SIMD level in use."""
+
+def set_simd_level(name: str) -> None:
+    """Use the kernels of a SIMD level. Raises ValueError if this CPU does not support it."""
