@@ -1,4 +1,4 @@
-"""Builds the fake CUDA as an extension of this torch, and puts it in CUDA's place."""
+"""Builds the fake CUDA as an extension of the installed torch and installs it in place of CUDA."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ _ROOT = Path(__file__).parent.parent.parent
 
 
 def install(native: Any, folder: Path) -> Any:
-    """From fake_cuda.cpp, the shim and the backend's own source, as C++, built in `folder`."""
+    """Build fake_cuda.cpp, the shim and the CUDA backend as C++ in `folder`; return the module."""
     from torch.utils.cpp_extension import load
 
-    backend = folder / "engine.cpp"  # by its own name nvcc would be asked for
+    backend = folder / "engine.cpp"  # torch would call nvcc for a .cu file
     backend.write_text(f'#include "{_ROOT}/csrc/cuda/engine.cu"\n')
     built = load(
         "paramstats_fake_cuda",

@@ -1,11 +1,11 @@
-// A CUDA that is not there, for a torch without CUDA: devices, streams, events and allocators as
-// c10 knows them, on the runtime of tests/cpp/cuda_shim, and the CUDA engine's own source compiled
-// for it. With it, `paramstats.summarize` takes the road that it takes on a GPU, on tensors that
-// say that they are on one.
+// A fake CUDA for torch without CUDA: devices, streams, events and allocators for c10, on the
+// runtime of tests/cpp/cuda_shim, and the source of the CUDA backend compiled for it. With it,
+// `paramstats.summarize` runs the same code as on a GPU, on tensors that report a CUDA device.
 //
-// Nothing runs before somebody waits for it or says run(). Memory that is let go is overwritten in
-// the order of the stream that it was allocated on, after the streams that it was recorded on, as
-// torch's caching allocators would give it to somebody else: what reads it too late reads garbage.
+// Enqueued work runs only when the program waits for it or calls run(). Freed memory is overwritten
+// in the order of the stream on which it was allocated, after the streams on which it was recorded,
+// because torch's caching allocators would reuse it then. Code that reads it too late reads
+// garbage.
 #include <ATen/core/CachingHostAllocator.h>
 #include <ATen/core/Tensor.h>
 #include <c10/core/Allocator.h>
@@ -28,11 +28,11 @@ using c10::DeviceIndex;
 using c10::DeviceType;
 
 constexpr DeviceIndex kDevices = 2;
-constexpr int kStreams = 4;  // of a device; the first is its default
+constexpr int kStreams = 4;  // per device; the first is the default stream
 constexpr int kGarbage = 0xa5;
 
-std::string failing;  // what a test wants to fail; "device" is an error that stays
-bool ended = false;   // whether the process would have been, by an exception where none may be
+std::string failing;      // the function that fails; "device" is a permanent device error
+bool terminated = false;  // whether a destructor threw, which would have ended the process
 
 struct State {
   int allocations = 0, recorded = 0;
@@ -69,8 +69,7 @@ struct OnDevice {
   ~OnDevice() { cudaSetDevice(before); }
 };
 
-// ---- memory
-// --------------------------------------------------------------------------------------
+// ---- memory --------------------------------------------------------------------------------
 
 struct Block {
   std::vector<unsigned char> memory;
@@ -79,9 +78,10 @@ struct Block {
   std::vector<c10::Stream> recorded;
 };
 
-void let_go(void* context) {
+void free_block(void* context) {
   auto* block = static_cast<Block*>(context);
-  if (failing == "device" && !block->recorded.empty()) ended = true;  // torch records events now
+  if (failing == "device" && !block->recorded.empty())
+    terminated = true;  // torch records events here
   const OnDevice on(block->owner.device_index());
   if (block->is_host && block->recorded.empty()) {
     std::memset(block->memory.data(), kGarbage, block->memory.size());
@@ -95,7 +95,7 @@ void let_go(void* context) {
     }
     cudaMemsetAsync(block->memory.data(), kGarbage, block->memory.size(), handle(last));
   }
-  // The block itself stays: it is what somebody else would be writing to.
+  // The block itself is leaked: the memory must stay readable.
 }
 
 c10::DataPtr allocate(size_t bytes, bool is_host) {
@@ -106,7 +106,7 @@ c10::DataPtr allocate(size_t bytes, bool is_host) {
                           {}};
   ++state().allocations;
   const c10::Device where = is_host ? c10::Device(c10::kCPU) : c10::Device(c10::kCUDA, device);
-  return {block->memory.data(), block, let_go, where};
+  return {block->memory.data(), block, free_block, where};
 }
 
 struct DeviceAllocator : c10::Allocator {
@@ -129,8 +129,7 @@ struct HostAllocator : at::HostAllocator {
   void reset_peak_stats() override {}
 };
 
-// ---- devices, streams, events
-// --------------------------------------------------------------------
+// ---- devices, streams, events --------------------------------------------------------------
 
 struct Guard : c10::impl::DeviceGuardImplInterface {
   DeviceType type() const override { return DeviceType::CUDA; }
@@ -178,7 +177,7 @@ struct Guard : c10::impl::DeviceGuardImplInterface {
     check(cudaEventSynchronize(static_cast<cudaEvent_t>(event)));
   }
   void destroyEvent(void* event, DeviceIndex) const noexcept override {
-    if (failing == "device") ended = true;
+    if (failing == "device") terminated = true;
     if (event != nullptr) cudaEventDestroy(static_cast<cudaEvent_t>(event));
   }
   void recordDataPtrOnStream(const c10::DataPtr& data, const c10::Stream& s) const override {
@@ -197,7 +196,7 @@ void install() {
   at::setHostAllocator(DeviceType::CUDA, &host_allocator);
 }
 
-// The engine, with a function that fails where a test wants one to.
+// The CUDA backend, whose functions fail if a test asks for it.
 const char* check() {
   return failing == "check" ? "no kernel image" : paramstats::cuda::api().check();
 }
@@ -220,7 +219,7 @@ const paramstats::cuda::Api& api() {
   return functions;
 }
 
-// A copy of a CPU tensor's storage on a device, seen with the tensor's sizes and strides.
+// Copies a CPU tensor to a device, with the same storage, sizes and strides.
 at::Tensor to(const at::Tensor& cpu, DeviceIndex device) {
   const OnDevice on(device);
   const auto& storage = cpu.storage();
@@ -245,15 +244,15 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("set_capturing", [](DeviceIndex d, c10::StreamId s, bool capturing) {
     cuda_shim::set_capturing(state().streams[d][s], capturing);
   });
-  m.def("capture_touched", &cuda_shim::capture_touched);
+  m.def("capture_invalidated", &cuda_shim::capture_invalidated);
   m.def("run", &cuda_shim::run_all);
-  m.def("ended", [] { return ended; });
+  m.def("terminated", [] { return terminated; });
   m.def("fail", [](const std::string& function) { failing = function; });
   m.def("counts", [] {
     py::dict counts;
     counts["launches"] = cuda_shim::launches();
     counts["copies"] = cuda_shim::copies();
-    counts["waits"] = cuda_shim::synchronisations();
+    counts["waits"] = cuda_shim::synchronizations();
     counts["allocations"] = state().allocations;
     counts["recorded"] = state().recorded;
     return counts;
