@@ -1,7 +1,7 @@
-"""What only a GPU shows. `make gpu-check` runs it; elsewhere every test says why it is left out.
+"""Tests that need a GPU. `make gpu-check` runs them; they are skipped elsewhere.
 
-The road of CUDA tensors without a GPU is in test_fake_cuda.py, the kernels are in
-tests/cpp/test_cuda_kernels.cpp.
+test_fake_cuda.py tests `summarize` on CUDA tensors without a GPU, tests/cpp/test_cuda_kernels.cpp
+tests the kernels.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ pytestmark = [
 
 @pytest.fixture
 def cuda_backend(monkeypatch: pytest.MonkeyPatch) -> backends.Implementation:
-    """The native backend, where its CUDA half must be there, too."""
+    """The native backend; its CUDA backend must run, too."""
     chosen = load_backend("native")
-    trouble = chosen.cuda_error(torch.device("cuda", torch.cuda.current_device()))
-    assert trouble is None, trouble
+    error = chosen.cuda_error(torch.device("cuda", torch.cuda.current_device()))
+    assert error is None, error
     monkeypatch.setattr(backends, "_active", chosen)
     return chosen
 
@@ -48,7 +48,7 @@ def check(summary: paramstats.Summary, tensors: dict[str, torch.Tensor]) -> None
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_type_size_and_address(cuda_backend, dtype):
+def test_every_dtype_size_and_address(cuda_backend, dtype):
     torch.manual_seed(0)
     whole = (7 * torch.randn(300_000)).abs().to(dtype).cuda()
     sizes = (0, 1, 2, 15, 16, 17, 31, 33, 127, 129, 16384, 32768 + 1, 131072 - 1, 131072 + 13)
@@ -64,7 +64,7 @@ def test_every_type_size_and_address(cuda_backend, dtype):
     ids=str,
 )
 def test_every_pattern_of_8_and_16_bits(cuda_backend, dtype):
-    """The device's own conversions, which the CPU's stand-in does not have."""
+    """Conversions on the device differ from those of the CUDA shim on the CPU."""
     bits = torch.int16 if dtype.itemsize == 2 else torch.int8
     low, high = torch.iinfo(bits).min, torch.iinfo(bits).max
     x = torch.arange(low, high + 1, dtype=torch.int32).to(bits).view(dtype)
@@ -72,7 +72,7 @@ def test_every_pattern_of_8_and_16_bits(cuda_backend, dtype):
     check(paramstats.summarize(blocks), blocks)
 
 
-HOSTILE = {
+DIFFICULT_VALUES = {
     "1000 + 0.02 N": lambda n: 1000 + 0.02 * torch.randn(n),
     "1 + 1e-4 N": lambda n: 1 + 1e-4 * torch.randn(n),
     "constant": lambda n: torch.full((n,), 0.1),
@@ -88,13 +88,13 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_hostile_values(cuda_backend, dtype):
+def test_difficult_values(cuda_backend, dtype):
     torch.manual_seed(0)
-    tensors = {name: make(100_003).to(dtype).cuda() for name, make in HOSTILE.items()}
+    tensors = {name: make(100_003).to(dtype).cuda() for name, make in DIFFICULT_VALUES.items()}
     check(paramstats.summarize(tensors), tensors)
 
 
-def test_more_elements_than_32_bits_count(cuda_backend):
+def test_more_than_2_to_the_31_elements(cuda_backend):
     free, _ = torch.cuda.mem_get_info()
     if free < 3 << 30:
         pytest.skip("needs 3 GiB of GPU memory")
@@ -105,7 +105,7 @@ def test_more_elements_than_32_bits_count(cuda_backend):
     assert stats.mean == pytest.approx(1 + 2 / (2**31 + 9), rel=1e-12)
 
 
-def test_layouts_and_what_goes_through_operators(cuda_backend):
+def test_layouts_and_tensors_that_torch_operators_read(cuda_backend):
     torch.manual_seed(0)
     x = torch.randn(4, 6, 8, 10, device="cuda")
     tensors = {
@@ -124,19 +124,19 @@ def test_layouts_and_what_goes_through_operators(cuda_backend):
     assert summary["sparse"].zero_count == 20
 
 
-def busy(milliseconds: float) -> None:
-    """Keeps the current stream from what comes next for about so long."""
+def keep_busy(milliseconds: float) -> None:
+    """Keep the current stream busy for about this time."""
     torch.cuda._sleep(int(milliseconds * 1e6))
 
 
-def test_nothing_waits_and_the_result_knows(cuda_backend, model):
+def test_summarize_does_not_wait(cuda_backend, model):
     model.cuda()
     model(torch.randn(4, 8, device="cuda")).sum().backward()
     expected = paramstats.summarize(model).scalars()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        busy(200)
+        keep_busy(200)
         summary = paramstats.summarize(model)
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -144,7 +144,7 @@ def test_nothing_waits_and_the_result_knows(cuda_backend, model):
     assert summary.scalars() == expected and summary.ready()
 
 
-def test_launches_and_waits_in_the_profiler(cuda_backend, model):
+def test_launches_and_synchronizations_in_the_profiler(cuda_backend, model):
     model.cuda()
     model(torch.randn(4, 8, device="cuda")).sum().backward()
     for _ in range(3):
@@ -154,16 +154,16 @@ def test_launches_and_waits_in_the_profiler(cuda_backend, model):
         summary = paramstats.summarize(model)
     names = [event.name for event in profile.events() if event.name.startswith("cuda")]
     launches = sum("LaunchKernel" in name for name in names)
-    waits = [
+    waits = {
         name for name in names if "Synchronize" in name or name in ("cudaMemcpy", "cudaMalloc")
-    ]
-    # The profiler itself waits for the device when it ends.
+    }
+    # The profiler itself synchronizes when it ends.
     assert launches <= 3 and waits <= {"cudaDeviceSynchronize"}, names
     assert summary.total.count == 75
 
 
 @pytest.mark.parametrize("side", [False, True])
-def test_what_is_let_go_meanwhile_is_read_all_the_same(cuda_backend, side):
+def test_tensors_freed_before_the_device_has_read_them(cuda_backend, side):
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(512, 512) for _ in range(8)))
     model(torch.randn(2, 512)).sum().backward()
@@ -172,7 +172,7 @@ def test_what_is_let_go_meanwhile_is_read_all_the_same(cuda_backend, side):
     torch.cuda.synchronize()
     stream = torch.cuda.Stream() if side else torch.cuda.current_stream()
     with torch.cuda.stream(stream):
-        busy(200)
+        keep_busy(200)
         summary = paramstats.summarize(model)
     for p in model.parameters():
         p.grad = None
@@ -185,13 +185,6 @@ def test_what_is_let_go_meanwhile_is_read_all_the_same(cuda_backend, side):
     assert garbage
 
 
-def test_summaries_thrown_away(cuda_backend, model):
-    model.cuda()
-    for _ in range(50):
-        paramstats.summarize(model)
-    assert paramstats.summarize(model).total.count == 75
-
-
 def test_ten_runs_give_the_same_bits(cuda_backend):
     torch.manual_seed(0)
     tensors = {str(d): (9 * torch.randn(1_000_003)).to(d).cuda() for d in DTYPES}
@@ -202,7 +195,7 @@ def test_ten_runs_give_the_same_bits(cuda_backend):
     assert all(pickle.loads(first)[name] == stats for name, stats in alone.items())
 
 
-def test_the_cpu_and_a_gpu_in_one_model(cuda_backend, model):
+def test_cpu_and_gpu_in_one_model(cuda_backend, model):
     on_cpu = copy.deepcopy(model)
     model[0].cuda()
     summary = paramstats.summarize(model)
@@ -221,7 +214,7 @@ def test_two_gpus(cuda_backend, model):
 
 
 @pytest.mark.parametrize("backend_name", ["native", "reference"])
-def test_graph_capture_is_refused_and_goes_on(cuda_backend, model, monkeypatch, backend_name):
+def test_graph_capture_raises_and_stays_valid(cuda_backend, model, monkeypatch, backend_name):
     monkeypatch.setattr(backends, "_active", load_backend(backend_name))
     model.cuda()
     paramstats.summarize(model).wait()
@@ -238,7 +231,7 @@ def test_graph_capture_is_refused_and_goes_on(cuda_backend, model, monkeypatch, 
     assert paramstats.summarize(model).total.count == 75
 
 
-def in_a_process_of_its_own(code: str) -> subprocess.CompletedProcess[str]:
+def run_in_process(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)],
         capture_output=True,
@@ -248,8 +241,8 @@ def in_a_process_of_its_own(code: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_first_call_inside_a_capture(cuda_backend):
-    done = in_a_process_of_its_own("""
+def test_first_call_inside_a_capture(cuda_backend):
+    done = run_in_process("""
         import torch, paramstats
         model, x = torch.nn.Linear(4, 4).cuda(), torch.ones(8, device="cuda")
         graph = torch.cuda.CUDAGraph()
@@ -265,26 +258,26 @@ def test_a_first_call_inside_a_capture(cuda_backend):
     assert done.stdout.split() == ["refused", "16.0", "20", "native"], done.stderr
 
 
-def test_earlier_summaries_during_a_capture(cuda_backend, model):
+def test_earlier_summaries_can_be_read_and_freed_during_a_capture(cuda_backend, model):
     model.cuda()
     expected = paramstats.summarize(model).total.norm
     x = torch.ones(8, device="cuda")
     torch.cuda.synchronize()
-    read, asked, dropped = (paramstats.summarize(model) for _ in range(3))
+    read, queried, dropped = (paramstats.summarize(model) for _ in range(3))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         y = 2 * x
-        asked.ready()
+        queried.ready()
         assert read.total.norm == expected
         del dropped
         gc.collect()
     graph.replay()
-    assert y.sum().item() == 16.0 and asked.total.norm == expected
+    assert y.sum().item() == 16.0 and queried.total.norm == expected
 
 
-def test_a_device_assertion_is_told_and_ends_nothing_else(cuda_backend):
-    """Summaries that are freed after it must not end the process before its traceback."""
-    done = in_a_process_of_its_own("""
+def test_device_assertion_does_not_end_the_process(cuda_backend):
+    """Summaries freed after the error must not end the process before its traceback."""
+    done = run_in_process("""
         import torch, paramstats
         model = torch.nn.Linear(4, 4).cuda()
         kept, dropped = paramstats.summarize(model), paramstats.summarize(model)
@@ -293,11 +286,11 @@ def test_a_device_assertion_is_told_and_ends_nothing_else(cuda_backend):
         try:
             torch.cuda.synchronize()
         except RuntimeError as error:
-            print("told", "assert" in str(error))
+            print("raised", "assert" in str(error))
         del dropped, last
         print("alive", flush=True)
     """)
-    assert done.stdout.split()[:3] == ["told", "True", "alive"], done.stderr
+    assert done.stdout.split()[:3] == ["raised", "True", "alive"], done.stderr
     assert done.returncode >= 0, done.stderr  # no signal
 
 
@@ -306,11 +299,11 @@ def test_two_threads(cuda_backend, model):
     expected = paramstats.summarize(model).scalars()
     found: list[Any] = []
 
-    def look() -> None:
+    def summarize() -> None:
         for _ in range(200):
             found.append(paramstats.summarize(model).scalars())
 
-    threads = [threading.Thread(target=look) for _ in range(2)]
+    threads = [threading.Thread(target=summarize) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -318,16 +311,18 @@ def test_two_threads(cuda_backend, model):
     assert len(found) == 400 and all(scalars == expected for scalars in found)
 
 
-def test_the_cache_emptied_meanwhile(cuda_backend, model):
+def test_discarded_summaries_and_an_emptied_cache(cuda_backend, model):
     model.cuda()
     expected = paramstats.summarize(model).total.norm
-    busy(50)
+    keep_busy(50)
+    for _ in range(50):
+        paramstats.summarize(model)
     summary = paramstats.summarize(model)
     torch.cuda.empty_cache()
     assert summary.total.norm == expected
 
 
-def test_the_reference_engine_agrees(cuda_backend, model, monkeypatch):
+def test_reference_backend_agrees(cuda_backend, model, monkeypatch):
     model.cuda()
     model(torch.randn(4, 8, device="cuda")).sum().backward()
     native = paramstats.summarize(model).scalars()

@@ -1,10 +1,4 @@
 // Checks for the C++ tests, which need neither torch nor Python nor a test framework.
-//
-//     void halves() { CHECK(1 + 1, 2); }
-//     int main() {
-//       RUN(halves);
-//       return check::report("cpp example: arithmetic");
-//     }
 #pragma once
 
 #include <cmath>

@@ -72,13 +72,11 @@ void the_oracle_decodes_known_patterns() {
 
 // ---- strides and addresses -----------------------------------------------------------------
 
-struct Layout {
-  const char* name;
-  Shape sizes, strides;
-};
-
-void strided_views_count_every_logical_element() {
-  const Layout kLayouts[] = {
+void strided_views() {
+  const struct {
+    const char* name;
+    Shape sizes, strides;
+  } kLayouts[] = {
       {"scalar", {}, {}},
       {"empty", {3, 0, 5}, {5, 5, 1}},
       {"rows with gaps", {40, 30}, {64, 1}},
@@ -89,35 +87,26 @@ void strided_views_count_every_logical_element() {
       {"expanded columns", {70, 5}, {1, 0}},
       {"expanded in the middle", {6, 7, 8}, {8, 0, 1}},
       {"expanded scalar", {9, 7}, {0, 0}},
-      {"sizes of one", {1, 33, 1}, {999, 1, 7}},
-      {"sizes of one and gaps", {1, 33, 1, 4}, {5, 16, 0, 2}},
+      {"sizes of one with gaps", {1, 33, 1}, {999, 1, 7}},
+      {"sizes of one and two gaps", {1, 33, 1, 4}, {5, 16, 0, 2}},
       {"channels_last slice", {4, 5, 9, 11}, {16 * 99, 1, 16 * 11, 16}},
       {"overlapping windows", {100, 50}, {1, 1}},
       {"4-D with gaps everywhere", {3, 4, 5, 6}, {1000, 200, 30, 3}},
       {"chunks that end inside rows", {300, 1000}, {1, 304}},
       {"expanded over chunks", {500, 301}, {0, 1}},
-  };
-  for (const Layout& l : kLayouts) {
-    for (DType dtype : {DType::kInt8, DType::kFloat16, DType::kFloat32, DType::kFloat64}) {
-      check_all(l.name, {Tensor(dtype, l.sizes, l.strides, 1)});
-    }
-  }
-}
-
-void dense_permutations_are_read_in_memory_order() {
-  const Layout kLayouts[] = {
       {"transposed", {53, 370}, {1, 53}},
       {"channels_last", {4, 16, 9, 11}, {16 * 99, 1, 16 * 11, 16}},
       {"reversed dimensions", {3, 40, 50, 60}, {1, 3, 120, 6000}},
       {"sizes of one", {1, 70, 1, 80}, {3, 1, 0, 70}},
   };
-  for (const Layout& l : kLayouts) {
+  for (const auto& [name, sizes, strides] : kLayouts) {
     for (DType dtype : all_dtypes()) {
-      const Tensor permuted(dtype, l.sizes, l.strides);
-      Tensor flat(dtype, permuted.numel());
-      flat.memory = permuted.memory;
-      check_all(l.name, {permuted});
-      for (const Result& result : summarize({permuted, flat})) {
+      const Tensor view(dtype, sizes, strides, 1);
+      check_all(name, {view});
+      Tensor flat(dtype, view.numel(), 1);
+      if (flat.memory.size() != view.memory.size()) continue;
+      flat.memory = view.memory;  // a dense view is read in memory order
+      for (const Result& result : summarize({view, flat})) {
         CHECK(oracle::same_bits(result.states[0], result.states[1]), true);
       }
     }
@@ -282,8 +271,7 @@ int main() {
   RUN(levels_are_distinct_and_end_with_plain);
   RUN(the_oracle_decodes_known_patterns);
   run_cases<1>();
-  RUN(strided_views_count_every_logical_element);
-  RUN(dense_permutations_are_read_in_memory_order);
+  RUN(strided_views);
   RUN(unaligned_addresses);
   RUN(results_do_not_depend_on_the_pool_or_the_other_tensors);
   RUN(flush_to_zero_changes_nothing);

@@ -7,9 +7,11 @@
 #include <condition_variable>
 #include <deque>
 #include <functional>
+#include <future>
 #include <mutex>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "../../csrc/cpu/engine.h"
@@ -26,71 +28,59 @@ using cpu::Kernels;
 
 constexpr int kWorkers = 3, kCallers = 3, kRepetitions = 4;
 
-// Persistent threads. Each call is queued once per worker, and its caller works on it, too.
+// Persistent threads that run queued jobs.
 class Workers {
  public:
   Workers() {
     for (int i = 0; i < kWorkers; ++i) threads_.emplace_back([this] { work(); });
   }
   ~Workers() {
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      ended_ = true;
-    }
-    changed_.notify_all();
+    for (int i = 0; i < kWorkers; ++i) enqueue({});  // an invalid job ends a thread
     for (auto& thread : threads_) thread.join();
   }
 
-  void run(int64_t n, cpu::Task task, void* context) {
-    Call call{n, task, context};
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      for (int i = 0; i < kWorkers; ++i) queue_.push_back(&call);
-    }
-    changed_.notify_all();
-    call.take_tasks();
-    std::unique_lock<std::mutex> lock(mutex_);
-    finished_.wait(lock, [&] { return call.unfinished_workers == 0; });
+  using Job = std::packaged_task<void()>;
+  void enqueue(Job job) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    queue_.push_back(std::move(job));
+    changed_.notify_one();
   }
 
  private:
-  struct Call {
-    int64_t n;
-    cpu::Task task;
-    void* context;
-    int unfinished_workers = kWorkers;
-    std::atomic<int64_t> next{0};
-
-    void take_tasks() {
-      // Relaxed, as in thread_pool.cpp: the lock makes the results of the tasks visible.
-      for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;) task(i, context);
-    }
-  };
-
   void work() {
-    std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {
-      changed_.wait(lock, [this] { return ended_ || !queue_.empty(); });
-      if (queue_.empty()) return;
-      Call* call = queue_.front();
+      std::unique_lock<std::mutex> lock(mutex_);
+      changed_.wait(lock, [this] { return !queue_.empty(); });
+      Job job = std::move(queue_.front());
       queue_.pop_front();
       lock.unlock();
-      call->take_tasks();
-      lock.lock();
-      if (--call->unfinished_workers == 0) finished_.notify_all();
+      if (!job.valid()) return;
+      job();
     }
   }
 
   std::mutex mutex_;
-  std::condition_variable changed_, finished_;
-  std::deque<Call*> queue_;
+  std::condition_variable changed_;
+  std::deque<Job> queue_;
   std::vector<std::thread> threads_;
-  bool ended_ = false;
 };
 
+// Each worker and the caller take tasks until there are none.
 void shared_pool(int64_t n, cpu::Task task, void* context) {
   static Workers workers;
-  workers.run(n, task, context);
+  std::atomic<int64_t> next{0};
+  const auto take_tasks = [&] {
+    // Relaxed, as in thread_pool.cpp: the futures make the results of the tasks visible.
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;) task(i, context);
+  };
+  std::vector<std::future<void>> done;
+  for (int i = 0; i < kWorkers; ++i) {
+    Workers::Job job(take_tasks);
+    done.push_back(job.get_future());
+    workers.enqueue(std::move(job));
+  }
+  take_tasks();
+  for (auto& future : done) future.wait();
 }
 
 // Runs `caller(i)` on new threads that start together.

@@ -181,8 +181,7 @@ namespace cuda_shim {
 constexpr int kDevices = 2;
 
 void set_seed(uint64_t seed);
-// Run the enqueued work of one stream or of all streams, as time would, without a synchronization.
-void run(cudaStream_t stream);
+// Runs the enqueued work of all streams, as if time had passed, without a synchronization.
 void run_all();
 // Marks a stream as being captured. Calls that would invalidate the capture fail, and
 // capture_invalidated() is true until the next set_capturing.

@@ -374,11 +374,6 @@ void reschedule() {
 
 void set_seed(uint64_t seed) { random_state = seed; }
 
-void run(cudaStream_t stream) {
-  const std::lock_guard<std::recursive_mutex> lock(mutex);
-  advance(resolve(stream));
-}
-
 void run_all() {
   const std::lock_guard<std::recursive_mutex> lock(mutex);
   for (CUstream_st& stream : default_streams) advance(&stream);
