@@ -47,5 +47,6 @@ def check(
             ("zero_fraction", zero_fraction, right.zero_fraction, right.zero_fraction),
         ):
             assert got is None or abs(got - want) <= tolerance * scale, (
-                f"{statistic} of '{name}': expected {want!r} +- {tolerance * scale:.1e}, got {got!r}"
+                f"{statistic} of '{name}': expected {want!r}, got {got!r}; the largest accepted "
+                f"error is {tolerance * scale:.1e}"
             )

@@ -66,7 +66,7 @@ def _compare(base: Path, folder: Path, rounds: int) -> None:
     subprocess.run(compare, check=True)
 
 
-def main(revision: str, rounds: str = "6") -> None:
+def main(revision: str = "HEAD", rounds: str = "6") -> None:
     with tempfile.TemporaryDirectory(prefix="paramstats-compare-") as name:
         base = Path(name) / "base"
         _run(("git", "worktree", "add", "--detach", str(base), revision), _ROOT)

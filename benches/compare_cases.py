@@ -61,4 +61,4 @@ def test_import(benchmark: Any) -> None:
         done = subprocess.run([sys.executable, "-c", _IMPORT], capture_output=True, check=True)
         _import_seconds += float(done.stdout)
 
-    benchmark.pedantic(import_once, rounds=3)
+    benchmark.pedantic(import_once, rounds=5)

@@ -1,4 +1,4 @@
-"""The functions that are benchmarked: each computes statistics of a model's parameters and gradients.
+"""The benchmarked functions: each computes statistics of a model's parameters and gradients.
 
 `Contestant.run` is timed. `Contestant.statistics` converts its result to one format for the
 correctness check and is not timed.

@@ -26,7 +26,9 @@ def ratio(other: Callable[[], object], ours: Callable[[], object], turns: int) -
     """Describe how many times longer `other` takes than `ours`."""
     ratios = [_seconds(other) / _seconds(ours) for _ in range(turns)]
     low, _, high = statistics.quantiles(ratios, n=4)
-    return f"{statistics.median(ratios):.2f} times (middle half of the turns {low:.2f} to {high:.2f})"
+    return (
+        f"{statistics.median(ratios):.2f} times (middle half of the turns {low:.2f} to {high:.2f})"
+    )
 
 
 def _seconds(call: Callable[[], object]) -> float:
@@ -45,9 +47,7 @@ def main() -> None:
     mlp = models.by_name("seed_mlp", cpu)
     p = next(mlp.parameters())
 
-    def print_ratio(
-        title: str, other: Callable[[], object], source: object, turns: int
-    ) -> None:
+    def print_ratio(title: str, other: Callable[[], object], source: object, turns: int) -> None:
         print(f"{title}: {ratio(other, lambda: paramstats.summarize(source), turns)}", flush=True)
 
     print_ratio("MLP of 4 parameters, one p.mean().item()", lambda: p.mean().item(), mlp, 400)

@@ -1,4 +1,4 @@
-"""Runs the benchmarks; writes their medians to benches/results and the tables of docs/benchmarks.md.
+"""Runs the benchmarks; writes medians to benches/results and tables to docs/benchmarks.md.
 
     python -m benches.report                  run pytest benches and benches.step_cost
     python -m benches.report --repeat 3       run pytest three times and take medians
@@ -42,7 +42,9 @@ def run_all(device: str, repeat: int) -> list[Report]:
     found = []
     for turn in range(repeat):
         timings_only = ("--benchmark-only",) if turn else ()
-        report = _run("pytest", "--benchmark-json", "benches", "-q", "--device", device, *timings_only)
+        report = _run(
+            "pytest", "--benchmark-json", "benches", "-q", "--device", device, *timings_only
+        )
         if report is None:
             sys.exit("benches.report: the benchmarks failed, so nothing is reported")
         found.append(report)

@@ -168,7 +168,7 @@ def _table_of(columns: Columns, rows: list[Case]) -> str:
     return _table(head, body)
 
 
-# ---- one tensor on a CPU: one row per dtype, one column per size and number of threads -------------
+# ---- one tensor on a CPU: one row per dtype, one column per size and number of threads ----------
 
 
 def _tensor_table(cases: list[Case]) -> str:
@@ -206,7 +206,7 @@ def _share_and_rate(case: Case) -> str:
     return NONE if seconds is None else f"{_share_of_limit(case)} ({_rate(case, seconds)} GB/s)"
 
 
-# ---- training steps: one row per tool, one column per training ----------------------------------------
+# ---- training steps: one row per tool, one column per training ----------------------------------
 
 
 def _step_table(steps: list[dict[str, Any]]) -> str:
@@ -245,8 +245,8 @@ _CUDA_LEGEND = (
 def _legend(report: dict[str, Any]) -> str:
     steps = (
         " The overhead of a training step is measured against interleaved steps without a tool; "
-        '"noise": the middle half of the differences includes zero. `wandb.watch` makes histograms; '
-        "`grad_norm` computes only norms of gradients."
+        '"noise": the middle half of the differences includes zero. `wandb.watch` makes '
+        "histograms; `grad_norm` computes only norms of gradients."
         if report.get("step_cost")
         else ""
     )

@@ -38,7 +38,7 @@ _SHARED_FROM = 1 << 20
 """Bytes from which several threads share a tensor."""
 
 _BLOCK_BYTES = (1_000_000, 1 << 20)
-"""A larger tensor repeats a block of one of these sizes, so that the oracle can check it quickly."""
+"""A larger tensor repeats a block of one of these sizes, which the oracle can check quickly."""
 
 _SECONDS = 0.4
 """Half of the time for a model, because there are many cases."""

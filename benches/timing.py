@@ -1,4 +1,4 @@
-"""Helpers for timing: which backend runs, the GPU's own clock, and torch.compile with a time limit."""
+"""Helpers for timing: choice of the backend, the GPU's clock, torch.compile with a time limit."""
 
 from __future__ import annotations
 
@@ -52,6 +52,15 @@ _LEAST_CALLS, _MOST_CALLS = 3, 50
 _MOST_SLEEP = 0.05
 
 
+def seconds(call: Callable[[], Any], device: torch.device) -> float:
+    """Return the GPU time of a call on CUDA, or the duration of one call on the CPU."""
+    if device.type == "cuda":
+        return device_seconds(call)
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
+
+
 def device_seconds(call: Callable[[], Any]) -> float:
     """Return the GPU time of a call that queues work without waiting: the median of 15 rounds.
 
@@ -88,7 +97,7 @@ class TooLongError(BaseException):
 
 
 def why_not_compiled(call: Callable[[], Any], seconds: float) -> str | None:
-    """Call once, so that `call` gets compiled. Return the reason if that fails or takes too long."""
+    """Call once to compile `call`. Return the reason if that fails or takes too long."""
     torch.compiler.reset()  # the number of graphs is limited
     try:
         with _time_limit(seconds):

@@ -1,14 +1,14 @@
-"""What a look at parameters and gradients adds to a training step on the CPU, tool by tool.
+"""Measures how much time each tool adds to a training step.
 
-    python -m benches.step_cost                    seven minutes
+    python -m benches.step_cost                      seven minutes on a CPU
     python -m benches.step_cost --only resnet,mlp
-    python -m benches.step_cost --json FILE        for benches.report
+    python -m benches.step_cost --json FILE          write the results for benches.report
 
-In every turn each tool takes part in its own steps of one and the same training, and is detached
-again. The order is drawn anew for every turn, so that no tool always follows the same one, and one
-step goes by before the timed ones. What a tool adds is told from the same turn's steps without a
-tool, so that a slow spell of the machine hits both.
+In each turn, every tool is attached to the same training for some steps and detached again. The
+order is random, and the first steps with a tool are not timed. The time that a tool adds is the
+difference to the steps without a tool in the same turn, so that changes in the load of the machine
+affect both.
 
-wandb runs offline in a temporary folder, and what it does in its own process after a turn is waited
-for; Lightning's norms are left as the tensors that its function returns.
+wandb runs offline in a temporary folder. The benchmark waits for its process after each turn.
+Lightning's norms stay tensors, as its function returns them.
 """
