@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -13,15 +12,8 @@ import torch
 import paramstats
 from benches import hardware, timing
 
-_SECONDS = 0.8
-"""Duration of one timing, about, after its warm-up."""
-
-_LEAST_ROUNDS, _MOST_ROUNDS = 3, 1000
-_SLOW = 0.2
-"""Seconds from which one call is enough to estimate the duration of a call."""
-
-_LEAST_ROUND = 1e-4
-"""Seconds. Shorter calls are timed several at once, because reading the clock has a cost."""
+_TIMING = {"max_time": 0.5, "min_rounds": 3, "min_time": 1e-4}
+"""Seconds of a timing, and of a round: short calls are timed several at once."""
 
 Measure = Callable[..., None]
 
@@ -36,6 +28,11 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "large: needs several GiB of memory")
     if "s" not in config.option.reportchars:
         config.option.reportchars += "s"  # print the reason when a contestant is skipped
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        item.add_marker(pytest.mark.benchmark(**_TIMING))
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
@@ -98,46 +95,25 @@ def measure(benchmark: Any, device: torch.device) -> Measure:
     that queues work without waiting, its GPU time is measured, too.
     """
 
-    def call_and_wait(call: Callable[[], Any]) -> Callable[[], Any]:
-        def waiting() -> None:
-            call()
-            torch.cuda.synchronize(device)
-
-        return waiting if device.type == "cuda" else call
-
     def measure(
         call: Callable[[], Any],
         case: str,
         contestant: str,
         queue: Callable[[], Any] | None = None,
-        seconds: float = _SECONDS,
         **about: Any,
     ) -> None:
-        timed = call_and_wait(call)
-        one = _seconds_of(timed)
-        iterations = max(1, round(_LEAST_ROUND / one))
-        rounds = int(seconds / (one * iterations))
-        rounds = min(max(rounds, _LEAST_ROUNDS), _MOST_ROUNDS)
+        def call_and_wait() -> None:
+            call()
+            torch.cuda.synchronize(device)
+
         benchmark.group = case
         benchmark.extra_info.update(
             case=case, contestant=contestant, threads=torch.get_num_threads(), **about
         )
         free = hardware.FreeShare()
-        benchmark.pedantic(timed, rounds=rounds, iterations=iterations, warmup_rounds=rounds // 10)
+        benchmark(call_and_wait if device.type == "cuda" else call)
         benchmark.extra_info["free"] = free()
         if queue is not None and device.type == "cuda":
             benchmark.extra_info["device_s"] = timing.device_seconds(queue)
 
     return measure
-
-
-def _seconds_of(call: Callable[[], Any]) -> float:
-    """Return the duration of the best of three calls, or of the first call if it is slow."""
-    best = float("inf")
-    for _ in range(3):
-        begin = time.perf_counter()
-        call()
-        best = min(best, time.perf_counter() - begin)
-        if best > _SLOW:
-            break
-    return best

@@ -30,7 +30,6 @@ from benches.limited import ROOT, Outcome, Step, run
 _BUDGET = 430.0
 """Seconds for all steps."""
 
-_SANITIZER_FAILED = "9"
 _CUDA_FOLDERS = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer", "/opt/cuda/bin")
 
 _NATIVE = (
@@ -38,19 +37,13 @@ _NATIVE = (
     "assert b.cuda == 'native', b.cuda"
 )
 _PACKAGES = """
-import importlib.metadata, importlib.util, pathlib, shutil, sys, sysconfig
-def absent(names): return [name for name in names.split() if not importlib.util.find_spec(name)]
-needed = absent("torch ninja pybind11 setuptools")
-if not needed and int(importlib.metadata.version("setuptools").split(".")[0]) < 77:
-    needed.append("setuptools>=77")
-if not shutil.which("g++") and not shutil.which("clang++"):
-    needed.append("g++")
-if not pathlib.Path(sysconfig.get_paths()["include"], "Python.h").exists():
-    needed.append("Python.h")
-tests = absent("pytest pytest_benchmark hypothesis numpy pandas sklearn transformers")
-print("missing to build:", *needed or ["nothing"])
-print("missing to test and measure:", *tests or ["nothing"])
-sys.exit(bool(needed))
+import importlib.util, pathlib, shutil, sys, sysconfig
+needed = "torch ninja pybind11 setuptools pytest pytest_benchmark hypothesis numpy transformers"
+missing = [name for name in needed.split() if not importlib.util.find_spec(name)]
+missing += [] if shutil.which("g++") or shutil.which("clang++") else ["g++"]
+missing += [] if pathlib.Path(sysconfig.get_path("include"), "Python.h").exists() else ["Python.h"]
+print("missing:", *missing or ["nothing"])
+sys.exit(bool({"torch", "ninja", "pybind11", "setuptools", "g++", "Python.h"} & {*missing}))
 """
 _CAPABILITY = "import torch; print('%d.%d' % torch.cuda.get_device_capability())"
 
@@ -71,8 +64,7 @@ def steps(out: Path) -> list[Step]:
         path = str(out / f"{json_name}.json")
         return Step(json_name, (python, "-m", name, "--json", path, *options), limit, lines=60)
 
-    measured = [str(out / f"{name}.json") for name in ("memory", "models", "on_gpu", "step_cost",
-                                                        "compiled")]  # fmt: skip
+    measured = [str(out / f"{name}.json") for name in ("memory", "models", "on_gpu", "step_cost")]
     ignored = [f"--ignore=tests/{name}" for name in _NO_GPU_TESTS]
     return [
         _tool_step("nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv"),
@@ -84,7 +76,7 @@ def steps(out: Path) -> list[Step]:
         module("benches.on_gpu", "smoke", "--only", "smoke", limit=40),
         Step("CUDA tests", (*pytest, "tests/test_cuda.py"), 120),
         benchmark("memory", "(GiB or MB) and not compiled", 60),
-        module("benches.on_gpu", "on_gpu", limit=60),
+        module("benches.on_gpu", "on_gpu", "--only", "calls", limit=60),
         _sanitizer("memcheck", 90),
         benchmark("models", "not GiB and not MB and not compiled", 90),
         module("benches.step_cost", "step_cost", "--device", "cuda", limit=60),
@@ -98,17 +90,18 @@ def steps(out: Path) -> list[Step]:
 
 
 def _tool_step(tool: str, *arguments: str) -> Step:
-    path = find_tool(tool)
+    path = _find_tool(tool)
     missing = None if path else f"{tool} is not installed"
     return Step(tool, (path or tool, *arguments), 20, missing=missing)
 
 
 def _sanitizer(tool: str, limit: float) -> Step:
-    path = find_tool("compute-sanitizer")
+    """Check only paramstats' kernels, and ignore API errors, which torch provokes on purpose."""
+    path = _find_tool("compute-sanitizer")
     return Step(
         tool,
-        (path or "compute-sanitizer", "--tool", tool, "--error-exitcode", _SANITIZER_FAILED,
-         *sanitizer_options(_output_of(path, "--help") if path else ""),
+        (path or "compute-sanitizer", "--tool", tool, "--error-exitcode", "9",
+         "--kernel-name", "kns=paramstats", "--report-api-errors", "no",
          sys.executable, "-m", "benches.sanitizer_case"),
         limit,
         environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
@@ -117,35 +110,11 @@ def _sanitizer(tool: str, limit: float) -> Step:
     )  # fmt: skip
 
 
-def sanitizer_options(help_text: str) -> tuple[str, ...]:
-    """Select only paramstats' kernels and ignore API errors, which torch provokes on purpose.
-
-    The names of the options depend on the version.
-    """
-    options: list[str] = []
-    for option in ("--kernel-name", "--kernel-regex", "--filter"):
-        if option in help_text:
-            options += [option, "kns=paramstats"]
-            break
-    if "--report-api-errors" in help_text:
-        options += ["--report-api-errors", "no"]
-    return tuple(options)
-
-
-def find_tool(name: str) -> str | None:
+def _find_tool(name: str) -> str | None:
     """Find a program on the PATH, in CUDA_HOME, or where CUDA is usually installed."""
     home = os.environ.get("CUDA_HOME")
     folders = [*([f"{home}/bin", f"{home}/compute-sanitizer"] if home else []), *_CUDA_FOLDERS]
     return shutil.which(name) or shutil.which(name, path=os.pathsep.join(folders))
-
-
-def _output_of(*command: str) -> str:
-    """Return the output of a command, or an empty string if it fails."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def _environment() -> dict[str, str]:
@@ -153,9 +122,10 @@ def _environment() -> dict[str, str]:
     found = {**os.environ, "PYTHONUNBUFFERED": "1"}
     paths = (str(ROOT), os.environ.get("PYTHONPATH", ""))
     found["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-    capability = _output_of(sys.executable, "-c", _CAPABILITY)
-    if capability:
-        found.setdefault("TORCH_CUDA_ARCH_LIST", capability)
+    command = (sys.executable, "-c", _CAPABILITY)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        found.setdefault("TORCH_CUDA_ARCH_LIST", done.stdout.strip())
     return found
 
 

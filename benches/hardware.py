@@ -58,7 +58,6 @@ def _cpu_seconds() -> tuple[float, float] | None:
 def describe(device: str) -> dict[str, Any]:
     """Return hardware, versions, backend and date for JSON, without the name of the machine."""
     on_gpu = device == "cuda" and torch.cuda.is_available()
-    gpu = _gpu() if on_gpu else {}
     backend = paramstats.backend()  # after CUDA is initialized: it then reports more
     return {
         "date": datetime.date.today().isoformat(),
@@ -68,7 +67,7 @@ def describe(device: str) -> dict[str, Any]:
             "cores": cores(),
             "threads": torch.get_num_threads(),
             "gpu": torch.cuda.get_device_name() if on_gpu else None,
-            **gpu,
+            "cuda": torch.version.cuda if on_gpu else None,
         },
         "versions": {
             "paramstats": backend.version,
@@ -77,17 +76,6 @@ def describe(device: str) -> dict[str, Any]:
         },
         "backend": backend.cuda if device == "cuda" else backend.cpu,
         "simd": backend.simd,
-    }
-
-
-def _gpu() -> dict[str, Any]:
-    properties = torch.cuda.get_device_properties()
-    return {
-        "gpu_capability": f"{properties.major}.{properties.minor}",
-        "gpu_multiprocessors": properties.multi_processor_count,
-        "gpu_memory_bytes": properties.total_memory,
-        "gpu_l2_bytes": getattr(properties, "L2_cache_size", None),
-        "cuda": torch.version.cuda,
     }
 
 

@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -74,18 +75,19 @@ def combine(found: Sequence[Report]) -> Report:
     runs = [report for report in found if "benchmarks" in report]
     if not runs:
         sys.exit("benches.report: expected a file of `pytest benches --benchmark-json`")
-    others = [report for report in found if "benchmarks" not in report]
+    others = [report for report in found if "parts" in report or "steps" in report]
     where: Report = runs[0]["machine_info"]["benches"]
     for other in (*(run["machine_info"]["benches"] for run in runs), *others):
         for key in ("hardware", "versions", "backend"):
             if other[key] != where[key]:
                 sys.exit(f"benches.report: expected runs on one machine, got a different {key}")
-    report = {**where, "runs": len(runs), "cases": _cases(runs)}
+    repeats = Counter(timing["fullname"] for run in runs for timing in run["benchmarks"])
+    report = {**where, "runs": max(repeats.values(), default=0), "cases": _cases(runs)}
     for other in others:
         if "parts" in other:
-            report["on_gpu"] = other["parts"]
+            report.setdefault("on_gpu", {}).update(other["parts"])
         else:
-            report["step_cost"] = {key: other[key] for key in ("steps", "missing", "quick")}
+            report["step_cost"] = {key: other[key] for key in ("steps", "missing")}
     return report
 
 

@@ -8,7 +8,6 @@ checked against the tests' oracle.
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from collections.abc import Iterator
@@ -79,18 +78,8 @@ def check(device: torch.device) -> None:
         oracle.check(entry.grad, gradient.cpu())
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser("python -m benches.sanitizer_case", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
-    options = parser.parse_args()
-    if options.device == "cuda" and not torch.cuda.is_available():
-        print("benches.sanitizer_case: no CUDA device", file=sys.stderr)
-        return 2
-    check(torch.device(options.device))
-    print(f"{getattr(paramstats.backend(), options.device)} backend: all results are right")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    if not torch.cuda.is_available():
+        sys.exit("benches.sanitizer_case: torch finds no CUDA device")
+    check(torch.device("cuda"))
+    print(f"{paramstats.backend().cuda} backend: all results are right")

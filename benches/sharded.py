@@ -1,7 +1,6 @@
 """Measures what the exchange of statistics between ranks costs, for 8 to 4,096 ranks.
 
-    python -m benches.sharded
-    python -m benches.sharded --tensors 10000 --ranks 1024
+    python -m benches.sharded [TENSORS]
 
 First, real processes on this machine summarize a model of DTensors. For more ranks, one process
 runs the exchange of rank 0, and its own data replaces what the other ranks would send. So the
@@ -11,9 +10,9 @@ computed from an assumed bandwidth and latency.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -37,6 +36,7 @@ from paramstats._sharded.exchange import ALL_TO_ALL_FROM, Group
 from paramstats._sharded.offer import Offer
 from paramstats._sharded.pieces import held
 
+_PROCESSES = 4
 _RANKS = (8, 16, 64, 256, 1024, 4096)
 _ELEMENTS = 16
 _REPEAT = 15
@@ -139,7 +139,7 @@ def simulated_cost(tensors: int, ranks: int) -> Cost:
         p.grad = torch.randn(_ELEMENTS)
         parameters[f"layers.{i}.weight"] = paramstats.LocalShard(p, 0, _ELEMENTS * ranks)
     shards, names = list(parameters.values()), tuple(parameters)
-    layout = Layout.of(names, ((),) * len(names), len(names), shards)  # type: ignore[arg-type]
+    layout = Layout.of(None, names, ((),) * len(names), len(names), shards)  # type: ignore[arg-type]
     offer = Offer(active(), layout, shards, held(shards, True, {}), True)
     simulated = SimulatedRanks(ranks)
     group = Group(simulated)
@@ -155,19 +155,14 @@ def simulated_cost(tensors: int, ranks: int) -> Cost:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser("python -m benches.sharded", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--tensors", type=int, default=10_000, help="default %(default)s")
-    parser.add_argument("--ranks", type=int, nargs="*", default=_RANKS)
-    parser.add_argument("--processes", type=int, default=4, help="real ones; default %(default)s")
-    options = parser.parse_args()
+    tensors = int(sys.argv[1]) if len(sys.argv) > 1 else 10_000
     print(hardware.describe("cpu"))
-    whole, local = (1e3 * s for s in real_seconds(options.processes, options.tensors))
-    print(f"{options.tensors:,} tensors (half of them gradients), {options.processes} processes")
-    print(f"with gloo: {whole:.1f} ms per call, {local:.1f} ms with local=True (no exchange)")
+    whole, local = (1e3 * s for s in real_seconds(_PROCESSES, tensors))
+    print(f"{tensors:,} tensors (half of them gradients), {_PROCESSES} processes with gloo:")
+    print(f"{whole:.1f} ms per call, {local:.1f} ms with local=True (no exchange)")
     rows = []
-    for ranks in options.ranks:
-        cost = simulated_cost(options.tensors, ranks)
+    for ranks in _RANKS:
+        cost = simulated_cost(tensors, ranks)
         received = f"{cost.received / 1e6:.2f} MB"
         times = f"{cost.work_s * 1e3:.1f} ms", f"{cost.network_s * 1e3:.2f} ms"
         rows.append((f"{ranks:,}", str(cost.collectives), received, *times))

@@ -52,15 +52,6 @@ _LEAST_CALLS, _MOST_CALLS = 3, 50
 _MOST_SLEEP = 0.05
 
 
-def seconds(call: Callable[[], Any], device: torch.device) -> float:
-    """Return the GPU time of a call on CUDA, or the duration of one call on the CPU."""
-    if device.type == "cuda":
-        return device_seconds(call)
-    begin = time.perf_counter()
-    call()
-    return time.perf_counter() - begin
-
-
 def device_seconds(call: Callable[[], Any]) -> float:
     """Return the GPU time of a call that queues work without waiting: the median of 15 rounds.
 

@@ -1,11 +1,22 @@
-"""Runs `python -m benches.step_cost`: turns of training steps with each tool, and their medians."""
+"""Measures how much time each tool adds to a training step.
+
+    python -m benches.step_cost                      seven minutes on a CPU
+    python -m benches.step_cost --only resnet,mlp
+    python -m benches.step_cost --json FILE          write the results for benches.report
+
+In each turn, every tool is attached to the same training for some steps and detached again. The
+order is random, and the first steps with a tool are not timed. The time that a tool adds is the
+difference to the steps without a tool in the same turn, so that changes in the load of the machine
+affect both.
+
+wandb runs offline in a temporary folder.
+Lightning's norms stay tensors, as its function returns them.
+"""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import os
 import random
 import statistics
 import sys
@@ -19,7 +30,7 @@ from typing import Any
 import torch
 
 import paramstats
-from benches import checks, hardware, step_cost
+from benches import checks, hardware
 from benches.models import tensors
 from benches.step_cost.tools import Tool, available
 from benches.step_cost.trainings import RECIPES, Recipe, Training
@@ -54,15 +65,14 @@ def timed(training: Training, tool: Tool, recipe: Recipe) -> Timing:
     with tool.attached(training.model) as run:
         for _ in range(recipe.untimed_steps):
             training.step(run)
-        synchronize(training.device)
+        synchronize(next(training.model.parameters()).device)
         free = hardware.FreeShare()
         begin = time.perf_counter()
         for _ in range(recipe.steps):
             training.step(run)
-        synchronize(training.device)
+        synchronize(next(training.model.parameters()).device)
         seconds = (time.perf_counter() - begin) / recipe.steps
         share = free()
-    _wait_for_children()
     return Timing(seconds, share)
 
 
@@ -90,9 +100,7 @@ def _quartiles(values: Sequence[float]) -> list[float]:
     return [low, high]
 
 
-def measure(
-    recipe: Recipe, tools: Sequence[Tool], turns: int, device: torch.device
-) -> dict[str, Any]:
+def measure(recipe: Recipe, tools: Sequence[Tool], device: torch.device) -> dict[str, Any]:
     """Check and time all tools in one training; return the results for JSON."""
     torch.manual_seed(0)
     training = recipe.build(device)
@@ -101,45 +109,19 @@ def measure(
         timed(training, tool, recipe)
     found = []
     generator = random.Random(0)
-    for _ in range(turns):
+    for _ in range(recipe.turns):
         order = generator.sample(tools, len(tools))
         found.append({tool.name: timed(training, tool, recipe) for tool in order})
     named = tensors(training.model)
     results = summarized(found)
     return {
-        "title": recipe.title,
+        "title": training.title,
         "tensors": len(named),
         "bytes": sum(tensor.nbytes for tensor in named.values()),
-        "turns": turns,
+        "turns": recipe.turns,
         "steps_a_turn": recipe.steps,
         "tools": {tool.name: {"title": tool.title, **results[tool.name]} for tool in tools},
     }
-
-
-_POLL_SECONDS = 0.05
-_MOST_POLLS = 60
-
-
-def _wait_for_children() -> None:
-    """Wait until child processes, for example wandb's, use no more CPU time."""
-    before = _cpu_ticks_of_children()
-    for _ in range(_MOST_POLLS if before else 0):
-        time.sleep(_POLL_SECONDS)
-        now = _cpu_ticks_of_children()
-        if now == before:
-            return
-        before = now
-
-
-def _cpu_ticks_of_children() -> int:
-    """Return 0 if there are no child processes, or no /proc."""
-    ticks = 0
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError, IndexError, ValueError):  # the process may end meanwhile
-            fields = path.read_text().rpartition(")")[2].split()
-            if int(fields[1]) == os.getpid():
-                ticks += int(fields[11]) + int(fields[12])
-    return ticks
 
 
 def _print(measured: dict[str, Any]) -> None:
@@ -154,10 +136,9 @@ def _print(measured: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser("python -m benches.step_cost", description=step_cost.__doc__)
+    parser = argparse.ArgumentParser("python -m benches.step_cost", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--json", type=Path, help="file to write the results to")
-    parser.add_argument("--quick", action="store_true", help="two turns, to see whether it runs")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     names = ",".join(recipe.name for recipe in RECIPES)
     parser.add_argument("--only", help=f"some of {names}")
@@ -166,15 +147,14 @@ def main() -> None:
     only = (options.only or ("gpt2" if options.device == "cuda" else names)).split(",")
     if unknown := set(only) - set(names.split(",")):
         parser.error(f"expected --only with some of {names}, got {', '.join(sorted(unknown))}")
-    report = {**hardware.describe(options.device), "quick": options.quick, "steps": {}}
+    report = {**hardware.describe(options.device), "steps": {}}
     print(paramstats.backend(), flush=True)
     with ExitStack() as stack:
         tools, missing = available(stack, device)
         for recipe in RECIPES:
             if recipe.name in only:
                 try:
-                    turns = 2 if options.quick else recipe.turns
-                    report["steps"][recipe.name] = measure(recipe, tools, turns, device)
+                    report["steps"][recipe.name] = measure(recipe, tools, device)
                 except ImportError as error:
                     missing[recipe.name] = str(error)
                 else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -83,10 +84,6 @@ def _read_one_step_later(model: nn.Module) -> Iterator[Run]:
     yield run
 
 
-def _without_totals(scalars: dict[str, float]) -> dict[str, Statistics]:
-    return from_scalars({key: x for key, x in scalars.items() if not key.endswith("/total")})
-
-
 def _lightning(stack: ExitStack) -> Tool:
     grad_norm = importlib.import_module("lightning.pytorch.utilities").grad_norm
 
@@ -96,6 +93,10 @@ def _lightning(stack: ExitStack) -> Tool:
 
     attached = called(lambda model: grad_norm(model, norm_type=2))
     return Tool("lightning", "Lightning's `grad_norm`", attached, statistics, TORCH)
+
+
+_WANDB_SECONDS = 1.0
+"""Enough for wandb's own process to store what it received, before the next tool is timed."""
 
 
 def _wandb(stack: ExitStack) -> Tool:
@@ -115,6 +116,7 @@ def _wandb(stack: ExitStack) -> Tool:
             yield lambda: run.log({"step": 1})
         finally:
             run.unwatch(model)
+            time.sleep(_WANDB_SECONDS)
 
     return Tool("wandb_watch", '`wandb.watch(log="all")`', attached)
 
@@ -126,8 +128,8 @@ def available(stack: ExitStack, device: torch.device) -> tuple[list[Tool], dict[
     gradients = called(lambda model: summarize(model, params=False).scalars())
     found = [
         Tool("nothing", "nothing", called(lambda model: None)),
-        Tool("paramstats", "paramstats", everything, _without_totals),
-        Tool("paramstats_gradients", "paramstats, gradients only", gradients, _without_totals),
+        Tool("paramstats", "paramstats", everything, from_scalars),
+        Tool("paramstats_gradients", "paramstats, gradients only", gradients, from_scalars),
         Tool("paramstats_hooks", "paramstats, one call per gradient (hooks)", _hooks, from_scalars),
         Tool("item_loop", "`.item()` loop", called(item_loop_no_grad), lambda log: log, TORCH),
     ]

@@ -12,28 +12,23 @@ from torch import nn
 from benches.step_cost.tools import Run
 
 
+@dataclass(frozen=True)
 class Training:
     """A model, its optimizer, and a function that computes the loss of the next batch."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        loss: Callable[[], torch.Tensor],
-    ) -> None:
-        self.model = model
-        self.device = next(model.parameters()).device
-        self._optimizer = optimizer
-        self._loss = loss
+    title: str
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    loss: Callable[[], torch.Tensor]
 
     def backward(self) -> None:
-        self._optimizer.zero_grad(set_to_none=True)
-        self._loss().backward()  # type: ignore[no-untyped-call]
+        self.optimizer.zero_grad(set_to_none=True)
+        self.loss().backward()  # type: ignore[no-untyped-call]
 
     def step(self, run: Run) -> None:
         self.backward()
         run()
-        self._optimizer.step()
+        self.optimizer.step()
 
 
 @dataclass(frozen=True)
@@ -41,7 +36,6 @@ class Recipe:
     """A training, and how many turns and steps of it are timed."""
 
     name: str
-    title: str
     build: Callable[[torch.device], Training]
     turns: int
     steps: int
@@ -64,45 +58,27 @@ def _gpt2(device: torch.device) -> Training:
         with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
             return model(input_ids=tokens, labels=tokens, use_cache=False).loss
 
-    return Training(model, optimizer, loss)
-
-
-class ResidualBlock(nn.Module):
-    """Two convolutions with a skip connection."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False),
-            nn.BatchNorm2d(outputs),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False),
-            nn.BatchNorm2d(outputs),
-        )
-        self.skip: nn.Module = nn.Identity()
-        if stride != 1 or inputs != outputs:
-            self.skip = nn.Sequential(
-                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
-            )
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.relu(self.body(x) + self.skip(x))
+    title = f"GPT-2, 124 M parameters, {tokens.numel():,} tokens"
+    return Training(title, model, optimizer, loss)
 
 
 def _resnet(device: torch.device) -> Training:
-    """ResNet-18 for images of 32 x 32 pixels, on random images."""
-    layers: list[nn.Module] = [nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
-    inputs = 64
-    for outputs in (64, 128, 256, 512):
-        stride = 1 if outputs == 64 else 2
-        layers += [ResidualBlock(inputs, outputs, stride), ResidualBlock(outputs, outputs, 1)]
-        inputs = outputs
-    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 10))
-    model.to(device)
+    """ResNet-18 on random images."""
+    import transformers
+
+    config = transformers.ResNetConfig(
+        embedding_size=64,
+        hidden_sizes=[64, 128, 256, 512],
+        depths=[2, 2, 2, 2],
+        layer_type="basic",
+        num_labels=10,
+    )
+    model: Any = transformers.ResNetForImageClassification(config).to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    images = torch.randn(32, 3, 32, 32, device=device)
+    images = torch.randn(32, 3, 128, 128, device=device)
     labels = torch.randint(10, (32,), device=device)
-    return Training(model, optimizer, lambda: nn.functional.cross_entropy(model(images), labels))
+    title = "ResNet-18, 32 images of 128 x 128"
+    return Training(title, model, optimizer, lambda: model(images, labels).loss)
 
 
 def _mlp(device: torch.device) -> Training:
@@ -121,13 +97,11 @@ def _mlp(device: torch.device) -> Training:
         batch = torch.randint(len(labels), (64,), device=device)
         return nn.functional.cross_entropy(model(pixels[batch]), labels[batch])
 
-    return Training(model, optimizer, loss)
+    return Training("MLP of 6 parameters, 64 digits", model, optimizer, loss)
 
 
 RECIPES = (
-    Recipe("gpt2", "GPT-2, 124 M parameters, 128 tokens", _gpt2, turns=9, steps=1, untimed_steps=1),
-    Recipe(
-        "resnet", "ResNet-18, 32 images of 32 x 32", _resnet, turns=11, steps=1, untimed_steps=1
-    ),
-    Recipe("mlp", "MLP of 6 parameters, 64 digits", _mlp, turns=15, steps=50, untimed_steps=5),
+    Recipe("gpt2", _gpt2, turns=9, steps=1, untimed_steps=1),
+    Recipe("resnet", _resnet, turns=11, steps=1, untimed_steps=1),
+    Recipe("mlp", _mlp, turns=15, steps=50, untimed_steps=5),
 )
