@@ -16,7 +16,7 @@ from benches.tables import in_order, size_and_dtype
 
 _ROOT = Path(__file__).parent.parent
 _GRAY, _BLUE, _LIGHT_GRAY = "#7d8590", "#2f81f7", "#a5adb6"
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {
     "axes.titlelocation": "left",
     "svg.fonttype": "none",  # keep text as text
     "svg.hashsalt": "paramstats",  # the same results give the same file

@@ -11,6 +11,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -47,7 +48,7 @@ def main() -> None:
     mlp = models.by_name("seed_mlp", cpu)
     p = next(mlp.parameters())
 
-    def print_ratio(title: str, other: Callable[[], object], source: object, turns: int) -> None:
+    def print_ratio(title: str, other: Callable[[], object], source: Any, turns: int) -> None:
         print(f"{title}: {ratio(other, lambda: paramstats.summarize(source), turns)}", flush=True)
 
     print_ratio("MLP of 4 parameters, one p.mean().item()", lambda: p.mean().item(), mlp, 400)

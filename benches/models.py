@@ -37,19 +37,19 @@ def _mlp(widths: list[int], device: torch.device) -> nn.Module:
     model = nn.Sequential(*layers[:-1]).to(device)
     inputs = torch.rand(_BATCH, widths[0], device=device)
     labels = torch.randint(widths[-1], (_BATCH,), device=device)
-    nn.functional.cross_entropy(model(inputs), labels).backward()  # type: ignore[no-untyped-call]
+    nn.functional.cross_entropy(model(inputs), labels).backward()
     return model
 
 
 def _gpt2(device: torch.device) -> nn.Module:
     """GPT-2 with 124 M parameters in float32; its token embedding is also its output layer."""
-    transformers = _transformers()
+    transformers = pytest.importorskip("transformers", reason="for this model")
     return _after_backward(transformers.GPT2LMHeadModel(transformers.GPT2Config()).to(device))
 
 
 def _llama(device: torch.device) -> nn.Module:
     """A model with Llama's shapes and 134 M parameters in bfloat16."""
-    transformers = _transformers()
+    transformers = pytest.importorskip("transformers", reason="for this model")
     config = transformers.LlamaConfig(
         vocab_size=32_000,
         hidden_size=768,
@@ -63,7 +63,7 @@ def _llama(device: torch.device) -> nn.Module:
 def _many(parameters: int, elements: int, device: torch.device) -> nn.Module:
     """Many small parameters: the overhead per tensor dominates."""
     model = nn.ParameterList(torch.randn(elements, device=device) for _ in range(parameters))
-    torch.cat(tuple(model)).sin().sum().backward()  # type: ignore[no-untyped-call]
+    torch.cat(tuple(model)).sin().sum().backward()
     return model
 
 
@@ -92,10 +92,6 @@ def _after_backward(model: Any) -> nn.Module:
     tokens = torch.randint(model.config.vocab_size, (1, _TOKENS), device=device)
     model(input_ids=tokens, labels=tokens).loss.backward()
     return model  # type: ignore[no-any-return]
-
-
-def _transformers() -> Any:
-    return pytest.importorskip("transformers", reason="this model needs transformers")
 
 
 def _in_gpu_memory(nbytes: int, dtype: torch.dtype) -> Model:

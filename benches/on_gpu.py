@@ -52,7 +52,7 @@ def smoke(device: torch.device) -> Iterator[Row]:
         source = {"x": models.filled(nbytes // dtype.itemsize, dtype, device)}
         call = partial(paramstats.summarize, source)
         checks.check(from_summary(call()), checks.expected(source), PARAMSTATS)
-        row = {"case": f"{nbytes:,} bytes of {dtype}"}
+        row: Row = {"case": f"{nbytes:,} bytes of {dtype}"}
         if device.type == "cuda":
             copy = partial(torch.empty_like(source["x"]).copy_, source["x"])
             seconds, copy_seconds = timing.device_seconds(call), timing.device_seconds(copy)
@@ -70,7 +70,7 @@ def calls(device: torch.device) -> Iterator[Row]:
             model = models.by_name("tensors_of_16", device)
             if "no gradients" in case:
                 model.zero_grad(set_to_none=True)
-            row = {"case": case, "backend": backend}
+            row: Row = {"case": case, "backend": backend}
             with timing.use_backend(backend):
                 _timed_calls(model, _WARM_UP, device)
                 number = _CALLS[backend]

@@ -129,8 +129,7 @@ def noisy(report: Report) -> list[str]:
     for name, step in report.get("step_cost", {}).get("steps", {}).items():
         for tool, timing in step["tools"].items():
             low, high = timing["step_quartiles_s"]
-            free = None if tool == "wandb_watch" else timing["free"]  # wandb has its own process
-            timings.append((f"step of {name}, {tool}", (high - low) / timing["step_s"], free))
+            timings.append((f"step of {name}, {tool}", (high - low) / timing["step_s"], None))
     return [
         f"{what}: spread {spread:.0%}" + ("" if free is None else f", {free:.0%} of the CPU free")
         for what, spread, free in timings
@@ -159,7 +158,6 @@ def main() -> None:
     hardware = report["hardware"]
     name = f"{hardware['gpu'] or hardware['cpu']} {hardware['threads']} threads"
     path = _RESULTS / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
-    _RESULTS.mkdir(exist_ok=True)
     path.write_text(json.dumps(report, indent=1) + "\n")
     block = "benchmark" if report["device"] == "cpu" else f"benchmark-{report['device']}"
     blocks.write(_PAGE, block, tables)

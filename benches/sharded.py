@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import FileStore
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.multiprocessing.spawn import spawn
@@ -59,7 +60,7 @@ def real_seconds(processes: int, tensors: int) -> tuple[float, float]:
 
 def _measure_rank(rank: int, processes: int, tensors: int, folder: str) -> None:
     torch.set_num_threads(1)
-    store = dist.FileStore(f"{folder}/store", processes)
+    store = FileStore(f"{folder}/store", processes)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=processes)
     mesh = init_device_mesh("cpu", (processes,))
 
@@ -139,7 +140,7 @@ def simulated_cost(tensors: int, ranks: int) -> Cost:
         p.grad = torch.randn(_ELEMENTS)
         parameters[f"layers.{i}.weight"] = paramstats.LocalShard(p, 0, _ELEMENTS * ranks)
     shards, names = list(parameters.values()), tuple(parameters)
-    layout = Layout.of(None, names, ((),) * len(names), len(names), shards)  # type: ignore[arg-type]
+    layout = Layout.of(None, names, ((),) * len(names), len(names), shards)
     offer = Offer(active(), layout, shards, held(shards, True, {}), True)
     simulated = SimulatedRanks(ranks)
     group = Group(simulated)

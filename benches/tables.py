@@ -35,14 +35,14 @@ def render(report: dict[str, Any]) -> str:
     if isinstance(calls, list):  # else that part failed
         parts.append(_table_of(_CALL_COLUMNS, calls))
     parts.append(_step_table(list(report.get("step_cost", {}).get("steps", {}).values())))
-    parts.append(f"{_CUDA_LEGEND if on_gpu else _legend(report)} {_measured_on(report)}")
+    parts.append(f"{_CUDA_LEGEND if on_gpu else _LEGEND} {_measured_on(report)}")
     return "\n\n".join(filter(None, parts))
 
 
 # ---- cells --------------------------------------------------------------------------------------
 
 
-def time(seconds: float | None) -> str:
+def _time(seconds: float | None) -> str:
     if seconds is None:
         return NONE
     return f"{seconds * 1e3:.1f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.1f} us"
@@ -56,7 +56,7 @@ def _times(seconds: float | None, base: float | None) -> str:
 
 
 def _median(contestant: str) -> Cell:
-    return lambda case: time(case["median_s"].get(contestant))
+    return lambda case: _time(case["median_s"].get(contestant))
 
 
 def _relative(contestant: str, base: str = "paramstats_scalars") -> Cell:
@@ -90,8 +90,8 @@ def _rate(case: Case, seconds: float | None) -> str:
 def _paramstats(case: Case) -> str:
     seconds = case["median_s"].get("paramstats")
     if seconds is None or case["tensors"] < _MANY:
-        return time(seconds)
-    return f"{time(seconds)} ({seconds / case['tensors'] * 1e9:.0f} ns per tensor)"
+        return _time(seconds)
+    return f"{_time(seconds)} ({seconds / case['tensors'] * 1e9:.0f} ns per tensor)"
 
 
 def _text(key: str) -> Cell:
@@ -120,14 +120,14 @@ _MODEL_COLUMNS: Columns = (
 )
 _CUDA_MODEL_COLUMNS: Columns = (
     *_MODEL_COLUMNS[:2],
-    ("GPU time", lambda case: time(_device_s(case, "paramstats"))),
+    ("GPU time", lambda case: _time(_device_s(case, "paramstats"))),
     ("share of the copy's rate", _share_of_copy),
     *_MODEL_COLUMNS[2:],
 )
 _CUDA_TENSOR_COLUMNS: Columns = (
     ("one tensor", _text("title")),
     ("paramstats", _paramstats),
-    ("GPU time", lambda case: time(_device_s(case, "paramstats"))),
+    ("GPU time", lambda case: _time(_device_s(case, "paramstats"))),
     ("GB/s", lambda case: _rate(case, _device_s(case, "paramstats"))),
     ("share of the copy's rate", _share_of_copy),
     ("batched torch", _relative_on_device("batched_torch")),
@@ -138,9 +138,9 @@ _CUDA_TENSOR_COLUMNS: Columns = (
 _CALL_COLUMNS: Columns = (
     ("one call (native: at most 150 us of host time for 1,000 tensors)", _text("case")),
     ("backend", _text("backend")),
-    ("host time", lambda row: time(row["host_s"])),
-    ("while the GPU is busy", lambda row: time(row.get("busy_s"))),
-    ("until statistics can be read", lambda row: time(row["complete_s"])),
+    ("host time", lambda row: _time(row["host_s"])),
+    ("while the GPU is busy", lambda row: _time(row.get("busy_s"))),
+    ("until statistics can be read", lambda row: _time(row["complete_s"])),
     *((key, _text(key)) for key in ("launches", "copies", "waits", "allocations")),
 )
 
@@ -202,7 +202,7 @@ def _share_and_rate(case: Case) -> str:
 def _step_table(steps: list[dict[str, Any]]) -> str:
     if not steps:
         return ""
-    head = [f"{step['title']} ({time(step['tools']['nothing']['step_s'])})" for step in steps]
+    head = [f"{step['title']} ({_time(step['tools']['nothing']['step_s'])})" for step in steps]
     titles = {name: tool["title"] for step in steps for name, tool in step["tools"].items()}
     titles.pop("nothing")
     rows = [
@@ -219,7 +219,7 @@ def _added(tool: dict[str, Any] | None) -> str:
     percent = f"{more:+.0%}" if abs(more) >= 0.1 else f"{more:+.1%}"
     low, high = tool["added_quartiles_s"]
     noise = " (noise)" if low <= 0 <= high else ""
-    return f"{'-' if seconds < 0 else ''}{time(abs(seconds))}, {percent}{noise}"
+    return f"{'-' if seconds < 0 else ''}{_time(abs(seconds))}, {percent}{noise}"
 
 
 # ---- below the tables ---------------------------------------------------------------------------
@@ -230,23 +230,15 @@ _CUDA_LEGEND = (
     "norm, the `.item()` loop runs under `no_grad`, and compilation is not timed. The copy is from "
     "device to device and of the same bytes; its rate counts bytes read and written."
 )
-
-
-def _legend(report: dict[str, Any]) -> str:
-    steps = (
-        " The overhead of a training step is measured against interleaved steps without a tool; "
-        '"noise": the middle half of the differences includes zero. `wandb.watch` makes '
-        "histograms; `grad_norm` computes only norms of gradients."
-        if report.get("step_cost")
-        else ""
-    )
-    return (
-        "Nx: N times the time of paramstats with `scalars()`, which returns floats of four "
-        "statistics per tensor, as the others do. The `.item()` loop runs under `no_grad`; "
-        "`_foreach_norm` computes only the norm; torch.compile takes minutes for more than 64 "
-        "tensors and is not measured there. Share of the read-only limit: 1.00 means as fast as a "
-        f"loop that only reads the same bytes. A dash: not measured.{steps}"
-    )
+_LEGEND = (
+    "Nx: N times the time of paramstats with `scalars()`, which returns floats of four statistics "
+    "per tensor, as the others do. The `.item()` loop runs under `no_grad`; `_foreach_norm` "
+    "computes only the norm; torch.compile takes minutes for more than 64 tensors and is not "
+    "measured there. Share of the read-only limit: 1.00 means as fast as a loop that only reads "
+    "the same bytes. A dash: not measured. The overhead of a training step is measured against "
+    'interleaved steps without a tool; "noise": the middle half of the differences includes zero. '
+    "`wandb.watch` makes histograms; `grad_norm` computes only norms of gradients."
+)
 
 
 def _measured_on(report: dict[str, Any]) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +28,7 @@ class Case:
     model: nn.Module
     tensors: dict[str, torch.Tensor]
     expected: dict[str, paramstats.TensorStats]
-    about: dict[str, str | int]
+    about: dict[str, Any]
 
 
 @pytest.fixture(scope="module", params=models.MODELS, ids=lambda model: model.name)
@@ -64,12 +66,12 @@ def test_model(
             raise
         pytest.skip(f"torch has no such operator: {str(error).splitlines()[0]}")
     checks.check(contestant.statistics(result), case.expected, contestant.tolerance)
-    queue = contestant.queue
+    queue = partial(contestant.queue, case.model) if contestant.queue else None
     measure(
         lambda: contestant.run(case.model),
         case.name,
         contestant.name,
-        queue and (lambda: queue(case.model)),
+        queue,
         **case.about,
     )
 

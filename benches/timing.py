@@ -94,7 +94,11 @@ def why_not_compiled(call: Callable[[], Any], seconds: float) -> str | None:
         with _time_limit(seconds):
             call()
     except TooLongError:
-        _stop_compile_workers()
+        torch.compiler.reset()
+        with suppress(Exception):  # stop torch's compiler processes, by a private function
+            from torch._inductor.async_compile import shutdown_compile_workers
+
+            shutdown_compile_workers()
         return f"torch.compile took more than {seconds:.1f} s"
     except Exception as error:  # from torch, the C++ compiler or Triton
         text = " ".join(str(error).split())[:200]
@@ -114,12 +118,3 @@ def _time_limit(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-
-
-def _stop_compile_workers() -> None:
-    """Stop torch's compiler processes, which would disturb the next measurement."""
-    torch.compiler.reset()
-    with suppress(Exception):  # a private function of torch
-        from torch._inductor.async_compile import shutdown_compile_workers
-
-        shutdown_compile_workers()

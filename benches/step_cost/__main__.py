@@ -23,7 +23,6 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,45 +51,33 @@ def check(training: Training, tools: Sequence[Tool]) -> None:
             checks.check(found, wanted, tool.tolerance)
 
 
-@dataclass(frozen=True)
-class Timing:
-    """Seconds per step, and the share of the CPU that other programs left free."""
-
-    seconds: float
-    free: float | None
-
-
-def timed(training: Training, tool: Tool, recipe: Recipe) -> Timing:
-    """Time the steps of one turn with a tool."""
+def timed(training: Training, tool: Tool, recipe: Recipe) -> float:
+    """Return the seconds per step in one turn with a tool."""
+    device = next(training.model.parameters()).device
     with tool.attached(training.model) as run:
         for _ in range(recipe.untimed_steps):
             training.step(run)
-        synchronize(next(training.model.parameters()).device)
-        free = hardware.FreeShare()
+        synchronize(device)
         begin = time.perf_counter()
         for _ in range(recipe.steps):
             training.step(run)
-        synchronize(next(training.model.parameters()).device)
-        seconds = (time.perf_counter() - begin) / recipe.steps
-        share = free()
-    return Timing(seconds, share)
+        synchronize(device)
+        return (time.perf_counter() - begin) / recipe.steps
 
 
-def summarized(turns: Sequence[Mapping[str, Timing]]) -> dict[str, Any]:
+def summarized(turns: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     """Return medians and quartiles per tool: of a step, and of what the tool adds in a turn."""
     found = {}
     for name in turns[0]:
-        steps = [turn[name].seconds for turn in turns]
-        without = [turn["nothing"].seconds for turn in turns]
+        steps = [turn[name] for turn in turns]
+        without = [turn["nothing"] for turn in turns]
         added = [step - base for step, base in zip(steps, without, strict=True)]
-        shares = [share for turn in turns if (share := turn[name].free) is not None]
         found[name] = {
             "step_s": statistics.median(steps),
             "step_quartiles_s": _quartiles(steps),
             "added_s": statistics.median(added),
             "added_quartiles_s": _quartiles(added),
             "more": statistics.median(added) / statistics.median(without),
-            "free": statistics.mean(shares) if shares else None,
         }
     return found
 

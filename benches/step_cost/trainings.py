@@ -23,7 +23,7 @@ class Training:
 
     def backward(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
-        self.loss().backward()  # type: ignore[no-untyped-call]
+        self.loss().backward()
 
     def step(self, run: Run) -> None:
         self.backward()
@@ -49,7 +49,8 @@ def _gpt2(device: torch.device) -> Training:
     import transformers
 
     on_gpu = device.type == "cuda"
-    model: Any = transformers.GPT2LMHeadModel(transformers.GPT2Config()).to(device)
+    model: Any = transformers.GPT2LMHeadModel(transformers.GPT2Config())
+    model.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     shape = (16, 512) if on_gpu else (1, 128)
     tokens = torch.randint(model.config.vocab_size, shape, device=device)
@@ -71,12 +72,12 @@ def _resnet(device: torch.device) -> Training:
         hidden_sizes=[64, 128, 256, 512],
         depths=[2, 2, 2, 2],
         layer_type="basic",
-        num_labels=10,
     )
-    model: Any = transformers.ResNetForImageClassification(config).to(device)
+    model: Any = transformers.ResNetForImageClassification(config)
+    model.to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     images = torch.randn(32, 3, 128, 128, device=device)
-    labels = torch.randint(10, (32,), device=device)
+    labels = torch.randint(2, (32,), device=device)
     title = "ResNet-18, 32 images of 128 x 128"
     return Training(title, model, optimizer, lambda: model(images, labels).loss)
 
