@@ -2,10 +2,10 @@
 
     python -m benches.sharded [TENSORS]
 
-First, real processes on this machine summarize a model of DTensors. For more ranks, one process
-runs the exchange of rank 0, and its own data replaces what the other ranks would send. So the
-number of collectives, the bytes and the work of a rank are measured; the time of the network is
-computed from an assumed bandwidth and latency.
+First, real processes on this machine summarize a model of DTensors. For more ranks, one process is
+rank 0, and its own data replaces what the other ranks would send. So the number of collectives, the
+bytes and the work of a rank are measured; the time of the network is computed from an assumed
+bandwidth and latency.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -26,16 +27,11 @@ from torch._C._distributed_c10d import FileStore
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.multiprocessing.spawn import spawn
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import paramstats
 from benches import hardware
 from docs import blocks
-from paramstats._core.backend import active
-from paramstats._core.layout import Layout
-from paramstats._sharded.collectives import Processes
-from paramstats._sharded.exchange import ALL_TO_ALL_FROM, Group
-from paramstats._sharded.offer import Offer
-from paramstats._sharded.pieces import held
 
 _PROCESSES = 4
 _RANKS = (8, 16, 64, 256, 1024, 4096)
@@ -70,89 +66,80 @@ def _measure_rank(rank: int, processes: int, tensors: int, folder: str) -> None:
     model = nn.ParameterList(nn.Parameter(sharded()) for _ in range(tensors // 2))
     for p in model:
         p.grad = sharded()
-    medians = [
-        _median_seconds(lambda: paramstats.summarize(model), before=dist.barrier),
-        _median_seconds(lambda: paramstats.summarize(model, local=True), before=dist.barrier),
-    ]
+    medians = []
+    for local in (False, True):
+        seconds = []
+        for _ in range(_REPEAT):
+            dist.barrier()
+            seconds.append(_seconds(partial(paramstats.summarize, model, local=local)))
+        medians.append(statistics.median(seconds))
     if rank == 0:
         (Path(folder) / "seconds").write_text(json.dumps(medians))
     dist.barrier()
     dist.destroy_process_group()
 
 
-def _median_seconds(call: Callable[[], object], before: Callable[[], object]) -> float:
-    seconds = []
-    for _ in range(_REPEAT):
-        before()
-        begin = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - begin)
-    return statistics.median(seconds)
+def _seconds(call: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
 
 
 # ---- many ranks, simulated by one process -------------------------------------------------------
 
 
-class SimulatedRanks(Processes):
-    """Answers collectives as if the other ranks held the next shards, with the same statistics."""
+class SimulatedRanks:
+    """Replaces torch's collectives: the other ranks hold the next shards, with equal statistics."""
 
-    def __init__(self, ranks: int) -> None:
-        super().__init__(None)
-        self.size = ranks
-        self.ranks = list(range(ranks))
+    def __init__(self) -> None:
         self.collectives = 0
         self.received = 0
         self.seconds = 0.0
+        self._sends_shares = False
 
-    def all_gather(self, block: Tensor) -> Tensor:
-        # From ALL_TO_ALL_FROM ranks on, gathered rows are merged ones, which have no index.
-        return self._answer(block[None], self.size < ALL_TO_ALL_FROM)
+    def all_gather(self, out: Tensor, block: Tensor, group: object) -> None:
+        # If ranks merge shares of the tensors, they gather merged rows, which have no index.
+        self._fill(out.view(-1, *block.shape), block, not self._sends_shares)
 
-    def all_to_all(self, blocks: Tensor) -> Tensor:
-        return self._answer(blocks[:1], True)
+    def all_to_all(self, out: Tensor, blocks: Tensor, group: object) -> None:
+        self._sends_shares = True
+        self._fill(out, blocks[0], True)
 
-    def _answer(self, block: Tensor, has_indices: bool) -> Tensor:
+    def _fill(self, out: Tensor, block: Tensor, has_indices: bool) -> None:
+        """Receive `block` from every rank; word 0 of its rows but the first one is an index."""
         begin = time.perf_counter()
-        out = block.repeat(self.size, 1, 1)
+        out.copy_(block)
         if has_indices:
             indices = out[:, 1:, 0]
-            indices += torch.arange(self.size)[:, None] * (indices >= 0)
+            indices += torch.arange(len(out))[:, None] * (indices >= 0)
         self.collectives += 1
-        self.received += (self.size - 1) * out[0].nbytes
+        self.received += (len(out) - 1) * block.nbytes
         self.seconds += time.perf_counter() - begin
-        return out
 
 
-class Cost(NamedTuple):
-    """The cost of one exchange for one rank."""
-
-    collectives: int
-    received: int
-    work_s: float
-    network_s: float
-
-
-def simulated_cost(tensors: int, ranks: int) -> Cost:
-    """Measure the exchange of half as many parameters as `tensors`, and their gradients."""
-    parameters = {}
+def simulated_cost(tensors: int, ranks: int) -> tuple[int, int, float]:
+    """Return the collectives, received bytes and seconds of work of one exchange, for one rank."""
+    source = {}
     for i in range(tensors // 2):
         p = nn.Parameter(torch.randn(_ELEMENTS))
         p.grad = torch.randn(_ELEMENTS)
-        parameters[f"layers.{i}.weight"] = paramstats.LocalShard(p, 0, _ELEMENTS * ranks)
-    shards, names = list(parameters.values()), tuple(parameters)
-    layout = Layout.of(None, names, ((),) * len(names), len(names), shards)
-    offer = Offer(active(), layout, shards, held(shards, True, {}), True)
-    simulated = SimulatedRanks(ranks)
-    group = Group(simulated)
-    group.exchange(offer)  # the first exchange also agrees on the names
-    seconds = []
-    for _ in range(_REPEAT):
-        simulated.collectives, simulated.received, simulated.seconds = 0, 0, 0.0
-        begin = time.perf_counter()
-        group.exchange(offer)
-        seconds.append(time.perf_counter() - begin - simulated.seconds)
-    network = simulated.collectives * _LATENCY + simulated.received / _BYTES_PER_SECOND
-    return Cost(simulated.collectives, simulated.received, statistics.median(seconds), network)
+        source[f"layers.{i}.weight"] = paramstats.LocalShard(p, 0, _ELEMENTS * ranks)
+    simulated = SimulatedRanks()
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    with (
+        mock.patch.object(dist, "all_gather_into_tensor", simulated.all_gather),
+        mock.patch.object(dist, "all_gather_single", simulated.all_gather, create=True),
+        mock.patch.object(dist, "all_to_all_single", simulated.all_to_all),
+    ):
+        paramstats.summarize(source)  # the first exchange also agrees on the names
+        seconds = []
+        for _ in range(_REPEAT):
+            local = _seconds(lambda: paramstats.summarize(source, local=True))
+            simulated.collectives, simulated.received, simulated.seconds = 0, 0, 0.0
+            whole = _seconds(lambda: paramstats.summarize(source))
+            seconds.append(whole - simulated.seconds - local)
+    dist.destroy_process_group()
+    return simulated.collectives, simulated.received, statistics.median(seconds)
 
 
 def main() -> None:
@@ -163,11 +150,11 @@ def main() -> None:
     print(f"{whole:.1f} ms per call, {local:.1f} ms with local=True (no exchange)")
     rows = []
     for ranks in _RANKS:
-        cost = simulated_cost(tensors, ranks)
-        received = f"{cost.received / 1e6:.2f} MB"
-        times = f"{cost.work_s * 1e3:.1f} ms", f"{cost.network_s * 1e3:.2f} ms"
-        rows.append((f"{ranks:,}", str(cost.collectives), received, *times))
-    head = ("ranks", "collectives", "received per rank", "work (measured)", "network (computed)")
+        collectives, nbytes, work = simulated_cost(tensors, ranks)
+        network = collectives * _LATENCY + nbytes / _BYTES_PER_SECOND
+        times = f"{work * 1e3:.1f} ms", f"{network * 1e3:.2f} ms"
+        rows.append((f"{ranks:,}", str(collectives), f"{nbytes / 1e6:.2f} MB", *times))
+    head = ("ranks", "collectives", "received per rank", "work, measured", "network, computed")
     print(blocks.table(head, rows, right=range(len(head))))
 
 
