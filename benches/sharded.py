@@ -10,14 +10,12 @@ bandwidth and latency.
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -46,12 +44,11 @@ _BYTES_PER_SECOND = 10e9
 # ---- real processes -----------------------------------------------------------------------------
 
 
-def real_seconds(processes: int, tensors: int) -> tuple[float, float]:
-    """Return the seconds of a call with the exchange, and of one without it (local=True)."""
+def real_seconds(processes: int, tensors: int) -> float:
+    """Return the seconds of a call in one of several processes."""
     with tempfile.TemporaryDirectory() as folder:
         spawn(_measure_rank, (processes, tensors, folder), nprocs=processes)
-        whole, local = json.loads((Path(folder) / "seconds").read_text())
-    return whole, local
+        return float((Path(folder) / "seconds").read_text())
 
 
 def _measure_rank(rank: int, processes: int, tensors: int, folder: str) -> None:
@@ -66,22 +63,19 @@ def _measure_rank(rank: int, processes: int, tensors: int, folder: str) -> None:
     model = nn.ParameterList(nn.Parameter(sharded()) for _ in range(tensors // 2))
     for p in model:
         p.grad = sharded()
-    medians = []
-    for local in (False, True):
-        seconds = []
-        for _ in range(_REPEAT):
-            dist.barrier()
-            seconds.append(_seconds(partial(paramstats.summarize, model, local=local)))
-        medians.append(statistics.median(seconds))
+    seconds = []
+    for _ in range(_REPEAT):
+        dist.barrier()
+        seconds.append(_seconds(model))
     if rank == 0:
-        (Path(folder) / "seconds").write_text(json.dumps(medians))
+        (Path(folder) / "seconds").write_text(str(statistics.median(seconds)))
     dist.barrier()
     dist.destroy_process_group()
 
 
-def _seconds(call: Callable[[], object]) -> float:
+def _seconds(source: Any) -> float:
     begin = time.perf_counter()
-    call()
+    paramstats.summarize(source)
     return time.perf_counter() - begin
 
 
@@ -118,12 +112,12 @@ class SimulatedRanks:
 
 
 def simulated_cost(tensors: int, ranks: int) -> tuple[int, int, float]:
-    """Return the collectives, received bytes and seconds of work of one exchange, for one rank."""
-    source = {}
-    for i in range(tensors // 2):
-        p = nn.Parameter(torch.randn(_ELEMENTS))
-        p.grad = torch.randn(_ELEMENTS)
-        source[f"layers.{i}.weight"] = paramstats.LocalShard(p, 0, _ELEMENTS * ranks)
+    """Return the collectives, received bytes and seconds of work of one exchange, for one rank.
+
+    The work is the additional time compared with a call that needs no exchange.
+    """
+    alone, source = _shards(tensors, 1), _shards(tensors, ranks)
+    without = min(_seconds(alone) for _ in range(_REPEAT))
     simulated = SimulatedRanks()
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     with (
@@ -134,20 +128,28 @@ def simulated_cost(tensors: int, ranks: int) -> tuple[int, int, float]:
         paramstats.summarize(source)  # the first exchange also agrees on the names
         seconds = []
         for _ in range(_REPEAT):
-            local = _seconds(lambda: paramstats.summarize(source, local=True))
             simulated.collectives, simulated.received, simulated.seconds = 0, 0, 0.0
-            whole = _seconds(lambda: paramstats.summarize(source))
-            seconds.append(whole - simulated.seconds - local)
+            seconds.append(_seconds(source) - simulated.seconds)
     dist.destroy_process_group()
-    return simulated.collectives, simulated.received, statistics.median(seconds)
+    return simulated.collectives, simulated.received, min(seconds) - without
+
+
+def _shards(tensors: int, ranks: int) -> dict[str, paramstats.LocalShard]:
+    """Return the first of `ranks` equal shards of parameters and their gradients."""
+    shards = {}
+    for i in range(tensors // 2):
+        p = nn.Parameter(torch.randn(_ELEMENTS))
+        p.grad = torch.randn(_ELEMENTS)
+        shards[f"layers.{i}.weight"] = paramstats.LocalShard(p, 0, _ELEMENTS * ranks)
+    return shards
 
 
 def main() -> None:
     tensors = int(sys.argv[1]) if len(sys.argv) > 1 else 10_000
     print(hardware.describe("cpu"))
-    whole, local = (1e3 * s for s in real_seconds(_PROCESSES, tensors))
+    milliseconds = 1e3 * real_seconds(_PROCESSES, tensors)
     print(f"{tensors:,} tensors (half of them gradients), {_PROCESSES} processes with gloo:")
-    print(f"{whole:.1f} ms per call, {local:.1f} ms with local=True (no exchange)")
+    print(f"{milliseconds:.1f} ms per call")
     rows = []
     for ranks in _RANKS:
         collectives, nbytes, work = simulated_cost(tensors, ranks)
