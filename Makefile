@@ -111,8 +111,8 @@ count:  ## hold the kernels' instructions for an element to limits (valgrind)
 cuda-compile:  ## compile the CUDA backend for every architecture; fails on spills (nvcc)
 	$(PYTHON) tests/cuda_compile.py
 
-gpu-check:  ## build, test and measure on a GPU, 10 minutes; writes build/gpu-check
-	@rm -f $(VENV)/installed  # it builds in place, for that torch: .venv's must build again
+gpu-check:  ## build, test and measure on a GPU, 8 minutes; writes build/gpu-check
+	@rm -f $(VENV)/installed  # it builds in place for another torch, so that .venv must build again
 	$(PYTHON) -m benches.gpu_check
 
 $(VENV)/matrix: $(VENV)/installed
@@ -127,12 +127,12 @@ $(VENV)/peers: $(VENV)/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check numpy lovely-tensors wandb lightning matplotlib
 	@touch $@
 
-bench: $(VENV)/peers  ## run all benchmarks, 20 minutes; writes benches/results, README.md and a chart
+bench: $(VENV)/peers  ## run all benchmarks, 20 minutes; writes docs/benchmarks.md and its data
 	$(BIN)/python -m benches.report --repeat 2
 	$(BIN)/python -m benches.in_turns
 	$(BIN)/python -m benches.chart
 
-bench-compare: $(VENV)/installed  ## compare the speed of this tree with that of BASE=<revision>
+bench-compare: $(VENV)/installed  ## compare the speed of this tree with BASE=<revision>, 4 minutes
 	$(BIN)/python -m benches.compare $(or $(BASE),HEAD)
 
 check: $(VENV)/installed  ## run formatters, linters and the type checker

@@ -1,48 +1,38 @@
-"""Options and fixtures of the benchmarks: the device, the threads, the backend, and how to time."""
+"""Options and fixtures of the benchmarks: device, threads, backend, and the `measure` fixture."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
 import torch
 
 import paramstats
-from benches import compiling, hardware
-from benches.device_time import device_seconds
+from benches import hardware, timing
 
-_SECONDS = 0.8
-"""That a contestant is timed for, about, after its warm-up, where the test does not say."""
-
-_LEAST_ROUNDS = 3
-_MOST_ROUNDS = 1000
-_SLOW = 0.2
-"""Seconds: one call says how long such a call takes; it and the check before were the warm-up."""
-
-_LEAST_ROUND = 1e-4
-"""Seconds: shorter calls are timed several at once, against the clock's own cost."""
+_TIMING = {"max_time": 0.5, "min_rounds": 3, "min_time": 1e-4}
+"""Seconds of a timing, and of a round: short calls are timed several at once."""
 
 Measure = Callable[..., None]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--device", choices=("cpu", "cuda"), default="cpu", help="where the benchmarks' tensors are"
-    )
-    parser.addoption(
-        "--compile-seconds",
-        type=float,
-        default=compiling.MOST_SECONDS,
-        help="after which torch.compile is given up (default: %(default)s)",
+        "--device", choices=("cpu", "cuda"), default="cpu", help="device of the benchmarks' tensors"
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "large: takes a GiB of memory for its tensors, and more")
+    config.addinivalue_line("markers", "large: needs several GiB of memory")
     if "s" not in config.option.reportchars:
-        config.option.reportchars += "s"  # why a contestant did not run belongs to the result
+        config.option.reportchars += "s"  # print the reason when a contestant is skipped
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        item.add_marker(pytest.mark.benchmark(**_TIMING))
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
@@ -52,7 +42,7 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 def pytest_benchmark_update_machine_info(
     config: pytest.Config, machine_info: dict[str, Any]
 ) -> None:
-    """For benches.report, which may run elsewhere."""
+    """Add the hardware and versions that benches.report needs."""
     machine_info["benches"] = hardware.describe(_device(config))
 
 
@@ -66,43 +56,29 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     if wanted.type == "cuda" and not torch.cuda.is_available():
         pytest.skip(f"torch {torch.__version__} finds no CUDA device")
     if wanted.type == "cuda":
-        torch.cuda.init()  # before paramstats is asked what it can do there
+        torch.cuda.init()  # paramstats.backend() does not initialize CUDA
     return wanted
 
 
 @pytest.fixture
-def use_engine(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> Callable[[str], None]:
-    """Forces an backend of paramstats until the test is over; skips the test where it is missing,
-    so that nothing runs under another's name."""
+def use_backend(device: torch.device) -> Iterator[Callable[[str], None]]:
+    """Return a function that selects a backend until the test ends, or skips the test."""
+    with ExitStack() as stack:
 
-    def use(name: str) -> None:
-        try:
-            chosen = paramstats._core.backend.choose(name)
-        except RuntimeError as missing:
-            pytest.skip(str(missing))
-        monkeypatch.setattr(paramstats._core.backend, "_active", chosen)
-        if device.type == "cuda" and paramstats.backend().cuda != name:
-            pytest.skip(f"CUDA tensors have the {paramstats.backend().cuda} backend")
+        def use(name: str) -> None:
+            try:
+                stack.enter_context(timing.use_backend(name))
+            except RuntimeError as missing:
+                pytest.skip(str(missing))
+            if device.type == "cuda" and paramstats.backend().cuda != name:
+                pytest.skip(f"the backend of CUDA tensors is {paramstats.backend().cuda}")
 
-    return use
-
-
-@pytest.fixture
-def compile_first(request: pytest.FixtureRequest) -> Callable[[Callable[[], Any]], None]:
-    """Has a call compiled, or skips the test, saying why it cannot be."""
-    seconds = float(request.config.getoption("--compile-seconds"))
-
-    def compile_first(call: Callable[[], Any]) -> None:
-        reason = compiling.why_not_compiled(call, seconds)
-        if reason is not None:
-            pytest.skip(reason)
-
-    return compile_first
+        yield use
 
 
 @pytest.fixture(params=(1, 2), ids="{}_threads".format)
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    """Sets torch's threads, which are paramstats' too, until the test is over."""
+    """Set the number of torch's threads, which paramstats uses too, until the test ends."""
     if request.param > hardware.cores():
         pytest.skip(f"{request.param} threads on {hardware.cores()} core")
     before = torch.get_num_threads()
@@ -113,55 +89,31 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
 @pytest.fixture
 def measure(benchmark: Any, device: torch.device) -> Measure:
-    """`measure(call, case, contestant, **about)` times `call`; `about` goes to the report.
+    """`measure(call, case, contestant, **about)` times `call` and stores `about` in the JSON.
 
-    On CUDA a call is over when the device is done. Of one that `queues`, the time by the device's
-    own clock is told, too.
+    On CUDA the timing of each call includes waiting for the GPU. If `queue` is given, a function
+    that queues work without waiting, its GPU time is measured, too.
     """
-
-    def timed_on(call: Callable[[], Any]) -> Callable[[], Any]:
-        if device.type != "cuda":
-            return call
-
-        def call_and_wait() -> None:
-            call()
-            torch.cuda.synchronize(device)
-
-        return call_and_wait
 
     def measure(
         call: Callable[[], Any],
         case: str,
         contestant: str,
-        queues: bool = False,
-        seconds: float = _SECONDS,
+        queue: Callable[[], Any] | None = None,
         **about: Any,
     ) -> None:
-        timed = timed_on(call)
-        one = _seconds_of(timed)
-        iterations = max(1, round(_LEAST_ROUND / one))
-        rounds = int(seconds / (one * iterations))
-        rounds = min(max(rounds, _LEAST_ROUNDS), _MOST_ROUNDS)
+        def call_and_wait() -> None:
+            call()
+            torch.cuda.synchronize(device)
+
         benchmark.group = case
         benchmark.extra_info.update(
             case=case, contestant=contestant, threads=torch.get_num_threads(), **about
         )
         free = hardware.FreeShare()
-        benchmark.pedantic(timed, rounds=rounds, iterations=iterations, warmup_rounds=rounds // 10)
+        benchmark(call_and_wait if device.type == "cuda" else call)
         benchmark.extra_info["free"] = free()
-        if queues and device.type == "cuda":
-            benchmark.extra_info["device_s"] = device_seconds(call)
+        if queue is not None and device.type == "cuda":
+            benchmark.extra_info["device_s"] = timing.device_seconds(queue)
 
     return measure
-
-
-def _seconds_of(call: Callable[[], Any]) -> float:
-    """The best of three calls, or the first where it is slow."""
-    best = float("inf")
-    for _ in range(3):
-        begin = time.perf_counter()
-        call()
-        best = min(best, time.perf_counter() - begin)
-        if best > _SLOW:
-            break
-    return best

@@ -1,4 +1,4 @@
-"""What a run was measured on, and with what."""
+"""Describes the hardware and versions of a run, and measures how much of the CPU was free."""
 
 from __future__ import annotations
 
@@ -18,48 +18,47 @@ LEAST_FREE = 0.9
 
 
 def cores() -> int:
-    """Processors that this process may use."""
+    """Return the number of processors that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 class FreeShare:
-    """The share of all processors that was this process's own or idle since this was made.
+    """Measures the share of all processors that was idle or used by this process.
 
-    Its own is also what children took that have ended and were waited for. What is missing to 1
-    went to others, and a timing under such company is not to be believed.
+    The time of ended child processes counts as this process's. Other programs used the rest; if
+    they used much, timings are not reliable.
     """
 
     def __init__(self) -> None:
-        self._begin = _times()
+        self._begin = _cpu_seconds()
 
     def __call__(self) -> float | None:
-        """None where /proc/stat does not tell."""
-        end = _times()
+        """Return the share since construction, or None without /proc/stat."""
+        end = _cpu_seconds()
         if self._begin is None or end is None or end[0] == self._begin[0]:
             return None
         return min(1.0, (end[1] - self._begin[1]) / (end[0] - self._begin[0]))
 
 
-def _times() -> tuple[float, float] | None:
-    """Seconds of all processors together; of those, idle ones and this process's own."""
+def _cpu_seconds() -> tuple[float, float] | None:
+    """Return the seconds of all processors, and those that were idle or used by this process."""
     try:
         fields = Path("/proc/stat").read_text().splitlines()[0].split()[1:9]
     except OSError:
         return None
-    ticks = [int(field) / os.sysconf("SC_CLK_TCK") for field in fields]
-    idle = ticks[3] + ticks[4]  # idle, iowait
+    seconds = [int(field) / os.sysconf("SC_CLK_TCK") for field in fields]
+    idle = seconds[3] + seconds[4]  # idle, iowait
     children = os.times()
     own = time.process_time() + children.children_user + children.children_system
-    return sum(ticks), idle + own
+    return sum(seconds), idle + own
 
 
 def describe(device: str) -> dict[str, Any]:
-    """Hardware, versions, backend and date, ready for JSON; nothing that names the machine."""
+    """Return hardware, versions, backend and date for JSON, without the name of the machine."""
     on_gpu = device == "cuda" and torch.cuda.is_available()
-    gpu = _gpu() if on_gpu else {}
-    backend = paramstats.backend()  # which knows more of a device that is in use
+    backend = paramstats.backend()  # after CUDA is initialized: it then reports more
     return {
         "date": datetime.date.today().isoformat(),
         "device": device,
@@ -68,7 +67,7 @@ def describe(device: str) -> dict[str, Any]:
             "cores": cores(),
             "threads": torch.get_num_threads(),
             "gpu": torch.cuda.get_device_name() if on_gpu else None,
-            **gpu,
+            "cuda": torch.version.cuda if on_gpu else None,
         },
         "versions": {
             "paramstats": backend.version,
@@ -77,17 +76,6 @@ def describe(device: str) -> dict[str, Any]:
         },
         "backend": backend.cuda if device == "cuda" else backend.cpu,
         "simd": backend.simd,
-    }
-
-
-def _gpu() -> dict[str, Any]:
-    properties = torch.cuda.get_device_properties()
-    return {
-        "gpu_capability": f"{properties.major}.{properties.minor}",
-        "gpu_multiprocessors": properties.multi_processor_count,
-        "gpu_memory_bytes": properties.total_memory,
-        "gpu_l2_bytes": getattr(properties, "L2_cache_size", None),
-        "cuda": torch.version.cuda,
     }
 
 

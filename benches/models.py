@@ -1,7 +1,4 @@
-"""The models that are summarised: real shapes, random weights, gradients of a real backward pass.
-
-A name, what the README calls it, and a function that builds it with a gradient on every parameter.
-"""
+"""The models of the benchmarks: real shapes, random weights, gradients of a real backward pass."""
 
 from __future__ import annotations
 
@@ -15,18 +12,22 @@ import pytest
 import torch
 from torch import nn
 
-_SEED = 0
 _BATCH = 32
 _TOKENS = 64
+_GIB = 1 << 30
+_PIECE = 1 << 26
+"""Elements that are generated at a time, in float32."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model to be summarised."""
+    """A model: `title` is its name in the tables; `build` returns it with all gradients."""
 
     name: str
     title: str
     build: Callable[[torch.device], nn.Module]
+    device: str | None = None
+    """The only device on which it is measured."""
 
 
 def _mlp(widths: list[int], device: torch.device) -> nn.Module:
@@ -36,29 +37,19 @@ def _mlp(widths: list[int], device: torch.device) -> nn.Module:
     model = nn.Sequential(*layers[:-1]).to(device)
     inputs = torch.rand(_BATCH, widths[0], device=device)
     labels = torch.randint(widths[-1], (_BATCH,), device=device)
-    _backward(nn.functional.cross_entropy(model(inputs), labels))
+    nn.functional.cross_entropy(model(inputs), labels).backward()
     return model
 
 
-def _seed_mlp(device: torch.device) -> nn.Module:
-    """4 parameters, the size of a first example on 8 x 8 digits."""
-    return _mlp([64, 64, 10], device)
-
-
-def _deep_mlp(device: torch.device) -> nn.Module:
-    """16 layers, 32 parameters, which fit in cache."""
-    return _mlp([64, *[256] * 15, 10], device)
-
-
 def _gpt2(device: torch.device) -> nn.Module:
-    """GPT-2 of 124 M parameters in float32; its token embedding is also its output layer."""
-    transformers = _transformers()
+    """GPT-2 with 124 M parameters in float32; its token embedding is also its output layer."""
+    transformers = pytest.importorskip("transformers", reason="for this model")
     return _after_backward(transformers.GPT2LMHeadModel(transformers.GPT2Config()).to(device))
 
 
 def _llama(device: torch.device) -> nn.Module:
-    """134 M parameters in bfloat16, in Llama's shapes."""
-    transformers = _transformers()
+    """A model with Llama's shapes and 134 M parameters in bfloat16."""
+    transformers = pytest.importorskip("transformers", reason="for this model")
     config = transformers.LlamaConfig(
         vocab_size=32_000,
         hidden_size=768,
@@ -70,56 +61,77 @@ def _llama(device: torch.device) -> nn.Module:
 
 
 def _many(parameters: int, elements: int, device: torch.device) -> nn.Module:
-    """Parameters of one dimension in one list: all cost is a tensor's, not its elements'."""
+    """Many small parameters: the overhead per tensor dominates."""
     model = nn.ParameterList(torch.randn(elements, device=device) for _ in range(parameters))
-    _backward(torch.cat(tuple(model)).sin().sum())
+    torch.cat(tuple(model)).sin().sum().backward()
     return model
+
+
+def _one_tensor(nbytes: int, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """One parameter without a gradient."""
+    if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < 3 * nbytes:
+        pytest.skip("too little free memory on the GPU")
+    tensor = filled(nbytes // dtype.itemsize, dtype, device)
+    return nn.ParameterList([nn.Parameter(tensor, requires_grad=False)])
+
+
+def filled(numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return normally distributed values, or uniformly distributed integers."""
+    torch.manual_seed(0)
+    tensor = torch.empty(numel, dtype=dtype, device=device)
+    for piece in tensor.split(_PIECE):
+        if dtype.is_floating_point:
+            piece.copy_(torch.randn(piece.shape, device=device))
+        else:
+            piece.random_(-128, 128)
+    return tensor
 
 
 def _after_backward(model: Any) -> nn.Module:
     device = next(model.parameters()).device
     tokens = torch.randint(model.config.vocab_size, (1, _TOKENS), device=device)
-    _backward(model(input_ids=tokens, labels=tokens).loss)
+    model(input_ids=tokens, labels=tokens).loss.backward()
     return model  # type: ignore[no-any-return]
 
 
-def _backward(loss: torch.Tensor) -> None:
-    loss.backward()
-
-
-def _transformers() -> Any:
-    return pytest.importorskip("transformers", reason="this model needs transformers")
+def _in_gpu_memory(nbytes: int, dtype: torch.dtype) -> Model:
+    size = f"{nbytes // _GIB} GiB" if nbytes >= _GIB else f"{nbytes // 10**6} MB"
+    title = f"{size} of {str(dtype).removeprefix('torch.')}"
+    name = title.replace(" of ", "_").replace(" ", "_")
+    return Model(name, title, partial(_one_tensor, nbytes, dtype), "cuda")
 
 
 MODELS = (
-    Model("seed_mlp", "MLP of 4 parameters", _seed_mlp),
-    Model("mlp_16_layers", "MLP of 16 layers", _deep_mlp),
+    Model("seed_mlp", "MLP of 4 parameters", partial(_mlp, [64, 64, 10])),
+    Model("mlp_16_layers", "MLP of 16 layers", partial(_mlp, [64, *[256] * 15, 10])),
     Model("gpt2", "GPT-2, 124 M parameters, float32", _gpt2),
     Model("llama_bfloat16", "Llama-shaped, 134 M parameters, bfloat16", _llama),
     Model("tensors_of_16", "1,000 parameters of 16 elements", partial(_many, 1000, 16)),
     Model("tensors_of_100", "5,000 parameters of 100 elements", partial(_many, 5000, 100)),
+    _in_gpu_memory(2 * _GIB, torch.float32),
+    _in_gpu_memory(2 * _GIB, torch.bfloat16),
+    _in_gpu_memory(_GIB, torch.float8_e4m3fn),
+    _in_gpu_memory(_GIB, torch.int8),
+    _in_gpu_memory(32_000_000, torch.float32),
+    _in_gpu_memory(32_000_000, torch.bfloat16),
 )
 
 
 def build(model: Model, device: torch.device) -> nn.Module:
-    """The same weights and gradients at every run, and a gradient on every parameter."""
-    torch.manual_seed(_SEED)
-    built = model.build(device)
-    without = [name for name, p in built.named_parameters() if p.grad is None]
-    assert not without, f"parameters without a gradient: {without}"
-    return built
+    """Build a model with the same weights and gradients on every run."""
+    torch.manual_seed(0)
+    return model.build(device)
+
+
+def by_name(name: str, device: torch.device) -> nn.Module:
+    return build(next(model for model in MODELS if model.name == name), device)
 
 
 def tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Every parameter under its name, every gradient under its name + ".grad"."""
+    """Return every parameter under its name, every gradient under its name + ".grad"."""
     named = {}
     for name, p in model.named_parameters():
         named[name] = p.detach()
         if p.grad is not None:
             named[f"{name}.grad"] = p.grad
     return named
-
-
-def size(named: dict[str, torch.Tensor]) -> int:
-    """Bytes."""
-    return sum(t.numel() * t.element_size() for t in named.values())

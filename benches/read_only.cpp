@@ -1,8 +1,7 @@
-// The memory limit: what it costs to read some memory and do next to nothing with it.
+// The memory limit: a loop that reads memory and does almost nothing else.
 //
-// It adds up all bytes as 64-bit words, one SIMD addition for 64 bytes; the sum proves that every
-// byte was read. read_only.py compiles this on the spot and keeps the prefetch distance that is
-// fastest for the memory at hand.
+// It adds up all bytes as 64-bit words, with one SIMD addition per 64 bytes. The sum proves that every
+// byte was read. read_only.py compiles this file and selects the fastest prefetch distance:
 //
 // c++ -std=c++20 -O3 -march=native -shared -fPIC -pthread read_only.cpp
 #include <atomic>
@@ -19,7 +18,7 @@ constexpr int kVectorBytes = 64;
 constexpr int kUnroll = 8;  // independent sums, so that no addition waits for another
 typedef uint64_t Words __attribute__((vector_size(kVectorBytes)));
 
-// kAhead: how many bytes ahead of the read memory is asked for; 0 leaves it to the processor.
+// kAhead: the prefetch distance in bytes; 0 leaves prefetching to the processor.
 template <int kAhead>
 uint64_t sum_words(const char* p, int64_t size) {
   constexpr int kStep = kUnroll * kVectorBytes;
@@ -48,7 +47,7 @@ uint64_t sum_words(const char* p, int64_t size) {
 
 // ---- several threads -----------------------------------------------------------------------
 
-// A thread's share of the pieces: at every call the same memory, which its core may have kept.
+// The pieces of one thread: the same in every call, because its core may have them in its cache.
 struct alignas(64) Share {
   std::atomic<int64_t> next;
   int64_t end;
@@ -63,10 +62,10 @@ struct Job {
   std::atomic<uint64_t> sum;
   std::atomic<int> working;
 };
-Job& job = *new Job;  // never destroyed: the threads run to the end
+Job& job = *new Job;  // never destroyed, because the helper threads never end
 
-// The thread's own share, then what is left of the others': a slow thread holds up no other.
-void take_pieces(int thread) {
+// Reads the thread's own pieces, then the remaining pieces of slower threads.
+void read_pieces(int thread) {
   uint64_t sum = 0;
   for (int k = 0; k < job.threads; ++k) {
     Share& share = job.shares[(thread + k) % job.threads];
@@ -77,18 +76,18 @@ void take_pieces(int thread) {
   job.sum.fetch_add(sum, std::memory_order_relaxed);
 }
 
-// Threads stay, and stay awake for about a millisecond: OpenMP's, on which torch and paramstats
-// run, do too, and starting one takes tens of microseconds.
+// Helper threads spin for about a millisecond after a call, as OpenMP's threads do, which torch and
+// paramstats use. Waking a sleeping thread takes tens of microseconds.
 constexpr int kYields = 2000;
 
 struct alignas(64) Helper {
-  std::atomic<int> asked{0};  // how often it was asked for help
+  std::atomic<int> calls{0};
 
   void serve(int thread) {
     for (int served = 0;; ++served) {
-      for (int i = 0; i < kYields && asked.load() == served; ++i) std::this_thread::yield();
-      asked.wait(served);
-      take_pieces(thread);
+      for (int i = 0; i < kYields && calls.load() == served; ++i) std::this_thread::yield();
+      calls.wait(served);
+      read_pieces(thread);
       job.working.fetch_sub(1, std::memory_order_release);
     }
   }
@@ -96,8 +95,8 @@ struct alignas(64) Helper {
 
 }  // namespace
 
-// Reads `pieces` pieces of memory with up to `threads` threads; one call at a time. Returns the sum
-// of their 64-bit words, modulo 2^64, the last word of a piece filled up with zeros.
+// Reads `pieces` pieces of memory with up to `threads` threads and returns the sum of their 64-bit
+// words modulo 2^64. The last word of a piece is padded with zeros. Not thread-safe.
 extern "C" uint64_t read_only(const char* const* starts, const int64_t* sizes, int64_t pieces,
                               int threads, int ahead) {
   static auto& helpers = *new std::deque<Helper>;
@@ -117,10 +116,10 @@ extern "C" uint64_t read_only(const char* const* starts, const int64_t* sizes, i
   job.sum = 0;
   job.working = threads - 1;
   for (int k = 0; k < threads - 1; ++k) {
-    helpers[k].asked.fetch_add(1);
-    helpers[k].asked.notify_one();
+    helpers[k].calls.fetch_add(1);
+    helpers[k].calls.notify_one();
   }
-  take_pieces(0);
+  read_pieces(0);
   while (job.working.load(std::memory_order_acquire) > 0) std::this_thread::yield();
   return job.sum;
 }

@@ -1,17 +1,13 @@
-"""Runs the benchmarks and writes what came out: a JSON file of medians, and the README's tables.
+"""Runs the benchmarks; writes medians to benches/results and tables to docs/benchmarks.md.
 
-    python -m benches.report                      runs `pytest benches` and benches.step_cost first
-    python -m benches.report --repeat 3           three times, against slow spells of the machine
-    python -m benches.report --json FILE ...      takes what `pytest benches --benchmark-json` wrote
-    python -m benches.report --dry-run            prints, and writes nothing
-    python -m benches.report --device cuda        on a GPU; runs `python -m benches.on_gpu`, too
-    python -m benches.report --json FILE ... --step-cost FILE   takes what both of them wrote
-    python -m benches.report --json FILE ... --on-gpu FILE      the same for a GPU
+    python -m benches.report                  run pytest benches and benches.step_cost
+    python -m benches.report --repeat 3       run pytest three times and take medians
+    python -m benches.report --device cuda    run on a GPU, with benches.on_gpu
+    python -m benches.report FILE...          run nothing; use JSON files of earlier runs
+    python -m benches.report --dry-run        print the tables and write nothing
 
-Of several runs, each statistic is the median of their medians, spread and company the worst; the
-training steps are measured once.
-The tables go between two lines of README.md, <!-- benchmark:begin --> and <!-- benchmark:end -->
-(benchmark-cuda for a run on CUDA).
+FILE is a file of benches/results, or written by `pytest benches --benchmark-json FILE`,
+`python -m benches.step_cost --json FILE` or `python -m benches.on_gpu --json FILE`.
 """
 
 from __future__ import annotations
@@ -23,6 +19,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,145 +28,140 @@ from benches.hardware import LEAST_FREE
 from benches.tables import render
 from docs import blocks
 
-_HERE = Path(__file__).parent
-_RESULTS = _HERE / "results"
-_README = _HERE.parent / "README.md"
+_ROOT = Path(__file__).parent.parent
+_RESULTS = _ROOT / "benches" / "results"
+_PAGE = _ROOT / "docs" / "benchmarks.md"
 
 _MOST_SPREAD = 0.2
-"""Interquartile range, in parts of the median, that a timing to be published may have."""
+"""Largest interquartile range, relative to the median, of a timing to be published."""
 
 Report = dict[str, Any]
 
 
-def run(device: str, timings_alone: bool = False) -> dict[str, Any]:
-    """Everything that pytest-benchmark has to say about a run."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "benchmark.json"
-        command = [sys.executable, "-m", "pytest", str(_HERE), "-q", "--device", device]
-        if timings_alone:
-            command.append("--benchmark-only")
-        done = subprocess.run([*command, f"--benchmark-json={out}"], cwd=_HERE.parent, check=False)
-        if done.returncode != 0 or not out.exists():
-            sys.exit("benches.report: the benchmarks did not pass, so nothing is reported")
-        return json.loads(out.read_text())  # type: ignore[no-any-return]
+def run_all(device: str, repeat: int) -> list[Report]:
+    """Run pytest `repeat` times and the other benchmarks once; return what they wrote."""
+    found = []
+    for turn in range(repeat):
+        timings_only = ("--benchmark-only",) if turn else ()
+        report = _run(
+            "pytest", "--benchmark-json", "benches", "-q", "--device", device, *timings_only
+        )
+        if report is None:
+            sys.exit("benches.report: the benchmarks failed, so nothing is reported")
+        found.append(report)
+    for module in ("benches.step_cost", *(("benches.on_gpu",) if device == "cuda" else ())):
+        report = _run(module, "--json", *(("--device", device) if "step" in module else ()))
+        if report is None:
+            print(f"benches.report: {module} failed and is left out", file=sys.stderr)
+        else:
+            found.append(report)
+    return found
 
 
-def run_module(module: str) -> dict[str, Any] | None:
-    """What is no contest between contestants; None where it could not be measured."""
+def _run(module: str, json_option: str, *arguments: str) -> Report | None:
+    """Run a module that writes a JSON file; return its content, or None if the module failed."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out.json"
-        command = (sys.executable, "-m", module, "--json", str(out))
-        done = subprocess.run(command, cwd=_HERE.parent, check=False)
-        if done.returncode != 0:
-            print(f"benches.report: {module} ended with {done.returncode}", file=sys.stderr)
-        return json.loads(out.read_text()) if out.exists() else None
+        command = [sys.executable, "-m", module, *arguments, json_option, str(out)]
+        done = subprocess.run(command, cwd=_ROOT, check=False)
+        return json.loads(out.read_text()) if done.returncode == 0 and out.exists() else None
 
 
-def joined(report: Report, other: dict[str, Any]) -> Report:
-    """One report of both, of the same machine and versions."""
-    for key in ("hardware", "versions", "backend"):
-        if report[key] != other[key]:
-            sys.exit(f"benches.report: expected both on one machine, got another {key}")
-    if "parts" in other:
-        return {**report, "on_gpu": other["parts"]}
-    return {**report, "step_cost": {key: other[key] for key in ("steps", "missing", "quick")}}
+def combine(found: Sequence[Report]) -> Report:
+    """Combine files of one machine and version: medians, spread, training steps, GPU calls."""
+    finished = [report for report in found if "cases" in report]
+    if finished:
+        return finished[0]
+    runs = [report for report in found if "benchmarks" in report]
+    if not runs:
+        sys.exit("benches.report: expected a file of `pytest benches --benchmark-json`")
+    others = [report for report in found if "parts" in report or "steps" in report]
+    where: Report = runs[0]["machine_info"]["benches"]
+    for other in (*(run["machine_info"]["benches"] for run in runs), *others):
+        for key in ("hardware", "versions", "backend"):
+            if other[key] != where[key]:
+                sys.exit(f"benches.report: expected runs on one machine, got a different {key}")
+    repeats = Counter(timing["fullname"] for run in runs for timing in run["benchmarks"])
+    report = {**where, "runs": max(repeats.values(), default=0), "cases": _cases(runs)}
+    for other in others:
+        if "parts" in other:
+            report.setdefault("on_gpu", {}).update(other["parts"])
+        else:
+            report["step_cost"] = {key: other[key] for key in ("steps", "missing")}
+    return report
 
 
-def condense(runs: list[dict[str, Any]]) -> Report:
-    """Medians by case and contestant, how steady they were, and where they were measured."""
-    where = [run.get("machine_info", {}).get("benches") for run in runs]
-    if None in where:
-        sys.exit("benches.report: expected files of `pytest benches --benchmark-json`")
-    if any(other != where[0] for other in where):
-        sys.exit("benches.report: expected runs of one day, machine and version")
-    entries: dict[str, list[dict[str, Any]]] = {}
+def _cases(runs: Sequence[Report]) -> dict[str, Any]:
+    """Return, per case and contestant, the median of the runs' medians and the worst spread."""
+    timings: dict[str, list[dict[str, Any]]] = {}
     for run in runs:
-        for entry in run["benchmarks"]:
-            if "free" not in entry["extra_info"]:
-                continue  # interrupted while it was measured
-            entries.setdefault(entry["fullname"], []).append(entry)
-    if not entries:
-        sys.exit("benches.report: nothing was measured (see the reasons of what was skipped)")
+        for timing in run["benchmarks"]:
+            if "free" in timing["extra_info"]:  # else it was interrupted
+                timings.setdefault(timing["fullname"], []).append(timing)
     cases: dict[str, Any] = {}
-    for same in entries.values():
-        infos = [entry["extra_info"] for entry in same]
-        about = dict(infos[0])
-        contestant, errors = about.pop("contestant"), about.pop("errors", None)
+    for same in timings.values():
+        infos = [timing["extra_info"] for timing in same]
+        case = cases.setdefault(
+            infos[0]["case"],
+            {
+                **{key: infos[0][key] for key in ("threads", "title", "tensors", "bytes")},
+                **{key: {} for key in ("median_s", "iqr_s", "free")},
+            },
+        )
+        contestant = infos[0]["contestant"]
+        case["median_s"][contestant] = statistics.median(t["stats"]["median"] for t in same)
+        case["iqr_s"][contestant] = max(t["stats"]["iqr"] for t in same)
         shares = [info["free"] for info in infos if info["free"] is not None]
-        on_device = [info["device_s"] for info in infos if info.get("device_s") is not None]
-        about.pop("free"), about.pop("device_s", None)
-        empty: dict[str, Any] = {"median_s": {}, "iqr_s": {}, "free": {}, "error": {}}
-        case = cases.setdefault(about.pop("case"), {**about, **empty})
-        case["median_s"][contestant] = statistics.median(e["stats"]["median"] for e in same)
-        case["iqr_s"][contestant] = max(entry["stats"]["iqr"] for entry in same)
         case["free"][contestant] = min(shares, default=None)
-        if errors:
-            case["error"][contestant] = errors
+        on_device = [info["device_s"] for info in infos if "device_s" in info]
         if on_device:
             case.setdefault("device_s", {})[contestant] = statistics.median(on_device)
-    return {**where[0], "runs": len(runs), "cases": cases}
+    return cases
 
 
 def noisy(report: Report) -> list[str]:
-    """Medians that a second run may not confirm, and why."""
-    found = []
-    for name, case in report["cases"].items():
-        for contestant, median in case["median_s"].items():
-            spread, free = case["iqr_s"][contestant] / median, case["free"][contestant]
-            if spread > _MOST_SPREAD or (free is not None and free < LEAST_FREE):
-                free_text = "" if free is None else f", {free:.0%} of the processors free"
-                found.append(f"{name}: {contestant}, spread {spread:.0%}{free_text}")
+    """Describe the timings that should be repeated: large spread, or other programs running."""
+    timings = [
+        (f"{name}, {contestant}", case["iqr_s"][contestant] / median, case["free"][contestant])
+        for name, case in report["cases"].items()
+        for contestant, median in case["median_s"].items()
+    ]
     for name, step in report.get("step_cost", {}).get("steps", {}).items():
         for tool, timing in step["tools"].items():
             low, high = timing["step_quartiles_s"]
-            spread, free = (high - low) / timing["step_s"], timing["free"]
-            company = free is not None and free < LEAST_FREE and tool != "wandb_watch"  # its own
-            if spread > _MOST_SPREAD or company:
-                free_text = "" if free is None else f", {free:.0%} of the processors free"
-                found.append(f"a step of {name}: {tool}, spread {spread:.0%}{free_text}")
-    return found
+            timings.append((f"step of {name}, {tool}", (high - low) / timing["step_s"], None))
+    return [
+        f"{what}: spread {spread:.0%}" + ("" if free is None else f", {free:.0%} of the CPU free")
+        for what, spread, free in timings
+        if spread > _MOST_SPREAD or (free is not None and free < LEAST_FREE)
+    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser("python -m benches.report", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--json", type=Path, nargs="+", help="of pytest benches --benchmark-json")
-    parser.add_argument("--step-cost", type=Path, help="of benches.step_cost --json; with --json")
-    parser.add_argument("--on-gpu", type=Path, help="of benches.on_gpu --json; with --json")
-    parser.add_argument("--repeat", type=int, default=1, help="how often to run them")
+    parser.add_argument("files", type=Path, nargs="*", metavar="FILE", help="of earlier runs")
+    parser.add_argument("--repeat", type=int, default=1, help="how often to run pytest")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--name", help="of the file in benches/results (default: the processor's)")
     parser.add_argument("--dry-run", action="store_true", help="print the tables, write nothing")
     options = parser.parse_args()
-
-    if options.json:
-        runs = [json.loads(path.read_text()) for path in options.json]
-    else:
-        runs = [run(options.device, timings_alone=turn > 0) for turn in range(options.repeat)]
-    report = condense(runs)
-    other = None
-    if options.json:
-        path = options.on_gpu or options.step_cost
-        if path and path.exists():  # benches.gpu_check names it in any case
-            other = json.loads(path.read_text())
-    else:
-        other = run_module("benches.on_gpu" if options.device == "cuda" else "benches.step_cost")
-    if other is not None:
-        report = joined(report, other)
-    hardware = report["hardware"]
-    name = options.name or f"{hardware['gpu'] or hardware['cpu']} {hardware['threads']} threads"
-    path = _RESULTS / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
+    files = [json.loads(path.read_text()) for path in options.files if path.exists()]
+    if options.files and not files:
+        parser.error("none of the files exists")
+    report = combine(files or run_all(options.device, options.repeat))
     tables = render(report)
     print(tables, end="\n\n")
-    for what in noisy(report):
-        print(f"noisy, better measured again: {what}")
+    for timing in noisy(report):
+        print(f"noisy, better measured again: {timing}")
     if options.dry_run:
         return
-    _RESULTS.mkdir(exist_ok=True)
+    hardware = report["hardware"]
+    name = f"{hardware['gpu'] or hardware['cpu']} {hardware['threads']} threads"
+    path = _RESULTS / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
     path.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"medians: {path.relative_to(_HERE.parent)}")
     block = "benchmark" if report["device"] == "cpu" else f"benchmark-{report['device']}"
-    blocks.write(_README, block, tables)
+    blocks.write(_PAGE, block, tables)
+    print(f"wrote {path.relative_to(_ROOT)} and {_PAGE.relative_to(_ROOT)}")
 
 
 if __name__ == "__main__":

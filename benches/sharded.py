@@ -1,22 +1,23 @@
-"""What an exchange costs from 8 to 4,096 processes: collectives, bytes and the joining of states.
+"""Measures what the exchange of statistics between ranks costs, for 8 to 4,096 ranks.
 
-    python -m benches.sharded
-    python -m benches.sharded --tensors 10000 --ranks 1024
+    python -m benches.sharded [TENSORS]
 
-First in real processes on this machine. Beyond, one process stands for all: it runs paramstats' own
-exchange for rank 0, and what the others would have sent is made from what it sends itself. So
-collectives, bytes and the time that a process works are measured; the network's time is arithmetic,
-from a bandwidth and a latency that are stated.
+First, real processes on this machine summarize a model of DTensors. For more ranks, one process is
+rank 0, and its own data replaces what the other ranks would send. So the number of collectives, the
+bytes and the work of a rank are measured; the time of the network is computed from an assumed
+bandwidth and latency.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
+import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -25,102 +26,33 @@ from torch._C._distributed_c10d import FileStore
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.multiprocessing.spawn import spawn
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import paramstats
 from benches import hardware
-from paramstats._core.backend import active
-from paramstats._core.layout import Layout
-from paramstats._sharded.collectives import Processes
-from paramstats._sharded.exchange import ALL_TO_ALL_FROM, Group, Result
-from paramstats._sharded.offer import FailedOffer, Offer
-from paramstats._sharded.pieces import held
+from docs import blocks
 
+_PROCESSES = 4
 _RANKS = (8, 16, 64, 256, 1024, 4096)
 _ELEMENTS = 16
-_REPEAT = 5
-_REAL_REPEAT = 15
+_REPEAT = 15
 _LATENCY = 20e-6
-"""Seconds for a message to be under way, assumed."""
+"""Assumed seconds per collective."""
 _BYTES_PER_SECOND = 10e9
-"""That reach one process, assumed: a tenth of what 8 GPUs share with 8 x 400 Gbit/s."""
+"""Assumed bandwidth of a rank: a tenth of its share if 8 GPUs share 8 x 400 Gbit/s."""
 
 
-class OneForAll(Processes):
-    """One process in the place of all, as if the others had its keys' successors and its states."""
-
-    def __init__(self, ranks: int) -> None:
-        super().__init__(None)
-        self.size = ranks
-        self.ranks = list(range(ranks))
-        self.collectives = 0
-        self.received = 0
-        self.seconds = 0.0
-
-    def all_gather(self, block: Tensor) -> Tensor:
-        begin = time.perf_counter()
-        out = block.repeat(self.size, 1, 1)
-        if self.size < ALL_TO_ALL_FROM:  # else they are joined, and have no keys
-            _as_of_others(out)
-        return self._received(out, begin)
-
-    def all_to_all(self, blocks: Tensor) -> Tensor:
-        begin = time.perf_counter()
-        out = blocks[:1].repeat(self.size, 1, 1)
-        _as_of_others(out)
-        return self._received(out, begin)
-
-    def _received(self, out: Tensor, begin: float) -> Tensor:
-        self.collectives += 1
-        self.received += (len(out) - 1) * out[0].nbytes
-        self.seconds += time.perf_counter() - begin
-        return out
+# ---- real processes -----------------------------------------------------------------------------
 
 
-def _as_of_others(out: Tensor) -> None:
-    keys = out[:, 1:, 0]
-    keys += torch.arange(len(out))[:, None] * (keys >= 0)
-
-
-def measured(tensors: int, ranks: int) -> dict[str, float]:
-    """Of one exchange for half as many parameters as `tensors`, and their gradients."""
-    parameters = {}
-    for i in range(tensors // 2):
-        p = nn.Parameter(torch.randn(_ELEMENTS))
-        p.grad = torch.randn(_ELEMENTS)
-        parameters[f"layers.{i}.weight"] = paramstats.LocalShard(p, 0, _ELEMENTS * ranks)
-    rows = list(parameters.values())
-    names = tuple(parameters)
-    layout = Layout.of(names, ((),) * len(names), len(names), rows)  # type: ignore[arg-type]
-    offer = Offer(active(), layout, rows, held(rows, True, {}), True)
-    processes = OneForAll(ranks)
-    group = Group(processes)
-    group.exchange(offer)  # the first time, names are agreed on
-    seconds = []
-    for _ in range(_REPEAT):
-        processes.collectives, processes.received, processes.seconds = 0, 0, 0.0
-        begin = time.perf_counter()
-        result = group.exchange(offer)
-        seconds.append(time.perf_counter() - begin - processes.seconds)
-        assert len(result.table) == tensors // 2 * 2 * 72 and not result.diverged
-    network = processes.collectives * _LATENCY + processes.received / _BYTES_PER_SECOND
-    return {
-        "collectives": processes.collectives,
-        "received": processes.received,
-        "work_s": statistics.median(seconds),
-        "network_s": network,
-    }
-
-
-def on_this_machine(processes: int, tensors: int) -> tuple[float, float]:
-    """Seconds of an exchange and of the whole call, medians, of a model of DTensors in real
-    processes over gloo, which share the cores that are here."""
+def real_seconds(processes: int, tensors: int) -> float:
+    """Return the seconds of a call in one of several processes."""
     with tempfile.TemporaryDirectory() as folder:
-        spawn(_measure, (processes, tensors, folder), nprocs=processes)
-        exchange, call = json.loads((Path(folder) / "seconds").read_text())
-    return exchange, call
+        spawn(_measure_rank, (processes, tensors, folder), nprocs=processes)
+        return float((Path(folder) / "seconds").read_text())
 
 
-def _measure(rank: int, processes: int, tensors: int, folder: str) -> None:
+def _measure_rank(rank: int, processes: int, tensors: int, folder: str) -> None:
     torch.set_num_threads(1)
     store = FileStore(f"{folder}/store", processes)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=processes)
@@ -132,58 +64,105 @@ def _measure(rank: int, processes: int, tensors: int, folder: str) -> None:
     model = nn.ParameterList(nn.Parameter(sharded()) for _ in range(tensors // 2))
     for p in model:
         p.grad = sharded()
-    offered: list[float] = []
-    calls: list[float] = []
-    plain = Group.exchange
-
-    def timed(self: Group, offer: Offer | FailedOffer) -> Result:
+    seconds = []
+    for _ in range(_REPEAT):
         dist.barrier()
-        begin = time.perf_counter()
-        result = plain(self, offer)
-        offered.append(time.perf_counter() - begin)
-        return result
-
-    for exchange, seconds in ((timed, None), (plain, calls)):
-        Group.exchange = exchange  # type: ignore[method-assign]
-        for _ in range(_REAL_REPEAT):
-            dist.barrier()
-            begin = time.perf_counter()
-            paramstats.summarize(model)
-            if seconds is not None:
-                seconds.append(time.perf_counter() - begin)
+        seconds.append(_seconds(model))
     if rank == 0:
-        medians = [statistics.median(offered), statistics.median(calls)]
-        (Path(folder) / "seconds").write_text(json.dumps(medians))
+        (Path(folder) / "seconds").write_text(str(statistics.median(seconds)))
     dist.barrier()
     dist.destroy_process_group()
 
 
+def _seconds(source: Any, clock: Callable[[], float] = time.perf_counter) -> float:
+    begin = clock()
+    paramstats.summarize(source)
+    return clock() - begin
+
+
+# ---- many ranks, simulated by one process -------------------------------------------------------
+
+_CPU = time.thread_time
+"""Other programs on the machine do not change the CPU time of a thread."""
+
+
+class SimulatedRanks:
+    """Replaces torch's collectives: the other ranks hold the next shards, with equal statistics."""
+
+    def __init__(self) -> None:
+        self.collectives = 0
+        self.received = 0
+        self.seconds = 0.0
+        self._sends_shares = False
+
+    def all_gather(self, out: Tensor, block: Tensor, group: object) -> None:
+        # If ranks merge shares of the tensors, they gather merged rows, which have no index.
+        self._fill(out.view(-1, *block.shape), block, not self._sends_shares)
+
+    def all_to_all(self, out: Tensor, blocks: Tensor, group: object) -> None:
+        self._sends_shares = True
+        self._fill(out, blocks[0], True)
+
+    def _fill(self, out: Tensor, block: Tensor, has_indices: bool) -> None:
+        """Receive `block` from every rank; word 0 of its rows but the first one is an index."""
+        begin = _CPU()
+        out.copy_(block)
+        if has_indices:
+            indices = out[:, 1:, 0]
+            indices += torch.arange(len(out))[:, None] * (indices >= 0)
+        self.collectives += 1
+        self.received += (len(out) - 1) * block.nbytes
+        self.seconds += _CPU() - begin
+
+
+def simulated_cost(tensors: int, ranks: int) -> tuple[int, int, float]:
+    """Return the collectives, received bytes and seconds of work of one exchange, for one rank.
+
+    The work is the additional time compared with a call that needs no exchange.
+    """
+    alone, source = _shards(tensors, 1), _shards(tensors, ranks)
+    without = min(_seconds(alone, _CPU) for _ in range(_REPEAT))
+    simulated = SimulatedRanks()
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    with (
+        mock.patch.object(dist, "all_gather_into_tensor", simulated.all_gather),
+        mock.patch.object(dist, "all_gather_single", simulated.all_gather, create=True),
+        mock.patch.object(dist, "all_to_all_single", simulated.all_to_all),
+    ):
+        paramstats.summarize(source)  # the first exchange also agrees on the names
+        seconds = []
+        for _ in range(_REPEAT):
+            simulated.collectives, simulated.received, simulated.seconds = 0, 0, 0.0
+            seconds.append(_seconds(source, _CPU) - simulated.seconds)
+    dist.destroy_process_group()
+    return simulated.collectives, simulated.received, min(seconds) - without
+
+
+def _shards(tensors: int, ranks: int) -> dict[str, paramstats.LocalShard]:
+    """Return the first of `ranks` equal shards of parameters and their gradients."""
+    shards = {}
+    for i in range(tensors // 2):
+        p = nn.Parameter(torch.randn(_ELEMENTS))
+        p.grad = torch.randn(_ELEMENTS)
+        shards[f"layers.{i}.weight"] = paramstats.LocalShard(p, 0, _ELEMENTS * ranks)
+    return shards
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser("python -m benches.sharded", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--tensors", type=int, default=10_000, help="default %(default)s")
-    parser.add_argument("--ranks", type=int, nargs="*", default=_RANKS)
-    parser.add_argument("--processes", type=int, default=4, help="real ones; default %(default)s")
-    options = parser.parse_args()
+    torch.set_num_threads(1)
+    tensors = int(sys.argv[1]) if len(sys.argv) > 1 else 10_000
     print(hardware.describe("cpu"))
-    print(f"{options.tensors:,} tensors, gradients among them; times of one process")
-    exchange, call = on_this_machine(options.processes, options.tensors)
-    print(
-        f"{options.processes} real processes over gloo: {exchange * 1e3:.1f} ms for the exchange, "
-        f"{call * 1e3:.1f} ms for the call"
-    )
-    print("| processes | collectives | received by each | its work, measured | network, reckoned |")
-    print("| ---: | ---: | ---: | ---: | ---: |")
-    for ranks in options.ranks:
-        m = measured(options.tensors, ranks)
-        print(
-            f"| {ranks:,} | {m['collectives']:.0f} | {m['received'] / 1e6:.2f} MB "
-            f"| {m['work_s'] * 1e3:.1f} ms | {m['network_s'] * 1e3:.2f} ms |"
-        )
-    print(
-        f"Reckoned: {_LATENCY * 1e6:.0f} us a collective and {_BYTES_PER_SECOND / 1e9:.0f} GB/s, "
-        f"both assumed."
-    )
+    milliseconds = 1e3 * real_seconds(_PROCESSES, tensors)
+    print(f"{tensors:,} tensors (half of them gradients), {_PROCESSES} processes with gloo:")
+    print(f"{milliseconds:.1f} ms per call")
+    rows = []
+    for ranks in _RANKS:
+        collectives, nbytes, work = simulated_cost(tensors, ranks)
+        network = collectives * _LATENCY + nbytes / _BYTES_PER_SECOND
+        times = f"{work * 1e3:.1f} ms", f"{network * 1e3:.2f} ms"
+        rows.append((f"{ranks:,}", str(collectives), f"{nbytes / 1e6:.2f} MB", *times))
+    head = ("ranks", "collectives", "received per rank", "work, measured", "network, computed")
+    print(blocks.table(head, rows, right=range(len(head))))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""The ways to look at a training that are compared."""
+"""The tools that benches.step_cost compares: paramstats, `.item()` loop, Lightning, wandb."""
 
 from __future__ import annotations
 
 import importlib
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -14,55 +15,54 @@ import torch
 from torch import nn
 
 import paramstats
-from benches.contestants import from_scalars, item_loop_no_grad
-from benches.exact import PARAMSTATS, TORCH, Statistics, Tolerances
+from benches.contestants import PARAMSTATS, TORCH, Statistics, from_scalars, item_loop_no_grad
 
-Look = Callable[[], Any]
-"""What a tool does between the backward pass and the optimizer's step."""
+Run = Callable[[], Any]
+"""What a tool does in each step, between the backward pass and the optimizer's step."""
 
-Attached = Callable[[nn.Module], AbstractContextManager[Look]]
-"""Hooks, if it has any, stay on the model as long as the context lasts."""
+Attached = Callable[[nn.Module], AbstractContextManager[Run]]
+"""Attaches a tool to a model; hooks are removed when the context ends."""
 
 
 @dataclass(frozen=True)
 class Tool:
-    """One way to look at a training."""
+    """One way to observe a training."""
 
     name: str
     title: str
     attached: Attached
     statistics: Callable[[Any], dict[str, Statistics]] | None = None
-    """What a look returned, by `models.tensors`' names; None where it returns nothing to check."""
-    tolerances: Tolerances = PARAMSTATS
+    """Converts the result of a run, with the names of `models.tensors`; None: nothing to check."""
+    tolerance: float = PARAMSTATS
 
 
-def called(look: Callable[[nn.Module], Any]) -> Attached:
-    """A function of the model that has nothing to attach."""
+def called(function: Callable[[nn.Module], Any]) -> Attached:
+    """Make a tool of a function that needs no hooks."""
 
     @contextmanager
-    def attached(model: nn.Module) -> Iterator[Look]:
-        yield lambda: look(model)
+    def attached(model: nn.Module) -> Iterator[Run]:
+        yield lambda: function(model)
 
     return attached
 
 
 @contextmanager
-def _hooks(model: nn.Module) -> Iterator[Look]:
-    """Each gradient is summarised as soon as it is accumulated, while it may still be in cache."""
-    found: list[paramstats.Summary] = []
+def _hooks(model: nn.Module) -> Iterator[Run]:
+    """Summarize each gradient right after its accumulation, when it may still be in the cache."""
+    summaries: list[paramstats.Summary] = []
 
     def hook_of(name: str) -> Callable[[torch.Tensor], None]:
         def hook(p: torch.Tensor) -> None:
             assert p.grad is not None
-            found.append(paramstats.summarize({name: p.grad}))
+            summaries.append(paramstats.summarize({name: p.grad}))
 
         return hook
 
     def collect() -> dict[str, float]:
         log: dict[str, float] = {}
-        for summary in found:
-            log.update(summary.scalars(_GRADIENT_KEY, totals=False))
-        found.clear()
+        for summary in summaries:
+            log.update(summary.scalars("grad_{stat}/{name}", totals=False))
+        summaries.clear()
         return log
 
     with ExitStack() as stack:
@@ -71,29 +71,17 @@ def _hooks(model: nn.Module) -> Iterator[Look]:
         yield collect
 
 
-_GRADIENT_KEY = "grad_{stat}/{name}"
+@contextmanager
+def _read_one_step_later(model: nn.Module) -> Iterator[Run]:
+    """Read the statistics of the previous step, so that the host does not wait for the GPU."""
+    last: list[paramstats.Summary] = []
 
+    def run() -> None:
+        last.append(paramstats.summarize(model))
+        if len(last) > 1:
+            last.pop(0).scalars()
 
-def _paramstats() -> list[Tool]:
-    return [
-        Tool(
-            "paramstats",
-            "paramstats",
-            called(lambda model: paramstats.summarize(model).scalars()),
-            _without_total,
-        ),
-        Tool(
-            "paramstats_gradients",
-            "paramstats, gradients alone",
-            called(lambda model: paramstats.summarize(model, params=False).scalars()),
-            _without_total,
-        ),
-        Tool("paramstats_hooks", "paramstats, from each gradient's hook", _hooks, from_scalars),
-    ]
-
-
-def _without_total(scalars: dict[str, float]) -> dict[str, Statistics]:
-    return from_scalars({key: x for key, x in scalars.items() if not key.endswith("/total")})
+    yield run
 
 
 def _lightning(stack: ExitStack) -> Tool:
@@ -103,51 +91,55 @@ def _lightning(stack: ExitStack) -> Tool:
         named = {key.partition("/")[2]: norm.item() for key, norm in norms.items() if "/" in key}
         return {f"{name}.grad": (None, None, norm, None) for name, norm in named.items()}
 
-    return Tool(
-        "lightning",
-        "Lightning's `grad_norm`",
-        called(lambda model: grad_norm(model, norm_type=2)),
-        statistics,
-        TORCH,
-    )
+    attached = called(lambda model: grad_norm(model, norm_type=2))
+    return Tool("lightning", "Lightning's `grad_norm`", attached, statistics, TORCH)
+
+
+_WANDB_SECONDS = 1.0
+"""Enough for wandb's own process to store what it received, before the next tool is timed."""
 
 
 def _wandb(stack: ExitStack) -> Tool:
-    """Histograms of all parameters and gradients at every step, in one run for all models."""
+    """Make histograms of all parameters and gradients in every step."""
     folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="paramstats-wandb-"))
     for variable in ("DIR", "CACHE_DIR", "CONFIG_DIR", "DATA_DIR"):
         os.environ[f"WANDB_{variable}"] = folder
-    os.environ.update(
-        WANDB_MODE="offline", WANDB_SILENT="true", WANDB_CONSOLE="off", WANDB__DISABLE_STATS="true"
-    )
+    os.environ.update(WANDB_SILENT="true", WANDB_CONSOLE="off", WANDB__DISABLE_STATS="true")
     wandb = importlib.import_module("wandb")
     run = wandb.init(project="paramstats", mode="offline")
     stack.callback(run.finish)
 
     @contextmanager
-    def attached(model: nn.Module) -> Iterator[Look]:
+    def attached(model: nn.Module) -> Iterator[Run]:
         run.watch(model, log="all", log_freq=1, idx=0)
         try:
             yield lambda: run.log({"step": 1})
         finally:
             run.unwatch(model)
+            time.sleep(_WANDB_SECONDS)
 
     return Tool("wandb_watch", '`wandb.watch(log="all")`', attached)
 
 
-def available(stack: ExitStack) -> tuple[list[Tool], dict[str, str]]:
-    """All that can be tried here, "nothing" first; and why the others cannot."""
+def available(stack: ExitStack, device: torch.device) -> tuple[list[Tool], dict[str, str]]:
+    """Return all tools that are installed, "nothing" first, and why others are missing."""
+    summarize = paramstats.summarize
+    everything = called(lambda model: summarize(model).scalars())
+    gradients = called(lambda model: summarize(model, params=False).scalars())
     found = [
         Tool("nothing", "nothing", called(lambda model: None)),
-        *_paramstats(),
-        Tool(
-            "item_loop", "`.item()` loop", called(item_loop_no_grad), lambda log: log, TORCH
-        ),
-    ]  # fmt: skip
+        Tool("paramstats", "paramstats", everything, from_scalars),
+        Tool("paramstats_gradients", "paramstats, gradients only", gradients, from_scalars),
+        Tool("paramstats_hooks", "paramstats, one call per gradient (hooks)", _hooks, from_scalars),
+        Tool("item_loop", "`.item()` loop", called(item_loop_no_grad), lambda log: log, TORCH),
+    ]
+    if device.type == "cuda":
+        title = "paramstats, read one step later"
+        found.append(Tool("paramstats_deferred", title, _read_one_step_later))
     missing = {}
     for make in (_lightning, _wandb):
         try:
             found.append(make(stack))
         except ImportError as error:
-            missing[make.__name__.strip("_")] = f"{error}"
+            missing[make.__name__.strip("_")] = str(error)
     return found, missing

@@ -1,0 +1,182 @@
+"""Tests of the code that turns timings into tables, and of what runs only on a GPU or by hand."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+import time
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benches import (
+    checks,
+    hardware,
+    limited,
+    on_gpu,
+    report,
+    sanitizer_case,
+    tables,
+    timing,
+)
+from benches.step_cost import __main__ as step_cost
+from benches.step_cost.tools import available
+from benches.step_cost.trainings import RECIPES
+from docs import blocks
+
+CPU = torch.device("cpu")
+ROOT = Path(__file__).parent.parent
+
+
+# ---- checks and tables --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("statistics", "message"),
+    [
+        ({"a": (0.5, 0.5**0.5, 1.0, 0.6)}, "zero_fraction of 'a'"),
+        ({"a": (0.5, 0.9, None, None)}, "std of 'a'"),
+        ({"b": (None, None, None, None)}, "'b'"),
+    ],
+)
+def test_wrong_or_missing_statistics_are_found(statistics: Any, message: str) -> None:
+    expected = checks.expected({"a": torch.tensor([0.0, 1.0])})
+    checks.check({"a": (0.5, 0.5**0.5, 1.0, None)}, expected, 1e-6)
+    with pytest.raises(AssertionError, match=message):
+        checks.check(statistics, expected, 0.01)
+
+
+def _run(median: float, iqr: float, free: float, **machine: Any) -> dict[str, Any]:
+    info = {"case": "a", "contestant": "paramstats", "threads": 1, "title": "1 GiB of float32"}
+    info |= {"tensors": 1, "bytes": 1 << 30, "free": free}
+    timing = {"fullname": "a", "extra_info": info, "stats": {"median": median, "iqr": iqr}}
+    where = {**hardware.describe("cpu"), **machine}
+    return {"benchmarks": [timing], "machine_info": {"benches": where}}
+
+
+def test_runs_are_combined_and_noise_is_reported() -> None:
+    combined = report.combine([_run(0.1, 0.0, 1.0), _run(0.3, 0.1, 0.8), _run(0.2, 0.0, 1.0)])
+    assert combined["runs"] == 3
+    case = combined["cases"]["a"]
+    assert [case[key]["paramstats"] for key in ("median_s", "iqr_s", "free")] == [0.2, 0.1, 0.8]
+    assert report.noisy(combined) == ["a, paramstats: spread 50%, 80% of the CPU free"]
+    with pytest.raises(SystemExit, match="different hardware"):
+        report.combine([_run(0.1, 0.0, 1.0), _run(0.1, 0.0, 1.0, hardware={})])
+
+
+def test_page_shows_the_saved_results() -> None:
+    saved = [json.loads(path.read_text()) for path in (ROOT / "benches/results").glob("*.json")]
+    page = (ROOT / "docs/benchmarks.md").read_text()
+    newest = max((r for r in saved if r["device"] == "cpu"), key=lambda r: str(r["date"]))
+    assert tables.render(newest) == blocks.content(page, "benchmark")
+
+
+def test_gpu_results_have_tables() -> None:
+    case = {"title": "2 GiB of int8", "tensors": 1, "threads": 1, "bytes": 1 << 31}
+    case |= {"median_s": {"paramstats": 1.0}, "device_s": {"paramstats": 0.5, "copy": 0.8}}
+    found = {**hardware.describe("cpu"), "device": "cuda", "runs": 1, "cases": {"a": case}}
+    lines = tables.render({**found, "on_gpu": {"calls": {"error": "failed"}}}).splitlines()
+    assert "| 2 GiB of int8 | 1000.0 ms | 500.0 ms | 4 | 0.80 |" in lines
+
+
+# ---- training steps -----------------------------------------------------------------------------
+
+
+def test_added_time_is_computed_within_a_turn() -> None:
+    turns = [{"nothing": s, "tool": s + 0.1} for s in (1.0, 9.0, 1.0)]
+    tool = step_cost.summarized(turns)["tool"]
+    assert (tool["added_s"], tool["more"]) == (pytest.approx(0.1), pytest.approx(0.1))
+
+
+def test_tools_are_right_and_remove_their_hooks() -> None:
+    pytest.importorskip("sklearn", reason="the training uses its digits")
+    recipe = replace(RECIPES[-1], turns=2, steps=1, untimed_steps=0)
+    with ExitStack() as stack:
+        tools, missing = available(stack, CPU)
+        measured = step_cost.measure(recipe, tools, CPU)
+        training = recipe.build(CPU)
+        for tool in tools:
+            step_cost.timed(training, tool, recipe)
+        if "wandb_watch" in measured["tools"]:
+            logged = importlib.import_module("wandb").run.summary.keys()
+            assert {"gradients/0.weight", "parameters/4.bias"} <= set(logged)
+    assert not training.model._forward_hooks
+    for p in training.model.parameters():
+        assert not p._backward_hooks and not p._post_accumulate_grad_hooks
+    assert measured["tools"].keys() | missing.keys() >= {"paramstats_hooks", "lightning"}
+
+
+# ---- GPU tools ----------------------------------------------------------------------------------
+
+
+def _event(cat: str, name: str, ts: float, correlation: int = 0) -> dict[str, Any]:
+    return {"cat": cat, "name": name, "ts": ts, "dur": 1, "args": {"correlation": correlation}}
+
+
+def test_cuda_calls_are_counted_within_the_region() -> None:
+    events = [
+        {"cat": "user_annotation", "name": "R", "ts": 10.0, "dur": 10.0},
+        _event("cuda_runtime", "cudaLaunchKernel", 9.0, 1),
+        _event("cuda_driver", "cuLaunchKernelEx", 12.0, 2),
+        _event("cuda_runtime", "cudaLaunchKernelExC_v11060", 13.0, 3),
+        _event("cuda_runtime", "cudaMemcpyAsync", 14.0, 4),
+        _event("cuda_runtime", "cudaHostAlloc", 15.0, 5),
+        _event("cuda_runtime", "cudaStreamSynchronize", 17.0, 6),
+        _event("cuda_runtime", "cudaDeviceSynchronize", 21.0, 7),
+        _event("kernel", "before", 40.0, 1),
+        _event("kernel", "inside", 41.0, 2),
+        _event("kernel", "inside", 42.0, 3),
+    ]
+    counts = on_gpu.count_calls(events, "R")
+    assert [counts[kind] for kind in ("launches", "copies", "waits", "allocations")] == [2, 1, 1, 1]
+    assert counts["device_us"] == {"inside": 2}
+
+
+def test_gpu_measurements_run_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(on_gpu, "_CALLS", {"native": 2, "reference": 1})
+    monkeypatch.setattr(on_gpu, "_WARM_UP", 1)
+    rows = [row for part in on_gpu.PARTS.values() for row in part(CPU)]
+    assert len(rows) >= 6
+    assert all(row["case"] in on_gpu.text(row) for row in rows)
+
+
+def test_sanitizer_case_is_right_on_the_cpu() -> None:
+    sanitizer_case.check(CPU)
+
+
+def test_slow_compilation_is_stopped() -> None:
+    begin = time.perf_counter()
+    assert "more than 0.1 s" in str(timing.why_not_compiled(lambda: time.sleep(20), 0.1))
+    assert time.perf_counter() - begin < 15
+    assert "ZeroDivisionError" in str(timing.why_not_compiled(lambda: 1 // 0, 5))
+    assert timing.why_not_compiled(lambda: None, 5) is None
+
+
+@pytest.mark.parametrize(
+    ("code", "options", "result", "reason"),
+    [
+        ("print('fine')", {}, "pass", ""),
+        ("raise SystemExit(9)", {}, "FAIL", "exit status 9"),
+        ("exit('not supported')", {"skip_if": "not supported"}, "skip", "not supported"),
+        ("", {"missing": "no tool"}, "skip", "no tool"),
+        ("", {"limit": 1}, "skip", "100 s left"),
+        ("import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('saved')",
+         {"limit": 8}, "FAIL", "stopped after"),
+    ],
+    ids=["pass", "fail", "skip", "missing", "no time", "interrupted"],
+)  # fmt: skip
+def test_results_of_steps(
+    code: str, options: dict[str, Any], result: str, reason: str, tmp_path: Path
+) -> None:
+    step = limited.Step("step", (sys.executable, "-c", code), **{"limit": 60, **options})
+    outcome = limited.run(step, 100, tmp_path / "log", os.environ)
+    assert outcome.result == result
+    assert reason in outcome.reason
+    if "saved" in code:
+        assert "saved" in (tmp_path / "log").read_text()
