@@ -83,33 +83,33 @@ wheel: $(VENV)/installed  ## build a source archive and a wheel for this Python 
 		print(f"to install it: pip install {sys.argv[1]}")' dist/*.whl
 
 test-elsewhere:  ## test PYTHON=, TORCH=, CXX=; writes docs/platforms.md, unless DRY_RUN=1
-	$(PYTHON) -m tests.elsewhere --python $(PYTHON) --torch "$(TORCH)" --cxx $(CXX) $(DRY_RUN:%=--dry-run)
+	$(PYTHON) -m tools.elsewhere --python $(PYTHON) --torch "$(TORCH)" --cxx $(CXX) $(DRY_RUN:%=--dry-run)
 
 test-everywhere:  ## test all combinations, an hour, 30 GB; writes docs/platforms.md
-	$(PYTHON) -m tests.elsewhere --everywhere
+	$(PYTHON) -m tools.elsewhere --everywhere
 
 test-huge: $(VENV)/installed  ## run the tests of tensors of more than 2^31 elements (5 GB of memory)
 	$(BIN)/python -m pytest --quiet -m huge
 
 fuzz: $(VENV)/installed  ## make a million hostile calls, 5 minutes; writes docs/robustness.md
-	$(BIN)/python -m tests.fuzz --write
+	$(BIN)/python -m tools.fuzz --write
 
 sanitize: $(VENV)/installed  ## run all tests under sanitizers, 15 minutes; writes docs/robustness.md
-	$(BIN)/python -m tests.sanitize
+	$(BIN)/python -m tools.sanitize
 
 sanitize-quick: $(VENV)/installed  ## run those that check every change, 2 minutes
-	$(BIN)/python -m tests.sanitize --quick
+	$(BIN)/python -m tools.sanitize --quick
 
 accuracy: $(VENV)/installed  ## try the error bound, 10 minutes; writes docs/accuracy.md and README.md
-	$(BIN)/python -m tests.accuracy
+	$(BIN)/python -m tools.accuracy
 
 count:  ## hold the kernels' instructions for an element to limits (valgrind)
 	@mkdir -p build/cpp
 	$(CXX) -std=c++17 -O3 -Wall -Wextra tests/cpp/one_kernel.cpp csrc/cpu/*.cpp -o build/cpp/one_kernel
-	$(PYTHON) tests/count_instructions.py
+	$(PYTHON) tools/count_instructions.py
 
 cuda-compile:  ## compile the CUDA backend for every architecture; fails on spills (nvcc)
-	$(PYTHON) tests/cuda_compile.py
+	$(PYTHON) tools/cuda_compile.py
 
 gpu-check:  ## build, test and measure on a GPU, 10 minutes; writes build/gpu-check
 	@rm -f $(VENV)/installed  # it builds in place, for that torch: .venv's must build again
@@ -121,7 +121,7 @@ $(VENV)/matrix: $(VENV)/installed
 	@touch $@
 
 matrix: $(VENV)/matrix  ## try what people do to models, a minute or two; writes docs/compatibility.md
-	$(BIN)/python -m tests.matrix
+	$(BIN)/python -m tools.matrix
 
 $(VENV)/peers: $(VENV)/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check numpy lovely-tensors wandb lightning matplotlib

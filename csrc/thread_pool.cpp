@@ -37,7 +37,7 @@ void take_tasks(int64_t, int64_t, void* context) {
 }
 
 #if defined(PARAMSTATS_STD_THREADS)
-// Stands in the place of torch's for the thread sanitizer (tests/sanitize.py), which cannot see
+// Stands in the place of torch's for the thread sanitizer (tools/sanitize.py), which cannot see
 // what OpenMP's barriers put in order.
 void torch_parallel_for(int64_t begin, int64_t end, int64_t, void (*part)(int64_t, int64_t, void*),
                         void* context) {

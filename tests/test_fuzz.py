@@ -1,4 +1,4 @@
-"""A short run of tests/fuzz: fixed seeds, and those that found something. `make fuzz` is long."""
+"""A short run of tools/fuzz: fixed seeds, and those that found something. `make fuzz` is long."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import paramstats
 from paramstats._core import backend as backends
 from paramstats._core.moments import ROW
 from tests.conftest import load_backend
-from tests.fuzz import campaign
+from tools.fuzz import campaign
 
 ROOT = Path(__file__).parent.parent
 SHORT = {"modules": 400, "tensors": 2500, "summaries": 1000, "racing": 300, "tables": 3000}
@@ -51,7 +51,7 @@ def test_a_short_run(kind):
 
 @pytest.mark.parametrize("kind", KEPT)
 def test_seeds_that_found_something(kind):
-    module = importlib.import_module(f"tests.fuzz.{kind}")
+    module = importlib.import_module(f"tools.fuzz.{kind}")
     assert all(module.run(seed) for seed in KEPT[kind])
 
 
@@ -87,7 +87,7 @@ class Wrong:
 def test_a_figure_that_is_not_quite_right_is_noticed(native, monkeypatch, kind, field):
     wrong = dataclasses.replace(native, native=Wrong(native.native, field))
     monkeypatch.setattr(backends, "_active", wrong)
-    module = importlib.import_module(f"tests.fuzz.{kind}")
+    module = importlib.import_module(f"tools.fuzz.{kind}")
     with pytest.raises(AssertionError):
         list(map(module.run, range(200)))
 
@@ -97,13 +97,13 @@ def test_a_summary_of_something_else_is_noticed(monkeypatch, kind):
     monkeypatch.setattr(
         paramstats, "summarize", lambda *_, **__: right({"k1": torch.arange(3.0)}, params=True)
     )
-    module = importlib.import_module(f"tests.fuzz.{kind}")
+    module = importlib.import_module(f"tools.fuzz.{kind}")
     with pytest.raises(AssertionError):
         list(map(module.run, range(50)))
 
 
 def test_nothing_grows():
-    from tests.fuzz import memory
+    from tools.fuzz import memory
 
     growths = memory.in_a_child(1000)
     assert len(growths) > 20
@@ -112,25 +112,25 @@ def test_nothing_grows():
 
 def test_a_leak_is_noticed():
     """In a process of its own: memory that other tests let go would be used before any is added."""
-    subprocess.run([sys.executable, "-m", "tests.fuzz.broken"], check=True, cwd=ROOT)
+    subprocess.run([sys.executable, "-m", "tools.fuzz.broken"], check=True, cwd=ROOT)
 
 
 @pytest.mark.parametrize(("calls", "mebibytes"), [(2000, 0.26), (20_000, 0.42), (100_000, 2.1)])
 def test_fewer_calls_may_leave_less(calls, mebibytes):
-    from tests.fuzz.memory import Growth
+    from tools.fuzz.memory import Growth
 
     assert Growth("", calls, mebibytes, 0, 0, 0).grew
     assert not Growth("", calls, 0.9 * mebibytes, 0, 0, 0).grew
 
 
 def test_a_block_left_by_every_call_shows():
-    from tests.fuzz.memory import LEAST_CALLS, Growth
+    from tools.fuzz.memory import LEAST_CALLS, Growth
 
     assert Growth("", LEAST_CALLS, 0.0, LEAST_CALLS, 0, 0).grew
 
 
 def test_a_child_that_crashes_hangs_or_is_wrong_is_told_with_its_seed(capfd, tmp_path):
-    """`tests.fuzz.broken` does all three."""
+    """`tools.fuzz.broken` does all three."""
     tally = campaign.run_kind("broken", 0, 10, timeout=4.0)
     assert (tally.executions, tally.crashes, tally.hangs, tally.wrong) == (10, 1, 1, 1)
     printed = capfd.readouterr().out
@@ -168,7 +168,7 @@ def test_how_far_a_kind_is_can_be_seen(monkeypatch, capsys):
 
 
 def test_the_record_has_every_kind_and_path():
-    from tests.fuzz import memory, record
+    from tools.fuzz import memory, record
 
     tallies = {kind: campaign.Tally(executions=1000) for kind in campaign.SHARES}
     text = record.text(tallies, [memory.Growth("a path", 10, 0.0, 1, 2, 3)], 12.0)

@@ -10,11 +10,11 @@ import torch
 
 import paramstats
 from paramstats._core import moments
-from tests.matrix.looking import Look, same_training
-from tests.matrix.rows import ROWS, Row, run_row
+from tools.matrix.looking import Look, same_training
+from tools.matrix.rows import ROWS, Row, run_row
 
 for theme in ("training", "wrappers", "numbers", "processes"):
-    importlib.import_module(f"tests.matrix.{theme}")
+    importlib.import_module(f"tools.matrix.{theme}")
 QUICK = [row for row in ROWS if row.quick]
 
 

@@ -1,4 +1,4 @@
-// Runs one kernel over a part of a chunk: what tests/count_instructions.py counts. The elements'
+// Runs one kernel over a part of a chunk: what tools/count_instructions.py counts. The elements'
 // mean is near zero, as most tensors' is, or, with `far`, too far from it to do without a pivot.
 //
 //     one_kernel LEVEL DTYPE N near|far

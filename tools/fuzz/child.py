@@ -1,0 +1,19 @@
+"""Cases in a child of the campaign, or in a debugger:
+
+    gdb --args python -m tools.fuzz.child KIND SEED COUNT [PROGRESS]
+
+Its last line is for the campaign: executions, wrong cases and the next seed, as JSON. PROGRESS is a
+file that holds the seed of the case that runs.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from tools.fuzz import campaign
+
+kind, seed, count, *progress = sys.argv[1:]
+done = campaign.run_here(kind, int(seed), int(count), *map(Path, progress))
+print(json.dumps({"done": done}))

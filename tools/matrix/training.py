@@ -1,0 +1,386 @@
+"""Ways to train: accumulation, checkpointing, scaled losses, optimizers inside backward."""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tools.matrix.looking import Look, Observe, same_training, unobserved
+from tools.matrix.rows import NotRunError, row
+
+
+@functools.cache
+def digits() -> tuple[Tensor, Tensor]:
+    """1,797 hand-written digits of 64 pixels, and what they are."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    return torch.tensor(data.data, dtype=torch.float32) / 16, torch.tensor(data.target)
+
+
+def batch(step: int, size: int = 64) -> tuple[Tensor, Tensor]:
+    images, labels = digits()
+    begin = step * size % (len(images) - size)
+    return images[begin : begin + size], labels[begin : begin + size]
+
+
+def classifier(width: int = 48) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(64, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, 10)
+    )
+
+
+def train(
+    model: nn.Module,
+    observe: Observe = unobserved,
+    optimizer: torch.optim.Optimizer | None = None,
+    steps: int = 3,
+) -> nn.Module:
+    """A few steps on digits; `observe(model)` after each backward pass."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = optimizer or torch.optim.SGD(trained, lr=0.1, momentum=0.9)
+    for step in range(steps):
+        images, labels = batch(step)
+        optimizer.zero_grad()
+        functional.cross_entropy(model(images), labels).backward()
+        observe(model)
+        optimizer.step()
+    return model
+
+
+@row("A plain training on digits, SGD", "sklearn", quick=True)
+def plain(look: Look) -> str:
+    same_training(look, lambda observe: train(classifier(), observe))
+    return "bitwise the same training with and without"
+
+
+@row("Adam, fused and foreach, with weight decay", "sklearn", quick=True)
+def adam(look: Look) -> None:
+    for options in ({"fused": True}, {"foreach": True}):
+
+        def run(observe: Observe, options: dict[str, bool] = options) -> nn.Module:
+            model = classifier()
+            return train(model, observe, torch.optim.AdamW(model.parameters(), **options))
+
+        same_training(look, run)
+
+
+@row("Gradient accumulation over four batches", "sklearn", quick=True)
+def accumulation(look: Look) -> None:
+    def run(observe: Observe) -> nn.Module:
+        model = classifier()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for step in range(8):
+            images, labels = batch(step)
+            (functional.cross_entropy(model(images), labels) / 4).backward()
+            observe(model)
+            if step % 4 == 3:
+                optimizer.step()
+                optimizer.zero_grad()
+        observe(model)
+        return model
+
+    same_training(look, run)
+
+
+@row("Activation checkpointing, both kinds", "sklearn", quick=True)
+def checkpointing(look: Look) -> str:
+    from torch.utils.checkpoint import checkpoint
+
+    class Checkpointed(nn.Module):
+        def __init__(self, reentrant: bool) -> None:
+            super().__init__()
+            self.inner = nn.ModuleList([nn.Linear(64, 64) for _ in range(3)])
+            self.head = nn.Linear(64, 10)
+            self.reentrant = reentrant
+            self.inside: Observe = unobserved
+
+        def block(self, layer: nn.Module, x: Tensor) -> Tensor:
+            self.inside(self)
+            return torch.relu(layer(x))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.requires_grad_()
+            for layer in self.inner:
+                x = checkpoint(self.block, layer, x, use_reentrant=self.reentrant)
+            return self.head(x)
+
+    for reentrant in (False, True):
+
+        def run(observe: Observe, reentrant: bool = reentrant) -> nn.Module:
+            model = Checkpointed(reentrant)
+            model.inside = observe
+            images, labels = batch(0)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            for _ in range(2):
+                functional.cross_entropy(model(images.clone()), labels).backward()
+                observe(model)
+                optimizer.step()
+            return model
+
+        same_training(look, run)
+    return "also called inside the recomputed blocks, during backward"
+
+
+@row("Autocast to bfloat16 and float16 with GradScaler", "sklearn", quick=True)
+def autocast(look: Look) -> str:
+    for dtype in (torch.bfloat16, torch.float16):
+
+        def run(observe: Observe, dtype: torch.dtype = dtype) -> nn.Module:
+            model = classifier()
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            scaler = torch.amp.GradScaler("cpu", init_scale=2.0**14)
+            for step in range(3):
+                images, labels = batch(step)
+                optimizer.zero_grad()
+                with torch.autocast("cpu", dtype=dtype):
+                    loss = functional.cross_entropy(model(images), labels)
+                    observe(model)
+                scaler.scale(loss).backward()
+                observe(model, grad_scale=scaler.get_scale())
+                scaler.unscale_(optimizer)
+                observe(model)
+                scaler.step(optimizer)
+                scaler.update()
+            return model
+
+        same_training(look, run)
+    return "`grad_scale=` gives the statistics after `unscale_`; also inside autocast"
+
+
+@row("An overflow under GradScaler: infinite gradients", "sklearn", quick=True)
+def overflow(look: Look) -> str:
+    model = classifier()
+    images, labels = batch(0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1e38)
+    scaler.scale(functional.cross_entropy(model(1e6 * images), labels)).backward()
+    model[3].weight.grad[0, :5] = torch.tensor([torch.inf, -torch.inf, torch.nan, 0, 1])
+    summary = look(model)
+    assert summary["3.weight"].grad.nonfinite_count >= 3
+    assert any("grad" in finding.kind or "finite" in finding.kind for finding in summary.findings())
+    return "exact counts, and `findings()` names them"
+
+
+@row("Optimizer inside backward (post-accumulate hooks)", "sklearn", quick=True)
+def optimizer_in_backward(look: Look) -> str:
+    def run(observe: Observe) -> nn.Module:
+        model = classifier()
+        names = {p: name for name, p in model.named_parameters()}
+        optimizers = {p: torch.optim.SGD([p], lr=0.1) for p in names}
+
+        def step(p: Tensor) -> None:
+            observe({names[p]: p})
+            optimizers[p].step()
+            p.grad = None
+
+        for p in names:
+            p.register_post_accumulate_grad_hook(step)
+        for at in range(3):
+            images, labels = batch(at)
+            functional.cross_entropy(model(images), labels).backward()
+            observe(model)
+        assert all(p.grad is None for p in names)
+        return model
+
+    same_training(look, run)
+    return "from the hook each gradient; after backward `.grad is None`"
+
+
+@row("Under a profiler, anomaly mode, determinism, a FLOP counter, other defaults", "sklearn",
+     quick=True)  # fmt: skip
+def modes(look: Look) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = train(classifier())
+    with torch.profiler.profile(), torch.autograd.detect_anomaly(check_nan=True):
+        train(model, look, steps=1)
+    with FlopCounterMode(display=False) as counter:
+        look(model)
+    assert counter.get_total_flops() == 0
+    torch.use_deterministic_algorithms(True)
+    torch.set_default_dtype(torch.float64)
+    try:
+        look(model)
+        with torch.device("meta"):
+            look(model)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.use_deterministic_algorithms(False)
+
+
+@row("Recurrent layers: LSTM with projection, GRU, in both directions", quick=True)
+def recurrent(look: Look) -> None:
+    def run(observe: Observe) -> nn.Module:
+        model = nn.ModuleList([
+            nn.LSTM(8, 12, num_layers=2, proj_size=6, bidirectional=True),
+            nn.GRU(8, 12, num_layers=2, bidirectional=True),
+        ])  # fmt: skip
+        optimizer = torch.optim.Adam(model.parameters())
+        for _ in range(3):
+            optimizer.zero_grad()
+            x = torch.randn(5, 4, 8)
+            sum(layer(x)[0].square().mean() for layer in model).backward()
+            observe(model)
+            optimizer.step()
+        return model
+
+    same_training(look, run)
+
+
+@row("Gradients of another type than their parameters", quick=True)
+def grad_dtype(look: Look) -> str:
+    if not hasattr(torch.Tensor, "grad_dtype"):
+        raise NotRunError("this torch has no grad_dtype")
+    weight = nn.Parameter(torch.randn(300, dtype=torch.bfloat16))
+    weight.grad_dtype = torch.float32
+    for _ in range(2):
+        (weight.float().square().sum() / 7).backward()
+        look({"weight": weight})
+    assert weight.grad.dtype == torch.float32
+    return "bfloat16 weights that accumulate in float32"
+
+
+@row("Inside inference_mode, and tensors made there", quick=True)
+def inference(look: Look) -> None:
+    model = classifier()
+    with torch.inference_mode():
+        look(model)
+        made = copy.deepcopy(model)
+        look(made)
+    look(made)
+
+
+@row("Frozen layers, a layer unfrozen later, gradients of zeros", "sklearn", quick=True)
+def frozen(look: Look) -> None:
+    def run(observe: Observe) -> nn.Module:
+        model = classifier()
+        model[0].requires_grad_(False)
+        train(model, observe)
+        model[0].requires_grad_(True)
+        train(model, observe)
+        model.zero_grad(set_to_none=False)
+        observe(model)
+        return model
+
+    same_training(look, run)
+
+
+@row("LBFGS, whose closure runs backward many times", "sklearn", quick=True)
+def lbfgs(look: Look) -> None:
+    def run(observe: Observe) -> nn.Module:
+        model = nn.Linear(64, 10)
+        optimizer = torch.optim.LBFGS(model.parameters(), max_iter=4)
+        images, labels = batch(0)
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = functional.cross_entropy(model(images), labels)
+            loss.backward()
+            observe(model)
+            return loss
+
+        optimizer.step(closure)
+        return model
+
+    same_training(look, run)
+
+
+@row("Double backward: gradients with a graph of their own", "sklearn", quick=True)
+def double_backward(look: Look) -> None:
+    def run(observe: Observe) -> nn.Module:
+        model = nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10))
+        images, labels = batch(0)
+        for _ in range(2):
+            model.zero_grad()
+            functional.cross_entropy(model(images), labels).backward(create_graph=True)
+            observe(model)
+            sum(p.grad.square().sum() for p in model.parameters()).backward()
+            observe(model)
+        model.zero_grad()
+        return model
+
+    same_training(look, run)
+
+
+@row("Gradient clipping before and after", "sklearn", quick=True)
+def clipping(look: Look) -> str:
+    model = train(classifier())
+    norm = nn.utils.get_total_norm([p.grad for p in model.parameters()]).item()
+    assert abs(look(model).total.grad.norm - norm) <= 1e-6 * norm
+    nn.utils.clip_grad_norm_(model.parameters(), norm / 2)
+    assert abs(look(model).total.grad.norm - norm / 2) <= 1e-5 * norm
+    return "`total.grad.norm` is what `clip_grad_norm_` computes"
+
+
+@row("EMA copies: AveragedModel, swa_utils, update_bn", "sklearn", quick=True)
+def ema(look: Look) -> None:
+    from torch.optim import swa_utils
+
+    model = classifier()
+    average = swa_utils.AveragedModel(
+        model, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(0.9), use_buffers=True
+    )
+
+    def observe(trained: nn.Module) -> None:
+        average.update_parameters(trained)
+        look(trained)
+        look(average)
+
+    train(model, observe)
+    swa_utils.update_bn([batch(0)[0], batch(1)[0]], average)
+    assert look(average)["module.0.weight"].grad is None
+    look(copy.deepcopy(model))
+
+
+@row("Mixture of experts, some of which no token reached", quick=True)
+def mixture_of_experts(look: Look) -> str:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.router = nn.Linear(16, 8)
+            self.experts = nn.ModuleList([nn.Linear(16, 16) for _ in range(8)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            weight, expert = self.router(x).softmax(-1).max(-1)
+            parts = [weight[expert == e, None] * self.experts[e](x[expert == e])
+                     for e in expert.unique().tolist()]  # fmt: skip
+            return torch.cat(parts)
+
+    def run(observe: Observe) -> nn.Module:
+        model = Experts()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(torch.randn(5, 16)).square().mean().backward()
+            observe(model)
+            optimizer.step()
+        return model
+
+    model = same_training(look, run)
+    unused = [n for n, p in model.named_parameters() if p.grad is None]
+    assert unused, "every expert had a token"
+    return "experts without a token: `.grad is None`"
+
+
+@row("accelerate's Accelerator.prepare, accumulate and backward", "sklearn", "accelerate")
+def accelerate(look: Look) -> None:
+    from accelerate import Accelerator
+
+    def run(observe: Observe) -> nn.Module:
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+        model = classifier()
+        model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        for step in range(4):
+            with accelerator.accumulate(model):
+                images, labels = batch(step)
+                accelerator.backward(functional.cross_entropy(model(images), labels))
+                observe(model)
+                optimizer.step()
+                optimizer.zero_grad()
+        return model
+
+    same_training(look, run)
