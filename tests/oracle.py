@@ -131,7 +131,11 @@ def check(stats: TensorStats, tensor: torch.Tensor, correction: float = 1) -> No
     if tensor.is_complex():
         _check_complex(stats, tensor, correction)
         return
-    x = exact(tensor)
+    check_exact(stats, exact(tensor), correction)
+
+
+def check_exact(stats: TensorStats, x: Exact, correction: float = 1) -> None:
+    """Asserts every statistic of `stats` against those of `exact(tensor)`."""
     for name in ("count", "zero_count", "nan_count", "pos_inf_count", "neg_inf_count"):
         assert getattr(stats, name) == getattr(x, name), (name, stats, x)
     assert stats.nonfinite_count == x.count - x.n

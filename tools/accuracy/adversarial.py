@@ -160,7 +160,7 @@ DISTRIBUTIONS = [
 
 
 def _as_type(x: np.ndarray, dtype: torch.dtype, scale: float) -> torch.Tensor:
-    """Numbers of size 1 as elements of a dtype; `scale` from 0 to 1 covers the range of the dtype."""
+    """Numbers of size 1 as elements of a dtype; `scale` from 0 to 1 covers its range."""
     if dtype is torch.bool:
         return torch.from_numpy(x > 0)
     if dtype in INTEGERS:

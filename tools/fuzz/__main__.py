@@ -1,3 +1,5 @@
+"""The command line of the fuzzer."""
+
 import sys
 
 from tools.fuzz.campaign import main

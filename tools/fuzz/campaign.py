@@ -1,11 +1,7 @@
-"""The campaign: all kinds of cases in child processes, so that a crash has a number.
+"""Runs all kinds of cases in child processes, so that a crash or a hang has a seed.
 
-    python -m tools.fuzz                                    a million executions, 5 minutes
-    python -m tools.fuzz --scale 0.001                      a thousand of them
-    python -m tools.fuzz --only modules --seed 4 --count 1  one case
-
-A child writes the seed of each case into a file before it runs it. One that dies or hangs is
-reported with that seed, and its kind goes on behind it.
+A child writes the seed of each case into a file before it runs the case. Where a child crashes or
+hangs, the campaign reports that seed and continues with the next one.
 """
 
 from __future__ import annotations
@@ -17,15 +13,22 @@ import importlib
 import json
 import mmap
 import os
+import platform
 import struct
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import date
 from pathlib import Path
+
+import torch
+
+import tools.fuzz
+from tools.fuzz import memory
 
 SHARES = {
     "modules": 60_000,
@@ -34,43 +37,51 @@ SHARES = {
     "racing": 120_000,
     "tables": 300_000,
 }
-"""Executions of each kind in a campaign, at least."""
+"""Executions of each kind in a campaign."""
 
 BATCH = 20_000  # executions of one child
 TIMEOUT = 300.0  # seconds without a new seed: a hang
 PROCESSES = 2
-EVERY = 20.0  # seconds between two lines on how far a kind is
-_PROGRESS = struct.Struct("=qq")  # the seed of the case that runs, and executions before it
+_SEED = struct.Struct("=q")
 
 
 @dataclasses.dataclass
 class Tally:
-    """What came of one kind."""
+    """The results of one kind."""
 
     executions: int = 0
     crashes: int = 0
     hangs: int = 0
     wrong: int = 0
-    seconds: float = 0.0
+
+    @property
+    def failed(self) -> bool:
+        return self.wrong + self.crashes + self.hangs > 0
 
     def __str__(self) -> str:
-        return f"{self.wrong} wrong, {self.crashes} crashes, {self.hangs} hangs"
+        return (
+            f"{self.executions:,} executions, {self.wrong} wrong, {self.crashes} crashes, "
+            f"{self.hangs} hangs"
+        )
 
 
 def run_here(
     kind: str, seed: int, count: int, progress: Path | None = None
 ) -> tuple[int, int, int]:
-    """Cases from `seed` on until `count` executions are done; prints what is wrong.
+    """Runs cases in this process from `seed` on until `count` executions are done.
 
-    Returns executions, wrong cases, and the next seed.
+    Prints what is wrong. Returns executions, wrong cases and the next seed.
     """
     module = importlib.import_module(f"tools.fuzz.{kind}")
-    shown = _shown(progress)
-    gc.freeze()  # collections, of which some cases make many, need not look at torch
+    current = None
+    if progress is not None:
+        with progress.open("r+b") as file:
+            current = mmap.mmap(file.fileno(), _SEED.size)
+    gc.freeze()  # some cases collect garbage often; torch's own objects need no visit
     executions = wrong = 0
     while executions < count:
-        if shown is not None:
-            shown[: _PROGRESS.size] = _PROGRESS.pack(seed, executions)
+        if current is not None:
+            current[:] = _SEED.pack(seed)
         try:
             executions += module.run(seed)
         except Exception:
@@ -83,55 +94,34 @@ def run_here(
     return executions, wrong, seed
 
 
-def _shown(progress: Path | None) -> mmap.mmap | None:
-    if progress is None:
-        return None
-    with progress.open("r+b") as file:
-        return mmap.mmap(file.fileno(), _PROGRESS.size)
-
-
 def run_kind(kind: str, seed: int, count: int, timeout: float = TIMEOUT) -> Tally:
-    """The same in children, one after the other; prints how far they are."""
+    """Runs cases in child processes, one after the other; prints failures with their seed."""
     tally = Tally()
-    began = told = time.perf_counter()
-
-    def tell(executions: int) -> None:
-        nonlocal told
-        now = time.perf_counter()
-        if now - told >= EVERY:
-            told = now
-            so_far = f"{tally.executions + executions:,} of {count:,} executions"
-            print(f"{kind}: {so_far} in {now - began:.0f} s, {tally}", flush=True)
-
     with tempfile.TemporaryDirectory() as folder:
         progress = Path(folder) / "seed"
-        while tally.executions < count:
-            progress.write_bytes(_PROGRESS.pack(seed, 0))
+        while tally.executions < count and tally.hangs + tally.crashes <= 20:
+            progress.write_bytes(_SEED.pack(seed))
             batch = min(BATCH, count - tally.executions)
-            output, hung = _child(kind, seed, batch, progress, timeout, tell)
+            *lines, last = _child(kind, seed, batch, progress, timeout).splitlines() or [""]
             try:
-                result = json.loads(output.splitlines()[-1])
-                executions, wrong, seed = result["done"]
-            except (ValueError, IndexError, KeyError, TypeError):
-                last, _ = _PROGRESS.unpack(progress.read_bytes())
-                print(f"{kind}, seed {last}: {'hung' if hung else 'crashed'}", flush=True)
-                output += "\n"
-                executions, wrong, seed = last - seed + 1, 0, last + 1
+                executions, wrong, seed = json.loads(last)
+            except (ValueError, TypeError):  # the child did not reach its end
+                failed = _SEED.unpack(progress.read_bytes())[0]
+                hung = last == "hung"
+                lines.append(f"{kind}, seed {failed}: {'hung' if hung else 'crashed'}")
+                executions, wrong, seed = failed - seed + 1, 0, failed + 1
                 tally.hangs += hung
                 tally.crashes += not hung
-                if tally.hangs + tally.crashes > 20:
-                    break
             tally.executions += executions
             tally.wrong += wrong
-            _print_findings(output)
-    tally.seconds = time.perf_counter() - began
+            if lines:
+                print("\n".join(lines), flush=True)
+    print(f"{kind}: {tally}", flush=True)
     return tally
 
 
-def _child(
-    kind: str, seed: int, count: int, progress: Path, timeout: float, tell: Callable[[int], None]
-) -> tuple[str, bool]:
-    """What a child printed, and whether it had to be ended."""
+def _child(kind: str, seed: int, count: int, progress: Path, timeout: float) -> str:
+    """The output of a child process; its last line is "hung" where it had to be killed."""
     command = [sys.executable, "-X", "faulthandler", "-m", "tools.fuzz.child"]
     command += [kind, str(seed), str(count), str(progress)]
     environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}
@@ -141,89 +131,40 @@ def _child(
         while child.poll() is None:
             time.sleep(0.2)
             now = progress.read_bytes()
-            tell(_PROGRESS.unpack(now)[1])
             if now != last:
                 last, since = now, time.monotonic()
             elif time.monotonic() - since > timeout:
                 hung = True
                 child.kill()
         output.seek(0)
-        return output.read(), hung
-
-
-def _print_findings(output: str) -> None:
-    lines = output.splitlines()[:-1]
-    if lines:
-        print("\n".join(lines), flush=True)
-
-
-def _print_tally(kind: str, seed: int, tally: Tally) -> None:
-    done = f"{tally.executions:,} execution{'s' if tally.executions != 1 else ''}"
-    print(f"{kind}: {done} from seed {seed}, {tally}, {tally.seconds:.0f} s", flush=True)
-
-
-def run_all(scale: float, seed: int) -> dict[str, Tally]:
-    """Every kind, PROCESSES of them at a time."""
-    left = list(SHARES.items())
-    tallies: dict[str, Tally] = {}
-    lock = threading.Lock()
-
-    def work() -> None:
-        while True:
-            with lock:
-                if not left:
-                    return
-                kind, share = left.pop(0)
-            tallies[kind] = run_kind(kind, seed, max(1, int(share * scale)))
-            _print_tally(kind, seed, tallies[kind])
-
-    workers = [threading.Thread(target=work) for _ in range(PROCESSES)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    return {kind: tallies[kind] for kind in SHARES}
+        return output.read() + ("\nhung" if hung else "")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tools.fuzz",
-        description=__doc__,
+        description=tools.fuzz.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--only", choices=SHARES, help="cases of one kind")
-    parser.add_argument("--seed", type=int, default=0, help="of the first case (default 0)")
-    parser.add_argument(
-        "--count", type=int, metavar="N", help="executions, with --only (default 1)"
-    )
-    parser.add_argument(
-        "--scale",
-        type=float,
-        metavar="FACTOR",
-        help="of the campaign's executions, by default 1; --scale 0.001 is the small run",
-    )
-    parser.add_argument("--write", action="store_true", help="the result into docs/robustness.md")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first case (default 0)")
+    parser.add_argument("--count", type=int, default=1, help="executions with --only (default 1)")
+    parser.add_argument("--scale", type=float, default=1.0, help="share of a campaign (default 1)")
     options = parser.parse_args(arguments)
     if options.only:
-        if options.scale is not None or options.write:
-            parser.error("--scale and --write belong to the campaign: leave them out, or --only")
-        tally = run_kind(options.only, options.seed, 1 if options.count is None else options.count)
-        _print_tally(options.only, options.seed, tally)
-        return int(tally.wrong + tally.crashes + tally.hangs > 0)
-    if options.count is not None:
-        parser.error("--count needs --only KIND; a small campaign is --scale 0.001")
-
-    from tools.fuzz import memory, record
-
-    scale = 1.0 if options.scale is None else options.scale
+        return int(run_kind(options.only, options.seed, options.count).failed)
     began = time.perf_counter()
-    print(f"{PROCESSES} kinds at a time, a line of each every {EVERY:.0f} s", flush=True)
-    tallies = run_all(scale, options.seed)
-    print("memory: every path of a call, again and again", flush=True)
-    growths = memory.in_a_child(max(1000, int(memory.CALLS * scale)))
-    text = record.text(tallies, growths, time.perf_counter() - began)
-    print(text)
-    if options.write:
-        record.write(text)
-    bad = any(t.crashes or t.hangs or t.wrong for t in tallies.values())
-    return int(bad or any(growth.grew for growth in growths))
+    counts = [max(1, int(share * options.scale)) for share in SHARES.values()]
+    with ThreadPoolExecutor(PROCESSES) as pool:
+        tallies = list(pool.map(run_kind, SHARES, [options.seed] * len(SHARES), counts))
+    calls = max(1000, int(memory.CALLS * options.scale))
+    growths = memory.in_a_child(calls)
+    print(*growths, sep="\n")
+    parts = (dataclasses.astuple(tally) for tally in tallies)
+    growing = sum(growth.grew for growth in growths)
+    print(
+        f"{Tally(*map(sum, zip(*parts, strict=True)))}; {len(growths)} paths of {calls:,} calls or "
+        f"fewer, {growing} of which grow in memory; {time.perf_counter() - began:.0f} s; "
+        f"{date.today()}, torch {torch.__version__}, Python {platform.python_version()}"
+    )
+    return int(growing > 0 or any(tally.failed for tally in tallies))

@@ -1,4 +1,4 @@
-"""A tree of modules, and what nobody should do to one."""
+"""Random trees of modules and the ways in which a case damages them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ KEYS = ("w", "b", "", "a.b", "ü", "\n", "\0", "\ud800", "x" * 200, "self", "0",
 
 
 class Case:
-    """A tree and the number that it comes from."""
+    """A random tree of modules that follows from a seed."""
 
     def __init__(self, seed: int) -> None:
         self.rng = random.Random(seed)
@@ -43,7 +43,7 @@ class Case:
         self.modules: list[nn.Module] = [self.root]
         self.is_armed = self.is_mined = False
         self.threshold = 0
-        self.doomed: list[Finalized] = []
+        self.finalizers: list[Finalized] = []
         self.many_paths = False
         for _ in range(self.rng.randrange(1, 9)):
             self.grow()
@@ -72,11 +72,11 @@ class Case:
             self.modules.append(new)
 
     def arm(self) -> bool:
-        """From here on `strike` strikes, once. False: nothing will have it strike."""
-        self.is_armed = self.is_mined or bool(self.doomed)
-        if self.doomed:
+        """Enables `strike` for one call; returns False where nothing will call it."""
+        self.is_armed = self.is_mined or bool(self.finalizers)
+        if self.finalizers:
             gc.disable()
-            self.doomed.clear()
+            self.finalizers.clear()
             gc.set_threshold(self.threshold, 10, 10)
             gc.enable()
         return self.is_armed
@@ -86,7 +86,7 @@ class Case:
         self.is_armed = False
 
     def strike(self) -> None:
-        """Empties everything and reuses the memory."""
+        """Empties the tree and reuses its memory, if enabled."""
         if not self.is_armed:
             return
         self.is_armed = False
@@ -155,13 +155,13 @@ def changed_class(case: Case) -> None:
 
 
 def shared(case: Case) -> None:
-    dictionary(case.module(), "_modules")["shared"] = case.module()  # perhaps a cycle
+    dictionary(case.module(), "_modules")["shared"] = case.module()  # may make a cycle
     own = dictionary(case.module(), "_parameters")
     dictionary(case.module(), "_parameters").update({f"{k}_": v for k, v in own.items()})
 
 
 def colliding(case: Case) -> None:
-    """Before the other attributes, so that they are compared with it."""
+    """Adds a colliding attribute before all others, so that lookups compare with it."""
     module = case.module()
     case.is_mined = True
     own = dict(module.__dict__)
@@ -171,12 +171,12 @@ def colliding(case: Case) -> None:
 
 
 def finalized(case: Case) -> None:
-    """A module that was never asked for its __dict__, and a collection that it sets off."""
+    """Modules whose `__dict__` does not exist yet; creating it starts the garbage collector."""
     for _ in range(10):
         fresh = type("Fresh", (nn.Module,), {}) if case.rng.random() < 0.02 else nn.Module
         dictionary(case.root, "_modules")[f"f{case.rng.randrange(99)}"] = fresh()
     case.threshold = case.rng.randrange(1, 30)
-    case.doomed.append(Finalized(case))
+    case.finalizers.append(Finalized(case))
 
 
 def overridden(case: Case) -> None:
@@ -268,7 +268,7 @@ def deep(case: Case) -> None:
 
 
 def doubling(case: Case) -> None:
-    """2^n paths to one module."""
+    """Adds 2^n paths to one module."""
     module: nn.Module = nn.Linear(1, 1)
     case.many_paths = True
     for _ in range(22 if case.rng.random() < 0.05 else 5):

@@ -1,4 +1,4 @@
-"""Strings, dictionaries and modules that are not what they seem."""
+"""Strings, dictionaries and modules that lie, raise or change the model when they are used."""
 
 from __future__ import annotations
 
@@ -15,18 +15,15 @@ if TYPE_CHECKING:
 
 
 class HostileError(Exception):
-    """What hostile code raises."""
-
-
-# ---- strings, dicts and classes that are not what they seem ----------------------------------
+    """Raised by the classes of this module."""
 
 
 class Text(str):
-    """A key with attributes."""
+    """A string that may have attributes."""
 
 
 class Rewriting(str):
-    """Makes something else of itself behind a prefix."""
+    """A string that changes when a prefix is added."""
 
     def __radd__(self, other: str) -> str:
         return f"{other}rewritten"
@@ -52,13 +49,13 @@ class RaisingDict(dict):
 
 
 class Meta(type):
-    """Answers every question about its classes with a lie or an error, some of the time."""
+    """A metaclass whose classes lie about inheritance and sometimes have no attributes."""
 
-    questions = 0
+    accesses = 0
 
     def __getattribute__(cls, name: str) -> Any:
-        Meta.questions += 1
-        if Meta.questions % 7 == 0:
+        Meta.accesses += 1
+        if Meta.accesses % 7 == 0:
             raise AttributeError(name)
         return super().__getattribute__(name)
 
@@ -69,12 +66,12 @@ class Meta(type):
         return False
 
 
-class OfMeta(nn.Module, metaclass=Meta):
+class WithMeta(nn.Module, metaclass=Meta):
     pass
 
 
-class Owned(nn.Module):
-    """`_parameters` is a property of the class."""
+class PropertyParameters(nn.Module):
+    """A module whose `_parameters` is a property of the class."""
 
     def __init__(self) -> None:
         self.__dict__["real"] = {}
@@ -138,7 +135,7 @@ class Slotted(nn.Module):
 
 
 class Pretender:
-    """No module, and says it is one."""
+    """Claims to be a module."""
 
     def __init__(self) -> None:
         self._parameters = {"w": torch.ones(1)}
@@ -151,7 +148,7 @@ class Pretender:
 
 
 class Recursing(nn.Module):
-    """Asks for a summary of itself while it is listed."""
+    """Calls `summarize` with itself while its parameters are listed."""
 
     depth = 0
 
@@ -166,14 +163,14 @@ class Recursing(nn.Module):
 
 
 class Listing(nn.Module):
-    """Lists what it likes."""
+    """Lists the parameters that it was given."""
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
         return iter(self.__dict__.get("listed", ()))
 
 
 class Colliding:
-    """An attribute's name that is as hard to tell from `_modules` as can be."""
+    """An attribute name with the hash of `_modules`; a comparison changes the model."""
 
     def __init__(self, case: Case) -> None:
         self.case = case
@@ -187,13 +184,23 @@ class Colliding:
 
 
 class Finalized:
-    """Garbage, once nothing else holds it."""
+    """Changes the model when the garbage collector finds it."""
 
     def __init__(self, case: Case) -> None:
-        self.itself, self.case = self, case
+        self.cycle, self.case = self, case
 
     def __del__(self) -> None:
         self.case.strike()
 
 
-CLASSES = (OfMeta, Owned, Raising, Lying, Intercepting, Unhashable, RaisesHash, AllEqual, Slotted)
+CLASSES = (
+    WithMeta,
+    PropertyParameters,
+    Raising,
+    Lying,
+    Intercepting,
+    Unhashable,
+    RaisesHash,
+    AllEqual,
+    Slotted,
+)

@@ -1,4 +1,4 @@
-"""Nothing grows from call to call: memory, reference counts, caches; on every path of a call."""
+"""Measures what every path of a call leaves behind: memory, references, cached layouts."""
 
 from __future__ import annotations
 
@@ -13,29 +13,30 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
 import paramstats
 from paramstats._core import backend as backends
 from tools.fuzz.hostile import HostileError, Listing
-from tools.fuzz.modules import ENGINES
+from tools.fuzz.modules import BACKENDS
 
 CALLS = 100_000
 LEAST_CALLS = 400
-"""Of a path that takes long: more than MOST_BLOCKS, so that a block left by each shows."""
+"""Calls of a slow path: more than `MOST_BLOCKS`, so that a block left by every call is noticed."""
 MOST_BLOCKS = 300
-"""Blocks of Python's allocator that may stay, whatever the calls: dictionaries of others grow."""
+"""Blocks of Python's allocator that may remain after any number of calls."""
 MOST_BYTES = 21
-"""That may stay of a call, where there are enough of them ..."""
+"""Bytes that may remain of each call ..."""
 NOISE_BYTES = 1 << 18
-"""... to be more than what the memory differs by anyway."""
+"""... beyond the usual variation of a process's memory."""
 _PAGE = 4096
 
 
 @dataclasses.dataclass
 class Growth:
-    """What is more after the calls than before."""
+    """What `calls` calls left behind."""
 
     path: str
     calls: int
@@ -46,9 +47,9 @@ class Growth:
 
     @property
     def grew(self) -> bool:
-        most = max(NOISE_BYTES, MOST_BYTES * self.calls)
-        much = self.mebibytes * (1 << 20) > most or self.blocks > MOST_BLOCKS
-        return much or self.references != 0 or self.layouts != 0
+        allowed = max(NOISE_BYTES, MOST_BYTES * self.calls)
+        memory = self.mebibytes * (1 << 20) > allowed or self.blocks > MOST_BLOCKS
+        return memory or self.references != 0 or self.layouts != 0
 
 
 class Model(nn.Sequential):
@@ -60,19 +61,8 @@ class Model(nn.Sequential):
             p.grad = torch.ones_like(p)
 
 
-def _raising(call: Callable[[], Any], *errors: type[Exception]) -> Callable[[], None]:
-    def raises() -> None:
-        try:
-            call()
-        except errors:
-            return
-        raise AssertionError("nothing was raised")
-
-    return raises
-
-
 def _paths(model: Model) -> dict[str, tuple[Callable[[], Any], int]]:
-    """What is called, and how many times less often, as it takes longer."""
+    """The calls by name, each with a divisor of the number of calls: larger for slow ones."""
     summarize = paramstats.summarize
     state = model.state_dict()
     pairs = list(model.named_parameters())
@@ -83,8 +73,15 @@ def _paths(model: Model) -> dict[str, tuple[Callable[[], Any], int]]:
     listing.__dict__["listed"] = pairs
     cycle = nn.Sequential(nn.Linear(1, 1))
     cycle[0].parent = cycle
-    native = ENGINES[0].native
+    native = BACKENDS[0].native
     sizes = iter(range(1 << 60))
+
+    def raising(error: type[Exception], call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        def expect() -> None:
+            with pytest.raises(error):
+                call(*args, **kwargs)
+
+        return expect
 
     def come_and_go() -> None:
         new = Model()
@@ -108,15 +105,12 @@ def _paths(model: Model) -> dict[str, tuple[Callable[[], Any], int]]:
         x.untyped_storage().resize_(0)
         summarize({"x": x})
 
-    def hostile_layout() -> None:
-        def make(*_: Any) -> Any:
-            raise HostileError
-
-        native.walk(nn.Linear(1, 1), False, make)
+    def make_layout(*_: Any) -> Any:
+        raise HostileError
 
     return {
         "a module": (lambda: summarize(model), 1),
-        "its gradients": (lambda: summarize(model, params=False), 1),
+        "gradients alone": (lambda: summarize(model, params=False), 1),
         "with buffers": (lambda: summarize(model, buffers=True), 1),
         "include and exclude": (lambda: summarize(model, include="w", exclude="^1"), 1),
         "a mapping": (lambda: summarize(state), 1),
@@ -127,64 +121,67 @@ def _paths(model: Model) -> dict[str, tuple[Callable[[], Any], int]]:
         "findings": (lambda: summarize(model).findings(), 10),
         "table": (lambda: summary.table(), 20),
         "pickled": (lambda: summary.__reduce__(), 1),
-        "bad pairs": (_raising(lambda: summarize([*pairs, ("x", 3)]), TypeError), 1),
-        "bad arguments": (_raising(lambda: summarize(model, grad_scale=0), ValueError), 1),
-        "bad modules": (_raising(lambda: summarize(bad), TypeError), 2),
-        "modules that list themselves": (lambda: summarize(listing), 4),
+        "bad pairs": (raising(TypeError, summarize, [*pairs, ("x", 3)]), 1),
+        "bad arguments": (raising(ValueError, summarize, model, grad_scale=0), 1),
+        "bad modules": (raising(TypeError, summarize, bad), 2),
+        "modules that list their own parameters": (lambda: summarize(listing), 4),
         "cycles of modules": (lambda: summarize(cycle), 50),
-        "layouts that raise": (_raising(hostile_layout, HostileError), 4),
+        "layouts that raise": (
+            raising(HostileError, native.walk, nn.Linear(1, 1), False, make_layout),
+            4,
+        ),
         "tensors that cannot be read": (unreadable, 4),
-        "models that come and go": (come_and_go, 20),
-        "models that their class knows": (through_a_class, 50),
+        "short-lived models": (come_and_go, 20),
+        "models referenced by their class": (through_a_class, 50),
     }
 
 
-def measured(path: str, call: Callable[[], Any], calls: int, model: Model) -> Growth:
-    """What `calls` calls leave behind."""
-    held = [model, *model, *model.parameters(), *(p.grad for p in model.parameters())]
-    held += [m.__dict__ for m in model.modules()] + [m._parameters for m in model.modules()]
-    held += [Model, nn.Linear, torch.Tensor]
-    native = ENGINES[0].native
-    for _ in range(min(calls, 2000)):  # what is made once is there
-        call()
-    before, after = [0] * len(held), [0] * len(held)
-    numbers = []
-    for counts in (before, after):
+def measure(path: str, call: Callable[[], Any], calls: int, model: Model) -> Growth:
+    """Runs `calls` calls and returns what they left behind."""
+    watched = [model, *model, *model.parameters(), *(p.grad for p in model.parameters())]
+    watched += [m.__dict__ for m in model.modules()] + [m._parameters for m in model.modules()]
+    watched += [Model, nn.Linear, torch.Tensor]
+    native = BACKENDS[0].native
+
+    def count() -> tuple[int, int, int, list[int]]:
         gc.collect()
-        for i, thing in enumerate(held):
-            counts[i] = sys.getrefcount(thing)
+        references = [sys.getrefcount(thing) for thing in watched]
         pages = int(Path("/proc/self/statm").read_text().split()[1])
-        numbers.append((pages, sys.getallocatedblocks(), native.cached_layouts()))
-        if counts is before:
-            for _ in range(calls):
-                call()
-    (pages, blocks, layouts), (more_pages, more_blocks, more_layouts) = numbers
+        return pages, sys.getallocatedblocks(), native.cached_layouts(), references
+
+    for _ in range(min(calls, 2000)):  # fills caches
+        call()
+    count()
+    pages, blocks, layouts, references = count()
+    for _ in range(calls):
+        call()
+    new_pages, new_blocks, new_layouts, new_references = count()
     return Growth(
         path,
         calls,
-        (more_pages - pages) * _PAGE / (1 << 20),
-        more_blocks - blocks,
-        sum(abs(a - b) for a, b in zip(after, before, strict=True)),
-        more_layouts - layouts,
+        round((new_pages - pages) * _PAGE / (1 << 20), 2),
+        new_blocks - blocks,
+        sum(abs(a - b) for a, b in zip(new_references, references, strict=True)),
+        new_layouts - layouts,
     )
 
 
 def run(calls: int) -> list[Growth]:
-    """Every path with the native backend, and the first with the other one."""
+    """Measures every path with the native backend and one with the reference backend."""
     model = Model()
     growths = []
     before = backends.active()
     gc.collect()
-    gc.freeze()  # what is there already need not be looked at again and again
+    gc.freeze()  # collections need not visit what is there already
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            backends._active = ENGINES[0]
-            for path, (call, less) in _paths(model).items():
-                growths.append(measured(path, call, max(calls // less, LEAST_CALLS), model))
-            backends._active = ENGINES[1]
+            backends._active = BACKENDS[0]
+            for path, (call, divisor) in _paths(model).items():
+                growths.append(measure(path, call, max(calls // divisor, LEAST_CALLS), model))
+            backends._active = BACKENDS[1]
             call, _ = _paths(model)["scalars"]
-            growths.append(measured("the reference backend", call, calls // 10, model))
+            growths.append(measure("the reference backend", call, calls // 10, model))
     finally:
         backends._active = before
         gc.unfreeze()
@@ -192,7 +189,7 @@ def run(calls: int) -> list[Growth]:
 
 
 def in_a_child(calls: int) -> list[Growth]:
-    """The same in a process that has done nothing else."""
+    """Runs `run` in a new process, whose memory no other work disturbs."""
     command = [sys.executable, "-m", "tools.fuzz.memory", str(calls)]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return [Growth(**growth) for growth in json.loads(output.splitlines()[-1])]

@@ -1,8 +1,8 @@
-"""Hostile modules for `summarize` and the walk: what torch lists, or an exception.
+"""`summarize` and the native walk of damaged modules: the names that torch lists, or an exception.
 
-A case is a random tree to which things are done that modules should not have done to them. What
-must come out is what `named_parameters` says; where torch itself raises, an exception, or (where
-the native walk can still read the tree) what its dictionaries say.
+A case is a random tree of modules that is damaged in several ways. `summarize` must list what
+`named_parameters` lists. Where torch raises, `summarize` raises too, or lists what the modules'
+dictionaries hold if the native walk can still read them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from paramstats._core import backend as backends
 from tools.fuzz.damage import COMMON, RARE, Case
 from tools.fuzz.hostile import HostileError
 
-ENGINES = tuple(backends.choose(name) for name in ("native", "reference"))
+BACKENDS = tuple(backends.choose(name) for name in ("native", "reference"))
 
 
 def grouped(named: Any) -> list[list[Any]]:
@@ -32,7 +32,7 @@ def grouped(named: Any) -> list[list[Any]]:
 
 
 def by_torch(case: Case, buffers: bool) -> list[list[Any]]:
-    """What torch lists, with every name where it can tell them."""
+    """What torch lists, with all names of shared tensors where possible."""
 
     def listed(method: Callable[..., Any]) -> list[Any]:
         if not case.many_paths:
@@ -47,7 +47,7 @@ def by_torch(case: Case, buffers: bool) -> list[list[Any]]:
 
 
 def by_dictionaries(module: Any, kind: str, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """What `_parameters` and `_modules` say, without asking any module."""
+    """The tensors in the modules' dictionaries, without calling a method of any module."""
     left = [(prefix, module)]
     while left:
         prefix, module = left.pop()
@@ -93,14 +93,11 @@ def check(summary: paramstats.Summary, rows: list[list[Any]], aliases: bool) -> 
         assert (entry.grad is not None) == (tensor.grad is not None)
 
 
-# ---- one case --------------------------------------------------------------------------------
-
-
 def run(seed: int) -> int:
-    """One case; returns its executions."""
+    """Runs one case; returns its executions."""
     case = Case(seed)
     rng = case.rng
-    backends._active = ENGINES[rng.random() < 0.2]
+    backends._active = BACKENDS[rng.random() < 0.2]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -109,8 +106,8 @@ def run(seed: int) -> int:
                 executions += _layouts(case)
             return executions
     finally:
-        case.empty()  # cycles go at once
-        backends._active = ENGINES[0]
+        case.empty()  # breaks cycles of modules
+        backends._active = BACKENDS[0]
 
 
 def _call(case: Case) -> int:
@@ -118,7 +115,7 @@ def _call(case: Case) -> int:
     for _ in range(rng.choice((0, 1, 1, 2, 3))):
         try:
             rng.choice(RARE if rng.random() < 0.03 else COMMON)(case)
-        except Exception:  # another of them has made the tree such that this one cannot be done
+        except Exception:  # earlier damage made this one impossible
             continue
     buffers = rng.random() < 0.3
     right = expected(case, buffers)
@@ -129,14 +126,14 @@ def _call(case: Case) -> int:
     except Exception as error:
         raised = error
     case.disarm()
-    if were_armed:  # the tree may have been another while it was read
+    if were_armed:  # the tree may have changed while it was read
         return 1
     if summary is None:
         assert isinstance(right, Exception), (raised, right)
         if isinstance(right, (TypeError, ValueError)):
             assert isinstance(raised, (TypeError, ValueError, HostileError)), (raised, right)
         return 1
-    if isinstance(right, Exception):  # torch cannot list it: it is too deep, or without a hash
+    if isinstance(right, Exception):  # torch cannot list a tree that is too deep or unhashable
         named = list(by_dictionaries(case.root, "_parameters"))
         if buffers:
             named += by_dictionaries(case.root, "_buffers")
@@ -146,8 +143,8 @@ def _call(case: Case) -> int:
 
 
 def _layouts(case: Case) -> int:
-    """The native walk itself, whose callback may do anything."""
-    native = ENGINES[0].native
+    """Calls the native walk with a callback that raises, recurses or empties the tree."""
+    native = BACKENDS[0].native
 
     def raising(*_: Any) -> Any:
         raise HostileError

@@ -1,8 +1,7 @@
-"""A model that another thread changes while it is summarised.
+"""`summarize` of a model while two other threads change it.
 
-Every tensor is one number throughout, so that a statistic which mixes two, or memory that was let go,
-shows. Left out: another thread that sets `.grad`, by itself or in backward, which crashes torch
-itself where somebody reads it at that moment.
+All elements of a tensor are equal, so that statistics of mixed or freed memory are noticed. No
+thread sets `.grad`: torch itself crashes where one thread sets it and another reads it.
 """
 
 from __future__ import annotations
@@ -13,27 +12,27 @@ import threading
 from collections.abc import Callable
 
 import torch
-import torch.distributed.fsdp  # so that models are looked through for it
+import torch.distributed.fsdp  # from now on `summarize` searches models for FSDP modules
 from torch import nn
 
 import paramstats
 from paramstats._core import backend as backends
-from tools.fuzz.modules import ENGINES
+from tools.fuzz.modules import BACKENDS
 
 NUMBERS = (1.0, -2.0, 3.0)
-LARGE = 1 << 18  # beyond SERIAL_BYTES: the GIL is let go while it is read
+LARGE = 1 << 18  # beyond SERIAL_BYTES: the read releases the GIL
 REFUSED = (RuntimeError, KeyError, AttributeError, ValueError)
-"""What torch's own listing raises at a dictionary that changes under it."""
+"""Exceptions of torch's own listing while another thread changes a dictionary."""
 
 
 def run(seed: int) -> int:
-    """One case; returns its executions."""
+    """Runs one case; returns its executions."""
     rng = random.Random(seed)
     torch.set_num_threads(rng.randrange(1, 4))
     size = LARGE if rng.random() < 0.1 else 5
     model = nn.Sequential(*(_layer(rng, size) for _ in range(rng.randrange(1, 12))))
     native = rng.random() < 0.8
-    backends._active = ENGINES[not native]
+    backends._active = BACKENDS[not native]
     stop = threading.Event()
     changes = [_change(random.Random(seed + i + 1), model, size) for i in range(2)]
     threads = [threading.Thread(target=_until, args=(stop, change)) for change in changes]
@@ -50,7 +49,7 @@ def run(seed: int) -> int:
         for thread in threads:
             thread.join()
         sys.setswitchinterval(interval)
-        backends._active = ENGINES[0]
+        backends._active = BACKENDS[0]
     return executions
 
 
@@ -91,17 +90,17 @@ def _change(rng: random.Random, model: nn.Sequential, size: int) -> Callable[[],
         layer()._parameters["w"] = new()
 
     def swap() -> None:
-        held = layer()._parameters.get("w")
-        if held is not None:
-            held.data = new().data
+        parameter = layer()._parameters.get("w")
+        if parameter is not None:
+            parameter.data = new().data
 
-    def extra() -> None:
+    def add_parameter() -> None:
         layer()._parameters[f"p{rng.randrange(9)}"] = rng.choice((None, new()))
 
     def clear() -> None:
         layer()._parameters.clear()
 
-    changes = (add, add, remove, replace, swap, swap, extra, clear)
+    changes = (add, add, remove, replace, swap, swap, add_parameter, clear)
 
     def change() -> None:
         rng.choice(changes)()
@@ -113,7 +112,7 @@ def _call(model: nn.Module, native: bool) -> None:
     try:
         summary = paramstats.summarize(model)
     except REFUSED:
-        assert not native  # the walk of the native backend sees one moment
+        assert not native  # the native walk holds the GIL, so nothing changes meanwhile
         return
     assert len(set(summary)) == len(summary)
     for entry in summary.values():

@@ -1,6 +1,6 @@
-"""`merge_rows` and `statistics` of the native entry: any bytes, bounds, keys, positions, numbers.
+"""The native functions `merge_rows` and `scalars`: any bytes, bounds, keys and numbers.
 
-Where the arguments are what they should be, the definition in Python says what must come out.
+For valid arguments the result must be that of the Python functions.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ REFUSED = (TypeError, ValueError, IndexError, OverflowError)
 
 
 def run(seed: int) -> int:
-    """One case; returns its executions."""
+    """Runs one case; returns its executions."""
     rng = random.Random(seed)
     native = backends.active().native
     if rng.random() < 0.3:
-        return _abused(rng, native)
+        return _invalid_arguments(rng, native)
     rows = rng.choice((0, 1, 2, 2, 3, 4, 8, 40, 400))
     are_states = rng.random() < 0.8
     table = b"".join(_state(rng) if are_states else _any_row(rng) for _ in range(rows))
@@ -30,13 +30,13 @@ def run(seed: int) -> int:
     end = rng.randrange(begin, rows + 1)
     _same(are_states, native.merge_rows, moments.merge_rows, table, begin, end)
     which = [rng.randrange(15) for _ in range(rng.randrange(1, 6))]
-    # Equal keys now and then, and some that are left over.
+    # Some keys are equal, and there may be more keys than values.
     n = rng.randrange(rows + 1) * len(which) + rng.randrange(len(which))
     keys = [f"k{rng.randrange(2 * n)}" for _ in range(n)][: rows * len(which)]
     correction, grad_scale = rng.choice(EXTREMES), rng.choice(EXTREMES)
     are_numbers = math.isfinite(correction) and grad_scale in (1.0, 0.5, 3.0, 1e308)
     both = are_states and are_numbers
-    _same(both, native.statistics, moments.statistics, table, keys, which, correction, grad_scale)
+    _same(both, native.scalars, moments.scalars, table, keys, which, correction, grad_scale)
     return 2
 
 
@@ -61,7 +61,7 @@ def _state(rng: random.Random) -> bytes:
 
 
 def _same(is_valid: bool, native: Any, python: Any, *args: Any) -> None:
-    """What the one gives is what the other does, where the arguments are what they should be."""
+    """Calls both functions; for valid arguments they must give the same result."""
     got = native(*args)
     if not is_valid:
         return
@@ -76,12 +76,12 @@ def _same(is_valid: bool, native: Any, python: Any, *args: Any) -> None:
         assert a == b or (a != a and b != b) or abs(a - b) <= 1e-12 * abs(b), (got, right, args)
 
 
-def _abused(rng: random.Random, native: Any) -> int:
-    """Arguments that nobody should pass: an exception, or any result, and no more."""
+def _invalid_arguments(rng: random.Random, native: Any) -> int:
+    """Passes invalid arguments: any exception of `REFUSED` or any result will do, but no crash."""
     junk: list[Any] = [
         None, 3, -1, 1 << 70, 2.5, "x", b"abc", [], {}, object(), float("nan"), rng.randbytes(100),
         b"\0" * 72 * 3, [1, 2], ["a", "b"], [0], [-1], [15], [1 << 40], bytearray(144), (1, 2),
-        [Dishonest()], native,
+        [FakeTensor()], native,
     ]  # fmt: skip
     hostile = Shrinking.list(rng.randrange(1, 9))
     calls = [
@@ -102,8 +102,8 @@ def _abused(rng: random.Random, native: Any) -> int:
     return 1
 
 
-class Dishonest:
-    """Says it is a tensor."""
+class FakeTensor:
+    """Claims to be a tensor."""
 
     @property
     def __class__(self) -> Any:
@@ -113,7 +113,7 @@ class Dishonest:
 
 
 class Shrinking:
-    """A key that empties the list which it stands in when its hash is asked for."""
+    """A key that empties its own list when it is hashed."""
 
     def __init__(self, keys: list[Any]) -> None:
         self.keys = keys
