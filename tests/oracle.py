@@ -144,7 +144,7 @@ def check_exact(stats: TensorStats, x: Exact, correction: float = 1) -> None:
     finite = stats.finite
     assert finite.count == x.n
     if x.n == x.count:
-        for name in STATISTICS:
+        for name in (*STATISTICS, "norm"):
             got, expected = getattr(stats, name), getattr(finite, name)
             assert got == expected or (math.isnan(got) and math.isnan(expected)), name
     if x.n == 0:

@@ -1,7 +1,7 @@
-"""The real-world matrix: what people do to models, each row run and compared with an oracle.
+"""The compatibility matrix: common ways to build and train models, each compared with the oracle.
 
-    python -m tools.matrix            every row, and the table in docs/compatibility.md
-    python -m tools.matrix --only lora    those with a word in their name or title
+    python -m tools.matrix                every row; writes docs/compatibility.md
+    python -m tools.matrix --only lora    rows with this word in their name or title
 
-Each row trains a real model for a few real steps and looks at it with each backend.
+A row trains a real model for a few steps and calls `summarize` at each step with each backend.
 """

@@ -1,6 +1,6 @@
-"""Architectures of transformers, from small configurations, and of libraries for other data.
+"""Rows about architectures: small configurations of transformers and of other libraries.
 
-Each makes its loss, or the mean of its first output of floats, runs backward and steps twice.
+Each model is trained for two steps, on its own loss or on the mean square of its first output.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tools.matrix.looking import Look, Observe, unobserved
+from tools.matrix.checker import Checker, Observe, unobserved
 from tools.matrix.rows import NotRunError, row
 
 TEXT = {
@@ -24,6 +24,10 @@ GPT = {"vocab_size": 99, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions":
        "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
 EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2,
            "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}  # fmt: skip
+LATENT = EXPERTS | {"n_routed_experts": 4, "q_lora_rank": 8, "kv_lora_rank": 8, "v_head_dim": 8,
+                    "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "first_k_dense_replace": 1,
+                    "topk_group": 1}  # fmt: skip
+"""Latent attention, as in DeepSeek models."""
 SEQ2SEQ = {
     "vocab_size": 99, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2,
     "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 40,
@@ -35,217 +39,90 @@ T5 = {"vocab_size": 99, "d_model": 32, "d_kv": 8, "d_ff": 40, "num_layers": 2, "
 IMAGE = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2,
          "num_attention_heads": 4, "image_size": 32, "patch_size": 8}  # fmt: skip
 STAGES = {"hidden_sizes": [16, 32], "depths": [1, 1], "num_stages": 2, "embedding_size": 16}
-SOUND = {
+WINDOWS = {"image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [1, 1],
+           "num_heads": [2, 4], "window_size": 4}  # fmt: skip
+PYRAMID = {"image_size": 32, "hidden_sizes": [8, 16, 16, 16], "depths": [1, 1, 1, 1],
+           "num_attention_heads": [1, 2, 2, 2]}  # fmt: skip
+AUDIO = {
     **TEXT, "conv_dim": (16, 16), "conv_stride": (5, 4), "conv_kernel": (10, 8),
     "num_feat_extract_layers": 2, "num_conv_pos_embeddings": 16,
     "num_conv_pos_embedding_groups": 2, "mask_time_prob": 0.0, "layerdrop": 0.0,
 }  # fmt: skip
 
-WRITERS: dict[str, dict[str, Any]] = {
+LLAMAS = (
+    "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "olmo",
+    "olmo2", "stablelm", "granite", "starcoder2", "cohere", "glm", "nemotron", "smollm3",
+)  # fmt: skip
+
+LANGUAGE_MODELS: dict[str, dict[str, Any]] = {
     "gpt2": GPT,
-    "gpt_neo": {
-        **TEXT,
-        "num_layers": 2,
-        "num_heads": 4,
-        "attention_types": [[["global", "local"], 1]],
-    },
-    "gpt_neox": TEXT,
-    "gptj": {**GPT, "rotary_dim": 4},
     "gpt_bigcode": GPT,
-    "codegen": {**GPT, "rotary_dim": 4},
-    "opt": {**TEXT, "ffn_dim": 40, "word_embed_proj_dim": 32},
-    "bloom": {**TEXT, "n_layer": 2, "n_head": 4},
+    "gpt_neo": dict(TEXT, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]]),
+    "gpt_neox": TEXT,
     "falcon": TEXT,
+    "gptj": dict(GPT, rotary_dim=4),
+    "codegen": dict(GPT, rotary_dim=4),
+    "opt": dict(TEXT, ffn_dim=40, word_embed_proj_dim=32),
+    "bloom": dict(TEXT, n_layer=2, n_head=4),
     "mpt": {"vocab_size": 99, "d_model": 32, "n_layers": 2, "n_heads": 4},
     "xglm": {"vocab_size": 99, "d_model": 32, "num_layers": 2, "attention_heads": 4, "ffn_dim": 40},
-    "llama": GROUPED,
-    "mistral": GROUPED,
-    "qwen2": GROUPED,
-    "qwen3": GROUPED,
-    "gemma": GROUPED,
-    "gemma2": GROUPED,
-    "gemma3_text": GROUPED,
-    "phi": GROUPED,
-    "phi3": GROUPED,
-    "olmo": GROUPED,
-    "olmo2": GROUPED,
-    "stablelm": GROUPED,
-    "granite": GROUPED,
-    "starcoder2": GROUPED,
-    "cohere": GROUPED,
-    "glm": GROUPED,
-    "nemotron": GROUPED,
-    "smollm3": GROUPED,
-    "mixtral": {**GROUPED, **EXPERTS},
-    "qwen2_moe": {**GROUPED, **EXPERTS},
-    "qwen3_moe": {**GROUPED, **EXPERTS},
-    "olmoe": {**GROUPED, **EXPERTS},
-    "phimoe": {**GROUPED, **EXPERTS},
-    "granitemoe": {**GROUPED, **EXPERTS},
-    "gpt_oss": {**GROUPED, **EXPERTS},
-    "deepseek_v2": {
-        **TEXT,
-        **EXPERTS,
-        "n_routed_experts": 4,
-        "q_lora_rank": 8,
-        "kv_lora_rank": 8,
-        "qk_rope_head_dim": 8,
-        "qk_nope_head_dim": 8,
-        "v_head_dim": 8,
-        "n_group": 1,
-        "topk_group": 1,
-        "first_k_dense_replace": 1,
-    },
-    "deepseek_v3": {
-        **TEXT,
-        **EXPERTS,
-        "n_routed_experts": 4,
-        "q_lora_rank": 8,
-        "kv_lora_rank": 8,
-        "qk_rope_head_dim": 8,
-        "qk_nope_head_dim": 8,
-        "v_head_dim": 8,
-        "n_group": 2,
-        "topk_group": 1,
-        "first_k_dense_replace": 1,
-    },
-    "mamba": {**TEXT, "state_size": 8},
-    "mamba2": {
-        **TEXT,
-        "state_size": 8,
-        "num_heads": 8,
-        "head_dim": 8,
-        "n_groups": 2,
-        "chunk_size": 8,
-    },
-    "rwkv": {**TEXT, "attention_hidden_size": 32},
-    "recurrent_gemma": {**GROUPED, "num_hidden_layers": 3, "lru_width": 32},
-    "jamba": {
-        **GROUPED,
-        **EXPERTS,
-        "attn_layer_period": 2,
-        "attn_layer_offset": 1,
-        "expert_layer_period": 2,
-        "expert_layer_offset": 1,
-        "mamba_d_state": 8,
-        "use_mamba_kernels": False,
-    },
-    "zamba2": {
-        **TEXT,
-        "num_key_value_heads": 4,
-        "num_hidden_layers": 3,
-        "mamba_d_state": 8,
-        "n_mamba_heads": 8,
-        "mamba_headdim": 8,
-        "mamba_ngroups": 1,
-        "chunk_size": 8,
-        "hybrid_layer_ids": [1],
-        "layers_block_type": ["mamba", "hybrid", "mamba"],
-        "num_mem_blocks": 1,
-    },
-    "falcon_h1": {
-        **GROUPED,
-        "mamba_d_ssm": 32,
-        "mamba_n_heads": 4,
-        "mamba_d_head": 8,
-        "mamba_d_state": 8,
-        "mamba_chunk_size": 8,
-    },
+    **dict.fromkeys(LLAMAS, GROUPED),
+    **dict.fromkeys(
+        ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "phimoe", "granitemoe", "gpt_oss"],
+        GROUPED | EXPERTS,
+    ),
+    "deepseek_v2": dict(TEXT | LATENT, n_group=1),
+    "deepseek_v3": dict(TEXT | LATENT, n_group=2),
+    "mamba": dict(TEXT, state_size=8),
+    "mamba2": dict(TEXT, state_size=8, num_heads=8, head_dim=8, n_groups=2, chunk_size=8),
+    "rwkv": dict(TEXT, attention_hidden_size=32),
+    "recurrent_gemma": dict(GROUPED, num_hidden_layers=3, lru_width=32),
+    "jamba": dict(
+        GROUPED | EXPERTS,
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        expert_layer_period=2,
+        expert_layer_offset=1,
+        mamba_d_state=8,
+        use_mamba_kernels=False,
+    ),
     "xlnet": {"vocab_size": 99, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 40},
 }
-READERS: dict[str, dict[str, Any]] = {
-    "bert": TEXT,
-    "roberta": TEXT,
-    "electra": {**TEXT, "embedding_size": 16},
-    "albert": {**TEXT, "embedding_size": 16},
+ENCODERS: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(
+        ["bert", "roberta", "xlm-roberta", "mpnet", "modernbert", "fnet", "layoutlm", "ibert"], TEXT
+    ),
+    "electra": dict(TEXT, embedding_size=16),
+    "albert": dict(TEXT, embedding_size=16),
     "distilbert": {"vocab_size": 99, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 40},
-    "deberta": {**TEXT, "relative_attention": True, "pos_att_type": ["c2p", "p2c"]},
-    "deberta-v2": {**TEXT, "relative_attention": True, "pos_att_type": ["c2p", "p2c"]},
-    "xlm-roberta": TEXT,
-    "mpnet": TEXT,
-    "modernbert": TEXT,
-    "convbert": {**TEXT, "embedding_size": 32},
-    "longformer": {**TEXT, "attention_window": 4},
-    "big_bird": {**TEXT, "attention_type": "original_full"},
-    "fnet": TEXT,
-    "mobilebert": {
-        **TEXT,
-        "intra_bottleneck_size": 16,
-        "embedding_size": 16,
-        "true_hidden_size": 16,
-    },
-    "squeezebert": {**TEXT, "embedding_size": 32},
-    "roformer": {**TEXT, "embedding_size": 32},
-    "nystromformer": {**TEXT, "num_landmarks": 4, "segment_means_seq_len": 12},
-    "esm": {**TEXT, "mask_token_id": 3},
-    "layoutlm": TEXT,
-    "ibert": TEXT,
-    "funnel": {
-        "vocab_size": 99,
-        "d_model": 32,
-        "n_head": 4,
-        "d_head": 8,
-        "d_inner": 40,
-        "block_sizes": [1, 1],
-        "num_decoder_layers": 1,
-    },
+    "deberta": dict(TEXT, relative_attention=True, pos_att_type=["c2p", "p2c"]),
+    "deberta-v2": dict(TEXT, relative_attention=True, pos_att_type=["c2p", "p2c"]),
+    **dict.fromkeys(["convbert", "squeezebert", "roformer"], TEXT | {"embedding_size": 32}),
+    "longformer": dict(TEXT, attention_window=4),
+    "big_bird": dict(TEXT, attention_type="original_full"),
+    "mobilebert": dict(TEXT, intra_bottleneck_size=16, embedding_size=16, true_hidden_size=16),
+    "nystromformer": dict(TEXT, num_landmarks=4, segment_means_seq_len=12),
+    "esm": dict(TEXT, mask_token_id=3),
 }
-TRANSLATORS: dict[str, dict[str, Any]] = {
-    "t5": T5,
-    "mt5": T5,
-    "umt5": T5,
-    "longt5": {**T5, "local_radius": 3},
-    "switch_transformers": {**T5, "num_experts": 4, "num_decoder_layers": 2},
-    "bart": SEQ2SEQ,
-    "mbart": SEQ2SEQ,
-    "pegasus": SEQ2SEQ,
-    "marian": SEQ2SEQ,
-    "m2m_100": SEQ2SEQ,
-    "blenderbot": SEQ2SEQ,
-    "prophetnet": {
-        "vocab_size": 99,
-        "hidden_size": 32,
-        "num_encoder_layers": 2,
-        "num_decoder_layers": 2,
-        "num_encoder_attention_heads": 4,
-        "num_decoder_attention_heads": 4,
-        "encoder_ffn_dim": 40,
-        "decoder_ffn_dim": 40,
-        "decoder_start_token_id": 1,
-        "ngram": 2,
-    },
-    "led": {
-        **SEQ2SEQ,
-        "max_encoder_position_embeddings": 64,
-        "attention_window": 4,
-        "max_decoder_position_embeddings": 64,
-    },
+ENCODER_DECODERS: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(["t5", "mt5", "umt5"], T5),
+    "longt5": dict(T5, local_radius=3),
+    "switch_transformers": dict(T5, num_experts=4, num_decoder_layers=2),
+    **dict.fromkeys(["bart", "mbart", "pegasus", "marian", "m2m_100", "blenderbot"], SEQ2SEQ),
+    "led": dict(
+        SEQ2SEQ,
+        max_encoder_position_embeddings=64,
+        attention_window=4,
+        max_decoder_position_embeddings=64,
+    ),
 }
-SEERS: dict[str, dict[str, Any]] = {
-    "vit": IMAGE,
-    "beit": IMAGE,
-    "dinov2": IMAGE,
-    "swin": {
-        "image_size": 32,
-        "patch_size": 4,
-        "embed_dim": 16,
-        "depths": [1, 1],
-        "num_heads": [2, 4],
-        "window_size": 4,
-    },
-    "swinv2": {
-        "image_size": 32,
-        "patch_size": 4,
-        "embed_dim": 16,
-        "depths": [1, 1],
-        "num_heads": [2, 4],
-        "window_size": 4,
-    },
-    "convnext": STAGES,
-    "convnextv2": STAGES,
-    "resnet": STAGES,
-    "regnet": {**STAGES, "groups_width": 8},
-    "bit": {**STAGES, "num_groups": 8},
+IMAGE_MODELS: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(["vit", "beit", "dinov2"], IMAGE),
+    "swin": WINDOWS,
+    "swinv2": WINDOWS,
+    **dict.fromkeys(["convnext", "convnextv2", "resnet"], STAGES),
+    "regnet": dict(STAGES, groups_width=8),
+    "bit": dict(STAGES, num_groups=8),
     "mobilenet_v1": {"image_size": 32, "depth_multiplier": 0.25},
     "mobilenet_v2": {"image_size": 32, "depth_multiplier": 0.25},
     "efficientnet": {
@@ -255,53 +132,17 @@ SEERS: dict[str, dict[str, Any]] = {
         "hidden_dim": 320,
     },
     "poolformer": {"hidden_sizes": [8, 16, 16, 16], "depths": [1, 1, 1, 1]},
-    "pvt": {
-        "image_size": 32,
-        "hidden_sizes": [8, 16, 16, 16],
-        "depths": [1, 1, 1, 1],
-        "num_attention_heads": [1, 2, 2, 2],
-    },
-    "segformer": {
-        "image_size": 32,
-        "hidden_sizes": [8, 16, 16, 16],
-        "depths": [1, 1, 1, 1],
-        "num_attention_heads": [1, 2, 2, 2],
-        "decoder_hidden_size": 16,
-    },
-    "focalnet": {
-        "image_size": 32,
-        "patch_size": 4,
-        "embed_dim": 16,
-        "depths": [1, 1],
-        "hidden_sizes": [16, 32],
-        "focal_levels": [2, 2],
-        "focal_windows": [3, 3],
-    },
-    "hiera": {
-        "image_size": [32, 32],
-        "patch_size": [3, 3],
-        "patch_stride": [4, 4],
-        "embed_dim": 16,
-        "depths": [1, 1],
-        "num_heads": [1, 2],
-        "query_stride": [2, 2],
-        "num_query_pool": 1,
-        "masked_unit_size": [4, 4],
-        "patch_padding": [1, 1],
-    },
+    "pvt": PYRAMID,
+    "segformer": dict(PYRAMID, decoder_hidden_size=16),
 }
-FILMS: dict[str, dict[str, Any]] = {
-    "timesformer": {**IMAGE, "num_frames": 2},
-    "videomae": {**IMAGE, "num_frames": 2, "tubelet_size": 1},
-    "vivit": {**IMAGE, "num_frames": 2, "tubelet_size": [2, 8, 8]},
+VIDEO_MODELS: dict[str, dict[str, Any]] = {
+    "timesformer": dict(IMAGE, num_frames=2),
+    "videomae": dict(IMAGE, num_frames=2, tubelet_size=1),
+    "vivit": dict(IMAGE, num_frames=2, tubelet_size=[2, 8, 8]),
 }
-LISTENERS: dict[str, dict[str, Any]] = {
-    "wav2vec2": SOUND,
-    "hubert": SOUND,
-    "wavlm": SOUND,
-    "sew": {**SOUND, "squeeze_factor": 2},
-    "unispeech": SOUND,
-    "data2vec-audio": SOUND,
+AUDIO_MODELS: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(["wav2vec2", "hubert", "wavlm", "unispeech", "data2vec-audio"], AUDIO),
+    "sew": dict(AUDIO, squeeze_factor=2),
 }
 
 
@@ -318,16 +159,16 @@ def _images() -> dict[str, Tensor]:
     return {"pixel_values": torch.randn(2, 3, 32, 32)}
 
 
-def _films() -> dict[str, Tensor]:
+def _videos() -> dict[str, Tensor]:
     return {"pixel_values": torch.randn(2, 2, 3, 32, 32)}
 
 
-def _sounds() -> dict[str, Tensor]:
+def _audio() -> dict[str, Tensor]:
     return {"input_values": torch.randn(2, 800)}
 
 
 def _first_float(values: Any) -> Tensor | None:
-    """The first tensor of floats with a graph among a model's outputs."""
+    """The first floating-point output that requires a gradient."""
     if isinstance(values, Tensor):
         return values if values.is_floating_point() and values.requires_grad else None
     parts = values.values() if isinstance(values, dict) else values
@@ -349,32 +190,32 @@ def train(model: nn.Module, inputs: dict[str, Any], observe: Observe, steps: int
 
 
 Make = Callable[[], tuple[nn.Module, dict[str, Any]]]
-"""Makes a model and what it is called with."""
+"""Creates a model and its inputs."""
 
 
-def look_at_all(look: Look, models: Iterable[tuple[str, Make]]) -> str:
-    """Each by itself: what does not run here, by no fault of ours, is named with its reason."""
+def check_all(check: Checker, models: Iterable[tuple[str, Make]]) -> str:
+    """Checks every model; those that do not run without paramstats are listed with the reason."""
     ran, not_run = [], []
     for name, make in models:
         torch.manual_seed(0)
         try:
             model, inputs = make()
             train(model.train(), inputs, unobserved, steps=1)
-        except Exception as error:  # theirs: nothing was looked at
+        except Exception as error:  # paramstats was not called yet
             not_run.append(f"{name} ({type(error).__name__}: {str(error).splitlines()[0][:60]})")
             continue
-        train(model, inputs, look, steps=2)
-        look(model.state_dict())
-        if look.failures:
-            raise AssertionError(f"{name}: {next(iter(look.failures.values()))}")
+        train(model, inputs, check, steps=2)
+        check(model.state_dict())
+        if check.failures:
+            raise AssertionError(f"{name}: {next(iter(check.failures.values()))}")
         ran.append(name)
     if not ran:
         raise NotRunError("; ".join(not_run))
-    said = f"{len(ran)}: {', '.join(ran)}"
-    return said + (f"; not run: {'; '.join(not_run)}" if not_run else "")
+    listed = f"{len(ran)}: {', '.join(ran)}"
+    return listed + (f"; not run: {'; '.join(not_run)}" if not_run else "")
 
 
-def _of_auto_class(
+def _auto_class(
     auto: str, configs: Mapping[str, dict[str, Any]], inputs: Callable[[], dict[str, Any]]
 ) -> Iterator[tuple[str, Make]]:
     import transformers
@@ -389,37 +230,37 @@ def _of_auto_class(
 
 
 @row("Language models of transformers", "transformers")
-def writers(look: Look) -> str:
-    return look_at_all(look, _of_auto_class("AutoModelForCausalLM", WRITERS, _text))
+def language_models(check: Checker) -> str:
+    return check_all(check, _auto_class("AutoModelForCausalLM", LANGUAGE_MODELS, _text))
 
 
 @row("Text encoders of transformers", "transformers")
-def readers(look: Look) -> str:
-    return look_at_all(look, _of_auto_class("AutoModelForMaskedLM", READERS, _text))
+def encoders(check: Checker) -> str:
+    return check_all(check, _auto_class("AutoModelForMaskedLM", ENCODERS, _text))
 
 
-@row("Encoders with decoders of transformers", "transformers")
-def translators(look: Look) -> str:
-    return look_at_all(look, _of_auto_class("AutoModelForSeq2SeqLM", TRANSLATORS, _text))
+@row("Encoder-decoder models of transformers", "transformers")
+def encoder_decoders(check: Checker) -> str:
+    return check_all(check, _auto_class("AutoModelForSeq2SeqLM", ENCODER_DECODERS, _text))
 
 
 @row("Image models of transformers", "transformers")
-def seers(look: Look) -> str:
-    return look_at_all(look, _of_auto_class("AutoModelForImageClassification", SEERS, _images))
+def image_models(check: Checker) -> str:
+    return check_all(check, _auto_class("AutoModelForImageClassification", IMAGE_MODELS, _images))
 
 
 @row("Video models of transformers", "transformers")
-def films(look: Look) -> str:
-    return look_at_all(look, _of_auto_class("AutoModelForVideoClassification", FILMS, _films))
+def video_models(check: Checker) -> str:
+    return check_all(check, _auto_class("AutoModelForVideoClassification", VIDEO_MODELS, _videos))
 
 
-@row("Sound models of transformers", "transformers")
-def listeners(look: Look) -> str:
-    return look_at_all(look, _of_auto_class("AutoModel", LISTENERS, _sounds))
+@row("Audio models of transformers", "transformers")
+def audio_models(check: Checker) -> str:
+    return check_all(check, _auto_class("AutoModel", AUDIO_MODELS, _audio))
 
 
-@row("Other models of transformers: several inputs, detection, series", "transformers")
-def others(look: Look) -> str:
+@row("Other models of transformers: multimodal, detection, time series", "transformers")
+def others(check: Checker) -> str:
     import transformers as t
 
     pairs = {**_images(), "input_ids": _ids(), "return_loss": True}
@@ -438,7 +279,7 @@ def others(look: Look) -> str:
         "future_time_features": torch.randn(2, 4, 1),
     }  # fmt: skip
     backbone = t.ResNetConfig(**STAGES, out_features=["stage2"])
-    return look_at_all(look, [
+    return check_all(check, [
         ("clip", two_towers(t.CLIPConfig, t.CLIPModel, projection_dim=16)),
         ("siglip", two_towers(t.SiglipConfig, t.SiglipModel)),
         ("blip", two_towers(t.BlipConfig, t.BlipModel, projection_dim=16)),
@@ -511,7 +352,7 @@ def others(look: Look) -> str:
 
 
 @row("Graph networks of torch-geometric", "torch_geometric")
-def graphs(look: Look) -> str:
+def graphs(check: Checker) -> str:
     from torch_geometric import nn as g
 
     edges = torch.randint(0, 30, (2, 90))
@@ -529,7 +370,7 @@ def graphs(look: Look) -> str:
     def network(make: Callable[[], nn.Module]) -> Make:
         return lambda: (make(), {"x": nodes, "edge_index": edges})
 
-    return look_at_all(look, [
+    return check_all(check, [
         ("GCN", network(lambda: g.GCN(16, 32, 2, 4))),
         ("GAT", network(lambda: g.GAT(16, 32, 2, 4, heads=4))),
         ("GIN", network(lambda: g.GIN(16, 32, 2, 4))),
@@ -545,7 +386,7 @@ def graphs(look: Look) -> str:
 
 
 @row("Equivariant networks of e3nn", "e3nn")
-def equivariant(look: Look) -> str:
+def equivariant(check: Checker) -> str:
     from e3nn import nn as en
     from e3nn import o3
 
@@ -566,6 +407,6 @@ def equivariant(look: Look) -> str:
             return self.head(hidden) * self.radial(x[:, :4]).sum(-1, keepdim=True)
 
     inputs = {"x": torch.randn(20, 16), "directions": torch.randn(20, 3)}
-    return look_at_all(
-        look, [("tensor products with BatchNorm and a radial net", lambda: (Network(), inputs))]
+    return check_all(
+        check, [("tensor products with BatchNorm and a radial net", lambda: (Network(), inputs))]
     )

@@ -1,11 +1,10 @@
-"""A row of the matrix, and what came of it."""
+"""Rows of the compatibility matrix and their results."""
 
 from __future__ import annotations
 
 import importlib.util
 import logging
 import time
-import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,14 +12,14 @@ from dataclasses import dataclass, field
 import torch
 
 from paramstats._core.backend import Implementation
-from tools.matrix.looking import Look
+from tools.matrix.checker import Checker, describe
 
-Run = Callable[[Look], str | None]
-"""Builds, trains and looks; returns a remark. Raises `NotRunError` where it cannot be run here."""
+Run = Callable[[Checker], str | None]
+"""Builds, trains and checks; returns a remark. Raises `NotRunError` where it cannot run here."""
 
 
 class NotRunError(Exception):
-    """Says why."""
+    """A row cannot run here; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -35,87 +34,81 @@ class Row:
 
     @property
     def name(self) -> str:
-        """As `--only` takes it."""
+        """The name for `--only`."""
         return f"{self.theme}.{self.run.__name__}"
 
 
 @dataclass
 class Outcome:
-    """What came of a row."""
+    """The result of a row."""
 
     row: Row
     not_run: str = ""
     remark: str = ""
     seconds: float = 0.0
     messages: list[str] = field(default_factory=list)
-    compared: dict[str, int] = field(default_factory=dict)
+    compared: int = 0
     failures: dict[str, str] = field(default_factory=dict)
 
-    def of(self, backend: str) -> str:
-        """What the table says of an backend."""
+    @property
+    def summary(self) -> str:
+        """For example "every statistic, skipped"."""
         if self.not_run:
             return f"not run: {self.not_run}"
-        if backend in self.failures:
-            return f"FAILED: {self.failures[backend]}"
-        if backend not in self.compared:
-            return "not run: the backend is not installed"
-        said = ["every statistic"] if self.compared[backend] else []
-        kinds = (message.partition(": ")[0] for message in self.messages)
-        said += dict.fromkeys(kind.partition(" ")[0] for kind in kinds)
-        return ", ".join(said)
+        if self.failures:
+            return "; ".join(f"{name} FAILED: {reason}" for name, reason in self.failures.items())
+        parts = ["every statistic"] if self.compared else []
+        return ", ".join(parts + list(dict.fromkeys(m.split(":")[0] for m in self.messages)))
 
 
 ROWS: list[Row] = []
 
 
 def row(title: str, *needs: str, quick: bool = False) -> Callable[[Run], Run]:
-    """Enters a function into the matrix.
+    """Adds a function to the matrix.
 
     Args:
-        title: what it is, as the table says it.
-        needs: modules that it imports; where one lacks, the row is not run and says so.
-        quick: whether it belongs to the ordinary tests, too.
+        title: the first cell of the table.
+        needs: modules that the row imports; without one of them it does not run.
+        quick: whether the row is part of the tests, too.
     """
 
-    def enter(run: Run) -> Run:
+    def add(run: Run) -> Run:
         theme = run.__module__.rpartition(".")[2]
         ROWS.append(Row(title, theme, needs, quick, run))
         return run
 
-    return enter
+    return add
 
 
 def run_row(row: Row, backends: Sequence[Implementation]) -> Outcome:
-    """Runs a row with the backends; what it raises is a failure of all of them."""
+    """Runs a row with the backends; an exception of its own is a failure of all of them."""
     outcome = Outcome(row)
     missing = [name for name in row.needs if importlib.util.find_spec(name) is None]
     if missing:
         outcome.not_run = f"{', '.join(missing)} is not installed; make matrix installs it"
         return outcome
-    look = Look(backends)
+    checker = Checker(backends)
     threads = torch.get_num_threads()
     if row.theme != "processes":
-        torch.set_num_threads(1)  # small models: threads would only wait for each other
+        torch.set_num_threads(1)  # the models are too small for several threads
     start = time.perf_counter()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of those who build and train; a look has its own
+            warnings.simplefilter("ignore")  # those of libraries; a check records its own
             logging.disable(logging.WARNING)
-            outcome.remark = row.run(look) or ""
+            outcome.remark = row.run(checker) or ""
     except NotRunError as reason:
         outcome.not_run = str(reason)
     except Exception as error:
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        where = f"{place.filename.rpartition('/')[2]}:{place.lineno}"
-        reason = f"{type(error).__name__}: {error} ({where})"
-        outcome.failures = {backend.name: reason for backend in backends}
+        outcome.failures = {backend.name: describe(error) for backend in backends}
     finally:
         logging.disable(logging.NOTSET)
         torch.set_num_threads(threads)
     outcome.seconds = time.perf_counter() - start
-    outcome.compared = look.compared
-    outcome.messages = list(look.messages)
-    outcome.failures |= look.failures
-    if not (outcome.not_run or outcome.failures or outcome.messages or any(look.compared.values())):
+    outcome.compared = max(checker.compared.values())
+    outcome.messages = list(checker.messages)
+    outcome.failures |= checker.failures
+    if not (outcome.not_run or outcome.failures or outcome.messages or outcome.compared):
         outcome.failures = {backend.name: "the row compared nothing" for backend in backends}
     return outcome

@@ -1,4 +1,4 @@
-"""Ways to train: accumulation, checkpointing, scaled losses, optimizers inside backward."""
+"""Rows about ways to train: accumulation, checkpointing, scaled losses, hooks."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tools.matrix.looking import Look, Observe, same_training, unobserved
+from tools.matrix.checker import Checker, Observe, same_training, unobserved
 from tools.matrix.rows import NotRunError, row
 
 
 @functools.cache
 def digits() -> tuple[Tensor, Tensor]:
-    """1,797 hand-written digits of 64 pixels, and what they are."""
+    """1,797 hand-written digits of 64 pixels, and their labels."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -52,25 +52,25 @@ def train(
     return model
 
 
-@row("A plain training on digits, SGD", "sklearn", quick=True)
-def plain(look: Look) -> str:
-    same_training(look, lambda observe: train(classifier(), observe))
-    return "bitwise the same training with and without"
+@row("Training on digits with SGD", "sklearn", quick=True)
+def plain(check: Checker) -> str:
+    same_training(check, lambda observe: train(classifier(), observe))
+    return "bitwise the same training with and without the calls"
 
 
 @row("Adam, fused and foreach, with weight decay", "sklearn", quick=True)
-def adam(look: Look) -> None:
+def adam(check: Checker) -> None:
     for options in ({"fused": True}, {"foreach": True}):
 
         def run(observe: Observe, options: dict[str, bool] = options) -> nn.Module:
             model = classifier()
             return train(model, observe, torch.optim.AdamW(model.parameters(), **options))
 
-        same_training(look, run)
+        same_training(check, run)
 
 
 @row("Gradient accumulation over four batches", "sklearn", quick=True)
-def accumulation(look: Look) -> None:
+def accumulation(check: Checker) -> None:
     def run(observe: Observe) -> nn.Module:
         model = classifier()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -84,11 +84,11 @@ def accumulation(look: Look) -> None:
         observe(model)
         return model
 
-    same_training(look, run)
+    same_training(check, run)
 
 
-@row("Activation checkpointing, both kinds", "sklearn", quick=True)
-def checkpointing(look: Look) -> str:
+@row("Activation checkpointing, reentrant and not", "sklearn", quick=True)
+def checkpointing(check: Checker) -> str:
     from torch.utils.checkpoint import checkpoint
 
     class Checkpointed(nn.Module):
@@ -122,12 +122,12 @@ def checkpointing(look: Look) -> str:
                 optimizer.step()
             return model
 
-        same_training(look, run)
-    return "also called inside the recomputed blocks, during backward"
+        same_training(check, run)
+    return "also called inside recomputed blocks during backward"
 
 
 @row("Autocast to bfloat16 and float16 with GradScaler", "sklearn", quick=True)
-def autocast(look: Look) -> str:
+def autocast(check: Checker) -> str:
     for dtype in (torch.bfloat16, torch.float16):
 
         def run(observe: Observe, dtype: torch.dtype = dtype) -> nn.Module:
@@ -148,25 +148,12 @@ def autocast(look: Look) -> str:
                 scaler.update()
             return model
 
-        same_training(look, run)
-    return "`grad_scale=` gives the statistics after `unscale_`; also inside autocast"
-
-
-@row("An overflow under GradScaler: infinite gradients", "sklearn", quick=True)
-def overflow(look: Look) -> str:
-    model = classifier()
-    images, labels = batch(0)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1e38)
-    scaler.scale(functional.cross_entropy(model(1e6 * images), labels)).backward()
-    model[3].weight.grad[0, :5] = torch.tensor([torch.inf, -torch.inf, torch.nan, 0, 1])
-    summary = look(model)
-    assert summary["3.weight"].grad.nonfinite_count >= 3
-    assert any("grad" in finding.kind or "finite" in finding.kind for finding in summary.findings())
-    return "exact counts, and `findings()` names them"
+        same_training(check, run)
+    return "`grad_scale=` gives the statistics after `unscale_`; also called inside autocast"
 
 
 @row("Optimizer inside backward (post-accumulate hooks)", "sklearn", quick=True)
-def optimizer_in_backward(look: Look) -> str:
+def optimizer_in_backward(check: Checker) -> str:
     def run(observe: Observe) -> nn.Module:
         model = classifier()
         names = {p: name for name, p in model.named_parameters()}
@@ -186,76 +173,57 @@ def optimizer_in_backward(look: Look) -> str:
         assert all(p.grad is None for p in names)
         return model
 
-    same_training(look, run)
-    return "from the hook each gradient; after backward `.grad is None`"
+    same_training(check, run)
+    return "each gradient in its hook; `.grad is None` after backward"
 
 
-@row("Under a profiler, anomaly mode, determinism, a FLOP counter, other defaults", "sklearn",
+@row("Profiler, anomaly mode, deterministic mode, FLOP counter, default dtype", "sklearn",
      quick=True)  # fmt: skip
-def modes(look: Look) -> None:
+def modes(check: Checker) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     model = train(classifier())
     with torch.profiler.profile(), torch.autograd.detect_anomaly(check_nan=True):
-        train(model, look, steps=1)
+        train(model, check, steps=1)
     with FlopCounterMode(display=False) as counter:
-        look(model)
+        check(model)
     assert counter.get_total_flops() == 0
     torch.use_deterministic_algorithms(True)
     torch.set_default_dtype(torch.float64)
     try:
-        look(model)
+        check(model)
         with torch.device("meta"):
-            look(model)
+            check(model)
     finally:
         torch.set_default_dtype(torch.float32)
         torch.use_deterministic_algorithms(False)
 
 
-@row("Recurrent layers: LSTM with projection, GRU, in both directions", quick=True)
-def recurrent(look: Look) -> None:
-    def run(observe: Observe) -> nn.Module:
-        model = nn.ModuleList([
-            nn.LSTM(8, 12, num_layers=2, proj_size=6, bidirectional=True),
-            nn.GRU(8, 12, num_layers=2, bidirectional=True),
-        ])  # fmt: skip
-        optimizer = torch.optim.Adam(model.parameters())
-        for _ in range(3):
-            optimizer.zero_grad()
-            x = torch.randn(5, 4, 8)
-            sum(layer(x)[0].square().mean() for layer in model).backward()
-            observe(model)
-            optimizer.step()
-        return model
-
-    same_training(look, run)
-
-
-@row("Gradients of another type than their parameters", quick=True)
-def grad_dtype(look: Look) -> str:
+@row("Gradients of another dtype than their parameters", quick=True)
+def grad_dtype(check: Checker) -> str:
     if not hasattr(torch.Tensor, "grad_dtype"):
         raise NotRunError("this torch has no grad_dtype")
     weight = nn.Parameter(torch.randn(300, dtype=torch.bfloat16))
     weight.grad_dtype = torch.float32
     for _ in range(2):
         (weight.float().square().sum() / 7).backward()
-        look({"weight": weight})
+        check({"weight": weight})
     assert weight.grad.dtype == torch.float32
-    return "bfloat16 weights that accumulate in float32"
+    return "bfloat16 weights with float32 gradients"
 
 
-@row("Inside inference_mode, and tensors made there", quick=True)
-def inference(look: Look) -> None:
+@row("inference_mode, and tensors created in it", quick=True)
+def inference(check: Checker) -> None:
     model = classifier()
     with torch.inference_mode():
-        look(model)
-        made = copy.deepcopy(model)
-        look(made)
-    look(made)
+        check(model)
+        created = copy.deepcopy(model)
+        check(created)
+    check(created)
 
 
-@row("Frozen layers, a layer unfrozen later, gradients of zeros", "sklearn", quick=True)
-def frozen(look: Look) -> None:
+@row("Frozen layers, a layer unfrozen later, zero gradients", "sklearn", quick=True)
+def frozen(check: Checker) -> None:
     def run(observe: Observe) -> nn.Module:
         model = classifier()
         model[0].requires_grad_(False)
@@ -266,31 +234,11 @@ def frozen(look: Look) -> None:
         observe(model)
         return model
 
-    same_training(look, run)
+    same_training(check, run)
 
 
-@row("LBFGS, whose closure runs backward many times", "sklearn", quick=True)
-def lbfgs(look: Look) -> None:
-    def run(observe: Observe) -> nn.Module:
-        model = nn.Linear(64, 10)
-        optimizer = torch.optim.LBFGS(model.parameters(), max_iter=4)
-        images, labels = batch(0)
-
-        def closure() -> Tensor:
-            optimizer.zero_grad()
-            loss = functional.cross_entropy(model(images), labels)
-            loss.backward()
-            observe(model)
-            return loss
-
-        optimizer.step(closure)
-        return model
-
-    same_training(look, run)
-
-
-@row("Double backward: gradients with a graph of their own", "sklearn", quick=True)
-def double_backward(look: Look) -> None:
+@row("Double backward: gradients that have a graph", "sklearn", quick=True)
+def double_backward(check: Checker) -> None:
     def run(observe: Observe) -> nn.Module:
         model = nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10))
         images, labels = batch(0)
@@ -303,21 +251,21 @@ def double_backward(look: Look) -> None:
         model.zero_grad()
         return model
 
-    same_training(look, run)
+    same_training(check, run)
 
 
-@row("Gradient clipping before and after", "sklearn", quick=True)
-def clipping(look: Look) -> str:
+@row("Gradient clipping", "sklearn", quick=True)
+def clipping(check: Checker) -> str:
     model = train(classifier())
     norm = nn.utils.get_total_norm([p.grad for p in model.parameters()]).item()
-    assert abs(look(model).total.grad.norm - norm) <= 1e-6 * norm
+    assert abs(check(model).total.grad.norm - norm) <= 1e-6 * norm
     nn.utils.clip_grad_norm_(model.parameters(), norm / 2)
-    assert abs(look(model).total.grad.norm - norm / 2) <= 1e-5 * norm
-    return "`total.grad.norm` is what `clip_grad_norm_` computes"
+    assert abs(check(model).total.grad.norm - norm / 2) <= 1e-5 * norm
+    return "`total.grad.norm` equals the norm that `clip_grad_norm_` computes"
 
 
-@row("EMA copies: AveragedModel, swa_utils, update_bn", "sklearn", quick=True)
-def ema(look: Look) -> None:
+@row("Weight averaging: AveragedModel, update_bn", "sklearn", quick=True)
+def ema(check: Checker) -> None:
     from torch.optim import swa_utils
 
     model = classifier()
@@ -327,47 +275,17 @@ def ema(look: Look) -> None:
 
     def observe(trained: nn.Module) -> None:
         average.update_parameters(trained)
-        look(trained)
-        look(average)
+        check(trained)
+        check(average)
 
     train(model, observe)
     swa_utils.update_bn([batch(0)[0], batch(1)[0]], average)
-    assert look(average)["module.0.weight"].grad is None
-    look(copy.deepcopy(model))
+    assert check(average)["module.0.weight"].grad is None
+    check(copy.deepcopy(model))
 
 
-@row("Mixture of experts, some of which no token reached", quick=True)
-def mixture_of_experts(look: Look) -> str:
-    class Experts(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.router = nn.Linear(16, 8)
-            self.experts = nn.ModuleList([nn.Linear(16, 16) for _ in range(8)])
-
-        def forward(self, x: Tensor) -> Tensor:
-            weight, expert = self.router(x).softmax(-1).max(-1)
-            parts = [weight[expert == e, None] * self.experts[e](x[expert == e])
-                     for e in expert.unique().tolist()]  # fmt: skip
-            return torch.cat(parts)
-
-    def run(observe: Observe) -> nn.Module:
-        model = Experts()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-        for _ in range(3):
-            optimizer.zero_grad()
-            model(torch.randn(5, 16)).square().mean().backward()
-            observe(model)
-            optimizer.step()
-        return model
-
-    model = same_training(look, run)
-    unused = [n for n, p in model.named_parameters() if p.grad is None]
-    assert unused, "every expert had a token"
-    return "experts without a token: `.grad is None`"
-
-
-@row("accelerate's Accelerator.prepare, accumulate and backward", "sklearn", "accelerate")
-def accelerate(look: Look) -> None:
+@row("accelerate: Accelerator.prepare, accumulate and backward", "sklearn", "accelerate")
+def accelerate(check: Checker) -> None:
     from accelerate import Accelerator
 
     def run(observe: Observe) -> nn.Module:
@@ -383,4 +301,4 @@ def accelerate(look: Look) -> None:
                 optimizer.zero_grad()
         return model
 
-    same_training(look, run)
+    same_training(check, run)

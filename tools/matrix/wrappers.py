@@ -1,14 +1,10 @@
-"""What is put around a model or its layers: parametrizations, adapters, compilers, transforms."""
+"""Rows about parametrizations, adapters, compilers, transforms and copies of models."""
 
 from __future__ import annotations
 
 import copy
-import math
-import re
 import socket
 import tempfile
-from collections import Counter
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -16,60 +12,57 @@ from torch.nn import functional
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import paramstats
-from paramstats._core.torch_private import REASON
-from tools.matrix.looking import Look, Observe, check, same_training
+from tools.matrix.checker import Checker, Observe, same_training
 from tools.matrix.rows import NotRunError, row
 from tools.matrix.training import batch, classifier, train
 
-Loss = Callable[[Tensor], Tensor]
-
 
 @row("`parametrizations.weight_norm`", "sklearn", quick=True)
-def weight_norm(look: Look) -> str:
+def weight_norm(check: Checker) -> str:
     def run(observe: Observe) -> nn.Module:
         model = classifier()
         parametrizations.weight_norm(model[0])
         return train(model, observe)
 
-    model = same_training(look, run)
-    summary = look(model)
+    model = same_training(check, run)
+    summary = check(model)
     assert "0.parametrizations.weight.original0" in summary
-    look({"effective": model[0].weight})
-    return "listed as `parametrizations.weight.original0` (magnitudes) and `original1`"
+    check({"effective": model[0].weight})
+    return "listed as `parametrizations.weight.original0` (magnitude) and `original1` (direction)"
 
 
 @row("`parametrizations.spectral_norm` and `orthogonal`", "sklearn", quick=True)
-def spectral_norm(look: Look) -> str:
+def spectral_norm(check: Checker) -> str:
     def run(observe: Observe) -> nn.Module:
         model = classifier()
         parametrizations.spectral_norm(model[0])
         parametrizations.orthogonal(model[3], orthogonal_map="householder")
         return train(model, observe)
 
-    model = same_training(look, run)
-    assert look(model)["0.parametrizations.weight.0._u"].kind == "buffer"
+    model = same_training(check, run)
+    assert check(model)["0.parametrizations.weight.0._u"].kind == "buffer"
     with parametrize.cached():
-        look(model)
-    effective = look({"w": model[0].weight})["w"]
+        check(model)
+    effective = check({"w": model[0].weight})["w"]
     parametrize.remove_parametrizations(model[0], "weight")
-    assert look(model)["0.weight"].count == effective.count
-    return "the power iteration's vectors are buffers; also cached, and removed again"
+    assert check(model)["0.weight"].count == effective.count
+    return "the vectors of the power iteration are buffers; also with `cached()` and after removal"
 
 
-@row("The older hooks: `nn.utils.weight_norm`, `spectral_norm`", "sklearn", quick=True)
-def older_norms(look: Look) -> str:
+@row("The older `nn.utils.weight_norm` and `spectral_norm`", "sklearn", quick=True)
+def older_norms(check: Checker) -> str:
     def run(observe: Observe) -> nn.Module:
         model = classifier()
         nn.utils.weight_norm(model[0])
         nn.utils.spectral_norm(model[3])
         return train(model, observe)
 
-    assert "0.weight_g" in look(same_training(look, run))
-    return "`weight_g`, `weight_v`; `weight_orig`"
+    assert "0.weight_g" in check(same_training(check, run))
+    return "listed as `weight_g`, `weight_v` and `weight_orig`"
 
 
-@row("Pruning masks, iterated, then made permanent", "sklearn", quick=True)
-def pruning(look: Look) -> str:
+@row("Pruning, several times, then made permanent", "sklearn", quick=True)
+def pruning(check: Checker) -> str:
     def run(observe: Observe) -> nn.Module:
         model = classifier()
         for amount in (0.25, 0.5):
@@ -78,14 +71,17 @@ def pruning(look: Look) -> str:
         prune.ln_structured(model[3], "weight", amount=0.5, n=2, dim=1)
         return train(model, observe)
 
-    model = same_training(look, run)
-    masked = look({"weight": model[0].weight})["weight"]
+    model = same_training(check, run)
+    masked = check({"weight": model[0].weight})["weight"]
     assert masked.zero_count >= 0.6 * masked.count
-    mask = look(model)["0.weight_mask"]
+    mask = check(model)["0.weight_mask"]
     assert (mask.kind, mask.zero_fraction) == ("buffer", masked.zero_fraction)
     prune.remove(model[0], "weight")
-    assert look(model)["0.weight"].zero_fraction == masked.zero_fraction
-    return '`weight_orig` with a mask as buffer; as it acts: `summarize({"w": layer.weight})`'
+    assert check(model)["0.weight"].zero_fraction == masked.zero_fraction
+    return (
+        "listed as `weight_orig`, with the mask as a buffer; for the pruned weight pass "
+        '`{"w": layer.weight}`'
+    )
 
 
 def tiny_llama() -> nn.Module:
@@ -111,7 +107,7 @@ def train_language_model(model: nn.Module, observe: Observe, steps: int = 2) -> 
 
 
 @row("PEFT: LoRA, DoRA, IA3, prompt tuning on a Llama", "peft", "transformers")
-def lora(look: Look) -> str:
+def lora(check: Checker) -> str:
     import peft
 
     targets = ["q_proj", "v_proj"]
@@ -132,84 +128,36 @@ def lora(look: Look) -> str:
                 peft.get_peft_model(tiny_llama(), copy.deepcopy(config)), observe
             )
 
-        model = same_training(look, run)
-        summary = look(model)
+        model = same_training(check, run)
+        summary = check(model)
         base = [entry for entry in summary.values() if not entry.requires_grad]
         assert base and all(entry.grad is None for entry in base if entry.kind == "param")
         if isinstance(config, peft.LoraConfig):
-            look(model.merge_and_unload())
-    return "frozen base: `requires_grad` False, no gradient; adapters under PEFT's own names"
+            check(model.merge_and_unload())
+    return "base weights have `requires_grad=False` and no gradient"
 
 
-def compile_counters() -> Counter[str]:
-    """What was compiled from here on: a row that compiled nothing must not pass."""
+@row("`torch.compile` with inductor and aot_eager", "sklearn")
+def compiled(check: Checker) -> None:
     from torch._dynamo.utils import counters
 
-    torch._dynamo.reset()
-    counters.clear()
-    return counters["stats"]
+    for backend in ("aot_eager", "inductor"):
 
+        def run(observe: Observe, backend: str = backend) -> nn.Module:
+            torch._dynamo.reset()
+            counters.clear()
+            model = train(torch.compile(classifier(), backend=backend), observe)
+            assert counters["stats"]["unique_graphs"] > 0
+            return model
 
-@row("`torch.compile`d module and training step", "sklearn")
-def compiled(look: Look) -> str:
-    def module(observe: Observe) -> nn.Module:
-        counters = compile_counters()
-        model = train(torch.compile(classifier(), backend="aot_eager"), observe)
-        assert counters["unique_graphs"] > 0
-        return model
-
-    def with_the_call_inside(observe: Observe) -> nn.Module:
-        counters = compile_counters()
-        model = classifier()
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-
-        @torch.compile(backend="aot_eager")
-        def step(images: Tensor, labels: Tensor) -> tuple[Tensor, paramstats.Summary]:
-            loss = functional.cross_entropy(model(images), labels)
-            return 2 * loss, paramstats.summarize(model, buffers=True)
-
-        for at in range(3):
-            loss, inside = step(*batch(at))
-            assert inside == paramstats.summarize(model, buffers=True)
-            optimizer.zero_grad()
-            loss.backward()
-            observe(model)
-            optimizer.step()
-        assert counters["unique_graphs"] > 0
-        return model
-
-    model = same_training(look, module)
-    assert "_orig_mod.0.weight" in look(model)
-    same_training(look, with_the_call_inside)
-    look.refused(
-        torch.compile(lambda: paramstats.summarize(model), fullgraph=True, backend="aot_eager"),
-        torch._dynamo.exc.Unsupported, re.escape(f"(reason: {REASON})"),
-    )  # fmt: skip
-    refused = f"refused with `fullgraph=True`: Unsupported: ... (reason: {REASON}) ..."
-    look.messages = {refused: None}  # torch's has many lines more
-    return (
-        "`_orig_mod.` names, as `named_parameters()`; a call in a compiled step breaks its graph; "
-        "refused with `fullgraph=True`: torch's hint there, to remove `torch.compiler.disable`, "
-        "does not help, move the call out of the compiled code"
-    )
-
-
-@row("`torch.compile` with inductor", "sklearn")
-def inductor(look: Look) -> None:
-    def run(observe: Observe) -> nn.Module:
-        counters = compile_counters()
-        model = train(torch.compile(classifier()), observe)
-        assert counters["unique_graphs"] > 0
-        return model
-
-    try:
-        same_training(look, run)
-    except torch._dynamo.exc.BackendCompilerFailed as error:
-        raise NotRunError(f"inductor has no working C++ compiler here ({error})") from error
+        try:
+            same_training(check, run)
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            raise NotRunError(f"inductor has no working C++ compiler here ({error})") from error
 
 
 @row("`torch.jit.script` and `torch.jit.trace`", "sklearn", quick=True)
-def scripted(look: Look) -> None:
+def scripted(check: Checker) -> None:
     def script(observe: Observe) -> nn.Module:
         return train(torch.jit.script(classifier()), observe)
 
@@ -217,11 +165,11 @@ def scripted(look: Look) -> None:
         return train(torch.jit.trace(classifier(), batch(0)[0]), observe)
 
     for run in (script, trace):
-        assert "0.weight" in look(same_training(look, run))
+        assert "0.weight" in check(same_training(check, run))
 
 
 @row("Tied weights in a scripted module", quick=True)
-def scripted_and_tied(look: Look) -> None:
+def scripted_and_tied(check: Checker) -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -234,62 +182,22 @@ def scripted_and_tied(look: Look) -> None:
 
     for model in (Tied(), torch.jit.script(Tied())):
         model(torch.tensor([1, 5])).square().sum().backward()
-        assert look(model)["embed.weight"].aliases == ("head.weight",)
+        assert check(model)["embed.weight"].aliases == ("head.weight",)
 
 
-@row("`torch.fx` graph modules and `torch.export`", "sklearn", quick=True)
-def exported(look: Look) -> None:
+@row("`torch.fx` graph modules, `torch.export`", "sklearn", quick=True)
+def exported(check: Checker) -> None:
     def traced(observe: Observe) -> nn.Module:
         return train(torch.fx.symbolic_trace(classifier()), observe)
 
-    same_training(look, traced)
+    same_training(check, traced)
     exported = torch.export.export(classifier(), (batch(0)[0],))
-    look(exported.module())
-    look(exported.state_dict)
-
-
-@row("A call inside what `torch.jit.trace` or `make_fx` traces", quick=True)
-def inside_tracers(look: Look) -> str:
-    from torch.fx.experimental.proxy_tensor import make_fx
-
-    class Looks(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = nn.Linear(64, 10)
-            self.seen: list[paramstats.Summary] = []
-
-        def forward(self, x: Tensor) -> Tensor:
-            self.seen.append(paramstats.summarize(self))
-            return self.inner(x)
-
-    images = torch.randn(4, 64)
-
-    def compare() -> int:
-        compared = 0
-        for trace in (lambda m: torch.jit.trace(m, images), lambda m: make_fx(m)(images)):
-            model = Looks()
-            trace(model)
-            assert model.seen
-            for summary in model.seen:
-                check(summary["inner.weight"], model.inner.weight)
-                check(summary["inner.bias"], model.inner.bias)
-                compared += 2
-        return compared
-
-    look.each(compare)
-    return "statistics of the real tensors; nothing of the call in the graph"
-
-
-@row("A tensor of `torch.fx.symbolic_trace`", quick=True)
-def proxies(look: Look) -> None:
-    look.refused(
-        lambda: torch.fx.symbolic_trace(lambda w: paramstats.summarize({"w": w})),
-        TypeError, "expected a torch.Tensor", "got torch.fx.proxy.Proxy for 'w'",
-    )  # fmt: skip
+    check(exported.module())
+    check(exported.state_dict)
 
 
 @row("`nn.DataParallel` and `DistributedDataParallel`", "sklearn", quick=True)
-def data_parallel(look: Look) -> str:
+def data_parallel(check: Checker) -> str:
     import torch.distributed as dist
 
     def in_turn(observe: Observe) -> nn.Module:
@@ -298,22 +206,22 @@ def data_parallel(look: Look) -> str:
     def distributed(observe: Observe) -> nn.Module:
         return train(nn.parallel.DistributedDataParallel(classifier()), observe)
 
-    same_training(look, in_turn)
+    same_training(check, in_turn)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     if not dist.is_available() or dist.is_initialized():
-        raise NotRunError("a process group is there already" if dist.is_available() else "no gloo")
+        raise NotRunError("a process group exists already" if dist.is_available() else "no gloo")
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
     try:
-        same_training(look, distributed)
+        same_training(check, distributed)
     finally:
         dist.destroy_process_group()
-    return "`module.` names; DDP's gradients are views of its buckets"
+    return "DDP's gradients are views of its buckets"
 
 
 @row("`torch.func.functional_call`, `nn.utils.stateless`", "sklearn", quick=True)
-def functional_calls(look: Look) -> str:
+def functional_calls(check: Checker) -> str:
     from torch.func import functional_call
     from torch.nn.utils import stateless
 
@@ -328,8 +236,8 @@ def functional_calls(look: Look) -> str:
                 name: (p - 0.1 * g).detach().requires_grad_()
                 for (name, p), g in zip(params.items(), grads, strict=True)
             }
-            look(params)
-            look(dict(zip(params, grads, strict=True)))
+            check(params)
+            check(dict(zip(params, grads, strict=True)))
 
     class Within(nn.Module):
         def __init__(self) -> None:
@@ -337,18 +245,18 @@ def functional_calls(look: Look) -> str:
             self.inner = nn.Linear(64, 4)
 
         def forward(self, x: Tensor) -> Tensor:
-            look(self)  # with the parameters that functional_call lent it
+            check(self)  # inside functional_call it has other parameters
             return self.inner(x)
 
     within = Within()
-    lent = {name: torch.randn_like(p) for name, p in within.named_parameters()}
-    functional_call(within, lent, (images,))
-    look(within)
-    return "the dict of parameters is a source as it is; inside the call, the module's own"
+    others = {name: torch.randn_like(p) for name, p in within.named_parameters()}
+    functional_call(within, others, (images,))
+    check(within)
+    return "pass the dict of parameters; inside the call, the module has them"
 
 
 @row("vmap ensembles (`stack_module_state`), per-sample gradients", "sklearn", quick=True)
-def ensembles(look: Look) -> str:
+def ensembles(check: Checker) -> str:
     from torch.func import functional_call, grad, stack_module_state, vmap
 
     models = [nn.Sequential(nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 10)) for _ in range(3)]
@@ -359,123 +267,61 @@ def ensembles(look: Look) -> str:
     def loss(params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
         return functional.cross_entropy(functional_call(base, (params, buffers), (x,)), y)
 
-    look(params)
-    look(vmap(grad(loss), (0, None, None))(params, images, labels))
+    check(params)
+    check(vmap(grad(loss), (0, None, None))(params, images, labels))
     one = {name: p.detach()[0] for name, p in params.items()}
-    look(vmap(grad(loss), (None, 0, 0))(one, images[:8, None], labels[:8, None]))
+    check(vmap(grad(loss), (None, 0, 0))(one, images[:8, None], labels[:8, None]))
     vmap(loss, (0, None, None))(params, images, labels).sum().backward()
-    look(params)
-    return "stacked parameters and gradients as they are"
+    check(params)
+    return "stacked parameters and gradients are read as stored"
 
 
-def look_from_inside(look: Look, transform: Callable[[Loss], object], **w: Tensor) -> None:
-    """`summarize` within a function that torch.func transforms; compared outside of it."""
-    inside: list[paramstats.Summary] = []
-
-    def loss(w: Tensor) -> Tensor:
-        inside.append(paramstats.summarize({"w": w, "closed over": closed_over}))
-        return w.square().sum()
-
-    def compare() -> int:
-        inside.clear()
-        transform(loss)
-        check(inside[0]["closed over"], closed_over)
-        if "w" in w:
-            check(inside[0]["w"], w["w"])
-        else:
-            assert math.isnan(inside[0]["w"].mean)
-            look.messages[f"skipped: {inside[0].skipped['w']}"] = None
-        return 1 + len(w)
-
-    closed_over = torch.randn(50)
-    look.each(compare)
-
-
-@row("A call inside `torch.func.grad`, `jvp`, `vjp`", quick=True)
-def inside_grad(look: Look) -> str:
-    from torch.func import grad, jvp, vjp
-
-    w = torch.randn(40, 30)
-    look_from_inside(look, lambda loss: grad(loss)(w), w=w)
-    look_from_inside(look, lambda loss: jvp(loss, (w,), (w,)), w=w)
-    look_from_inside(look, lambda loss: vjp(loss, w), w=w)
-    return "the values that are differentiated"
-
-
-@row("A call inside `torch.vmap`", quick=True)
-def inside_vmap(look: Look) -> str:
-    look_from_inside(look, lambda loss: torch.vmap(loss)(torch.randn(5, 7)))
-    look_from_inside(look, lambda loss: torch.vmap(torch.func.grad(loss))(torch.randn(5, 7)))
-    return "what is batched is skipped, the rest read"
-
-
-@row("Fake tensors (`FakeTensorMode`) and the meta device", quick=True)
-def fake(look: Look) -> str:
+@row("Fake tensors (`FakeTensorMode`)", quick=True)
+def fake(check: Checker) -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
-
-    def without_figures() -> int:
-        summary = paramstats.summarize(nn.Linear(3, 2, device="meta"))
-        assert summary["weight"].shape == (2, 3) and not summary.skipped
-        assert all(math.isnan(stats.norm) for stats in summary.values())
-        return 0
 
     with FakeTensorMode():
         model = nn.Linear(3, 2)
-    look(model, skipped={"weight": "FakeTensor", "bias": "FakeTensor"})
-    look.each(without_figures)
-    return "fake: in `summary.skipped`; meta: statistics NaN, and not in `summary.skipped`"
+    check(model, skipped={"weight": "FakeTensor", "bias": "FakeTensor"})
 
 
 @row(
-    "A state_dict, loads with `assign=True` and `mmap=True`, copies, pickles, casts",
+    "state_dict, `assign=True`, `mmap=True`, copies, pickles, casts",
     "sklearn",
     quick=True,
 )
-def copies(look: Look) -> None:
+def copies(check: Checker) -> None:
     import io
 
     model = train(classifier())
-    look(model.state_dict())
+    check(model.state_dict())
     other = classifier()
     other.load_state_dict(model.state_dict(), assign=True)
-    look(other)
-    look(copy.deepcopy(model))
+    check(other)
+    check(copy.deepcopy(model))
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)
-    look(torch.load(file, weights_only=False))
+    check(torch.load(file, weights_only=False))
     with tempfile.NamedTemporaryFile() as weights:
         torch.save(model.state_dict(), weights.name)
         mapped = torch.load(weights.name, mmap=True)
-        look(mapped)
+        check(mapped)
         other.load_state_dict(mapped, assign=True)
-        look(other)
-    look(model.to(torch.bfloat16))
-    look(model.half())
+        check(other)
+    check(model.to(torch.bfloat16))
+    check(model.half())
     model.share_memory()
-    look(model)
+    check(model)
 
 
-@row("An optimizer, or its state_dict", "sklearn", quick=True)
-def optimizers(look: Look) -> str:
+@row("The state of an optimizer", "sklearn", quick=True)
+def optimizers(check: Checker) -> str:
     model = classifier()
     optimizer = torch.optim.Adam(model.parameters())
     train(model, optimizer=optimizer)
-    look.refused(
-        lambda: paramstats.summarize(optimizer),
-        TypeError,
-        "expected an nn.Module",
-        "pass the model",
-        what="the optimizer",
-    )
-    look.refused(
-        lambda: paramstats.summarize(optimizer.state_dict()),
-        TypeError,
-        "expected",
-        "got dict",
-        what="its `state_dict()`",
-    )
+    check.refused(lambda: paramstats.summarize(optimizer), TypeError)
     names = {id(p): name for name, p in model.named_parameters()}
-    look({f"{names[id(p)]}.{key}": value for p, state in optimizer.state.items()
+    check({f"{names[id(p)]}.{key}": value for p, state in optimizer.state.items()
           for key, value in state.items()})  # fmt: skip
-    return "both are refused; its moments, as a mapping of names to tensors, are read"
+    return "an optimizer is refused; pass a mapping of names to the tensors of its state"
