@@ -1,4 +1,4 @@
-"""Programs that a developer's command needs: what they print, or an end with it."""
+"""Runs programs for the other tools and ends with their output where they fail."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ ROOT = Path(__file__).parent.parent
 def run(
     *command: str, cwd: str | Path = ROOT, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Ends the program where the command fails, with what that said. It does not see which
-    paramstats is to be imported here, nor which backend is forced, but by `environment`."""
+    """Runs a command; ends this program with the command's output where it fails.
+
+    PYTHONPATH and PARAMSTATS_BACKEND are removed from the environment unless they are given.
+    """
     keep = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PARAMSTATS_BACKEND")}
     done = subprocess.run(command, cwd=cwd, env=keep | environment, capture_output=True, text=True)
     if done.returncode:

@@ -1,11 +1,10 @@
-"""Compiles the CUDA backend with nvcc for every architecture it knows; needs no GPU.
+"""Compiles the CUDA backend with nvcc for every architecture; needs no GPU.
 
     make cuda-compile
 
-Prints what each kernel takes, and fails where one keeps anything in local memory (a stack frame or
-spilled registers: device memory, in the loop that is there to wait for memory alone), where the
-tensors are not read by 16-byte loads of global memory, or where NVRTC, if it is installed, does not
-take the device code as it stands.
+Prints the registers of each kernel. Fails where a kernel uses local memory (a stack frame or spilled
+registers), where tensors are not read with 16-byte loads from global memory, or where NVRTC (if it
+is installed) does not compile the device code.
 """
 
 from __future__ import annotations
@@ -20,9 +19,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 CUDA = Path(__file__).parent.parent / "csrc/cuda"
+SOURCE = next(CUDA.glob("*.cu")).name
 KERNELS = ("paramstats_summarize_chunks", "paramstats_merge_chunks")
 OLDEST = 75
-LEAST_LOADS = 2 * 15  # a tile's and a single one, of 15 element types
+LEAST_LOADS = 2 * 15  # of a tile and of a single vector, for each of 15 dtypes
 
 
 def nvcc(*arguments: str) -> str:
@@ -33,40 +33,37 @@ def nvcc(*arguments: str) -> str:
     return done.stdout + done.stderr
 
 
-def resources(architecture: int) -> list[str]:
-    """A line for each function, and what is wrong with it."""
-    told = nvcc("-O3", "-cubin", f"-arch=sm_{architecture}", "-Xptxas=-v", "-o", os.devnull,
-                "engine.cu")  # fmt: skip
+def check_resources(architecture: int) -> list[str]:
+    """A line for each function with its registers, stack and spills."""
+    arguments = ("-O3", "-cubin", f"-arch=sm_{architecture}", "-Xptxas=-v", "-o", os.devnull)
+    output = nvcc(*arguments, SOURCE)
     found = re.findall(
         r"properties for (\w+)\s+(\d+) bytes stack frame, (\d+) bytes spill stores, "
         r"(\d+) bytes spill loads(?:\s+ptxas info\s*: Used (\d+) registers)?",
-        told,
+        output,
     )
-    names = [name for name, *_ in found]
-    if any(kernel not in names for kernel in KERNELS):
-        sys.exit(f"sm_{architecture}: expected {' and '.join(KERNELS)}, got\n{told}")
+    if not {name for name, *_ in found}.issuperset(KERNELS):
+        sys.exit(f"sm_{architecture}: expected {' and '.join(KERNELS)}, got\n{output}")
     lines = []
     for name, stack, stores, loads, registers in found:
-        short = name if name in KERNELS else re.sub(r"^_ZN10paramstats4cuda\d+|E.*", "", name)
-        bad = "" if stack == stores == loads == "0" else "  <- LOCAL MEMORY"
+        short = re.sub(r"^_ZN10paramstats4cuda\d+|E.*", "", name) if name[0] == "_" else name
+        failed = "" if stack == stores == loads == "0" else "  <- LOCAL MEMORY"
         lines.append(
             f"sm_{architecture:<4} {short:<28} {registers or '-':>3} registers, {stack} bytes of "
-            f"stack, {stores} + {loads} bytes spilled{bad}"
+            f"stack, {stores} + {loads} bytes spilled{failed}"
         )
     return lines
 
 
-def check_loads() -> list[str]:
-    ptx = nvcc("-O3", "-ptx", f"-arch=compute_{OLDEST}", "-o", "/dev/stdout", "engine.cu")
+def check_loads() -> str:
+    ptx = nvcc("-O3", "-ptx", f"-arch=compute_{OLDEST}", "-o", "/dev/stdout", SOURCE)
     loads = re.findall(r"\bld\.(?!param)\S*v4\S*", ptx)
-    elsewhere = {load for load in loads if not load.startswith("ld.global.nc.v4")}
-    told = f"{len(loads)} loads of 16 bytes, all of global memory"
-    if elsewhere or len(loads) < LEAST_LOADS:
-        told = f"{len(loads)} loads of 16 bytes, {elsewhere or 'too few'}  <- GLOBAL MEMORY?"
-    return [f"PTX     {told}"]
+    other = {load for load in loads if not load.startswith("ld.global.nc.v4")}
+    failed = f"  <- {other or 'TOO FEW'}" if other or len(loads) < LEAST_LOADS else ""
+    return f"PTX     {len(loads)} loads of 16 bytes{failed}"
 
 
-def nvrtc() -> ctypes.CDLL | None:
+def load_nvrtc() -> ctypes.CDLL | None:
     roots = [path for path in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if path]
     patterns = [f"{root}/lib64/libnvrtc.so*" for root in roots]
     patterns += [f"{path}/nvidia/*/lib/libnvrtc.so*" for path in sys.path]
@@ -78,38 +75,32 @@ def nvrtc() -> ctypes.CDLL | None:
     return None
 
 
-def check_nvrtc() -> list[str]:
-    library = nvrtc()
+def check_nvrtc() -> str:
+    library = load_nvrtc()
     if library is None:
-        return ["NVRTC   not installed here: left out"]
-    program = ctypes.c_void_p()
-    source = b'#include "kernels.h"\n'
+        return "NVRTC   is not installed"
+    program, size = ctypes.c_void_p(), ctypes.c_size_t()
     options = [f"-I{path}".encode() for path in (CUDA, CUDA.parent)]
     options += [b"-std=c++17", b"-arch=compute_90"]
     arguments = (ctypes.c_char_p * len(options))(*options)
-    library.nvrtcCreateProgram(ctypes.byref(program), source, b"backend", 0, None, None)
+    source = b'#include "kernels.h"\n'
+    library.nvrtcCreateProgram(ctypes.byref(program), source, b"kernels", 0, None, None)
     failed = library.nvrtcCompileProgram(program, len(options), arguments)
-    size = ctypes.c_size_t()
     library.nvrtcGetProgramLogSize(program, ctypes.byref(size))
     log = ctypes.create_string_buffer(size.value)
     library.nvrtcGetProgramLog(program, log)
     if failed:
-        return [f"NVRTC   does not take kernels.h  <- FAILED\n{log.value.decode()}"]
-    return ["NVRTC   takes kernels.h as it stands"]
+        return f"NVRTC   does not compile kernels.h  <- FAILED\n{log.value.decode()}"
+    return "NVRTC   compiles kernels.h"
 
 
 def main() -> int:
     listed = re.findall(r"compute_(\d+)", nvcc("--list-gpu-arch"))
     architectures = [n for n in sorted(map(int, listed)) if n >= OLDEST]
-    lines = []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for more in pool.map(resources, architectures):
-            print("\n".join(more), flush=True)
-            lines += more
-    for check in (check_loads, check_nvrtc):
-        more = check()
-        print("\n".join(more), flush=True)
-        lines += more
+        lines = [line for found in pool.map(check_resources, architectures) for line in found]
+    lines += [check_loads(), check_nvrtc()]
+    print("\n".join(lines))
     return int(any("<-" in line for line in lines))
 
 
