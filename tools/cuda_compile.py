@@ -2,7 +2,7 @@
 
     make cuda-compile
 
-Prints the registers of each kernel. Fails where a kernel uses local memory (a stack frame or spilled
+Prints the registers of each kernel. Fails where a kernel uses local memory (stack or spilled
 registers), where tensors are not read with 16-byte loads from global memory, or where NVRTC (if it
 is installed) does not compile the device code.
 """

@@ -21,7 +21,7 @@ THEMES = {
     "training": "Ways to train",
     "wrappers": "Wrappers and transforms",
     "numbers": "Quantization and number formats",
-    "processes": "Processes and signals",
+    "processes": "Processes",
     "architectures": "Architectures",
 }
 PAGE = Path(__file__).parents[2] / "docs/compatibility.md"

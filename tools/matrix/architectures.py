@@ -302,44 +302,10 @@ def others(check: Checker) -> str:
                 **SEQ2SEQ, num_mel_bins=16, max_source_positions=20, max_target_positions=64)),
             {"input_features": torch.randn(2, 16, 40), "labels": _ids()},
         )),
-        ("speech_to_text", lambda: (
-            t.Speech2TextForConditionalGeneration(t.Speech2TextConfig(
-                **SEQ2SEQ, input_feat_per_channel=16, conv_channels=16, num_conv_layers=2)),
-            {"input_features": torch.randn(2, 40, 16), "labels": _ids()},
-        )),
-        ("vits", lambda: (
-            t.VitsModel(t.VitsConfig(
-                vocab_size=99, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-                ffn_dim=24, flow_size=16, spectrogram_bins=9, upsample_initial_channel=16,
-                upsample_rates=[4, 4], upsample_kernel_sizes=[8, 8], resblock_kernel_sizes=[3],
-                resblock_dilation_sizes=[[1, 3]], prior_encoder_num_wavenet_layers=1,
-                posterior_encoder_num_wavenet_layers=1, prior_encoder_num_flows=2)),
-            {"input_ids": _ids()[:, :6]},
-        )),
-        ("encodec", lambda: (
-            t.EncodecModel(t.EncodecConfig(
-                num_filters=4, hidden_size=16, codebook_size=16, upsampling_ratios=[4, 2],
-                num_lstm_layers=1)),
-            {"input_values": torch.randn(1, 1, 400)},
-        )),
-        ("perceiver", lambda: (
-            t.PerceiverForMaskedLM(t.PerceiverConfig(
-                num_latents=8, d_latents=16, d_model=16, num_blocks=1, vocab_size=99,
-                num_self_attends_per_block=2, num_self_attention_heads=2,
-                num_cross_attention_heads=2, max_position_embeddings=12)),
-            {"input_ids": _ids()},
-        )),
         ("decision_transformer", lambda: (
             t.DecisionTransformerModel(t.DecisionTransformerConfig(
                 state_dim=5, act_dim=3, hidden_size=32, n_layer=1, n_head=2, max_ep_len=50)),
             decisions,
-        )),
-        ("patchtst", lambda: (
-            t.PatchTSTForPrediction(t.PatchTSTConfig(
-                num_input_channels=2, context_length=32, patch_length=8, patch_stride=8,
-                d_model=16, num_hidden_layers=1, num_attention_heads=2, ffn_dim=24,
-                prediction_length=4)),
-            {"past_values": torch.randn(2, 32, 2), "future_values": torch.randn(2, 4, 2)},
         )),
         ("time_series_transformer", lambda: (
             t.TimeSeriesTransformerForPrediction(t.TimeSeriesTransformerConfig(

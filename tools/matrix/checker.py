@@ -22,6 +22,14 @@ Observe = Callable[..., Any]
 """A function that training calls at each step: a `Checker`, or a function that does nothing."""
 
 
+WRAPPERS = (
+    torch.nn.DataParallel,
+    torch.nn.parallel.DistributedDataParallel,
+    torch.optim.swa_utils.AveragedModel,
+)
+"""Modules whose prefix `module.` is not part of the names in a summary."""
+
+
 class Entry(NamedTuple):
     """A tensor that a summary must list, with all its names."""
 
@@ -137,6 +145,9 @@ def listing(source: Any) -> list[Entry]:
     if isinstance(source, torch.nn.Module):
         named = [(*item, "param") for item in source.named_parameters(remove_duplicate=False)]
         named += [(*item, "buffer") for item in source.named_buffers(remove_duplicate=False)]
+        if isinstance(source, WRAPPERS):
+            named = [(name.removeprefix("module."), *other) for name, *other in named]
+        named = [(name.replace("_orig_mod.", ""), *other) for name, *other in named]
         key = id
     else:
         pairs = source.items() if isinstance(source, Mapping) else source

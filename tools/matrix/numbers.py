@@ -68,21 +68,19 @@ def _torchao(check: Checker, config: object) -> None:
     check(model.state_dict())
 
 
-@row("torchao: int8 weights, with and without dynamic activations", "torchao", "sklearn")
-def torchao_int8(check: Checker) -> str:
-    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig
+@row("torchao: int8, float8 and unpacked int4, int2 weights", "torchao", "sklearn")
+def torchao_weights(check: Checker) -> str:
+    from torchao import quantization as q
 
-    _torchao(check, Int8WeightOnlyConfig())
-    _torchao(check, Int8DynamicActivationInt8WeightConfig())
+    for config in (
+        q.Int8WeightOnlyConfig(),
+        q.Int8DynamicActivationInt8WeightConfig(),
+        q.Float8WeightOnlyConfig(),
+        q.IntxWeightOnlyConfig(weight_dtype=torch.int4),
+        q.IntxWeightOnlyConfig(weight_dtype=torch.int2),
+    ):
+        _torchao(check, config)
     return "read with `dequantize()`; shape and dtype are those of the subclass"
-
-
-@row("torchao: unpacked int4 and int2", "torchao", "sklearn")
-def torchao_intx(check: Checker) -> None:
-    from torchao.quantization import IntxWeightOnlyConfig
-
-    _torchao(check, IntxWeightOnlyConfig(weight_dtype=torch.int4))
-    _torchao(check, IntxWeightOnlyConfig(weight_dtype=torch.int2))
 
 
 @row("torchao: packed int4 (`Int4WeightOnlyConfig`)", "torchao", "sklearn")
@@ -93,13 +91,6 @@ def torchao_int4(check: Checker) -> None:
         _torchao(check, Int4WeightOnlyConfig(group_size=32))
     except (ImportError, NotImplementedError, RuntimeError) as error:
         raise NotRunError(f"torchao has no kernels for this machine ({error})") from error
-
-
-@row("torchao: float8 weights", "torchao", "sklearn")
-def torchao_float8(check: Checker) -> None:
-    from torchao.quantization import Float8WeightOnlyConfig
-
-    _torchao(check, Float8WeightOnlyConfig())
 
 
 @row("torchao: NF4 base weights under LoRA", "torchao", "sklearn")

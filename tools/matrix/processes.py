@@ -1,14 +1,8 @@
-"""Rows about worker processes, shared memory and Ctrl-C."""
+"""Rows about worker processes and shared memory."""
 
 from __future__ import annotations
 
 import multiprocessing
-import random
-import signal
-import subprocess
-import sys
-import threading
-import time
 from typing import Any
 
 import torch
@@ -104,61 +98,3 @@ def shared_memory(check: Checker) -> None:
         return 1
 
     check.each(compare)
-
-
-INTERRUPTED = """
-import sys, torch, paramstats
-from paramstats._core import backend as backend
-backend._active = backend.choose(sys.argv[1])
-tensors = {str(i): torch.randn(1_500_000) for i in range(8)}
-tensors["z"] = torch.randn(50_000, dtype=torch.cfloat)
-expected = {name: stats.norm for name, stats in paramstats.summarize(tensors).items()}
-for _ in range(int(sys.argv[2])):
-    try:
-        print("running", flush=True)
-        while True:
-            paramstats.summarize(tensors)
-    except KeyboardInterrupt:
-        pass
-    again = {name: stats.norm for name, stats in paramstats.summarize(tensors).items()}
-    assert again == expected, "the next call gives other statistics"
-    print("interrupted", flush=True)
-print("running", flush=True)
-while True:
-    paramstats.summarize(tensors)
-"""
-
-
-@row("Ctrl-C during calls on a large model")
-def interrupted(check: Checker) -> str:
-    times = 20
-
-    def compare() -> int:
-        child = subprocess.Popen(
-            [sys.executable, "-c", INTERRUPTED, backends.active().name, str(times)],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        watchdog = threading.Timer(SECONDS, child.kill)
-        watchdog.start()
-        delays = random.Random(0)
-        try:
-            for _ in range(times):
-                assert child.stdout.readline() == "running\n", child.stderr.read()
-                time.sleep(delays.uniform(0, 0.05))
-                child.send_signal(signal.SIGINT)
-                assert child.stdout.readline() == "interrupted\n", child.stderr.read()
-            assert child.stdout.readline() == "running\n"
-            time.sleep(0.05)
-            child.send_signal(signal.SIGINT)
-            _, stderr = child.communicate()
-        finally:
-            watchdog.cancel()
-            child.kill()
-            child.wait()
-        assert child.returncode == -signal.SIGINT, f"ended with {child.returncode}"
-        assert stderr.strip().splitlines()[-1] == "KeyboardInterrupt", stderr
-        assert stderr.count("Traceback") == 1, stderr
-        return times
-
-    check.each(compare)
-    return f"12 million elements: {times} times KeyboardInterrupt, and the next call is right"

@@ -58,17 +58,6 @@ def plain(check: Checker) -> str:
     return "bitwise the same training with and without the calls"
 
 
-@row("Adam, fused and foreach, with weight decay", "sklearn", quick=True)
-def adam(check: Checker) -> None:
-    for options in ({"fused": True}, {"foreach": True}):
-
-        def run(observe: Observe, options: dict[str, bool] = options) -> nn.Module:
-            model = classifier()
-            return train(model, observe, torch.optim.AdamW(model.parameters(), **options))
-
-        same_training(check, run)
-
-
 @row("Gradient accumulation over four batches", "sklearn", quick=True)
 def accumulation(check: Checker) -> None:
     def run(observe: Observe) -> nn.Module:
@@ -212,31 +201,6 @@ def grad_dtype(check: Checker) -> str:
     return "bfloat16 weights with float32 gradients"
 
 
-@row("inference_mode, and tensors created in it", quick=True)
-def inference(check: Checker) -> None:
-    model = classifier()
-    with torch.inference_mode():
-        check(model)
-        created = copy.deepcopy(model)
-        check(created)
-    check(created)
-
-
-@row("Frozen layers, a layer unfrozen later, zero gradients", "sklearn", quick=True)
-def frozen(check: Checker) -> None:
-    def run(observe: Observe) -> nn.Module:
-        model = classifier()
-        model[0].requires_grad_(False)
-        train(model, observe)
-        model[0].requires_grad_(True)
-        train(model, observe)
-        model.zero_grad(set_to_none=False)
-        observe(model)
-        return model
-
-    same_training(check, run)
-
-
 @row("Double backward: gradients that have a graph", "sklearn", quick=True)
 def double_backward(check: Checker) -> None:
     def run(observe: Observe) -> nn.Module:
@@ -252,16 +216,6 @@ def double_backward(check: Checker) -> None:
         return model
 
     same_training(check, run)
-
-
-@row("Gradient clipping", "sklearn", quick=True)
-def clipping(check: Checker) -> str:
-    model = train(classifier())
-    norm = nn.utils.get_total_norm([p.grad for p in model.parameters()]).item()
-    assert abs(check(model).total.grad.norm - norm) <= 1e-6 * norm
-    nn.utils.clip_grad_norm_(model.parameters(), norm / 2)
-    assert abs(check(model).total.grad.norm - norm / 2) <= 1e-5 * norm
-    return "`total.grad.norm` equals the norm that `clip_grad_norm_` computes"
 
 
 @row("Weight averaging: AveragedModel, update_bn", "sklearn", quick=True)

@@ -49,18 +49,6 @@ def spectral_norm(check: Checker) -> str:
     return "the vectors of the power iteration are buffers; also with `cached()` and after removal"
 
 
-@row("The older `nn.utils.weight_norm` and `spectral_norm`", "sklearn", quick=True)
-def older_norms(check: Checker) -> str:
-    def run(observe: Observe) -> nn.Module:
-        model = classifier()
-        nn.utils.weight_norm(model[0])
-        nn.utils.spectral_norm(model[3])
-        return train(model, observe)
-
-    assert "0.weight_g" in check(same_training(check, run))
-    return "listed as `weight_g`, `weight_v` and `weight_orig`"
-
-
 @row("Pruning, several times, then made permanent", "sklearn", quick=True)
 def pruning(check: Checker) -> str:
     def run(observe: Observe) -> nn.Module:
@@ -156,35 +144,6 @@ def compiled(check: Checker) -> None:
             raise NotRunError(f"inductor has no working C++ compiler here ({error})") from error
 
 
-@row("`torch.jit.script` and `torch.jit.trace`", "sklearn", quick=True)
-def scripted(check: Checker) -> None:
-    def script(observe: Observe) -> nn.Module:
-        return train(torch.jit.script(classifier()), observe)
-
-    def trace(observe: Observe) -> nn.Module:
-        return train(torch.jit.trace(classifier(), batch(0)[0]), observe)
-
-    for run in (script, trace):
-        assert "0.weight" in check(same_training(check, run))
-
-
-@row("Tied weights in a scripted module", quick=True)
-def scripted_and_tied(check: Checker) -> None:
-    class Tied(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.embed = nn.Embedding(10, 4)
-            self.head = nn.Linear(4, 10, bias=False)
-            self.head.weight = self.embed.weight
-
-        def forward(self, ids: Tensor) -> Tensor:
-            return self.head(self.embed(ids))
-
-    for model in (Tied(), torch.jit.script(Tied())):
-        model(torch.tensor([1, 5])).square().sum().backward()
-        assert check(model)["embed.weight"].aliases == ("head.weight",)
-
-
 @row("`torch.fx` graph modules, `torch.export`", "sklearn", quick=True)
 def exported(check: Checker) -> None:
     def traced(observe: Observe) -> nn.Module:
@@ -274,15 +233,6 @@ def ensembles(check: Checker) -> str:
     vmap(loss, (0, None, None))(params, images, labels).sum().backward()
     check(params)
     return "stacked parameters and gradients are read as stored"
-
-
-@row("Fake tensors (`FakeTensorMode`)", quick=True)
-def fake(check: Checker) -> None:
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    with FakeTensorMode():
-        model = nn.Linear(3, 2)
-    check(model, skipped={"weight": "FakeTensor", "bias": "FakeTensor"})
 
 
 @row(
