@@ -18,6 +18,9 @@ from tools.fuzz.modules import BACKENDS
 
 NAMES = ("w", "a.b", "a.b.c", "ü", "\n", "", ".", "\0", "\ud800", "total", "x" * 300, "{kind}")
 
+Case = tuple[torch.Tensor, torch.Tensor | None]
+"""A tensor and a plain one with the same elements; None where its elements cannot be read."""
+
 
 def run(seed: int) -> int:
     """Runs one case; returns its executions."""
