@@ -96,14 +96,14 @@ class Case:
     def empty(self) -> None:
         for module in self.modules:
             for name in ("_parameters", "_buffers", "_modules"):
-                held = module.__dict__.get(name)
-                if type(held) is dict:
-                    held.clear()
+                entries = module.__dict__.get(name)
+                if type(entries) is dict:
+                    entries.clear()
 
 
 def dictionary(module: nn.Module, name: str) -> Any:
-    held = module.__dict__.get(name)
-    return held if type(held) is dict else {}
+    entries = module.__dict__.get(name)
+    return entries if type(entries) is dict else {}
 
 
 def none_entries(case: Case) -> None:
@@ -130,11 +130,10 @@ def odd_parameters(case: Case) -> None:
 def another_mapping(case: Case) -> None:
     name = case.rng.choice(("_parameters", "_modules", "_buffers"))
     module = case.module()
-    held = dictionary(module, name)
-    module.__dict__[name] = case.rng.choice(
-        (OrderedDict(held), LyingDict(held), RaisingDict(held), types.MappingProxyType(held), None,
-         list(held), 3, {}, dict(held))
-    )  # fmt: skip
+    entries = dictionary(module, name)
+    classes = (OrderedDict, LyingDict, RaisingDict, types.MappingProxyType, list, dict)
+    values = [make(entries) for make in classes]
+    module.__dict__[name] = case.rng.choice([*values, None, 3, {}])
 
 
 def deleted_mapping(case: Case) -> None:
@@ -238,12 +237,12 @@ def swapped(case: Case) -> None:
 
 
 def moved(case: Case) -> None:
-    held = dictionary(case.module(), "_parameters")
-    if held:
-        key = next(iter(held))
-        held[key] = held.pop(key)
+    entries = dictionary(case.module(), "_parameters")
+    if entries:
+        key = next(iter(entries))
+        entries[key] = entries.pop(key)
     if case.rng.random() < 0.3:
-        held.clear()
+        entries.clear()
 
 
 def flat(case: Case) -> None:

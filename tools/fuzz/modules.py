@@ -48,15 +48,15 @@ def by_torch(case: Case, buffers: bool) -> list[list[Any]]:
 
 def by_dictionaries(module: Any, kind: str, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """The tensors in the modules' dictionaries, without calling a method of any module."""
-    left = [(prefix, module)]
-    while left:
-        prefix, module = left.pop()
+    remaining = [(prefix, module)]
+    while remaining:
+        prefix, module = remaining.pop()
         dot = "." if prefix else ""
         for key, tensor in module.__dict__[kind].items():
             if tensor is not None:
                 yield f"{prefix}{dot}{key}", tensor
         children = list(module.__dict__["_modules"].items())
-        left += [(f"{prefix}{dot}{key}", m) for key, m in reversed(children) if m is not None]
+        remaining += [(f"{prefix}{dot}{key}", m) for key, m in reversed(children) if m is not None]
 
 
 def expected(case: Case, buffers: bool) -> list[list[Any]] | BaseException:
@@ -118,27 +118,32 @@ def _call(case: Case) -> int:
         except Exception:  # earlier damage made this one impossible
             continue
     buffers = rng.random() < 0.3
-    right = expected(case, buffers)
-    were_armed = case.arm()
+    expected_rows = expected(case, buffers)
+    was_armed = case.arm()
     summary = raised = None
     try:
         summary = paramstats.summarize(case.root, buffers=buffers)
     except Exception as error:
         raised = error
     case.disarm()
-    if were_armed:  # the tree may have changed while it was read
+    if was_armed:  # the tree may have changed while it was read
         return 1
     if summary is None:
-        assert isinstance(right, Exception), (raised, right)
-        if isinstance(right, (TypeError, ValueError)):
-            assert isinstance(raised, (TypeError, ValueError, HostileError)), (raised, right)
+        assert isinstance(expected_rows, Exception), (raised, expected_rows)
+        if isinstance(expected_rows, (TypeError, ValueError)):
+            assert isinstance(raised, (TypeError, ValueError, HostileError)), (
+                raised,
+                expected_rows,
+            )
         return 1
-    if isinstance(right, Exception):  # torch cannot list a tree that is too deep or unhashable
+    if isinstance(
+        expected_rows, Exception
+    ):  # torch cannot list a tree that is too deep or unhashable
         named = list(by_dictionaries(case.root, "_parameters"))
         if buffers:
             named += by_dictionaries(case.root, "_buffers")
-        right = grouped(named)
-    check(summary, right, aliases=not case.many_paths)
+        expected_rows = grouped(named)
+    check(summary, expected_rows, aliases=not case.many_paths)
     return 1
 
 

@@ -82,8 +82,8 @@ def _choose(rng: random.Random, pool: list[Entry]) -> list[Entry]:
 
 def _read(native, entries: list[Entry], params: bool, grads: bool) -> bytes:
     """Reads the tensors and checks every row of the table."""
-    table, left, transfers = native.read([entry.tensor for entry in entries], params, grads)
-    assert not left and not transfers, left
+    table, deferred, transfers = native.read([entry.tensor for entry in entries], params, grads)
+    assert not deferred and not transfers, deferred
     n = len(entries)
     assert len(table) == 2 * n * ROW.size
     checked: set[tuple[int, Moments]] = set()
