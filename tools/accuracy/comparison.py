@@ -1,4 +1,4 @@
-"""Errors of paramstats and of common formulae on six difficult inputs, for docs/accuracy.md."""
+"""Errors of paramstats and of common formulae on six difficult inputs, for docs/semantics.md."""
 
 from __future__ import annotations
 
