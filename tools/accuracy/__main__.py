@@ -1,6 +1,6 @@
 """Checks the error bound of every backend on a hundred thousand adversarial tensors.
 
-    python -m tools.accuracy                10 minutes; prints its results and the table of docs/semantics.md
+    python -m tools.accuracy                10 minutes; prints the table of docs/semantics.md, too
     python -m tools.accuracy --cases 2000
     python -m tools.accuracy --seed 3       other cases
 
