@@ -82,34 +82,34 @@ wheel: $(VENV)/installed  ## build a source archive and a wheel for this Python 
 		print(f"for Python {python} and torch {minor}; with another torch, it runs on torch operators and says so"); \
 		print(f"to install it: pip install {sys.argv[1]}")' dist/*.whl
 
-test-elsewhere:  ## test PYTHON=, TORCH=, CXX=; writes docs/platforms.md, unless DRY_RUN=1
-	$(PYTHON) -m tests.elsewhere --python $(PYTHON) --torch "$(TORCH)" --cxx $(CXX) $(DRY_RUN:%=--dry-run)
+test-elsewhere:  ## build, install and test with PYTHON=, TORCH=, CXX=
+	$(PYTHON) -m tools.elsewhere --python $(PYTHON) --torch "$(TORCH)" --cxx $(CXX)
 
-test-everywhere:  ## test all combinations, an hour, 30 GB; writes docs/platforms.md
-	$(PYTHON) -m tests.elsewhere --everywhere
+test-everywhere:  ## build, install and test with all supported versions, an hour, 30 GB
+	$(PYTHON) -m tools.elsewhere --everywhere
 
 test-huge: $(VENV)/installed  ## run the tests of tensors of more than 2^31 elements (5 GB of memory)
 	$(BIN)/python -m pytest --quiet -m huge
 
-fuzz: $(VENV)/installed  ## make a million hostile calls, 5 minutes; writes docs/robustness.md
-	$(BIN)/python -m tests.fuzz --write
+fuzz: $(VENV)/installed  ## run a million random cases, 5 minutes
+	$(BIN)/python -m tools.fuzz
 
-sanitize: $(VENV)/installed  ## run all tests under sanitizers, 15 minutes; writes docs/robustness.md
-	$(BIN)/python -m tests.sanitize
+sanitize: $(VENV)/installed  ## run all tests under sanitizers, 15 minutes
+	$(BIN)/python -m tools.sanitize
 
-sanitize-quick: $(VENV)/installed  ## run those that check every change, 2 minutes
-	$(BIN)/python -m tests.sanitize --quick
+sanitize-quick: $(VENV)/installed  ## run the sanitizer tests that check every change, 2 minutes
+	$(BIN)/python -m tools.sanitize --quick
 
-accuracy: $(VENV)/installed  ## try the error bound, 10 minutes; writes docs/accuracy.md and README.md
-	$(BIN)/python -m tests.accuracy
+accuracy: $(VENV)/installed  ## check the error bound on a hundred thousand tensors, 10 minutes
+	$(BIN)/python -m tools.accuracy
 
-count:  ## hold the kernels' instructions for an element to limits (valgrind)
+count:  ## check the kernels' instructions per element (valgrind)
 	@mkdir -p build/cpp
 	$(CXX) -std=c++17 -O3 -Wall -Wextra tests/cpp/one_kernel.cpp csrc/cpu/*.cpp -o build/cpp/one_kernel
-	$(PYTHON) tests/count_instructions.py
+	$(PYTHON) tools/count_instructions.py
 
 cuda-compile:  ## compile the CUDA backend for every architecture; fails on spills (nvcc)
-	$(PYTHON) tests/cuda_compile.py
+	$(PYTHON) tools/cuda_compile.py
 
 gpu-check:  ## build, test and measure on a GPU, 8 minutes; writes build/gpu-check
 	@rm -f $(VENV)/installed  # it builds in place for another torch, so that .venv must build again
@@ -120,8 +120,8 @@ $(VENV)/matrix: $(VENV)/installed
 		peft torchao bitsandbytes torch-geometric e3nn neuraloperator
 	@touch $@
 
-matrix: $(VENV)/matrix  ## try what people do to models, a minute or two; writes docs/compatibility.md
-	$(BIN)/python -m tests.matrix
+matrix: $(VENV)/matrix  ## run the compatibility matrix, 2 minutes; writes docs/compatibility.md
+	$(BIN)/python -m tools.matrix
 
 $(VENV)/peers: $(VENV)/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check numpy lovely-tensors wandb lightning matplotlib

@@ -38,7 +38,7 @@ void take_tasks(int64_t, int64_t, void* context) {
 }
 
 #if defined(PARAMSTATS_STD_THREADS)
-// Replaces torch's function when built for the thread sanitizer (tests/sanitize.py), which does not
+// Replaces torch's function when built for the thread sanitizer (tools/sanitize.py), which does not
 // understand OpenMP's barriers.
 void torch_parallel_for(int64_t begin, int64_t end, int64_t, void (*part)(int64_t, int64_t, void*),
                         void* context) {

@@ -39,7 +39,12 @@ class Summary(Mapping[str, ParamStats]):
     __slots__ = ("_deferred", "_ready")
 
     def __init__(self, record: Record | None, deferred: Deferred | None = None) -> None:
-        """Exactly one of the two is given."""
+        """Exactly one of the two is given.
+
+        Raises TypeError for another mapping: torch's `default_convert` then makes a dict.
+        """
+        if record is not None and not isinstance(record, Record):
+            raise TypeError(f"paramstats.Summary: expected a record, got {type(record).__name__}")
         self._ready = record
         self._deferred = deferred
 

@@ -1,4 +1,4 @@
-"""Building the native backend, or installing without it: what setup.py leaves, and what it says."""
+"""setup.py builds the native backend, or installs without it and records the reason."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def build(to: Path, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 def check_reference(to: Path, reason: str) -> None:
-    """What was built runs without the native backend and says once why."""
+    """The build has no native backend, works, and warns once with the reason."""
     record = json.loads((to / "lib/paramstats/_build.json").read_text())
     assert record["native"] is False and reason in record["reason"]
     assert (to / "lib/paramstats/py.typed").exists()
@@ -39,14 +39,14 @@ def check_reference(to: Path, reason: str) -> None:
     assert result.stderr.count("RuntimeWarning") == 1 and reason in result.stderr
 
 
-def test_a_failing_compiler(tmp_path):
+def test_a_failing_compiler_gives_the_reference_backend(tmp_path):
     result = build(tmp_path, CC="false", CXX="false")
     assert result.returncode == 0, result.stderr
     check_reference(tmp_path, "it could not be compiled")
 
 
-def test_a_failing_compiler_in_place(tmp_path):
-    """As an editable installation builds: the record of an earlier, better build must go."""
+def test_a_failing_build_in_place_replaces_the_record_of_an_earlier_build(tmp_path):
+    """Editable installations are built in place."""
     tree = tmp_path / "tree"
     shutil.copytree(
         ROOT, tree, ignore=shutil.ignore_patterns(".git", ".venv", "build", "*.so", "tests")
@@ -64,7 +64,7 @@ def test_a_failing_compiler_in_place(tmp_path):
     assert record["native"] is False and "could not be compiled" in record["reason"]
 
 
-def test_no_torch_at_build_time(tmp_path):
+def test_a_build_without_torch_gives_the_reference_backend(tmp_path):
     fake = tmp_path / "fake/torch"
     fake.mkdir(parents=True)
     (fake / "__init__.py").write_text("raise ImportError('none here')")
@@ -73,18 +73,18 @@ def test_no_torch_at_build_time(tmp_path):
     check_reference(tmp_path, "torch could not be imported when it was built (none here)")
 
 
-def test_unwanted(tmp_path):
+def test_no_native_build_on_request(tmp_path):
     assert build(tmp_path, PARAMSTATS_NO_NATIVE="1").returncode == 0
     check_reference(tmp_path, "PARAMSTATS_NO_NATIVE was set")
 
 
-def test_strict(tmp_path):
+def test_a_strict_build_fails_where_the_compiler_fails(tmp_path):
     result = build(tmp_path, CC="false", CXX="false", PARAMSTATS_STRICT_BUILD="1")
     assert result.returncode != 0 and "PARAMSTATS_STRICT_BUILD is set" in result.stderr
 
 
 @pytest.mark.slow
-def test_a_working_compiler(tmp_path, native):
+def test_a_working_compiler_gives_the_native_backend(tmp_path, native):
     result = build(tmp_path)
     assert result.returncode == 0, result.stderr
     assert list((tmp_path / "lib/paramstats").glob("_native*.so"))

@@ -25,11 +25,11 @@ import paramstats
 from paramstats._core import backend as backends
 from paramstats._core import reference
 from tests import oracle
-from tests.accuracy import adversarial, rational
-from tests.accuracy.test_bound import assert_within, state_of
 from tests.conftest import load_backend
 from tests.dtypes import DTYPES
 from tests.fake_cuda import building
+from tools.accuracy import adversarial
+from tools.accuracy.bound import assert_within, state_of
 
 pytestmark = pytest.mark.skipif(
     torch.version.cuda is not None, reason="this torch has CUDA, which the fake cannot replace"
@@ -94,7 +94,7 @@ def test_error_bound(cuda):
     @settings(max_examples=300)
     def holds(tensor):
         state = state_of(backends.active(), cuda.to(tensor.contiguous(), 0))
-        assert_within("cuda", state, tensor, rational.exact(tensor))
+        assert_within("cuda", state, oracle.exact(tensor), tensor.dtype)
 
     holds()
 

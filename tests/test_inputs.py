@@ -485,7 +485,7 @@ def test_buffers(backend):
     assert "running_mean" not in summarize(layer)
 
 
-# ---- found by tests/fuzz -----------------------------------------------------------------------
+# ---- found by tools/fuzz -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

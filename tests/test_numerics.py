@@ -13,8 +13,8 @@ import paramstats
 from paramstats._core import backend as backends
 from paramstats._core import reference
 from tests import oracle
-from tests.accuracy.test_bound import state_of
 from tests.dtypes import FLOATS, INTEGERS
+from tools.accuracy.bound import state_of
 
 BLOCK, PART, CHUNK = 16384, 4096, reference.CHUNK
 SIZES = [0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 127, 129]

@@ -89,8 +89,15 @@ def test_keyboard_interrupt_propagates_and_the_next_call_is_right(backend, sourc
     assert paramstats.summarize({"x": torch.ones(3)})["x"].mean == 1.0
 
 
+INTERRUPTED = {
+    "walk": lambda: nn.ModuleList([nn.Identity() for _ in range(20_000)]),
+    "read": lambda: {str(i): torch.randn(1_500_000) for i in range(8)},
+}
+
+
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timers on this system")
-def test_keyboard_interrupt_at_any_moment_of_the_walk(backend):
+@pytest.mark.parametrize("phase", INTERRUPTED)
+def test_keyboard_interrupt_at_any_moment_of_a_phase(backend, phase):
     arrived = []
 
     def interrupt(number, frame):
@@ -101,9 +108,10 @@ def test_keyboard_interrupt_at_any_moment_of_the_walk(backend):
         arrived.clear()
         signal.setitimer(signal.ITIMER_REAL, seconds)
         while not arrived:
-            paramstats.summarize(model)
+            paramstats.summarize(source)
 
-    model = nn.ModuleList([nn.Identity() for _ in range(20_000)])
+    source = INTERRUPTED[phase]()
+    expected = paramstats.summarize(source)
     gc.disable()  # Python ignores exceptions raised in callbacks of the garbage collector
     before = signal.signal(signal.SIGALRM, interrupt)
     try:
@@ -113,7 +121,7 @@ def test_keyboard_interrupt_at_any_moment_of_the_walk(backend):
     finally:
         signal.signal(signal.SIGALRM, before)
         gc.enable()
-    assert paramstats.summarize({"x": torch.ones(3)})["x"].mean == 1.0
+    assert paramstats.summarize(source) == expected
 
 
 def test_a_signal_handler_may_call_summarize(backend, sigterm):

@@ -176,3 +176,8 @@ def test_missing_pandas_is_an_error_that_says_what_to_install(model, monkeypatch
     monkeypatch.setitem(sys.modules, "pandas", None)  # as if it were not installed
     with pytest.raises(ImportError, match=r"needs pandas: pip install pandas$"):
         summarize(model).to_pandas()
+
+
+def test_torch_collates_a_summary_as_a_dict(backend, model):
+    """A DataLoader with `batch_size=None` calls `default_convert`."""
+    assert type(torch.utils.data.default_convert(summarize(model))) is dict

@@ -1,7 +1,7 @@
-"""What the package does to the machine: it writes where it was asked to, and nothing it reads runs.
+"""The package writes no other files than it is asked to, and executes nothing that it reads.
 
-Python tells an audit hook of every file that is opened, program that is started, name that a pickle
-looks up. Each case runs in a process of its own.
+An audit hook records files that are opened, programs that are started and names that pickles look
+up. Each case runs in its own process.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tests.test_backend import run
 HOOK = """
 import json, os, sys
 import torch
-from examples.demo import SharedNet  # so that nothing of torch's is imported for the first time
+from examples.demo import SharedNet  # imports torch's modules before the hook watches
 
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate",
@@ -74,39 +74,39 @@ def everything():
         for more in ([], ["--json"], ["--csv"], [PATHS[0]]):
             with contextlib.suppress(SystemExit), contextlib.redirect_stderr(io.StringIO()):
                 assert main(["show", path, *more]) in (0, 2)  # 2: refused
-everything()  # what is imported when it is used
+everything()  # imports lazily before the hook watches
 watched = CHANGES + STARTS + RUNS
 everything()
 """
 
 
-def seen(code: str, folder: Path, **values: object) -> list[list[str]]:
-    """The events that should not be; asserts that `folder`, where it runs, stays empty."""
+def watched_events(code: str, folder: Path, **values: object) -> list[list[str]]:
+    """Runs code in `folder`, which must stay empty; returns the events that the hook saw."""
     folder.mkdir()
-    told = "\nwatched = ()\nprint('SEEN', json.dumps(seen))"
+    report = "\nwatched = ()\nprint('SEEN', json.dumps(seen))"
     given = "".join(f"{name} = {value!r}\n" for name, value in values.items())
     where = {name: str(folder) for name in ("HOME", "TMPDIR", "XDG_CACHE_HOME", "MPLCONFIGDIR")}
-    code = f"import os; os.chdir({str(folder)!r})\n{HOOK}{given}{code}{told}"
+    code = f"import os; os.chdir({str(folder)!r})\n{HOOK}{given}{code}{report}"
     done = run(code, **where, PYTHONDONTWRITEBYTECODE="1")
     assert done.returncode == 0, done.stderr
     assert os.listdir(folder) == []
     return json.loads(done.stdout.rpartition("SEEN ")[2])
 
 
-def test_nothing_is_written_or_started(tmp_path):
-    assert seen(USE, tmp_path / "here") == []
+def test_summarize_and_watch_write_no_files(tmp_path):
+    assert watched_events(USE, tmp_path / "here") == []
 
 
-def test_a_history_writes_its_files_alone(tmp_path):
+def test_a_history_writes_only_its_files(tmp_path):
     file, saved = tmp_path / "run.jsonl", tmp_path / "saved.jsonl"
-    events = seen(ON_DISK, tmp_path / "here", FILE=str(file), SAVED=str(saved))
+    events = watched_events(ON_DISK, tmp_path / "here", FILE=str(file), SAVED=str(saved))
     assert sorted(os.listdir(tmp_path)) == ["here", "run.jsonl", "saved.jsonl"]
     for _, what in events:
         assert str(file) in what or str(saved) in what, what
-    assert events, "the hook sees files that are written"
+    assert events
 
 
-def test_what_show_opens_runs_nothing(tmp_path):
+def test_show_executes_nothing_from_checkpoints(tmp_path):
     paths = []
     for form in FORMATS:
         folder = tmp_path / form
@@ -120,7 +120,7 @@ def test_what_show_opens_runs_nothing(tmp_path):
         paths.append(str(path))
     torch.save(torch.nn.Linear(2, 2), tmp_path / "whole.pt")
     paths.append(str(tmp_path / "whole.pt"))
-    assert seen(SHOW, tmp_path / "here", PATHS=paths) == []
+    assert watched_events(SHOW, tmp_path / "here", PATHS=paths) == []
     assert not marker.exists()
 
 
@@ -134,7 +134,7 @@ def test_what_show_opens_runs_nothing(tmp_path):
         ("os.system('true')", "os.system"),
     ],
 )
-def test_the_hook_sees(tmp_path, code, event):
+def test_the_hook_notices(tmp_path, code, event):
     watched = "watched = CHANGES + STARTS + RUNS\n"
-    events = seen(watched + code, tmp_path / "here", FOLDER=str(tmp_path))
+    events = watched_events(watched + code, tmp_path / "here", FOLDER=str(tmp_path))
     assert event in [name for name, _ in events]

@@ -335,7 +335,7 @@ def test_copies_have_layouts_of_their_own(backend):
     assert summarize(other)["0.bias"].mean == 3.0 != summarize(model)["0.bias"].mean
 
 
-# ---- modules that nobody should write: found by tests/fuzz -----------------------------------
+# ---- modules that nobody should write: found by the fuzzer -----------------------------------
 
 
 def put(module: nn.Module, key: object, child: nn.Module | None) -> None:

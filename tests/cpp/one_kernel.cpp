@@ -1,4 +1,4 @@
-// Runs one kernel on one tensor; tests/count_instructions.py counts its instructions. The mean of
+// Runs one kernel on one tensor; tools/count_instructions.py counts its instructions. The mean of
 // the elements is near zero, as for most tensors, or with `far` so far from zero that it needs a
 // pivot.
 //

@@ -1,5 +1,0 @@
-import sys
-
-from tests.fuzz.campaign import main
-
-sys.exit(main())

@@ -1,0 +1,1 @@
+"""Programs for developers: fuzzing, the compatibility matrix, sanitizers, builds elsewhere."""

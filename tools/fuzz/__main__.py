@@ -1,0 +1,7 @@
+"""The command line of the fuzzer."""
+
+import sys
+
+from tools.fuzz.campaign import main
+
+sys.exit(main())
