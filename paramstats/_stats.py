@@ -293,11 +293,6 @@ class ParamStats(TotalStats):
         return f"{what}{count}{device} {super()._one_line()}"
 
 
-def entries(record: Record) -> list[ParamStats]:
-    """Return the statistics of every tensor of a record, in its order."""
-    return [ParamStats(record, row) for row in range(len(record.layout))]
-
-
 def merged(record: Record, begin: int, end: int) -> TotalStats:
     """Return the statistics of the tensors [begin, end) of a record together."""
     n, grad = len(record.layout), None

@@ -268,25 +268,35 @@ class Summary(Mapping[str, ParamStats]):
         return frame
 
     @skip_dynamo
-    def findings(self, thresholds: Thresholds | None = None) -> Findings:
+    def findings(
+        self, thresholds: Thresholds | Mapping[str, float] | None = None, **changes: float
+    ) -> Findings:
         """Run the health check: return what needs attention, the most severe first.
 
         >>> import torch, paramstats
         >>> summary = paramstats.summarize({"head.weight": torch.zeros(10, 64)})
-        >>> print(summary.findings())
-        WARNING dead weight: All that passes is lost: was it initialised, loaded, pruned?
+        >>> summary.findings()
+        WARNING zero weight: All weights are zero, so nothing passes through this layer. Check
+          initialization, loading and pruning.
             head.weight  all 640 elements zero
 
         Each `Finding` has `severity`, `code`, `name`, `value`, `threshold`, `message` and
-        `advice`. The result is empty where nothing was found.
+        `advice`. The result is empty if nothing was found.
 
         Args:
-            thresholds: from which value on something is a finding; default: `Thresholds()`.
-        """
-        from paramstats._findings import Thresholds
-        from paramstats._findings.rules import find
+            thresholds: the limits, as `Thresholds` or as a dict of those that differ from the
+                defaults.
+            changes: limits that differ, by name: `summary.findings(sparse_weight=0.5)`. See
+                `Thresholds` for the names.
 
-        return find(self._record, thresholds or Thresholds())
+        Raises:
+            TypeError: there is no threshold of that name.
+            ValueError: a threshold is not a number of 0 or more.
+        """
+        from paramstats._findings.rules import find
+        from paramstats._findings.thresholds import make_thresholds
+
+        return find(self._record, make_thresholds(thresholds, changes))
 
     @skip_dynamo
     def table(
@@ -296,6 +306,7 @@ class Summary(Mapping[str, ParamStats]):
         sort_by: str | None = None,
         limit: int | None = None,
         kind: str | None = None,
+        trainable: bool = False,
         color: bool = False,
     ) -> str:
         """Return an aligned table: a line per tensor and per block of modules, the total last.
@@ -303,23 +314,28 @@ class Summary(Mapping[str, ParamStats]):
         >>> import torch, paramstats
         >>> weights = {"a": torch.ones(2), "b": torch.tensor([0.0, 3.0]), "c": torch.zeros(2)}
         >>> print(paramstats.summarize(weights).table(sort_by="norm", limit=2))
-        parameter       shape    mean    std   norm  zeros
-        ──────────────────────────────────────────────────
-        b               [2]       1.5  2.121      3    50%
-        a               [2]         1      0  1.414     0%
+        parameter       shape    mean    std   norm  zero_fraction
+        ──────────────────────────────────────────────────────────
+        b               [2]       1.5  2.121      3            50%
+        a               [2]         1      0  1.414             0%
         ... and 1 more
-        ──────────────────────────────────────────────────
-        total               6  0.8333  1.169  3.317    50%
+        ──────────────────────────────────────────────────────────
+        total               6  0.8333  1.169  3.317            50%
 
-        Findings of severity WARNING and above are shown next to their tensor.
+        Headings are the names of statistics, those of gradients with "grad." in front. The shape
+        of a block or the total is its number of elements. Findings of severity WARNING and above
+        are shown next to their tensor.
 
         Args:
-            width: number of columns to fit in; names are elided in the middle and columns are left
-                out, means first. None: the width of the terminal, or no limit outside of one.
-            sort_by: a statistic, such as "norm", "std" or "grad.norm", the largest first and NaN
-                before it; "-norm": the smallest first; "name": by name. None: the model's order.
-            limit: show at most so many tensors.
-            kind: "param", "grad" or "buffer": show only their statistics, with min and max.
+            width: the number of columns to fit in. Columns are left out and long names are
+                shortened where necessary. None: the width of the terminal; unlimited if standard
+                output is not a terminal.
+            sort_by: a statistic, such as "norm" or "grad.norm": the largest first, after NaN.
+                "-norm": the smallest first. "name": by name. None: the order of the model.
+            limit: show at most this many tensors.
+            kind: show only the statistics of "param", "grad" or "buffer", with min and max. "grad"
+                leaves out frozen parameters.
+            trainable: show only parameters that require a gradient.
             color: add escape codes for a terminal (needs rich). `print(summary)` adds them on a
                 terminal; `rich.print(summary)` always does.
 
@@ -328,7 +344,7 @@ class Summary(Mapping[str, ParamStats]):
         """
         from paramstats import _display as display
 
-        table = display.table(self._record, sort_by, limit, kind)
+        table = display.table(self._record, sort_by, limit, kind, trainable)
         return display.colored(table, width) if color else display.plain(table, width)
 
     @skip_dynamo

@@ -1,4 +1,4 @@
-"""Format numbers, names, shapes and dtypes for people."""
+"""Format numbers, names, shapes and dtypes for display."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 
 
 def number(x: float) -> str:
-    """Format with four significant digits; from 1e4 on and below 1e-3 with an exponent.
+    """Format a number with four significant digits, as torch does.
+
+    Magnitudes below 1e-3 and from 1e4 have an exponent.
 
     >>> from paramstats._core.format import number
     >>> number(0.25), number(-1.7468e-4), number(65504)
@@ -25,7 +27,12 @@ def number(x: float) -> str:
 
 
 def percent(fraction: float) -> str:
-    """A share as a percentage that says 0 % and 100 % only where that is exact."""
+    """Format a fraction as a percentage; 0 % and 100 % stand for exactly none and all.
+
+    >>> from paramstats._core.format import percent
+    >>> percent(0.125), percent(1e-9), percent(1 - 1e-9)
+    ('12.5%', '<0.1%', '>99.9%')
+    """
     if math.isnan(fraction):
         return "nan"
     text = f"{100 * fraction:.1f}"
@@ -37,7 +44,10 @@ def percent(fraction: float) -> str:
 
 
 def elide(text: str, width: int) -> str:
-    """`text` with its middle left out, the end kept longer: that is where layers differ."""
+    """Shorten a name to `width` characters by leaving out its middle.
+
+    The end keeps more characters than the start, because names of layers differ at the end.
+    """
     if len(text) <= width:
         return text
     mark = printable("…", "~")
@@ -46,7 +56,7 @@ def elide(text: str, width: int) -> str:
 
 
 def columns(width: int | None) -> int:
-    """How wide a table may be: `width`, or the terminal's; without one there is no limit."""
+    """Return `width` or, if it is None, the width of the terminal; unlimited without one."""
     if width is not None:
         return width
     if "COLUMNS" in os.environ or on_terminal():
@@ -55,29 +65,31 @@ def columns(width: int | None) -> int:
 
 
 def on_terminal() -> bool:
-    """Whether standard output is one; what stands in for it need not know."""
+    """Return whether standard output is a terminal. Objects that replace it may lack `isatty`."""
     isatty = getattr(sys.stdout, "isatty", None)
     return isatty is not None and bool(isatty())
 
 
-def printable(text: str, plain: str) -> str:
-    """`text` where standard output can hold it: a table must not stop a run with an error."""
+def printable(text: str, replacement: str) -> str:
+    """Return `text` if standard output can encode it, else `replacement`."""
     try:
         text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
     except UnicodeEncodeError:
-        return plain
+        return replacement
     return text
 
 
 def one_line_name(name: str) -> str:
-    """A name as it can be printed: without line ends, escapes, or what standard output lacks."""
+    """Return a name with control characters, and what standard output cannot encode, escaped."""
     text = name if name.isprintable() else repr(name)[1:-1]
     return printable(text, text.encode("ascii", "backslashreplace").decode())
 
 
 def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of a dtype without "torch."."""
     return str(dtype).removeprefix("torch.")
 
 
 def shape(sizes: tuple[int, ...] | None) -> str:
+    """Format a shape; None is that of a lazy parameter."""
     return "lazy" if sizes is None else f"[{', '.join(map(str, sizes))}]"

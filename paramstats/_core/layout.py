@@ -208,20 +208,23 @@ class Layout:
                 for row in range(len(self))
                 if any(passes(name, include, exclude) for name in self.names_of(row))
             ]
-            layout = Layout(
-                tuple(self.names[row] for row in rows),
-                tuple(self.aliases[row] for row in rows),
-                sum(row < self.parameters for row in rows),
-                tuple(self.shapes[row] for row in rows),
-                tuple(self.dtypes[row] for row in rows),
-                tuple(self.devices[row] for row in rows),
-                tuple(self.requires_grad[row] for row in rows),
-                tuple(self.wrapper_names[row] for row in rows) if self.wrapper_names else (),
-                self.is_sharded,
-            )
-            selection = (layout, rows)
+            selection = (self.take(rows), rows)
             _remember(self._selections, key, selection)
         return selection
+
+    def take(self, rows: Sequence[int]) -> Layout:
+        """Return the layout of these rows, which must be in ascending order."""
+        return Layout(
+            tuple(self.names[row] for row in rows),
+            tuple(self.aliases[row] for row in rows),
+            sum(row < self.parameters for row in rows),
+            tuple(self.shapes[row] for row in rows),
+            tuple(self.dtypes[row] for row in rows),
+            tuple(self.devices[row] for row in rows),
+            tuple(self.requires_grad[row] for row in rows),
+            tuple(self.wrapper_names[row] for row in rows) if self.wrapper_names else (),
+            self.is_sharded,
+        )
 
     def by_module(self, depth: int) -> tuple[Layout, list[list[int]]]:
         """Return a layout with one row per module at `depth`, and the rows merged into each.

@@ -60,6 +60,11 @@ class Record(NamedTuple):
     def select(self, include: Patterns | None, exclude: Patterns) -> Record:
         """Return the record of the tensors whose names `include` and `exclude` let pass."""
         layout, rows = self.layout.select(include, exclude)
+        return self.take(rows, layout)
+
+    def take(self, rows: Sequence[int], layout: Layout | None = None) -> Record:
+        """Return the record of these tensors, in ascending order; `layout` is theirs if known."""
+        layout = self.layout.take(rows) if layout is None else layout
         names = {layout.row_name(row) for row in range(2 * len(layout))}
         return self._replace(
             layout=layout,

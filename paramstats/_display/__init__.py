@@ -1,7 +1,18 @@
-"""A summary as a table: its lines, and what lays them out as text, in colour, and as HTML."""
+"""Summaries as tables: plain text, colored text and HTML."""
 
 from paramstats._display.html import html
-from paramstats._display.table import order, ordered, table
+from paramstats._display.order import in_order, order, ordered
+from paramstats._display.table import table
 from paramstats._display.text import colored, for_print, plain, rich_lines
 
-__all__ = ["colored", "for_print", "html", "order", "ordered", "plain", "rich_lines", "table"]
+__all__ = [
+    "colored",
+    "for_print",
+    "html",
+    "in_order",
+    "order",
+    "ordered",
+    "plain",
+    "rich_lines",
+    "table",
+]

@@ -1,69 +1,84 @@
-"""A table as HTML."""
+"""Lay out a table as HTML for notebooks."""
 
 from __future__ import annotations
 
-import html as markup
+import re
 from collections.abc import Sequence
+from html import escape
 
 from paramstats._core.record import Record
-from paramstats._display.table import QUIET, Line, table
+from paramstats._display.table import UNREMARKABLE, Line, table
 from paramstats._findings import Severity
 
-_HTML_TENSORS = 1000
-"""Tensors shown in a notebook; browsers grow slow beyond."""
+_MAX_TENSORS = 1000
+"""Tensors shown; browsers become slow with more."""
 
+# The header needs an opaque background: the body scrolls below it. The variables are those of
+# JupyterLab and VS Code.
 _CSS = """
 .paramstats { max-height: 40em; overflow: auto; }
 .paramstats table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 .paramstats th, .paramstats td { text-align: right; padding: 2px 8px; white-space: nowrap; }
-.paramstats th { position: sticky; top: 0; background: Canvas; border-bottom: 1px solid; }
+.paramstats th {
+  position: sticky; top: 0; vertical-align: bottom; border-bottom: 1px solid; white-space: normal;
+  background: var(--jp-layout-color0, var(--vscode-editor-background, Canvas));
+  color: var(--jp-content-font-color1, var(--vscode-editor-foreground, CanvasText));
+}
 .paramstats .name, .paramstats .shape, .paramstats .marks { text-align: left; }
+.paramstats td.name {
+  white-space: normal; overflow-wrap: break-word; min-width: 11em; max-width: 24em;
+}
+.paramstats td.marks { white-space: normal; min-width: 9em; }
 .paramstats .block td, .paramstats .total td { font-weight: 600; }
 .paramstats .block td { background: rgba(128, 128, 128, .12); }
 .paramstats .total td { border-top: 1px solid; }
 .paramstats .alias td, .paramstats .quiet {
   color: color-mix(in srgb, currentColor 55%, transparent);
 }
-.paramstats .marks { white-space: normal; min-width: 9em; }
 .paramstats .warning td { background: rgba(255, 170, 0, .22); }
 .paramstats .error td { background: rgba(230, 40, 40, .25); }
 """
 
 
 def html(record: Record) -> str:
-    """The table for a notebook: full names and advice come up under the pointer."""
-    made = table(record, limit=_HTML_TENSORS)
-    marked = any(line.marks for line in made.lines)
-    headings = ["parameter", *made.headings, *([""] if marked else [])]
+    """Return the table as HTML. Tooltips show full names and the advice of findings.
+
+    Findings follow the name, so that they are visible without scrolling to the right.
+    """
+    content = table(record, limit=_MAX_TENSORS)
+    has_marks = any(line.marks for line in content.lines)
+    headings = ["parameter", *(["findings"] if has_marks else []), *content.headings]
     head = "".join(
-        f'<th class="{_css(heading)}">{markup.escape(heading)}</th>' for heading in headings
+        f'<th class="{_css_class(heading)}">{_breakable(heading)}</th>' for heading in headings
     )
-    body = "".join(_html_line(line, made.headings, marked) for line in made.lines)
-    notes = "".join(f"<p>{markup.escape(note)}</p>" for note in made.notes)
+    body = "".join(_row(line, content.headings, has_marks) for line in content.lines)
+    notes = "".join(f"<p>{escape(note)}</p>" for note in content.notes)
     return (
         f'{notes}<div class="paramstats"><style>{_CSS}</style>'
         f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
 
-def _html_line(line: Line, headings: Sequence[str], marked: bool) -> str:
-    kind = line.what
-    if line.severity > Severity.INFO:
-        kind += f" {line.severity.name.lower()}"  # type: ignore[assignment]
+def _row(line: Line, headings: Sequence[str], has_marks: bool) -> str:
+    severity = f" {line.severity.name.lower()}" if line.severity > Severity.INFO else ""
     cells = [
         f'<td class="name" style="padding-left: {8 + 16 * line.depth}px" '
-        f'title="{markup.escape(line.name)}">{markup.escape(line.label)}</td>'
+        f'title="{escape(line.name)}">{_breakable(line.label)}</td>'
     ]
-    for heading, cell in zip(headings, line.cells, strict=True):
-        quiet = " quiet" if cell in QUIET and line.what == "tensor" else ""
-        cells.append(f'<td class="{_css(heading)}{quiet}">{markup.escape(cell)}</td>')
-    if marked:
+    if has_marks:
         advice = "\n".join(map(str, line.findings))
-        cells.append(
-            f'<td class="marks" title="{markup.escape(advice)}">{markup.escape(line.marks)}</td>'
-        )
-    return f'<tr class="{kind}">{"".join(cells)}</tr>'
+        cells.append(f'<td class="marks" title="{escape(advice)}">{escape(line.marks)}</td>')
+    for heading, cell in zip(headings, line.cells, strict=True):
+        quiet = " quiet" if cell in UNREMARKABLE and line.kind == "tensor" else ""
+        cells.append(f'<td class="{_css_class(heading)}{quiet}">{escape(cell)}</td>')
+    return f'<tr class="{line.kind}{severity}">{"".join(cells)}</tr>'
 
 
-def _css(heading: str) -> str:
-    return {"parameter": "name", "shape": "shape", "": "marks"}.get(heading, "statistic")
+def _css_class(heading: str) -> str:
+    classes = {"parameter": "name", "shape": "shape", "findings": "marks"}
+    return classes.get(heading, "statistic")
+
+
+def _breakable(text: str) -> str:
+    """Escape a heading or a name, and let it wrap after dots and underscores inside."""
+    return re.sub(r"(?<=\w[._])(?=\w)", "<wbr>", escape(text))

@@ -1,51 +1,63 @@
-"""A table as aligned text, plain or in colour."""
+"""Lay out a table as plain or colored text."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Sequence
+from textwrap import wrap
 from typing import TYPE_CHECKING
 
-from paramstats._core import format as rendering
+from paramstats._core import format as formats
 from paramstats._core.format import elide, printable
 from paramstats._core.optional import import_optional
-from paramstats._display.table import QUIET, Table
+from paramstats._display.table import UNREMARKABLE, Table
 from paramstats._findings import Severity
 
 if TYPE_CHECKING:
     from rich.text import Text
 
-_LEFT_OUT = ("grad mean", "mean", "grad zeros", "min", "max", "zeros", "grad std", "std", "shape")
-"""In this order, where a terminal is too narrow for all columns."""
+_DROP_ORDER = (
+    "grad.zero_fraction",
+    "grad.mean",
+    "mean",
+    "zero_fraction",
+    "min",
+    "max",
+    "grad.std",
+    "std",
+    "shape",
+)
+"""The order in which columns are left out if the width is too small."""
 
 _GAP = "  "
 _INDENT = "  "
-_WHOLE_NAME = 48
-"""Names up to this long are kept whole at the cost of columns; 80 columns have room for norms."""
+_MAX_WHOLE_NAME = 48
+"""Names of up to this length are not shortened; columns are left out instead."""
 
-_NARROWEST_NAME = 12
+_MIN_NAME = 12
+_MARKS = "findings"
 _STYLES = {"block": "bold", "total": "bold", "alias": "dim", "more": "dim"}
-_WORRYING = {Severity.WARNING: "yellow", Severity.ERROR: "bold red"}
+_SEVERITY_STYLES = {Severity.WARNING: "yellow", Severity.ERROR: "bold red"}
 
 Span = tuple[str, str]
-"""Text, and how to set it off: a style of rich, or nothing."""
+"""A text and its style in rich; the style may be empty."""
 
 
 def plain(table: Table, width: int | None = None) -> str:
-    """Names left, statistics right, the total under a line; long names elided in the middle."""
+    """Return the table as plain text of at most `width` columns, if that is possible."""
     return "\n".join("".join(text for text, _ in line) for line in _spans(table, width))
 
 
 def rich_lines(table: Table, width: int | None = None) -> Iterator[Text]:
-    """The same as lines of rich's, with what is odd in colour; notes wrap where they are long."""
-    text = import_optional("rich.text", "colour").Text
+    """Yield the lines of the table as colored text of rich."""
+    text = import_optional("rich.text", "color").Text
     for line in _spans(table, width):
-        yield text.assemble(*line, no_wrap=len(line) > 1)
+        yield text.assemble(*line, no_wrap=len(line) > 1)  # notes, which have one span, may wrap
 
 
 def colored(table: Table, width: int | None = None) -> str:
-    """The same with a terminal's escape codes."""
-    console = import_optional("rich.console", "colour").Console(
+    """Return the table as text with escape codes for colors."""
+    console = import_optional("rich.console", "color").Console(
         file=io.StringIO(), force_terminal=True, width=1 << 30
     )
     console.print(*rich_lines(table, width), sep="\n", end="")
@@ -54,10 +66,10 @@ def colored(table: Table, width: int | None = None) -> str:
 
 
 def for_print(table: Table) -> str:
-    """In colour where standard output is a terminal that has it, and rich is installed."""
-    if rendering.on_terminal():
+    """Return colored text if standard output is a color terminal and rich is installed."""
+    if formats.on_terminal():
         try:
-            console = import_optional("rich.console", "colour").Console()
+            console = import_optional("rich.console", "color").Console()
         except ImportError:
             return plain(table)
         if console.color_system is not None and not console.no_color:
@@ -66,7 +78,8 @@ def for_print(table: Table) -> str:
 
 
 def _spans(table: Table, width: int | None) -> Iterator[list[Span]]:
-    width = rendering.columns(width)
+    """Yield the spans of each line, aligned in columns."""
+    width = formats.columns(width)
     labels = [_INDENT * line.depth + line.label for line in table.lines]
     marks = [f"! {line.marks}" if line.marks else "" for line in table.lines]
     columns = [
@@ -74,18 +87,12 @@ def _spans(table: Table, width: int | None) -> Iterator[list[Span]]:
         for position, heading in enumerate(table.headings)
     ]
     if any(marks):
-        columns.append(["", *marks])
+        columns.append([_MARKS, *marks])
     longest = max(len("parameter"), *map(len, labels))
-    left_out = []
-    for heading in _LEFT_OUT:
-        if _width(columns) + min(longest, _WHOLE_NAME) <= width:
-            break
-        narrower = [column for column in columns if column[0] != heading or heading == table.kept]
-        left_out += [heading] * (len(columns) - len(narrower))
-        columns = narrower
-    room = min(longest, max(width - _width(columns), _NARROWEST_NAME))
+    columns, left_out = _fit(columns, width - min(longest, _MAX_WHOLE_NAME), table.kept)
+    name_width = min(longest, max(width - _total_width(columns), _MIN_NAME))
     widths = [max(map(len, column)) for column in columns]
-    head = [("parameter".ljust(room), "bold")]
+    head = [("parameter".ljust(name_width), "bold")]
     head += [
         (_GAP + _aligned(column[0], column[0], w), "bold")
         for column, w in zip(columns, widths, strict=True)
@@ -93,25 +100,43 @@ def _spans(table: Table, width: int | None) -> Iterator[list[Span]]:
     rule = [(printable("─", "-") * sum(len(text) for text, _ in head), "dim")]
     yield _stripped(head)
     yield rule
-    for position, (line, label) in enumerate(zip(table.lines, labels, strict=True)):
-        if line.what == "total":
+    for position, (line, label) in enumerate(zip(table.lines, labels, strict=True), start=1):
+        if line.kind == "total":
             yield rule
-        style = _WORRYING.get(line.severity, _STYLES.get(line.what, ""))
-        spans = [(elide(label, room).ljust(room), style)]
+        style = _SEVERITY_STYLES.get(line.severity, _STYLES.get(line.kind, ""))
+        spans = [(elide(label, name_width).ljust(name_width), style)]
         for column, w in zip(columns, widths, strict=True):
-            cell = column[position + 1]
-            quiet = "dim" if cell in QUIET and line.what == "tensor" else ""
-            own = style if column[0] == "" or line.what in ("block", "total") else quiet
-            spans.append((_GAP + _aligned(cell, column[0], w), own))
+            cell, cell_style = column[position], ""
+            if column[0] == _MARKS or line.kind in ("block", "total"):
+                cell_style = style
+            elif line.kind == "tensor" and cell in UNREMARKABLE:
+                cell_style = "dim"
+            spans.append((_GAP + _aligned(cell, column[0], w), cell_style))
         yield _stripped(spans)
     if left_out:
-        yield [(elide(f"no room for {', '.join(left_out)}", width), "dim")]
+        note = f"no room for {', '.join(left_out)}"
+        yield from ([(line, "dim")] for line in wrap(note, max(width, _MIN_NAME)))
     for note in table.notes:
         yield [(note, "")]
 
 
+def _fit(
+    columns: list[list[str]], width: int, kept: str | None
+) -> tuple[list[list[str]], list[str]]:
+    """Leave out columns until the others fit; return these and the headings left out."""
+    left_out = []
+    headings = [column[0] for column in columns]
+    for heading in _DROP_ORDER:
+        if _total_width(columns) <= width:
+            break
+        if heading in headings and heading != kept:
+            columns = [column for column in columns if column[0] != heading]
+            left_out.append(heading)
+    return columns, left_out
+
+
 def _stripped(spans: list[Span]) -> list[Span]:
-    """Without blanks at the end."""
+    """Remove spaces at the end of a line."""
     while spans and not spans[-1][0].strip():
         spans.pop()
     if spans:
@@ -121,10 +146,10 @@ def _stripped(spans: list[Span]) -> list[Span]:
 
 
 def _aligned(cell: str, heading: str, width: int) -> str:
-    left = heading == "" or cell.startswith("[") or cell in ("shape", "lazy")
+    left = heading == _MARKS or cell.startswith("[") or cell in ("shape", "lazy")
     return cell.ljust(width) if left else cell.rjust(width)
 
 
-def _width(columns: Sequence[Sequence[str]]) -> int:
-    """Of columns with a gap before each."""
+def _total_width(columns: Sequence[Sequence[str]]) -> int:
+    """Return the width of the columns, with a gap before each."""
     return sum(max(map(len, column)) + len(_GAP) for column in columns)

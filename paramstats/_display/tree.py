@@ -1,19 +1,19 @@
-"""The module tree that dotted names speak of, as lines of an outline."""
+"""Turn dotted names into an outline of modules."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
-_BLOCK = 8
-"""Names that make a block worth a line of its own: a Linear's two are one line each as they are."""
+_MIN_BLOCK = 8
+"""Tensors that a module needs for a line of its own. A Linear layer, for example, has only two."""
 
-_DEEPEST = 8
-"""Indentation ends here; what is deeper keeps the rest of its name."""
+_MAX_DEPTH = 8
+"""Deeper modules are not indented any further; their names keep the remaining parts."""
 
 
 class Node(NamedTuple):
-    """A line: a block of names [begin, end), or one name."""
+    """A line of an outline: a block with the names [begin, end), or a single name."""
 
     depth: int
     label: str
@@ -23,7 +23,7 @@ class Node(NamedTuple):
 
 
 def outline(names: Sequence[str]) -> list[Node]:
-    """Names in their order, those of a module under one line that names it.
+    """Return the lines of an outline that keeps the order of names.
 
     >>> names = [f"net.{layer}.{p}" for layer in (0, 1) for p in "abcdefgh"]
     >>> for node in outline([*names, "head.weight"])[8:11]:
@@ -33,44 +33,52 @@ def outline(names: Sequence[str]) -> list[Node]:
       a
     """
     nodes: list[Node] = []
-    _grow(nodes, [name.split(".") for name in names], 0, len(names), 0, 0, "")
+    _add_nodes(nodes, [name.split(".") for name in names], 0, len(names), 0, 0, "")
     return nodes
 
 
-def _grow(
+def _add_nodes(
     nodes: list[Node],
     parts: list[list[str]],
     begin: int,
     end: int,
-    at: int,
+    position: int,
     depth: int,
     prefix: str,
 ) -> None:
-    """Names [begin, end), which agree up to part `at`; `prefix` is what has no line yet."""
-    for first, last in _runs(parts, begin, end, at):
+    """Add the lines of the names [begin, end), whose parts before `position` are equal.
+
+    `prefix` is the name of enclosing modules that have no line of their own.
+    """
+    for first, last in _runs(parts, begin, end, position):
         shortest = min(len(parts[row]) for row in range(first, last))
-        if last - first < _BLOCK or depth == _DEEPEST or shortest <= at + 1:
+        if last - first < _MIN_BLOCK or depth == _MAX_DEPTH or shortest <= position + 1:
             for row in range(first, last):
-                label = prefix + ".".join(parts[row][at:])
+                label = prefix + ".".join(parts[row][position:])
                 nodes.append(Node(depth, label, row, row + 1, False))
             continue
-        split = at + 1  # the parts that all have in common, the last part of a name not counted
+        # The block's label contains all parts that its names share, except a name's last part.
+        split = position + 1
         while split < shortest - 1 and len({parts[row][split] for row in range(first, last)}) == 1:
             split += 1
-        label = prefix + ".".join(parts[first][at:split])
-        if all(b - a >= _BLOCK for a, b in _runs(parts, first, last, split)):
-            _grow(nodes, parts, first, last, split, depth, f"{label}.")  # a list of blocks
+        label = prefix + ".".join(parts[first][position:split])
+        if all(stop - start >= _MIN_BLOCK for start, stop in _runs(parts, first, last, split)):
+            # It contains only blocks, such as the layers of a transformer, and needs no own line.
+            _add_nodes(nodes, parts, first, last, split, depth, f"{label}.")
         else:
             nodes.append(Node(depth, label, first, last, True))
-            _grow(nodes, parts, first, last, split, depth + 1, "")
+            _add_nodes(nodes, parts, first, last, split, depth + 1, "")
 
 
-def _runs(parts: list[list[str]], begin: int, end: int, at: int) -> list[tuple[int, int]]:
-    """Stretches of neighbours with the same part at `at`."""
+def _runs(parts: list[list[str]], begin: int, end: int, position: int) -> list[tuple[int, int]]:
+    """Return the ranges of neighboring names whose parts at `position` are equal."""
     runs = []
     first = begin
     for row in range(begin + 1, end + 1):
-        if row == end or parts[row][at : at + 1] != parts[first][at : at + 1]:
+        if (
+            row == end
+            or parts[row][position : position + 1] != parts[first][position : position + 1]
+        ):
             runs.append((first, row))
             first = row
     return runs

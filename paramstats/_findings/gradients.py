@@ -1,8 +1,8 @@
-"""The rules about gradients.
+"""Rules about gradients.
 
-Those about the size of one look at weights alone (two or more dimensions longer than one): a
-bias before a normalisation, or an attention's key bias, has by construction a gradient of nothing
-but rounding.
+Rules about the size of a gradient look at weights only, as `is_weight` defines them. The gradient
+of a bias before a normalization layer, or of the key bias of attention, is zero by construction and
+contains only rounding errors.
 """
 
 from __future__ import annotations
@@ -12,134 +12,132 @@ from collections.abc import Iterator
 
 import torch
 
-from paramstats._core.format import number
-from paramstats._findings import Finding, FindingCode, Severity
-from paramstats._findings.model import Model, elements, is_weight
+from paramstats._core.format import number, one_line_name
+from paramstats._findings.context import Context, count_elements, is_weight, nonfinite_elements
+from paramstats._findings.findings import Finding, FindingCode, Severity
 
 
-def nonfinite_gradients(model: Model) -> Iterator[Finding]:
-    """The last in the model's order first: backward runs from there, and passes NaN on."""
-    graded = [entry for entry in model.entries if entry.grad is not None]
-    sick = [entry for entry in reversed(graded) if entry.grad.nonfinite_count]  # type: ignore[union-attr]
-    if any(entry.kind == "param" and entry.nonfinite_count for entry in model.entries):
-        advice = "From parameters that have it: mend those first"
-    elif len(sick) == len(graded):
-        advice = "All gradients have it: look at the loss and at the data, where backward starts"
+def nonfinite_gradients(context: Context) -> Iterator[Finding]:
+    """Report NaN and infinities in gradients, the last layer first: backward passes start there."""
+    gradients = [(entry, entry.grad) for entry in context.entries if entry.grad is not None]
+    affected = [(entry, grad) for entry, grad in reversed(gradients) if grad.nonfinite_count]
+    if not affected:
+        return
+    if any(entry.kind == "param" and entry.value.nonfinite_count for entry in context.entries):
+        advice = "Parameters contain NaN/Inf, which spreads to gradients. Fix the parameters first."
+    elif len(affected) == len(gradients):
+        advice = (
+            "All gradients contain NaN/Inf, so it comes from the loss or the data. Check the batch "
+            "and the computation of the loss."
+        )
     else:
         advice = (
-            "Backward met it here first and passed it on: look at what follows this layer, "
-            "a division, root or logarithm near 0"
+            f"The backward pass produced NaN/Inf after '{one_line_name(affected[0][0].name)}' and "
+            "spread it to earlier layers. Check the operations that follow this layer for a "
+            "division, square root or logarithm near 0."
         )
-    if model.grad_scale != 1:
-        advice += "; now and then a gradient scaler causes it and skips the step"
-    elif any(entry.dtype == torch.float16 for entry in sick):
-        advice += "; or it is beyond 65,504, where float16 ends: scale the loss less"
-    for entry in sick:
-        assert entry.grad is not None
-        count = entry.grad.nonfinite_count
-        yield Finding(
-            Severity.ERROR,
-            FindingCode.NONFINITE_GRADIENT,
-            entry.name,
-            "grad",
-            count,
-            0,
-            elements(count, entry.grad),
-            advice,
+    if context.grad_scale != 1:
+        advice += " A gradient scaler causes this occasionally and then skips the step."
+    elif any(entry.dtype == torch.float16 for entry, _ in affected):
+        advice += (
+            " Or a gradient exceeded 65,504, the maximum of float16. In that case, reduce the loss "
+            "scale."
         )
+    code = FindingCode.NONFINITE_GRADIENT
+    for entry, grad in affected:
+        count, message = int(grad.nonfinite_count), nonfinite_elements(grad)
+        yield Finding(Severity.ERROR, code, entry.name, "grad", count, 0, message, advice)
 
 
-def missing_gradients(model: Model) -> Iterator[Finding]:
-    if not model.has_gradients:
-        return  # before the first backward, or not asked for
-    for entry in model.entries:
+def missing_gradients(context: Context) -> Iterator[Finding]:
+    """Report parameters without a gradient, if others have one."""
+    if not context.has_gradients:
+        return  # before the first backward pass, or with grads=False
+    code, message = FindingCode.MISSING_GRADIENT, "requires a gradient, has none"
+    advice = (
+        "The parameter did not contribute to the loss: detached, unused in forward(), or an MoE "
+        "expert that received no tokens. If this is intended for all steps, freeze it with "
+        "requires_grad_(False)."
+    )
+    nan = math.nan
+    for entry in context.entries:
         if entry.requires_grad and entry.grad is None:
-            yield Finding(
-                Severity.WARNING,
-                FindingCode.MISSING_GRADIENT,
-                entry.name,
-                "grad",
-                math.nan,
-                math.nan,
-                "requires one, has none",
-                "It took no part in the loss: detached, not called, or an expert without a token; "
-                "freeze it (requires_grad_(False)) if that is meant",
-            )
+            yield Finding(Severity.WARNING, code, entry.name, "grad", nan, nan, message, advice)
 
 
-def zero_gradients(model: Model) -> Iterator[Finding]:
-    for entry in model.entries:
+def zero_gradients(context: Context) -> Iterator[Finding]:
+    """Report gradients whose elements are all zero."""
+    code = FindingCode.ZERO_GRADIENT
+    if context.has_zero_gates:
+        advice = (
+            "The gradient is zero because a later layer's weights are all zero; this resolves once "
+            "they are updated."
+        )
+    else:
+        advice = (
+            "No gradient reaches this parameter. Check the following layers for dead ReLUs or "
+            "masks, and the loss for saturation or underflow."
+        )
+    for entry in context.entries:
         if entry.grad is not None and entry.grad.count and entry.grad.zero_fraction == 1:
-            yield Finding(
-                Severity.WARNING if is_weight(entry) and not model.is_waking else Severity.INFO,
-                FindingCode.ZERO_GRADIENT,
-                entry.name,
-                "grad",
-                1.0,
-                1.0,
-                f"all {entry.grad.count:,} elements",
-                "Nothing reaches it: zeros in a layer on the way hold it back until they move"
-                if model.is_waking
-                else "Nothing reaches it: dead ReLUs, a mask, or a loss that has saturated or "
-                "underflowed",
-            )
+            is_warning = is_weight(entry) and not context.has_zero_gates
+            severity = Severity.WARNING if is_warning else Severity.INFO
+            message = f"all {count_elements(entry.grad)} zero"
+            yield Finding(severity, code, entry.name, "grad", 1.0, 1.0, message, advice)
 
 
-def gradient_sizes(model: Model) -> Iterator[Finding]:
-    limits = model.thresholds
-    for entry in model.entries:
+def compare_with_other_layers(context: Context) -> Iterator[Finding]:
+    """Report gradients that are much larger or smaller than the model's median."""
+    limits = context.thresholds
+    for entry in context.entries:
         grad = entry.grad
         if grad is None or not 0 < grad.norm < math.inf:
             continue
-        share = grad.norm / model.median
-        ratio = grad.norm / entry.norm if 0 < entry.norm < math.inf else math.nan
-        to_median = f"norm {number(grad.norm)}, {number(share)} times the model's median"
-        to_weight = f"norm {number(grad.norm)}, {number(ratio)} times the weight's"
-        if share > limits.exploding_gradient and not ratio <= 1:
-            yield Finding(
-                Severity.WARNING,
-                FindingCode.EXPLODING_GRADIENT,
-                entry.name,
-                "grad",
-                share,
-                limits.exploding_gradient,
-                to_median,
-                "Clip gradients, lower the learning rate, or look at this layer's initialisation",
+        ratio = grad.norm / context.median_grad_norm
+        if ratio > limits.exploding_gradient and not grad.norm <= entry.value.norm < math.inf:
+            code, limit = FindingCode.EXPLODING_GRADIENT, limits.exploding_gradient
+            advice = (
+                "The gradient is much larger than those of other layers. Clip gradients, lower the "
+                "learning rate, or check the initialization of this layer."
             )
-        if not is_weight(entry):
+        elif ratio < limits.vanishing_gradient and is_weight(entry):
+            code, limit = FindingCode.VANISHING_GRADIENT, limits.vanishing_gradient
+            advice = (
+                "This layer learns almost nothing. Check for saturated activations, initial "
+                "weights that are too small, or a deep path without residual connections or "
+                "normalization."
+            )
+        else:
             continue
-        if share < limits.vanishing_gradient:
-            yield Finding(
-                Severity.WARNING,
-                FindingCode.VANISHING_GRADIENT,
-                entry.name,
-                "grad",
-                share,
-                limits.vanishing_gradient,
-                to_median,
-                "It learns next to nothing: saturated activations, a small initialisation, or a "
-                "path without residuals or normalisation",
-            )
+        message = f"norm {number(grad.norm)}, {number(ratio)} times the median of all weights"
+        yield Finding(Severity.WARNING, code, entry.name, "grad", ratio, limit, message, advice)
+
+
+def compare_with_weights(context: Context) -> Iterator[Finding]:
+    """Report gradients that are much larger or smaller than their weight."""
+    limits = context.thresholds
+    for entry in context.entries:
+        grad, weight_norm = entry.grad, entry.value.norm
+        if grad is None or not is_weight(entry):
+            continue
+        if not (0 < grad.norm < math.inf and 0 < weight_norm < math.inf):
+            continue
+        ratio = grad.norm / weight_norm
         if ratio > limits.largest_gradient_ratio:
-            yield Finding(
-                Severity.WARNING,
-                FindingCode.GRADIENT_RATIO,
-                entry.name,
-                "grad",
-                ratio,
-                limits.largest_gradient_ratio,
-                to_weight,
-                "Updates will dwarf the weight: lower the learning rate, clip, take the loss's "
-                "mean instead of its sum, or tell summarize the grad_scale",
+            severity, limit = Severity.WARNING, limits.largest_gradient_ratio
+            advice = (
+                "An update may be larger than the weight itself. Lower the learning rate, clip "
+                "gradients, or average the loss instead of summing it. With a gradient scaler, "
+                "pass grad_scale to summarize."
             )
         elif ratio < limits.smallest_gradient_ratio:
-            yield Finding(
-                Severity.INFO,
-                FindingCode.GRADIENT_RATIO,
-                entry.name,
-                "grad",
-                ratio,
-                limits.smallest_gradient_ratio,
-                to_weight,
-                "Plain SGD's updates are lost in rounding; Adam's are not",
+            severity, limit = Severity.INFO, limits.smallest_gradient_ratio
+            advice = (
+                "Plain SGD loses updates this small in rounding. Use Adam, which rescales them, or "
+                "a higher learning rate."
             )
+        else:
+            continue
+        code = FindingCode.GRADIENT_RATIO
+        message = f"norm {number(grad.norm)}, {number(ratio)} times the norm of the weight"
+        yield Finding(severity, code, entry.name, "grad", ratio, limit, message, advice)

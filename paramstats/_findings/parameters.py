@@ -1,103 +1,118 @@
-"""The rules about parameters and buffers themselves."""
+"""Rules about parameters and buffers themselves."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from paramstats._core.format import number
-from paramstats._findings import Finding, FindingCode, Severity, Where
-from paramstats._findings.model import Model, elements, is_added, is_weight, wakes
+from paramstats._findings.context import (
+    Context,
+    count_elements,
+    is_additive,
+    is_weight,
+    is_zero_with_gradient,
+    nonfinite_elements,
+)
+from paramstats._findings.findings import Finding, FindingCode, Severity, Source
 
-if TYPE_CHECKING:
-    from paramstats._stats import ParamStats
+_NONFINITE = {"param": "nonfinite_count", "buffer": "nan_count"}
+_NONFINITE_ADVICE = {
+    "param": "An optimizer update introduced NaN/Inf. Lower the learning rate or inspect the "
+    "previous step.",
+    "buffer": "The input of this layer contained NaN. Check the data, then reset the buffer.",
+}
 
 
-def nonfinite_parameters(model: Model) -> Iterator[Finding]:
-    sick = [
+def nonfinite_parameters(context: Context) -> Iterator[Finding]:
+    """Report NaN in parameters and buffers, and infinities in parameters.
+
+    Infinities in buffers are masks.
+    """
+    affected = [
         (entry, count)
-        for entry in model.entries
-        # Infinities in buffers are masks.
-        if (count := entry.nan_count if entry.kind == "buffer" else entry.nonfinite_count)
+        for entry in context.entries
+        if (count := int(getattr(entry.value, _NONFINITE[entry.kind])))
     ]
-    for position, (entry, count) in enumerate(sick):
-        advice = "An update brought it: lower the learning rate, or look at the step before"
-        if len(sick) > 1 and position == 0:
-            advice = f"The first of {len(sick)} in the model's order. {advice}"
-        yield Finding(
-            Severity.ERROR,
-            FindingCode.NONFINITE_PARAMETER,
-            entry.name,
-            _where(entry),
-            count,
-            0,
-            elements(count, entry),
-            advice,
-        )
+    for position, (entry, count) in enumerate(affected):
+        advice = _NONFINITE_ADVICE[entry.kind]
+        if len(affected) > 1 and position == 0:
+            advice = f"The first of {len(affected)} in model order. {advice}"
+        code, message = FindingCode.NONFINITE_PARAMETER, nonfinite_elements(entry.value)
+        yield Finding(Severity.ERROR, code, entry.name, entry.kind, count, 0, message, advice)
 
 
-def weights(model: Model) -> Iterator[Finding]:
-    """Fresh biases and normalisations are constant, and no weights to `is_weight`."""
-    limits = model.thresholds
-    weights = [entry for entry in model.entries if is_weight(entry)]
-    mostly_dead = 2 * sum(entry.zero_fraction == 1 for entry in weights) > len(weights)
-    fresh = model.trains and not model.has_gradients and not mostly_dead
+def diverged_replicas(context: Context) -> Iterator[Finding]:
+    """Report tensors that should be equal on several ranks and are not."""
+    code = FindingCode.DIVERGED_REPLICAS
+    advice = (
+        "Replicas should be equal on all ranks. A rank missed an update, started from other "
+        "values, or has faulty memory. Load the same checkpoint on all ranks."
+    )
+    for row_name, ranks in context.diverged.items():
+        name = row_name.removesuffix(" (gradient)")
+        source: Source = "param" if name == row_name else "grad"
+        yield Finding(Severity.ERROR, code, name, source, math.nan, math.nan, ranks, advice)
+
+
+def weight_values(context: Context) -> Iterator[Finding]:
+    """Report weights that are all zero, constant, very large or sparse.
+
+    Biases and normalization layers are excluded by `is_weight`: new ones are constant.
+    """
+    limits = context.thresholds
+    weights = [entry for entry in context.entries if is_weight(entry)]
+    mostly_zero = 2 * sum(entry.value.zero_fraction == 1 for entry in weights) > len(weights)
+    # A new model may contain a few zero weights on purpose. The first backward pass shows whether
+    # they get a gradient.
+    is_new = context.has_trainable and not context.has_gradients and not mostly_zero
     for entry in weights:
-        if entry.nonfinite_count:
+        value = entry.value
+        if value.nonfinite_count:
             continue
         if not (entry.dtype.is_floating_point or entry.dtype.is_complex):
             continue
-        frozen = model.trains and not entry.requires_grad
-        if entry.zero_fraction == 1:
-            yield Finding(
-                Severity.INFO
-                if wakes(entry) or frozen or fresh or is_added(entry)
-                else Severity.WARNING,
-                FindingCode.DEAD_WEIGHT,
-                entry.name,
-                "param",
-                1.0,
-                1.0,
-                f"all {entry.count:,} elements zero",
-                "Its gradient will wake it up; below it nothing learns until then"
-                if wakes(entry)
-                else "All that passes is lost: was it initialised, loaded, pruned?",
+        is_frozen = context.has_trainable and not entry.requires_grad
+        severity = Severity.WARNING
+        if value.zero_fraction == 1:
+            code, number_found, limit = FindingCode.ZERO_WEIGHT, 1.0, 1.0
+            message = f"all {count_elements(value)} zero"
+            advice = (
+                "All weights are zero, so nothing passes through this layer. Check initialization, "
+                "loading and pruning."
             )
-        elif entry.std == 0 and entry.count > 1:
-            yield Finding(
-                # Of exactly 1 is a normalisation over several dimensions.
-                Severity.INFO if frozen or entry.mean == 1 or is_added(entry) else Severity.WARNING,
-                FindingCode.CONSTANT_WEIGHT,
-                entry.name,
-                "param",
-                0.0,
-                0.0,
-                f"std 0, all elements {number(entry.mean)}",
-                "All its units learn the same: initialise it at random",
+            if is_zero_with_gradient(entry):
+                advice = (
+                    "The weight is zero but gets a gradient (e.g. LoRA B). It becomes non-zero "
+                    "after the first step; earlier layers get no gradient until then."
+                )
+            if is_zero_with_gradient(entry) or is_frozen or is_new or is_additive(entry):
+                severity = Severity.INFO
+        elif value.std == 0 and value.count > 1:
+            code, number_found, limit = FindingCode.CONSTANT_WEIGHT, 0.0, 0.0
+            message = f"std 0, all elements {number(value.mean)}"
+            advice = (
+                "All units of this layer compute the same and stay equal. Initialize the weight "
+                "randomly."
             )
-        elif entry.rms > limits.largest_weight:
-            yield Finding(
-                Severity.WARNING,
-                FindingCode.HUGE_WEIGHT,
-                entry.name,
-                "param",
-                entry.rms,
-                limits.largest_weight,
-                f"rms {number(entry.rms)}",
-                "It has run away: lower the learning rate, and start again from before",
+            # All ones is a normalization over several dimensions.
+            if is_frozen or value.mean == 1 or is_additive(entry):
+                severity = Severity.INFO
+        elif value.rms > limits.largest_weight:
+            code, number_found, limit = FindingCode.HUGE_WEIGHT, value.rms, limits.largest_weight
+            message = f"rms {number(value.rms)}"
+            advice = (
+                "The weights diverged. Lower the learning rate and resume from an earlier "
+                "checkpoint."
             )
-        elif entry.zero_fraction >= limits.sparse_weight:
-            yield Finding(
-                Severity.INFO,
-                FindingCode.SPARSE_WEIGHT,
-                entry.name,
-                "param",
-                entry.zero_fraction,
-                limits.sparse_weight,
-                f"{100 * entry.zero_fraction:.4g}% zeros",
-                "Well if it was pruned; else look for a mask or dead units",
+        elif value.zero_fraction >= limits.sparse_weight:
+            code, severity = FindingCode.SPARSE_WEIGHT, Severity.INFO
+            number_found, limit = value.zero_fraction, limits.sparse_weight
+            message = f"{100 * value.zero_fraction:.4g}% zeros"
+            advice = (
+                "Most elements are zero. This is expected after pruning. Otherwise look for a mask "
+                "or dead units."
             )
-
-
-def _where(entry: ParamStats) -> Where:
-    return "buffer" if entry.kind == "buffer" else "param"
+        else:
+            continue
+        yield Finding(severity, code, entry.name, "param", number_found, limit, message, advice)

@@ -165,8 +165,8 @@ def test_what_is_odd_comes_with_advice(path, capsys):
     assert main(["show", str(path)]) == 0
     out = capsys.readouterr().out
     assert "! NaN or Inf in parameter" in out and "summary.findings()" not in out
-    assert out.splitlines()[-2].startswith("ERROR NaN or Inf in parameter: ")
-    assert out.splitlines()[-1] == "    bad  1 NaN of 1"
+    assert "\nERROR NaN or Inf in parameter: " in out
+    assert out.splitlines()[-1] == "    bad  1 NaN of 1 element"
 
 
 def test_a_selection_of_nothing_is_said(path, capsys):

@@ -1,0 +1,95 @@
+"""What the rules of the health check know: all tensors, and properties of the whole model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from paramstats._core.entries import Entry, entries
+from paramstats._core.moments import Statistics
+from paramstats._core.record import Record
+from paramstats._findings.thresholds import Thresholds
+
+
+class Context(NamedTuple):
+    """The input of every rule, computed once per health check."""
+
+    entries: list[Entry]
+    diverged: Mapping[str, str]
+    """The ranks whose replicas differ, by the name of the tensor."""
+    grad_scale: float
+    """The number that the gradients in memory are multiplied by; statistics are without it."""
+    thresholds: Thresholds
+    median_grad_norm: float
+    """The median of the gradient norms of all weights; NaN if there are none."""
+    has_trainable: bool
+    """Whether any tensor requires a gradient. In a state_dict, none does."""
+    has_gradients: bool
+    has_zero_gates: bool
+    """Whether a zero parameter that gets a gradient, such as LoRA B, blocks other gradients."""
+
+
+def make_context(record: Record, thresholds: Thresholds) -> Context:
+    """Return what the rules need to know of a record."""
+    every = entries(record)
+    norms = sorted(
+        entry.grad.norm
+        for entry in every
+        if entry.grad is not None and is_weight(entry) and 0 < entry.grad.norm < math.inf
+    )
+    return Context(
+        every,
+        record.diverged,
+        record.grad_scale,
+        thresholds,
+        median_grad_norm=norms[len(norms) // 2] if norms else math.nan,
+        has_trainable=any(entry.requires_grad for entry in every),
+        has_gradients=any(entry.grad is not None for entry in every),
+        has_zero_gates=any(is_zero_with_gradient(e) and not is_additive(e) for e in every),
+    )
+
+
+def is_weight(entry: Entry) -> bool:
+    """Return whether two or more dimensions are longer than one.
+
+    This excludes biases, the weights of normalization layers and class tokens.
+    """
+    return (
+        entry.kind == "param"
+        and entry.shape is not None
+        and sum(size > 1 for size in entry.shape) >= 2
+    )
+
+
+def is_zero_with_gradient(entry: Entry) -> bool:
+    """Return whether all elements are zero and will change with the next step.
+
+    Examples are LoRA B, and a last layer or a normalization weight that is initialized to zero.
+    """
+    return entry.value.zero_fraction == 1 and entry.grad is not None and entry.grad.norm > 0
+
+
+def is_additive(entry: Entry) -> bool:
+    """Return whether it is a bias or a position table, by its name: zeros in it block nothing."""
+    last_part = entry.name.rpartition(".")[2]
+    return "bias" in last_part or "pos" in last_part
+
+
+def nonfinite_elements(statistics: Statistics) -> str:
+    """Return the number of elements of each non-finite value, such as "1 NaN of 4 elements"."""
+    counts = [
+        f"{count:,.0f} {name}"
+        for count, name in (
+            (statistics.nan_count, "NaN"),
+            (statistics.pos_inf_count, "+Inf"),
+            (statistics.neg_inf_count, "-Inf"),
+        )
+        if count
+    ]
+    return f"{', '.join(counts)} of {count_elements(statistics)}"
+
+
+def count_elements(statistics: Statistics) -> str:
+    """Return the number of elements in words."""
+    return f"{statistics.count:,.0f} element{'s' if statistics.count != 1 else ''}"

@@ -1,0 +1,175 @@
+"""The results of the health check: `Finding`, its code and severity, and the list `Findings`."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable
+from dataclasses import dataclass
+from textwrap import wrap
+from typing import Literal
+
+from paramstats._core.format import one_line_name
+
+Source = Literal["param", "grad", "buffer"]
+
+_MAX_NAMES = 10
+"""Names shown per group. After a NaN in the loss, for example, every gradient has a finding."""
+
+_WIDTH = 100
+"""Columns of the report."""
+
+_CELL = '<td style="text-align: left; vertical-align: top">{}</td>'
+_HTML_ROW = f'<tr style="background: {{}}">{4 * _CELL}</tr>'
+_COLORS = ("", "none", "rgba(255, 170, 0, .22)", "rgba(230, 40, 40, .25)")
+"""Background by severity: transparent, so that text stays readable on light and dark pages."""
+
+
+class Severity(enum.IntEnum):
+    """How serious a finding is. Severities can be compared: `Severity.ERROR > Severity.INFO`."""
+
+    #: Nothing is wrong, but the fact may be useful, for example that a weight is sparse.
+    INFO = 1
+    #: Something is probably wrong. Check it.
+    WARNING = 2
+    #: The values are wrong. The training run cannot recover without a fix.
+    ERROR = 3
+
+
+class FindingCode(str, enum.Enum):
+    """The kind of a finding. The value is a short description."""
+
+    #: A parameter or buffer contains NaN; or a parameter contains an infinity.
+    NONFINITE_PARAMETER = "NaN or Inf in parameter"
+    #: A gradient contains NaN or an infinity.
+    NONFINITE_GRADIENT = "NaN or Inf in gradient"
+    #: Ranks that should hold equal tensors hold different ones.
+    DIVERGED_REPLICAS = "replicas differ"
+    #: A parameter requires a gradient and has none, while others have one.
+    MISSING_GRADIENT = "no gradient"
+    #: All elements of a gradient are zero.
+    ZERO_GRADIENT = "zero gradient"
+    #: A gradient is much larger than those of other layers.
+    EXPLODING_GRADIENT = "exploding gradient"
+    #: A gradient is much smaller than those of other layers.
+    VANISHING_GRADIENT = "vanishing gradient"
+    #: A gradient is much larger or much smaller than its weight.
+    GRADIENT_RATIO = "gradient/weight ratio"
+    #: All elements of a weight are zero.
+    ZERO_WEIGHT = "zero weight"
+    #: All elements of a weight are equal and not zero.
+    CONSTANT_WEIGHT = "constant weight"
+    #: A float16 or bfloat16 tensor comes close to the dtype's maximum.
+    OVERFLOW = "near overflow"
+    #: A float16 or bfloat16 tensor is below the range in which its dtype is precise.
+    UNDERFLOW = "underflow"
+    #: Most elements of a weight are zero.
+    SPARSE_WEIGHT = "sparse weight"
+    #: The elements of a weight are unusually large.
+    HUGE_WEIGHT = "huge weight"
+
+
+@dataclass(frozen=True, repr=False)
+class Finding:
+    """A problem or a remarkable fact that the health check found in one tensor.
+
+    >>> import torch, paramstats
+    >>> (finding,) = paramstats.summarize({"w": torch.full((8, 8), 0.5)}).findings()
+    >>> finding
+    <WARNING w: constant weight: std 0, all elements 0.5>
+    >>> finding.name, finding.code.value, finding.severity.name
+    ('w', 'constant weight', 'WARNING')
+    >>> finding.advice
+    'All units of this layer compute the same and stay equal. Initialize the weight randomly.'
+    """
+
+    severity: Severity
+    code: FindingCode
+    name: str
+    """The name of the parameter or buffer."""
+    source: Source
+    """Whether the finding is about the parameter ("param"), its gradient or a buffer."""
+    value: float
+    """The number that was compared with the threshold; NaN if the rule compares no number."""
+    threshold: float
+    """The limit that `value` passed; NaN if the rule compares no number."""
+    message: str
+    """What was found, in words."""
+    advice: str
+    """What it means and what to do."""
+
+    def __repr__(self) -> str:
+        name = one_line_name(self.name)
+        return f"<{self.severity.name} {name}: {self.code.value}: {self.message}>"
+
+    def __str__(self) -> str:
+        return f"{repr(self)[1:-1]}. {self.advice}"
+
+
+class Findings(tuple[Finding, ...]):
+    """A tuple of findings, the most severe first; empty if nothing was found.
+
+    >>> import torch, paramstats
+    >>> paramstats.summarize({"w": torch.full((8, 8), 0.5)}).findings()
+    WARNING constant weight: All units of this layer compute the same and stay equal. Initialize the
+      weight randomly.
+        w  std 0, all elements 0.5
+
+    It prints as a report, which shows up to ten tensors for each kind of finding. Iterate over it
+    to get all findings.
+    """
+
+    __slots__ = ()
+
+    def at_least(self, severity: Severity) -> Findings:
+        """Return the findings of this severity and above."""
+        if not isinstance(severity, Severity):
+            raise TypeError(
+                f"paramstats.Findings.at_least: expected a paramstats.Severity, got {severity!r}; "
+                f"use paramstats.Severity.WARNING, for example"
+            )
+        return Findings(finding for finding in self if finding.severity >= severity)
+
+    def __repr__(self) -> str:
+        if not self:
+            return "no findings"
+        lines = []
+        for group in _groups(self):
+            first, rows = group[0], _rows(group)
+            heading = f"{first.severity.name} {first.code.value}: {first.advice}"
+            lines += wrap(heading, _WIDTH, subsequent_indent="  ", break_long_words=False)
+            width = max(len(name) for name, message in rows if message)
+            lines += [f"    {name:{width}}  {message}".rstrip() for name, message in rows]
+        return "\n".join(lines)
+
+    __str__ = __repr__
+
+    def _repr_html_(self) -> str:
+        from html import escape  # here, because few programs need it
+
+        if not self:
+            return "<p>no findings</p>"
+        lines = []
+        for group in _groups(self):
+            first = group[0]
+            names = "<br>".join(
+                f"<code>{escape(name)}</code> {escape(message)}" if message else escape(name)
+                for name, message in _rows(group)
+            )
+            cells = (first.severity.name, first.code.value, names, escape(first.advice))
+            lines.append(_HTML_ROW.format(_COLORS[first.severity], *cells))
+        return f"<table><tbody>{''.join(lines)}</tbody></table>"
+
+
+def _groups(findings: Iterable[Finding]) -> list[list[Finding]]:
+    """Group findings of the same severity, code and source."""
+    groups: dict[tuple[Severity, FindingCode, Source], list[Finding]] = {}
+    for finding in findings:
+        groups.setdefault((finding.severity, finding.code, finding.source), []).append(finding)
+    return list(groups.values())
+
+
+def _rows(group: list[Finding]) -> list[tuple[str, str]]:
+    """Return (name, message) of the first findings, and how many more there are."""
+    rows = [(one_line_name(finding.name), finding.message) for finding in group[:_MAX_NAMES]]
+    more = len(group) - _MAX_NAMES
+    return [*rows, (f"... and {more:,} more", "")] if more > 0 else rows

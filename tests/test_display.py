@@ -1,0 +1,341 @@
+"""Summaries as tables: plain text, colored text and HTML."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import sys
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from torch import nn
+
+from paramstats import Summary, summarize
+from paramstats._core import format as formats
+from paramstats._display import ordered
+from paramstats._display.tree import outline
+from paramstats._summary import record_of
+
+ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
+
+
+@pytest.fixture
+def blocks() -> dict[str, torch.Tensor]:
+    """Two blocks of eight parameters, which have a line of their own in the outline."""
+    layers = ["0", *(f"1.{i}.{layer}" for i in range(2) for layer in "abcd"), "2"]
+    source = {f"{layer}.{x}": torch.randn(5) for layer in layers for x in ("weight", "bias")}
+    source["1.0.a.bias"].zero_()
+    for x in source.values():
+        x.requires_grad_()
+        x.grad = torch.randn(5)
+    return source
+
+
+def test_table_has_a_line_per_tensor_and_aligned_columns(backend, model):
+    model[2].bias.requires_grad_(False)
+    model[2].bias.grad = None
+    model[0].bias.grad = None
+    lines = str(summarize(model)).splitlines()
+    right = lines[0].index("grad.zero_fraction") + len("grad.zero_fraction")
+    assert {len(line) for line in (lines[2], lines[4], lines[7])} == {right}
+    assert lines[0].split()[:6] == ["parameter", "shape", "mean", "std", "norm", "zero_fraction"]
+    assert [line.split()[0] for line in lines[2:6]] == list(summarize(model))
+    assert "frozen" in lines[5] and "none" in lines[3] and lines[7].startswith("total")
+
+
+def test_aliases_have_a_line_and_gradients_columns(backend, model):
+    model[2].bias = model[0].bias  # tied
+    lines = summarize(model).table(width=200).splitlines()
+    assert lines[4].split() == ["=", "2.bias"] and "grad.norm" in lines[0]
+    model.zero_grad()
+    assert "grad" not in str(summarize(model))
+
+
+def test_long_names_are_shortened_in_the_middle(backend, monkeypatch):
+    summary = summarize({f"model.layers.{i}.{'x' * 80}.weight": torch.ones(2) for i in range(12)})
+    lines = summary.table(width=110).splitlines()
+    assert all(len(line) <= 110 for line in lines)
+    assert lines[2].startswith("model.layers ")
+    assert "…" in lines[3] and lines[3].startswith("  0.xxx") and ".weight" in lines[3]
+    monkeypatch.delenv("COLUMNS", raising=False)
+    assert f"11.{'x' * 80}.weight" in str(summary), "whole outside of a terminal"
+
+
+def test_narrow_table_loses_columns_before_names(model):
+    names = [f"model.layers.{i}.self_attn.q_proj.weight" for i in range(12)]
+    source = {name: torch.ones(512, 512, requires_grad=True) for name in names}
+    for x in source.values():
+        x.grad = torch.ones(512, 512)
+    for width in (60, 80, 100):
+        lines = summarize(source).table(width=width).splitlines()
+        assert len(lines[0]) <= width and "grad.norm" in lines[0]
+        assert len({line.split()[0] for line in lines[2:14]}) == 12, "names differ"
+    note = " ".join(summarize(model).table(60).splitlines()[-2:])
+    assert note == "no room for grad.zero_fraction, grad.mean, mean, zero_fraction"
+    assert "no room" not in summarize(model).table(125)
+
+
+# ---- the module tree
+
+
+def test_a_block_has_a_line_with_its_merged_statistics(backend, blocks):
+    lines = summarize(blocks).table().splitlines()
+    labels = [line.split()[0] for line in lines[2:7]]
+    assert labels == ["0.weight", "0.bias", "1.0", "a.weight", "a.bias"]
+    assert lines[5].startswith("  a.weight") and lines[13].split()[0] == "1.1"
+    block = [x for name, x in blocks.items() if name.startswith("1.0.")]
+    values, grads = torch.cat(block).detach().double(), torch.cat([x.grad for x in block]).double()
+    count, mean, std, norm, zero_fraction, *grad = lines[4].split()[1:]
+    assert int(count) == values.numel() and zero_fraction == "12.5%"
+    expected = [f(values) for f in (torch.mean, torch.std, torch.norm)]
+    expected += [f(grads) for f in (torch.mean, torch.std, torch.norm)]
+    for text, number in zip((mean, std, norm, *grad[:3]), expected, strict=True):
+        assert float(text) == pytest.approx(number.item(), rel=1e-3)
+
+
+def test_buffers_follow_the_parameters(backend):
+    net = nn.Sequential(*(nn.BatchNorm1d(4) for _ in range(4)))
+    labels = [line.split()[0] for line in summarize(net, buffers=True).table().splitlines()[2:-2]]
+    assert labels == [name for name, _ in [*net.named_parameters(), *net.named_buffers()]]
+
+
+def test_any_names_make_an_outline():
+    hostile = ["a"] + [f"a.{i}" for i in range(9)] + ["", ".", "..", *(".x" * i for i in range(9))]
+    deep = ["x." * i + f"w{j}" for i in range(2000) for j in range(8)]
+    for names in (hostile, deep, []):
+        nodes = [node for node in outline(names) if not node.is_block]
+        assert [node.begin for node in nodes] == list(range(len(names)))
+        assert max((node.depth for node in nodes), default=0) < 10
+
+
+# ---- order, limit, kind
+
+
+def names(table: str) -> list[str]:
+    lines = table.splitlines()[2:]
+    tensors = [line.split()[0] for line in lines if line[0].isalnum() and "advice" not in line]
+    return tensors[:-1]
+
+
+@pytest.mark.parametrize(
+    ("sort_by", "expected"),
+    [
+        ("norm", ["nan", "inf", "large", "middle", "small", "meta"]),
+        ("-norm", ["nan", "small", "middle", "large", "inf", "meta"]),
+        ("grad.norm", ["middle", "small", "nan", "large", "meta", "inf"]),
+        ("name", ["inf", "large", "meta", "middle", "nan", "small"]),
+        ("nan_count", ["nan", "small", "large", "inf", "middle", "meta"]),
+    ],
+)
+def test_rows_are_sorted_with_nan_first_and_unread_last(backend, sort_by, expected):
+    source = {
+        "small": torch.tensor([1.0, 1.0]),
+        "nan": torch.tensor([math.nan, 1.0]),
+        "large": torch.tensor([30.0, 40.0]),
+        "meta": torch.empty(2, device="meta"),
+        "inf": torch.tensor([math.inf, 1.0]),
+        "middle": torch.tensor([3.0, 4.0], requires_grad=True),
+    }
+    source["middle"].grad = torch.tensor([0.5, 0.0])
+    summary = summarize(source)
+    assert names(summary.table(sort_by=sort_by)) == expected
+    assert ordered(record_of(summary), sort_by) == expected
+    assert ordered(record_of(summary), None) == list(source)
+
+
+def test_the_statistic_to_sort_by_always_has_a_column(backend, model):
+    summary = summarize(model)
+    for sort_by in ("grad.abs_max", "grad_abs_max", "-grad.abs_max"):
+        assert "grad.abs_max" in summary.table(40, sort_by=sort_by).splitlines()[0]
+    assert "zero_fraction" in summary.table(40, sort_by="zero_fraction").splitlines()[0]
+
+
+def test_limit(backend, model, blocks):
+    lines = summarize(model).table(sort_by="norm", limit=1).splitlines()
+    assert len(lines) == 6 and lines[3] == "... and 3 more" and lines[-1].startswith("total")
+    assert "more" not in summarize(model).table(limit=4)
+    assert names(summarize(model).table(limit=0)) == []
+    whole, some = summarize(blocks).table(), summarize(blocks).table(limit=5)
+    assert some.splitlines()[4].split() == whole.splitlines()[4].split(), "blocks stay complete"
+
+
+def test_tables_of_one_kind(backend):
+    net = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    net[1].running_mean += 1
+    net(torch.randn(4, 3)).sum().backward()
+    net[0].bias.grad = None
+    summary = summarize(net, buffers=True)
+    params, grads, buffers = (summary.table(kind=kind) for kind in ("param", "grad", "buffer"))
+    for table in (params, grads, buffers):
+        head = table.splitlines()[0].split()
+        assert head[1:8] == ["shape", "mean", "std", "norm", "min", "max", "zero_fraction"]
+    assert names(params) == names(grads) == list(dict(net.named_parameters()))
+    assert names(buffers) == list(dict(net.named_buffers()))
+    assert "none" in grads and "none" not in params
+    (total,) = (line for line in grads.splitlines() if line.startswith("total"))
+    assert total.split()[1] == str(summary.total.grad.count)
+    assert total.split()[4] == formats.number(summary.total.grad.norm)
+    assert buffers.splitlines()[-1].split()[:2] == ["total", "5"]
+    by_norm = [summary.table(kind="grad", sort_by=stat) for stat in ("norm", "grad.norm")]
+    assert by_norm[0] == by_norm[1]
+
+
+def test_frozen_parameters_can_be_left_out(backend, blocks):
+    for name, x in blocks.items():
+        x.requires_grad_(name == "2.weight")
+        if not name.startswith("2."):
+            x.grad = None
+    for name in ("0.weight", "2.weight"):
+        blocks[name].data[0] = math.nan
+    summary = summarize(blocks)
+    assert names(summary.table(kind="grad")) == ["2.weight", "2.bias"], "both have a gradient"
+    assert "... 18 frozen" in summary.table(kind="grad").splitlines()
+    trainable = summary.table(trainable=True)
+    assert names(trainable) == ["2.weight"] and "frozen" not in trainable
+    (total,) = (line for line in trainable.splitlines() if line.startswith("total"))
+    assert total.split()[1] == "5"
+    assert "1 error, 2.weight: NaN" in trainable, "findings are those of the tensors shown"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"sort_by": "size"}, "expected sort_by to be name or one of count, .* got 'size'"),
+        ({"sort_by": "stddev"}, ".* got 'stddev'; did you mean 'std'"),
+        ({"sort_by": 1}, "expected sort_by to be a str, got 1"),
+        ({"kind": "grads"}, "expected kind to be 'param', 'grad', 'buffer' or None, got 'grads'"),
+        ({"limit": -1}, "expected limit to be 0 or more, got -1"),
+    ],
+)
+def test_invalid_arguments(model, arguments, words):
+    with pytest.raises((ValueError, TypeError), match=f"^paramstats.table: {words}"):
+        summarize(model).table(**arguments)
+
+
+# ---- findings and colors
+
+
+@pytest.fixture
+def sick(model):
+    model[0].weight.data[0, 0] = math.nan
+    model[2].weight.grad = None
+    return summarize(model)
+
+
+def test_findings_are_shown_next_to_their_tensor(backend, sick):
+    lines = sick.table().splitlines()
+    assert lines[0].endswith("findings")
+    assert lines[2].endswith("! NaN or Inf in parameter") and lines[4].endswith("! no gradient")
+    assert lines[-1] == (
+        "1 error and 1 warning, first: 0.weight: NaN or Inf in parameter; "
+        "for advice, call summary.findings()"
+    )
+    grads = sick.table(kind="grad")
+    assert "NaN or Inf" not in grads and "! no gradient" in grads
+    healthy = summarize({"w": torch.randn(4, 4)}).table()
+    assert "!" not in healthy and healthy.splitlines()[-1].startswith("total")
+
+
+def test_notes_of_sharded_models(model):
+    record = record_of(summarize(model))
+    record = record._replace(
+        is_local=True, diverged={"0.bias": "ranks 0 and 1", "2.bias": "rank 2"}
+    )
+    lines = Summary(record).table().splitlines()
+    assert "statistics of this rank's part only" in lines
+    assert "replicas differ: 0.bias (and 1 more): ranks 0 and 1" in lines
+
+
+def test_colors_are_for_terminals(backend, sick, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert not ESCAPES.search(str(sick))
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    colored = str(sick)
+    assert "\x1b[1;31m0.weight" in colored and "\x1b[33m2.weight" in colored
+    assert ESCAPES.sub("", colored) == sick.table() == ESCAPES.sub("", sick.table(color=True))
+    assert not ESCAPES.search(sick.table())
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert str(sick) == sick.table()
+    monkeypatch.delenv("NO_COLOR")
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    assert str(sick) == sick.table(), "plain without rich"
+    with pytest.raises(ImportError, match="pip install rich"):
+        sick.table(color=True)
+
+
+def test_rich_prints_a_summary(sick):
+    console = pytest.importorskip("rich.console").Console(file=io.StringIO(), width=60)
+    console.print(sick)
+    printed, lines = console.file.getvalue(), sick.table(60).splitlines()
+    assert printed.splitlines()[: len(lines) - 1] == lines[:-1]
+    assert " ".join(printed.split()).endswith(lines[-1]), "a long note wraps"
+
+
+# ---- HTML
+
+
+def html_rows(summary: Summary) -> list[ElementTree.Element]:
+    """Return the rows of the HTML table. Fails if the HTML is not well-formed."""
+    html = summary._repr_html_().replace("<wbr>", "")
+    return list(ElementTree.fromstring(f"<body>{html}</body>").iter("tr"))  # noqa: S314
+
+
+def cells(row: ElementTree.Element) -> list[str]:
+    return ["".join(cell.itertext()) for cell in row]
+
+
+def test_html_has_the_same_cells_as_the_text(backend, blocks):
+    summary = summarize(blocks)
+    rows = html_rows(summary)
+    text = [line.split("  ") for line in summary.table().splitlines() if "─" not in line]
+    assert [[cell for cell in cells(row) if cell] for row in rows] == [
+        [cell.strip() for cell in line if cell.strip()] for line in text
+    ]
+    classes = [row.get("class") for row in rows]
+    assert classes.count("block") == 2 and classes[-1] == "total"
+    assert rows[4][0].get("title") == "1.0.a.weight"
+
+
+def test_html_shows_findings_in_the_second_column(sick):
+    head, *rows = html_rows(sick)
+    classes = [row.get("class") for row in rows]
+    assert classes == ["tensor error", "tensor", "tensor warning", "tensor", "total"]
+    assert [cells(row)[1] for row in (head, rows[0])] == ["findings", "NaN or Inf in parameter"]
+    assert "did not contribute to the loss" in rows[2][1].get("title")
+
+
+def test_html_is_escaped_and_has_at_most_a_thousand_tensors():
+    html = summarize({"<script>": torch.ones(2)})._repr_html_()
+    assert "&lt;script&gt;" in html and "<script>" not in html
+    html = summarize({f"w{i}": torch.ones(1) for i in range(1200)})._repr_html_()
+    assert html.count("<tr") == 1003 and "... and 200 more" in html
+
+
+# ---- unusual standard outputs
+
+
+def test_standard_output_may_lack_isatty(sick, monkeypatch):
+    expected = str(sick)
+    for stdout in (object(), None):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", stdout)
+            printed = str(sick)
+        assert printed == expected
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
+def test_table_prints_with_any_encoding(encoding, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+    summary = summarize({"h\u6f22.w": torch.ones(2), "a\nb": torch.ones(2)})
+    table = str(summary)
+    assert "h\\u6f22.w" in table and "a\\nb" in table
+    print(table, summary.table(width=40))
+    sys.stdout.flush()
