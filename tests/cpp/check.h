@@ -37,8 +37,7 @@ bool same(const A& a, const B& b) {
 
 template <class A, class B>
 bool near(const A& a, const B& b, long double tolerance) {
-  using std::fabs;
-  return same(a, b) || fabs(static_cast<long double>(a) - b) <= tolerance;
+  return same(a, b) || std::fabs(static_cast<long double>(a) - b) <= tolerance;
 }
 
 inline void run(const char* name, void (*test)()) {
