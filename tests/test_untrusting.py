@@ -20,7 +20,12 @@ from tests.test_backend import run
 HOOK = """
 import json, os, sys
 import torch
-from examples.demo import SharedNet  # imports torch's modules before the hook watches
+
+def make_model():
+    return torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.Linear(32, 10))
+
+# Imports torch's modules before the hook watches.
+make_model()(torch.randn(8, 64)).square().mean().backward()
 
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate",
@@ -46,7 +51,7 @@ USE = """
 watched = CHANGES + STARTS
 import paramstats
 torch.manual_seed(0)
-model = SharedNet()
+model = make_model()
 model(torch.randn(8, 64)).square().mean().backward()
 summary = paramstats.summarize(model, buffers=True)
 print(summary, summary.total, summary.findings(), summary.table(limit=3), paramstats.backend())
@@ -60,7 +65,7 @@ history[next(iter(summary))]
 ON_DISK = """
 import paramstats
 watched = CHANGES + STARTS
-summary = paramstats.summarize(SharedNet())
+summary = paramstats.summarize(make_model())
 with paramstats.History(FILE) as history:
     history.append(0, summary)
 history.save(SAVED)

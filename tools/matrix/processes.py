@@ -14,11 +14,8 @@ from tests import oracle
 from tools.matrix.checker import Checker
 from tools.matrix.rows import row
 
-LARGE = 600_000
-"""Elements; more than a call reads on one thread."""
-
-SECONDS = 120
-"""A row that takes longer hangs."""
+LARGE = 600_000  # elements; more than a call reads on one thread
+SECONDS = 120  # a row that takes longer hangs
 
 
 def large(seed: int) -> torch.Tensor:
