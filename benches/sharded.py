@@ -118,24 +118,28 @@ class SimulatedRanks:
 def simulated_cost(tensors: int, ranks: int) -> tuple[int, int, float]:
     """Return the collectives, received bytes and seconds of work of one exchange, for one rank.
 
-    The work is the additional time compared with a call that needs no exchange.
+    The work is the additional CPU time compared with a call in a group of one rank.
     """
-    alone, source = _shards(tensors, 1), _shards(tensors, ranks)
-    without = min(_seconds(alone, _CPU) for _ in range(_REPEAT))
-    simulated = SimulatedRanks()
+    _, alone = _simulated_call(tensors, 1)
+    simulated, seconds = _simulated_call(tensors, ranks)
+    return simulated.collectives, simulated.received, seconds - alone
+
+
+def _simulated_call(tensors: int, ranks: int) -> tuple[SimulatedRanks, float]:
+    """Return the simulation of one call, and the call's CPU time without it."""
+    source = _shards(tensors, ranks)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
-    with (
-        mock.patch.object(dist, "all_gather_into_tensor", simulated.all_gather),
-        mock.patch.object(dist, "all_gather_single", simulated.all_gather, create=True),
-        mock.patch.object(dist, "all_to_all_single", simulated.all_to_all),
-    ):
-        paramstats.summarize(source)  # the first exchange also agrees on the names
-        seconds = []
-        for _ in range(_REPEAT):
-            simulated.collectives, simulated.received, simulated.seconds = 0, 0, 0.0
+    seconds = []
+    for _ in range(1 + _REPEAT):
+        simulated = SimulatedRanks()
+        with (
+            mock.patch.object(dist, "all_gather_into_tensor", simulated.all_gather),
+            mock.patch.object(dist, "all_gather_single", simulated.all_gather, create=True),
+            mock.patch.object(dist, "all_to_all_single", simulated.all_to_all),
+        ):
             seconds.append(_seconds(source, _CPU) - simulated.seconds)
     dist.destroy_process_group()
-    return simulated.collectives, simulated.received, min(seconds) - without
+    return simulated, min(seconds[1:])  # in the first call, ranks also agree on the names
 
 
 def _shards(tensors: int, ranks: int) -> dict[str, paramstats.LocalShard]:
