@@ -150,6 +150,7 @@ def test_the_statistic_to_sort_by_always_has_a_column(backend, model):
     for sort_by in ("grad.abs_max", "grad_abs_max", "-grad.abs_max"):
         assert "grad.abs_max" in summary.table(40, sort_by=sort_by).splitlines()[0]
     assert "zero_fraction" in summary.table(40, sort_by="zero_fraction").splitlines()[0]
+    assert summary.table(sort_by="count").splitlines()[2].split()[-1] == "48"
 
 
 def test_limit(backend, model, blocks):

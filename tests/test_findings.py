@@ -198,6 +198,7 @@ def test_weights_initialized_to_zero_or_one_are_no_warning(backend, digits, laye
         torch.zeros(1, 1, 8),  # a new class token
         torch.zeros(4, 4, dtype=torch.int64),  # counters
         torch.ones(4, 4, dtype=torch.bool),
+        torch.randn(4, 4).bfloat16(),
         torch.empty(0, 4),
         torch.empty(4, 4, device="meta"),
         torch.tensor(0.0),

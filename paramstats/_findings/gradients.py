@@ -109,7 +109,7 @@ def compare_with_other_layers(context: Context) -> Iterator[Finding]:
             )
         else:
             continue
-        message = f"norm {number(grad.norm)}, {number(ratio)} times the median of all weights"
+        message = f"norm {number(grad.norm)}, {number(ratio)} times the median gradient norm"
         yield Finding(Severity.WARNING, code, entry.name, "grad", ratio, limit, message, advice)
 
 

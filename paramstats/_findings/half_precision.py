@@ -37,12 +37,12 @@ def _range(
     if limits.overflow * dtype.max < abs_max < math.inf:
         code, value, limit = FindingCode.OVERFLOW, abs_max / dtype.max, limits.overflow
         message = f"abs_max {number(abs_max)}, maximum of {name} {number(dtype.max)}"
-        remedy = "Lower the loss scale" if source == "grad" else "Scale it down"
+        remedy = "Lower the loss scale" if source == "grad" else "Scale them down"
         advice = f"Values are close to the maximum of the dtype. {remedy} or use {wider}."
     elif 0 < abs_max < limits.underflow * smallest and is_weight(entry):
         code, value, limit = FindingCode.UNDERFLOW, abs_max / smallest, limits.underflow
         message = f"abs_max {number(abs_max)}, {name} loses digits below {number(smallest)}"
-        remedy = "Scale the loss (torch.amp.GradScaler)" if source == "grad" else "Scale it up"
+        remedy = "Scale the loss (torch.amp.GradScaler)" if source == "grad" else "Scale them up"
         advice = f"Values are too small for the dtype and lose digits. {remedy} or use {wider}."
     else:
         return
