@@ -43,7 +43,7 @@ class Summary(Mapping[str, ParamStats]):
 
         Raises TypeError for another mapping: torch's `default_convert` then makes a dict.
         """
-        if record is not None and not isinstance(record, Record):
+        if record is not None and type(record) is not Record:
             raise TypeError(f"paramstats.Summary: expected a record, got {type(record).__name__}")
         self._ready = record
         self._deferred = deferred

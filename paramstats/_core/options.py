@@ -71,14 +71,12 @@ def make_options(
     async_op: bool,
 ) -> Options:
     """Return checked options, or raise TypeError or ValueError for the first bad argument."""
-    if (
-        include is None
-        and exclude is None
-        and correction == 1
-        and grad_scale == 1
-        and not (local or has_group or async_op)
-    ):
-        return DEFAULT_OPTIONS
+    with_defaults = include is None and exclude is None and not (local or has_group or async_op)
+    try:
+        if with_defaults and correction == 1 and grad_scale == 1:
+            return DEFAULT_OPTIONS
+    except RuntimeError:  # a tensor of several elements, which is refused below
+        pass
     correction = _number(correction, "correction")
     grad_scale = scale_of(grad_scale)
     if not (math.isfinite(grad_scale) and grad_scale > 0 and math.isfinite(1 / grad_scale)):
