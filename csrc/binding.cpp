@@ -107,9 +107,12 @@ struct Work {
     });
   }
 
-  py::list deferred_list() const {
-    py::list rows;
-    for (const auto& [row, tensor] : deferred_rows) rows.append(py::make_tuple(row, tensor));
+  // Empty tuples, the usual result here and for transfers, are shared and take no memory.
+  py::tuple deferred_for_python() const {
+    py::tuple rows(deferred_rows.size());
+    for (size_t i = 0; i < rows.size(); ++i) {
+      rows[i] = py::make_tuple(deferred_rows[i].first, deferred_rows[i].second);
+    }
     return rows;
   }
 };
@@ -180,9 +183,9 @@ py::tuple read(const py::list& tensors, bool params, bool grads) {
   }
   const auto started = start(work.on_cuda);  // first, so that devices work while the CPU does
   work.run();
-  py::list transfers;
-  for (const auto& transfer : started) transfers.append(py::cast(transfer));
-  return py::make_tuple(std::move(rows), work.deferred_list(), std::move(transfers));
+  py::tuple transfers(started.size());
+  for (size_t i = 0; i < started.size(); ++i) transfers[i] = py::cast(started[i]);
+  return py::make_tuple(std::move(rows), work.deferred_for_python(), std::move(transfers));
 }
 
 // ---- compute statistics from a table -------------------------------------------------------

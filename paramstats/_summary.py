@@ -43,7 +43,7 @@ class Summary(Mapping[str, ParamStats]):
 
         Raises TypeError for another mapping: torch's `default_convert` then makes a dict.
         """
-        if record is not None and type(record) is not Record:
+        if type(record) is not Record and record is not None:
             raise TypeError(f"paramstats.Summary: expected a record, got {type(record).__name__}")
         self._ready = record
         self._deferred = deferred

@@ -211,7 +211,7 @@ class Pending:
             ROW.pack_into(table, row * ROW.size, *merged)
 
 
-DeferredRows = list[tuple[int, Tensor]]
+DeferredRows = Sequence[tuple[int, Tensor]]
 """Rows that `fill` must read, each with its tensor."""
 
 
@@ -227,7 +227,7 @@ def read(
         grads: whether to read their gradients.
     """
     n = len(tensors)
-    deferred_rows: DeferredRows = list(enumerate(tensors)) if params else []
+    deferred_rows = list(enumerate(tensors)) if params else []
     absent = ROW.pack(*unread(ABSENT))
     table = [ROW.pack(*unread(numel(t))) for t in tensors] + [absent] * n
     if grads:
