@@ -38,7 +38,7 @@ demo: $(VENV)/installed  ## train on real data; print statistics and speed
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/installed test-cpp test-cuda-shim  ## run all tests, C++ and Python
-	$(BIN)/python -m pytest --quiet
+	$(BIN)/python -m pytest --quiet --durations=10
 
 test-cpp:  ## run the C++ tests of the state and the kernels, without torch
 	@mkdir -p build/cpp
