@@ -133,7 +133,7 @@ def _part(expected: StoredTensor, place: _Place, folder: Path) -> Part:
     if descriptions == [_describe(expected)] and not tensors[0].unread_reason:
         return tensors[0].parts[0]
     raise unexpected(
-        f"a part of {expected.name!r}, {_describe(expected)},",
+        f"a part of {expected.name!r}, {_describe(expected)}",
         f"{', '.join(descriptions) or 'no tensor'} at byte {offset}",
         path,
     )

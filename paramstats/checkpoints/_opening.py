@@ -113,13 +113,13 @@ def _read_index(path: Path) -> list[StoredTensor]:
         file = path.parent / name
         if not file.is_file():
             raise unexpected(
-                f"a file {name!r}, which {path.name} names,", "none", path.parent, "copy it there"
+                f"a file {name!r}, which {path.name} names", "none", path.parent, "copy it there"
             )
         files[name] = _read_file(file)
     names = {file: {name for t in tensors for name in t.names} for file, tensors in files.items()}
     for name, file_name in file_of.items():
         if name not in names[file_name]:
-            expected = f"a tensor {name!r} in {file_name}, as the index says,"
+            expected = f"a tensor {name!r} in {file_name}, as the index says"
             raise unexpected(expected, "none", path)
     position = {name: i for i, name in enumerate(file_of)}
     last = len(position)  # for tensors that the index does not name

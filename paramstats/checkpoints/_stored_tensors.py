@@ -125,7 +125,7 @@ def check_parts(tensor: StoredTensor, path: str) -> None:
     overlap = _overlap([part for part in tensor.parts if math.prod(part.sizes)])
     if elements != math.prod(tensor.shape) or overlap:
         expected = f"parts with {math.prod(tensor.shape)} elements in all for {tensor.name!r}"
-        got = f"{elements}, some of them twice," if overlap else elements
+        got = f"{elements}, some of them twice" if overlap else elements
         raise unexpected(expected, got, path)
 
 

@@ -152,7 +152,7 @@ def _place(
         if signature == b"PK\3\4" and info.header_offset >= 0 and position + info.file_size <= end:
             return position, info.file_size
     expected = f"an uncompressed record {info.filename!r} within the file"
-    raise unexpected(expected, "a damaged archive, or one that torch.save did not write,", path)
+    raise unexpected(expected, "a damaged archive, or one that torch.save did not write", path)
 
 
 def _no_tensors(path: str, error: Exception) -> CheckpointError:
