@@ -8,17 +8,11 @@ from collections.abc import Iterable
 
 from paramstats._core import moments
 from paramstats._core.options import Pattern
+from paramstats.checkpoints import _pairing as pairing
 from paramstats.checkpoints._comparison import Change, Comparison, sort_changes
 from paramstats.checkpoints._differences import Differences, States
 from paramstats.checkpoints._errors import naming_errors
 from paramstats.checkpoints._opening import list_tensors
-from paramstats.checkpoints._pairing import (
-    Pair,
-    all_names,
-    pair_blocks,
-    pair_tensors,
-    without_prefixes,
-)
 from paramstats.checkpoints._reading import Progress, Reader, block_view, join_blocks
 from paramstats.checkpoints._stored_tensors import StoredTensor, check_unchanged, file_identities
 
@@ -62,18 +56,18 @@ def compare_files(
     and NaN in both places, count as unchanged.
     """
     with naming_errors("compare_files"):
-        all_a, all_b, prefix_a, prefix_b = without_prefixes(
+        all_a, all_b, prefix_a, prefix_b = pairing.without_prefixes(
             list_tensors(a, include, exclude), list_tensors(b, include, exclude)
         )
         identities = file_identities([*all_a, *all_b])
-        pairs = list(pair_tensors(all_a, all_b))
+        pairs = list(pairing.pair_tensors(all_a, all_b))
         skipped = {x.name: x.unread_reason or y.unread_reason or "" for x, y in pairs}
         skipped = {name: reason for name, reason in skipped.items() if reason}
         readable = [(x, y) for x, y in pairs if x.name not in skipped]
         same_shape = [(x, y) for x, y in readable if x.shape == y.shape]
         differences = _read(same_shape, progress)
         check_unchanged([*all_a, *all_b], identities)
-    names_a, names_b = all_names(all_a), all_names(all_b)
+    names_a, names_b = pairing.all_names(all_a), pairing.all_names(all_b)
     skipped |= {same_shape[row][0].name: reason for row, reason in differences.skipped.items()}
     changes = [
         _change(x, y, differences.states[row], differences.changed.get(row))
@@ -91,22 +85,22 @@ def compare_files(
     )
 
 
-def _read(pairs: list[Pair], progress: Progress | None) -> Differences:
+def _read(pairs: list[pairing.Pair], progress: Progress | None) -> Differences:
     """Read tensors of equal shapes, in the order of the first file."""
     differences = Differences(len(pairs))
     order = sorted(
         range(len(pairs)), key=lambda row: [part[:2] for part in pairs[row][0].parts[:1]]
     )
-    blocks = (row_blocks for row in order for row_blocks in pair_blocks(row, *pairs[row]))
+    blocks = (row_blocks for row in order for row_blocks in pairing.pair_blocks(row, *pairs[row]))
     total = sum(math.prod(x.shape) * (x.dtype.itemsize + y.dtype.itemsize) for x, y in pairs)
     done = 0
     with Reader(2) as reader:
         for (piece_a, data_a), (piece_b, data_b) in reader.read(join_blocks(blocks)):
             for block_a, block_b in zip(piece_a.blocks, piece_b.blocks, strict=True):
-                a, b = pairs[block_a.part]
+                a, b = pairs[block_a.row]
                 x, y = block_view(data_a, piece_a, block_a), block_view(data_b, piece_b, block_b)
                 differences.update(
-                    block_a.part, x.conj() if a.is_conj else x, y.conj() if b.is_conj else y
+                    block_a.row, x.conj() if a.is_conj else x, y.conj() if b.is_conj else y
                 )
                 done += x.numel() * (x.itemsize + y.itemsize)
             if progress is not None:

@@ -30,6 +30,7 @@ _EXACT_IN_FLOAT32 = frozenset(
 """dtypes whose values are exact in float32, so that only equal elements have a difference of 0."""
 
 _INT64 = frozenset({torch.int64, torch.uint64})
+_merge_all = functools.partial(functools.reduce, moments.merge)
 
 
 class States(NamedTuple):
@@ -75,12 +76,7 @@ class Differences:
                     parts = _states(
                         [_real(_masked_difference(*xy, wide)) for xy in _split(x, y, _MAX_ELEMENTS)]
                     )
-                self.states[row] = States(
-                    *(
-                        functools.reduce(moments.merge, new, old)
-                        for old, new in zip(self.states[row], ([a], [b], parts), strict=True)
-                    )
-                )
+                self.states[row] = States(*map(_merge_all, ([a], [b], parts), self.states[row]))
         except (RuntimeError, NotImplementedError) as error:  # torch has no operators for a dtype
             self.skipped[row] = f"{type(error).__name__}: {error}".splitlines()[0]
 

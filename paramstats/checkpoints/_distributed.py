@@ -22,18 +22,14 @@ from paramstats.checkpoints._torch_pickle import DTYPES
 
 METADATA = ".metadata"
 
-_METADATA_MODULE = "torch.distributed.checkpoint.metadata."
+_CLASSES = (
+    *("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "_MEM_FORMAT_ENCODING"),
+    *("TensorStorageMetadata", "ChunkStorageMetadata", "BytesStorageMetadata"),
+)
 _ALLOWED = frozenset(
     {
         *(name for name in DTYPES if not name.endswith("Storage")),
-        *(
-            _METADATA_MODULE + name
-            for name in (
-                *("Metadata", "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING"),
-                *("TensorStorageMetadata", "BytesStorageMetadata", "TensorProperties"),
-                "ChunkStorageMetadata",
-            )
-        ),
+        *(f"torch.distributed.checkpoint.metadata.{name}" for name in _CLASSES),
         *("torch.Size", "torch.serialization._get_layout", "collections.OrderedDict"),
         *(f"{module}.PosixPath" for module in ("pathlib", "pathlib._local")),
         *("torch.device", "torch.distributed.checkpoint.filesystem._StorageInfo"),
@@ -58,7 +54,7 @@ def read(folder: Path) -> list[StoredTensor]:
         return [
             _tensor(name, _attributes(entry, "TensorStorageMetadata"), places, folder)
             for name, entry in metadata["state_dict_metadata"].items()
-            if entry.function != f"{_METADATA_MODULE}BytesStorageMetadata"
+            if not entry.function.endswith(".BytesStorageMetadata")
         ]
     except CheckpointError:
         raise

@@ -71,7 +71,7 @@ def pair_tensors(all_a: list[StoredTensor], all_b: list[StoredTensor]) -> Iterat
             yield a._replace(name=name), all_b[row]
 
 
-def pair_blocks(index: int, a: StoredTensor, b: StoredTensor) -> Iterator[tuple[Block, Block]]:
+def pair_blocks(row: int, a: StoredTensor, b: StoredTensor) -> Iterator[tuple[Block, Block]]:
     """Yield blocks of two tensors of one shape that hold the elements at the same positions."""
     for x, y in pair_parts(a.parts, b.parts):
         starts = tuple(map(max, x.starts, y.starts))
@@ -87,9 +87,9 @@ def pair_blocks(index: int, a: StoredTensor, b: StoredTensor) -> Iterator[tuple[
             n == 1 or s == t for n, s, t in zip(sizes, x.strides, y.strides, strict=True)
         )
         limits = [(x, reading.PIECE // a.dtype.itemsize), (y, reading.PIECE // b.dtype.itemsize)]
-        for box in split_box(starts, sizes, limits):
-            block_a = block_of_box(index, x, a.dtype, box)
-            block_b = block_of_box(index, y, b.dtype, box)
+        for box in split_box((starts, sizes), limits):
+            block_a = block_of_box(row, x, a.dtype, box)
+            block_b = block_of_box(row, y, b.dtype, box)
             yield (block_a.flattened(), block_b.flattened()) if same_order else (block_a, block_b)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import pickletools
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from typing import IO, Any
 
 
@@ -17,32 +18,23 @@ class PickleError(Exception):
     """A pickle is damaged or refused; the message continues "expected ..., got "."""
 
 
+@dataclass(eq=False, slots=True)
 class Global:
-    """The name of a function or class in a pickle, as "module.name"."""
+    """A function or class in a pickle: only its name, as "module.name"."""
 
-    __slots__ = ("name",)
-
-    def __init__(self, name: str) -> None:
-        self.name = name
+    name: str
 
 
+@dataclass(eq=False, slots=True)
 class RecordedCall:
-    """A call that a pickle contains, and that was recorded instead of executed.
+    """A call in a pickle, recorded instead of executed."""
 
-    Args:
-        function: the name of the function or class, as "module.name".
-        args: its arguments.
-
-    `state` and `items` hold what the pickle would have set on the result, or None.
-    """
-
-    __slots__ = ("args", "function", "items", "state")
-
-    def __init__(self, function: str, args: tuple[Any, ...]) -> None:
-        self.function = function
-        self.args = args
-        self.state: Any = None
-        self.items: Any = None
+    function: str
+    args: tuple[Any, ...]
+    state: Any = None
+    """What the pickle sets as attributes of the result."""
+    items: Any = None
+    """What the pickle adds to the result."""
 
 
 _MAPPINGS = frozenset({"collections.OrderedDict", "collections.defaultdict", "collections.Counter"})
@@ -90,13 +82,8 @@ def load(
 ) -> Any:
     """Return the value of the pickle at the current position of a file.
 
-    Args:
-        file: a file opened for reading bytes.
-        allowed: the names ("module.name") that the pickle may contain.
-        persistent: converts a persistent id. torch uses these ids to refer to storages.
-
-    Raises:
-        PickleError: the pickle is damaged, contains another name, or exceeds a limit.
+    Names ("module.name") must be `allowed`. `persistent` converts persistent ids, with which torch
+    refers to storages. Raises PickleError if the pickle is damaged or refused.
     """
     machine = _Machine(allowed, persistent)
     limited: Any = _LimitedFile(file)

@@ -29,8 +29,8 @@ _MAX_GAP = 1 << 16
 class Block(NamedTuple):
     """Elements of one part that are read together: a box of it, or a stretch of a dense part."""
 
-    part: int
-    """Index of the part, or of the tensor, among those that are read."""
+    row: int
+    """Index of the tensor among those that are read."""
     path: str
     offset: int
     nbytes: int
@@ -54,7 +54,7 @@ class Piece(NamedTuple):
     blocks: tuple[Block, ...]
 
 
-def blocks_of_part(index: int, part: Part, dtype: torch.dtype) -> Iterator[Block]:
+def blocks_of_part(row: int, part: Part, dtype: torch.dtype) -> Iterator[Block]:
     """Yield a part in blocks of at most a piece; a dense part in memory order and whole chunks."""
     numel = math.prod(part.sizes)
     itemsize = dtype.itemsize
@@ -63,17 +63,17 @@ def blocks_of_part(index: int, part: Part, dtype: torch.dtype) -> Iterator[Block
         for begin in range(0, numel, step):
             n = min(step, numel - begin)
             offset = part.offset + begin * itemsize
-            yield Block(index, part.path, offset, n * itemsize, dtype, (n,), (1,), True)
+            yield Block(row, part.path, offset, n * itemsize, dtype, (n,), (1,), True)
     elif numel:
-        for box in split_box(part.starts, part.sizes, [(part, PIECE // itemsize)]):
-            yield block_of_box(index, part, dtype, box)
+        for box in split_box((part.starts, part.sizes), [(part, PIECE // itemsize)]):
+            yield block_of_box(row, part, dtype, box)
 
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 """A rectangular range of a tensor: index of the first element, and sizes."""
 
 
-def block_of_box(index: int, part: Part, dtype: torch.dtype, box: Box) -> Block:
+def block_of_box(row: int, part: Part, dtype: torch.dtype, box: Box) -> Block:
     """Return the block of a part that holds the elements of a box."""
     starts, sizes = box
     first = sum(
@@ -82,44 +82,35 @@ def block_of_box(index: int, part: Part, dtype: torch.dtype, box: Box) -> Block:
     )
     offset = part.offset + first * dtype.itemsize
     nbytes = span(sizes, part.strides) * dtype.itemsize
-    return Block(index, part.path, offset, nbytes, dtype, sizes, part.strides, False)
+    return Block(row, part.path, offset, nbytes, dtype, sizes, part.strides, False)
 
 
-def split_box(
-    starts: tuple[int, ...], sizes: tuple[int, ...], limits: list[tuple[Part, int]]
-) -> Iterator[Box]:
+def split_box(box: Box, limits: list[tuple[Part, int]]) -> Iterator[Box]:
     """Split a box until it spans at most so many elements in the memory of each of the parts.
 
-    It is split across the dimension with the largest stride.
+    It is split lazily, because a tensor with gaps can have millions of boxes.
     """
-    stack = [iter([(starts, sizes)])]  # of iterators: a tensor with gaps can have millions of boxes
-    while stack:
-        box = next(stack[-1], None)
-        if box is None:
-            stack.pop()
-            continue
-        _, sizes = box
-        for part, limit in limits:
-            if max(span(sizes, part.strides), math.prod(sizes)) > limit:
-                stack.append(_split(box, part.strides, limit))
-                break
-        else:
-            yield box
-
-
-def _split(box: Box, strides: tuple[int, ...], limit: int) -> Iterator[Box]:
-    """Split a box across one dimension, into as few parts as the limit allows."""
     starts, sizes = box
+    for part, limit in limits:
+        if max(span(sizes, part.strides), math.prod(sizes)) > limit:
+            for smaller in _split(starts, sizes, part.strides, limit):
+                yield from split_box(smaller, limits)
+            return
+    yield box
+
+
+def _split(
+    starts: tuple[int, ...], sizes: tuple[int, ...], strides: tuple[int, ...], limit: int
+) -> Iterator[Box]:
+    """Split a box across the dimension with the largest stride, as little as the limit needs."""
     d = max((d for d, size in enumerate(sizes) if size > 1), key=lambda d: strides[d])
     inner = (*sizes[:d], 1, *sizes[d + 1 :])
     fitting = (limit - span(inner, strides)) // max(strides[d], 1)
     step = max(1, min(fitting, limit // math.prod(inner), sizes[d] - 1))
     for begin in range(0, sizes[d], step):
         n = min(step, sizes[d] - begin)
-        yield (
-            (*starts[:d], starts[d] + begin, *starts[d + 1 :]),
-            (*inner[:d], n, *inner[d + 1 :]),
-        )
+        first = (*starts[:d], starts[d] + begin, *starts[d + 1 :])
+        yield first, (*inner[:d], n, *inner[d + 1 :])
 
 
 def join_blocks(rows: Iterable[tuple[Block, ...]]) -> Iterator[tuple[Piece, ...]]:

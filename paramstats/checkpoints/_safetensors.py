@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import reprlib
 from typing import IO, Any
 
 import torch
@@ -97,19 +98,19 @@ def _header(file: IO[bytes], size: int, path: str) -> tuple[dict[str, Any], int]
 def _tensor(name: str, entry: Any, begin: int, path: str) -> StoredTensor:
     """Return the tensor that an entry of the header describes; its offsets count from `begin`."""
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise unexpected(f"dtype, shape and data_offsets of {name!r}", _shortened(entry), path)
+        raise unexpected(f"dtype, shape and data_offsets of {name!r}", reprlib.repr(entry), path)
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     bits = _BITS.get(dtype) if isinstance(dtype, str) else None
     if bits is None:
         raise unexpected(
-            f"a dtype out of {', '.join(_BITS)}", f"{_shortened(dtype)} for {name!r}", path
+            f"a dtype out of {', '.join(_BITS)}", f"{reprlib.repr(dtype)} for {name!r}", path
         )
     if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
-        got = f"{_shortened(shape)} and {_shortened(offsets)}"
+        got = f"{reprlib.repr(shape)} and {reprlib.repr(offsets)}"
         raise unexpected(f"a shape and two offsets of {name!r}", got, path)
     nbytes, remainder = divmod(math.prod(shape) * bits, 8)
     if remainder or nbytes != offsets[1] - offsets[0]:
-        expected = f"{nbytes} bytes of {dtype} {_shortened(shape)} for {name!r}"
+        expected = f"{nbytes} bytes of {dtype} {reprlib.repr(shape)} for {name!r}"
         raise unexpected(expected, offsets[1] - offsets[0], path)
     shape = tuple(shape)
     if dtype not in _DTYPES:
@@ -131,8 +132,3 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(entries) != len(pairs):
         raise ValueError("a name that occurs twice")
     return entries
-
-
-def _shortened(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) < 80 else f"{text[:76]} ..."

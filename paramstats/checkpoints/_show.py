@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import csv
 import dataclasses
-import errno
 import importlib
 import io
 import json
@@ -54,10 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
         return INTERRUPTED
     except OSError as error:
         path = arguments.file if error.filename is None else error.filename
-        reason = {errno.ENOENT: "no such file", errno.EACCES: "no permission to read it"}.get(
-            error.errno or 0, error.strerror or str(error)
-        )
-        return _fail(f"paramstats show: expected a readable checkpoint, got {reason}: {path}")
+        return _fail(f"paramstats show: cannot read {path}: {error.strerror or error}")
     except (ValueError, RuntimeError, MemoryError, re.error) as error:
         return _fail(str(error) or f"paramstats show: {type(error).__name__}: {arguments.file}")
 

@@ -1,4 +1,4 @@
-"""Accumulate the state of every part while its elements are read."""
+"""Accumulate the state of every tensor while its elements are read."""
 
 from __future__ import annotations
 
@@ -23,60 +23,54 @@ while they wait for the next call."""
 
 
 class States:
-    """The states of parts, by index.
+    """The states of tensors, by row.
 
     Dense parts are read in order and in the chunks that the backends use. Their states are
     therefore bitwise equal to those of tensors in memory.
     """
 
-    def __init__(self, parts: int) -> None:
-        self._states = [Moments()] * parts
-        self._means: dict[int, complex] = {}
+    def __init__(self, rows: int) -> None:
+        self.states = [Moments()] * rows
         self.skipped: dict[int, str] = {}
-        """Why a part could not be read, by its index."""
+        """Why a tensor could not be read."""
+        self._means: dict[int, complex] = {}
 
     def update(self, piece: Piece, data: torch.Tensor) -> None:
-        """Read all blocks of a piece and merge them into the states of their parts."""
-        parts: list[int] = []
+        """Read all blocks of a piece and merge them into the states of their tensors."""
+        rows: list[int] = []
         chunks: list[torch.Tensor] = []
         for block in piece.blocks:
             x = block_view(data, piece, block)
             size = _COMPLEX_CHUNK if block.dtype.is_complex else CHUNK
             chunks += x.split(size) if block.is_dense else (x,)
-            parts += [block.part] * (len(chunks) - len(parts))
-        for part, x, state in zip(parts, chunks, self._read(parts, chunks), strict=True):
-            self._merge(part, state, _complex_mean(x) if x.is_complex() else None)
+            rows += [block.row] * (len(chunks) - len(rows))
+        for row, x, state in zip(rows, chunks, self._read(rows, chunks), strict=True):
+            self._merge(row, state, _complex_mean(x) if x.is_complex() else None)
 
-    def merged(self, parts: range) -> Moments:
-        """Return the state of a tensor, merged from those of its parts in order."""
-        for part in parts[1:]:
-            self._merge(parts[0], self._states[part], self._means.get(part))
-        return self._states[parts[0]] if parts else Moments()
+    def _read(self, rows: list[int], chunks: list[torch.Tensor]) -> Iterator[Moments]:
+        for batch in _batches(chunks):
+            table, skipped = read_table(chunks[batch.start : batch.stop])
+            self.skipped |= {rows[batch.start + i]: reason for i, reason in skipped.items()}
+            yield from (moments.row(table, i) for i in range(len(batch)))
 
-    def _read(self, parts: list[int], chunks: list[torch.Tensor]) -> Iterator[Moments]:
-        for rows in _batches(chunks):
-            table, skipped = read_table(chunks[rows.start : rows.stop])
-            self.skipped |= {parts[rows.start + row]: reason for row, reason in skipped.items()}
-            yield from (moments.row(table, row) for row in range(len(rows)))
-
-    def _merge(self, part: int, b: Moments, b_mean: complex | None) -> None:
-        """Merge a state into that of a part (Chan, Golub, LeVeque 1979).
+    def _merge(self, row: int, b: Moments, b_mean: complex | None) -> None:
+        """Merge a state into that of a tensor (Chan, Golub, LeVeque 1979).
 
         The state of complex elements holds only the modulus of their mean. The mean itself, which
-        the merge needs, is `b_mean` and `self._means[part]`.
+        the merge needs, is `b_mean` and `self._means[row]`.
         """
-        a = self._states[part]
+        a = self.states[row]
         merged = moments.merge(a, b)
         if b_mean is not None:
             na, nb = moments.finite_count(a), moments.finite_count(b)
             if na:
                 weight = nb / (na + nb)
-                delta = b_mean - self._means[part]
-                b_mean = self._means[part] + delta * weight
+                delta = b_mean - self._means[row]
+                b_mean = self._means[row] + delta * weight
                 m2 = a.m2 + b.m2 + abs(delta) ** 2 * (na * weight)
                 merged = merged._replace(mean=abs(b_mean), m2=m2)
-            self._means[part] = b_mean
-        self._states[part] = merged
+            self._means[row] = b_mean
+        self.states[row] = merged
 
 
 def read_table(tensors: list[torch.Tensor]) -> tuple[bytes, Mapping[int, str]]:

@@ -87,28 +87,23 @@ def summarize_file(
 
 def _read(tensors: list[StoredTensor], progress: Progress | None) -> tuple[bytes, dict[str, str]]:
     """Return the table of a record, and why a tensor could not be read, by name."""
-    owners = [tensor for tensor in tensors for _ in tensor.parts]
-    parts = [(part, tensor.dtype) for tensor in tensors for part in tensor.parts]
-    order = sorted(range(len(parts)), key=lambda i: (parts[i][0].path, parts[i][0].offset))
+    parts = [(row, part, t.dtype) for row, t in enumerate(tensors) for part in t.parts]
+    parts.sort(key=lambda item: (item[1].path, item[1].offset))
+    blocks = (block for row_part in parts for block in blocks_of_part(*row_part))
     done = total = 0
     if progress is not None:
-        total = sum(block.nbytes for i in order for block in blocks_of_part(i, *parts[i]))
-    states = States(len(parts))
+        total = sum(block.nbytes for row_part in parts for block in blocks_of_part(*row_part))
+    states = States(len(tensors))
     with Reader() as reader:
-        blocks = ((block,) for i in order for block in blocks_of_part(i, *parts[i]))
-        for ((piece, data),) in reader.read(join_blocks(blocks)):
+        for ((piece, data),) in reader.read(join_blocks((block,) for block in blocks)):
             states.update(piece, data)
             done += sum(block.nbytes for block in piece.blocks)
             if progress is not None:
                 progress(done, total)
     skipped = {t.name: t.unread_reason for t in tensors if t.unread_reason is not None}
-    skipped |= {owners[part].name: reason for part, reason in states.skipped.items()}
-    rows, begin = [], 0
-    for tensor in tensors:
-        end = begin + len(tensor.parts)
-        state = states.merged(range(begin, end))
-        is_skipped = tensor.name in skipped
-        rows.append(ROW.pack(*(unread(math.prod(tensor.shape)) if is_skipped else state)))
-        begin = end
-    no_gradients = ROW.pack(*unread(ABSENT)) * len(tensors)
-    return b"".join(rows) + no_gradients, skipped
+    skipped |= {tensors[row].name: reason for row, reason in states.skipped.items()}
+    rows = [
+        ROW.pack(*(unread(math.prod(t.shape)) if t.name in skipped else state))
+        for t, state in zip(tensors, states.states, strict=True)
+    ]
+    return b"".join(rows) + ROW.pack(*unread(ABSENT)) * len(tensors), skipped

@@ -14,16 +14,10 @@ import zipfile
 from typing import IO, Any
 
 from paramstats.checkpoints import _pickles as pickles
+from paramstats.checkpoints import _torch_pickle as torch_pickle
 from paramstats.checkpoints._errors import CheckpointError, unexpected
 from paramstats.checkpoints._pickles import PickleError
 from paramstats.checkpoints._stored_tensors import StoredTensor
-from paramstats.checkpoints._torch_pickle import (
-    ALLOWED,
-    Places,
-    Storage,
-    list_tensors,
-    read_storage,
-)
 
 LEGACY_PREFIX = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 """The first bytes of a file of torch before 1.6: a pickled magic number."""
@@ -64,10 +58,10 @@ def read(file: IO[bytes], path: str, begin: int = 0, size: int | None = None) ->
         raise unexpected(f"{sys.byteorder}-endian data", repr(byte_order), path)
     file.seek(position)
     try:
-        value = pickles.load(file, ALLOWED, read_storage)
+        value = pickles.load(file, torch_pickle.ALLOWED, torch_pickle.read_storage)
         if file.tell() > position + length:
             raise PickleError("a pickle that is longer than its record")
-        return list_tensors(value, places, path)
+        return torch_pickle.list_tensors(value, places, path)
     except (PickleError, *_DAMAGED) as error:
         raise _no_tensors(path, error) from None
 
@@ -78,16 +72,16 @@ def read_legacy(file: IO[bytes], path: str) -> list[StoredTensor]:
     file.seek(len(LEGACY_PREFIX))
     itemsizes: dict[str, int] = {}
 
-    def read_and_note_storage(reference: Any) -> Storage:
-        storage = read_storage(reference)
+    def read_and_note_storage(reference: Any) -> torch_pickle.Storage:
+        storage = torch_pickle.read_storage(reference)
         itemsizes[storage.key] = storage.dtype.itemsize
         return storage
 
     try:
         pickles.load(file, ())  # the version of the format
         pickles.load(file, ())  # the sizes of C types
-        value = pickles.load(file, ALLOWED, read_and_note_storage)
-        places: Places = {}
+        value = pickles.load(file, torch_pickle.ALLOWED, read_and_note_storage)
+        places: torch_pickle.Places = {}
         for key in pickles.load(file, ()):
             (elements,) = struct.unpack("<q", file.read(8))
             nbytes = elements * itemsizes[key]
@@ -95,7 +89,7 @@ def read_legacy(file: IO[bytes], path: str) -> list[StoredTensor]:
             if not 0 <= nbytes <= end - file.tell():
                 raise PickleError(f"a file that ends within storage {key!r}")
             file.seek(nbytes, io.SEEK_CUR)
-        return list_tensors(value, places, path)
+        return torch_pickle.list_tensors(value, places, path)
     except (PickleError, *_DAMAGED) as error:
         raise _no_tensors(path, error) from None
 

@@ -108,22 +108,6 @@ def test_truncated_file_is_refused(valid, form, share):
         path.write_bytes(data)
 
 
-PREFIXES = [b"", b"PK\3\4", b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.", b"\x80\x04"]
-
-
-@settings(max_examples=100)
-@given(
-    prefix=st.sampled_from(PREFIXES),
-    data=st.binary(max_size=300),
-    suffix=st.sampled_from([".safetensors", ".pt", ".bin", ""]),
-)
-def test_random_bytes_give_no_tensors(tmp_path_factory, prefix, data, suffix):
-    path = tmp_path_factory.getbasetemp() / f"random{suffix}"
-    path.write_bytes(prefix + data)
-    summary = read(path)
-    assert summary is None or len(summary) == 0
-
-
 def test_unedited_file_is_read(valid):
     for path, _ in valid.values():
         assert set(read(path)) == set(TENSORS)

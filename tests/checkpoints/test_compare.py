@@ -177,7 +177,6 @@ def test_parts_that_share_elements_are_paired(size_a, size_b):
 
 def test_few_other_parts_are_paired():
     a, b = (grid((3000, 2), rows, 2) for rows in (1, 3))
-    assert len(list(pairing.pair_parts(a, a))) == 3000
     assert len(list(pairing.pair_parts(a, b))) < 4 * 3000
 
 
@@ -193,15 +192,13 @@ def test_include_exclude_and_progress(tmp_path):
 
 @pytest.mark.parametrize("is_reversed", [False, True])
 def test_prefix_of_all_names_is_removed(tmp_path, is_reversed):
-    plain = {"layers.0.w": torch.ones(4), "layers.1.w": torch.ones(4) * 2, "new": torch.ones(1)}
-    inner = {f"net.{name}": tensor * 3 for name, tensor in plain.items() if name != "new"}
-    torch.save(plain, tmp_path / "plain.pt")
-    torch.save({"model": inner, "optimizer": {"v": torch.ones(9)}}, tmp_path / "wrapped.pt")
-    paths = [tmp_path / "wrapped.pt", tmp_path / "plain.pt"]
-    result = compare_files(*(reversed(paths) if is_reversed else paths))
-    assert sorted(row.name for row in result.rows) == ["layers.0.w", "layers.1.w"]
-    changes = {round(row.relative_change, 6) for row in result.rows}
-    assert changes == {2.0 if is_reversed else 0.666667}
+    plain = {"0.w": torch.ones(4), "1.w": torch.ones(4) * 2, "new": torch.ones(1)}
+    net = {"0.w": torch.ones(4) * 3, "1.w": torch.ones(4) * 6}
+    wrapped = {"model": {"net": net}, "optimizer": {"v": torch.ones(9)}}
+    result = compare(tmp_path, *((plain, wrapped) if is_reversed else (wrapped, plain)))
+    assert sorted(row.name for row in result.rows) == ["0.w", "1.w"]
+    for row in result.rows:
+        assert row.relative_change == pytest.approx(2 if is_reversed else 2 / 3)
     sides = [(result.prefix_a, result.only_in_a), (result.prefix_b, result.only_in_b)]
     if is_reversed:
         sides.reverse()
