@@ -19,7 +19,7 @@ from typing import Any
 
 from paramstats import _display as display
 from paramstats._core.format import one_line_name
-from paramstats._core.options import STATS
+from paramstats._core.options import STATS, did_you_mean
 from paramstats._summary import record_of
 from paramstats.checkpoints._compare_files import compare_files
 from paramstats.checkpoints._comparison import Change, list_uncompared, make_table, sort_changes
@@ -72,7 +72,7 @@ def _write(text: str) -> int:
 
 
 def _summarize(arguments: argparse.Namespace) -> str:
-    _check_sort(arguments.sort, (*STATS, "zeros"))
+    _check_sort(arguments.sort, STATS)
     with _reporting() as progress:
         summary = summarize_file(
             arguments.file, include=arguments.include, exclude=arguments.exclude, progress=progress
@@ -117,7 +117,7 @@ def _check_sort(sort: str | None, stats: Sequence[str]) -> None:
     if sort is not None and sort != "name" and sort.removeprefix("-") not in stats:
         raise ValueError(
             f"paramstats show: expected --sort out of name, {', '.join(stats)}, or --sort=-STAT "
-            f"for the smallest first, got {sort!r}"
+            f"for the smallest first, got {sort!r}{did_you_mean(sort)}"
         )
 
 
