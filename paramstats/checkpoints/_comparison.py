@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -10,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from paramstats._core.format import dtype_name, number, one_line_name, percent, shape
-from paramstats._display import for_print, plain
+from paramstats._display import for_print, in_order, plain
 from paramstats._display.table import Line, Table
 from paramstats._findings import Findings
 
@@ -145,10 +144,4 @@ def sort_changes(changes: Iterable[Change], sort_by: str) -> list[Change]:
     if sort_by == "name":
         return sorted(changes, key=lambda change: change.name)
     field = sort_by.removeprefix("-")
-    sign = 1 if sort_by.startswith("-") else -1
-
-    def key(change: Change) -> tuple[bool, float]:
-        value = getattr(change, field)
-        return (False, 0.0) if math.isnan(value) else (True, sign * value)
-
-    return sorted(changes, key=key)
+    return in_order(changes, lambda change: getattr(change, field), sort_by.startswith("-"))
