@@ -19,10 +19,10 @@ def all_names(tensors: list[StoredTensor]) -> set[str]:
 def without_prefixes(
     all_a: list[StoredTensor], all_b: list[StoredTensor]
 ) -> tuple[list[StoredTensor], list[StoredTensor], str, str]:
-    """Remove the prefix that all names of one checkpoint have, such as "model." or "module.".
+    """Remove a prefix, such as "model." or "module.", from the names of one checkpoint.
 
-    Nothing is removed if the checkpoints have a name in common. Of several prefixes, the one is
-    removed that gives most names in common.
+    It is the prefix whose removal gives most names in common. Nothing is removed if the checkpoints
+    already have a name in common.
 
     Returns:
         The tensors of a, the tensors of b, the prefix of a, the prefix of b.
