@@ -1,12 +1,12 @@
-"""Statistics of checkpoint files, which are neither loaded whole nor believed.
+"""Read the statistics of checkpoint files in small pieces, without executing pickles.
 
-`summarize_file` reads one, `compare_files` what changed from one to another; `python -m paramstats
-show` prints them.
+`summarize_file` returns the statistics of one checkpoint. `compare_files` returns what changed
+between two. `paramstats show` prints both on the command line.
 """
 
-from paramstats.checkpoints._comparing import compare_files
+from paramstats.checkpoints._compare_files import compare_files
 from paramstats.checkpoints._comparison import Change, Comparison
-from paramstats.checkpoints._stored import CheckpointError
-from paramstats.checkpoints._summarizing import summarize_file
+from paramstats.checkpoints._errors import CheckpointError
+from paramstats.checkpoints._summarize_file import summarize_file
 
 __all__ = ["Change", "CheckpointError", "Comparison", "compare_files", "summarize_file"]

@@ -1,56 +1,49 @@
-"""What changed from one checkpoint to another, as the caller holds it."""
+"""Define `Change` and `Comparison`, the result of `compare_files`."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
-from paramstats._core.format import (
-    columns,
-    dtype_name,
-    elide,
-    number,
-    one_line_name,
-    percent,
-    printable,
-    shape,
-)
+from paramstats._core.format import dtype_name, number, one_line_name, percent, shape
+from paramstats._display import for_print, in_order, plain
+from paramstats._display.table import Line, Table
+from paramstats._findings import Findings
 
-_HEADINGS = ("parameter", "shape", "norm a", "norm b", "|b - a|", "relative", "largest", "changed")
-_GAP = "  "
-_NARROWEST_NAME = 12
-_LISTED = 10
-"""Names listed of what is in one alone; `only_in_a` and `only_in_b` have all."""
+_HEADINGS = ["shape", "norm a", "norm b", "|b - a|", "relative", "largest", "changed"]
+_MAX_NAMES = 10
+"""Names of `only_in_a` and of `only_in_b` that a table shows."""
 
 
 class Change(NamedTuple):
-    """How far one tensor of b is from the one of a."""
+    """How far a tensor of checkpoint b is from the tensor of the same name in checkpoint a."""
 
     name: str
-    """In a."""
+    """The name in a."""
     shape: tuple[int, ...]
     dtype_a: torch.dtype
     dtype_b: torch.dtype
     count: int  # type: ignore[assignment]  # hides tuple.count
+    """Number of elements."""
     norm_a: float
     norm_b: float
     change_norm: float
     """L2 norm of b - a."""
     relative_change: float
-    """change_norm over the norm of a's finite elements; infinite where that is zero, 0 where
-    nothing changed, NaN where an element is NaN in one of the two alone."""
+    """change_norm divided by the norm of a's finite elements. It is infinite if that norm is 0, 0
+    if nothing changed, and NaN if an element is NaN in only one of the tensors."""
     largest_change: float
-    """The largest |b - a| of an element."""
+    """Largest absolute value of b - a."""
     changed_count: int
+    """Number of elements that differ."""
     changed_fraction: float
-    """Share of the elements that are not the same, 0 to 1."""
+    """Share of the elements that differ, 0 to 1."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Every field by name, of JSON's types."""
+        """Return every field by name, as types that JSON knows."""
         return {
             **self._asdict(),
             "shape": list(self.shape),
@@ -61,22 +54,23 @@ class Change(NamedTuple):
 
 @dataclass(frozen=True)
 class Comparison:
-    """What changed, tensor by tensor, and what could not be compared."""
+    """What changed between two checkpoints, tensor by tensor, and what could not be compared."""
 
     rows: tuple[Change, ...]
-    """The largest relative change first."""
+    """The tensors in both checkpoints, the largest relative change first."""
     only_in_a: tuple[str, ...]
     only_in_b: tuple[str, ...]
     other_shape: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
-    """Shapes in a and in b, by name."""
+    """The shapes in a and in b of tensors whose shape differs, by name."""
     skipped: Mapping[str, str]
-    """Why a tensor in both could not be read, by name."""
+    """Why a tensor in both checkpoints could not be read, by name."""
     prefix_a: str = ""
-    """What is left out of a's names, so that they are b's."""
+    """The prefix that was removed from the names of a, so that they are the names of b."""
     prefix_b: str = ""
+    """The prefix that was removed from the names of b."""
 
     def to_dict(self) -> dict[str, Any]:
-        """`{"tensors": {name: ...}, "only_in_a": [...], ...}`, of JSON's types alone."""
+        """Return `{"tensors": {name: ...}, "only_in_a": [...], ...}`, as types that JSON knows."""
         return {
             "tensors": {row.name: row.to_dict() for row in self.rows},
             "only_in_a": list(self.only_in_a),
@@ -88,70 +82,66 @@ class Comparison:
         }
 
     def table(self, width: int | None = None, *, limit: int | None = None) -> str:
-        """An aligned table of all rows, or `limit` of them, names elided to fit `width` columns (by
-        default the terminal's), and under it what is not the same in kind."""
-        lines = [list(_HEADINGS), *map(_cells, self.rows[:limit])]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        room = columns(width) - sum(w + len(_GAP) for w in widths[1:])
-        widths[0] = min(widths[0], max(room, _NARROWEST_NAME))
-        head, *body = (_line(line, widths) for line in lines)
-        rule = printable("─", "-") * len(head)
-        left = len(self.rows) - len(body)
-        more = [f"... and {left:,} more"] if left else []
-        return "\n".join([head, rule, *body, *more, *self._notes()])
+        """Return an aligned table of the changes, and below it what could not be compared.
+
+        Args:
+            width: number of columns to fit in; names are elided in the middle. None: the width of
+                the terminal, or no limit outside of one.
+            limit: show at most so many changes.
+        """
+        return plain(make_table(self, limit), width)
 
     def __str__(self) -> str:
-        return self.table()
-
-    def _notes(self, dtypes: bool = True) -> list[str]:
-        """What is not the same in kind, a line for each."""
-        notes = [
-            f"names of {side} without their '{one_line_name(prefix)}'"
-            for side, prefix in (("a", self.prefix_a), ("b", self.prefix_b))
-            if prefix
-        ]
-        for side, names in (("a", self.only_in_a), ("b", self.only_in_b)):
-            notes += [f"only in {side}: {one_line_name(name)}" for name in names[:_LISTED]]
-            if len(names) > _LISTED:
-                notes.append(f"only in {side}: ... and {len(names) - _LISTED:,} more")
-        notes += [
-            f"other shape: {one_line_name(name)}: {list(a)} in a, {list(b)} in b"
-            for name, (a, b) in self.other_shape.items()
-        ]
-        notes += [
-            f"other dtype: {one_line_name(row.name)}: "
-            f"{dtype_name(row.dtype_a)} and {dtype_name(row.dtype_b)}"
-            for row in self.rows
-            if dtypes and row.dtype_a != row.dtype_b
-        ]
-        return notes + [
-            f"not read: {one_line_name(n)}: {reason}" for n, reason in self.skipped.items()
-        ]
+        return for_print(make_table(self))
 
 
-def _cells(row: Change) -> list[str]:
-    statistics = (row.norm_a, row.norm_b, row.change_norm, row.relative_change, row.largest_change)
-    return [
-        one_line_name(row.name),
-        shape(row.shape),
-        *map(number, statistics),
-        percent(row.changed_fraction),
+def make_table(comparison: Comparison, limit: int | None = None) -> Table:
+    """Return the lines of `Comparison.table`."""
+    lines = []
+    for row in comparison.rows[:limit]:
+        norms = (row.norm_a, row.norm_b, row.change_norm, row.relative_change, row.largest_change)
+        cells = [shape(row.shape), *map(number, norms), percent(row.changed_fraction)]
+        lines.append(Line("tensor", 0, one_line_name(row.name), row.name, cells))
+    hidden = len(comparison.rows) - len(lines)
+    if hidden:
+        lines.append(Line("more", 0, f"... and {hidden:,} more", "", [""] * len(_HEADINGS)))
+    notes = list_uncompared(comparison)
+    notes += [
+        f"other dtype: {one_line_name(row.name)}: "
+        f"{dtype_name(row.dtype_a)} and {dtype_name(row.dtype_b)}"
+        for row in comparison.rows
+        if row.dtype_a != row.dtype_b
     ]
+    return Table(list(_HEADINGS), lines, Findings(), notes, None)
 
 
-def _line(cells: list[str], widths: list[int]) -> str:
-    name, sizes, *rest = cells
-    padded = [elide(name, widths[0]).ljust(widths[0]), sizes.ljust(widths[1])]
-    padded += [cell.rjust(width) for cell, width in zip(rest, widths[2:], strict=True)]
-    return _GAP.join(padded)
+def list_uncompared(comparison: Comparison) -> list[str]:
+    """Return a line for each removed prefix and for each tensor that has no row."""
+    c = comparison
+    lines = [
+        f"removed from the names of {side}: '{one_line_name(prefix)}'"
+        for side, prefix in (("a", c.prefix_a), ("b", c.prefix_b))
+        if prefix
+    ]
+    for side, names in (("a", c.only_in_a), ("b", c.only_in_b)):
+        lines += [f"only in {side}: {one_line_name(name)}" for name in names[:_MAX_NAMES]]
+        if len(names) > _MAX_NAMES:
+            lines.append(f"only in {side}: ... and {len(names) - _MAX_NAMES:,} more")
+    for name, (a, b) in c.other_shape.items():
+        lines.append(f"other shape: {one_line_name(name)}: {list(a)} in a, {list(b)} in b")
+    for name, reason in c.skipped.items():
+        lines.append(f"not read: {one_line_name(name)}: {reason}")
+    return lines
 
 
-def in_order(rows: Iterable[Change], stat: str, smallest_first: bool = False) -> list[Change]:
-    """By a statistic, the largest first, and NaN before all numbers: it is what to look at."""
-    sign = 1 if smallest_first else -1
+def sort_changes(changes: Iterable[Change], sort_by: str) -> list[Change]:
+    """Return the changes sorted by a field, the largest first and NaN before it.
 
-    def key(row: Change) -> tuple[bool, float]:
-        x = getattr(row, stat)
-        return (False, 0.0) if math.isnan(x) else (True, sign * x)
-
-    return sorted(rows, key=key)
+    Args:
+        changes: the changes.
+        sort_by: a field that is a number; with a leading "-" the smallest is first. Or "name".
+    """
+    if sort_by == "name":
+        return sorted(changes, key=lambda change: change.name)
+    field = sort_by.removeprefix("-")
+    return in_order(changes, lambda change: getattr(change, field), sort_by.startswith("-"))

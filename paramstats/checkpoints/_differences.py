@@ -1,9 +1,10 @@
-"""The states of what is in both of two checkpoints, and of what is between them."""
+"""Accumulate the states of two checkpoints' tensors and of their differences."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 
@@ -11,111 +12,112 @@ from paramstats._core import moments
 from paramstats._core.moments import Moments
 from paramstats.checkpoints._states import read_table
 
-_MOST = (1 << 15) - 1
-"""Elements that torch works on at a time: fewer than it shares among threads. Threads that wait
-for the next few elements would keep the processors from the one that reads. (To give torch one
-thread is no way around it: their number is the process's, not the caller's alone.)"""
+_MAX_ELEMENTS = (1 << 15) - 1
+"""Elements that torch gets at a time: fewer than it divides among threads. Waiting threads would
+take a processor from the reading thread. (Limiting torch to one thread would affect the caller,
+because the limit is one of the whole process.)"""
 
 _BATCH = (1 << 20) - (1 << 6)
-"""Bytes that the backend works on at a time, for the same reason: those of a, b and b - a."""
+"""Bytes of a, b and b - a that the backend gets at a time, for the same reason."""
 
-_IN_FLOAT32 = frozenset(
+_EXACT_IN_FLOAT32 = frozenset(
     {
         *(torch.float32, torch.bfloat16, torch.float16, torch.bool),
         *(torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz),
         *(torch.int8, torch.uint8, torch.int16, torch.uint16),
     }
 )
-"""Types whose elements are float32's, so that a difference there is zero only between equals."""
+"""dtypes whose values are exact in float32, so that only equal elements have a difference of 0."""
 
-_LONG = frozenset({torch.int64, torch.uint64})
+_INT64 = frozenset({torch.int64, torch.uint64})
+_merge_all = functools.partial(functools.reduce, moments.merge)
+
+
+class States(NamedTuple):
+    """The states of a tensor in a, of the tensor in b, and of b - a."""
+
+    a: Moments = Moments()
+    b: Moments = Moments()
+    difference: Moments = Moments()
 
 
 class Differences:
-    """The states of a's elements, b's and their differences, of every tensor in both."""
+    """The states of all pairs of tensors, by row."""
 
-    def __init__(self, tensors: int) -> None:
-        self.rows = [(Moments(), Moments(), Moments())] * tensors
-        self._memory = [torch.empty(_BATCH // 8, dtype=torch.float64) for _ in range(2)]
+    def __init__(self, rows: int) -> None:
+        self.states = [States()] * rows
         self.changed: dict[int, int] = {}
-        """Elements that changed, where the differences cannot tell."""
+        """Number of elements that changed, where the difference does not show them all."""
         self.skipped: dict[int, str] = {}
+        """Why a pair could not be read."""
+        self._memory = [torch.empty(_BATCH // 8, dtype=torch.float64) for _ in range(2)]
 
     def update(self, row: int, all_x: torch.Tensor, all_y: torch.Tensor) -> None:
-        """Takes in some elements of a, and those of b in the same places."""
+        """Add elements of a, and those of b at the same positions."""
         if row in self.skipped:
             return
-        x, y = all_x, all_y
-        if x.is_complex() or y.is_complex():
+        if all_x.is_complex() or all_y.is_complex():
             wide = torch.complex128
-        elif x.dtype in _IN_FLOAT32 and y.dtype in _IN_FLOAT32:
+        elif all_x.dtype in _EXACT_IN_FLOAT32 and all_y.dtype in _EXACT_IN_FLOAT32:
             wide = torch.float32
         else:
             wide = torch.float64
-        most = _BATCH // (x.itemsize + y.itemsize + wide.itemsize)
-        if wide.is_complex or x.dim() > 1:  # torch copies them first
-            most = _MOST
+        limit = _MAX_ELEMENTS
+        if not wide.is_complex and all_x.dim() == 1:  # torch copies other tensors first
+            limit = max(limit, _BATCH // (all_x.itemsize + all_y.itemsize + wide.itemsize))
         try:
-            for x, y in _little(all_x, all_y, max(most, _MOST)):
-                if x.dtype in _LONG and y.dtype in _LONG:  # float64 does not tell all apart
-                    self._count(row, x, y)
-                d = y.to(wide) - x.to(wide) if wide.is_complex else self._difference(x, y, wide)
-                a, b, change = _states([_real(x), _real(y), _real(d)])
-                changes = [change]
-                if moments.finite_count(change) < change.count:
-                    equal_out = [_real(_without_equals(*xy, wide)) for xy in _little(x, y, _MOST)]
-                    changes = _states(equal_out)
-                self._merge(row, [a], [b], changes)
-        except (RuntimeError, NotImplementedError) as error:  # a type that torch only names
+            for x, y in _split(all_x, all_y, limit):
+                if x.dtype in _INT64 and y.dtype in _INT64:  # float64 cannot hold all values
+                    self._count_changed(row, x, y)
+                d = y.to(wide) - x.to(wide) if wide.is_complex else self._subtract(x, y, wide)
+                a, b, difference = _states([_real(x), _real(y), _real(d)])
+                parts = [difference]
+                if moments.finite_count(difference) < difference.count:
+                    parts = _states(
+                        [_real(_masked_difference(*xy, wide)) for xy in _split(x, y, _MAX_ELEMENTS)]
+                    )
+                self.states[row] = States(*map(_merge_all, ([a], [b], parts), self.states[row]))
+        except (RuntimeError, NotImplementedError) as error:  # torch has no operators for a dtype
             self.skipped[row] = f"{type(error).__name__}: {error}".splitlines()[0]
 
-    def _count(self, row: int, x: torch.Tensor, y: torch.Tensor) -> None:
-        for u, v in _little(x.view(torch.int64), y.view(torch.int64), _MOST):
-            differ = u != v
-            if x.dtype != y.dtype:  # the same bits are another number where one has a sign
-                differ |= u < 0
-            self.changed[row] = self.changed.get(row, 0) + int(torch.count_nonzero(differ))
+    def _count_changed(self, row: int, x: torch.Tensor, y: torch.Tensor) -> None:
+        for u, v in _split(x.view(torch.int64), y.view(torch.int64), _MAX_ELEMENTS):
+            differs = u != v
+            if x.dtype != y.dtype:  # a negative int64 has the bits of another uint64
+                differs |= u < 0
+            self.changed[row] = self.changed.get(row, 0) + int(torch.count_nonzero(differs))
 
-    def _difference(self, x: torch.Tensor, y: torch.Tensor, wide: torch.dtype) -> torch.Tensor:
-        """b - a, in memory that is used again: new memory takes longer than the subtraction."""
-        d, wider = (memory.view(wide)[: x.numel()].view(x.shape) for memory in self._memory)
-        if x.dtype == y.dtype == wide:
-            for (u, v), (out, _) in zip(_little(x, y, _MOST), _little(d, d, _MOST), strict=True):
+    def _subtract(self, x: torch.Tensor, y: torch.Tensor, wide: torch.dtype) -> torch.Tensor:
+        """Return b - a in reused memory: allocating memory takes longer than the subtraction."""
+        d, converted = (memory.view(wide)[: x.numel()].view(x.shape) for memory in self._memory)
+        pairs = zip(_split(x, y, _MAX_ELEMENTS), _split(d, converted, _MAX_ELEMENTS), strict=True)
+        for (u, v), (out, u_wide) in pairs:
+            if x.dtype == y.dtype == wide:
                 torch.sub(v, u, out=out)
-        else:
-            for (u, v), (out, w) in zip(
-                _little(x, y, _MOST), _little(d, wider, _MOST), strict=True
-            ):
-                out.copy_(v).sub_(w.copy_(u))
+            else:
+                out.copy_(v).sub_(u_wide.copy_(u))
         return d
 
-    def _merge(self, row: int, *states: list[Moments]) -> None:
-        a, b, d = (
-            functools.reduce(moments.merge, new, before)
-            for before, new in zip(self.rows[row], states, strict=True)
-        )
-        self.rows[row] = a, b, d
 
-
-def _little(
-    x: torch.Tensor, y: torch.Tensor, most: int
+def _split(
+    x: torch.Tensor, y: torch.Tensor, limit: int
 ) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
-    """Elements of both, at most so many at a time."""
-    if x.numel() <= most:
+    """Split two tensors of one shape into pairs of views with at most `limit` elements."""
+    if x.numel() <= limit:
         return ((x, y),)
     d = next(d for d, size in enumerate(x.shape) if size > 1)
-    step = max(1, most // (x.numel() // x.shape[d]))
-    cut = zip(x.split(step, d), y.split(step, d), strict=True)
-    return cut if x.dim() == 1 else (pair for uv in cut for pair in _little(*uv, most))
+    step = max(1, limit // (x.numel() // x.shape[d]))
+    views = zip(x.split(step, d), y.split(step, d), strict=True)
+    return views if x.dim() == 1 else (pair for uv in views for pair in _split(*uv, limit))
 
 
 def _real(x: torch.Tensor) -> torch.Tensor:
-    """Complex numbers by their moduli, whose norm and maximum are theirs."""
+    """Return the moduli of complex numbers, which have the same norm and maximum."""
     return x.to(torch.complex128).abs() if x.is_complex() else x
 
 
-def _without_equals(x: torch.Tensor, y: torch.Tensor, wide: torch.dtype) -> torch.Tensor:
-    """The difference where equal infinities, and NaN in both places, make none."""
+def _masked_difference(x: torch.Tensor, y: torch.Tensor, wide: torch.dtype) -> torch.Tensor:
+    """Return b - a, with 0 for equal infinities and for NaN in both places."""
     if not wide.is_complex:
         wide = torch.float64
     x, y = x.to(wide), y.to(wide)

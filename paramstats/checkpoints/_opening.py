@@ -1,148 +1,147 @@
-"""From a path to the tensors that are stored there: which format it is, and which files belong."""
+"""Find the format and the files of a checkpoint, and list its tensors."""
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import stat
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from paramstats._core.layout import compile_patterns, passes
+from paramstats._core.options import Pattern
 from paramstats.checkpoints import _distributed as distributed
-from paramstats.checkpoints import _safetensors_file as safetensors_file
+from paramstats.checkpoints import _safetensors as safetensors
 from paramstats.checkpoints import _torch_save as torch_save
-from paramstats.checkpoints._stored import CheckpointError, Stored, together
+from paramstats.checkpoints._errors import unexpected
+from paramstats.checkpoints._stored_tensors import StoredTensor, merge_files
 
 _INDEX = ".index.json"
-_FORMATS = "a .safetensors or torch.save file, their .index.json, or a folder of a checkpoint"
-_SHOWN = 16
-_LONGEST_INDEX = 100 << 20
-"""Bytes of a foreign file that the message shows."""
+_EXPECTED = "a .safetensors or torch.save file, their .index.json, or a checkpoint folder"
+_SHOWN_BYTES = 16
+"""Bytes of an unknown file that the error message shows."""
+
+_MAX_INDEX_BYTES = 100 << 20
 
 
-def read(path: str | os.PathLike[str]) -> list[Stored]:
-    """The tensors of a checkpoint: one file, several with an index, or a folder.
+def list_tensors(
+    path: str | os.PathLike[str],
+    include: Pattern | Iterable[Pattern] | None,
+    exclude: Pattern | Iterable[Pattern] | None,
+) -> list[StoredTensor]:
+    """Return the tensors of a checkpoint whose names `include` and `exclude` let pass.
 
-    Raises CheckpointError where it is none or a broken one, OSError where it cannot be opened.
+    Raises CheckpointError if it is not a checkpoint or damaged, OSError if a file cannot be opened.
     """
-    where = Path(path)
-    mode = where.stat().st_mode
+    tensors = _read_path(Path(path))
+    included = None if include is None else compile_patterns(include, "include")
+    excluded = () if exclude is None else compile_patterns(exclude, "exclude")
+    if included is None and not excluded:
+        return tensors
+    selected = [t for t in tensors if any(passes(name, included, excluded) for name in t.names)]
+    if tensors and not selected:
+        warnings.warn(
+            f"paramstats.checkpoints: expected include and exclude to select tensors, got none of "
+            f"{len(tensors):,} in {path}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    return selected
+
+
+def _read_path(path: Path) -> list[StoredTensor]:
+    mode = path.stat().st_mode
     if stat.S_ISDIR(mode):
-        return _folder(where)
+        return _read_folder(path)
     if not stat.S_ISREG(mode):
-        raise CheckpointError(f"paramstats: expected {_FORMATS}, got no regular file: {where}")
-    if where.name == distributed.METADATA:
-        return distributed.read(where.parent)
-    if where.name.endswith(_INDEX):
-        return _indexed(where)
-    return _file(where)
+        raise unexpected(_EXPECTED, "no regular file", path)
+    if path.name == distributed.METADATA:
+        return distributed.read(path.parent)
+    if path.name.endswith(_INDEX):
+        return _read_index(path)
+    return _read_file(path)
 
 
-def _file(path: Path) -> list[Stored]:
+def _read_file(path: Path) -> list[StoredTensor]:
     with path.open("rb") as file:
-        start = file.read(max(_SHOWN, len(torch_save.LEGACY)))
-        if start.startswith(b"PK\3\4"):
+        prefix = file.read(max(_SHOWN_BYTES, len(torch_save.LEGACY_PREFIX)))
+        if prefix.startswith(b"PK\3\4"):
             return torch_save.read(file, str(path))
-        if start.startswith(torch_save.LEGACY):
+        if prefix.startswith(torch_save.LEGACY_PREFIX):
             return torch_save.read_legacy(file, str(path))
-        if start and (path.suffix == ".safetensors" or start[8:9] == b"{"):
-            if start.startswith(b"version https"):
-                raise CheckpointError(
-                    f"paramstats: expected a safetensors file, got a pointer to one: {path}; fetch "
-                    "the file itself with git lfs pull"
-                )
-            return safetensors_file.read(file, str(path))
-    what = f"one that begins with {start[:_SHOWN]!r}" if start else "an empty file"
+        if prefix and (path.suffix == ".safetensors" or prefix[8:9] == b"{"):
+            if prefix.startswith(b"version https"):
+                remedy = "fetch the file with git lfs pull"
+                raise unexpected("a safetensors file", "a Git LFS pointer", path, remedy)
+            return safetensors.read(file, str(path))
+    content = f"first bytes {prefix[:_SHOWN_BYTES]!r}" if prefix else "an empty file"
+    remedy = ""
     if path.suffix == ".distcp":
-        what = "a part of a distributed checkpoint; name its folder"
-    elif start.startswith(b"\x80"):
-        what = "a pickle that torch.save did not write (nothing of it was executed)"
-    raise CheckpointError(f"paramstats: expected {_FORMATS}, got {what}: {path}")
+        content, remedy = "one file of a distributed checkpoint", "pass the path of its folder"
+    elif prefix.startswith(b"\x80"):
+        content = "a pickle that torch.save did not write (nothing was executed)"
+    raise unexpected(_EXPECTED, content, path, remedy)
 
 
-def _folder(folder: Path) -> list[Stored]:
-    """A folder of a distributed checkpoint, or of safetensors files, or of pytorch_model files."""
+def _read_folder(folder: Path) -> list[StoredTensor]:
+    """Return the tensors of a distributed checkpoint, of safetensors files or of .bin files."""
     if (folder / distributed.METADATA).is_file():
         return distributed.read(folder)
     names = sorted(os.listdir(folder))
-    for suffix, index in (
-        (".safetensors", f".safetensors{_INDEX}"),
-        (".bin", f".bin{_INDEX}"),
-    ):
-        files = [folder / name for name in names if name.endswith(index)]
-        shards = {shard for path in files for shard in _weight_map(path).values()}
+    for prefix, suffix in (("", ".safetensors"), ("pytorch_model", ".bin")):
+        files = [folder / name for name in names if name.endswith(suffix + _INDEX)]
+        indexed = {name for path in files for name in _weight_map(path).values()}
         files += [
             folder / name
             for name in names
-            if name.endswith(suffix)
-            and name not in shards
-            and (suffix != ".bin" or name.startswith("pytorch_model"))
+            if name.startswith(prefix) and name.endswith(suffix) and name not in indexed
         ]
         if files:
-            return together(((path.name, read(path)) for path in files), str(folder))
+            return merge_files(((path.name, _read_path(path)) for path in files), str(folder))
     others = [name for name in names if name.endswith((".pt", ".pth", ".bin", ".ckpt"))]
-    hint = f"; name one of {', '.join(others[:4])}" if others else ""
-    raise CheckpointError(
-        f"paramstats: expected {_FORMATS}, got a folder without a checkpoint: {folder}{hint}"
+    remedy = f"pass the path of one of {', '.join(others[:4])}" if others else ""
+    raise unexpected(_EXPECTED, "no such file", folder, remedy)
+
+
+def _read_index(path: Path) -> list[StoredTensor]:
+    """Return the tensors of the files that an index names, in the order of the index."""
+    file_of = _weight_map(path)
+    files: dict[str, list[StoredTensor]] = {}
+    for name in sorted(set(file_of.values())):
+        file = path.parent / name
+        if not file.is_file():
+            raise unexpected(
+                f"a file {name!r}, which {path.name} names", "none", path.parent, "copy it there"
+            )
+        files[name] = _read_file(file)
+    names = {file: {name for t in tensors for name in t.names} for file, tensors in files.items()}
+    for name, file_name in file_of.items():
+        if name not in names[file_name]:
+            expected = f"a tensor {name!r} in {file_name}, as the index says"
+            raise unexpected(expected, "none", path)
+    position = {name: i for i, name in enumerate(file_of)}
+    last = len(position)  # for tensors that the index does not name
+    return sorted(
+        merge_files(files.items(), str(path)),
+        key=lambda tensor: min(position.get(name, last) for name in tensor.names),
     )
 
 
-def _indexed(path: Path) -> list[Stored]:
-    """The files that an index names, each tensor in the file where the index has it."""
-    places = _weight_map(path)
-    shards: dict[str, list[Stored]] = {}
-    for name in sorted(set(places.values())):
-        shard = path.parent / name
-        if not shard.is_file():
-            raise CheckpointError(f"paramstats: expected a file {name!r} as {path} says, got none")
-        shards[name] = _file(shard)
-    names = {shard: {n for t in here for n in t.names} for shard, here in shards.items()}
-    for tensor, file in places.items():
-        if tensor not in names[file]:
-            raise CheckpointError(
-                f"paramstats: expected a tensor {tensor!r} in {file} as {path} says, got none"
-            )
-    return _in_order(places, together(shards.items(), str(path)))
-
-
-def _in_order(names: Iterable[str], tensors: list[Stored]) -> list[Stored]:
-    """As the index has them; what it does not name, last."""
-    position = {name: i for i, name in enumerate(names)}
-    last = len(position)
-    return sorted(tensors, key=lambda t: min(position.get(n, last) for n in t.names))
-
-
 def _weight_map(path: Path) -> dict[str, str]:
-    """Of an index: the file of every tensor."""
+    """Return the file name of every tensor of an index."""
     size = path.stat().st_size if path.is_file() else -1
-    if not 0 <= size <= _LONGEST_INDEX:
-        raise CheckpointError(
-            f"paramstats: expected an index of at most {_LONGEST_INDEX:,} bytes, got "
-            f"{f'{size:,}' if size >= 0 else 'no regular file'}: {path}"
-        )
+    if not 0 <= size <= _MAX_INDEX_BYTES:
+        got = f"{size:,}" if size >= 0 else "no regular file"
+        raise unexpected(f"an index of at most {_MAX_INDEX_BYTES:,} bytes", got, path)
     try:
-        places: Any = json.loads(path.read_bytes())["weight_map"]
+        weight_map: Any = json.loads(path.read_bytes())["weight_map"]
     except (ValueError, LookupError, TypeError, RecursionError) as error:
-        raise CheckpointError(
-            f"paramstats: expected an index with a weight_map in JSON, got {error!r} in {path}"
-        ) from None
-    if not isinstance(places, dict) or not places or not all(map(_is_file_name, places.values())):
-        raise CheckpointError(
-            f"paramstats: expected names of files in the weight_map of {path}, got something else"
-        )
-    return places
-
-
-def _is_file_name(value: Any) -> bool:
-    """Whether it is the name of a file beside the index, and no other."""
-    return isinstance(value, str) and "\0" not in value and Path(value).name == value
-
-
-def explained(error: OSError, path: str | os.PathLike[str]) -> str:
-    """An OSError in one line that names the file."""
-    words = {errno.ENOENT: "no such file", errno.EACCES: "no permission to read it"}
-    what = words.get(error.errno or 0) or error.strerror or str(error)
-    name = error.filename if error.filename is not None else path
-    return f"paramstats: expected a checkpoint that can be read, got {what}: {name}"
+        raise unexpected("an index in JSON with a weight_map", repr(error), path) from None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise unexpected("an object with names as weight_map", type(weight_map).__name__, path)
+    for name in weight_map.values():
+        if not isinstance(name, str) or "\0" in name or Path(name).name != name:
+            raise unexpected("files of the same folder in the weight_map", repr(name), path)
+    return weight_map

@@ -1,34 +1,36 @@
-"""Reads elements from files piece by piece: the next piece is on its way while one is worked on.
+"""Read elements from files in pieces, while a thread already reads the next piece.
 
-No file is mapped into memory: the kernel would count every page that was looked at as the
-process's own.
+Files are not mapped into memory: the pages that were read would count as memory of the process.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import IO, NamedTuple
 
 import torch
 
 from paramstats._core.reference import CHUNK
-from paramstats.checkpoints._stored import CheckpointError, Part, is_dense, span
+from paramstats.checkpoints._errors import unexpected
+from paramstats.checkpoints._stored_tensors import Part, is_dense, span
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes done, bytes in all) after every piece."""
 
 PIECE = 1 << 22
-"""Bytes read in one go: few calls, and what was read is in a processor's cache when it is looked
-at."""
+"""Largest piece in bytes: large enough for few calls, small enough for a processor's cache."""
 
-_GAP = 1 << 16
-"""Bytes between tensors that are read along rather than left out with a call of their own."""
+_MAX_GAP = 1 << 16
+"""Bytes between two blocks that are read and ignored. A second call would take longer."""
 
 
-class Run(NamedTuple):
-    """Elements that are read in one go: a box of a part, or a run of a dense one."""
+class Block(NamedTuple):
+    """Elements of one part that are read together: a box of it, or a stretch of a dense part."""
 
-    part: int
-    """The position of the part among those that are read."""
+    row: int
+    """Index of the tensor among those that are read."""
     path: str
     offset: int
     nbytes: int
@@ -38,131 +40,125 @@ class Run(NamedTuple):
     strides: tuple[int, ...]
     is_dense: bool
 
+    def flattened(self) -> Block:
+        """Return a block without gaps as one dimension."""
+        return self._replace(sizes=(math.prod(self.sizes),), strides=(1,), is_dense=True)
+
 
 class Piece(NamedTuple):
-    """Runs that lie close to each other in a file."""
+    """A byte range of a file, and the blocks in it."""
 
     path: str
     begin: int
     end: int
-    runs: tuple[Run, ...]
+    blocks: tuple[Block, ...]
 
 
-def runs_of(index: int, part: Part, dtype: torch.dtype) -> Iterator[Run]:
-    """A part in runs of at most a piece: a dense one in memory order, in whole chunks."""
+def blocks_of_part(row: int, part: Part, dtype: torch.dtype) -> Iterator[Block]:
+    """Yield a part in blocks of at most a piece; a dense part in memory order and whole chunks."""
     numel = math.prod(part.sizes)
     itemsize = dtype.itemsize
     if numel and is_dense(part.sizes, part.strides):
         step = PIECE // itemsize // CHUNK * CHUNK
         for begin in range(0, numel, step):
             n = min(step, numel - begin)
-            at = part.offset + begin * itemsize
-            yield Run(index, part.path, at, n * itemsize, dtype, (n,), (1,), True)
+            offset = part.offset + begin * itemsize
+            yield Block(row, part.path, offset, n * itemsize, dtype, (n,), (1,), True)
     elif numel:
-        for box in boxes(part.starts, part.sizes, [(part, PIECE // itemsize)]):
-            yield run_of(index, part, dtype, box)
+        for box in split_box((part.starts, part.sizes), [(part, PIECE // itemsize)]):
+            yield block_of_box(row, part, dtype, box)
 
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
-"""Some of a tensor's elements: where they begin in it, and how many."""
+"""A rectangular range of a tensor: index of the first element, and sizes."""
 
 
-def run_of(index: int, part: Part, dtype: torch.dtype, box: Box) -> Run:
-    """The run that is a box of a part, from the first element of it to the last."""
+def block_of_box(row: int, part: Part, dtype: torch.dtype, box: Box) -> Block:
+    """Return the block of a part that holds the elements of a box."""
     starts, sizes = box
     first = sum(
         (start - begin) * stride
         for start, begin, stride in zip(starts, part.starts, part.strides, strict=True)
     )
-    at = part.offset + first * dtype.itemsize
+    offset = part.offset + first * dtype.itemsize
     nbytes = span(sizes, part.strides) * dtype.itemsize
-    return Run(index, part.path, at, nbytes, dtype, sizes, part.strides, False)
+    return Block(row, part.path, offset, nbytes, dtype, sizes, part.strides, False)
 
 
-def boxes(
-    starts: tuple[int, ...], sizes: tuple[int, ...], parts: list[tuple[Part, int]]
-) -> Iterator[Box]:
-    """A box cut until its elements lie, in each of the parts, within as many as are given for it.
+def split_box(box: Box, limits: list[tuple[Part, int]]) -> Iterator[Box]:
+    """Split a box until it spans at most so many elements in the memory of each of the parts.
 
-    It is cut across the dimension where they lie farthest apart.
+    It is split lazily, because a tensor with gaps can have millions of boxes.
     """
-    waiting = [iter([(starts, sizes)])]  # lazily: of a tensor with gaps there may be millions
-    while waiting:
-        box = next(waiting[-1], None)
-        if box is None:
-            waiting.pop()
-            continue
-        _, sizes = box
-        too_far = next(
-            (
-                (part.strides, most)
-                for part, most in parts
-                if max(span(sizes, part.strides), math.prod(sizes)) > most
-            ),
-            None,
-        )
-        if too_far is None:
-            yield box
-        else:
-            waiting.append(_cut(box, *too_far))
-
-
-def _cut(box: Box, strides: tuple[int, ...], most: int) -> Iterator[Box]:
     starts, sizes = box
+    for part, limit in limits:
+        if max(span(sizes, part.strides), math.prod(sizes)) > limit:
+            for smaller in _split(starts, sizes, part.strides, limit):
+                yield from split_box(smaller, limits)
+            return
+    yield box
+
+
+def _split(
+    starts: tuple[int, ...], sizes: tuple[int, ...], strides: tuple[int, ...], limit: int
+) -> Iterator[Box]:
+    """Split a box across the dimension with the largest stride, as little as the limit needs."""
     d = max((d for d, size in enumerate(sizes) if size > 1), key=lambda d: strides[d])
     inner = (*sizes[:d], 1, *sizes[d + 1 :])
-    apart = (most - span(inner, strides)) // max(strides[d], 1)
-    step = max(1, min(apart, most // math.prod(inner), sizes[d] - 1))
+    fitting = (limit - span(inner, strides)) // max(strides[d], 1)
+    step = max(1, min(fitting, limit // math.prod(inner), sizes[d] - 1))
     for begin in range(0, sizes[d], step):
         n = min(step, sizes[d] - begin)
-        at = (*starts[:d], starts[d] + begin, *starts[d + 1 :])
-        yield at, (*inner[:d], n, *inner[d + 1 :])
+        first = (*starts[:d], starts[d] + begin, *starts[d + 1 :])
+        yield first, (*inner[:d], n, *inner[d + 1 :])
 
 
-def pieces(rows: Iterable[tuple[Run, ...]]) -> Iterator[tuple[Piece, ...]]:
-    """Runs joined to pieces; of two checkpoints that are read in step, in each of them alike."""
-    joined: list[list[Run]] = []
-    places: list[tuple[int, int]] = []
+def join_blocks(rows: Iterable[tuple[Block, ...]]) -> Iterator[tuple[Piece, ...]]:
+    """Join neighbouring blocks to pieces.
+
+    A row has a block of each checkpoint, with the same elements. The pieces that are yielded
+    together have the same rows.
+    """
+    joined: list[tuple[Block, ...]] = []
+    ranges: list[tuple[int, int]] = []
     for row in rows:
-        further = [_further(*at) for at in zip(row, joined, places, strict=False)]
-        if joined and None in further:
-            yield _pieces(joined, places)
+        extended = [_extended(*of_file) for of_file in zip(row, ranges, strict=False)]
+        same_files = joined and all(a.path == b.path for a, b in zip(row, joined[0], strict=True))
+        if not same_files or None in extended:
+            if joined:
+                yield _pieces(joined, ranges)
             joined = []
-        if joined:
-            places = [place for place in further if place is not None]
-        else:
-            joined = [[] for _ in row]
-            places = [(run.offset, run.offset + run.nbytes) for run in row]
-        for runs, run in zip(joined, row, strict=True):
-            runs.append(run)
+            extended = [(block.offset, block.offset + block.nbytes) for block in row]
+        joined.append(row)
+        ranges = [of_file for of_file in extended if of_file is not None]
     if joined:
-        yield _pieces(joined, places)
+        yield _pieces(joined, ranges)
 
 
-def _further(run: Run, joined: list[Run], place: tuple[int, int]) -> tuple[int, int] | None:
-    """The bytes of a piece with one run more; None where that is too many or too far."""
-    begin, end = place
-    past = max(end, run.offset + run.nbytes)
-    near = begin <= run.offset <= end + _GAP and past - begin <= PIECE
-    return (begin, past) if near and run.path == joined[0].path else None
+def _extended(block: Block, current: tuple[int, int]) -> tuple[int, int] | None:
+    """Return a byte range extended by a block, or None if it is too far away or too large."""
+    begin, end = current
+    new_end = max(end, block.offset + block.nbytes)
+    fits = begin <= block.offset <= end + _MAX_GAP and new_end - begin <= PIECE
+    return (begin, new_end) if fits else None
 
 
-def _pieces(joined: list[list[Run]], places: list[tuple[int, int]]) -> tuple[Piece, ...]:
+def _pieces(rows: list[tuple[Block, ...]], ranges: list[tuple[int, int]]) -> tuple[Piece, ...]:
     return tuple(
-        Piece(runs[0].path, *place, tuple(runs)) for runs, place in zip(joined, places, strict=True)
+        Piece(blocks[0].path, *of_file, blocks)
+        for blocks, of_file in zip(zip(*rows, strict=True), ranges, strict=True)
     )
 
 
-Read = tuple[tuple[Piece, torch.Tensor], ...]
+Filled = tuple[tuple[Piece, torch.Tensor], ...]
 """Pieces with their bytes."""
 
 
 class Reader:
-    """Pieces of files in memory, read by a thread of its own into two buffers in turn; of `files`
-    checkpoints in step."""
+    """Read pieces with a thread, into two buffers in turn; a piece of each of `files` at a time."""
 
     def __init__(self, files: int = 1) -> None:
-        self._buffers = [[_buffer() for _ in range(files)] for _ in range(2)]
+        self._buffers = [[bytearray(PIECE) for _ in range(files)] for _ in range(2)]
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="paramstats-read")
         self._open: list[IO[bytes] | None] = [None] * files
 
@@ -175,20 +171,20 @@ class Reader:
             if file is not None:
                 file.close()
 
-    def read(self, wanted: Iterable[tuple[Piece, ...]]) -> Iterator[Read]:
-        """The pieces with their bytes, which are good until the next ones are asked for."""
-        ahead: Future[Read] | None = None
-        for turn, row in enumerate(wanted):
-            coming = self._thread.submit(self._fill, row, turn % 2)
-            if ahead is not None:
-                yield ahead.result()
-            ahead = coming
-        if ahead is not None:
-            yield ahead.result()
+    def read(self, rows: Iterable[tuple[Piece, ...]]) -> Iterator[Filled]:
+        """Yield the pieces with their bytes, which are valid until the next iteration."""
+        previous: Future[Filled] | None = None
+        for turn, row in enumerate(rows):
+            current = self._thread.submit(self._fill, row, turn % 2)
+            if previous is not None:
+                yield previous.result()
+            previous = current
+        if previous is not None:
+            yield previous.result()
 
-    def _fill(self, row: tuple[Piece, ...], turn: int) -> Read:
+    def _fill(self, row: tuple[Piece, ...], turn: int) -> Filled:
         return tuple(
-            (piece, _filled(piece, self._file(i, piece.path), *self._buffers[turn][i]))
+            (piece, _read_piece(piece, self._file(i, piece.path), self._buffers[turn][i]))
             for i, piece in enumerate(row)
         )
 
@@ -201,33 +197,24 @@ class Reader:
         return file
 
 
-def _buffer() -> tuple[memoryview, torch.Tensor]:
-    memory = bytearray(PIECE)
-    return memoryview(memory), torch.frombuffer(memory, dtype=torch.uint8)
-
-
-def _filled(
-    piece: Piece, file: IO[bytes], memory: memoryview, tensor: torch.Tensor
-) -> torch.Tensor:
+def _read_piece(piece: Piece, file: IO[bytes], buffer: bytearray) -> torch.Tensor:
     size = piece.end - piece.begin
     done = 0
     file.seek(piece.begin)
     while done < size:
-        got = file.readinto(memory[done:size])  # type: ignore[attr-defined]  # as all raw files do
-        if not got:
-            raise CheckpointError(
-                f"paramstats: expected {piece.end} bytes or more, got {piece.begin + done} in "
-                f"{piece.path}: it was cut off meanwhile"
-            )
-        done += got
-    return tensor[:size]
+        n = file.readinto(memoryview(buffer)[done:size])  # type: ignore[attr-defined]  # a raw file has it
+        if not n:
+            reason = "the file was truncated while it was read"
+            raise unexpected(f"{piece.end} bytes or more", piece.begin + done, piece.path, reason)
+        done += n
+    return torch.frombuffer(buffer, dtype=torch.uint8)[:size]
 
 
-def view(data: torch.Tensor, piece: Piece, run: Run) -> torch.Tensor:
-    """The elements of a run in the bytes of its piece."""
-    at = run.offset - piece.begin
-    here = data[at : at + run.nbytes]
-    if here.data_ptr() % run.dtype.itemsize:  # not aligned as the first of the piece
-        here = here.clone()
-    flat = here.view(run.dtype)
-    return flat if run.is_dense else flat.as_strided(run.sizes, run.strides)
+def block_view(data: torch.Tensor, piece: Piece, block: Block) -> torch.Tensor:
+    """Return the elements of a block, given the bytes of its piece."""
+    begin = block.offset - piece.begin
+    block_bytes = data[begin : begin + block.nbytes]
+    if block_bytes.data_ptr() % block.dtype.itemsize:  # the dtype needs aligned memory
+        block_bytes = block_bytes.clone()
+    flat = block_bytes.view(block.dtype)
+    return flat if block.is_dense else flat.as_strided(block.sizes, block.strides)

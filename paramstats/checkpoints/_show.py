@@ -1,4 +1,4 @@
-"""`python -m paramstats show`: a checkpoint's statistics, or what changed from one to another."""
+"""Run `paramstats show`: print the statistics of a checkpoint, or what changed between two."""
 
 from __future__ import annotations
 
@@ -17,159 +17,142 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from paramstats import _display as report
+from paramstats import _display as display
 from paramstats._core.format import one_line_name
-from paramstats._core.options import STATS
+from paramstats._core.options import STATS, did_you_mean
 from paramstats._summary import record_of
-from paramstats.checkpoints._comparing import compare_files
-from paramstats.checkpoints._comparison import Change, in_order
-from paramstats.checkpoints._opening import explained
-from paramstats.checkpoints._summarizing import Progress, summarize_file
+from paramstats.checkpoints._compare_files import compare_files
+from paramstats.checkpoints._comparison import Change, list_uncompared, make_table, sort_changes
+from paramstats.checkpoints._reading import Progress
+from paramstats.checkpoints._summarize_file import summarize_file
 
-_COMPARED = tuple(f for f in Change._fields if f not in ("shape", "dtype_a", "dtype_b"))
+_CHANGE_STATS = tuple(
+    field for field in Change._fields if field not in ("name", "shape", "dtype_a", "dtype_b")
+)
 
 INTERRUPTED = 130
-"""What shells say of a program that Ctrl-C ended."""
-
-_LONGEST_LINE = 1000
+"""Exit status of a program that Ctrl-C ended, as shells report it."""
 
 BROKEN_PIPE = 141
-"""What they say of one whose reader went away."""
+"""Exit status of a program whose reader closed the pipe, as shells report it."""
+
+_MAX_LINE_LENGTH = 1000
 
 
-def run(chosen: argparse.Namespace) -> int:
-    """Prints what was asked for; returns the exit status: 2 where a file cannot be read."""
+def run(arguments: argparse.Namespace) -> int:
+    """Print what the arguments ask for, and return the exit status: 2 after an error."""
     if sys.stdout is None:
-        return _complain("paramstats show: expected a standard output, got a closed one")
+        return _fail("paramstats show: expected a standard output, got a closed one")
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a name may hold anything
+        sys.stdout.reconfigure(errors="backslashreplace")  # names may have any characters
     try:
-        if chosen.limit is not None and chosen.limit < 0:
-            raise ValueError(f"paramstats show: expected --limit 0 or more, got {chosen.limit}")
-        text = _compared(chosen) if chosen.other is not None else _summarized(chosen)
+        if arguments.limit is not None and arguments.limit < 0:
+            raise ValueError(f"paramstats show: expected --limit 0 or more, got {arguments.limit}")
+        return _write(_summarize(arguments) if arguments.other is None else _compare(arguments))
     except KeyboardInterrupt:
         return INTERRUPTED
     except OSError as error:
-        return _complain(explained(error, chosen.file))
+        path = arguments.file if error.filename is None else error.filename
+        return _fail(f"paramstats show: cannot read {path}: {error.strerror or error}")
     except (ValueError, RuntimeError, MemoryError, re.error) as error:
-        return _complain(str(error) or f"paramstats show: {type(error).__name__}: {chosen.file}")
-    return _write(text)
+        return _fail(str(error) or f"paramstats show: {type(error).__name__}: {arguments.file}")
 
 
 def _write(text: str) -> int:
     try:
-        for line in text.splitlines(keepends=True):  # at once, PYTHONUNBUFFERED would hide errors
+        for line in text.splitlines(keepends=True):  # one write could lose its error
             sys.stdout.write(line)
         sys.stdout.flush()
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # no word at exit either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # no second error at exit
         if isinstance(error, BrokenPipeError):
             return BROKEN_PIPE
-        return _complain(f"paramstats show: cannot write to standard output: {error.strerror}")
-    except KeyboardInterrupt:
-        return INTERRUPTED
+        return _fail(f"paramstats show: cannot write to standard output: {error.strerror}")
     return 0
 
 
-def _summarized(chosen: argparse.Namespace) -> str:
-    _check_order(chosen.sort)
-    with _progress() as progress, _warnings_in_a_line():
+def _summarize(arguments: argparse.Namespace) -> str:
+    _check_sort(arguments.sort, STATS)
+    with _reporting() as progress:
         summary = summarize_file(
-            chosen.file, include=chosen.include, exclude=chosen.exclude, progress=progress
+            arguments.file, include=arguments.include, exclude=arguments.exclude, progress=progress
         )
-    names = report.ordered(record_of(summary), chosen.sort)[: chosen.limit]
-    if chosen.json:
-        entire = summary.to_dict()
-        entire["params"] = {name: entire["params"][name] for name in names}
-        entire["skipped"] = dict(summary.skipped)
-        return json.dumps(entire, indent=1) + "\n"
-    if chosen.csv:
-        records = [{"name": name, **summary[name].to_dict()} for name in names]
-        return _csv(("name", "shape", "dtype", "aliases", *STATS), records)
-    table = report.table(record_of(summary), chosen.sort, chosen.limit, "param")
+    record = record_of(summary)
+    names = display.ordered(record, arguments.sort)[: arguments.limit]
+    if arguments.json:
+        content = summary.to_dict()
+        content["params"] = {name: content["params"][name] for name in names}
+        content["skipped"] = dict(summary.skipped)
+        return json.dumps(content, indent=1) + "\n"
+    if arguments.csv:
+        rows = [{"name": name, **summary[name].to_dict()} for name in names]
+        return _csv(("name", "shape", "dtype", "aliases", *STATS), rows)
+    table = display.table(record, arguments.sort, arguments.limit, "param")
     table.notes = ["", str(table.findings)] if table.findings else []
-    return report.for_print(table) + "\n"
+    return display.for_print(table) + "\n"
 
 
-def _compared(chosen: argparse.Namespace) -> str:
-    _check_figure(chosen.sort)
-    with _progress() as progress, _warnings_in_a_line():
-        result = compare_files(
-            chosen.file,
-            chosen.other,
-            include=chosen.include,
-            exclude=chosen.exclude,
-            progress=progress,
+def _compare(arguments: argparse.Namespace) -> str:
+    a, b, sort, limit = arguments.file, arguments.other, arguments.sort, arguments.limit
+    _check_sort(sort, _CHANGE_STATS)
+    with _reporting() as progress:
+        comparison = compare_files(
+            a, b, include=arguments.include, exclude=arguments.exclude, progress=progress
         )
-    rows = _sorted(result.rows, chosen.sort)
-    entire, result = result.to_dict(), dataclasses.replace(result, rows=tuple(rows))
-    shown = rows[: chosen.limit]
-    if chosen.json:
-        entire["tensors"] = {row.name: entire["tensors"][row.name] for row in shown}
-        return json.dumps(entire, indent=1) + "\n"
-    if chosen.csv:
-        for note in result._notes(dtypes=False):  # what has no row, or no field in it
-            print(note, file=sys.stderr)
-        return _csv(Change._fields, [row.to_dict() for row in shown])
-    return f"a: {chosen.file}\nb: {chosen.other}\n{result.table(limit=chosen.limit)}\n"
+    if sort is not None:
+        rows = tuple(sort_changes(comparison.rows, sort))
+        comparison = dataclasses.replace(comparison, rows=rows)
+    if arguments.json:
+        shown = dataclasses.replace(comparison, rows=comparison.rows[:limit])
+        return json.dumps(shown.to_dict(), indent=1) + "\n"
+    if arguments.csv:
+        for line in list_uncompared(comparison):
+            _print_error(line)
+        return _csv(Change._fields, [row.to_dict() for row in comparison.rows[:limit]])
+    return f"a: {a}\nb: {b}\n{display.for_print(make_table(comparison, limit))}\n"
 
 
-def _check_order(sort: str | None) -> None:
-    """What is no order is told before the file is read."""
-    try:
-        order = report.order(sort)
-    except ValueError:
-        raise _no_order(sort, ("name", *STATS)) from None
-    if order is not None and order.of_grad:
-        raise _no_order(sort, ("name", *STATS))
+def _check_sort(sort: str | None, stats: Sequence[str]) -> None:
+    """Raise ValueError for an unknown --sort, before a file is read."""
+    if sort is not None and sort != "name" and sort.removeprefix("-") not in stats:
+        raise ValueError(
+            f"paramstats show: expected --sort out of name, {', '.join(stats)}, or --sort=-STAT "
+            f"for the smallest first, got {sort!r}{did_you_mean(sort)}"
+        )
 
 
-def _check_figure(sort: str | None) -> None:
-    if sort is not None and sort != "name" and sort.removeprefix("-") not in _COMPARED[1:]:
-        raise _no_order(sort, _COMPARED)
-
-
-def _no_order(sort: str | None, known: Sequence[str]) -> ValueError:
-    return ValueError(
-        f"paramstats show: expected --sort out of {', '.join(known)}, or --sort=-STAT for the "
-        f"smallest first, got {sort!r}"
-    )
-
-
-def _sorted(rows: Sequence[Change], sort: str | None) -> list[Change]:
-    """Largest first, or smallest, what is NaN before all; names in their own order."""
-    if sort is None:
-        return list(rows)
-    if sort == "name":
-        return sorted(rows, key=lambda row: row.name)
-    return in_order(rows, sort.removeprefix("-"), sort.startswith("-"))
-
-
-def _csv(fields: Sequence[str], records: list[dict[str, Any]]) -> str:
-    """Floats with all their digits; a shape as 2x3, several names with spaces between."""
+def _csv(fields: Sequence[str], rows: list[dict[str, Any]]) -> str:
+    """Return CSV text; a shape is written as 2x3, and several names with spaces between them."""
     out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(fields)
-    for record in records:
-        writer.writerow([_field(name, record[name]) for name in fields])
+    writer = csv.DictWriter(out, fields, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        row["shape"] = "x".join(map(str, row["shape"]))
+        row["aliases"] = " ".join(row.get("aliases", ()))
+        writer.writerow(row)
     return out.getvalue()
 
 
-def _field(name: str, value: Any) -> Any:
-    if isinstance(value, list):
-        return ("x" if name == "shape" else " ").join(map(str, value))
-    return value
+@contextmanager
+def _reporting() -> Iterator[Progress | None]:
+    """Yield a function that shows progress, or None; print warnings as single lines at the end."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with _progress_bar() as progress:
+            yield progress
+    for warning in caught:
+        _print_error(str(warning.message))
 
 
 @contextmanager
-def _progress() -> Iterator[Progress | None]:
-    """A bar with bytes and rate on a terminal's stderr, where there is tqdm."""
-    if sys.stderr is None or not sys.stderr.isatty():
-        yield None
-        return
+def _progress_bar() -> Iterator[Progress | None]:
+    """Yield a function that updates a tqdm bar if stderr is a terminal; None without tqdm."""
     try:
-        tqdm = importlib.import_module("tqdm")
+        is_terminal = sys.stderr is not None and sys.stderr.isatty()
+        tqdm = importlib.import_module("tqdm") if is_terminal else None
     except ImportError:
+        tqdm = None
+    if tqdm is None:
         yield None
         return
     with tqdm.tqdm(unit="B", unit_scale=True, leave=False, file=sys.stderr) as bar:
@@ -181,21 +164,17 @@ def _progress() -> Iterator[Progress | None]:
         yield update
 
 
-@contextmanager
-def _warnings_in_a_line() -> Iterator[None]:
-    """What would be warned of, on stderr without the place in the source."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        yield
-    for warning in caught:
-        print(warning.message, file=sys.stderr)
+def _fail(message: str) -> int:
+    _print_error(message)
+    return 2
 
 
-def _complain(message: str) -> int:
+def _print_error(message: str) -> None:
+    """Print a message on stderr as one line, in the name of this command."""
+    message = re.sub(r"^paramstats[\w.]*:", "paramstats show:", message)
     line = one_line_name(" ".join(message.split()))
-    if len(line) > _LONGEST_LINE:
-        line = f"{line[:_LONGEST_LINE]} ..."
-    with contextlib.suppress(OSError):  # nowhere to say it: the status does
+    if len(line) > _MAX_LINE_LENGTH:
+        line = f"{line[:_MAX_LINE_LENGTH]} ..."
+    with contextlib.suppress(OSError):  # the exit status still reports the error
         if sys.stderr is not None:
             print(line, file=sys.stderr, flush=True)
-    return 2

@@ -1,8 +1,8 @@
-"""Files that `torch.save` wrote: what tensors they hold, and where; their pickle is never run.
+"""List the tensors of a file that `torch.save` wrote, without executing its pickle.
 
-Such a file is a zip archive of uncompressed records: `data.pkl`, which says what was saved and
-refers to storages by key, and `data/KEY` for each storage. Before torch 1.6 it was pickles and
-storages one after another. https://docs.pytorch.org/docs/stable/notes/serialization.html
+Such a file is a zip archive of uncompressed records: `data.pkl` is the pickle of what was saved and
+refers to storages by key, and `data/KEY` has the bytes of a storage. Before torch 1.6 it was a
+sequence of pickles and storages. https://docs.pytorch.org/docs/stable/notes/serialization.html
 """
 
 from __future__ import annotations
@@ -14,34 +14,29 @@ import zipfile
 from typing import IO, Any
 
 from paramstats.checkpoints import _pickles as pickles
+from paramstats.checkpoints import _torch_pickle as torch_pickle
+from paramstats.checkpoints._errors import CheckpointError, unexpected
 from paramstats.checkpoints._pickles import PickleError
-from paramstats.checkpoints._rebuilding import ALLOWED, Places, Storage, listed, storage
-from paramstats.checkpoints._stored import CheckpointError, Stored
+from paramstats.checkpoints._stored_tensors import StoredTensor
 
-LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
-"""How a file of torch before 1.6 begins: its magic number, pickled."""
+LEGACY_PREFIX = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
+"""The first bytes of a file of torch before 1.6: a pickled magic number."""
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
-"""Of a zip record: signature, length of the name, length of what follows it."""
+"""Header of a zip record: signature, length of the name, length of the extra field."""
 
-_BROKEN = (
-    struct.error,
-    ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    OverflowError,
-    EOFError,
-    RecursionError,
-    MemoryError,
+_DAMAGED = (
+    *(ValueError, TypeError, LookupError, AttributeError, OverflowError, EOFError),
+    *(RecursionError, MemoryError, struct.error),
 )
-"""What a file whose values are not of the types they should be can make this reader raise."""
+"""What this module can raise on a file whose values have unexpected types."""
 
 
-def read(file: IO[bytes], path: str, begin: int = 0, size: int | None = None) -> list[Stored]:
-    """The tensors of an archive that is `size` bytes from `begin` of a file (None: all of it)."""
+def read(file: IO[bytes], path: str, begin: int = 0, size: int | None = None) -> list[StoredTensor]:
+    """Return the tensors of an archive: `size` bytes from `begin`, or all up to the file's end."""
     end = file.seek(0, io.SEEK_END) if size is None else begin + size
-    window = file if size is None else io.BufferedReader(_Window(file, begin, size))
+    window: Any = file if size is None else _Window(file, begin, size)
+    byte_order = sys.byteorder.encode()
     try:
         with zipfile.ZipFile(window) as archive:
             records = _records(archive, path)
@@ -50,122 +45,112 @@ def read(file: IO[bytes], path: str, begin: int = 0, size: int | None = None) ->
                 for key, info in records.items()
                 if key.startswith("data/")
             }
-            where, length = _place(file, records["data.pkl"], begin, end, path)
-            order = b""
+            position, length = _place(file, records["data.pkl"], begin, end, path)
             if "byteorder" in records:
-                order_at, order_length = _place(file, records["byteorder"], begin, end, path)
-                file.seek(order_at)
-                order = file.read(min(order_length, 16))
+                at, order_length = _place(file, records["byteorder"], begin, end, path)
+                file.seek(at)
+                byte_order = file.read(min(order_length, 16)) or byte_order
     except CheckpointError:
         raise
-    except (*_BROKEN, zipfile.BadZipFile, NotImplementedError, OSError) as error:
-        raise CheckpointError(
-            f"paramstats: expected a whole torch.save archive, got {path}: {error}"
-        ) from None
-    if order and order != sys.byteorder.encode():
-        raise CheckpointError(f"paramstats: expected {sys.byteorder}-endian, got {order!r}: {path}")
-    file.seek(where)
+    except (*_DAMAGED, zipfile.BadZipFile, NotImplementedError, OSError) as error:
+        raise unexpected("a torch.save archive", error, path) from None
+    if byte_order != sys.byteorder.encode():
+        raise unexpected(f"{sys.byteorder}-endian data", repr(byte_order), path)
+    file.seek(position)
     try:
-        value = pickles.load(file, ALLOWED, storage)
-        if file.tell() > where + length:
+        value = pickles.load(file, torch_pickle.ALLOWED, torch_pickle.read_storage)
+        if file.tell() > position + length:
             raise PickleError("a pickle that is longer than its record")
-        return listed(value, places, path)
-    except (PickleError, *_BROKEN) as error:
-        raise _refusal(path, error) from None
+        return torch_pickle.list_tensors(value, places, path)
+    except (PickleError, *_DAMAGED) as error:
+        raise _no_tensors(path, error) from None
 
 
-def read_legacy(file: IO[bytes], path: str) -> list[Stored]:
-    """The tensors of a file of torch before 1.6."""
+def read_legacy(file: IO[bytes], path: str) -> list[StoredTensor]:
+    """Return the tensors of a file of torch before 1.6."""
     end = file.seek(0, io.SEEK_END)
-    file.seek(len(LEGACY))
-    used: dict[str, int] = {}
+    file.seek(len(LEGACY_PREFIX))
+    itemsizes: dict[str, int] = {}
 
-    def counted(reference: Any) -> Storage:
-        made = storage(reference)
-        used[made.key] = made.dtype.itemsize
-        return made
+    def read_and_note_storage(reference: Any) -> torch_pickle.Storage:
+        storage = torch_pickle.read_storage(reference)
+        itemsizes[storage.key] = storage.dtype.itemsize
+        return storage
 
     try:
-        for _ in ("protocol", "system"):
-            pickles.load(file, ())
-        value = pickles.load(file, ALLOWED, counted)
-        places: Places = {}
+        pickles.load(file, ())  # the version of the format
+        pickles.load(file, ())  # the sizes of C types
+        value = pickles.load(file, torch_pickle.ALLOWED, read_and_note_storage)
+        places: torch_pickle.Places = {}
         for key in pickles.load(file, ()):
             (elements,) = struct.unpack("<q", file.read(8))
-            places[key] = (file.tell(), elements * used[key])
-            if not 0 <= elements * used[key] <= end - file.tell():
+            nbytes = elements * itemsizes[key]
+            places[key] = (file.tell(), nbytes)
+            if not 0 <= nbytes <= end - file.tell():
                 raise PickleError(f"a file that ends within storage {key!r}")
-            file.seek(elements * used[key], io.SEEK_CUR)
-        return listed(value, places, path)
-    except (PickleError, *_BROKEN) as error:
-        raise _refusal(path, error) from None
+            file.seek(nbytes, io.SEEK_CUR)
+        return torch_pickle.list_tensors(value, places, path)
+    except (PickleError, *_DAMAGED) as error:
+        raise _no_tensors(path, error) from None
 
 
-class _Window(io.RawIOBase):
-    """A part of a file as a file."""
+class _Window:
+    """A range of a file, with the methods of a file that zipfile needs."""
 
     def __init__(self, file: IO[bytes], begin: int, size: int) -> None:
-        self._file, self._begin, self._size, self._at = file, begin, size, 0
+        self._file, self._begin, self._size, self._position = file, begin, size, 0
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
+    def tell(self) -> int:
+        return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at}.get(whence, self._size)
-        return self._at
+        self._position = offset + {io.SEEK_SET: 0, io.SEEK_END: self._size}[whence]
+        if self._position < 0:
+            raise OSError("the archive is too short")
+        return self._position
 
-    def readinto(self, buffer: Any) -> int:
-        self._file.seek(self._begin + self._at)
-        data = self._file.read(max(0, min(len(buffer), self._size - self._at)))
-        buffer[: len(data)] = data
-        self._at += len(data)
-        return len(data)
+    def read(self, size: int = -1) -> bytes:
+        remaining = max(0, self._size - self._position)
+        self._file.seek(self._begin + self._position)
+        data = self._file.read(remaining if size < 0 else min(size, remaining))
+        self._position += len(data)
+        return data
 
 
 def _records(archive: zipfile.ZipFile, path: str) -> dict[str, zipfile.ZipInfo]:
-    """What is in the archive, by name without the folder that everything is in."""
+    """Return the records of an archive, by name without the folder that contains them all."""
     records: dict[str, zipfile.ZipInfo] = {}
     for info in archive.infolist():
         name = info.filename.partition("/")[2]
         if name in records:
-            raise CheckpointError(f"paramstats: expected every record once, got {name!r}: {path}")
+            raise unexpected("every record once", f"{name!r} twice", path)
         records[name] = info
     if "constants.pkl" in records:
-        raise CheckpointError(
-            f"paramstats: expected a file of torch.save, got a TorchScript archive: {path}; save "
-            "the state_dict() of what torch.jit.load gives"
-        )
+        remedy = "load it with torch.jit.load and save its state_dict()"
+        raise unexpected("a torch.save file", "a TorchScript archive", path, remedy)
     if "data.pkl" not in records:
-        raise CheckpointError(
-            f"paramstats: expected a file of torch.save, got another zip archive: {path}"
-        )
+        raise unexpected("a torch.save file", "another zip archive", path)
     return records
 
 
 def _place(
     file: IO[bytes], info: zipfile.ZipInfo, begin: int, end: int, path: str
 ) -> tuple[int, int]:
-    """Where a record's bytes begin in the file, and how many they are."""
-    at = begin + max(info.header_offset, 0)
-    file.seek(at)
+    """Return where the bytes of a record begin in the file, and how many they are."""
+    position = begin + max(info.header_offset, 0)
+    file.seek(position)
     header = file.read(_LOCAL_HEADER.size)
     if len(header) == _LOCAL_HEADER.size and info.compress_type == zipfile.ZIP_STORED:
         signature, name, extra = _LOCAL_HEADER.unpack(header)
-        at += _LOCAL_HEADER.size + name + extra
-        if signature == b"PK\3\4" and info.header_offset >= 0 and at + info.file_size <= end:
-            return at, info.file_size
-    raise CheckpointError(
-        f"paramstats: expected an uncompressed record {info.filename!r} within the file, got a "
-        f"broken or foreign archive: {path}"
-    )
+        position += _LOCAL_HEADER.size + name + extra
+        if signature == b"PK\3\4" and info.header_offset >= 0 and position + info.file_size <= end:
+            return position, info.file_size
+    expected = f"an uncompressed record {info.filename!r} within the file"
+    raise unexpected(expected, "a damaged archive, or one that torch.save did not write", path)
 
 
-def _refusal(path: str, error: Exception) -> CheckpointError:
-    reason = error if isinstance(error, PickleError) else f"a broken file ({error!r})"
-    remedy = ""
-    if "refers to" in str(reason):
-        remedy = "; of a whole model or trainer save the state_dict()"
-    return CheckpointError(f"paramstats: expected tensors in {path}, got {reason}{remedy}")
+def _no_tensors(path: str, error: Exception) -> CheckpointError:
+    reason = error if isinstance(error, PickleError) else f"a damaged file ({error!r})"
+    is_object = "refers to" in str(reason)
+    remedy = "save the state_dict() instead of the model or trainer" if is_object else ""
+    return unexpected("tensors and plain data", reason, path, remedy)

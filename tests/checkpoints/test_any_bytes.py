@@ -1,4 +1,4 @@
-"""Whatever is in a file: right statistics, or an error that names it."""
+"""Any bytes in a file give correct statistics or a `CheckpointError`."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import paramstats
+from paramstats._core.moments import ROW
 from paramstats.checkpoints import CheckpointError, compare_files, summarize_file
 from tests.checkpoints.files import load_file, save
 
-SOME = {
+TENSORS = {
     "w": torch.linspace(-1, 1, 60).view(5, 12),
     "b": torch.ones(7).bfloat16(),
     "n": torch.tensor(3),
-    "v": torch.linspace(0, 9, 40)[::3],
+    "v": torch.linspace(0, 9, 40)[::3].contiguous(),
 }
 FORMATS = ("safetensors", "pt", "legacy", "dcp")
 
@@ -32,9 +33,8 @@ edits = st.lists(
 
 @pytest.fixture(scope="module")
 def valid(tmp_path_factory):
-    """The bytes of a valid file in each format, and where to write broken ones."""
-    made = {name: x.contiguous() for name, x in SOME.items()}
-    paths = {form: save(made, form, tmp_path_factory.mktemp(form)) for form in FORMATS}
+    """Path and bytes of a valid file, by format."""
+    paths = {form: save(TENSORS, form, tmp_path_factory.mktemp(form)) for form in FORMATS}
     paths["dcp"] = paths["dcp"] / ".metadata"
     return {form: (path, path.read_bytes()) for form, path in paths.items()}
 
@@ -53,19 +53,20 @@ def edited(data: bytes, changes: list[tuple[str, int, bytes]], last: int) -> byt
 
 
 def read(path):
-    """Its summary, or None where it was refused."""
+    """Return the summary of a file, or None if it was refused."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             return summarize_file(path)
         except CheckpointError as error:
             message = str(error)
-    assert message.startswith("paramstats: expected ") and str(path.parent) in message
+    assert message.startswith("paramstats.checkpoints.summarize_file: expected ")
+    assert str(path.parent) in message
     return None
 
 
-def loaded(path):
-    """What the formats' own libraries make of it; None where they refuse it."""
+def load(path):
+    """Return what the format's own library loads, or None if it refuses the file."""
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -77,20 +78,20 @@ def loaded(path):
 @pytest.mark.parametrize("form", FORMATS)
 @settings(max_examples=100)
 @given(changes=edits, near=st.sampled_from([60, 2000, 1 << 30]))
-def test_edited_files(valid, form, changes, near):
+def test_edited_file_is_refused_or_read_as_its_library_reads_it(valid, form, changes, near):
     path, data = valid[form]
     try:
         path.write_bytes(edited(data, changes, near))
         summary = read(path)
         if summary is None or form == "dcp":
             return
-        right = loaded(path)
-        if not isinstance(right, dict) or not all(map(torch.is_tensor, right.values())):
+        loaded = load(path)
+        if not isinstance(loaded, dict) or not all(map(torch.is_tensor, loaded.values())):
             return
-        expected = paramstats.summarize(dict(right))
-        for name in right:
+        expected = paramstats.summarize(dict(loaded))
+        for name in loaded:
             if isinstance(name, str) and name in summary and name not in summary.skipped:
-                assert summary[name]._identity()[:2] == expected[name]._identity()[:2]
+                assert ROW.pack(*summary[name].state()) == ROW.pack(*expected[name].state())
     finally:
         path.write_bytes(data)
 
@@ -98,7 +99,7 @@ def test_edited_files(valid, form, changes, near):
 @pytest.mark.parametrize("form", FORMATS)
 @settings(max_examples=40)
 @given(share=st.floats(0, 1, exclude_max=True))
-def test_truncated_files_are_refused(valid, form, share):
+def test_truncated_file_is_refused(valid, form, share):
     path, data = valid[form]
     try:
         path.write_bytes(data[: int(share * len(data))])
@@ -107,22 +108,7 @@ def test_truncated_files_are_refused(valid, form, share):
         path.write_bytes(data)
 
 
-@settings(max_examples=100)
-@given(
-    start=st.sampled_from(
-        [b"", b"PK\3\4", b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.", b"\x80\x04"]
-    ),
-    data=st.binary(max_size=300),
-    suffix=st.sampled_from([".safetensors", ".pt", ".bin", ""]),
-)
-def test_random_bytes(tmp_path_factory, start, data, suffix):
-    path = tmp_path_factory.getbasetemp() / f"random{suffix}"
-    path.write_bytes(start + data)
-    summary = read(path)
-    assert summary is None or len(summary) == 0
-
-
-def test_what_was_not_edited_is_read(valid):
+def test_unedited_file_is_read(valid):
     for path, _ in valid.values():
-        assert set(read(path)) == set(SOME)
+        assert set(read(path)) == set(TENSORS)
         assert all(row.change_norm == 0 for row in compare_files(path, valid["pt"][0]).rows)

@@ -1,4 +1,4 @@
-"""A checkpoint larger than the memory it is read in."""
+"""A checkpoint may be larger than the memory of the process that reads it."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 
 from tests.checkpoints.files import save
 
-pytest.importorskip("resource", reason="this system does not count a process's memory")
+pytest.importorskip("resource", reason="this system does not measure a process's memory")
 
-MEGABYTES = 192
-MOST = 64
-"""Beyond what the imports take: buffers, code that is first used, and room for the allocator."""
+FILE_MEGABYTES = 192
+MAX_MEGABYTES = 64
+"""Memory beyond that of the imports: buffers, code that is first used, and the allocator's."""
 
 READ = """
 import json, resource, sys
@@ -30,10 +30,10 @@ print(json.dumps(peak() - before))
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["safetensors", "pt", "legacy", "dcp"])
-def test_a_file_is_never_held_whole(tmp_path, form):
-    x = torch.linspace(0, 1, MEGABYTES * 1024 * 1024 // 8)
+def test_file_is_never_in_memory_as_a_whole(tmp_path, form):
+    x = torch.linspace(0, 1, FILE_MEGABYTES * 1024 * 1024 // 8)
     path = save({"a": x, "b": x.clone().view(1024, -1).t()}, form, tmp_path)
-    done = subprocess.run([sys.executable, "-c", READ, path], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    process = subprocess.run([sys.executable, "-c", READ, path], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
     unit = 1 if sys.platform == "darwin" else 1024
-    assert json.loads(done.stdout) * unit < MOST * 1024 * 1024
+    assert json.loads(process.stdout) * unit < MAX_MEGABYTES * 1024 * 1024

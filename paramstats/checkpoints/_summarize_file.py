@@ -1,0 +1,109 @@
+"""Define `summarize_file`: the statistics of a checkpoint, with a bounded amount of memory."""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Iterable
+
+import torch
+
+from paramstats._core.layout import Layout
+from paramstats._core.moments import ABSENT, ROW, unread
+from paramstats._core.options import Pattern
+from paramstats._core.record import Record
+from paramstats._summary import Summary
+from paramstats.checkpoints._errors import naming_errors
+from paramstats.checkpoints._opening import list_tensors
+from paramstats.checkpoints._reading import Progress, Reader, blocks_of_part, join_blocks
+from paramstats.checkpoints._states import States
+from paramstats.checkpoints._stored_tensors import StoredTensor, check_unchanged, file_identities
+
+
+def summarize_file(
+    path: str | os.PathLike[str],
+    *,
+    include: Pattern | Iterable[Pattern] | None = None,
+    exclude: Pattern | Iterable[Pattern] | None = None,
+    correction: float = 1,
+    progress: Progress | None = None,
+) -> Summary:
+    """Return the statistics of all tensors in a checkpoint, without loading it.
+
+    >>> import torch, tempfile, pathlib
+    >>> from paramstats.checkpoints import summarize_file
+    >>> path = pathlib.Path(tempfile.mkdtemp()) / "model.pt"
+    >>> torch.save({"w": torch.ones(4)}, path)
+    >>> summarize_file(path)["w"].norm
+    2.0
+
+    Args:
+        path: a safetensors file, a torch.save file, the `.index.json` of several of these, a folder
+            with one of them, or a folder that `torch.distributed.checkpoint` wrote.
+        include, exclude, correction: as in `summarize`.
+        progress: called with (bytes done, bytes in all) after every piece.
+
+    Returns:
+        A `Summary` in the order of the file. Tensors in nested dicts have dotted names. `skipped`
+        names the tensors that cannot be read, with the reason.
+
+    Raises:
+        CheckpointError: (a ValueError) the path is not a checkpoint, or it is damaged.
+        OSError: a file cannot be opened.
+
+    Nothing in a file is imported or executed. At most two pieces of 4 MB are in memory at a time.
+    """
+    if not math.isfinite(correction):
+        raise ValueError(
+            "paramstats.checkpoints.summarize_file: expected a finite number for correction, got "
+            f"{correction!r}"
+        )
+    with naming_errors("summarize_file"):
+        tensors = list_tensors(path, include, exclude)
+        identities = file_identities(tensors)
+        table, skipped = _read(tensors, progress)
+        check_unchanged(tensors, identities)
+    if skipped:
+        name = next(iter(skipped))
+        more = f" and {len(skipped) - 1} more" if len(skipped) > 1 else ""
+        warnings.warn(
+            f"paramstats.checkpoints.summarize_file: '{name}'{more} could not be read, statistics "
+            f"are NaN: {skipped[name]}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    layout = Layout(
+        tuple(t.name for t in tensors),
+        tuple(t.aliases for t in tensors),
+        len(tensors),
+        tuple(t.shape for t in tensors),
+        tuple(t.dtype for t in tensors),
+        (torch.device("cpu"),) * len(tensors),
+        tuple(t.requires_grad for t in tensors),
+    )
+    return Summary(Record(layout, table, float(correction), skipped=skipped))
+
+
+def _read(tensors: list[StoredTensor], progress: Progress | None) -> tuple[bytes, dict[str, str]]:
+    """Return the table of a record, and why a tensor could not be read, by name."""
+    parts = [(row, part, t.dtype) for row, t in enumerate(tensors) for part in t.parts]
+    parts.sort(key=lambda item: (item[1].path, item[1].offset))
+    blocks = (block for row_part in parts for block in blocks_of_part(*row_part))
+    done = total = 0
+    if progress is not None:
+        total = sum(block.nbytes for row_part in parts for block in blocks_of_part(*row_part))
+    states = States(len(tensors))
+    with Reader() as reader:
+        for ((piece, data),) in reader.read(join_blocks((block,) for block in blocks)):
+            states.update(piece, data)
+            done += sum(block.nbytes for block in piece.blocks)
+            if progress is not None:
+                progress(done, total)
+    skipped = {t.name: t.unread_reason for t in tensors if t.unread_reason is not None}
+    skipped |= {tensors[row].name: reason for row, reason in states.skipped.items()}
+    rows = [
+        ROW.pack(*(unread(math.prod(t.shape)) if t.name in skipped else state))
+        for t, state in zip(tensors, states.states, strict=True)
+    ]
+    return b"".join(rows) + ROW.pack(*unread(ABSENT)) * len(tensors), skipped
