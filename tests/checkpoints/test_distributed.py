@@ -17,7 +17,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 import paramstats
 from paramstats.checkpoints import CheckpointError, compare_files, summarize_file
 from tests import oracle
-from tests.sharded.together import together
+from tests.sharded.ranks import run_on_ranks
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available(), reason="this torch has no torch.distributed"
@@ -50,7 +50,7 @@ def save_sharded(folder: str) -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("dcp")
-    together(2, save_sharded, str(path))
+    run_on_ranks(2, save_sharded, str(path))
     assert len(list(path.glob("*.distcp"))) == 2
     return path
 
