@@ -1,6 +1,7 @@
-"""Parts of tensors: how a caller describes one, and which tensors a process has only a part of.
+"""Describe shards of tensors, and tell which tensors and models are sharded.
 
-Light: what reads and joins parts is in `paramstats.sharded`, imported when the first one is met.
+This module is always imported, so it imports nothing of torch.distributed. `paramstats._sharded`
+reads and merges shards; it is imported when the first one is found.
 """
 
 from __future__ import annotations
@@ -13,35 +14,35 @@ from typing import Any
 
 import torch
 
-_MOST = 1 << 60
+_MAX_NUMBER = 1 << 60
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 @dataclass(frozen=True, eq=False)
 class LocalShard:
-    """What this process holds of a tensor that was cut up by hand, as Megatron's layers are.
+    """The shard of a tensor that this rank holds, for models that are sharded without DTensor.
 
     >>> import torch, paramstats
-    >>> mine = paramstats.LocalShard(torch.ones(3), index=0, numel=3)  # of one process, all of it
-    >>> paramstats.summarize({"w": mine})["w"].mean
+    >>> shard = paramstats.LocalShard(torch.ones(3), index=0, numel=3)  # the only shard
+    >>> paramstats.summarize({"w": shard})["w"].mean
     1.0
 
-    In a mapping or pairs for `summarize`, it stands for the whole tensor, whose statistics come out,
-    the same on every process.
+    Pass it to `summarize` in a mapping or in (name, tensor) pairs, on every rank. The statistics
+    are those of the whole tensor, equal on all ranks.
 
     Args:
-        tensor: the elements that are here, in any shape; empty where there are none.
-        index: which part of the whole it is, a number from 0: the tensor-parallel rank, for example.
-            Parts are joined in this order; processes that give the same index hold copies of one
-            part, which counts once.
-        numel: elements of the whole tensor; that all of them are there is checked.
-        shape: of the whole tensor; None: as if it were flat.
+        tensor: the elements on this rank, in any shape; an empty tensor if there are none.
+        index: the number of the shard, from 0; for example the tensor-parallel rank. Ranks that
+            give the same index hold replicas of one shard, which counts once.
+        numel: number of elements of the whole tensor. `summarize` raises if some are missing.
+        shape: shape of the whole tensor; None: (numel,).
         grad: the gradient of these elements; None: `tensor.grad`.
-        requires_grad: None: as `tensor`.
+        requires_grad: whether the tensor requires a gradient; None: as `tensor` does.
 
     Raises:
-        TypeError: `tensor` is none.
-        ValueError: `index`, `numel` or `shape` cannot be.
+        TypeError: `tensor` is not a tensor.
+        ValueError: `index` or `numel` is not an int in its range, or `shape` does not have `numel`
+            elements.
     """
 
     tensor: torch.Tensor
@@ -54,11 +55,12 @@ class LocalShard:
     def __post_init__(self) -> None:
         if not isinstance(self.tensor, torch.Tensor):
             raise TypeError(
-                f"paramstats.LocalShard: expected a torch.Tensor, got {type(self.tensor).__name__}"
+                f"paramstats.LocalShard: expected a torch.Tensor for tensor, got "
+                f"{type(self.tensor).__name__}"
             )
         for field, least in (("index", 0), ("numel", self.tensor.numel())):
             value = getattr(self, field)
-            if not isinstance(value, int) or not least <= value <= _MOST:
+            if not isinstance(value, int) or not least <= value <= _MAX_NUMBER:
                 raise ValueError(
                     f"paramstats.LocalShard: expected an int of at least {least} for {field}, "
                     f"got {value!r}"
@@ -74,10 +76,12 @@ class LocalShard:
 
     @property
     def dtype(self) -> torch.dtype:
+        """The dtype of the elements."""
         return self.tensor.dtype
 
     @property
     def device(self) -> torch.device:
+        """The device of the elements on this rank."""
         return self.tensor.device
 
 
@@ -86,18 +90,18 @@ def is_dtensor(tensor: Any) -> bool:
 
 
 def is_zero_parameter(tensor: Any) -> bool:
-    """Whether DeepSpeed's ZeRO-3 has partitioned it."""
+    """Return whether DeepSpeed's ZeRO-3 has partitioned a parameter."""
     return hasattr(tensor, "ds_id") and hasattr(tensor, "ds_tensor")
 
 
 def is_sharded(source: Any, tensors: Iterable[Any]) -> bool:
-    """Whether any of it is cut up: the same answer on every process that holds the model."""
+    """Return whether any tensor is sharded; the same answer on every rank of a model."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is not None and isinstance(source, torch.nn.Module):
-        # Another thread may be importing it: what is not there yet has wrapped nothing.
+        # If another thread is just importing the module, it has wrapped nothing yet.
         names = ("FSDPModule", "FullyShardedDataParallel")
-        wrapped = tuple(getattr(fsdp, name) for name in names if hasattr(fsdp, name))
-        if any(isinstance(module, wrapped) for module in _modules(source)):
+        wrappers = tuple(getattr(fsdp, name) for name in names if hasattr(fsdp, name))
+        if any(isinstance(module, wrappers) for module in _modules(source)):
             return True
     return any(
         isinstance(tensor, LocalShard)
@@ -109,20 +113,21 @@ def is_sharded(source: Any, tensors: Iterable[Any]) -> bool:
 
 
 def _modules(source: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """All modules, once each. Not by `modules()`, which needs their hash, and a stack as deep as
-    they are."""
-    seen, left = {id(source)}, [source]
-    while left:
-        module = left.pop()
+    """Yield every module once. Unlike `source.modules()`, it needs no hash and no recursion."""
+    seen, remaining = {id(source)}, [source]
+    while remaining:
+        module = remaining.pop()
         yield module
         new = [child for child in children(module) if id(child) not in seen]
         seen.update(map(id, new))
-        left.extend(new)
+        remaining.extend(new)
 
 
 def children(module: torch.nn.Module) -> list[torch.nn.Module]:
-    """Its modules, at one moment: another thread may change it. None of one that keeps them in a
-    way of its own."""
+    """Return the direct children, in a list because another thread may change the module.
+
+    Returns [] for a module that stores its children in an unusual way.
+    """
     try:
         return [child for child in list(module._modules.values()) if child is not None]
     except Exception:
@@ -130,7 +135,7 @@ def children(module: torch.nn.Module) -> list[torch.nn.Module]:
 
 
 def refuse_shards(named: Iterable[tuple[str, Any]]) -> None:
-    """Raises NotImplementedError at a part of a tensor in a model that is not sharded itself."""
+    """Raise NotImplementedError if any tensor of an unsharded model is a DTensor."""
     for name, tensor in named:
         if is_dtensor(tensor):
             raise NotImplementedError(

@@ -1,4 +1,4 @@
-"""Statistics of models that several ranks hold together; imported when one is met."""
+"""Statistics of models whose tensors are distributed over ranks. Imported on first use."""
 
 from paramstats._sharded.summarize import Call, summarize
 

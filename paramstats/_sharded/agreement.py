@@ -1,7 +1,8 @@
-"""What the processes of a group must know of each other's tensors before they can be joined."""
+"""Agree on the union of all ranks' tensors, which gives every tensor a row in the exchange."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import weakref
 from collections.abc import Sequence
@@ -13,127 +14,118 @@ from torch import Tensor
 from paramstats._core.elements import numel
 from paramstats._core.layout import Layout
 from paramstats._core.shard import LocalShard
-from paramstats._sharded.merging import word_for
-
-_MOST_KEPT = 64
+from paramstats._sharded.merging import hash_word
 
 
 class Content(NamedTuple):
-    """A process's layout as the others need it: without the numbers of devices."""
+    """What a rank tells the others about its tensors: `numels` has those of whole tensors."""
 
-    names: tuple[str, ...]
-    aliases: tuple[tuple[str, ...], ...]
-    parameters: int
-    shapes: tuple[tuple[int, ...] | None, ...]
-    dtypes: tuple[torch.dtype, ...]
-    devices: tuple[str, ...]
-    requires_grad: tuple[bool, ...]
+    layout: Layout
     numels: tuple[int, ...]
 
 
-_digests: weakref.WeakKeyDictionary[Layout, tuple[Content, bytes]] = weakref.WeakKeyDictionary()
-_digests_by_content: dict[Content, bytes] = {}
+_Digest = tuple[tuple[int, ...], bytes]
+_digests: weakref.WeakKeyDictionary[Layout, _Digest] = weakref.WeakKeyDictionary()
 
 
-def content_of(layout: Layout, rows: Sequence[Any]) -> tuple[Content, bytes]:
-    """And its digest, which takes milliseconds for thousands of tensors the first time."""
+def content_of(layout: Layout, tensors: Sequence[Any]) -> tuple[Content, bytes]:
+    """Return a rank's content and its SHA-256; cached, because hashing takes milliseconds.
+
+    The numbers of devices are not hashed, because they differ between ranks.
+    """
     found = _digests.get(layout)
     if found is None:
-        content = Content(
-            layout.names,
-            layout.aliases,
-            layout.parameters,
-            layout.shapes,
-            layout.dtypes,
-            tuple(device.type for device in layout.devices),
-            layout.requires_grad,
-            tuple(x.numel if isinstance(x, LocalShard) else numel(x) for x in rows),
-        )
-        digest = _digests_by_content.get(content)
-        if digest is None:
-            if len(_digests_by_content) >= _MOST_KEPT:
-                _digests_by_content.clear()
-            digest = _digests_by_content[content] = hashlib.sha256(repr(content).encode()).digest()
-        found = _digests[layout] = (content, digest)
-    return found
+        numels = tuple(x.numel if isinstance(x, LocalShard) else numel(x) for x in tensors)
+        *fields, devices, requires_grad, wrapper_names, _ = layout.fields
+        device_types = tuple(device.type for device in devices)
+        digest = _sha256((*fields, device_types, requires_grad, wrapper_names, numels))
+        found = _digests[layout] = (numels, digest)
+    numels, digest = found
+    return Content(layout, numels), digest
+
+
+@functools.lru_cache(maxsize=64)
+def _sha256(content: tuple[Any, ...]) -> bytes:
+    return hashlib.sha256(repr(content).encode()).digest()
 
 
 class Agreement(NamedTuple):
-    """The same on every process, but for `positions`, which are its own."""
+    """The tensors of all ranks together. Equal on all ranks, except for `positions`."""
 
     id: int
     layout: Layout
     numels: Tensor
-    """Elements of each whole tensor, gradients after tensors."""
+    """Elements of each whole tensor, then the same again for the gradients."""
     positions: Tensor
-    """The row, among all processes' rows, of each row of this process."""
+    """The row of each of this rank's tensors and gradients."""
+
+
+class _Source(NamedTuple):
+    """The first rank that has a tensor of some name."""
+
+    content: Content
+    row: int
+    rank: int
 
 
 def agree(
     digests: Sequence[bytes],
-    described: dict[bytes, Content],
+    contents: dict[bytes, Content],
     layout: Layout,
-    ranks: Sequence[int],
+    global_ranks: Sequence[int],
 ) -> Agreement:
-    """The union of what processes have: the first one's rows in its order, then what others add.
+    """Return the union: the first rank's tensors in their order, then what other ranks add.
 
     Args:
-        digests: of each process's content, in order.
-        described: by digest.
-        layout: this process's own.
-        ranks: the processes' global ranks.
+        digests: the digest of each rank's content.
+        contents: the contents by digest.
+        layout: this rank's layout.
+        global_ranks: the ranks' numbers in the default group, for errors.
 
     Raises:
-        ValueError: one name stands for tensors of different shapes. On every process alike.
+        ValueError: two ranks have tensors of one name and different shapes. Raised on all ranks.
     """
-    first: dict[str, tuple[Content, int, int]] = {}
-    seen = set()
-    for place, digest in enumerate(digests):
-        if digest in seen:
-            continue
-        seen.add(digest)
-        content = described[digest]
-        for row, name in enumerate(content.names):
-            other, there, elsewhere = first.setdefault(name, (content, row, place))
-            got = (
-                (other.shapes[there], other.numels[there]),
-                (content.shapes[row], content.numels[row]),
-            )
-            if got[0] != got[1]:
+    first: dict[str, _Source] = {}
+    senders: dict[bytes, int] = {}
+    for rank, digest in enumerate(digests):
+        senders.setdefault(digest, rank)
+    for digest, rank in senders.items():
+        content = contents[digest]
+        for row, name in enumerate(content.layout.names):
+            source = first.setdefault(name, _Source(content, row, rank))
+            expected = source.content.layout.shapes[source.row], source.content.numels[source.row]
+            got = content.layout.shapes[row], content.numels[row]
+            if got != expected:
                 raise ValueError(
-                    f"paramstats.summarize: expected one shape for '{name}' on all processes, got "
-                    f"{got[0][0]} of {got[0][1]} elements on rank {ranks[elsewhere]} and "
-                    f"{got[1][0]} of {got[1][1]} on rank {ranks[place]}; different tensors need "
-                    f"different names"
+                    f"paramstats.summarize: expected one shape for '{name}' on all ranks, got "
+                    f"{expected[0]} on rank {global_ranks[source.rank]} and {got[0]} on rank "
+                    f"{global_ranks[rank]}; give different tensors different names"
                 )
-    union = layout if len(seen) == 1 else _union(first, layout)
-    own = [union.index[name] for name in layout.names]
+    union = layout if len(senders) == 1 else _union(first, layout)
+    own_rows = [union.index[name] for name in layout.names]
     n = len(union)
-    numels = [first[name][0].numels[first[name][1]] for name in union.names]
+    numels = [first[name].content.numels[first[name].row] for name in union.names]
     return Agreement(
-        word_for(list(digests)),
+        hash_word(list(digests)),
         union,
         torch.tensor(numels * 2, dtype=torch.int64),
-        torch.tensor(own + [n + row for row in own], dtype=torch.int64),
+        torch.tensor(own_rows + [n + row for row in own_rows], dtype=torch.int64),
     )
 
 
-def _union(first: dict[str, tuple[Content, int, int]], layout: Layout) -> Layout:
-    """Parameters first; a device is this process's own where it has the tensor."""
-    found = [(name, *where) for name, where in first.items()]
-    in_order = [f for f in found if f[2] < f[1].parameters]
-    parameters = len(in_order)
-    in_order += [f for f in found if f[2] >= f[1].parameters]
-    at = {name: row for row, name in enumerate(layout.names)}
-    return Layout(
-        tuple(name for name, *_ in in_order),
-        tuple(content.aliases[row] for _, content, row, _ in in_order),
-        parameters,
-        tuple(content.shapes[row] for _, content, row, _ in in_order),
-        tuple(content.dtypes[row] for _, content, row, _ in in_order),
-        tuple(
-            layout.devices[at[name]] if name in at else torch.device(content.devices[row])
-            for name, content, row, _ in in_order
-        ),
-        tuple(content.requires_grad[row] for _, content, row, _ in in_order),
+def _union(first: dict[str, _Source], layout: Layout) -> Layout:
+    """Return a layout of all tensors, parameters first, with this rank's devices where it can."""
+
+    def is_buffer(source: _Source) -> bool:
+        return source.row >= source.content.layout.parameters
+
+    sources = sorted(first.values(), key=is_buffer)
+    rows = [content.layout.row(row) for content, row, _ in sources]
+    names, aliases, shapes, dtypes, devices, requires_grad = zip(*rows, strict=True)
+    own_devices = dict(zip(layout.names, layout.devices, strict=True))
+    parameters = sum(not is_buffer(source) for source in sources)
+    devices = tuple(
+        own_devices.get(name, torch.device(device.type))
+        for name, device in zip(names, devices, strict=True)
     )
+    return Layout(names, aliases, parameters, shapes, dtypes, devices, requires_grad)

@@ -1,265 +1,232 @@
-"""One packed exchange for all tensors of a model.
+"""Exchange the states of all tensors of a model among the ranks of a group, in one message.
 
-Every process sends a header and a row for each tensor and gradient, its own part's state. Up to
-ALL_TO_ALL_FROM processes, one all_gather brings all rows to all; beyond, an all_to_all brings each
-process the rows of a share of the tensors, and an all_gather the joined ones back to all.
+Every rank sends a header and one row per tensor and gradient, the state of its own shard. With
+fewer than ALL_TO_ALL_FROM ranks, one all_gather sends all rows to all ranks. With more ranks, an
+all_to_all sends each rank the rows of some of the tensors, and an all_gather sends the merged rows
+to all.
 
-The buffer has the same size on all processes of a group, whatever they hold: it grows only when
-all agree anew. So a process whose model has changed on its own still takes part in the others'
-exchange, whose headers then tell everyone to agree again. No decision around a collective rests on
-anything that only one process knows.
+A collective call hangs if one rank makes it and another does not. Every decision about one is
+therefore based on data that all ranks have received. The buffers of all ranks have the same size.
+A rank whose tensors have changed sends no rows; its header makes all ranks agree again.
 
-Partial tensors, whose processes hold addends, come after: what is to be added up follows from what
-all have told (`partial`). An exchange thus takes one collective call (two of many processes), and
-one more for each operator and type of partial tensors.
+Partial tensors are reduced afterwards. An exchange takes one collective call (two with many ranks),
+and one more for each operator and dtype of partial tensors.
 """
 
 from __future__ import annotations
 
 import ctypes
-import functools
 import struct
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from paramstats._core.layout import Layout
 from paramstats._core.moments import ABSENT, ROW, Moments, merge
+from paramstats._core.record import Record
 from paramstats._sharded.agreement import Agreement, agree
-from paramstats._sharded.collectives import DESTROYED, Processes
+from paramstats._sharded.collectives import DESTROYED, Ranks
+from paramstats._sharded.local_rows import LocalRows
 from paramstats._sharded.merging import (
     DIVERGED,
     INCOMPLETE,
     NOT_HELD,
     UNREADABLE,
     WORDS,
-    merge_parts,
-    trouble,
-    word_for,
+    decode_status,
+    hash_word,
+    merge_rows,
 )
-from paramstats._sharded.offer import FailedOffer, Offer
-from paramstats._sharded.partial import Plan, digest_of, plan
+from paramstats._sharded.partial import Plan, make_plan
 
 ALL_TO_ALL_FROM = 17
-_TRIES = 4
-_MOST_KEPT = 64
+"""Number of ranks from which each rank merges the rows of some tensors only."""
+_MAX_ATTEMPTS = 4
+_MAX_REMEMBERED = 64
 
-# Words of a header.
+# Positions of words in a header.
 _DIGEST = slice(0, 4)
-_AGREEMENT, _ENGINE, _FAILED, _TOLD = 4, 5, 6, 7
+_AGREEMENT, _BACKEND, _FAILED, _PARTIAL = 4, 5, 6, 7
+
+T = TypeVar("T")
+Outcome = Record | Exception
 
 
-class Result(NamedTuple):
-    """The statistics of whole tensors, the same on every process."""
+class Exchange:
+    """Exchanges states among the ranks of one group; remembers what the ranks agreed on."""
 
-    layout: Layout
-    table: bytes
-    skipped: dict[str, str]
-    diverged: dict[str, str]
-
-
-Headers = list[list[int]]
-Outcome = tuple[Result | None, Exception | None]
-
-
-class Group:
-    """The processes that exchange, and what they have agreed on."""
-
-    def __init__(self, processes: Processes) -> None:
-        self._processes = processes
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
         self._capacity = 0
-        self._latest: dict[bytes, Agreement] = {}
+        self._agreements: dict[bytes, Agreement] = {}
         self._plans: dict[tuple[int, ...], Plan] = {}
-        self._worker: ThreadPoolExecutor | None = None
+        self._executor = ThreadPoolExecutor(1, "paramstats-exchange")  # starts at first use
 
-    # ---- what callers want
+    def run(self, local: LocalRows) -> Record:
+        """Merge the rows of all ranks into a record of the whole tensors, equal on all ranks.
 
-    def exchange(self, offer: Offer | FailedOffer) -> Result:
-        """Joins what all processes offer.
-
-        Raises:
-            RuntimeError: elements are missing, or a process failed; on every process alike.
-            ValueError: the processes' tensors do not go together.
+        Raises `local.error` if there is one. Otherwise raises on all ranks alike: RuntimeError if
+        elements are missing or a rank failed, ValueError if the ranks' tensors contradict.
         """
-        for _ in range(_TRIES):
-            agreement = self._latest.get(offer.digest)
+        for _ in range(_MAX_ATTEMPTS):
+            agreement = self._agreements.get(local.digest)
             rows = None
-            if agreement is not None and (own := offer.rows()) is not None:
+            if agreement is not None and (local_rows := local.rows()) is not None:
                 rows = torch.full((self._capacity, WORDS), NOT_HELD, dtype=torch.int64)
-                rows[agreement.positions] = own
-            headers, joined = self._send(self._header(offer, agreement), rows)
-            self._raise_failure(headers, offer)
+                rows[agreement.positions] = local_rows
+            received = self._send(self._header(local, agreement), rows)
+            headers = received[:, 0].tolist()
+            self._raise_failure(headers, local)
             if agreement is not None and {h[_AGREEMENT] for h in headers} == {agreement.id}:
-                same_backend = len({h[_ENGINE] for h in headers}) == 1
-                merged = joined(agreement.numels, same_backend)
-                lacking = self._add_up([h[_TOLD] for h in headers], agreement, offer, merged)
-                return self._result(merged, agreement, offer, lacking)
-            self._agree(headers, offer)
-        raise RuntimeError("paramstats.summarize: expected the processes to agree on their tensors")
+                same_backend = len({h[_BACKEND] for h in headers}) == 1
+                merged = self._merge(received[:, 1:], agreement.numels, same_backend)
+                digests = [h[_PARTIAL] for h in headers]
+                diverged = self._reduce_partials(digests, agreement, local, merged)
+                return self._record(merged, agreement, local, diverged)
+            self._agree(headers, local)
+        raise RuntimeError("paramstats.summarize: expected the ranks to agree on their tensors")
 
-    def exchange_later(self, offer: Offer | FailedOffer) -> Future[Outcome]:
-        """The same beside the training, on a thread; one after the other."""
-        if self._worker is None:
-            self._worker = ThreadPoolExecutor(1, "paramstats-exchange")
-        return self._worker.submit(self._outcome, offer)
+    def run_later(self, local: LocalRows) -> Future[Outcome]:
+        """Run the exchange on a background thread. Exchanges run one after the other."""
+        return self._executor.submit(self._outcome, local)
 
-    def _outcome(self, offer: Offer | FailedOffer) -> Outcome:
+    def _outcome(self, local: LocalRows) -> Outcome:
         try:
-            return self.exchange(offer), None
+            return self.run(local)
         except Exception as error:
             if not dist.is_initialized():
-                return None, RuntimeError(DESTROYED)
-            # Not its traceback, which holds the model's tensors.
+                return RuntimeError(DESTROYED)
+            # Drop tracebacks, whose frames refer to the model's tensors.
             cause = error.__cause__
-            return None, error.with_traceback(None) if cause is None else type(error)(*error.args)
+            return error.with_traceback(None) if cause is None else type(error)(*error.args)
 
-    # ---- rounds
-
-    def _header(self, offer: Offer | FailedOffer, agreement: Agreement | None) -> Tensor:
+    def _header(self, local: LocalRows, agreement: Agreement | None) -> Tensor:
         words = torch.zeros(WORDS, dtype=torch.int64)
-        words[_DIGEST] = torch.tensor(struct.unpack("=4q", offer.digest), dtype=torch.int64)
+        words[_DIGEST] = torch.tensor(struct.unpack("=4q", local.digest), dtype=torch.int64)
         words[_AGREEMENT] = agreement.id if agreement else 0
-        # Copies read by other instructions may differ in their last bit.
-        words[_ENGINE] = word_for(offer.backend)
-        words[_FAILED] = int(offer.error is not None)
-        words[_TOLD] = digest_of(offer.told)
+        # Different SIMD instructions may round the last bit of a replica differently.
+        words[_BACKEND] = hash_word(local.backend)
+        words[_FAILED] = int(local.error is not None)
+        words[_PARTIAL] = hash_word(local.partial_specs) if local.partial_specs else 0
         return words
 
-    def _raise_failure(self, headers: Headers, offer: Offer | FailedOffer) -> None:
-        failed = [
-            rank for rank, h in zip(self._processes.ranks, headers, strict=True) if h[_FAILED]
-        ]
-        if offer.error is not None:
-            raise offer.error
-        if failed:
-            raise RuntimeError(
-                f"paramstats.summarize: expected every process to read its tensors, got an error "
-                f"on rank {failed[0]}, which raises it"
-            )
+    def _raise_failure(self, headers: list[list[int]], local: LocalRows) -> None:
+        if local.error is not None:
+            raise local.error
+        for rank, header in zip(self._ranks.global_ranks, headers, strict=True):
+            if header[_FAILED]:
+                raise RuntimeError(
+                    f"paramstats.summarize: expected every rank to read its tensors, got an error "
+                    f"on rank {rank}; see the traceback of that rank"
+                )
 
-    def _agree(self, headers: Headers, offer: Offer | FailedOffer) -> None:
-        """From headers that all processes see. Contents are sent only where they differ."""
+    def _agree(self, headers: list[list[int]], local: LocalRows) -> None:
+        """Agree on the union of all ranks' tensors."""
         digests = [struct.pack("=4q", *h[_DIGEST]) for h in headers]
-        described = {offer.digest: offer.content}
+        contents = self._contents(digests, local.digest, local.content)
+        agreement = agree(digests, contents, local.layout, self._ranks.global_ranks)
+        # Ranks may clear at different times: one that has forgotten an agreement starts it anew.
+        if len(self._agreements) >= _MAX_REMEMBERED:
+            self._agreements.clear()
+        self._agreements[local.digest] = agreement
+        count, size = len(agreement.numels), self._ranks.size
+        self._capacity = max(self._capacity, -(-count // size) * size)  # a multiple of size
+
+    def _contents(self, digests: list[Any], own_digest: Any, own_content: T) -> dict[Any, T]:
+        """Return the contents by digest; each is sent by one rank, and only if digests differ."""
+        contents = {own_digest: own_content}
         distinct = list(dict.fromkeys(digests))
         if len(distinct) > 1:
             for digest in distinct:
                 sender = digests.index(digest)
-                described[digest] = self._processes.broadcast(described.get(digest), sender)
-        agreement = agree(digests, described, offer.layout, self._processes.ranks)
-        if len(self._latest) >= _MOST_KEPT:  # whoever has forgotten one says so, and all agree anew
-            self._latest.clear()
-        self._latest[offer.digest] = agreement
-        self._capacity = max(self._capacity, len(agreement.numels))
+                contents[digest] = self._ranks.broadcast(contents.get(digest), sender)
+        return contents
 
-    def _add_up(
-        self,
-        digests: list[int],
-        agreement: Agreement,
-        offer: Offer | FailedOffer,
-        merged: Tensor,
+    def _send(self, header: Tensor, rows: Tensor | None) -> Tensor:
+        """Return the headers and the rows of all ranks, or their rows of this rank's share."""
+        shares = self._ranks.size if self._ranks.size >= ALL_TO_ALL_FROM else 1
+        share = self._capacity // shares
+        blocks = torch.full((shares, 1 + share, WORDS), NOT_HELD, dtype=torch.int64)
+        blocks[:, 0] = header
+        if rows is not None:
+            blocks[:, 1:] = rows.view(shares, share, WORDS)
+        return self._ranks.all_gather(blocks[0]) if shares == 1 else self._ranks.all_to_all(blocks)
+
+    def _merge(self, rows: Tensor, numels: Tensor, compare: bool) -> Tensor:
+        """Merge the rows that all ranks sent."""
+        size, rank, share = self._ranks.size, self._ranks.rank, rows.shape[1]
+        if size < ALL_TO_ALL_FROM:
+            return merge_rows(rows[:, : len(numels)], numels, compare)
+        padded = numels.new_zeros(size * share)
+        padded[: len(numels)] = numels
+        own_share = padded[rank * share : (rank + 1) * share]
+        merged = self._ranks.all_gather(merge_rows(rows, own_share, compare))
+        return merged.view(-1, WORDS)[: len(numels)]
+
+    def _reduce_partials(
+        self, digests: list[int], agreement: Agreement, local: LocalRows, merged: Tensor
     ) -> dict[str, str]:
-        """Puts partial tensors, where any process has told of some, into their rows. Returns the
-        names of those that lack addends, and how many."""
+        """Write the states of reduced partial tensors into `merged`.
+
+        `digests` are those of each rank's partial specs, 0 where there are none. Returns the
+        tensors for which ranks lack a value, by name, and how many do.
+        """
         if not any(digests):
             return {}
         key = tuple(digests)
-        if key not in self._plans:  # known to all: every plan was made by all
-            if len(self._plans) >= _MOST_KEPT:
+        if key not in self._plans:  # on all ranks, as every plan was made by all ranks
+            if len(self._plans) >= _MAX_REMEMBERED:
                 self._plans.clear()
-            self._plans[key] = plan(self._processes.gather_objects(offer.told))
-        made = self._plans[key]
-        states = offer.add_up(made, self._processes.process_group, self._processes.device)
+            own_digest = digests[self._ranks.rank]
+            contents = self._contents(digests, own_digest, local.partial_specs)
+            self._plans[key] = make_plan([contents[digest] for digest in digests])
+        plan = self._plans[key]
+        states = local.reduce_partials(plan, self._ranks.process_group, self._ranks.device)
         layout = agreement.layout
         whole: dict[int, Moments] = {}
-        lacking = {}
-        for slot, state in zip(made.slots, states, strict=True):
+        diverged = {}
+        for slot, state in zip(plan.slots, states, strict=True):
             name, is_gradient = slot.label
             row = layout.index[name] + len(layout) * is_gradient
             whole[row] = merge(whole[row], state) if row in whole else state
             if slot.missing:
-                lacking[layout.row_name(row)] = (
-                    f"addends of {slot.missing} processes are missing; they were left out"
-                )
+                reason = f"{slot.missing} ranks have no value; those of the others were reduced"
+                diverged[layout.row_name(row)] = reason
         for row, state in whole.items():
-            bits = 0 if state.count == int(agreement.numels[row]) else INCOMPLETE
-            merged[row, 0] = bits
+            merged[row, 0] = 0 if state.count == int(agreement.numels[row]) else INCOMPLETE
             words = struct.unpack("=9q", ROW.pack(*state))
             merged[row, 1:] = torch.tensor(words, dtype=torch.int64)
-        return lacking
+        return diverged
 
-    # ---- rows there and back
-
-    def _send(
-        self, header: Tensor, rows: Tensor | None
-    ) -> tuple[Headers, Callable[[Tensor, bool], Tensor]]:
-        """All processes' headers, and what joins the rows that came with them."""
-        count, size = self._capacity, self._processes.size
-        if size < ALL_TO_ALL_FROM:
-            block = torch.full((1 + count, WORDS), NOT_HELD, dtype=torch.int64)
-            block[0] = header
-            if rows is not None:
-                block[1:] = rows
-            got = self._processes.all_gather(block)
-            return got[:, 0].tolist(), functools.partial(self._merge_all, got)
-        share = -(-count // size)
-        blocks = torch.full((size, 1 + share, WORDS), NOT_HELD, dtype=torch.int64)
-        blocks[:, 0] = header
-        if rows is not None:
-            padded = torch.full((size * share, WORDS), NOT_HELD, dtype=torch.int64)
-            padded[:count] = rows
-            blocks[:, 1:] = padded.view(size, share, WORDS)
-        got = self._processes.all_to_all(blocks)
-        return got[:, 0].tolist(), functools.partial(self._merge_share, got, share)
-
-    def _merge_all(self, got: Tensor, numels: Tensor, same_backend: bool) -> Tensor:
-        return merge_parts(got[:, 1 : 1 + len(numels)], numels, same_backend)
-
-    def _merge_share(self, got: Tensor, share: int, numels: Tensor, same_backend: bool) -> Tensor:
-        size, rank = self._processes.size, self._processes.rank
-        padded = numels.new_zeros(size * share)
-        padded[: len(numels)] = numels
-        mine = padded[rank * share : (rank + 1) * share]
-        joined = self._processes.all_gather(merge_parts(got[:, 1:], mine, same_backend))
-        return joined.view(-1, WORDS)[: len(numels)]
-
-    # ---- what came out
-
-    def _result(
-        self,
-        merged: Tensor,
-        agreement: Agreement,
-        offer: Offer | FailedOffer,
-        lacking: dict[str, str],
-    ) -> Result:
+    def _record(
+        self, merged: Tensor, agreement: Agreement, local: LocalRows, diverged: dict[str, str]
+    ) -> Record:
         layout = agreement.layout
-        ranks = self._processes.ranks
+        global_ranks = self._ranks.global_ranks
         skipped: dict[str, str] = {}
-        diverged = dict(lacking)
         incomplete = []
         for row in merged[:, 0].nonzero().flatten().tolist():
             name = layout.row_name(row)
-            bits, odd, other = trouble(int(merged[row, 0]))
-            if bits & INCOMPLETE:
+            status = decode_status(int(merged[row, 0]))
+            rank, other = (global_ranks[number] for number in (status.rank, status.other))
+            if status.bits & INCOMPLETE:
                 incomplete.append((name, int(merged[row, 1]), int(agreement.numels[row])))
-            if bits & DIVERGED:
-                diverged[name] = f"rank {ranks[odd]} differs from rank {ranks[other]}"
-            if bits & UNREADABLE:
-                told = f"rank {ranks[odd]} could not read its part"
-                skipped[name] = offer.unreadable.get(name, told)
+            if status.bits & DIVERGED:
+                diverged[name] = f"rank {rank} differs from rank {other}"
+            if status.bits & UNREADABLE:
+                reason = f"rank {rank} could not read its shard"
+                skipped[name] = local.skipped.get(name, reason)
         if incomplete:
-            name, got, expected = incomplete[0]
-            seen = "none" if got == ABSENT else got
-            others = f" (and of {len(incomplete) - 1} more)" if len(incomplete) > 1 else ""
+            name, count, expected = incomplete[0]
+            got = "none" if count == ABSENT else count
+            more = f" (and {len(incomplete) - 1} more tensors)" if len(incomplete) > 1 else ""
             raise RuntimeError(
-                f"paramstats.summarize: expected the processes together to hold the {expected} "
-                f"elements of '{name}', got {seen}{others}; call it on all processes that hold a "
-                f"part, or leave it out with exclude=..., or gradients with grads=False"
+                f"paramstats.summarize: expected the ranks together to hold the {expected} "
+                f"elements of '{name}', got {got}{more}; call it on all ranks that hold a shard, "
+                f"or leave the tensor out with exclude=..., or gradients with grads=False"
             )
         states = merged[:, 1:].contiguous()
         table = ctypes.string_at(states.data_ptr(), states.numel() * 8)
-        return Result(layout, table, skipped, diverged)
+        return Record(layout, table, skipped=skipped, diverged=diverged)

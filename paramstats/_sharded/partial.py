@@ -1,71 +1,56 @@
-"""Partial tensors: addends on several processes, added up before anybody reads them.
+"""Reduce partial tensors: DTensors whose value is the sum (or maximum, ...) of all ranks' values.
 
-Every process tells which addends it has; what is to be added up follows from what all have told,
-never from what one of them has met. One all_reduce in the exchange's own group for each operator
-and type makes the elements of all of them, of copies once; a process without an addend takes part
-with what changes nothing.
+Every rank first sends the specs of its partial tensors. All ranks make the same plan from these
+specs, so that they make the same collective calls: one all_reduce in the exchange's own group for
+each operator and dtype. Of several replicas, one is reduced. A rank without a value contributes the
+neutral element.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from paramstats._sharded.merging import word_for
+from paramstats._sharded.merging import hash_word
 
-Label = tuple[str, bool]
-"""A tensor's first name, and whether it is its gradient that is meant."""
+Label = tuple[str, bool]  # a tensor's first name, and whether its gradient is meant
 
 
-class Addends(NamedTuple):
-    """How the processes' addends of a DTensor belong together, told from its placements."""
+class Reduction(NamedTuple):
+    """How the ranks' values of a partial DTensor are reduced, as its placements say.
+
+    `divisor` is the number of ranks for an average, else 1. `ranks` have a value of the same
+    elements. `replica` has the mesh coordinates of the replica, then a hash of the mesh.
+    """
 
     operator: str
-    """Of `_OPERATORS`."""
     divisor: int
-    processes: int
-    """Those with addends of the same elements."""
+    ranks: int
     replica: tuple[int, ...]
-    """Which copy of these elements: coordinates, then a number that stands for the mesh."""
 
 
-class Addend(NamedTuple):
-    """What a process tells of its own."""
+Bucket = tuple[str, torch.dtype]  # an operator, and the dtype in which it is applied
 
-    addends: Addends
+
+class PartialSpec(NamedTuple):
+    """A partial tensor of one rank."""
+
+    reduction: Reduction
     dtype: torch.dtype
     numel: int
-    key: int
-    """Which part of the whole tensor."""
+    shard_index: int
 
 
-Told = tuple[tuple[Label, Addend], ...]
-"""By one process, in order."""
+PartialSpecs = tuple[tuple[Label, PartialSpec], ...]
+"""All partial tensors of one rank, sorted."""
 
+_OPERATORS = {op: getattr(dist.ReduceOp, op.upper()) for op in ("sum", "product", "max", "min")}
 
-class _Operator(NamedTuple):
-    reduce: Any
-    neutral: Callable[[torch.dtype], float]
-
-
-_OPERATORS = {
-    "sum": _Operator(dist.ReduceOp.SUM, lambda dtype: 0),
-    "product": _Operator(dist.ReduceOp.PRODUCT, lambda dtype: 1),
-    "max": _Operator(
-        dist.ReduceOp.MAX,
-        lambda dtype: -torch.inf if dtype.is_floating_point else torch.iinfo(dtype).min,
-    ),
-    "min": _Operator(
-        dist.ReduceOp.MIN,
-        lambda dtype: torch.inf if dtype.is_floating_point else torch.iinfo(dtype).max,
-    ),
-}
-
-_ADDED_UP_IN = {
+_REDUCTION_DTYPES = {
     torch.float64: torch.float64,
     **dict.fromkeys(
         (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2),
@@ -77,9 +62,9 @@ _ADDED_UP_IN = {
 }
 
 
-def addends_of(spec: Any, coordinate: Sequence[int]) -> Addends | str | None:
-    """None where a DTensor's spec has nothing partial; a reason where it cannot be added up."""
-    operators, divisor, processes = set(), 1, 1
+def reduction_of(spec: Any, coordinate: Sequence[int]) -> Reduction | str | None:
+    """Return how a DTensor is reduced; None if it is not partial, a reason if it cannot be."""
+    operators, divisor, ranks = set(), 1, 1
     replica = []
     for dim, placement in enumerate(spec.placements):
         if placement.is_replicate():
@@ -88,114 +73,123 @@ def addends_of(spec: Any, coordinate: Sequence[int]) -> Addends | str | None:
             kind = type(placement).__name__
             operator = placement.reduce_op if kind == "Partial" else kind
             size = spec.mesh.size(dim)
-            processes *= size
+            ranks *= size
             if operator == "avg":
                 operator, divisor = "sum", divisor * size
             operators.add(operator)
     if not operators:
         return None
     if len(operators) > 1 or not operators <= _OPERATORS.keys():
-        return f"partial by {', '.join(sorted(map(str, operators)))}, which is not added up"
-    replica.append(word_for((tuple(spec.mesh.shape), spec.mesh.mesh.flatten().tolist())))
-    return Addends(operators.pop(), divisor, processes, tuple(replica))
+        return f"partial tensors with {', '.join(sorted(map(str, operators)))} cannot be reduced"
+    replica.append(hash_word((tuple(spec.mesh.shape), spec.mesh.mesh.flatten().tolist())))
+    return Reduction(operators.pop(), divisor, ranks, tuple(replica))
 
 
-def added_up_in(dtype: torch.dtype, addends: Addends) -> torch.dtype | None:
-    """None: addends of this type are not added up."""
-    found = _ADDED_UP_IN.get(dtype)
-    if addends.divisor > 1 and (found is None or not found.is_floating_point):
+def reduction_dtype(dtype: torch.dtype, reduction: Reduction) -> torch.dtype | None:
+    """Return the dtype in which values of `dtype` are reduced, or None if they cannot be."""
+    wide = _REDUCTION_DTYPES.get(dtype)
+    if reduction.divisor > 1 and (wide is None or not wide.is_floating_point):
         return None
-    return found
-
-
-def digest_of(told: Told) -> int:
-    """0 where nothing was told."""
-    return word_for(told) if told else 0
+    return wide
 
 
 class Slot(NamedTuple):
-    """A part of a tensor in the buffer of its operator and type."""
+    """The place of a shard of a partial tensor in the buffer of its operator and dtype.
+
+    Values with this `spec` are reduced. The values of `missing` ranks are missing.
+    """
 
     label: Label
-    key: int
-    replica: tuple[int, ...]
-    """Whose addends are taken."""
-    bucket: tuple[str, torch.dtype]
+    spec: PartialSpec
     begin: int
-    numel: int
-    divisor: int
     missing: int
-    """Addends that no process has told of."""
+
+    @property
+    def bucket(self) -> Bucket:
+        return self.spec.reduction.operator, self.spec.dtype
 
 
 class Plan(NamedTuple):
-    """The same on all processes."""
+    """The slots and the size of each buffer; equal on all ranks."""
 
     slots: tuple[Slot, ...]
-    sizes: dict[tuple[str, torch.dtype], int]
+    sizes: dict[Bucket, int]
 
 
-def plan(told: Sequence[Told]) -> Plan:
-    """From what each process has told, in order.
+def make_plan(partial_specs: Sequence[PartialSpecs]) -> Plan:
+    """Return the plan for the specs of all ranks.
 
     Raises:
-        ValueError: it does not go together.
+        ValueError: the specs of a tensor contradict each other.
     """
-    by_label: dict[Label, list[Addend]] = {}
-    for rows in told:
-        for label, addend in rows:
-            by_label.setdefault(label, []).append(addend)
+    by_label: dict[Label, list[PartialSpec]] = {}
+    for rank_specs in partial_specs:
+        for label, spec in rank_specs:
+            by_label.setdefault(label, []).append(spec)
     slots: list[Slot] = []
-    sizes: dict[tuple[str, torch.dtype], int] = {}
-    for label, addends in sorted(by_label.items()):
-        kinds = {(a.addends.operator, a.addends.divisor, a.dtype) for a in addends}
+    sizes: dict[Bucket, int] = {}
+    for label, specs in sorted(by_label.items()):
+        kinds = {(s.reduction.operator, s.reduction.divisor, s.dtype) for s in specs}
         if len(kinds) > 1:
-            raise _conflict(label, "partial in one way on all processes, got several")
-        operator, divisor, dtype = kinds.pop()
-        parts: dict[int, list[Addend]] = {}
-        for addend in addends:
-            parts.setdefault(addend.key, []).append(addend)
-        for key, same in sorted(parts.items()):
-            replica = same[0].addends.replica
-            taken = [a for a in same if a.addends.replica == replica]
-            numels = {a.numel for a in taken}
+            got = ", ".join(sorted(f"{operator} of {dtype}" for operator, _, dtype in kinds))
+            raise _conflict(label, f"one operator and dtype on all ranks, got {got}")
+        shards: dict[int, list[PartialSpec]] = {}
+        for spec in specs:
+            shards.setdefault(spec.shard_index, []).append(spec)
+        for _, (first, *others) in sorted(shards.items()):
+            replica = [s for s in others if s.reduction.replica == first.reduction.replica]
+            numels = {s.numel for s in (first, *replica)}
             if len(numels) > 1:
-                raise _conflict(label, f"of one size, got addends of {sorted(numels)} elements")
-            bucket, numel = (operator, dtype), numels.pop()
-            begin = sizes.get(bucket, 0)
-            missing = same[0].addends.processes - len(taken)
-            slots.append(Slot(label, key, replica, bucket, begin, numel, divisor, missing))
-            sizes[bucket] = begin + numel
+                raise _conflict(label, f"values of one size on all ranks, got {sorted(numels)}")
+            missing = first.reduction.ranks - 1 - len(replica)
+            bucket = first.reduction.operator, first.dtype
+            slots.append(Slot(label, first, sizes.get(bucket, 0), missing))
+            sizes[bucket] = sizes.get(bucket, 0) + first.numel
     return Plan(tuple(slots), sizes)
 
 
 def _conflict(label: Label, expected: str) -> ValueError:
     name = f"{label[0]} (gradient)" if label[1] else label[0]
-    return ValueError(f"paramstats.summarize: expected '{name}' to be {expected}")
+    return ValueError(
+        f"paramstats.summarize: expected the partial tensor '{name}' to have {expected}"
+    )
 
 
-def add_up(
+def reduce_partials(
     plan: Plan,
-    mine: dict[Label, Addend],
+    specs: dict[Label, PartialSpec],
     values: dict[Label, Tensor],
     group: dist.ProcessGroup | None,
     device: torch.device,
 ) -> list[Tensor]:
-    """The elements of each slot. Nothing in here depends on one process alone but values."""
+    """Return the reduced elements of each slot.
+
+    Args:
+        plan: the plan of all ranks; it alone determines the collective calls.
+        specs, values: this rank's partial tensors.
+        group: the ranks; None: this process alone.
+        device: the device for collectives of `group`.
+    """
     buffers = {}
-    for bucket, size in plan.sizes.items():
-        operator, dtype = bucket
-        neutral = _OPERATORS[operator].neutral(dtype)
-        buffers[bucket] = torch.full((size,), neutral, dtype=dtype, device=device)
-    parts = [buffers[slot.bucket][slot.begin : slot.begin + slot.numel] for slot in plan.slots]
+    for (operator, dtype), size in plan.sizes.items():
+        neutral = _neutral(operator, dtype)
+        buffers[operator, dtype] = torch.full((size,), neutral, dtype=dtype, device=device)
+    parts = [buffers[slot.bucket][slot.begin :][: slot.spec.numel] for slot in plan.slots]
     for slot, part in zip(plan.slots, parts, strict=True):
-        own = mine.get(slot.label)
-        if own is not None and (own.key, own.addends.replica) == (slot.key, slot.replica):
+        if specs.get(slot.label) == slot.spec:
             part.copy_(values[slot.label])
     if group is not None:
         for (operator, _), buffer in buffers.items():
-            dist.all_reduce(buffer, _OPERATORS[operator].reduce, group)
+            dist.all_reduce(buffer, _OPERATORS[operator], group)
     for slot, part in zip(plan.slots, parts, strict=True):
-        if slot.divisor > 1:
-            part /= slot.divisor
+        if slot.spec.reduction.divisor > 1:
+            part /= slot.spec.reduction.divisor
     return parts
+
+
+def _neutral(operator: str, dtype: torch.dtype) -> float:
+    """Return the value that does not change the result of a reduction."""
+    low, high = -torch.inf, torch.inf
+    if not dtype.is_floating_point:
+        low, high = torch.iinfo(dtype).min, torch.iinfo(dtype).max
+    return {"sum": 0, "product": 1, "max": low, "min": high}[operator]

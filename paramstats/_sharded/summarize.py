@@ -1,15 +1,13 @@
-"""Summarize a model that several ranks hold together.
+"""Summarize a model whose tensors are distributed over ranks.
 
-Each rank reads its own part of every tensor, and one exchange of states gives all ranks the
-statistics of the whole tensors. The steps: wrappers (replace what a sharding library has put in a
-tensor's place) -> pieces (which elements are here) -> offer (read them) -> exchange (collective
-calls) -> merging -> `Record`.
+Each rank reads its own shards, and an exchange merges their states. The modules in order of use:
+wrappers (find the shards of FSDP and ZeRO-3), local_shards (which elements are on this rank),
+local_rows (read them), exchange (collective calls), merging.
 """
 
 from __future__ import annotations
 
 import sys
-import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, NamedTuple
@@ -21,86 +19,69 @@ from paramstats._core.layout import Layout
 from paramstats._core.options import Options
 from paramstats._core.reading import warn_once
 from paramstats._core.record import Record
-from paramstats._sharded.exchange import Outcome, Result
-from paramstats._sharded.groups import group_aside, group_of
-from paramstats._sharded.offer import FailedOffer, Offer
-from paramstats._sharded.pieces import Placings, held
-from paramstats._sharded.wrappers import unwrapped
+from paramstats._sharded.exchange import Outcome
+from paramstats._sharded.groups import background_exchange, exchange_of
+from paramstats._sharded.local_rows import LocalRows
+from paramstats._sharded.local_shards import LocalShards
+from paramstats._sharded.wrappers import find_shards
 from paramstats._summary import Summary
-
-_placings: weakref.WeakKeyDictionary[Layout, Placings] = weakref.WeakKeyDictionary()
 
 
 class Call(NamedTuple):
-    """How `paramstats.summarize` was called."""
+    """How `paramstats.summarize` was called; `select` applies `include` and `exclude`."""
 
     backend: Implementation
     options: Options
     params: bool
     grads: bool
     group: dist.ProcessGroup | None
-    """The ranks that exchange; None: all."""
     select: Callable[[Layout, list[Any]], tuple[Layout, list[Any]]]
-    """Returns what `include` and `exclude` leave of a layout and its tensors."""
 
 
 def summarize(call: Call, source: Any, layout: Layout, tensors: list[Any]) -> Summary:
-    """Return the summary of a sharded model; a collective call unless `local` is set.
+    """Return the summary of a sharded model. A collective call, unless `local` is set.
 
     Args:
         call: the arguments of the call.
         source: the model, mapping or pairs.
         layout, tensors: the tensors of `source` as this rank has them.
     """
-    backend, options = call.backend, call.options
-    if options.local:
-        return Summary(_local_record(call, source, layout, tensors))
+    options = call.options
     try:
-        layout, tensors = call.select(*unwrapped(source, layout, tensors))
-        if backend.native is not None and "torch.distributed.tensor" in sys.modules:
-            backend.native.set_dtensor_class(sys.modules["torch.distributed.tensor"].DTensor)
-        here = held(tensors, call.grads, _placings.setdefault(layout, {}))
-        offer: Offer | FailedOffer = Offer(backend, layout, tensors, here, call.params)
-    except Exception as error:  # raised after the exchange, as the other ranks wait for this one
-        offer = FailedOffer(error)
+        rows = _read(call, *call.select(*find_shards(source, layout, tensors)))
+    except Exception as error:  # raised by the exchange, because the other ranks wait for this one
+        rows = LocalRows.failed(call.backend, error)
     if options.async_op:
-        later = group_aside(call.group).exchange_later(offer)
-        return Summary(None, _DeferredExchange(later, options))
-    result = group_of(call.group).exchange(offer)
-    warn_once(result.skipped)
-    return Summary(_record(result, options))
+        future = background_exchange(call.group).run_later(rows)
+        return Summary(None, _DeferredExchange(future, options))
+    if not options.local:
+        record = exchange_of(call.group).run(rows)
+    elif rows.error is not None:
+        raise rows.error
+    else:
+        record = Record(rows.layout, rows.table(), skipped=rows.skipped, is_local=True)
+    warn_once(record.skipped)
+    return Summary(_with_options(record, options))
 
 
-def _local_record(call: Call, source: Any, layout: Layout, tensors: list[Any]) -> Record:
-    """Return the record of the elements on this rank, without communication."""
-    layout, tensors = call.select(*unwrapped(source, layout, tensors))
-    here = held(tensors, call.grads, {})
-    here.partial.clear()  # the addends are the local elements
-    local: list[Any] = here.tensors[: len(tensors)]
-    layout = Layout.of(source, layout.names, layout.aliases, layout.parameters, local)
-    offer = Offer(call.backend, layout, local, here, call.params)
-    if offer.error is not None:
-        raise offer.error
-    warn_once(offer.unreadable)
-    return Record(
-        layout,
-        offer.table(),
-        call.options.correction,
-        call.options.grad_scale,
-        skipped=offer.unreadable,
-        is_local=True,
-    )
+def _read(call: Call, layout: Layout, tensors: list[Any]) -> LocalRows:
+    """Read this rank's shards of the tensors, and of their gradients."""
+    native = call.backend.native
+    if native is not None and "torch.distributed.tensor" in sys.modules:
+        native.set_dtensor_class(sys.modules["torch.distributed.tensor"].DTensor)
+    shards = LocalShards(layout, tensors, call.grads)
+    if call.options.local:
+        shards.reductions.clear()  # read this rank's values of partial tensors as they are
+        tensors = list[Any](shards.tensors[: len(tensors)])
+        names, aliases, parameters, shapes, *rest = layout.fields
+        local = zip(shapes, tensors, strict=True)
+        shapes = tuple(None if shape is None else tuple(x.shape) for shape, x in local)
+        layout = Layout.shared(names, aliases, parameters, shapes, *rest)
+    return LocalRows(call.backend, layout, tensors, shards, call.params)
 
 
-def _record(result: Result, options: Options) -> Record:
-    return Record(
-        result.layout,
-        result.table,
-        options.correction,
-        options.grad_scale,
-        result.skipped,
-        result.diverged,
-    )
+def _with_options(record: Record, options: Options) -> Record:
+    return record._replace(correction=options.correction, grad_scale=options.grad_scale)
 
 
 class _DeferredExchange:
@@ -117,8 +98,7 @@ class _DeferredExchange:
         return self._future.done()
 
     def result(self) -> Record:
-        result, error = self._future.result()
-        if result is None:
-            assert error is not None
-            raise error.with_traceback(None)  # otherwise it would grow at every call
-        return _record(result, self._options)
+        outcome = self._future.result()
+        if isinstance(outcome, Exception):
+            raise outcome.with_traceback(None)  # otherwise it would grow at every call
+        return _with_options(outcome, self._options)

@@ -1,7 +1,7 @@
-"""Models whose parameters are cut up behind their modules' backs: FSDP, FSDP2 and ZeRO-3.
+"""Find the shards of models wrapped by FSDP, FSDP2 (fully_shard) and DeepSpeed's ZeRO-3.
 
-Their libraries have no public way to what is asked for here, a process's own elements and where
-they belong; what is used of their inside stands in this file alone.
+These libraries have no public way to ask which elements of a parameter are on this rank. All uses
+of their private attributes are in this file.
 """
 
 from __future__ import annotations
@@ -16,65 +16,72 @@ from torch import nn
 from paramstats._core.layout import Layout
 from paramstats._core.shard import LocalShard, is_zero_parameter
 
-_FSDP = "_fsdp_wrapped_module."
+
+class _Shard(NamedTuple):
+    """What a tensor in the model is read as. Without a name, it keeps the tensor's names."""
+
+    tensor: Any
+    name: str | None = None
+    aliases: tuple[str, ...] = ()
 
 
-def unwrapped(source: Any, layout: Layout, rows: list[Any]) -> tuple[Layout, list[Any]]:
-    """Rows as parts of whole tensors under the names of the model as it was before it was wrapped;
-    both as they were where there is nothing to do."""
-    replaced: dict[int, list[_Row]] = {}
+_Replacements = dict[int, list[_Shard]]  # by the address of the tensor in the model
+
+
+def find_shards(source: Any, layout: Layout, tensors: list[Any]) -> tuple[Layout, list[Any]]:
+    """Return the layout and tensors with shards in place of what wrappers put into a model.
+
+    Each tensor is then a plain tensor, a DTensor or a `LocalShard`. Raises NotImplementedError if
+    FSDP flattened a parameter and `source` does not tell its place in the whole.
+    """
+    replaced: _Replacements = {}
     if isinstance(source, nn.Module) and "torch.distributed.fsdp" in sys.modules:
         from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
         for name, module in source.named_modules():
             if isinstance(module, FSDPModule):
-                replaced.update(_fsdp2(module))
+                replaced.update(_fsdp2_shards(module))
             elif isinstance(module, FullyShardedDataParallel):
-                replaced.update(_fsdp1(name, module))
-    for row in rows:
-        if is_zero_parameter(row):
-            replaced[id(row)] = [_Row(None, _zero3(row), ())]
-    for name, row in zip(layout.names, rows, strict=True):
-        if getattr(row, "_fsdp_flattened", False) and id(row) not in replaced:
+                replaced.update(_fsdp1_shards(name, module))
+    for x in tensors:
+        if is_zero_parameter(x):
+            replaced[id(x)] = [_Shard(_zero3_shard(x))]
+    for name, x in zip(layout.names, tensors, strict=True):
+        if getattr(x, "_fsdp_flattened", False) and id(x) not in replaced:
             raise NotImplementedError(
-                f"paramstats.summarize: expected the model as FullyShardedDataParallel wrapped it, "
-                f"got a parameter that it has flattened for '{name}'; pass the wrapped model"
+                f"paramstats.summarize: expected the model as FullyShardedDataParallel returned "
+                f"it, got a flattened parameter for '{name}'; pass the wrapped model"
             )
-    if any(id(row) in replaced for row in rows) or any(_FSDP in name for name in layout.names):
-        return _replace(layout, rows, replaced)
-    return layout, rows
-
-
-class _Row(NamedTuple):
-    name: str | None
-    """None: as it was."""
-    tensor: Any
-    aliases: tuple[str, ...]
+    if any(id(x) in replaced for x in tensors):
+        return _replace(layout, tensors, replaced)
+    return layout, tensors
 
 
 def _replace(
-    layout: Layout, rows: list[Any], replaced: dict[int, list[_Row]]
+    layout: Layout, tensors: list[Any], replaced: _Replacements
 ) -> tuple[Layout, list[Any]]:
-    names, aliases, tensors = [], [], []
+    names, aliases, wrapper_names, shards = [], [], [], []
     parameters = 0
-    for position, row in enumerate(rows):
-        name, others = layout.names[position], layout.aliases[position]
-        for new in replaced.get(id(row), [_Row(None, row, ())]):
-            every = [(new.name or name), *new.aliases, *others]
-            first, *rest = dict.fromkeys(n.replace(_FSDP, "") for n in every)
-            names.append(first)
-            aliases.append(tuple(rest))
-            tensors.append(new.tensor)
-            parameters += position < layout.parameters
-    return Layout.of(None, tuple(names), tuple(aliases), parameters, tensors), tensors
+    for row, x in enumerate(tensors):
+        for shard in replaced.get(id(x), [_Shard(x)]):
+            names.append(shard.name or layout.names[row])
+            aliases.append((*shard.aliases, *layout.aliases[row]))
+            has_own_name = shard.name is None and layout.wrapper_names
+            wrapper_names.append(layout.wrapper_names[row] if has_own_name else ())
+            shards.append(shard.tensor)
+            parameters += row < layout.parameters
+    found = Layout.of(None, tuple(names), tuple(aliases), parameters, shards)
+    *fields, _, is_sharded = found.fields
+    all_wrapper_names = tuple(wrapper_names) if any(wrapper_names) else ()
+    return Layout.shared(*fields, all_wrapper_names, is_sharded), shards
 
 
-# ---- fully_shard --------------------------------------------------------------------------------
+def _fsdp2_shards(module: Any) -> Iterator[tuple[int, list[_Shard]]]:
+    """Map gathered parameters to the DTensors that the optimizer has.
 
-
-def _fsdp2(module: Any) -> Iterator[tuple[int, list[_Row]]]:
-    """Between forward and backward, and after a forward alone, a module's parameters are gathered
-    copies, perhaps in another type: in their place the DTensors that the optimizer has."""
+    Between forward and backward, and after a forward alone, a module has gathered parameters in
+    place of the DTensors, possibly in another dtype.
+    """
     state = module._get_fsdp_state()
     groups = getattr(state, "_fsdp_param_groups", None)
     if groups is None:  # before torch 2.13
@@ -82,16 +89,13 @@ def _fsdp2(module: Any) -> Iterator[tuple[int, list[_Row]]]:
     for group in groups:
         for parameter in group.fsdp_params:
             for attribute in ("_unsharded_param", "_sharded_post_forward_param"):
-                stand_in = getattr(parameter, attribute, None)
-                if stand_in is not None:
-                    yield id(stand_in), [_Row(None, parameter.sharded_param, ())]
+                gathered = getattr(parameter, attribute, None)
+                if gathered is not None:
+                    yield id(gathered), [_Shard(parameter.sharded_param)]
 
 
-# ---- FullyShardedDataParallel -------------------------------------------------------------------
-
-
-def _fsdp1(name: str, module: Any) -> Iterator[tuple[int, list[_Row]]]:
-    """Original parameters are slices of flat ones, of which each process has an equal piece."""
+def _fsdp1_shards(name: str, module: Any) -> Iterator[tuple[int, list[_Shard]]]:
+    """Map the parameters of an FSDP module to the slices of its flat parameter on this rank."""
     handle = module._handle
     if handle is None:
         return
@@ -100,63 +104,65 @@ def _fsdp1(name: str, module: Any) -> Iterator[tuple[int, list[_Row]]]:
         if flat._params is None:
             raise NotImplementedError(
                 f"paramstats.summarize: expected FullyShardedDataParallel without sharding to keep "
-                f"its parameters, got a flat one for '{name}'; pass use_orig_params=True"
+                f"the original parameters, got a flat parameter for '{name}'; pass "
+                f"use_orig_params=True"
             )
-        yield from ((id(p), [_Row(None, p, ())]) for p in flat._params)
-        return
-    prefix = f"{name}." if name else ""
-    rows = [
-        _Row(prefix + fqn, _slice_of(flat, i), _shared_names(prefix, flat, fqn))
-        for i, fqn in enumerate(flat._fqns)
-    ]
-    if flat._params is None:
-        yield id(flat), rows
+        yield from ((id(p), [_Shard(p)]) for p in flat._params)
+    elif flat._params is not None:
+        for i, p in enumerate(flat._params):
+            yield id(p), [_Shard(_slice_of(flat, i))]
     else:
-        yield from ((id(p), [row]) for p, row in zip(flat._params, rows, strict=True))
+        prefix = f"{name}." if name else ""
+        yield (
+            id(flat),
+            [
+                _Shard(_slice_of(flat, i), prefix + fqn, _shared_names(prefix, flat, fqn))
+                for i, fqn in enumerate(flat._fqns)
+            ],
+        )
 
 
 def _slice_of(flat: Any, i: int) -> LocalShard:
+    """Return the elements of original parameter `i` that are in this rank's part of a flat one."""
     numel, shape = flat._shapes[i].numel(), tuple(flat._shapes[i])
-    shard = getattr(flat, "_local_shard", flat.data)  # before the first forward: all there is
-    own = None if flat._params is None else flat._params[i]
-    requires_grad = (flat if own is None else own).requires_grad
-    mine = flat._shard_param_infos[i]
-    if not mine.in_shard:  # a part after the last, of no elements
-        return LocalShard(shard[:0], numel, numel, shape, None, requires_grad)
-    part = slice(mine.offset_in_shard, mine.offset_in_shard + mine.numel_in_shard)
+    local = getattr(flat, "_local_shard", flat.data)  # missing before the first forward
+    original = None if flat._params is None else flat._params[i]
+    requires_grad = (flat if original is None else original).requires_grad
+    info = flat._shard_param_infos[i]
+    if not info.in_shard:  # an empty shard, after all others
+        return LocalShard(local[:0], numel, numel, shape, None, requires_grad)
+    part = slice(info.offset_in_shard, info.offset_in_shard + info.numel_in_shard)
     flat_grad = getattr(flat, "_saved_grad_shard", None) if flat.grad is None else flat.grad
-    scattered = flat_grad is None or flat_grad.numel() == shard.numel()  # not so under no_sync
+    is_reduced = flat_grad is None or flat_grad.numel() == local.numel()  # not under no_sync
     grad = None
-    if scattered and own is not None:
-        grad = own.grad
-    elif scattered and flat_grad is not None:
+    if is_reduced and original is not None:
+        grad = original.grad
+    elif is_reduced and flat_grad is not None:
         grad = flat_grad[part]
-    if grad is not None and grad.numel() != mine.numel_in_shard:
+    if grad is not None and grad.numel() != info.numel_in_shard:
         grad = None
-    return LocalShard(shard[part], mine.intra_param_start_idx, numel, shape, grad, requires_grad)
+    return LocalShard(local[part], info.intra_param_start_idx, numel, shape, grad, requires_grad)
 
 
 def _shared_names(prefix: str, flat: Any, fqn: str) -> tuple[str, ...]:
+    """Return the other names of an original parameter that is tied."""
+
+    def join(*path: str) -> str:
+        return ".".join(filter(None, path))
+
     return tuple(
-        prefix + _join(info.module_name, info.param_name)
+        prefix + join(info.module_name, info.param_name)
         for info in flat._shared_param_infos
-        if _join(info.prim_module_name, info.prim_param_name) == fqn
+        if join(info.prim_module_name, info.prim_param_name) == fqn
     )
 
 
-def _join(module: str, parameter: str) -> str:
-    return f"{module}.{parameter}" if module else parameter
-
-
-# ---- ZeRO-3 -------------------------------------------------------------------------------------
-
-
-def _zero3(p: Any) -> LocalShard:
-    """Each process has an equal run of the flattened parameter, the last ones padded."""
-    part = p.ds_tensor
-    size = part.numel()
-    key = dist.get_rank(p.ds_process_group)
-    here = max(0, min(size, p.ds_numel - key * size))
+def _zero3_shard(p: Any) -> LocalShard:
+    """Return this rank's elements; all ranks have equally many, the last ones with padding."""
+    partition = p.ds_tensor
+    size = partition.numel()
+    rank = dist.get_rank(p.ds_process_group)
+    count = max(0, min(size, p.ds_numel - rank * size))
     grad = p.grad
     if grad is None and hasattr(p, "_z3_optimizer"):
         from deepspeed.utils import safe_get_local_grad
@@ -165,7 +171,7 @@ def _zero3(p: Any) -> LocalShard:
     if grad is not None:
         grad = grad.detach().reshape(-1)
         if grad.numel() == p.ds_numel:  # not yet partitioned
-            grad = grad[key * size :]
-        grad = grad[:here]
-    elements = part.detach().view(-1)[:here]
-    return LocalShard(elements, key, p.ds_numel, tuple(p.ds_shape), grad, p.requires_grad)
+            grad = grad[rank * size :]
+        grad = grad[:count]
+    elements = partition.detach().view(-1)[:count]
+    return LocalShard(elements, rank, p.ds_numel, tuple(p.ds_shape), grad, p.requires_grad)

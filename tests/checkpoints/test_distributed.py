@@ -16,7 +16,7 @@ from paramstats.checkpoints import CheckpointError, compare_files, summarize_fil
 from tests import oracle
 from tests.checkpoints.files import save
 from tests.checkpoints.test_pickles import Calls
-from tests.sharded.together import together
+from tests.sharded.ranks import run_on_ranks
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available(), reason="this torch has no torch.distributed"
@@ -49,7 +49,7 @@ def save_sharded(folder: str) -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("dcp")
-    together(2, save_sharded, str(path))
+    run_on_ranks(2, save_sharded, str(path))
     assert len(list(path.glob("*.distcp"))) == 2
     return path
 

@@ -1,4 +1,4 @@
-"""Several processes: all take part, the first one logs."""
+"""Watching on several ranks: all ranks take part in an exchange, and rank 0 logs."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ from torch.nn.parallel import DistributedDataParallel
 import paramstats
 from paramstats.integrations._after_backward import AfterBackward
 from tests.integrations.moments import Logged, moment, network, scalars_of
-from tests.sharded.models import Transformer, backward
-from tests.sharded.together import together
+from tests.sharded.models import Transformer, backward, gathered
+from tests.sharded.ranks import on_ranks, run_on_ranks
 
 
-def _averaged(model: nn.Module) -> None:
-    """What DDP does with gradients, by hand."""
+def _average_gradients(model: nn.Module) -> None:
+    """Average gradients over ranks, as DDP does."""
     for p in model.parameters():
         dist.all_reduce(p.grad)
         p.grad /= dist.get_world_size()
 
 
-def _ddp() -> tuple[list[int], list[int]]:
+@on_ranks(2)
+def test_rank_0_logs_under_ddp():
     plain = network()
     ddp = DistributedDataParallel(copy.deepcopy(plain))
     x = torch.randn(8, 64, generator=torch.Generator().manual_seed(dist.get_rank()))
@@ -40,27 +41,29 @@ def _ddp() -> tuple[list[int], list[int]]:
         for model in (plain, ddp):
             model.zero_grad()
             model(x).square().mean().backward()
-        _averaged(plain)
+        _average_gradients(plain)
         expected[step] = moment(plain)
         watcher.step()
         nn.utils.clip_grad_norm_(ddp.parameters(), 1e-3)
     assert watcher.summary.scalars() == scalars_of(expected[2])
     if dist.get_rank() == 0:
         logged.check({step: expected[step] for step in (0, 2)})
-    return list(logged), list(kept)
+    assert list(logged) == list(kept) == ([0, 2] if dist.get_rank() == 0 else [])
 
 
-def test_ddp():
-    assert together(2, _ddp) == [([0, 2], [0, 2]), ([], [])]
-
-
-def _sharded(async_op: bool) -> list[int]:
-    plain = Transformer()
-    model = copy.deepcopy(plain)
+def _fully_sharded() -> Transformer:
+    model = Transformer()
     for block in model.blocks:
         fully_shard(block)
-    fully_shard(model)
-    logged = Logged()
+    return fully_shard(model)
+
+
+@pytest.mark.parametrize("async_op", [False, True])
+@on_ranks(2)
+def test_sharded_model_is_watched_on_all_ranks(async_op):
+    plain = Transformer()
+    torch.manual_seed(0)
+    model, logged = _fully_sharded(), Logged()
     with paramstats.watch(model, logged, every=2, async_op=async_op) as watcher:
         for _ in range(5):
             for each in (plain, model):
@@ -72,52 +75,43 @@ def _sharded(async_op: bool) -> list[int]:
     assert not summary.diverged
     assert summary.scalars() == pytest.approx(expected, rel=1e-4, abs=1e-7, nan_ok=True)
     if dist.get_rank() == 0:
-        assert repr(logged[4]) == repr(summary.scalars())  # NaN is NaN there
-    return list(logged)
+        assert repr(logged[4]) == repr(summary.scalars())  # repr, because NaN != NaN
+    assert list(logged) == ([0, 2, 4] if dist.get_rank() == 0 else [])
 
 
-@pytest.mark.parametrize("async_op", [False, True])
-def test_sharded(async_op):
-    assert together(2, _sharded, async_op) == [[0, 2, 4], []]
-
-
-def _after_backward() -> None:
-    """What the callback for transformers relies on (accelerate shards nothing on CPUs)."""
-    model = Transformer()
-    for block in model.blocks:
-        fully_shard(block)
-    fully_shard(model)
-    taken = []
-    for _ in range(2):  # the second adds to the first's gradients
-        hooks = AfterBackward(model.parameters(), lambda: taken.append(paramstats.summarize(model)))
+@on_ranks(2)
+def test_hook_after_backward_runs_once_on_a_sharded_model():
+    """The callback for transformers uses this hook; accelerate shards nothing on CPUs."""
+    model = _fully_sharded()
+    summaries = []
+    for _ in range(2):  # the second backward adds to the gradients
+        hooks = AfterBackward(
+            model.parameters(), lambda: summaries.append(paramstats.summarize(model))
+        )
         backward(model)
         hooks.remove()
-        assert taken.pop() == paramstats.summarize(model) and not taken
+        assert summaries.pop() == paramstats.summarize(model) and not summaries
 
 
-def test_the_end_of_a_sharded_backward():
-    together(2, _after_backward)
-
-
-def _transformers(folder: str) -> list[int]:
-    os.environ["OMP_NUM_THREADS"] = "1"  # or accelerate takes all cores for each process
-    from tests.integrations import test_transformers as by_trainer
+def _train_with_transformers(folder: str) -> list[int]:
+    os.environ["OMP_NUM_THREADS"] = "1"  # otherwise accelerate uses all cores for each rank
+    from tests.integrations import test_transformers as single
 
     logged = Logged()
-    model = by_trainer.gpt2()
-    trainer = by_trainer.trainer_of(
-        folder, model, by_trainer.ParamStatsCallback(every=2, log=logged),
+    trainer = single.trainer_of(
+        folder, single.gpt2(), single.ParamStatsCallback(every=2, log=logged),
         gradient_accumulation_steps=2, max_grad_norm=1e-3,
     )  # fmt: skip
     trainer.train()
     if dist.get_rank() == 0:
         logged.check({step: trainer.moments[step] for step in (1, 2, 4)})
-    alike = [None, None]
-    dist.all_gather_object(alike, trainer.callback_handler.callbacks[-2].watcher.summary.scalars())
-    assert alike[0] == alike[1]
+    watcher = trainer.callback_handler.callbacks[-2].watcher
+    scalars = gathered(watcher.summary.scalars())
+    assert scalars[0] == scalars[1]
     return list(logged)
 
 
-def test_ddp_in_transformers(tmp_path):
+def test_rank_0_logs_with_ddp_in_transformers(tmp_path):
     pytest.importorskip("transformers", reason="transformers is not installed")
-    assert together(2, _transformers, str(tmp_path)) == [[1, 2, 4], []]
+    logged = run_on_ranks(2, _train_with_transformers, str(tmp_path), own_processes=True)
+    assert logged == [[1, 2, 4], []]

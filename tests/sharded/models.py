@@ -1,12 +1,16 @@
-"""Sharded models, and what their statistics must be."""
+"""A model to shard, and checks of its statistics against whole tensors."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import paramstats
 from paramstats._summary import record_of
@@ -14,7 +18,7 @@ from tests import oracle
 
 
 class Transformer(nn.Module):
-    """Two blocks of attention and MLP between tied embeddings; no dimension divides by all."""
+    """Two blocks between tied embeddings. No dimension is divisible by all numbers of ranks."""
 
     def __init__(self, width: int = 8, tied: bool = True, words: int = 13) -> None:
         super().__init__()
@@ -38,14 +42,14 @@ class Block(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.up = nn.Linear(width, 4 * width)
         self.down = nn.Linear(4 * width, width)
-        self.scale = nn.Parameter(torch.ones(1))  # fewer rows than processes
+        self.scale = nn.Parameter(torch.ones(1))  # fewer elements than ranks
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + self.scale * self.down(torch.relu(self.up(self.norm(x))))
 
 
 def tokens(words: int = 13) -> torch.Tensor:
-    """The same on every process."""
+    """Return the same batch on every rank."""
     return torch.randint(words, (2, 6), generator=torch.Generator().manual_seed(7))
 
 
@@ -55,28 +59,59 @@ def backward(model: nn.Module, batch: torch.Tensor | None = None) -> None:
     nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch.flatten()).backward()
 
 
-def whole(x: Any) -> torch.Tensor:
-    """All elements of a DTensor, by torch's own collectives."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
+def sharded(values: torch.Tensor) -> DTensor:
+    """Return a DTensor with the rows of `values` on all ranks."""
+    return distribute_tensor(values, init_device_mesh("cpu", (dist.get_world_size(),)), [Shard(0)])
 
 
-def check(summary: paramstats.Summary, named: dict[str, torch.Tensor]) -> None:
-    """Asserts all statistics against whole tensors, which are gathered here, and their gradients."""
-    assert list(summary) == list(named)
+def check(
+    summary: paramstats.Summary, named: dict[str, torch.Tensor], rel: float | None = None
+) -> None:
+    """Check all statistics against the whole tensors and gradients, and that all ranks agree.
+
+    With `rel`, gradients may differ by this, and the order of tensors does not count.
+    """
+    assert (list if rel is None else sorted)(named) == (list if rel is None else sorted)(summary)
     assert not summary.diverged and not summary.skipped
     for name, tensor in named.items():
         entry = summary[name]
-        assert entry.shape == tuple(tensor.shape), name
-        full = whole(tensor.detach())
-        assert entry.dtype == full.dtype, name
+        assert (entry.shape, entry.dtype) == (tuple(tensor.shape), tensor.dtype), name
+        full, grad = (
+            x.full_tensor() if isinstance(x, DTensor) else x for x in (tensor.detach(), tensor.grad)
+        )
         oracle.check(entry, full)
-        grad = tensor.grad
         assert (entry.grad is None) == (grad is None), name
-        if grad is not None:
-            oracle.check(entry.grad, whole(grad.detach()))
+        if grad is not None and rel is None:
+            oracle.check(entry.grad, grad.detach())
+        elif grad is not None:
+            assert entry.grad.count == grad.numel()
+            assert entry.grad.norm == pytest.approx(grad.norm().item(), rel=rel), name
+            assert entry.grad.max == pytest.approx(grad.max().item(), rel=rel, abs=1e-7), name
+    check_same_on_all_ranks(summary)
 
 
 def statistics(summary: paramstats.Summary) -> bytes:
-    """All that must be the same on every process, to the last bit."""
-    summary.wait()
-    return repr((list(summary), dict(summary.diverged))).encode() + record_of(summary).table
+    """Return all that must be equal on every rank, to the last bit."""
+    record = record_of(summary)
+    return repr((list(summary), dict(summary.diverged))).encode() + record.table
+
+
+def check_same_on_all_ranks(summary: paramstats.Summary) -> None:
+    assert len(set(gathered(statistics(summary)))) == 1
+
+
+def gathered(value: Any) -> list[Any]:
+    """Return the values of all ranks."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def messages_of(call: Callable[[], object]) -> set[str]:
+    """Return the different errors that `call` raises on the ranks."""
+    try:
+        call()
+        message = "no error"
+    except Exception as error:
+        message = f"{type(error).__name__}: {error}"
+    return set(gathered(message))

@@ -1,76 +1,73 @@
-"""Sixty-four ranks as threads of one process: rows go out by all_to_all, joined ones come back."""
+"""Sixty-four ranks exchange their rows in shares; threads of one process stand for them."""
 
 from __future__ import annotations
 
-import contextlib
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
-import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch import Tensor
 
-import paramstats
-from paramstats._summary import record_of
+from paramstats import LocalShard, Summary
+from paramstats._core.backend import active
+from paramstats._core.layout import Layout
+from paramstats._sharded.collectives import Ranks
+from paramstats._sharded.exchange import ALL_TO_ALL_FROM, Exchange
+from paramstats._sharded.local_rows import LocalRows
+from paramstats._sharded.local_shards import LocalShards
 from tests import oracle
+from tests.sharded.models import statistics
 
 RANKS = 64
-SECONDS = 60
 
 
-def as_threads(ranks: int, function) -> list:
-    """What `function()` returns in each of `ranks` threads with process groups of their own."""
-    from torch.testing._internal.distributed import multi_threaded_pg as threaded
+class _Threads(Ranks):
+    """Ranks that exchange through a list."""
 
-    results, errors = [None] * ranks, []
-    torch._C._distributed_c10d._set_thread_isolation_mode(True)
-    threaded._install_threaded_pg()
-    store = dist.HashStore()
+    def __init__(self, rank: int, sent: list[Tensor], barrier: threading.Barrier) -> None:
+        super().__init__(None)
+        self.size, self.rank, self.global_ranks = RANKS, rank, list(range(RANKS))
+        self.calls: list[str] = []
+        self._sent, self._barrier = sent, barrier
 
-    def run(rank: int) -> None:
-        try:
-            dist.init_process_group("threaded", rank=rank, world_size=ranks, store=store)
-            results[rank] = function()
-        except BaseException as error:
-            errors.append(error)
-            threaded.ProcessLocalGroup.exception_handle(error)
-        finally:
-            with contextlib.suppress(AttributeError):  # torch 2.11 lacks a part of this world
-                dist.destroy_process_group()
+    def all_gather(self, block: Tensor) -> Tensor:
+        self.calls.append("all_gather")
+        self._sent[self.rank] = block
+        self._barrier.wait()
+        received = torch.stack(self._sent)
+        self._barrier.wait()
+        return received
 
-    threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(ranks)]
-    try:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(SECONDS)
-            assert not thread.is_alive(), f"a rank did not end within {SECONDS} s"
-    finally:
-        threaded.ProcessLocalGroup.reset()
-        threaded._uninstall_threaded_pg()
-        torch._C._distributed_c10d._set_thread_isolation_mode(False)
-    if errors:
-        raise errors[0]
-    return results
+    def all_to_all(self, blocks: Tensor) -> Tensor:
+        received = self.all_gather(blocks)[:, self.rank]
+        self.calls[-1] = "all_to_all"
+        return received
 
 
-def _summarized() -> bytes:
-    mesh = init_device_mesh("cpu", (RANKS // 4, 4))
+def test_64_ranks_have_equal_statistics():
     generator = torch.Generator().manual_seed(0)
-    values = {f"w{i}": torch.randn(37 + i, 5, generator=generator) for i in range(9)}
-    placements = [[Shard(0), Replicate()], [Shard(0), Shard(1)], [Replicate(), Shard(0)]]
-    source = {
-        name: distribute_tensor(x, mesh, placements[i % 3], src_data_rank=None)
-        for i, (name, x) in enumerate(values.items())
-    }
-    first = paramstats.summarize(source)
-    summary = paramstats.summarize(source)
-    assert summary == first and not summary.diverged
-    for name, x in values.items():
-        oracle.check(summary[name], x)
-    return record_of(summary).table
+    whole = {f"w{i}": torch.randn(37 + i, 5, generator=generator) for i in range(9)}
+    sent, barrier = [torch.empty(0)] * RANKS, threading.Barrier(RANKS, timeout=60)
 
+    def run(rank: int) -> tuple[Summary, list[str]]:
+        shards = {}
+        for i, (name, x) in enumerate(whole.items()):
+            count = (64, 16, 1)[i % 3]  # the other ranks have replicas
+            local = x.view(-1).tensor_split(count)[rank % count]
+            shards[name] = LocalShard(local, rank % count, x.numel(), tuple(x.shape))
+        tensors = list(shards.values())
+        layout = Layout.of(None, tuple(shards), ((),) * len(shards), len(shards), tensors)
+        ranks = _Threads(rank, sent, barrier)
+        exchange = Exchange(ranks)
+        for _ in range(2):
+            local = LocalShards(layout, tensors, grads=True)
+            record = exchange.run(LocalRows(active(), layout, tensors, local, params=True))
+        return Summary(record), ranks.calls
 
-def test_sixty_four_ranks():
-    results = as_threads(RANKS, _summarized)
-    assert len(results) == RANKS and len(set(results)) == 1
+    with ThreadPoolExecutor(RANKS) as threads:
+        summaries, calls = zip(*threads.map(run, range(RANKS)), strict=True)
+    assert len(set(map(statistics, summaries))) == 1 and ALL_TO_ALL_FROM <= RANKS
+    # The first exchange sends headers, agrees and starts again.
+    assert calls[0] == ["all_to_all", *["all_to_all", "all_gather"] * 2]
+    for name, x in whole.items():
+        oracle.check(summaries[0][name], x)

@@ -1,4 +1,4 @@
-"""Partial tensors: who adds up what follows from what all have told, whatever one has met."""
+"""Partial tensors are reduced before their statistics are computed."""
 
 from __future__ import annotations
 
@@ -12,104 +12,113 @@ from torch.distributed.tensor._ops._embedding_ops import _MaskPartial
 from torch.distributed.tensor._ops._math_ops import _NormPartial
 
 import paramstats
-from paramstats._sharded.partial import Addend, Addends, plan
-from tests.sharded.test_safety import messages_of
-from tests.sharded.together import together
+from paramstats._sharded.partial import PartialSpec, Reduction, make_plan
+from tests.sharded.models import check_same_on_all_ranks, messages_of
+from tests.sharded.ranks import on_ranks
 
 
 def _replicated(n: int, mesh) -> nn.Parameter:
     return nn.Parameter(distribute_tensor(torch.zeros(n), mesh, [Replicate()]))
 
 
-def _after_other_models() -> None:
-    """What was added up for one model, or before a layer was frozen somewhere, binds nobody."""
+@on_ranks(2)
+def test_operators_and_dtypes():
+    """The value of each rank, and what they are reduced to; None: this rank has no gradient."""
+    mesh = init_device_mesh("cpu", (2,))
+    for op, dtype, values, expected in (
+        ("sum", torch.float64, (1, 2), 3),
+        ("sum", torch.bfloat16, (1, 2), 3),
+        ("sum", torch.float8_e5m2, (1, 2), 3),
+        ("sum", torch.int16, (1, 2), 3),
+        ("sum", torch.uint8, (1, 2), 3),
+        ("avg", torch.float32, (1, 2), 1.5),
+        ("product", torch.float32, (2, 3), 6),
+        ("max", torch.bool, (0, 1), 1),
+        ("min", torch.bfloat16, (5, -1), -1),
+        ("sum", torch.float32, (5, None), 5),
+        ("product", torch.float32, (3, None), 3),
+        ("max", torch.float32, (-1, None), -1),
+        ("max", torch.int32, (-1, None), -1),
+        ("min", torch.float32, (4, None), 4),
+    ):
+        p = nn.Parameter(distribute_tensor(torch.zeros(3), mesh, [Replicate()]).to(dtype), False)
+        value = values[dist.get_rank()]
+        if value is not None:
+            local = torch.full((3,), value).to(dtype)
+            p.grad = DTensor.from_local(local, mesh, [Partial(op)])
+        for async_op in (False, True):
+            summary = paramstats.summarize({"p": p}, async_op=async_op)
+            assert summary["p"].grad.mean == expected, (op, dtype)
+            assert list(summary.diverged) == ["p (gradient)"] * (None in values)
+
+
+@on_ranks(2)
+def test_ranks_follow_gradients_and_models_that_change():
+    """What is reduced follows from the specs of each call, not from those of earlier calls."""
     rank = dist.get_rank()
     mesh = init_device_mesh("cpu", (2,))
     p, q, other = (_replicated(n, mesh) for n in (6, 2, 3))
-    addends = DTensor.from_local(torch.ones(6), mesh, [Partial()])
+    partial = DTensor.from_local(torch.full((6,), 1.0 + rank), mesh, [Partial()])
+    whole = DTensor.from_local(torch.full((6,), 7.0), mesh, [Replicate()])
 
-    def mean():
-        grad = paramstats.summarize({"p": p, "q": q})["p"].grad
-        return None if grad is None else grad.mean
-
-    p.grad = addends
-    assert mean() == 2.0
-    assert paramstats.summarize({"other": other})["other"].count == 3
-    if rank == 1:
-        q.requires_grad_(False)
-    assert mean() == 2.0
-    p.grad = None
-    assert mean() is None
-    q.requires_grad_(True)
-    assert mean() is None
-    p.grad = addends
-    assert mean() == 2.0
-
-
-def test_after_other_models():
-    together(2, _after_other_models)
+    for grads, q_is_frozen, expected in (
+        ((None, None), False, None),
+        ((partial, partial), False, (3.0, [])),
+        ((None, None), False, None),
+        ((partial, partial), False, (3.0, [])),
+        ((partial, None), False, (1.0, ["p (gradient)"])),
+        ((whole, whole), False, (7.0, [])),
+        ((partial, partial), rank == 1, (3.0, [])),
+        ((None, None), rank == 1, None),
+        ((None, None), False, None),
+        ((partial, partial), False, (3.0, [])),
+    ):
+        p.grad = grads[rank]
+        q.requires_grad_(not q_is_frozen)
+        assert paramstats.summarize({"other": other})["other"].count == 3
+        summary = paramstats.summarize({"p": p, "q": q})
+        grad = summary["p"].grad
+        assert expected == (None if grad is None else (grad.mean, sorted(summary.diverged)))
 
 
-def _another_mesh() -> None:
+@on_ranks(4)
+def test_same_names_on_another_mesh():
     rank = dist.get_rank()
     for ranks in ([[0, 1], [2, 3]], [[0, 2], [1, 3]]) * 2:
         mesh = DeviceMesh("cpu", ranks)
-        addends = DTensor.from_local(torch.full((4,), float(rank)), mesh, [Shard(0), Partial()])
-        summary = paramstats.summarize({"x": addends})
-        assert summary["x"].mean == addends.full_tensor().mean() and not summary.diverged
+        x = DTensor.from_local(torch.full((4,), float(rank)), mesh, [Shard(0), Partial()])
+        summary = paramstats.summarize({"x": x})
+        assert summary["x"].mean == x.full_tensor().mean() and not summary.diverged
 
 
-def test_the_same_names_on_another_mesh():
-    together(4, _another_mesh)
-
-
-def _none_changes_nothing() -> None:
+@on_ranks(2)
+def test_bad_value_on_one_rank_raises_on_all():
     rank = dist.get_rank()
     mesh = init_device_mesh("cpu", (2,))
-    for op, expected in (("max", -1.0), ("min", 4.0), ("product", 3.0), ("sum", 5.0)):
-        p = _replicated(3, mesh)
-        if rank == 0:
-            p.grad = DTensor.from_local(torch.full((3,), expected), mesh, [Partial(op)])
-        summary = paramstats.summarize({"p": p})
-        assert summary["p"].grad.mean == expected
-        assert list(summary.diverged) == ["p (gradient)"]
-
-
-def test_none_changes_nothing():
-    together(2, _none_changes_nothing)
-
-
-def _bad_addends() -> None:
-    rank = dist.get_rank()
-    mesh = init_device_mesh("cpu", (2,))
-    sparse, meta = torch.eye(3).to_sparse(), torch.ones(3, 3, device="meta")
-    for bad in (sparse, meta):
+    for bad in (torch.eye(3).to_sparse(), torch.ones(3, 3, device="meta")):
         x = DTensor.from_local(torch.eye(3), mesh, [Partial()])
         if rank == 1:
             x._local_tensor = bad
         messages = messages_of(lambda x=x: paramstats.summarize({"x": x}))
         assert len(messages) == 2 and any("an error on rank 1" in m for m in messages)
-    wide = torch.float64 if rank else torch.float32
-    x = DTensor.from_local(torch.ones(3, dtype=wide), mesh, [Partial()])
-    messages = messages_of(lambda: paramstats.summarize({"x": x}))
-    assert len(messages) == 1 and "'x' to be partial in one way" in messages.pop()
+    dtype = torch.float64 if rank else torch.float32
+    x = DTensor.from_local(torch.ones(3, dtype=dtype), mesh, [Partial()])
+    (message,) = messages_of(lambda: paramstats.summarize({"x": x}))
+    assert "'x' to have one operator and dtype" in message
     assert paramstats.summarize({"x": torch.ones(3)}, group=dist.group.WORLD)["x"].mean == 1
 
 
-def test_addends_that_one_process_cannot_have():
-    together(2, _bad_addends)
-
-
-def _not_added_up() -> None:
+@on_ranks(2)
+def test_tensors_that_cannot_be_reduced_are_skipped_with_a_reason():
     mesh = init_device_mesh("cpu", (2,))
     source = {
         "complex": DTensor.from_local(torch.ones(3, dtype=torch.complex64), mesh, [Partial()]),
         "counts": DTensor.from_local(torch.ones(3, dtype=torch.int32), mesh, [Partial("avg")]),
-        "cut": distribute_tensor(torch.ones(4, dtype=torch.complex64), mesh, [Shard(0)]),
+        "shards": distribute_tensor(torch.ones(4, dtype=torch.complex64), mesh, [Shard(0)]),
         "fine": DTensor.from_local(torch.ones(3), mesh, [Partial()]),
     }
     summary = paramstats.summarize(source)
-    assert list(summary.skipped) == ["complex", "counts", "cut"]
+    assert list(summary.skipped) == ["complex", "counts", "shards"]
     assert "complex64" in summary.skipped["complex"] and "int32" in summary.skipped["counts"]
     assert summary["fine"].mean == 2.0
     for odd in (_NormPartial(2.0), _MaskPartial(offset_shape=torch.Size([3]), offset_dim=0)):
@@ -117,86 +126,60 @@ def _not_added_up() -> None:
         assert type(odd).__name__ in paramstats.summarize({"x": x}).skipped["x"]
 
 
-def test_what_is_not_added_up_is_named():
-    together(2, _not_added_up)
-
-
-def _mesh_of_each_row() -> None:
-    """Tensor parallelism alone on the rows of a mesh: every row has a submesh of its own."""
+@on_ranks(4)
+def test_each_row_of_a_mesh_reduces_on_its_own():
     rank = dist.get_rank()
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     p = _replicated(5, mesh["tp"])
     p.grad = DTensor.from_local(torch.full((5,), 1.0 + rank % 2), mesh["tp"], [Partial()])
     summary = paramstats.summarize({"p": p})
     assert summary["p"].grad.mean == 3.0 and not summary.diverged
-    cut = DTensor.from_local(torch.full((2,), 1.0 + rank), mesh, [Shard(0), Partial("avg")])
-    summary = paramstats.summarize({"cut": cut, "p": p}, group=dist.group.WORLD)
-    assert (summary["cut"].min, summary["cut"].max, summary["cut"].count) == (1.5, 3.5, 4)
-    only = paramstats.summarize({"p": p}, group=mesh["tp"].get_group())
-    assert only["p"].grad.mean == 3.0
+    x = DTensor.from_local(torch.full((2,), 1.0 + rank), mesh, [Shard(0), Partial("avg")])
+    summary = paramstats.summarize({"x": x, "p": p}, group=dist.group.WORLD)
+    assert (summary["x"].min, summary["x"].max, summary["x"].count) == (1.5, 3.5, 4)
+    y = DTensor.from_local(torch.full((2,), 1.0 + rank), mesh, [Partial(), Partial()])
+    summary = paramstats.summarize({"y": y})
+    check_same_on_all_ranks(summary)
+    assert (summary["y"].mean, summary["y"].count) == (10.0, 2)
+    only_row = paramstats.summarize({"p": p}, group=mesh["tp"].get_group())
+    assert only_row["p"].grad.mean == 3.0
 
 
-def test_a_mesh_for_each_row_of_processes():
-    together(4, _mesh_of_each_row)
-
-
-def _equal_meshes() -> None:
-    """Meshes that are equal have process groups of their own; none of these is used."""
-    rank = dist.get_rank()
+@on_ranks(2)
+def test_equal_meshes_with_different_groups():
     one, other = (init_device_mesh("cpu", (2,)) for _ in range(2))
     p = _replicated(3, one)
-    p.grad = DTensor.from_local(torch.ones(3), other if rank else one, [Partial()])
+    p.grad = DTensor.from_local(torch.ones(3), other if dist.get_rank() else one, [Partial()])
     assert paramstats.summarize({"p": p})["p"].grad.mean == 2.0
 
-
-def test_equal_meshes():
-    together(2, _equal_meshes)
-
-
-def _types() -> None:
-    rank = dist.get_rank()
-    mesh = init_device_mesh("cpu", (2,))
-    for dtype in (torch.float64, torch.bfloat16, torch.float8_e5m2, torch.int16, torch.uint8):
-        x = DTensor.from_local(torch.full((3,), 1 + rank).to(dtype), mesh, [Partial()])
-        for async_op in (False, True):
-            assert paramstats.summarize({"x": x}, async_op=async_op)["x"].mean == 3
-    flags = DTensor.from_local(torch.tensor([True, rank > 0]), mesh, [Partial("max")])
-    assert paramstats.summarize({"x": flags})["x"].mean == 1
-
-
-def test_types_of_addends():
-    together(2, _types)
-
-
-# ---- the plan, without processes ------------------------------------------------------------
 
 LABEL = ("w", True)
 
 
-def addend(operator="sum", key=0, replica=(7,), numel=5, dtype=torch.float32) -> Addend:
-    return Addend(Addends(operator, 1, 2, replica), dtype, numel, key)
+def _spec(operator="sum", index=0, replica=(7,), numel=5, dtype=torch.float32) -> PartialSpec:
+    return PartialSpec(Reduction(operator, 1, 2, replica), dtype, numel, index)
 
 
-def told(*addends: Addend | None):
-    return [((LABEL, a),) if a is not None else () for a in addends]
+def _plan(*specs: PartialSpec | None):
+    return make_plan([((LABEL, spec),) if spec is not None else () for spec in specs])
 
 
-def test_copies_are_added_up_once():
-    made = plan(told(addend(), addend(), addend(replica=(8,)), addend(replica=(8,))))
-    (slot,) = made.slots
-    assert (slot.replica, slot.numel, slot.missing) == ((7,), 5, 0)
-    assert made.sizes == {("sum", torch.float32): 5}
+def test_plan_has_a_slot_for_one_replica_of_each_shard():
+    plan = _plan(_spec(), _spec(), _spec(replica=(8,)), _spec(replica=(8,)))
+    assert plan == (((LABEL, _spec(), 0, 0),), {("sum", torch.float32): 5})
+    last = _spec(index=1, numel=4)
+    plan = _plan(last, None, _spec(), last)
+    assert plan.slots == ((LABEL, _spec(), 0, 1), (LABEL, last, 5, 0))
 
 
-def test_parts_stand_side_by_side():
-    made = plan(told(addend(key=1, numel=4), None, addend(), addend(key=1, numel=4)))
-    found = [(slot.key, slot.begin, slot.numel, slot.missing) for slot in made.slots]
-    assert found == [(0, 0, 5, 1), (1, 5, 4, 0)]
-
-
-def test_what_does_not_go_together():
-    with pytest.raises(ValueError, match=r"'w \(gradient\)' to be of one size"):
-        plan(told(addend(), addend(numel=6)))
-    for other in (addend("max"), addend(dtype=torch.float64)):
-        with pytest.raises(ValueError, match="to be partial in one way"):
-            plan(told(addend(), None, other))
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (_spec(numel=6), r"'w \(gradient\)' to have values of one size on all ranks, got \[5, 6\]"),
+        (_spec("max"), "one operator and dtype on all ranks, got max of torch.float32, sum of"),
+        (_spec(dtype=torch.float64), "got sum of torch.float32, sum of torch.float64"),
+    ],
+)
+def test_contradicting_specs_raise(other, message):
+    with pytest.raises(ValueError, match=message):
+        _plan(_spec(), None, other)

@@ -1,0 +1,165 @@
+"""Read the shards of this rank into the rows that it sends in an exchange."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from paramstats._core import moments, reference
+from paramstats._core.backend import Implementation
+from paramstats._core.elements import numel
+from paramstats._core.layout import Layout
+from paramstats._core.moments import ABSENT, ROW, Moments, unread
+from paramstats._core.reading import Rows, read_rows
+from paramstats._sharded import partial
+from paramstats._sharded.agreement import content_of
+from paramstats._sharded.local_shards import LocalShards
+from paramstats._sharded.merging import WORDS
+
+_ABSENT = ROW.pack(*unread(ABSENT))
+
+
+class LocalRows:
+    """The states of this rank's shards: a row per tensor, then a row per gradient.
+
+    An error while reading is not raised but kept in `error`, because the other ranks already wait
+    for this one. The exchange raises it after all ranks know about it.
+    """
+
+    def __init__(
+        self,
+        backend: Implementation,
+        layout: Layout,
+        rows: Sequence[Any],
+        shards: LocalShards,
+        params: bool,
+    ) -> None:
+        self.layout = layout
+        self.error: Exception | None = None
+        self.skipped: dict[str, str] = {}
+        """Why a shard could not be read, by the name of its row."""
+        self.backend = f"{backend.name} {backend.native.simd_level() if backend.native else ''}"
+        self.content, self.digest = content_of(layout, rows)
+        self._backend = backend
+        self._shards = shards
+        self._table = bytearray(_ABSENT * len(shards.tensors))
+        self._pending: tuple[list[int], Rows] | None = None
+        self._partial_specs: dict[partial.Label, partial.PartialSpec] = {}
+        self._partial_values: dict[partial.Label, Tensor] = {}
+        self._try(lambda: self._read_all(params))
+        self.partial_specs: partial.PartialSpecs = tuple(sorted(self._partial_specs.items()))
+
+    @classmethod
+    def failed(cls, backend: Implementation, error: Exception) -> LocalRows:
+        """Return the rows of a rank that failed before it could read anything."""
+        layout = Layout((), (), 0, (), (), (), ())
+        rows = cls(backend, layout, (), LocalShards(layout, (), False), True)
+        rows.error = error
+        return rows
+
+    def rows(self) -> Tensor | None:
+        """Wait for transfers from GPUs and return all rows; None if there was an error."""
+        self._try(self._wait)
+        if self.error is not None:
+            return None
+        out = torch.empty((len(self._shards.indexes), WORDS), dtype=torch.int64)
+        out[:, 0] = torch.tensor(self._shards.indexes, dtype=torch.int64)
+        out[:, 1:] = _words(self._table)
+        return out
+
+    def table(self) -> bytes:
+        """Wait for transfers from GPUs and return the states, without shard indexes."""
+        self._wait()
+        return bytes(self._table)
+
+    def reduce_partials(
+        self, plan: partial.Plan, group: dist.ProcessGroup | None, device: torch.device
+    ) -> list[Moments]:
+        """Reduce the ranks' partial tensors and return the state of each slot of the plan."""
+        reduced = partial.reduce_partials(
+            plan, self._partial_specs, self._partial_values, group, device
+        )
+        table, transfers, _ = read_rows(self._backend, reduced, True, False, str)
+        table = reference.finished(table, transfers)
+        return [moments.row(table, slot) for slot in range(len(reduced))]
+
+    def _try(self, read: Callable[[], None]) -> None:
+        try:
+            read()
+        except Exception as error:
+            self.error = self.error or error
+
+    def _read_all(self, params: bool) -> None:
+        """Read all shards; of partial tensors, keep a copy of the values."""
+        rows, tensors = [], []
+        n = len(self.layout)
+        numels = self.content.numels * 2
+        for row, x in enumerate(self._shards.tensors):
+            if x is None:
+                continue
+            if row < n and not params:
+                self._put_unread(row, numel(x))
+            elif row in self._shards.reductions:
+                reason = self._keep_values(row, x, self._shards.reductions[row])
+                self._put_unread(row, numel(x), reason)
+            elif x.is_complex() and numel(x) != numels[row]:
+                self._put_unread(row, numel(x), "shards of a complex tensor cannot be merged")
+            else:
+                rows.append(row)
+                tensors.append(x)
+        if rows:
+            read = read_rows(
+                self._backend, tensors, True, False, lambda i: self.layout.row_name(rows[i])
+            )
+            self._pending = rows, read
+
+    def _keep_values(self, row: int, x: Tensor, reduction: partial.Reduction | str) -> str | None:
+        """Copy the values of a partial tensor. Return a reason if it cannot be reduced."""
+        if isinstance(reduction, str):
+            return reduction
+        dtype = partial.reduction_dtype(x.dtype, reduction)
+        if dtype is None:
+            return f"partial tensors of dtype {x.dtype} cannot be reduced"
+        if x.is_meta:
+            raise ValueError(
+                f"paramstats.summarize: expected the partial tensor '{self.layout.row_name(row)}' "
+                f"on a device with values, got the meta device"
+            )
+        n = len(self.layout)
+        label = self.layout.names[row % n], row >= n
+        with torch.no_grad():
+            self._partial_values[label] = x.detach().to(dtype, copy=True).reshape(-1)
+        index = self._shards.indexes[row]
+        self._partial_specs[label] = partial.PartialSpec(reduction, dtype, x.numel(), index)
+        return None
+
+    def _wait(self) -> None:
+        """Wait for transfers from GPUs and write all states into the table."""
+        if self._pending is None:
+            return
+        rows, (table, transfers, reasons) = self._pending
+        self._pending = None
+        table = reference.finished(table, transfers)
+        states = _words(bytearray(table))[: len(rows)]
+        _words(self._table)[torch.tensor(rows, dtype=torch.int64)] = states
+        for i, reason in reasons.items():
+            self._put_unread(rows[i], moments.row(table, i).count, reason)
+
+    def _put_unread(self, row: int, count: int, reason: str | None = None) -> None:
+        """Write a state that has only a number of elements; a reason marks it as unreadable."""
+        state = unread(count)
+        if reason is not None:
+            state = state._replace(zeros=1)
+            self.skipped[self.layout.row_name(row)] = reason
+        ROW.pack_into(self._table, row * ROW.size, *state)
+
+
+def _words(table: bytearray) -> Tensor:
+    """Return a view of a table of states as rows of int64 words."""
+    if not table:
+        return torch.empty((0, WORDS - 1), dtype=torch.int64)
+    return torch.frombuffer(table, dtype=torch.int64).view(-1, WORDS - 1)

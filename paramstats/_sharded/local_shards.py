@@ -1,0 +1,96 @@
+"""Find the elements of each tensor that this rank holds, and which shard they are."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from paramstats._core.elements import gradient
+from paramstats._core.layout import Layout
+from paramstats._core.shard import LocalShard
+from paramstats._sharded.merging import NOT_HELD
+from paramstats._sharded.partial import Reduction, reduction_of
+
+
+class _Placement(NamedTuple):
+    """Where a DTensor's local elements belong."""
+
+    spec: weakref.ref[Any]
+    """The DTensor's spec. Weak, because a spec keeps a mesh and its process groups alive."""
+    shard_index: int
+    reduction: Reduction | str | None
+    """For a partial tensor; a str is the reason why it cannot be reduced."""
+
+
+_Placements = dict[int, _Placement]  # by the address of the spec
+_placements: weakref.WeakKeyDictionary[Layout, _Placements] = weakref.WeakKeyDictionary()
+
+
+class LocalShards:
+    """This rank's shards of all tensors, then those of their gradients.
+
+    Attributes:
+        tensors: the local elements; None for a gradient that is None.
+        indexes: the index of each shard. Replicas of a shard have the same index.
+        reductions: how partial tensors are reduced, by row; a str says why one cannot be.
+    """
+
+    def __init__(self, layout: Layout, rows: Sequence[Any], grads: bool) -> None:
+        """Find the shards of `rows`: plain tensors, `LocalShard`s and DTensors."""
+        self.tensors: list[Tensor | None] = []
+        self.indexes: list[int] = []
+        self.reductions: dict[int, Reduction | str] = {}
+        self._known = _placements.setdefault(layout, {})
+        if len(self._known) > 4 * len(rows) + 64:  # gradients with a new spec at every call
+            self._known.clear()
+        for x in rows:
+            if hasattr(x, "_spec"):
+                self._add_dtensor(x)
+            elif isinstance(x, LocalShard):
+                self._add(x.tensor, x.index)
+            else:
+                self._add(x, 0)
+        for row, x in enumerate(rows):
+            grad = _gradient(x) if grads else None
+            if hasattr(grad, "_spec"):
+                self._add_dtensor(grad)
+            else:
+                self._add(grad, self.indexes[row])
+
+    def _add_dtensor(self, x: Any) -> None:
+        placement = self._known.get(id(x._spec))
+        if placement is None or placement.spec() is not x._spec:
+            placement = self._known[id(x._spec)] = _placement_of(x._spec)
+        if placement.reduction is not None:
+            self.reductions[len(self.tensors)] = placement.reduction
+        self._add(x._local_tensor, placement.shard_index)
+
+    def _add(self, tensor: Tensor | None, index: int) -> None:
+        self.tensors.append(tensor)
+        self.indexes.append(index)
+
+
+def _gradient(x: Any) -> Tensor | None:
+    if isinstance(x, LocalShard):
+        return gradient(x.tensor) if x.grad is None else x.grad
+    return gradient(x)
+
+
+def _placement_of(spec: Any) -> _Placement:
+    """Number a shard among all shards of its tensor.
+
+    Only mesh dimensions that shard the tensor count, so that replicas get the same number.
+    """
+    mesh = spec.mesh
+    coordinate = mesh.get_coordinate()
+    if coordinate is None:  # this rank is not in the mesh
+        return _Placement(weakref.ref(spec), NOT_HELD, None)
+    index = 0
+    for dim, placement in enumerate(spec.placements):
+        # is_shard() would be False for _StridedShard, which shards, too.
+        if not (placement.is_partial() or placement.is_replicate()):
+            index = index * mesh.size(dim) + coordinate[dim]
+    return _Placement(weakref.ref(spec), index, reduction_of(spec, coordinate))
