@@ -507,6 +507,10 @@ def test_second_process_keeps_its_entries_in_memory(tmp_path):
         f"3 paramstats.History: '{path}' is already open in another History, maybe in another "
         f"process: entries appended to this one are kept in memory only\n"
     )
+    with pytest.warns(RuntimeWarning, match="already open in another History"):
+        second = History(path)
+    second.append(1, ones())
+    assert len(second) == 2 and len(History.load(path)) == 1
     history.append(1, ones())
     history.close()
     assert are_identical(History.load(path), history)

@@ -107,6 +107,11 @@ def test_names_select_lines(names, expected):
         assert lines[-1].get_ydata() == pytest.approx(history.total.grad.norm)
 
 
+def test_tensors_without_gradients_get_no_label():
+    history = history_of("ab", range(40), lambda n, s: 1.0 if n == "a" else None)
+    assert [text.get_text() for text in end_labels(history.plot())] == ["a"]
+
+
 def test_parameter_called_total_hides_the_total():
     (line,) = history_of(["total", "w"]).plot("total").axes[0].lines
     assert line.get_ydata()[0] == 2
