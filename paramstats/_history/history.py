@@ -265,7 +265,7 @@ class History:
             ValueError: nothing to draw, or an unknown name, `stat` or `kind`.
 
         The axis is logarithmic if norms, standard deviations and other magnitudes span more than a
-        factor of 20; a line then leaves the axes at a zero. Steps with NaN or infinities are marked.
+        factor of 20; a line then leaves the axes at a zero. Steps with NaN or Inf are marked.
         """
         max_lines = _MAX_LINES if names is None else _MAX_CHOSEN_LINES
         return self._draw("plot", names, stat, kind, ax, max_lines)
