@@ -154,7 +154,7 @@ def append_to_history(path):
 
 def write_history(path):
     history = paramstats.History(path)
-    yield history_file.Writer, "check"
+    yield history_file.Writer, "_check_unchanged"
     history.append(0, paramstats.summarize({"x": torch.ones(3)}))
 
 

@@ -1,10 +1,10 @@
-"""Histories on disk: JSON Lines, a line for each entry, that grow by whole lines.
+"""Read and write the files of histories: JSON Lines, one line per entry, written whole.
 
-The first line says what the file is. A line with "names" is a layout; a line with "step" is an
-entry, whose rows are those of the last layout above it. docs/history.md has every key.
+The first line identifies the file. A line with "names" is a layout. A line with "step" is an entry;
+its rows are those of the last layout above it. docs/history.md lists every key.
 
-A line counts once its newline is there. Whatever ends a process, and however much of the last
-write reached the disk, what is before the cut is whole; `Reader` says what is not.
+A line is valid once its newline is written. When a process is killed, or a disk loses the last
+write, all lines before the cut stay valid, and `Reader` warns about the rest.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import warnings
 from collections.abc import Iterable, Iterator
 
 from paramstats._core.layout import Layout
-from paramstats._history.lines import Entry, entry_line, entry_of, expect, layout_line, layout_of
+from paramstats._history import json_lines
+from paramstats._history.json_lines import Entry
 from paramstats._summary import record_of
 
 try:
@@ -25,38 +26,39 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-_VERSION = 1
 _HEADER = b'{"paramstats": "history", "version": 1}\n'
 
-_LONGEST_HEADER = 4096
-"""So that a foreign file without line ends is not read whole."""
+_MAX_HEADER_BYTES = 4096
+"""Limit, because a file of another kind may have no newline."""
 
 
-class TakenError(OSError):
-    """Another one has the file open to write."""
+class LockedError(OSError):
+    """Another `History` has the file open for writing."""
 
 
 class Writer:
-    """Appends entries to a file, which is its own from when it is made until it is closed."""
+    """Appends entries to a file, and locks the file while it is open.
+
+    `resume` must come before the first `write`. A `write` after `close` opens the file again.
+    """
 
     def __init__(self, path: str) -> None:
-        """Opens the file, and makes one where there is none, but changes nothing in it yet."""
+        """Open and lock a file, or create an empty one; changes nothing in an existing file.
+
+        Raises LockedError if another `History` has it open.
+        """
+        self._path = path
         self._layout: Layout | None = None
         self._size = 0
-        self._file = open(path, "r+b", buffering=0, opener=_open_or_make)  # noqa: SIM115
-        try:
-            _lock(self._file.fileno())
-        except TakenError:
-            self._file.close()
-            raise
+        self._is_abandoned = False
+        self._open()
 
-    def go_on(self, layout: Layout | None, size: int) -> None:
-        """After `size` bytes, whose last layout is `layout`; after 0 bytes with the first line."""
+    def resume(self, layout: Layout | None, size: int) -> None:
+        """Cut the file to `size` bytes; `layout` is the last one in them. 0 bytes: a new file."""
         self._layout = layout
         self._size = size
         try:
             self._file.truncate(size)
-            self._file.seek(size)
             if size == 0:
                 self._write(_HEADER)
         except BaseException:
@@ -64,50 +66,66 @@ class Writer:
             raise
 
     def write(self, entry: Entry) -> None:
-        """Appends an entry, after its layout where that has changed: one write, lines that are
-        whole or, after an OSError, not there at all."""
-        self.check(self._size)
+        """Append an entry, and before it its layout if that has changed.
+
+        Raises OSError and writes nothing if the disk is full, or if something else has changed,
+        removed or replaced the file.
+        """
+        if self._is_abandoned:
+            raise OSError("it is written by the process that this one was forked from")
+        if self._file.closed:
+            os.stat(self._path)  # raises if the file was removed; `_open` would create it
+            self._open()
+        self._check_unchanged()
         layout = record_of(entry.summary).layout
-        lines = entry_line(entry)
+        lines = json_lines.entry_line(entry)
         if self._layout is None or self._layout.fields != layout.fields:
-            lines = layout_line(layout) + lines
+            lines = json_lines.layout_line(layout) + lines
         self._write(lines)
         self._layout = layout
 
-    def check(self, size: int) -> None:
-        """OSError where somebody without the lock, or where there are no locks, has been here."""
+    def close(self) -> None:
+        """Unlock and close the file."""
+        if fcntl is not None and not self._file.closed:
+            with contextlib.suppress(OSError):  # a forked process may still have the descriptor
+                fcntl.flock(self._file.fileno(), fcntl.LOCK_UN)
+        self._file.close()
+
+    def abandon(self) -> None:
+        """Close the file in a forked process, and leave the lock to the parent."""
+        self._file.close()
+        self._is_abandoned = True
+
+    @property
+    def is_open(self) -> bool:
+        return not self._file.closed
+
+    def _open(self) -> None:
+        self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115
+        try:
+            _lock(self._file.fileno())
+        except LockedError:
+            self._file.close()
+            raise
+
+    def _check_unchanged(self) -> None:
+        """Raise OSError if something without the lock has changed the file."""
         found = os.fstat(self._file.fileno())
-        if found.st_size != size:
-            raise OSError(f"another has changed it: it has {found.st_size} bytes, not {size}")
+        if found.st_size != self._size:
+            raise OSError(f"its size was changed from {self._size} to {found.st_size} bytes")
         if not found.st_nlink:
             raise OSError("it was removed or replaced")
 
-    def close(self) -> tuple[Layout | None, int]:
-        """Returns what it takes to continue the file."""
-        if fcntl is not None and not self._file.closed:
-            with contextlib.suppress(OSError):  # a copy of the descriptor may outlive this one
-                fcntl.flock(self._file.fileno(), fcntl.LOCK_UN)
-        self._file.close()
-        return self._layout, self._size
-
-    def abandon(self) -> None:
-        """In a forked process: the descriptor goes, the lock stays the parent's."""
-        self._file.close()
-
     def _write(self, lines: bytes) -> None:
-        # No buffer: what was written survives the process, and a fork has nothing to write again.
+        # Unbuffered: written lines survive the process, and a fork cannot write them again.
         view = memoryview(lines)
         try:
             while view:
                 view = view[self._file.write(view) :]
-        except OSError:
+        except BaseException:
             self._file.truncate(self._size)
             raise
         self._size += len(lines)
-
-
-def _open_or_make(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_CREAT, 0o666)
 
 
 def _lock(file: int) -> None:
@@ -116,32 +134,36 @@ def _lock(file: int) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise TakenError("another History has it open") from None
-    except OSError:  # some network file systems have no locks; `Writer.check` is left
+        raise LockedError("another History has it open") from None
+    except OSError:  # some network file systems have no locks; `_check_unchanged` remains
         pass
 
 
 def write_all(path: str, entries: Iterable[Entry]) -> Writer:
-    """Puts a file with these entries at `path`, whole or not at all; returns its writer."""
-    beside = f"{path}.{os.getpid()}.tmp"
-    writer = Writer(beside)
+    """Write a file with these entries at `path`, whole or not at all; return its writer."""
+    temporary = f"{path}.{os.getpid()}.tmp"
+    writer = Writer(temporary)
     try:
-        writer.go_on(None, 0)
+        writer.resume(None, 0)
         for entry in entries:
             writer.write(entry)
         os.fsync(writer._file.fileno())
-        os.replace(beside, path)
+        os.replace(temporary, path)
+        writer._path = path
     except BaseException:
         writer.close()
-        if os.path.exists(beside):
-            os.remove(beside)
+        if os.path.exists(temporary):
+            os.remove(temporary)
         raise
     return writer
 
 
 class Reader:
-    """Iterates over the entries of a file; afterwards `layout` and `size` are what `Writer.go_on`
-    needs."""
+    """Iterates over the entries of a file.
+
+    Afterwards `layout` is the last layout, and `size` the number of valid bytes: the arguments of
+    `Writer.resume`.
+    """
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -150,7 +172,7 @@ class Reader:
 
     def __iter__(self) -> Iterator[Entry]:
         with open(self.path, "rb") as file:
-            first = file.readline(_LONGEST_HEADER)
+            first = file.readline(_MAX_HEADER_BYTES)
             if not self._is_header(first):
                 return
             self.size = len(first)
@@ -158,8 +180,8 @@ class Reader:
             for number, line in lines:
                 try:
                     parsed = self._parse(line)
-                except Exception as error:  # whatever the bytes of a broken line come to
-                    self._end_at(number, line, error, (rest for _, rest in lines))
+                except Exception as error:  # a broken line may raise anything
+                    self._stop(number, line, error, (rest for _, rest in lines))
                     return
                 self.size += len(line)
                 if isinstance(parsed, Layout):
@@ -168,52 +190,45 @@ class Reader:
                     yield parsed
 
     def _is_header(self, line: bytes) -> bool:
-        """False where the file ends before its first line does; ValueError for any other file."""
+        """Return False if the file ends within its first line; raise ValueError for other files."""
         if _HEADER.startswith(line) and line != _HEADER:
             if line:
                 self._warn(1)
             return False
         try:
-            header = json.loads(line)
-            version = header["version"] if header["paramstats"] == "history" else None
-        except (ValueError, TypeError, KeyError, RecursionError):
-            version = None
-        if version is None:
+            is_history = json.loads(line) == json.loads(_HEADER)
+        except (ValueError, RecursionError):
+            is_history = False
+        if not is_history:
             raise ValueError(
-                f"paramstats.History: expected a file that History wrote, got '{self.path}', "
-                f"which begins with {line[:40]!r}"
-            )
-        if type(version) is not int or version != _VERSION:
-            raise ValueError(
-                f"paramstats.History: expected version {_VERSION}, got {version!r} in "
-                f"'{self.path}'; a newer paramstats can read it"
+                f"paramstats.History: expected a file that History wrote, of version 1, got "
+                f"'{self.path}', which begins with {line[:60]!r}"
             )
         return True
 
     def _parse(self, line: bytes) -> Layout | Entry:
         if not line.endswith(b"\n"):
-            raise ValueError("it has no end")
+            raise ValueError("no newline")
         content = json.loads(line)
-        expect(type(content) is dict, "an object", content)
+        json_lines.expect(type(content) is dict, "an object", content)
         if "names" in content:
-            return layout_of(content)
+            return json_lines.parse_layout(content)
         if self.layout is None:
             raise ValueError("expected a layout before the first entry")
-        return entry_of(content, self.layout)
+        return json_lines.parse_entry(content, self.layout)
 
-    def _end_at(self, number: int, line: bytes, error: Exception, rest: Iterable[bytes]) -> None:
-        """A crash leaves half a line, or one that was never written, and nothing after it; a line
-        that is whole and means nothing to us may mean something to its owner, and no cut is due."""
+    def _stop(self, number: int, line: bytes, error: Exception, rest: Iterable[bytes]) -> None:
+        """Warn if a crash can explain the broken line `number`; raise ValueError otherwise.
+
+        A crash leaves a line that is cut or unwritten, and nothing valid after it. Any other line
+        may matter to the user, so the file must not be cut there.
+        """
         lost = 0
         for other in itertools.chain([line], rest):
             if _is_whole(other):
-                after = " with whole ones after it" if lost else ""
-                what = " ".join(str(error).split())[:200]
-                reason = f"no {what}" if isinstance(error, KeyError) else what
                 raise ValueError(
                     f"paramstats.History: expected whole lines, got a broken one, line {number} of "
-                    f"'{self.path}',{after} ({reason or type(error).__name__}); "
-                    f"head -n {number - 1} keeps what is before it"
+                    f"'{self.path}' ({error!r:.200}); head -n {number - 1} keeps those before it"
                 ) from error
             lost += 1
         self._warn(lost)
@@ -228,10 +243,10 @@ class Reader:
 
 
 def _is_whole(line: bytes) -> bool:
-    """Whether it has an end and is JSON, of whatever content."""
+    """Return whether a line has a newline and is JSON, with any content."""
     try:
         json.loads(line)
-    except RecursionError:  # too deep for us to tell: not what a crash leaves
+    except RecursionError:  # nested too deeply to parse; a crash does not leave such a line
         pass
     except ValueError:
         return False

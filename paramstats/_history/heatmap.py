@@ -1,10 +1,10 @@
-"""A whole model over steps: a row for each tensor, a column for each entry, colours for statistics."""
+"""Draw a statistic of many tensors over steps as colors: a row per tensor, a column per entry."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,127 +13,94 @@ from matplotlib.colors import ListedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from paramstats._history import plotting
-from paramstats._history.labels import LINE_HEIGHT, SMALL, room, root, shown
+from paramstats._history import axes
+from paramstats._history.cells import Bools, Cells
+from paramstats._history.labels import label_capacity, shortened
 from paramstats._history.series import Array
-from paramstats._history.states import States
 
-if TYPE_CHECKING:
-    from paramstats._history import History
-
-MOST_COLUMNS = 900
-"""A pixel each in a README; of more entries, neighbours share a column."""
+MAX_COLUMNS = 900
+"""One pixel each at the width of a README. Beyond it, neighbouring entries share a column."""
 
 _SIGNED = {"mean", "min", "max"}
-_DARKEST, _BRIGHTEST = 0.01, 0.999
-"""Quantiles at the ends of the colours, so that a few cells cannot take the contrast from all."""
+_LOW_QUANTILE, _HIGH_QUANTILE = 0.01, 0.999
+"""Ends of the color scale, so that a few outliers do not flatten the contrast of all others."""
 
-_WIDEST = 1e6
-"""Between the ends of the colours: gradients that are zero but for rounding, such as those of the
-bias of an attention's keys, would make one colour of all others."""
+_MAX_RANGE = 1e6
+"""Limit for high / low of the color scale. Gradients that are zero except for rounding, such as
+those of a key bias in attention, would otherwise flatten the contrast."""
 
-_LEAST_USE = 0.25
-"""Of the room for labels."""
+_MIN_USE = 0.25
+"""Least part of the label capacity to use before labels go one module level deeper."""
 
-_BAR = 0.12
-"""Inches: how thick the bar of colours is."""
+_COLORBAR_INCHES = 0.12
 
-_MISSING, _ZERO, _BAD = 0, 1, 2
-_COLOURS = ("#ffffff", "#c3c8cd", plotting.BAD)
-"""White, grey, vermilion: none is in viridis, and they differ in lightness, too."""
+_MISSING, _ZERO, _NONFINITE = 0, 1, 2
+SPECIAL_COLORS = ("#ffffff", "#c3c8cd", axes.NONFINITE_COLOR)
+"""White, grey and vermilion. None is in viridis, and they also differ in lightness."""
 
 
-def heatmap(
-    history: History, names: Sequence[str], stat: str, kind: str, ax: Axes | None
-) -> Figure:
-    known = set(history.names)
-    names = [name for name in names if name in known]  # the total is no row
-    values, bad = _cells(history, names, stat, kind)
-    if np.isnan(values).all() and not bad.any():
-        raise plotting.nothing(kind)
-    edges = _edges(history.steps)
-    values, bad, edges = _at_most(MOST_COLUMNS, values, bad, edges)
-    is_log = plotting.is_a_size(stat) or stat in _SIGNED
-    sizes = np.abs(values)
-    special = np.select([bad, np.isnan(sizes), is_log & (sizes == 0)], [_BAD, _MISSING, _ZERO], -1)
+def draw_heatmap(data: Cells, ax: Axes | None) -> Figure:
+    """Draw a row per tensor and a column per step; return the figure."""
+    steps, names, stat, kind, values, is_nonfinite = data
+    is_nonfinite = np.isinf(values) | (np.isnan(values) & is_nonfinite)
+    sizes = np.abs(np.where(is_nonfinite, np.nan, values))
+    sizes, is_nonfinite, edges = _joined(sizes, is_nonfinite, _edges(steps))
+    is_log = axes.is_magnitude(stat) or stat in _SIGNED
+    is_special = [is_nonfinite, np.isnan(sizes), is_log & (sizes == 0)]
+    special = np.select(is_special, [_NONFINITE, _MISSING, _ZERO], -1)
 
-    ax = ax or plotting.new_axes(float(np.clip(1.2 + LINE_HEIGHT * 1.13 * len(names), 2.6, 8.5)))
-    places = np.arange(len(names) + 1)
-    plain = np.ma.masked_array(sizes, special >= 0)
-    colours, extend = _normalised(plain, is_log)
-    mesh = ax.pcolormesh(edges, places, plain, norm=colours, cmap="viridis", rasterized=True)
+    ax = ax or axes.new_axes(1.13 * len(names) + 8, 2.6)
+    rows = np.arange(len(names) + 1)
+    ordinary = np.ma.masked_array(sizes, special >= 0)
+    norm, extend = _color_scale(ordinary.compressed(), is_log)
+    mesh = ax.pcolormesh(edges, rows, ordinary, norm=norm, cmap="viridis", rasterized=True)
     ax.pcolormesh(
         edges,
-        places,
+        rows,
         np.ma.masked_less(special, 0),
-        cmap=ListedColormap(_COLOURS),
+        cmap=ListedColormap(SPECIAL_COLORS),
         vmin=0,
-        vmax=len(_COLOURS) - 1,
+        vmax=len(SPECIAL_COLORS) - 1,
         rasterized=True,
     )
     ax.set_ylim(len(names), 0)
-    if bad.any():
-        _mark(ax, bad, edges)
-    if plain.count():
+    if is_nonfinite.any():
+        _mark(ax, is_nonfinite, edges)
+    if ordinary.count():
         extent = ax.get_window_extent()
-        wide, high = (_BAR * ax.figure.dpi / size for size in (extent.width, extent.height))
-        beside = ax.inset_axes((1 + wide, 0, wide, 1))  # not a sibling, which would change the axes
-        bar = ax.figure.colorbar(mesh, cax=beside, extend=extend, extendfrac=high)
-        bar.ax.tick_params(labelsize=SMALL)
-    nothing = "no gradient" if kind == "grad" and stat != "min_update_ratio" else "not known"
-    meanings = (nothing, "zero", "NaN or Inf")
+        wide, high = (_COLORBAR_INCHES * ax.figure.dpi / s for s in (extent.width, extent.height))
+        bar_axes = ax.inset_axes((1 + wide, 0, wide, 1))  # a separate Axes would shrink this one
+        bar = ax.figure.colorbar(mesh, cax=bar_axes, extend=extend, extendfrac=high)
+        bar.ax.tick_params(labelsize=axes.SMALL)
+    missing = "no gradient" if kind == "grad" and stat != "min_update_ratio" else "not known"
+    meanings = {_MISSING: missing, _ZERO: "zero", _NONFINITE: "NaN or Inf"}
     patches = [
-        Patch(facecolor=_COLOURS[code], edgecolor="#616e7c", linewidth=0.5, label=meanings[code])
-        for code in (_MISSING, _ZERO, _BAD)
+        Patch(facecolor=SPECIAL_COLORS[code], edgecolor="#616e7c", linewidth=0.5, label=meaning)
+        for code, meaning in meanings.items()
         if (special == code).any()
     ]
     if patches:
-        plotting.legend(ax, patches)
-    plotting.finish(ax, [])
-    ax.set_xlim(edges[0], edges[-1])
-    magnitude = ", magnitude" if stat in _SIGNED else ""
-    ax.set_title(plotting.title(stat, kind) + magnitude, loc="left")
+        axes.add_legend(ax, patches)
+    axes.format_axes(ax, edges[0], edges[-1])
+    ax.set_title(axes.title(stat, kind) + (", magnitude" if stat in _SIGNED else ""), loc="left")
     _label_rows(ax, names)
-    return root(ax)
+    return axes.figure_of(ax)
 
 
-def _mark(ax: Axes, bad: npt.NDArray[np.bool_], edges: Array) -> None:
-    """Points from above and from the right at cells with NaN, which may be a pixel high."""
-    rows, columns = np.nonzero(bad.any(axis=1))[0], np.nonzero(bad.any(axis=0))[0]
-    style: Any = {"linestyle": "", "color": plotting.BAD, "markersize": 4, "clip_on": False}
-    middles = (edges[1:] + edges[:-1]) / 2
-    ax.plot(
-        middles[columns],
-        np.full(len(columns), 1 + 3 / ax.get_window_extent().height),
-        transform=ax.get_xaxis_transform(),
-        marker="v",
-        **style,
-    )
-    ax.plot(
-        np.full(len(rows), 1 + 3 / ax.get_window_extent().width),
-        rows + 0.5,
-        transform=ax.get_yaxis_transform(),
-        marker="<",
-        **style,
-    )
-
-
-def _cells(
-    history: History, names: Sequence[str], stat: str, kind: str
-) -> tuple[Array, npt.NDArray[np.bool_]]:
-    """Statistics by name and entry, NaN where there is none; where one is NaN or infinite itself."""
-    summaries = [summary for _, summary in history]
-    if stat == "min_update_ratio":
-        states = States(summaries, names, "param")
-        return states.min_update_ratio(), states.has_nonfinite
-    states = States(summaries, names, kind)
-    values = states.statistics(stat)
-    bad = np.isinf(values) | (np.isnan(values) & states.has_nonfinite)
-    return np.where(bad, np.nan, values), bad
+def _mark(ax: Axes, is_nonfinite: Bools, edges: Array) -> None:
+    """Point from above and from the right at non-finite cells, which may be one pixel high."""
+    style: Any = {"linestyle": "", "color": axes.NONFINITE_COLOR, "markersize": 4, "clip_on": False}
+    extent = ax.get_window_extent()
+    columns = ((edges[1:] + edges[:-1]) / 2)[is_nonfinite.any(axis=0)]
+    top = np.full(len(columns), 1 + 3 / extent.height)
+    ax.plot(columns, top, transform=ax.get_xaxis_transform(), marker="v", **style)
+    rows = np.nonzero(is_nonfinite.any(axis=1))[0] + 0.5
+    right = np.full(len(rows), 1 + 3 / extent.width)
+    ax.plot(right, rows, transform=ax.get_yaxis_transform(), marker="<", **style)
 
 
 def _edges(steps: npt.NDArray[np.int64]) -> Array:
-    """Columns reach to the middle between their step and the next, wherever that is."""
+    """Return the edges of the columns: halfway between neighbouring steps."""
     if len(steps) == 1:
         return np.array([steps[0] - 0.5, steps[0] + 0.5])
     middles = (steps[1:] + steps[:-1]) / 2
@@ -141,78 +108,78 @@ def _edges(steps: npt.NDArray[np.int64]) -> Array:
     return np.array([first, *middles, last], dtype=np.float64)
 
 
-def _at_most(
-    most: int, values: Array, bad: npt.NDArray[np.bool_], edges: Array
-) -> tuple[Array, npt.NDArray[np.bool_], Array]:
-    """Neighbours joined until there are few enough columns: the greatest magnitude stays, and a
-    NaN anywhere, for those are what one looks for."""
-    n = values.shape[1]
-    if n <= most:
-        return values, bad, edges
-    starts = np.unique(np.arange(most) * n // most)
-    greatest = np.fmax.reduceat(np.abs(values), starts, axis=1)
-    worst = np.logical_or.reduceat(bad, starts, axis=1)
-    return greatest, worst, edges[[*starts, n]]
+def _joined(sizes: Array, is_nonfinite: Bools, edges: Array) -> tuple[Array, Bools, Array]:
+    """Join neighbouring columns until there are at most `MAX_COLUMNS`.
+
+    A joined column shows the largest magnitude and any NaN: that is what people look for.
+    """
+    n = sizes.shape[1]
+    if n <= MAX_COLUMNS:
+        return sizes, is_nonfinite, edges
+    starts = np.arange(MAX_COLUMNS) * n // MAX_COLUMNS
+    largest = np.fmax.reduceat(sizes, starts, axis=1)
+    any_nonfinite = np.logical_or.reduceat(is_nonfinite, starts, axis=1)
+    return largest, any_nonfinite, edges[[*starts, n]]
 
 
-def _normalised(plain: np.ma.MaskedArray, is_log: bool) -> tuple[Normalize, str]:
-    """From statistics to colours, and at which ends some lie beyond."""
-    cells = plain.compressed()
-    if not cells.size:
+def _color_scale(sizes: Array, is_log: bool) -> tuple[Normalize, str]:
+    """Return the color scale, and at which of its ends values lie outside."""
+    if not sizes.size:
         return Normalize(0, 1), "neither"
     if not is_log:
-        return Normalize(float(cells.min()), float(cells.max()) or 1.0), "neither"
-    low, high = (float(np.quantile(cells, q)) for q in (_DARKEST, _BRIGHTEST))
-    low = max(low, high / _WIDEST)
-    if high < 2 * low:  # next to nothing to tell apart: neither colours it as if there were
+        return Normalize(float(sizes.min()), float(sizes.max()) or 1.0), "neither"
+    low, high = (float(q) for q in np.quantile(sizes, (_LOW_QUANTILE, _HIGH_QUANTILE)))
+    low = max(low, high / _MAX_RANGE)
+    if high < 2 * low:  # almost equal values get almost equal colors
         low, high = low / 2, high * 2
-    below, above = bool((cells < low).any()), bool((cells > high).any())
+    below, above = bool((sizes < low).any()), bool((sizes > high).any())
     extend = {(1, 1): "both", (1, 0): "min", (0, 1): "max", (0, 0): "neither"}[below, above]
     return LogNorm(low, high), extend
 
 
 def _label_rows(ax: Axes, names: Sequence[str]) -> None:
-    """Names where there is room for all, else those of the blocks that they begin with."""
-    fits = room(ax)
-    blocks = _blocks(names, fits)
-    least = len(names) / fits
+    """Label the rows with their names or, if these do not fit, blocks of rows with their module."""
+    capacity = label_capacity(ax)
+    blocks = module_blocks(names, capacity)
+    gap = len(names) / capacity
     placed: list[tuple[float, str]] = []
     for start, stop, name in sorted(blocks, key=lambda block: block[0] - block[1]):
         middle = (start + stop) / 2
-        if all(abs(middle - other) >= least for other, _ in placed):
+        if all(abs(middle - other) >= gap for other, _ in placed):
             placed.append((middle, name))
-    ax.set_yticks([middle for middle, _ in placed], shown([name for _, name in placed]))
+    ax.set_yticks([middle for middle, _ in placed], shortened([name for _, name in placed]))
     for label in ax.get_yticklabels():
         label.set_parse_math(False)
     ax.tick_params(axis="y", length=0)
     if len(blocks) < len(names):
-        ax.set_yticks([start for start, _, _ in blocks], minor=True)  # where one begins
+        ax.set_yticks([start for start, _, _ in blocks], minor=True)  # where a block begins
         ax.tick_params(axis="y", which="minor", length=4, width=0.5)
 
 
-def _blocks(names: Sequence[str], fits: int) -> list[tuple[int, int, str]]:
-    """(first row, row after the last, name) of names with the same beginning, as deep into the
-    modules as there is room for.
+def module_blocks(names: Sequence[str], capacity: int) -> list[tuple[int, int, str]]:
+    """Group neighbouring names by module, as deep as `capacity` labels allow.
 
-    Where that would leave most of the room unused, as in a model of very many layers, one level
-    deeper, whose labels do not all fit.
+    If that leaves most of the capacity unused, as in a model of very many layers, it groups one
+    level deeper, and some labels will not fit.
+
+    Returns:
+        (first row, row after the last, module or name) of each block.
     """
     deeper: list[tuple[int, int, str]] = []
     for depth in range(max(name.count(".") for name in names) + 1, 0, -1):
-        found = _runs(names, depth)
-        if len(found) <= fits:
-            return deeper if deeper and len(found) < fits * _LEAST_USE else found
-        deeper = found
+        blocks = _blocks_at(names, depth)
+        if len(blocks) <= capacity:
+            return deeper if deeper and len(blocks) < capacity * _MIN_USE else blocks
+        deeper = blocks
     return deeper
 
 
-def _runs(names: Sequence[str], depth: int) -> list[tuple[int, int, str]]:
-    """Neighbours whose names begin with the same `depth` parts; one alone keeps its whole name."""
-    heads = [".".join(name.split(".")[:depth]) for name in names]
-    runs = []
+def _blocks_at(names: Sequence[str], depth: int) -> list[tuple[int, int, str]]:
+    """Group neighbours with the same first `depth` parts; a single tensor keeps its whole name."""
+    blocks = []
     start = 0
-    for head, members in itertools.groupby(heads):
+    for module, members in itertools.groupby(names, lambda name: name.split(".")[:depth]):
         stop = start + len(list(members))
-        runs.append((start, stop, head if stop - start > 1 else names[start]))
+        blocks.append((start, stop, ".".join(module) if stop - start > 1 else names[start]))
         start = stop
-    return runs
+    return blocks

@@ -1,4 +1,4 @@
-"""Labels of pictures that can be read: as many as there is room for, apart from each other."""
+"""Place the labels of pictures so that they do not overlap, and shorten them."""
 
 from __future__ import annotations
 
@@ -8,80 +8,73 @@ from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from paramstats._core import format as rendering
+from paramstats._core.format import elide
+from paramstats._history.axes import LINE_HEIGHT, SMALL, figure_of
 
-SMALL = 8.0
-"""Points, of labels."""
-
-LINE_HEIGHT = SMALL * 1.35 / 72
-"""Inches, from one line of small text to the next."""
-
-LONGEST_NAME = 36
+MAX_NAME_LENGTH = 36
 
 
-def shown(names: Sequence[str]) -> list[str]:
-    """Names that fit beside a picture, each on one line, and differ as the names do.
+def shortened(names: Sequence[str]) -> list[str]:
+    """Return the names on one line each, shortened to fit next to a picture.
 
-    What all begin with goes first, then the middle of each, as far as they stay different.
+    The prefix that all share is left out first, then the middle of each. Different names stay
+    different, so a result may be longer than `MAX_NAME_LENGTH`.
     """
     plain = [name if name.isprintable() else repr(name)[1:-1] for name in names]
-    if max(map(len, plain), default=0) > LONGEST_NAME and len(plain) > 1:
-        ends = zip(min(plain), max(plain), strict=False)  # what these share, all do
-        common = "".join(a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], ends))
-        common = common.rpartition(".")[0]
-        if len(common) > 2:
-            plain = [f"…{name[len(common) + 1 :]}" for name in plain]
-    width = LONGEST_NAME
-    short = [rendering.elide(name, width) for name in plain]
-    while len(set(short)) < len(set(plain)):
-        width += 4
-        short = [rendering.elide(name, width) for name in plain]
+    if max(map(len, plain), default=0) > MAX_NAME_LENGTH and len(plain) > 1:
+        pairs = zip(min(plain), max(plain), strict=False)  # their shared prefix is that of all
+        prefix = "".join(a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+        prefix = prefix.rpartition(".")[0]
+        if len(prefix) > 2:
+            plain = [f"…{name[len(prefix) + 1 :]}" for name in plain]
+    for width in itertools.count(MAX_NAME_LENGTH, 4):
+        short = [elide(name, width) for name in plain]
+        if len(set(short)) == len(set(plain)):
+            break
     return short
 
 
-def room(ax: Axes) -> int:
-    """How many lines of small text stand above each other along the axes."""
-    figure = root(ax)
+def label_capacity(ax: Axes) -> int:
+    """Return how many lines of small text fit above each other along the axes."""
+    figure = figure_of(ax)
     if figure.get_layout_engine() is not None:
-        figure.draw_without_rendering()  # the layout decides how high the axes are
+        figure.draw_without_rendering()  # the layout engine sets the height of the axes
     height = ax.get_window_extent().height / figure.dpi
     return max(1, int(height / LINE_HEIGHT))
 
 
-def root(ax: Axes) -> Figure:
-    """The figure, also of axes in a part of one."""
-    return ax.figure.canvas.figure
+def label_lines(ax: Axes, lines: list[tuple[str, Line2D]]) -> int:
+    """Write each line's name to the right of its end, and return the number of labels.
 
-
-def label_ends(ax: Axes, drawn: list[tuple[str, Line2D]]) -> int:
-    """Names at the right, each beside its line's end; where they are too many, some at even ranks
-    from the highest line to the lowest. Returns how many."""
-    ax.set_ylim(ax.get_ylim())  # ends stay where they are
-    fits = room(ax)
-    ends = sorted((_end(ax, line), i) for i, (_, line) in enumerate(drawn))
-    if len(ends) > fits:
-        ends = [ends[round(i * (len(ends) - 1) / (fits - 1 or 1))] for i in range(fits)]
-    places = spread([end for end, _ in ends], 1 / fits, 0.5 / fits, 1 - 0.5 / fits)
-    names = shown([drawn[i][0] for _, i in ends])
-    for (end, i), name, place in zip(ends, names, places, strict=True):
-        line = drawn[i][1]
+    If there are too many lines, those at evenly spaced ranks from top to bottom are labelled.
+    """
+    ax.set_ylim(ax.get_ylim())  # keeps the ends where they are
+    capacity = label_capacity(ax)
+    ends = sorted((_end_height(ax, line), i) for i, (_, line) in enumerate(lines))
+    if len(ends) > capacity:
+        last = len(ends) - 1
+        ends = [ends[round(i * last / max(capacity - 1, 1))] for i in range(capacity)]
+    half = 0.5 / capacity
+    heights = spread([end for end, _ in ends], 1 / capacity, half, 1 - half)
+    names = shortened([lines[i][0] for _, i in ends])
+    for (end, i), name, height in zip(ends, names, heights, strict=True):
+        color = lines[i][1].get_color()
         ax.annotate(
             name,
             xy=(1, end),
-            xytext=(1.03, place),
+            xytext=(1.03, height),
             xycoords="axes fraction",
             textcoords="axes fraction",
             va="center",
-            color=line.get_color(),
+            color=color,
             fontsize=SMALL,
             parse_math=False,
             annotation_clip=False,
             arrowprops={
                 "arrowstyle": "-",
-                "color": line.get_color(),
+                "color": color,
                 "linewidth": 0.6,
                 "shrinkA": 0,
                 "shrinkB": 0,
@@ -91,8 +84,8 @@ def label_ends(ax: Axes, drawn: list[tuple[str, Line2D]]) -> int:
     return len(ends)
 
 
-def _end(ax: Axes, line: Line2D) -> float:
-    """The height of a line's last point, in parts of the axes'."""
+def _end_height(ax: Axes, line: Line2D) -> float:
+    """Return the height of a line's last point as a fraction of the axes."""
     values = np.asarray(line.get_ydata(), dtype=np.float64)
     last = values[~np.isnan(values)][-1]
     height = ax.transAxes.inverted().transform(ax.transData.transform((0, last)))[1]
@@ -100,16 +93,11 @@ def _end(ax: Axes, line: Line2D) -> float:
 
 
 def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Positions at least `gap` apart within [low, high], as near to the ascending `wanted` as the
-    least squares of the distances allow."""
-    # With i * gap taken from the i-th position, "at least gap apart" reads "not decreasing":
-    # isotonic regression, which pools neighbours in the wrong order into their mean.
-    pools: list[tuple[float, int]] = []
-    for i, position in enumerate(wanted):
-        pools.append((position - i * gap, 1))
-        while len(pools) > 1 and pools[-2][0] > pools[-1][0]:
-            (a, m), (b, n) = pools[-2:]
-            pools[-2:] = [((a * m + b * n) / (m + n), m + n)]
-    highest = high - (len(wanted) - 1) * gap
-    levels = [max(low, min(level, highest)) for level, size in pools for _ in range(size)]
-    return [level + i * gap for i, level in enumerate(levels)]
+    """Return positions near the ascending `wanted`, at least `gap` apart, within [low, high]."""
+    places: list[float] = []
+    for position in wanted:  # push up where the one below is too near
+        places.append(max(position, places[-1] + gap if places else low))
+    for i in reversed(range(len(places))):  # push down from the upper limit
+        places[i] = min(places[i], high)
+        high = places[i] - gap
+    return places

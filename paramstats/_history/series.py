@@ -1,23 +1,19 @@
-"""The statistics of one parameter over a history: arrays where a summary has numbers.
+"""The statistics of one tensor over a history: arrays where a summary has numbers.
 
-Imported when a history is first asked for arrays: `import paramstats` needs no numpy.
+Imported when a history is first asked for arrays, because `import paramstats` must not need numpy.
 """
 
 from __future__ import annotations
 
-import itertools
-import math
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, overload
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
-from paramstats._core import moments
-from paramstats._core.moments import NAN, Moments, Statistics
-from paramstats._core.options import STATS
+from paramstats._core.moments import NAN, Statistics
+from paramstats._core.options import STATS, did_you_mean
 from paramstats._stats import ParamStats, TensorStats
-from paramstats._summary import Summary, record_of
 
 if TYPE_CHECKING:
     import torch
@@ -27,22 +23,20 @@ Array = npt.NDArray[np.float64]
 _UNKNOWN = Statistics(*[NAN] * len(STATS))
 
 
-class _OverSteps:
-    """One statistic at every step, by the name that it has in `TensorStats`."""
+class _Statistic:
+    """A statistic at every step, under the name that it has in `TensorStats`."""
 
     def __set_name__(self, owner: type, name: str) -> None:
-        self._position = STATS.index(name)
+        self._column = STATS.index(name)
 
-    @overload
-    def __get__(self, series: None, owner: type) -> _OverSteps: ...
-    @overload
-    def __get__(self, series: TensorSeries, owner: type) -> Array: ...
-    def __get__(self, series: TensorSeries | None, owner: type) -> _OverSteps | Array:
-        return self if series is None else series._statistics[:, self._position].copy()
+    def __get__(self, series: TensorSeries | None, owner: type) -> Array:
+        if series is None:
+            return self  # type: ignore[return-value]  # looked up in the class, by help()
+        return series._statistics()[:, self._column].copy()
 
 
 class TensorSeries:
-    """The statistics of one tensor at every step, each an array of float64 as long as `steps`.
+    """The statistics of one tensor at every step, each as a float64 array of the length of `steps`.
 
     >>> import torch, paramstats
     >>> history = paramstats.History()
@@ -51,122 +45,102 @@ class TensorSeries:
     >>> history["w"].norm
     array([0., 2., 4.])
 
-    NaN where the statistic is NaN, and where there was no such tensor at that step.
+    Steps without such a tensor are NaN.
     """
 
-    __slots__ = ("_finalize", "_made", "_stats", "steps")
+    __slots__ = ("_stats", "_table", "steps")
 
-    count = _OverSteps()
-    mean = _OverSteps()
-    std = _OverSteps()
-    var = _OverSteps()
-    norm = _OverSteps()
-    rms = _OverSteps()
-    min = _OverSteps()
-    max = _OverSteps()
-    abs_max = _OverSteps()
-    zero_count = _OverSteps()
-    zero_fraction = _OverSteps()
-    nan_count = _OverSteps()
-    pos_inf_count = _OverSteps()
-    neg_inf_count = _OverSteps()
-    nonfinite_count = _OverSteps()
+    count = _Statistic()
+    mean = _Statistic()
+    std = _Statistic()
+    var = _Statistic()
+    norm = _Statistic()
+    rms = _Statistic()
+    min = _Statistic()
+    max = _Statistic()
+    abs_max = _Statistic()
+    zero_count = _Statistic()
+    zero_fraction = _Statistic()
+    nan_count = _Statistic()
+    pos_inf_count = _Statistic()
+    neg_inf_count = _Statistic()
+    nonfinite_count = _Statistic()
 
-    def __init__(
-        self,
-        steps: npt.NDArray[np.int64],
-        stats: Sequence[TensorStats | None],
-        finalize: Callable[[Moments, float], Statistics] = moments.finalize,
-    ) -> None:
+    def __init__(self, steps: npt.NDArray[np.int64], stats: Sequence[TensorStats | None]) -> None:
         self.steps = steps
-        self._stats = stats
-        self._finalize = finalize
-        self._made: Array | None = None
+        self._stats: Sequence[Any] = stats
+        self._table: Array | None = None
 
-    @property
     def _statistics(self) -> Array:
-        """A row for each step; made when a statistic is first asked for."""
-        if self._made is None:
-            rows = [
-                _UNKNOWN if stats is None else self._finalize(stats.state(), stats._correction)
-                for stats in self._stats
-            ]
-            self._made = np.array(rows, dtype=np.float64).reshape(-1, len(STATS))
-        return self._made
+        """Return all statistics as an array of shape (steps, statistics)."""
+        if self._table is None:
+            rows = [_UNKNOWN if stats is None else stats.statistics() for stats in self._stats]
+            self._table = np.array(rows, dtype=np.float64).reshape(-1, len(STATS))
+        return self._table
 
     @property
     def finite(self) -> TensorSeries:
-        """The same statistics over the finite elements alone."""
-        return TensorSeries(self.steps, self._stats, moments.finalize_finite)
+        """The statistics of the finite elements only."""
+        return TensorSeries(self.steps, [stats and stats.finite for stats in self._stats])
 
     def __len__(self) -> int:
         return len(self.steps)
 
     def __repr__(self) -> str:
-        return f"<{self._called()} at {len(self)} steps>"
+        return f"<{type(self).__name__} of {len(self)} steps>"
 
-    def _called(self) -> str:
-        return "statistics"
+    if not TYPE_CHECKING:  # type checkers should report the names that do not exist
+
+        def __getattr__(self, name: str) -> NoReturn:
+            raise AttributeError(
+                f"'{type(self).__name__}' object has no attribute '{name}'{did_you_mean(name)}",
+                name=name,
+                obj=self,
+            )
 
 
 class TotalSeries(TensorSeries):
-    """All parameters as one at every step, and in `grad` all gradients as one."""
+    """The statistics of all parameters together; `grad` has those of all gradients together."""
 
-    __slots__ = ("_grads",)
-
-    def __init__(
-        self,
-        steps: npt.NDArray[np.int64],
-        stats: Sequence[TensorStats | None],
-        grads: Sequence[TensorStats | None],
-    ) -> None:
-        super().__init__(steps, stats)
-        self._grads = grads
+    __slots__ = ()
 
     @property
     def grad(self) -> TensorSeries:
-        """The gradient's statistics, NaN where there was none."""
-        return TensorSeries(self.steps, self._grads)
-
-    def _called(self) -> str:
-        return "total"
+        """The statistics of the gradient; NaN at steps without one."""
+        return TensorSeries(self.steps, [stats and stats.grad for stats in self._stats])
 
 
 class ParamSeries(TotalSeries):
-    """One parameter's statistics at every step, its gradient's in `grad`, and how far it moved.
+    """The statistics of one parameter at every step; `grad` has those of its gradient.
 
-    What it is (`shape`, `dtype`, ...) is as at the last step where it was there.
+    `shape`, `dtype` and other properties are those at the last step that has the parameter.
     """
 
-    __slots__ = ("_entries", "_latest")
+    __slots__ = ("_latest",)
 
-    def __init__(self, steps: npt.NDArray[np.int64], entries: Sequence[ParamStats | None]) -> None:
-        super().__init__(steps, entries, [entry and entry.grad for entry in entries])
-        self._entries = entries
-        self._latest = next(entry for entry in reversed(entries) if entry is not None)
+    def __init__(self, steps: npt.NDArray[np.int64], stats: Sequence[ParamStats | None]) -> None:
+        super().__init__(steps, stats)
+        self._latest = next(entry for entry in reversed(stats) if entry is not None)
 
     @property
     def min_update_ratio(self) -> Array:
-        """The least relative change since the entry before that the statistics prove: a lower bound.
+        """A lower bound of the relative change ||w1 - w0|| / ||w0|| since the previous step.
 
-        ||w1 - w0|| / ||w0|| is at least this, whatever the elements did. It is exact where all
-        elements were shifted by the same amount, or their deviations from the mean were scaled;
-        a change that keeps mean and spread, such as two elements swapped, does not show in it.
+        The bound follows from the statistics alone. It is exact if the same number was added to all
+        elements, or if their deviations from the mean were all multiplied by one factor. It does
+        not see a change that keeps mean and spread, such as two swapped elements.
 
-        NaN at the first step, where the shape changed, where either of the two was not there, not
-        read or not all finite, and where w0 was zero. A history that thins out its entries compares
-        those that are left. Of float32 and shorter types, values below 1e-5 are within the
-        statistics' own rounding, and prove nothing.
+        NaN at the first step, if the number of elements changed, if w0 is zero, and if either
+        tensor is missing, was not read or has NaN or infinite elements. A history that has dropped
+        entries compares the remaining ones. Values below 1e-5 are within rounding error for float32
+        and shorter dtypes.
         """
-        states = np.array(list(map(_state, self._entries)), dtype=np.float64)
-        count, mean, m2 = states.reshape(-1, 3).T
-        shapes = [entry and entry.shape for entry in self._entries]
-        same = [before == after for before, after in itertools.pairwise(shapes)]
-        return least_change(count, mean, m2, self.norm, np.array(same, dtype=bool))
+        states = np.array(list(map(_finite_state, self._stats)), dtype=np.float64)
+        return min_update_ratio(*states.reshape(-1, 3).T)
 
     @property
     def name(self) -> str:
-        """Its first name; see `aliases`."""
+        """Its first name; `aliases` has the others."""
         return self._latest.name
 
     @property
@@ -192,53 +166,37 @@ class ParamSeries(TotalSeries):
 
     @property
     def kind(self) -> str:
-        """ "param" or "buffer"."""
         return self._latest.kind
 
-    def _called(self) -> str:
-        return f"'{self.name}'"
+    def __repr__(self) -> str:
+        return f"<ParamSeries of '{self.name}', {len(self)} steps>"
 
 
-def least_change(
-    count: Array, mean: Array, m2: Array, norm: Array, is_same_shape: npt.NDArray[np.bool_]
-) -> Array:
-    """`ParamSeries.min_update_ratio`, from states over steps in the last axis; NaN: not known."""
-    # Let w = mean * 1 + c, where 1 is the vector of n ones and c the deviations, which add up
-    # to zero: c is orthogonal to 1, ||c||^2 = m2. So is the difference of two such c, hence
+def min_update_ratio(count: Array, mean: Array, m2: Array) -> Array:
+    """Return `ParamSeries.min_update_ratio` from states; the last axis is the steps.
+
+    The states are NaN where the tensor is missing, was not read or is not all finite.
+    """
+    # Let w = mean * 1 + c, where 1 is the vector of n ones and c are the deviations, which sum to
+    # zero: c is orthogonal to 1, and ||c||^2 = m2. The difference of two such c is orthogonal
+    # to 1, too, hence
     #     ||w1 - w0||^2 = n (mean1 - mean0)^2 + ||c1 - c0||^2      (Pythagoras)
-    #                  >= n (mean1 - mean0)^2 + (||c1|| - ||c0||)^2 (reverse triangle)
-    # with equality where c1 = k c0, k >= 0. Of complex tensors `mean` is the modulus of the
-    # mean, whose differences are no greater than those of the means: by the same inequality.
-    ratio = np.full(norm.shape, NAN)
+    #                  >= n (mean1 - mean0)^2 + (||c1|| - ||c0||)^2 (reverse triangle inequality)
+    # with equality where c1 = k c0, k >= 0. For complex tensors `mean` is the modulus of the mean;
+    # the difference of moduli is at most that of the means, by the same inequality.
+    ratio = np.full(count.shape, NAN)
     with np.errstate(all="ignore"):
-        shift = np.sqrt(count[..., 1:]) * np.diff(mean)
-        before = norm[..., :-1]
-        change = np.hypot(shift, np.diff(np.sqrt(m2)))
-        ratio[..., 1:] = np.where(is_same_shape & (before > 0), change / before, NAN)
+        spread = np.sqrt(m2)
+        norm = np.hypot(spread, mean * np.sqrt(count))[..., :-1]
+        change = np.hypot(np.sqrt(count[..., 1:]) * np.diff(mean), np.diff(spread))
+        is_known = (count[..., 1:] == count[..., :-1]) & (norm > 0)
+        ratio[..., 1:] = np.where(is_known, change / norm, NAN)
     return ratio
 
 
-def _state(entry: ParamStats | None) -> tuple[float, float, float]:
-    """Count, mean and m2 where they cover all elements."""
-    if entry is None or math.isnan(entry.norm) or entry.nonfinite_count:
+def _finite_state(entry: ParamStats | None) -> tuple[float, float, float]:
+    """Return count, mean and m2, or NaN unless all elements were read and are finite."""
+    if entry is None or not entry.is_read() or entry.nonfinite_count:
         return NAN, NAN, NAN
     state = entry.state()
     return state.count, state.mean, state.m2
-
-
-_KEY = "{kind}_{stat}/{name}"
-
-
-def rows(summary: Summary, stats: tuple[str, ...]) -> Array:
-    """A summary's statistics: a row for each tensor, in columns first its own, then its gradient's.
-
-    NaN where there was nothing to read. One call of the backend for all of them.
-    """
-    scalars = summary.scalars(_KEY, stats, totals=False)
-    keys = record_of(summary).layout.keys(_KEY, stats).rows
-    own_then_grads = np.array([scalars.get(key, NAN) for key in keys], dtype=np.float64)
-    return np.hstack(tuple(own_then_grads.reshape(2, len(summary), len(stats))))
-
-
-def joined(parts: Sequence[Array], columns: int) -> Array:
-    return np.concatenate([np.empty((0, columns)), *parts])

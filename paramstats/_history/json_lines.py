@@ -1,7 +1,7 @@
-"""The lines of a history's file: a layout or an entry as JSON, and back.
+"""Write layouts and entries as lines of JSON; parse and check such lines.
 
-docs/history.md has every key. Whatever a line holds is checked here: statistics are made of it later
-without a look.
+docs/history.md lists every key. Parsing checks all values, because the code that uses a `Summary`
+later does not.
 """
 
 from __future__ import annotations
@@ -21,22 +21,23 @@ from paramstats._core.moments import ABSENT, NAN, ROW, Moments, unread
 from paramstats._core.record import Record
 from paramstats._summary import Summary, record_of
 
-_NONE: Mapping[str, str] = MappingProxyType({})
-
+_NO_REASONS: Mapping[str, str] = MappingProxyType({})
 _COUNTS = Moments._fields[1:5]
-_FIGURES = Moments._fields[5:]
+_FLOATS = Moments._fields[5:]
 
 
 class Entry(NamedTuple):
-    """`number`: how many entries of the run are before it, also where not all of them are left;
-    after going back, that of the entry whose place it takes."""
+    """A summary at a step of a run."""
 
     step: int
     number: int
+    """Position of the entry in the run, counting from 0; entries dropped from memory count too.
+    After the run went back, an entry gets the number of the one that it replaces."""
     summary: Summary
 
 
 def layout_line(layout: Layout) -> bytes:
+    """Return the line for a layout, with its newline."""
     content = {
         "names": layout.names,
         "aliases": {
@@ -53,13 +54,14 @@ def layout_line(layout: Layout) -> bytes:
     return json.dumps(content).encode() + b"\n"
 
 
-def layout_of(content: dict[str, Any]) -> Layout:
+def parse_layout(content: dict[str, Any]) -> Layout:
+    """Return the layout of a parsed line; raises an error if a value is not valid."""
     names = tuple(_list_of(str, content["names"], "names"))
     expect(len(set(names)) == len(names), "distinct names", names)
     aliases = content["aliases"]
     expect(type(aliases) is dict, "aliases by name", aliases)
-    for several in aliases.values():
-        _list_of(str, several, "aliases")
+    for names_of_one in aliases.values():
+        _list_of(str, names_of_one, "aliases")
     parameters = content["parameters"]
     expect(type(parameters) is int and 0 <= parameters <= len(names), "parameters", parameters)
     n = len(names)
@@ -85,11 +87,12 @@ def _shape(shape: Any) -> tuple[int, ...] | None:
 def _dtype(name: str) -> torch.dtype:
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"expected a dtype of this torch, got {name!r}")
+        raise ValueError(f"expected a dtype of this torch version, got {name!r}")
     return dtype
 
 
 def entry_line(entry: Entry) -> bytes:
+    """Return the line for an entry, with its newline; waits for its statistics."""
     record = record_of(entry.summary)
     head: dict[str, Any] = {
         "step": entry.step,
@@ -108,21 +111,21 @@ def entry_line(entry: Entry) -> bytes:
     columns = {"params": _columns(rows[:n], _numels(record.layout))}
     if any(row[0] != ABSENT for row in rows[n:]):
         columns["grads"] = _columns(rows[n:], [row[0] for row in rows[:n]])
-    statistics = json.dumps(
-        columns, separators=(",", ":")
-    )  # no strings but keys: safe to replace in
-    statistics = statistics.replace("NaN", "null").replace("Infinity", "1e999")
-    return f"{json.dumps(head)[:-1]}, {statistics[1:]}\n".encode()
+    states = json.dumps(columns, separators=(",", ":"))
+    # No string in it contains these words: all keys are names of columns.
+    states = states.replace("NaN", "null").replace("Infinity", "1e999")
+    return f"{json.dumps(head)[:-1]}, {states[1:]}\n".encode()
 
 
 def _columns(rows: list[tuple[Any, ...]], counts: list[int]) -> dict[str, tuple[Any, ...]]:
-    """Without the counts that say nothing: `counts` as expected, all others zero."""
+    """Return states by column, without columns that equal their default: `counts` or zeros."""
     columns = dict(zip(Moments._fields, zip(*rows, strict=True), strict=False))
-    usual = {"count": counts, **{name: [0] * len(rows) for name in _COUNTS}}
-    return {name: column for name, column in columns.items() if list(column) != usual.get(name)}
+    defaults = {"count": counts, **{name: [0] * len(rows) for name in _COUNTS}}
+    return {name: column for name, column in columns.items() if list(column) != defaults.get(name)}
 
 
-def entry_of(content: dict[str, Any], layout: Layout) -> Entry:
+def parse_entry(content: dict[str, Any], layout: Layout) -> Entry:
+    """Return the entry of a parsed line; raises an error if a value is not valid."""
     params = _states(content["params"], _numels(layout))
     if "grads" in content:
         grads = _states(content["grads"], [state.count for state in params])
@@ -147,31 +150,26 @@ def entry_of(content: dict[str, Any], layout: Layout) -> Entry:
     return Entry(step, number, Summary(record))
 
 
-def _states(columns: Any, counts: list[int]) -> list[Moments]:
-    """Of counts that a tensor can have: what is read from them has no checks of its own."""
-    expect(type(columns) is dict, "columns", columns)
-    n = len(counts)
-    found: list[list[Any]] = [_list_of(int, columns.get("count", counts), "count", n)]
-    found += [_list_of(int, columns.get(name, [0] * n), name, n) for name in _COUNTS]
-    for name in _FIGURES:
-        statistics = [
-            NAN if x is None else x for x in _list_of(object, columns.get(name, []), name)
-        ]
-        expect(
-            len(statistics) == n and set(map(type, statistics)) <= {int, float}, name, statistics
-        )
-        found.append(statistics)
-    states = list(starmap(Moments, zip(*found, strict=True)))
+def _states(columns: dict[str, list[Any]], counts: list[int]) -> list[Moments]:
+    """Return the states of the rows; raises ValueError if no tensor can have such a state."""
+    zeros = [0] * len(counts)
+    integers = [columns.get("count", counts), *(columns.get(name, zeros) for name in _COUNTS)]
+    floats = [[NAN if x is None else x for x in columns.get(name, [])] for name in _FLOATS]
+    rows = list(zip(*integers, *floats, strict=True))
+    expect(len(rows) == len(counts), f"{len(counts)} values in each column", len(rows))
+    packed = b"".join(starmap(ROW.pack, rows))  # raises an error for values of other types
+    states = list(map(Moments._make, ROW.iter_unpack(packed)))
     for state in states:
-        others = state[1:5]
-        is_possible = state.count >= ABSENT and min(others) >= 0 and not state.m2 < 0
-        expect(is_possible and sum(others) <= max(state.count, 0), "a tensor's statistics", state)
-    expect(sum(state.count for state in states) < 1 << 63, "counts of 64 bits in all", n)
+        parts = state[1:5]
+        is_possible = state.count >= ABSENT and min(parts) >= 0 and not state.m2 < 0
+        expect(is_possible and sum(parts) <= max(state.count, 0), "a tensor's state", state)
+    total = sum(state.count for state in states)
+    expect(total < 1 << 63, "counts with a sum below 2^63", total)
     return states
 
 
 def expect(condition: bool, what: str, got: object) -> None:
-    # no assert: python -O reads files, too
+    """Raise ValueError unless `condition` holds; `assert` would not run under `python -O`."""
     if not condition:
         raise ValueError(f"expected {what}, got {repr(got)[:80]}")
 
@@ -188,10 +186,10 @@ def _number(value: Any, what: str) -> float:
 
 
 def _reasons(content: dict[str, Any], key: str) -> Mapping[str, str]:
-    reasons = content.get(key, _NONE)
-    expect(reasons is _NONE or type(reasons) is dict, f"{key} by name", reasons)
+    reasons = content.get(key, _NO_REASONS)
+    expect(reasons is _NO_REASONS or type(reasons) is dict, f"{key} by name", reasons)
     _list_of(str, list(reasons.values()), key)
-    return dict(reasons) if reasons else _NONE
+    return dict(reasons) if reasons else _NO_REASONS
 
 
 def _numels(layout: Layout) -> list[int]:
