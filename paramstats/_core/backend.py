@@ -82,7 +82,8 @@ class Implementation:
             if trouble and device not in _explained:
                 _explained.add(device)
                 warnings.warn(
-                    f"paramstats uses torch operators on {device}, with the same results, but slower: "
+                    f"paramstats uses torch operators on {device}, which is slower, with the same "
+                    f"results: "
                     f"{trouble}",
                     RuntimeWarning,
                     stacklevel=3,
@@ -179,7 +180,7 @@ def choose(wanted: str | None) -> Implementation:
             f"paramstats: expected the native backend ({_ENGINE_VARIABLE}=native), but {missing}"
         )
     warnings.warn(
-        f"paramstats uses torch operators, with the same results, but slower: {missing}",
+        f"paramstats uses torch operators, which is slower, with the same results: {missing}",
         RuntimeWarning,
         stacklevel=4,
     )
@@ -193,8 +194,8 @@ def backend() -> Backend:
     >>> paramstats.backend().cpu in ("native", "reference")
     True
 
-    Print it for a bug report. Raises RuntimeError if PARAMSTATS_BACKEND=native is set and the native
-    backend does not load.
+    Print it for a bug report. Raises RuntimeError if PARAMSTATS_BACKEND=native is set and the
+    native backend does not load.
     """
 
     chosen = active()

@@ -106,9 +106,9 @@ class ParamStatsCallback(TrainerCallback):
         self._watcher.close()  # logs the last summary, which is complete by now
         if is_due:
             warnings.warn(
-                f"paramstats.ParamStatsCallback: nothing is logged at step {state.global_step + 1}, "
-                "because no hook saw a gradient; FullyShardedDataParallel and DeepSpeed are not "
-                "supported here",
+                "paramstats.ParamStatsCallback: nothing is logged at step "
+                f"{state.global_step + 1}, because no hook saw a gradient; FullyShardedDataParallel "
+                "and DeepSpeed are not supported here",
                 RuntimeWarning,
                 stacklevel=2,
             )
