@@ -1,8 +1,9 @@
-"""Fixtures that every test may use: each backend in turn, and a model with gradients."""
+"""Fixtures for all tests: each backend, each SIMD level, a model with gradients."""
 
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -13,14 +14,15 @@ import torch
 from hypothesis import settings
 
 from paramstats._core import backend as backends
+from paramstats._core import reading
 
-settings.register_profile("default", deadline=None, derandomize=True)  # one seed: CI repeats itself
+settings.register_profile("default", deadline=None, derandomize=True)  # CI is repeatable
 settings.register_profile("explore", deadline=None, max_examples=2000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
 def load_backend(name: str) -> backends.Implementation:
-    """The backend called `name`; skips, saying why, where the native one is not installed."""
+    """Return a backend; skip the test if the native one is not installed, unless it must be."""
     try:
         return backends.choose(name)
     except RuntimeError as error:
@@ -29,8 +31,26 @@ def load_backend(name: str) -> backends.Implementation:
         pytest.skip(str(error))
 
 
-def in_a_small_thread(call: Callable[[], object]) -> None:
-    """On a thread with a stack of 64 KiB."""
+def run_python(
+    *arguments: str, cwd: str | Path = os.sep, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run Python without the variables PARAMSTATS_*, except those in `environment`.
+
+    `python -c` looks for packages in the working directory first, so this is not the checkout.
+    """
+    keep = {k: v for k, v in os.environ.items() if not k.startswith("PARAMSTATS_")}
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env=keep | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def run_with_small_stack(call: Callable[[], object]) -> None:
+    """Run `call` in a thread with a stack of 64 KiB."""
     before = threading.stack_size(64 * 1024)
     thread = threading.Thread(target=call)
     thread.start()
@@ -42,7 +62,7 @@ def in_a_small_thread(call: Callable[[], object]) -> None:
 def backend(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> backends.Implementation:
-    """Runs the test once with each backend."""
+    """Run the test with each backend."""
     chosen = load_backend(request.param)
     monkeypatch.setattr(backends, "_active", chosen)
     return chosen
@@ -50,7 +70,7 @@ def backend(
 
 @pytest.fixture
 def native(monkeypatch: pytest.MonkeyPatch) -> backends.Implementation:
-    """Runs the test with the native backend alone."""
+    """Run the test with the native backend only."""
     chosen = load_backend("native")
     monkeypatch.setattr(backends, "_active", chosen)
     return chosen
@@ -58,7 +78,7 @@ def native(monkeypatch: pytest.MonkeyPatch) -> backends.Implementation:
 
 @pytest.fixture(params=["avx512", "avx2", "plain"])
 def simd_level(request: pytest.FixtureRequest, native: backends.Implementation) -> Iterator[str]:
-    """Runs the test once with the native kernels of each SIMD level that is here."""
+    """Run the test with the native kernels of each SIMD level that the processor has."""
     extension = native.native
     if request.param not in extension.simd_levels():
         pytest.skip(f"this processor has no {request.param}")
@@ -66,6 +86,12 @@ def simd_level(request: pytest.FixtureRequest, native: backends.Implementation) 
     extension.set_simd_level(request.param)
     yield request.param
     extension.set_simd_level(before)
+
+
+@pytest.fixture
+def new_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Warn again about reasons that another test has already caused a warning about."""
+    monkeypatch.setattr(reading, "_warned", set())
 
 
 @pytest.fixture
@@ -79,7 +105,7 @@ def model() -> torch.nn.Module:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Where the test is, so that loggers write there, and to no network."""
+    """Run the test in a temporary folder; loggers write there and use no network."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
@@ -87,4 +113,4 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     yield tmp_path
     if "wandb" in sys.modules:
-        sys.modules["wandb"].teardown()  # or it stays in this folder
+        sys.modules["wandb"].teardown()  # otherwise it keeps using this folder

@@ -1,4 +1,4 @@
-"""Bitwise the same for any number of threads, on every run, in any company."""
+"""States are bitwise equal for any number of threads, on every run, next to any other tensors."""
 
 from __future__ import annotations
 
@@ -29,27 +29,29 @@ def restore_threads():
     torch.set_num_threads(before)
 
 
-def test_threads_runs_and_company(native, tensors, simd_level, restore_threads):
+def test_states_do_not_depend_on_threads_runs_or_other_tensors(
+    native, tensors, simd_level, restore_threads
+):
     extension = native.native
     expected = _states(extension, tensors)
     for threads in (1, 2):
         torch.set_num_threads(threads)
         for _ in range(10):
             assert _states(extension, tensors) == expected
-    company = [torch.randn(300_000), *tensors, torch.randn(77)]
-    assert _states(extension, company)[1:-1] == expected
+    with_others = [torch.randn(300_000), *tensors, torch.randn(77)]
+    assert _states(extension, with_others)[1:-1] == expected
     alone = [_states(extension, [t])[0] for t in tensors]
     assert alone == expected
 
 
 def _states(extension, tensors: list[torch.Tensor]) -> list[bytes]:
-    table, left, _ = extension.read(tensors, True, False)
-    assert not left
+    table, deferred_rows, _ = extension.read(tensors, True, False)
+    assert not deferred_rows
     size = paramstats._core.moments.ROW.size
     return [table[i * size : (i + 1) * size] for i in range(len(tensors))]
 
 
-def test_flushing_denormals_changes_nothing(native):
+def test_flushing_denormals_changes_no_statistic(native):
     tiny = torch.full((5000,), 2.0**-140)
     tiny[::2] = 2.0**-130
     expected = _states(native.native, [tiny])
@@ -57,16 +59,16 @@ def test_flushing_denormals_changes_nothing(native):
         pytest.skip("this processor cannot flush denormals")
     try:
         assert _states(native.native, [tiny]) == expected
-        assert (tiny[:1] * 0.5).item() == 0, "the caller's setting is still in force"
+        assert (tiny[:1] * 0.5).item() == 0, "the caller's setting has changed"
     finally:
         torch.set_flush_denormal(False)
 
 
-def test_from_many_threads_at_once(native):
-    """Four threads summarise two models while a fifth trains another.
+def test_many_threads_may_summarize_at_once(native):
+    """Four threads summarize two models while a fifth trains a third.
 
-    Its gradients stay where they are: torch itself crashes where a thread looks at `p.grad` while
-    another's backward, which needs no GIL, puts a new one there.
+    Gradients of the third are zeroed in place: torch itself crashes if one thread reads `p.grad`
+    while the backward of another thread, which does not hold the GIL, replaces it.
     """
     torch.manual_seed(0)
     models = [
@@ -84,7 +86,7 @@ def test_from_many_threads_at_once(native):
     def guarded(work):
         try:
             work()
-        except Exception as error:  # reported by the assertion below, in the main thread
+        except Exception as error:  # raised again by the assertion in the main thread
             failures.append(error)
 
     def train():
@@ -94,15 +96,15 @@ def test_from_many_threads_at_once(native):
             trained(torch.randn(32, 64)).square().mean().backward()
             optimizer.step()
 
-    def summarise(which: int):
+    def summarize(which: int):
         for _ in range(40):
             assert paramstats.summarize(models[which]).to_dict() == expected[which]
-            summary = paramstats.summarize(trained)  # while it changes: sane, and no crash
+            summary = paramstats.summarize(trained)  # while it changes
             assert 0 < summary["0.weight"].std < 10
 
     trainer = threading.Thread(target=guarded, args=(train,))
     readers = [
-        threading.Thread(target=guarded, args=(lambda i=i: summarise(i % 2),)) for i in range(4)
+        threading.Thread(target=guarded, args=(lambda i=i: summarize(i % 2),)) for i in range(4)
     ]
     for thread in (trainer, *readers):
         thread.start()
@@ -114,26 +116,26 @@ def test_from_many_threads_at_once(native):
     oracle.check(paramstats.summarize(trained)["0.weight"], trained[0].weight)
 
 
-def test_models_come_and_go_in_many_threads(native):
-    """Each thread's models enter what is remembered of models and leave it; one is everybody's."""
+def test_many_threads_may_create_and_delete_models(native):
+    """Each thread's models enter the cache of layouts and leave it; one model is shared."""
     torch.manual_seed(0)
     shared = torch.nn.Linear(600, 600)  # large enough for several threads
     expected = paramstats.summarize(shared)["weight"].norm
     before = native.native.cached_layouts()
-    wrong = []
+    errors = []
 
     def work(number: int) -> None:
         for size in range(1, 40):
             model = torch.nn.Sequential(*(torch.nn.Linear(1, 1) for _ in range(size)))
             names = list(paramstats.summarize(model, buffers=number % 2 == 0))
             if len(names) != 2 * size or paramstats.summarize(shared)["weight"].norm != expected:
-                wrong.append((number, size, names))
+                errors.append((number, size, names))
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert not wrong
+    assert not errors
     gc.collect()
     assert native.native.cached_layouts() <= before

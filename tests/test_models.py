@@ -1,4 +1,4 @@
-"""Real architectures after a real backward pass, against torch in float64."""
+"""Real architectures after a backward pass, against the oracle."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def resnet():
 
 
 @pytest.mark.parametrize("make", [gpt2, t5, vit, mixtral, resnet], ids=lambda f: f.__name__)
-def test_every_figure(backend, make):
+def test_every_statistic_of_every_tensor(backend, make):
     torch.manual_seed(0)
     model, aliases = make()
     summary = paramstats.summarize(model, buffers=True)

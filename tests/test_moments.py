@@ -1,4 +1,4 @@
-"""The state in Python: the laws of merge, and agreement with its C++ twin."""
+"""Moments in Python: merge, scaling, and agreement with the C++ implementation."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def state_of(values: list[float]) -> Moments:
 
 
 @given(elements, elements)
-def test_merge_is_the_state_of_both(a, b):
+def test_merging_two_states_gives_the_state_of_all_elements(a, b):
     merged, whole = merge(state_of(a), state_of(b)), state_of(a + b)
     assert merged[:5] == whole[:5] and merged[7:] == whole[7:]
     size = max((abs(v) for v in a + b if math.isfinite(v)), default=0.0)
@@ -45,12 +45,12 @@ def test_merge_is_the_state_of_both(a, b):
 
 
 @given(elements)
-def test_nothing_merged_changes_nothing(a):
+def test_merging_an_empty_state_changes_nothing(a):
     state = state_of(a)
     assert merge(state, Moments()) == state == merge(Moments(), state)
 
 
-def test_parts_of_a_constant_merge_without_rounding():
+def test_states_of_a_constant_merge_without_rounding():
     part = Moments(3, 0, 0, 0, 0, 0.1, 0.0, 0.1, 0.1)
     total = Moments()
     for _ in range(1000):
@@ -81,23 +81,25 @@ STATES = [
 
 @pytest.mark.parametrize("correction", [0, 1, 2, 6])
 @pytest.mark.parametrize("grad_scale", [1.0, 0.125, 1024.0])
-def test_the_cpp_twin_agrees(correction, grad_scale):
-    """Bulk statistics and merges of the native backend, against these, on every kind of state."""
+def test_cpp_and_python_agree_on_every_kind_of_state(correction, grad_scale):
     native = load_backend("native")
     rows = [*STATES, *STATES]
     table = b"".join(ROW.pack(*state) for state in rows)
     which = list(range(len(Statistics._fields)))
     keys = [f"{i}/{f}" for i in range(len(rows)) for f in Statistics._fields]
     arguments = (table, keys, which, correction, grad_scale)
-    ours, theirs = moments.scalars(*arguments), native.scalars(*arguments)
-    assert list(ours) == list(theirs)
-    for key, value in ours.items():
-        assert theirs[key] == pytest.approx(value, rel=1e-15, nan_ok=True), key
-        assert type(theirs[key]) is type(value) is float
+    expected, actual = moments.scalars(*arguments), native.scalars(*arguments)
+    assert list(expected) == list(actual)
+    for key, value in expected.items():
+        assert actual[key] == pytest.approx(value, rel=1e-15, nan_ok=True), key
+        assert type(actual[key]) is type(value) is float
     for end in range(len(rows) + 1):
-        ours, theirs = moments.merge_rows(table, 0, end), native.merge_rows(table, 0, end)
-        assert moments.row(ours, 0)[:5] == moments.row(theirs, 0)[:5]
-        assert moments.row(theirs, 0)[5:] == pytest.approx(moments.row(ours, 0)[5:], rel=1e-15)
+        expected, actual = (
+            moments.row(implementation.merge_rows(table, 0, end), 0)
+            for implementation in (moments, native)
+        )
+        assert actual[:5] == expected[:5]
+        assert actual[5:] == pytest.approx(expected[5:], rel=1e-15)
 
 
 @pytest.mark.parametrize("correction", [0, 1, 2.5, 6])
@@ -117,18 +119,18 @@ def test_finalize_table_of_both_backends_is_bitwise_equal(correction, grad_scale
             assert same or abs(x - y) <= rounding, (row, name, x, y)
 
 
-def test_absent_rows_have_no_figures():
+def test_absent_rows_have_no_scalars():
     table = ROW.pack(*Moments(1, 0, 0, 0, 0, 2.0, 0.0, 2.0, 2.0)) + ROW.pack(*unread(ABSENT))
     for backend in (moments, load_backend("native")):
         assert backend.scalars(table, ["a", "b"], [1], 1, 1.0) == {"a": 2.0}
 
 
-def test_scaling_is_scaling_the_elements():
+def test_scaling_a_state_scales_its_elements():
     values = [1.0, -2.0, 5.0, math.inf, math.nan, 0.0]
     assert scaled(state_of(values), 0.25) == state_of([v / 4 for v in values])
 
 
-def test_the_figures_of_a_state_by_hand():
+def test_finalize_gives_statistics_computed_by_hand():
     statistics = finalize(Moments(4, 1, 0, 0, 0, 0.0, 26.0, -4.0, 3.0), correction=1)
     assert statistics.norm == math.sqrt(26) and statistics.var == 26 / 3 and statistics.abs_max == 4
     assert statistics.rms == math.sqrt(6.5) and statistics.zero_fraction == 0.25

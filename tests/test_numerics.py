@@ -1,4 +1,4 @@
-"""Numbers that can be trusted: nasty data, every dtype, every size at which something changes."""
+"""Statistics against the oracle: hard data, every dtype, every size where the code changes path."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def outlier(n: int, position: int) -> torch.Tensor:
     return x
 
 
-NASTY = {
+HARD = {
     "layer norm weight": lambda: 1 + 1e-4 * torch.randn(768),
     "long layer norm weight": lambda: 1 + 1e-4 * torch.randn(300_000),
     "N(1000, 0.02)": lambda: 1000 + 0.02 * torch.randn(400_000),
@@ -57,10 +57,10 @@ NASTY = {
 }
 
 
-@pytest.mark.parametrize("name", NASTY)
-def test_nasty_data(backend, name):
+@pytest.mark.parametrize("name", HARD)
+def test_hard_data(backend, name):
     torch.manual_seed(0)
-    x = NASTY[name]()
+    x = HARD[name]()
     oracle.check(stats_of(x), x)
 
 
@@ -93,7 +93,7 @@ def test_non_finite_values(backend, dtype):
             oracle.check(stats_of(x.to(dtype)), x.to(dtype))  # e4m3fn has no infinity: NaN
 
 
-def test_figures_spread_non_finite_values_as_torch_does(backend):
+def test_non_finite_values_propagate_as_in_torch(backend):
     x = torch.tensor([1.0, -2.0, math.inf])
     stats = stats_of(x)
     assert stats.mean == x.mean().item() == math.inf
@@ -109,7 +109,7 @@ def test_figures_spread_non_finite_values_as_torch_does(backend):
     assert (bad.finite.mean, bad.finite.norm, bad.finite.max) == (0.5, 1.0, 1.0)
 
 
-def test_figures_that_a_person_can_check(backend):
+def test_statistics_of_four_elements_computed_by_hand(backend):
     stats = stats_of(torch.tensor([3.0, -4.0, 0.0, 1.0]))
     assert (stats.count, stats.zero_count, stats.zero_fraction) == (4, 1, 0.25)
     assert (stats.mean, stats.min, stats.max, stats.abs_max) == (0.0, -4.0, 3.0, 4.0)
@@ -118,16 +118,16 @@ def test_figures_that_a_person_can_check(backend):
     assert stats.rms == pytest.approx(math.sqrt(6.5), rel=1e-15)
 
 
-@pytest.mark.filterwarnings("ignore:std")  # torch's, at more correction than elements
+@pytest.mark.filterwarnings("ignore:std")  # torch warns if correction >= elements
 @pytest.mark.parametrize("correction", [0, 1, 2, 0.5, 5, 7])
-def test_correction_is_torchs(backend, correction):
+def test_correction_means_the_same_as_in_torch(backend, correction):
     x = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0], dtype=torch.float64)
     expected = x.std(correction=correction).item()
     assert stats_of(x, correction=correction).std == pytest.approx(expected, nan_ok=True)
 
 
 @pytest.mark.parametrize("value", [0.1, 1e-40, 3e38, -7.0, 1e-300])
-def test_a_constant_has_no_deviation(backend, value):
+def test_std_of_a_constant_is_exactly_zero(backend, value):
     x = torch.full((300_000,), value, dtype=torch.float64 if value == 1e-300 else torch.float32)
     stats = stats_of(x)
     assert stats.std == 0 and stats.mean == x[0].item()
@@ -136,11 +136,11 @@ def test_a_constant_has_no_deviation(backend, value):
 @pytest.mark.parametrize("e", [30, 40, 44])
 def test_integers_far_from_zero(backend, e):
     torch.manual_seed(0)
-    x = torch.randint(0, 3, (1000,)) + 2**e  # one block: beyond, merging rounds the means
+    x = torch.randint(0, 3, (1000,)) + 2**e  # one block: merging blocks rounds their means
     oracle.check(stats_of(x), x)
 
 
-def test_many_values_of_one_size_and_both_signs(backend):
+def test_equal_magnitudes_of_both_signs(backend):
     x = torch.ones(4095) * 1.8237813583927718
     x[:2047] *= -1
     oracle.check(stats_of(x), x)
@@ -149,13 +149,13 @@ def test_many_values_of_one_size_and_both_signs(backend):
 def test_float64_near_its_limits(backend):
     x = torch.tensor([1.7e308, -1.7e308, 1.7e308], dtype=torch.float64)
     stats = stats_of(x)
-    assert stats.mean == pytest.approx(1.7e308 / 3) and stats.norm == math.inf  # as torch
+    assert stats.mean == pytest.approx(1.7e308 / 3) and stats.norm == math.inf  # as in torch
     assert (stats.nonfinite_count, stats.max) == (0, 1.7e308)
 
 
 def test_every_simd_level(simd_level):
     torch.manual_seed(0)
-    for make in NASTY.values():
+    for make in HARD.values():
         x = make()
         oracle.check(stats_of(x), x)
     for dtype in FLOATS + INTEGERS[:-1]:
@@ -173,7 +173,7 @@ def test_any_floats(data, offset):
         try:
             chosen = backends.choose(name)
         except RuntimeError:
-            continue  # the native backend is not installed; the fixtures of other tests say so
+            continue  # the native backend is not installed
         oracle.check(paramstats.TensorStats(state_of(chosen, x), 1), x)
         assert chosen.name == name
 
@@ -191,10 +191,10 @@ def test_more_than_two_to_the_31_elements(native, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_parts_far_from_zero_and_from_each_other(backend, dtype):
-    """What a part's mean loses shows in the spread of the whole when most of it lies between."""
+def test_chunks_with_different_means_far_from_zero(backend, dtype):
+    """Rounding of a chunk's mean is visible in the std if chunks differ mostly in their means."""
     torch.manual_seed(0)
-    for _ in range(5):
+    for _ in range(2):
         level = (1e3 + torch.rand(4)).repeat_interleave(CHUNK)
         x = (level + 0.12 * torch.randn(4 * CHUNK)).to(dtype)
         oracle.check(stats_of(x), x)

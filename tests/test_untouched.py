@@ -1,10 +1,9 @@
-"""A call changes nothing: no value, version, autograd history or mode; nor does a failing one."""
+"""A call changes nothing: no value, version counter, autograd history or mode."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import subprocess
 import sys
 import warnings
@@ -27,7 +26,7 @@ def state(tensors):
 
 
 @pytest.mark.parametrize("mode", MODES, ids=lambda m: m.__name__)
-def test_tensors_are_untouched(backend, model, mode):
+def test_a_call_changes_no_tensor(backend, model, mode):
     embedding = torch.nn.Embedding(20, 3, sparse=True)
     embedding(torch.tensor([1, 1, 4])).sum().backward()
     inner = model[0].weight * 2
@@ -47,20 +46,20 @@ def test_tensors_are_untouched(backend, model, mode):
     inner.sum().backward()
 
 
-def test_a_bad_source_leaves_all_as_it_was(backend, model):
+def test_a_failing_call_changes_no_tensor(backend, model):
     before = state(model.parameters())
     with pytest.raises(TypeError):
         paramstats.summarize([*model.named_parameters(), ("bad", 3)])
     assert state(model.parameters()) == before
 
 
-def test_inference_tensors(backend):
+def test_inference_tensors_are_read(backend):
     with torch.inference_mode():
         x = torch.ones(5)
     assert paramstats.summarize({"x": x})["x"].mean == 1.0
 
 
-def test_copy_on_write_is_not_triggered(native):
+def test_a_copy_on_write_tensor_is_not_copied(native):
     x = torch.randn(1000)
     lazy = torch._lazy_clone(x)
     assert paramstats.summarize({"x": lazy})["x"].count == 1000
@@ -68,8 +67,8 @@ def test_copy_on_write_is_not_triggered(native):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
-def test_a_gigabyte_takes_no_memory(native):
-    """Peak resident memory of a call on 1 GB of parameters, in a process of its own."""
+def test_a_call_on_a_gigabyte_needs_no_memory(native):
+    """Measures the peak of resident memory, in a separate process."""
     code = """
 import re, torch, paramstats
 def peak():
@@ -84,38 +83,38 @@ print(peak() - before)
     assert int(run.stdout) < 10_000, "kB"
 
 
-class Looks(torch.nn.Module):
-    """Summarises itself each time it is called."""
+class SummarizesItself(torch.nn.Module):
+    """A model that calls summarize in `forward`."""
 
     def __init__(self):
         super().__init__()
         self.layer = torch.nn.Linear(40, 30)
         self.scale = torch.nn.Parameter(torch.randn(30, dtype=torch.cfloat))
-        self.looks = True
-        self.seen = []
+        self.active = True
+        self.summaries = []
 
     def forward(self, x):
-        if self.looks:
-            self.seen.append(paramstats.summarize(self))
+        if self.active:
+            self.summaries.append(paramstats.summarize(self))
         return self.layer(x) * self.scale.abs()
 
 
-def traced(model, x):
+def nodes_of_jit_trace(model, x):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         nodes = list(torch.jit.trace(model, x, check_trace=False).graph.nodes())
-    deprecated = (DeprecationWarning, FutureWarning)  # torch.jit.trace is, more from 2.15 on
+    deprecated = (DeprecationWarning, FutureWarning)  # torch.jit.trace is deprecated
     assert [w for w in caught if not issubclass(w.category, deprecated)] == []
     return len(nodes)
 
 
-def functionally_traced(model, x):
+def nodes_of_make_fx(model, x):
     from torch.fx.experimental.proxy_tensor import make_fx
 
     return [node.target for node in make_fx(lambda x: model(x))(x).graph.nodes]
 
 
-class Counting(TorchDispatchMode):
+class CountingDispatch(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.count = 0
@@ -125,27 +124,35 @@ class Counting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def counted(model, x):
-    with Counting() as mode:
+def operators_in_a_dispatch_mode(model, x):
+    with CountingDispatch() as mode:
         model(x)
     return mode.count
 
 
-def beside_fake_tensors(model, x):
+def nothing_in_a_fake_tensor_mode(model, x):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode(allow_non_fake_inputs=True):
         model(x)
 
 
-@pytest.mark.parametrize("see", [traced, functionally_traced, counted, beside_fake_tensors])
-def test_what_sees_operators_sees_none_of_a_call(backend, see):
-    model, x = Looks(), torch.randn(2, 40)
-    seen = see(model, x)
-    assert model.seen and not model.seen[0].skipped
-    assert model.seen[0] == paramstats.summarize(model)
-    model.looks = False
-    assert see(model, x) == seen
+@pytest.mark.parametrize(
+    "observe",
+    [
+        nodes_of_jit_trace,
+        nodes_of_make_fx,
+        operators_in_a_dispatch_mode,
+        nothing_in_a_fake_tensor_mode,
+    ],
+)
+def test_tracers_and_dispatch_modes_see_no_operator_of_a_call(backend, observe):
+    model, x = SummarizesItself(), torch.randn(2, 40)
+    observed = observe(model, x)
+    assert model.summaries and not model.summaries[0].skipped
+    assert model.summaries[0] == paramstats.summarize(model)
+    model.active = False
+    assert observe(model, x) == observed
 
 
 class Doubling(TorchFunctionMode):
@@ -159,8 +166,8 @@ class Doubling(TorchFunctionMode):
         return 2 * out if type(out) is torch.Tensor and out.is_floating_point() else out
 
 
-class OwnFunctions(torch.Tensor):
-    """Gives its elements by a function of its own."""
+class ReadableByFunction(torch.Tensor):
+    """A subclass whose elements only its `__torch_function__` gives."""
 
     @staticmethod
     def __new__(cls, inner):
@@ -179,21 +186,21 @@ class OwnFunctions(torch.Tensor):
         raise NotImplementedError(f"no {func}")
 
 
-def test_modes_of_functions_neither_see_nor_change_a_call(backend, model):
+def test_function_modes_neither_see_nor_change_a_call(backend, model):
     model[0].weight.grad = torch.ones(6, 8).to_sparse()
     others = {
         "x": torch.ones(3),
         "complex": torch.ones(3, dtype=torch.cfloat),
-        "own": OwnFunctions(torch.ones(3)),
+        "own": ReadableByFunction(torch.ones(3)),
     }
     expected = paramstats.summarize(others)
     assert not expected.skipped
     with Doubling() as outer, torch.device("meta"), Doubling() as inner:
-        outer.count = 0  # it saw the device come
+        outer.count = 0  # it saw torch.device
         summaries = [paramstats.summarize(model), paramstats.summarize(others)]
         counts = outer.count, inner.count
         assert torch.empty(1).is_meta
-    assert counts == (0, 0) and outer.count and inner.count, "they are back"
+    assert counts == (0, 0) and outer.count and inner.count, "the modes are active again"
     assert summaries == [paramstats.summarize(model), expected]
 
 
@@ -211,19 +218,19 @@ PRIVATE = [
 ]
 
 
-class Seeing(TorchFunctionMode):
+class PassThrough(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("way", ["gone", "called otherwise"])
+@pytest.mark.parametrize("change", ["removed", "other arguments"])
 @pytest.mark.parametrize("name", PRIVATE)
-def test_a_torch_without_a_private_name(backend, monkeypatch, name, way):
+def test_without_a_private_name_of_torch_a_call_still_works(backend, monkeypatch, name, change):
     tensors = {"x": torch.ones(3), "complex": torch.ones(3, dtype=torch.cfloat)}
     place, _, last = f"torch.{name}".rpartition(".")
     place = functools.reduce(getattr, place.split(".")[1:], torch)
-    with Seeing(), Counting(), monkeypatch.context() as patch:
-        if way == "gone":
+    with PassThrough(), CountingDispatch(), monkeypatch.context() as patch:
+        if change == "removed":
             patch.delattr(place, last)
         else:
             patch.setattr(place, last, lambda one, two, three: None)
@@ -231,15 +238,18 @@ def test_a_torch_without_a_private_name(backend, monkeypatch, name, way):
     assert [entry.mean for entry in summary.values()] == [1.0, 1.0] and not summary.skipped
 
 
-def test_a_torch_without_any_private_name(backend):
+def test_without_all_private_names_of_torch_a_call_still_works():
     names = [*PRIVATE, "_C._dynamo.eval_frame.set_code_exec_strategy"]
     code = f"""
-import torch, torch._dynamo  # which wants them itself
+import torch, torch._dynamo  # it needs the private names itself
 for name in {names}:
     exec(f"del torch.{{name}}")
 import paramstats
-summary = paramstats.summarize({{"x": torch.ones(3), "complex": torch.ones(3, dtype=torch.cfloat)}})
-assert [entry.mean for entry in summary.values()] == [1.0, 1.0] and not summary.skipped
+from paramstats._core import backend as backends
+tensors = {{"x": torch.ones(3), "complex": torch.ones(3, dtype=torch.cfloat)}}
+for name in ("reference", {paramstats._core.backend.choose(None).name!r}):
+    backends._active = backends.choose(name)
+    summary = paramstats.summarize(tensors)
+    assert [entry.mean for entry in summary.values()] == [1.0, 1.0] and not summary.skipped
 """
-    environment = os.environ | {"PARAMSTATS_BACKEND": backend.name}
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+    subprocess.run([sys.executable, "-c", code], check=True)

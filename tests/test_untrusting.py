@@ -15,7 +15,7 @@ import torch
 
 from tests.checkpoints.files import FORMATS, save
 from tests.checkpoints.test_pickles import Calls
-from tests.test_backend import run
+from tests.conftest import run_python
 
 HOOK = """
 import json, os, sys
@@ -92,7 +92,7 @@ def watched_events(code: str, folder: Path, **values: object) -> list[list[str]]
     given = "".join(f"{name} = {value!r}\n" for name, value in values.items())
     where = {name: str(folder) for name in ("HOME", "TMPDIR", "XDG_CACHE_HOME", "MPLCONFIGDIR")}
     code = f"import os; os.chdir({str(folder)!r})\n{HOOK}{given}{code}{report}"
-    done = run(code, **where, PYTHONDONTWRITEBYTECODE="1")
+    done = run_python("-c", code, **where, PYTHONDONTWRITEBYTECODE="1")
     assert done.returncode == 0, done.stderr
     assert os.listdir(folder) == []
     return json.loads(done.stdout.rpartition("SEEN ")[2])

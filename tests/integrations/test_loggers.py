@@ -1,4 +1,4 @@
-"""Loggers: what is read back from their files is what was logged, to the last digit they keep."""
+"""Loggers: the values in their files are those that were logged."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ import pytest
 import torch
 
 import paramstats
-from tests.integrations.arriving import have_figures_arrive_late
-from tests.integrations.moments import network
+from tests.integrations.deferred import defer_summaries_of_watch
+from tests.integrations.training import network
 from tests.test_docs import run_page
 
 wandb = pytest.importorskip("wandb", reason="wandb is not installed")
 
 
 def rows_of_wandb(folder: Path) -> list[dict[str, object]]:
-    """The history in a run's file: LevelDB's log format, behind seven bytes of wandb's own."""
+    """Return the history in a run's file: LevelDB's log format after a header of seven bytes."""
     from wandb.proto import wandb_internal_pb2
 
-    wandb.teardown()  # its process writes the file, and not all of it before `finish` returns
+    wandb.teardown()  # waits until its process has written the file
     (path,) = folder.rglob("*.wandb")
     rows = []
     for data in _log_records(path.read_bytes()):
@@ -44,34 +44,33 @@ def _log_records(data: bytes) -> Iterator[bytes]:
         _, length, kind = struct.unpack_from("<IHB", data, position)
         record += data[position + 7 : position + 7 + length]
         position += 7 + length
-        if kind in (1, 4):  # whole, or the last of several parts
+        if kind in (1, 4):  # a whole record, or the last part of one
             yield record
             record = b""
 
 
-def figures_in(row: dict[str, object], prefix: str = "") -> dict[str, object]:
-    """Without what else is in a row, such as the Trainer's own `grad_norm`."""
-    statistics = {k.removeprefix(prefix): v for k, v in row.items()}
+def statistics_in(row: dict[str, object], prefix: str = "") -> dict[str, object]:
+    """Return the statistics of a row, without other values such as the Trainer's `grad_norm`."""
+    found = {key.removeprefix(prefix): value for key, value in row.items()}
     return {
-        k: v
-        for k, v in statistics.items()
-        if k.startswith(("param_", "grad_")) and k.count("/") == 1
+        key: value
+        for key, value in found.items()
+        if key.startswith(("param_", "grad_")) and key.count("/") == 1
     }
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
-def test_the_page_s_loggers(folder, capsys):
-    """Runs docs/training.md; of each logger in it the last statistics are read back."""
-    last, runs = {}, {}
+def test_the_loggers_of_the_documentation_have_the_last_statistics(folder, capsys):
+    """Runs docs/training.md and reads the files of each logger in it."""
+    last, runs = [], []
     for namespace in run_page("docs/training.md", capsys):
         if "watcher" in namespace:
-            watcher = namespace.pop("watcher")
-            last[len(last)] = watcher.summary.scalars()
-            runs[len(last) - 1] = namespace.get("run")
-    _scaled, of_wandb, of_mlflow, of_tensorboard, of_csv = last.values()
+            last.append(namespace.pop("watcher").summary.scalars())
+            runs.append(namespace.get("run"))
+    _scaled, of_wandb, of_mlflow, of_tensorboard, of_csv = last
 
     row = rows_of_wandb(folder / "wandb")[-1]
-    assert figures_in(row) == of_wandb and row["_step"] == 30
+    assert statistics_in(row) == of_wandb and row["_step"] == 30
 
     import mlflow
 
@@ -94,11 +93,11 @@ def test_the_page_s_loggers(folder, capsys):
     assert len(rows) == 4 * len(of_csv)
 
 
-@pytest.mark.parametrize("late", [False, True])
-def test_wandb_loses_nothing_among_calls_of_ones_own(folder, monkeypatch, late):
-    """Statistics that come a step late are in the row of their own step all the same."""
-    if late:
-        have_figures_arrive_late(monkeypatch)
+@pytest.mark.parametrize("is_deferred", [False, True])
+def test_wandb_rows_have_the_statistics_of_their_step(folder, monkeypatch, is_deferred):
+    """Deferred statistics are logged one step later, into the row of their own step."""
+    if is_deferred:
+        defer_summaries_of_watch(monkeypatch)
     model = network()
     with wandb.init(), paramstats.watch(model, wandb.log, every=2) as watcher:
         expected = {}
@@ -109,13 +108,13 @@ def test_wandb_loses_nothing_among_calls_of_ones_own(folder, monkeypatch, late):
             expected[step] = paramstats.summarize(model).scalars() if step % 2 == 0 else {}
             wandb.log({"loss": float(step)}, step=step)
     rows = {row["_step"]: row for row in rows_of_wandb(folder)}
-    assert {step: figures_in(row) for step, row in rows.items()} == expected
+    assert {step: statistics_in(row) for step, row in rows.items()} == expected
     assert [row["loss"] for row in rows.values()] == [0.0, 1.0, 2.0, 3.0, 4.0]
 
 
-def test_wandb_with_calls_without_steps(folder, monkeypatch):
-    """As the page advises: then nothing is lost, however many calls there are in a step."""
-    have_figures_arrive_late(monkeypatch)
+def test_wandb_calls_without_a_step_lose_nothing(folder, monkeypatch):
+    """The way that the documentation shows for several calls of wandb.log per step."""
+    defer_summaries_of_watch(monkeypatch)
 
     def log(scalars: dict[str, float], step: int) -> None:
         wandb.log({**scalars, "step": step})
@@ -129,11 +128,11 @@ def test_wandb_with_calls_without_steps(folder, monkeypatch):
     expected = paramstats.summarize(model).scalars()
     rows = [row for row in rows_of_wandb(folder) if "step" in row]
     assert [row["step"] for row in rows] == [0, 2, 4]
-    assert all(figures_in(row) == expected for row in rows)
+    assert all(statistics_in(row) == expected for row in rows)
 
 
 def test_wandb_through_transformers(folder, monkeypatch):
-    """The row's own axis is the Trainer's step; wandb's own steps are of no account."""
+    """The rows have the Trainer's step; wandb counts its own steps differently."""
     from paramstats.integrations.transformers import ParamStatsCallback, reporters
     from tests.integrations.test_transformers import gpt2, trainer_of
 
@@ -142,8 +141,8 @@ def test_wandb_through_transformers(folder, monkeypatch):
     trainer.add_callback(ParamStatsCallback(every=2, log=reporters(trainer)))
     trainer.train()
     wandb.finish()
-    rows = [row for row in rows_of_wandb(folder) if figures_in(row, "train/")]
+    rows = [row for row in rows_of_wandb(folder) if statistics_in(row, "train/")]
     assert [row["train/global_step"] for row in rows] == [1, 2, 4]
     for row in rows:
-        moment = paramstats.summarize(trainer.moments[row["train/global_step"]])
-        assert figures_in(row, "train/") == moment.scalars()
+        summary = paramstats.summarize(trainer.snapshots[row["train/global_step"]])
+        assert statistics_in(row, "train/") == summary.scalars()

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import paramstats
 from paramstats.integrations._after_backward import AfterBackward
-from tests.integrations.moments import Logged, moment, network, scalars_of
+from tests.integrations.training import Logged, network, scalars_of, snapshot
 from tests.sharded.models import Transformer, backward, gathered
 from tests.sharded.ranks import on_ranks, run_on_ranks
 
@@ -42,7 +42,7 @@ def test_rank_0_logs_under_ddp():
             model.zero_grad()
             model(x).square().mean().backward()
         _average_gradients(plain)
-        expected[step] = moment(plain)
+        expected[step] = snapshot(plain)
         watcher.step()
         nn.utils.clip_grad_norm_(ddp.parameters(), 1e-3)
     assert watcher.summary.scalars() == scalars_of(expected[2])
@@ -104,7 +104,7 @@ def _train_with_transformers(folder: str) -> list[int]:
     )  # fmt: skip
     trainer.train()
     if dist.get_rank() == 0:
-        logged.check({step: trainer.moments[step] for step in (1, 2, 4)})
+        logged.check({step: trainer.snapshots[step] for step in (1, 2, 4)})
     watcher = trainer.callback_handler.callbacks[-2].watcher
     scalars = gathered(watcher.summary.scalars())
     assert scalars[0] == scalars[1]

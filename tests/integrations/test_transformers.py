@@ -1,4 +1,4 @@
-"""transformers: what its Trainer has logged is what gradients were before it clipped them."""
+"""transformers: the callback logs the gradients as they are before the Trainer clips them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import paramstats
-from tests.integrations.moments import Logged, moment
+from tests.integrations.training import Logged, snapshot
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("accelerate", reason="accelerate is not installed")
@@ -21,10 +21,10 @@ ParamStatsCallback, reporters = integration.ParamStatsCallback, integration.repo
 logging.getLogger("transformers").setLevel(logging.ERROR)
 
 
-def gpt2(**options) -> nn.Module:
+def gpt2(n_layer: int = 2, **options) -> nn.Module:
     torch.manual_seed(0)
     config = transformers.GPT2Config(
-        vocab_size=32, n_positions=8, n_embd=16, n_layer=2, n_head=2, bos_token_id=0,
+        vocab_size=32, n_positions=8, n_embd=16, n_layer=n_layer, n_head=2, bos_token_id=0,
         eos_token_id=0, resid_pdrop=0.1, **options,
     )  # fmt: skip
     return transformers.GPT2LMHeadModel(config)
@@ -36,29 +36,29 @@ def texts(count: int = 48) -> list[dict[str, torch.Tensor]]:
 
 
 class Trainer(transformers.Trainer):
-    """Keeps copies of the gradients that a batch has left, before anything else is done."""
+    """Keeps snapshots of its model after backward, and after clipping."""
 
     scaler: torch.amp.GradScaler | None = None
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        self.moments, self.clipped = {}, {}
+        self.snapshots, self.clipped = {}, {}
 
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)
         if self.accelerator.sync_gradients:
             scale = 1.0 if self.scaler is None else self.scaler.get_scale()
-            self.moments[self.state.global_step + 1] = moment(self.model, scale)
+            self.snapshots[self.state.global_step + 1] = snapshot(self.model, scale)
         return loss
 
     def _clip_grad_norm(self, model):
         norm = super()._clip_grad_norm(model)
-        self.clipped[self.state.global_step + 1] = moment(self.model)
+        self.clipped[self.state.global_step + 1] = snapshot(self.model)
         return norm
 
 
 class ScalingTrainer(Trainer):
-    """As with fp16=True on a GPU; accelerate refuses it on a CPU, so it is put in by hand."""
+    """Scales losses as fp16=True does on a GPU; accelerate refuses fp16 on a CPU."""
 
     def create_optimizer(self, *args, **kwargs):
         self.scaler = self.accelerator.scaler = torch.amp.GradScaler(
@@ -67,7 +67,9 @@ class ScalingTrainer(Trainer):
         return super().create_optimizer(*args, **kwargs)
 
     def training_step(self, *args, **kwargs):
-        self.accelerator.native_amp = True  # after the model was prepared: no autocast
+        self.accelerator.native_amp = (
+            True  # after the model was prepared, so that there is no autocast
+        )
         return super().training_step(*args, **kwargs)
 
 
@@ -82,23 +84,19 @@ def trainer_of(folder, model, *callbacks, kind=Trainer, **options):
     return kind(model=model, args=arguments, train_dataset=texts(), callbacks=list(callbacks))
 
 
-def spied(function, calls: list[tuple]):
-    def called(*args):
-        calls.append(args)
-        return function(*args)
-
-    return called
-
-
 @pytest.mark.parametrize("kind", [Trainer, ScalingTrainer])
 @pytest.mark.parametrize("max_grad_norm", [1e-3, 0.0])
-def test_accumulated_scaled_and_clipped(tmp_path, monkeypatch, kind, max_grad_norm):
+def test_accumulated_gradients_are_logged_unscaled_and_before_clipping(
+    tmp_path, monkeypatch, kind, max_grad_norm
+):
     if kind is ScalingTrainer:
         import accelerate
 
         monkeypatch.setattr(accelerate.Accelerator, "mixed_precision", "fp16")
-    taken = []
-    monkeypatch.setattr(paramstats.Watcher, "take", spied(paramstats.Watcher.take, taken))
+    taken, take = [], paramstats.Watcher.take
+    monkeypatch.setattr(
+        paramstats.Watcher, "take", lambda *arguments: taken.append(0) or take(*arguments)
+    )
     logged = Logged()
     callback = ParamStatsCallback(every=2, log=logged)
     trainer = trainer_of(
@@ -107,33 +105,33 @@ def test_accumulated_scaled_and_clipped(tmp_path, monkeypatch, kind, max_grad_no
     )  # fmt: skip
     trainer.train()
     assert trainer.state.global_step == 5
-    logged.check({step: trainer.moments[step] for step in (1, 2, 4)})
-    assert len(taken) == 3, "only the last part of an accumulation is read"
+    logged.check({step: trainer.snapshots[step] for step in (1, 2, 4)})
+    assert len(taken) == 3, "read more than the last part of an accumulation"
     assert callback.watcher.summary.scalars() == logged[4]
     if max_grad_norm:
         norm = paramstats.summarize(trainer.clipped[2]).total.grad.norm
-        assert norm == pytest.approx(max_grad_norm, rel=1e-3), "clipping was active"
+        assert norm == pytest.approx(max_grad_norm, rel=1e-3), "clipping was not active"
     if kind is ScalingTrainer:
-        assert trainer.scaler.get_scale() > 1024.0, "and the scale changed on the way"
+        assert trainer.scaler.get_scale() > 1024.0, "the scale did not change"
 
 
-def test_accumulation_that_ends_with_the_epoch(tmp_path):
-    logged = Logged()  # 12 batches are 2 steps of 5 and one of 2
+def test_an_accumulation_cut_short_by_the_end_of_an_epoch_is_logged(tmp_path):
+    logged = Logged()  # 12 batches per epoch: 2 steps of 5 batches and one of 2
     trainer = trainer_of(
-        tmp_path, gpt2(), ParamStatsCallback(every=1, log=logged),
+        tmp_path, gpt2(n_layer=1), ParamStatsCallback(every=1, log=logged),
         gradient_accumulation_steps=5, max_steps=-1, num_train_epochs=2,
     )  # fmt: skip
     trainer.train()
     assert list(logged) == [1, 2, 3, 4, 5, 6]
-    logged.check(trainer.moments)
+    logged.check(trainer.snapshots)
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # it goes by another name in transformers 6
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers 6 renames an argument
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.parametrize("frozen", [False, True])
-def test_under_checkpointing(tmp_path, use_reentrant, frozen):
+def test_gradients_of_checkpointed_layers_are_logged(tmp_path, use_reentrant, frozen):
     model, logged = gpt2(), Logged()
-    if frozen:  # all that is trained is inside of segments
+    if frozen:  # only layers inside checkpointed segments are trained
         for p in [*model.transformer.wte.parameters(), *model.transformer.wpe.parameters()]:
             p.requires_grad_(False)
         model.transformer.ln_f.requires_grad_(False)
@@ -143,13 +141,13 @@ def test_under_checkpointing(tmp_path, use_reentrant, frozen):
         gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": use_reentrant},
     )  # fmt: skip
     trainer.train()
-    logged.check({step: trainer.moments[step] for step in (1, 2)})
+    logged.check({step: trainer.snapshots[step] for step in (1, 2)})
 
 
-def test_a_compiled_model_is_compiled_once(tmp_path):
+def test_a_compiled_model_is_not_compiled_again(tmp_path):
     logged = Logged()
     trainer = trainer_of(
-        tmp_path, gpt2(), ParamStatsCallback(every=2, log=logged),
+        tmp_path, gpt2(n_layer=1), ParamStatsCallback(every=2, log=logged),
         torch_compile=True, torch_compile_backend="aot_eager",
     )  # fmt: skip
     torch._dynamo.reset()
@@ -157,28 +155,29 @@ def test_a_compiled_model_is_compiled_once(tmp_path):
     with torch._dynamo.config.patch(error_on_recompile=True):
         trainer.train()
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
-    logged.check({step: trainer.moments[step] for step in (1, 2, 4)})
+    logged.check({step: trainer.snapshots[step] for step in (1, 2, 4)})
 
 
-def test_other_steps_have_no_hooks(tmp_path):
+def test_parameters_have_hooks_on_due_steps_only(tmp_path):
     hooked = {}
 
-    class Looking(Trainer):
+    class LooksForHooks(Trainer):
         def training_step(self, *args, **kwargs):
             step = self.state.global_step + 1
             hooked[step] = any(p._post_accumulate_grad_hooks for p in self.model.parameters())
             return super().training_step(*args, **kwargs)
 
-    model = gpt2()
-    trainer_of(tmp_path, model, ParamStatsCallback(every=3, log=Logged()), kind=Looking).train()
+    model = gpt2(n_layer=1)
+    trainer_of(
+        tmp_path, model, ParamStatsCallback(every=3, log=Logged()), kind=LooksForHooks
+    ).train()
     assert hooked == {1: True, 2: False, 3: True, 4: False, 5: False}
     assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
 
 
-def test_tensorboard_through_the_trainer(tmp_path, capsys):
+def test_reporters_of_the_trainer_get_the_scalars(tmp_path, capsys):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    # TensorBoard's callback takes its folder from the environment or from the output folder.
     trainer = trainer_of(tmp_path, gpt2(), report_to="tensorboard", max_steps=3)
     trainer.add_callback(ParamStatsCallback(every=2, log=reporters(trainer), stats=("norm",)))
     trainer.train()
@@ -187,7 +186,7 @@ def test_tensorboard_through_the_trainer(tmp_path, capsys):
     (folder,) = {path.parent for path in tmp_path.rglob("events.out.tfevents*")}
     events = EventAccumulator(str(folder)).Reload()
     for step in (1, 2):
-        summary = paramstats.summarize(trainer.moments[step])
+        summary = paramstats.summarize(trainer.snapshots[step])
         for name, entry in summary.items():
             (value,) = (
                 e.value for e in events.Scalars(f"train/grad_norm/{name}") if e.step == step
@@ -196,7 +195,7 @@ def test_tensorboard_through_the_trainer(tmp_path, capsys):
     assert [e.step for e in events.Scalars("train/loss")] == [2]
 
 
-def test_history_and_a_second_training(tmp_path):
+def test_a_second_training_starts_at_step_1(tmp_path):
     kept = []
 
     class History:
@@ -209,21 +208,21 @@ def test_history_and_a_second_training(tmp_path):
     assert kept == 2 * [(1, "transformer.wte.weight"), (2, "transformer.wte.weight")]
 
 
-def test_gradients_that_do_not_come_by_autograd(tmp_path):
-    class ByHand(Trainer):
+def test_gradients_without_autograd_are_reported(tmp_path):
+    class SetsGradients(Trainer):
         def training_step(self, model, *args, **kwargs):
             for p in model.parameters():
                 p.grad = torch.ones_like(p)
             return torch.tensor(1.0)
 
     logged = Logged()
-    trainer = trainer_of(tmp_path, gpt2(), ParamStatsCallback(log=logged), kind=ByHand)
-    with pytest.warns(RuntimeWarning, match="nothing is logged at step 1, because no hook saw a gradient"):
+    trainer = trainer_of(tmp_path, gpt2(), ParamStatsCallback(log=logged), kind=SetsGradients)
+    with pytest.warns(RuntimeWarning, match="nothing is logged at step 1, because no hook saw"):
         trainer.train()
     assert not logged
 
 
-def test_what_can_not_be(tmp_path):
+def test_bad_arguments_are_refused(tmp_path):
     with pytest.raises(ValueError, match="expected log= or history=, got neither"):
         ParamStatsCallback()
     with pytest.raises(ValueError, match="whole number > 0 for every, got 0"):
@@ -234,7 +233,7 @@ def test_what_can_not_be(tmp_path):
         reporters(trainer_of(tmp_path, gpt2()))
 
 
-def test_without_transformers(monkeypatch):
+def test_without_transformers_the_import_names_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     monkeypatch.delitem(sys.modules, "paramstats.integrations.transformers")
     message = r"ParamStatsCallback needs transformers: pip install transformers"

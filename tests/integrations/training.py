@@ -1,4 +1,4 @@
-"""What a model's parameters and gradients are at one moment, and what must be logged of it."""
+"""A small network on real data, snapshots of its gradients, and the scalars expected for them."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import Tensor, nn
 import paramstats
 from tests import oracle
 
-Moment = dict[str, Tensor]
+Snapshot = dict[str, Tensor]
 
 
 @functools.lru_cache
 def digits() -> tuple[Tensor, Tensor]:
-    """scikit-learn's 1,797 images of 8 x 8, and what they show."""
+    """Return scikit-learn's 1,797 images of 8 x 8 pixels and their labels."""
     datasets = pytest.importorskip("sklearn.datasets", reason="scikit-learn is not installed")
-    found = datasets.load_digits()
-    return torch.tensor(found.data, dtype=torch.float32) / 16, torch.tensor(found.target)
+    data = datasets.load_digits()
+    return torch.tensor(data.data, dtype=torch.float32) / 16, torch.tensor(data.target)
 
 
 def network() -> nn.Sequential:
@@ -27,18 +27,13 @@ def network() -> nn.Sequential:
     return nn.Sequential(nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10))
 
 
-def batch(number: int, size: int = 32) -> tuple[Tensor, Tensor]:
-    images, labels = digits()
-    return images[number * size :][:size], labels[number * size :][:size]
-
-
-def loss(model: nn.Module, number: int) -> Tensor:
-    images, labels = batch(number)
+def loss(model: nn.Module, batch: int, size: int = 32) -> Tensor:
+    images, labels = (x[batch * size :][:size] for x in digits())
     return nn.functional.cross_entropy(model(images), labels)
 
 
-def moment(model: nn.Module, grad_scale: float = 1.0) -> Moment:
-    """Copies of the parameters, with copies of their gradients, which are unscaled here."""
+def snapshot(model: nn.Module, grad_scale: float = 1.0) -> Snapshot:
+    """Return copies of the parameters, with copies of their gradients divided by `grad_scale`."""
     copies = {}
     for name, p in model.named_parameters():
         copies[name] = p.detach().clone().requires_grad_(p.requires_grad)
@@ -47,9 +42,11 @@ def moment(model: nn.Module, grad_scale: float = 1.0) -> Moment:
     return copies
 
 
-def scalars_of(copies: Moment) -> dict[str, float]:
-    """What must be logged, once it is right by the textbook: of powers of two as scale, to the
-    last digit."""
+def scalars_of(copies: Snapshot) -> dict[str, float]:
+    """Return the scalars of a snapshot, after checking its statistics against the oracle.
+
+    A watcher must log exactly these, because the scales in these tests are powers of two.
+    """
     summary = paramstats.summarize(copies)
     for name, copy in copies.items():
         oracle.check(summary[name], copy)
@@ -60,15 +57,16 @@ def scalars_of(copies: Moment) -> dict[str, float]:
 
 
 class Logged(dict[int, dict[str, float]]):
-    """A log: scalars by step; no step comes twice, none comes late."""
+    """A log function that keeps the scalars by step; it accepts only increasing steps."""
 
     def __call__(self, scalars: dict[str, float], step: int) -> None:
         assert not self or step > max(self), f"step {step} after {max(self)}"
         self[step] = scalars
 
-    def check(self, moments: dict[int, Moment]) -> None:
-        assert list(self) == list(moments)
-        for step, copies in moments.items():
+    def check(self, snapshots: dict[int, Snapshot]) -> None:
+        """Check that the scalars of these snapshots were logged, at their steps, and no others."""
+        assert list(self) == list(snapshots)
+        for step, copies in snapshots.items():
             expected = scalars_of(copies)
             assert any(key.startswith("grad_norm/") for key in expected)
             assert self[step] == expected, f"step {step}"
