@@ -1,7 +1,7 @@
 // The memory limit: a loop that reads memory and does almost nothing else.
 //
-// It adds up all bytes as 64-bit words, with one SIMD addition per 64 bytes. The sum proves that every
-// byte was read. read_only.py compiles this file and selects the fastest prefetch distance:
+// It adds up all bytes as 64-bit words, with one SIMD addition per 64 bytes. The sum proves that
+// every byte was read. read_only.py compiles this file and selects the fastest prefetch distance:
 //
 // c++ -std=c++20 -O3 -march=native -shared -fPIC -pthread read_only.cpp
 #include <atomic>

@@ -286,8 +286,8 @@ def _refuse_capture(deferred_rows: DeferredRows) -> None:
         with torch.cuda.device(device):
             if torch.cuda.is_current_stream_capturing():
                 raise RuntimeError(
-                    f"paramstats.summarize: expected no CUDA graph capture, got a stream on {device} "
-                    f"that is being captured; call it before the capture or between replays"
+                    f"paramstats.summarize: expected no CUDA graph capture, got a stream that is "
+                    f"being captured on {device}; call it before the capture or between replays"
                 )
 
 

@@ -107,8 +107,8 @@ class ParamStatsCallback(TrainerCallback):
         if is_due:
             warnings.warn(
                 "paramstats.ParamStatsCallback: nothing is logged at step "
-                f"{state.global_step + 1}, because no hook saw a gradient; FullyShardedDataParallel "
-                "and DeepSpeed are not supported here",
+                f"{state.global_step + 1}, because no hook saw a gradient; "
+                "FullyShardedDataParallel and DeepSpeed are not supported here",
                 RuntimeWarning,
                 stacklevel=2,
             )
