@@ -75,7 +75,7 @@ def make_options(
     try:
         if with_defaults and correction == 1 and grad_scale == 1:
             return DEFAULT_OPTIONS
-    except RuntimeError:  # a tensor of several elements, which is refused below
+    except (RuntimeError, ValueError):  # a tensor or array of several elements, refused below
         pass
     correction = _number(correction, "correction")
     grad_scale = scale_of(grad_scale)
