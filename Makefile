@@ -1,17 +1,17 @@
 # One command for each thing a developer does. `make` or `make help` lists them.
 #
-# A help text begins with what the command does and ends with what it writes, if it does.
-# Everything happens in an environment of the project's own, .venv, made on first use.
+# A help text says what the command does, then which files it writes.
+# Most commands use the environment .venv, which is created on first use.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# The version that the environment is built with; any torch >= 2.10 will do for users.
+# The version that the environment is built with; users can use any torch >= 2.10.
 TORCH ?= torch==2.13.0
 CXX ?= g++
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*)
 CXX_FILES := $(NATIVE) $(wildcard tests/cpp/*.* tests/cpp/*/* tests/fake_cuda/*)
-# The CUDA source as C++, on the runtime that tests/cpp/cuda_shim pretends to be.
+# The CUDA source compiled as C++ with the CPU implementation of CUDA's runtime in tests/cpp/cuda_shim.
 SHIM := -std=c++17 -Wall -Wextra -Werror -Wno-unknown-pragmas -pthread -I tests/cpp/cuda_shim
 SHIM_SOURCES := tests/cpp/cuda_shim/shim.cpp csrc/cpu/*.cpp -x c++ csrc/cuda/engine.cu
 
@@ -25,11 +25,11 @@ help:  ## list these commands
 
 $(VENV)/torch: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "installing $(TORCH) and what is needed to build and test: two minutes or three"
+	@echo "installing $(TORCH) and the build and test dependencies (2 to 3 minutes)"
 	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)"
 	@touch $@
 
-# Editable, so that Python edits count at once; the C++ is built again when it changes.
+# Editable, so that Python edits take effect immediately; the C++ is built again when it changes.
 $(VENV)/installed: $(VENV)/torch setup.py $(NATIVE)
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[dev]"
 	@touch $@
@@ -79,7 +79,7 @@ wheel: $(VENV)/installed  ## build a source archive and a wheel for this Python 
 		|| { tail -n 40 build/wheel.log; exit 1; }
 	@$(BIN)/python -c 'import sys, torch; \
 		python, minor = ".".join(sys.version.split(".")[:2]), ".".join(torch.__version__.split(".")[:2]); \
-		print(f"for Python {python} and torch {minor}; with another torch, it runs on torch operators and says so"); \
+		print(f"for Python {python} and torch {minor}; with another torch, it uses torch operators and warns"); \
 		print(f"to install it: pip install {sys.argv[1]}")' dist/*.whl
 
 test-elsewhere:  ## build, install and test with PYTHON=, TORCH=, CXX=
@@ -141,7 +141,7 @@ check: $(VENV)/installed  ## run formatters, linters and the type checker
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 
-format: $(VENV)/installed  ## format everything, and mend what the linters can mend
+format: $(VENV)/installed  ## format everything and apply the linters' automatic fixes
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 	$(BIN)/clang-format -i $(CXX_FILES)

@@ -157,7 +157,7 @@ def cuda_extension(record, torch):
         record.values["cuda_reason"] = (
             f"torch {torch.__version__} has no CUDA"
             if torch.version.cuda is None
-            else "nvcc was not found when it was built: not on the PATH, nor where CUDA_HOME says"
+            else "nvcc was not found at build time, neither on the PATH nor through CUDA_HOME"
         )
         return None
     os.environ["CUDA_HOME"] = home  # torch.utils.cpp_extension reads it when it is imported

@@ -106,7 +106,7 @@ PARAMSTATS_HD inline void update(Moments& state, double x) {
 // Adds n elements of any value to the state, in two passes. This is the exact routine that every
 // fast kernel falls back to. n is the length of a block, small enough to stay in cache.
 inline void update(Moments& state, const double* x, int64_t n) {
-  constexpr int kLanes = 8;  // independent sums, so that the loops vectorise without -ffast-math
+  constexpr int kLanes = 8;  // independent sums, so that the loops vectorize without -ffast-math
   Moments block;
   block.count = n;
   double sums[kLanes] = {};

@@ -23,8 +23,8 @@ class TensorStats:
 
     The values are what torch gives: a NaN makes mean, norm, min and max NaN; an infinity makes the
     norm infinite; std of one element is NaN. `finite` has the statistics of the finite elements
-    only. For a complex tensor, mean is the modulus of the mean, and min, max and abs_max are those
-    of the moduli. Statistics of a tensor that was not read are NaN.
+    only. For a complex tensor, mean is the absolute value of the mean; min, max and abs_max are
+    computed from absolute values. Statistics of a tensor that was not read are NaN.
     """
 
     __slots__ = ("_correction", "_state", "_statistics")
@@ -51,7 +51,7 @@ class TensorStats:
         return not moments.is_unread(self._state)
 
     def _identity(self) -> tuple[object, ...]:
-        """What makes two of these equal; bytes, so that NaN equals itself."""
+        """Return the key that equality compares. It is bytes, so that NaN equals NaN."""
         return ROW.pack(*self._state), self._correction
 
     def __eq__(self, other: object) -> bool:
@@ -83,7 +83,7 @@ class TensorStats:
 
     @property
     def std(self) -> float:
-        """Standard deviation, with the `correction` that `summarize` was given."""
+        """Standard deviation, with the `correction` passed to `summarize`."""
         return self.statistics().std
 
     @property
@@ -164,7 +164,7 @@ class TensorStats:
         return self._values()
 
     def _values(self) -> str:
-        """The statistics in one line, shortened where they are all the same."""
+        """Return the statistics as one line; shorter if all elements are equal."""
         if not self.is_read():
             return "no statistics yet"
         if not self.count:
@@ -238,7 +238,7 @@ class ParamStats(TotalStats):
 
     @property
     def name(self) -> str:
-        """Its first name."""
+        """The name of the tensor; for a tied parameter, its first name."""
         return self._layout.names[self._row]
 
     @property

@@ -92,8 +92,9 @@ def summarize(
 
     The call changes nothing: no value, no version counter, no autograd history, no random state.
 
-    On a GPU it returns without waiting. The tensors are read on the current stream of their device,
-    after the work that is already queued. Reading a statistic waits for this summary's read only.
+    On a GPU it returns without waiting, except for complex and sparse tensors. The tensors are read
+    on the current stream of their device, after the work that is already queued. Reading a
+    statistic waits for this summary's read only.
 
     For a sharded model (DTensor, FSDP, FSDP2, ZeRO-3, `LocalShard`), the statistics are those of
     whole tensors, equal on all ranks. The call is then collective: every rank of `group` must make
@@ -141,13 +142,13 @@ def summarize(
 def _select(
     layout: Layout, tensors: list[torch.Tensor], include: Patterns | None, exclude: Patterns
 ) -> tuple[Layout, list[torch.Tensor]]:
-    """Return the rows whose names `include` and `exclude` let pass; warns if none does."""
+    """Return the rows that `include` and `exclude` select; warn if there are none."""
     if include is None and not exclude:
         return layout, tensors
     layout, rows = layout.select(include, exclude)
     if not rows:
         warnings.warn(
-            f"paramstats.summarize: no name passes include={_as_given(include)!r}, "
+            f"paramstats.summarize: no name matches include={_as_given(include)!r}, "
             f"exclude={_as_given(exclude)!r}",
             RuntimeWarning,
             stacklevel=3,

@@ -33,15 +33,15 @@ class Summary(Mapping[str, ParamStats]):
     ((3, 4), 23)
 
     A tied parameter can be looked up under all its names; iteration gives the first. Statistics of
-    tensors on a GPU may still be under way: reading one waits for this summary's transfer only.
+    tensors on a GPU may be pending: reading one waits for the transfer of this summary only.
     """
 
     __slots__ = ("_deferred", "_ready")
 
     def __init__(self, record: Record | None, deferred: Deferred | None = None) -> None:
-        """Exactly one of the two is given.
+        """Create a summary from a record or from a deferred record.
 
-        Raises TypeError for another mapping: torch's `default_convert` then makes a dict.
+        Raises TypeError for any other mapping; torch's `default_convert` then makes a dict.
         """
         if type(record) is not Record and record is not None:
             raise TypeError(f"paramstats.Summary: expected a record, got {type(record).__name__}")
@@ -50,7 +50,7 @@ class Summary(Mapping[str, ParamStats]):
 
     @property
     def _record(self) -> Record:
-        """The record, waited for where it is still being computed."""
+        """The record; waits if it is still being computed."""
         record = self._ready
         if record is None:
             deferred = self._deferred  # read once: another thread may finish first
@@ -111,8 +111,8 @@ class Summary(Mapping[str, ParamStats]):
         """The statistics of all parameters together; `.grad` has those of all gradients together.
 
         Each parameter counts once. Buffers do not count, nor do tensors that could not be read. For
-        complex parameters, `norm` and the counts are exact; `mean` and `std` use the modulus of
-        each parameter's mean.
+        complex parameters, `norm` and the counts are exact; `mean` and `std` use the absolute
+        value of each parameter's mean.
         """
         record = self._record
         return merged(record, 0, record.layout.parameters)
@@ -134,7 +134,7 @@ class Summary(Mapping[str, ParamStats]):
 
     @property
     def is_local(self) -> bool:
-        """Whether the statistics cover only this rank's part of a sharded model."""
+        """Whether the statistics cover only this rank's shards."""
         return self._record.is_local
 
     @skip_dynamo
@@ -199,8 +199,8 @@ class Summary(Mapping[str, ParamStats]):
             stats: names of statistics, those that `TensorStats` has.
             totals: whether to add the statistics of `total` and its gradient, under the name
                 "total".
-            depth: merge the tensors of each module into one value, for modules whose names have at
-                most so many parts. None: one value per tensor.
+            depth: merge the tensors of each module into one value, where module names are cut to
+                this many parts. None: one value per tensor.
 
         Raises:
             ValueError: an unknown statistic, a malformed key, a key that stands for two values, or
@@ -231,7 +231,8 @@ class Summary(Mapping[str, ParamStats]):
         """Return `{"params": {name: ...}, "total": ...}`, nested, with types that JSON knows.
 
         For a sharded model it also has `diverged` and `is_local`, where they are not empty or
-        False. NaN and infinities are floats, which `json.dumps` and `json.loads` carry.
+        False. NaN and infinities stay floats: `json.dumps` writes NaN and Infinity, and
+        `json.loads` reads them.
         """
         return {
             "params": {name: entry.to_dict() for name, entry in self.items()},
@@ -382,7 +383,7 @@ def record_of(summary: Summary) -> Record:
 
 
 def layout_of(summary: Summary) -> Layout:
-    """Return the layout of a summary, without waiting for statistics on their way from a GPU."""
+    """Return the layout of a summary, without waiting for pending statistics."""
     return summary._layout
 
 

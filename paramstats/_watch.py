@@ -79,8 +79,8 @@ def watch(
         log: called as `log(scalars, step)` with the result of `Summary.scalars()`. `wandb.log`,
             `mlflow.log_metrics` and the `log_metrics` of Lightning's loggers can be passed as they
             are. In a distributed run only rank 0 of the default group calls it.
-        every: the first call of `Watcher.step` takes a summary, and then each step that is a
-            multiple of this number.
+        every: summarize at the first call of `Watcher.step`, then at the first call at or after
+            each multiple of this number.
         history: a `History`, whose `append(step, summary)` is called on rank 0 before anything is
             logged; or the path of a file, for which `History(path)` is opened.
         key, stats, totals: what is logged and under which keys; see `Summary.scalars`.
@@ -141,9 +141,9 @@ class Watcher:
     {'param_norm/bias': ..., 'grad_norm/bias': 1.4142135623730951, ...} 7
     1.0
 
-    Statistics that are available at once, as those of CPU tensors, are logged at once. Statistics
-    on their way from a GPU are logged by the next call of `step`, so that the loop does not wait
-    for them. Loggers see the steps in order. `close`, or the end of a `with` block, logs the last.
+    Statistics of CPU tensors are logged immediately. Pending statistics from a GPU are logged by
+    the next call of `step`, so that the loop does not wait for them. Loggers see the steps in
+    order. `close`, or the end of a `with` block, logs the last.
     """
 
     def __init__(
@@ -201,7 +201,7 @@ class Watcher:
                 Leave it out after `scaler.unscale_`.
             step: the number of the step; None: the last one plus 1, starting at 0. A number lower
                 than the last, as after a restart, is due.
-            optimizer: the optimizer of these gradients, where one scaler serves several.
+            optimizer: the optimizer of these gradients; needed if several share the scaler.
 
         Raises:
             ValueError: the scaler has unscaled gradients since its last `update`.
@@ -217,8 +217,8 @@ class Watcher:
     def is_due(self, step: int | None = None) -> bool:
         """Count a step and return whether a summary is due.
 
-        `step` is `is_due`, then `take` and `give`. Callers that must take a summary and log it at
-        different places call the three themselves.
+        `step` calls `is_due`, `take` and `give`. Callbacks that summarize and log at different
+        times call these three methods directly.
         """
         last = self._step
         self._step = step = last + 1 if step is None else operator.index(step)

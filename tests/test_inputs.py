@@ -424,7 +424,7 @@ def test_include_and_exclude_select_names(backend, model):
     only = summarize(model, include="^2.weight")
     assert only.total.count == 18 and only["2.weight"].grad.norm > 0
     assert summarize({"a": torch.ones(1), "b": "no tensor"}, exclude="b")["a"].count == 1
-    with pytest.warns(RuntimeWarning, match="no name passes include='nothing'"):
+    with pytest.warns(RuntimeWarning, match="no name matches include='nothing'"):
         assert list(summarize(model, include="nothing")) == []
 
 

@@ -163,7 +163,7 @@ def test_scalars_have_every_statistic_under_its_key(backend, model):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"stats": ("median",)}, "expected stats out of count, mean.*got 'median'"),
+        ({"stats": ("median",)}, "expected each of stats to be one of count, mean.*got 'median'"),
         ({"stats": "stddev"}, "got 'stddev'; did you mean 'std'"),
         ({"key": "{name}/{layer}"}, "got 'layer' in"),
         ({"key": "{kind:{foo}}"}, "got 'foo' in"),

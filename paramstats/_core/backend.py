@@ -21,16 +21,16 @@ from paramstats._core import walk as python_walk
 from paramstats._version import __version__
 
 _PACKAGE = Path(__file__).parent.parent
-_ENGINE_VARIABLE = "PARAMSTATS_BACKEND"
+_BACKEND_VARIABLE = "PARAMSTATS_BACKEND"
 _SIMD_VARIABLE = "PARAMSTATS_SIMD"
 _REBUILD = (
     "pip install --force-reinstall --no-deps . in a checkout of paramstats, with a C++ compiler, "
-    "in an environment that has torch (uv: --no-build-isolation, too)"
+    "in an environment that has torch (with uv, add --no-build-isolation)"
 )
 if (_PACKAGE.parent / "setup.py").exists():
     _REBUILD = (
-        "this is a checkout, not what was installed from it: work in another folder, or build it "
-        "here with pip install --editable . in an environment that has torch"
+        "this is the source checkout, not the installed package; work in another folder, or "
+        "run pip install --editable . here, in an environment that has torch"
     )
 
 
@@ -40,7 +40,7 @@ class Implementation:
 
     name: str
     walk: Callable[..., Any]
-    """`(module, buffers, make_layout) -> (layout, tensors)`, or None if only `_core.walk` can."""
+    """`(module, buffers, make_layout) -> (layout, tensors)`; None: `_core.walk` must list it."""
     read: Callable[
         [list[torch.Tensor], bool, bool],
         tuple[bytes, reference.DeferredRows, Sequence[reference.Transfer]],
@@ -56,16 +56,16 @@ class Implementation:
     cuda: Any = None
     """The extension module of the CUDA kernels, if it is installed."""
     cuda_missing: str | None = None
-    """Why it is not."""
+    """Why the CUDA module is not installed; None if it is."""
     forced: bool = False
-    """Whether PARAMSTATS_BACKEND=native forbids to fall back to torch operators."""
+    """Whether PARAMSTATS_BACKEND=native forbids the fallback to torch operators."""
 
     def cuda_error(self, device: torch.device) -> str | None:
         """Return why the kernels do not read tensors on a CUDA device; None if they do."""
         if self.cuda is None:
             return self.cuda_missing
-        trouble = self.native.cuda_error(device.index)
-        return f"the CUDA backend does not run on {device}: {trouble}" if trouble else None
+        reason = self.native.cuda_error(device.index)
+        return f"the CUDA backend does not run on {device}: {reason}" if reason else None
 
     def explain_cuda(self, devices: Iterable[torch.device]) -> None:
         """Warn, once per device, why CUDA tensors are read with torch operators.
@@ -73,18 +73,18 @@ class Implementation:
         Raises RuntimeError if the native backend is forced.
         """
         for device in {device for device in devices if device.type == "cuda"}:
-            trouble = self.cuda_error(device) if self.name == "native" else None
-            if trouble and self.forced:
+            reason = self.cuda_error(device) if self.name == "native" else None
+            if reason and self.forced:
                 raise RuntimeError(
-                    f"paramstats: expected the native backend ({_ENGINE_VARIABLE}=native) for "
-                    f"tensors on {device}, but {trouble}"
+                    f"paramstats: expected the native backend ({_BACKEND_VARIABLE}=native) for "
+                    f"tensors on {device}, but {reason}"
                 )
-            if trouble and device not in _explained:
+            if reason and device not in _explained:
                 _explained.add(device)
                 warnings.warn(
-                    f"paramstats uses torch operators on {device}, which is slower, with the same "
-                    f"results: "
-                    f"{trouble}",
+                    f"paramstats uses torch operators on {device}: the same results, but slower. "
+                    f"Reason: "
+                    f"{reason}",
                     RuntimeWarning,
                     stacklevel=3,
                 )
@@ -109,7 +109,7 @@ class Backend:
     cuda_architectures: str | None
     """The GPU architectures that the kernels were compiled for, such as "sm_80 sm_90"."""
     cuda_devices: tuple[str, ...]
-    """The GPUs that torch sees; their names once CUDA is initialised."""
+    """The GPUs that torch sees; their names once CUDA is initialized."""
     torch: str
     """The version of torch."""
     version: str
@@ -143,7 +143,7 @@ def active() -> Implementation:
     if _active is None:
         with _lock:
             if _active is None:
-                _active = choose(os.environ.get(_ENGINE_VARIABLE))
+                _active = choose(os.environ.get(_BACKEND_VARIABLE))
     return _active
 
 
@@ -155,10 +155,10 @@ def choose(wanted: str | None) -> Implementation:
     """
     if wanted not in (None, "", "native", "reference"):
         raise ValueError(
-            f"paramstats: expected {_ENGINE_VARIABLE} to be native or reference, got '{wanted}'"
+            f"paramstats: expected {_BACKEND_VARIABLE} to be native or reference, got '{wanted}'"
         )
     if wanted == "reference":
-        return _reference(f"{_ENGINE_VARIABLE}=reference was set")
+        return _reference(f"{_BACKEND_VARIABLE}=reference was set")
     native, missing = _load_native()
     if native is not None:
         _set_simd_level(native)
@@ -177,10 +177,10 @@ def choose(wanted: str | None) -> Implementation:
         )
     if wanted == "native":
         raise RuntimeError(
-            f"paramstats: expected the native backend ({_ENGINE_VARIABLE}=native), but {missing}"
+            f"paramstats: expected the native backend ({_BACKEND_VARIABLE}=native), but {missing}"
         )
     warnings.warn(
-        f"paramstats uses torch operators, which is slower, with the same results: {missing}",
+        f"paramstats uses torch operators: the same results, but slower. Reason: {missing}",
         RuntimeWarning,
         stacklevel=4,
     )
@@ -201,7 +201,7 @@ def backend() -> Backend:
     chosen = active()
     devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     cuda_missing = chosen.cuda_missing
-    if devices and torch.cuda.is_initialized():  # else asking would initialise CUDA
+    if devices and torch.cuda.is_initialized():  # else asking would initialize CUDA
         devices = [torch.cuda.get_device_name(i) for i in range(len(devices))]
         if chosen.cuda:
             cuda_missing = chosen.cuda_error(torch.device("cuda", torch.cuda.current_device()))

@@ -18,7 +18,7 @@ from paramstats._core.wrapper_names import without_wrappers
 Patterns = tuple[re.Pattern[str], ...]
 
 _MAX_CACHED = 16
-"""Key templates and selections cached per layout, so that new ones at every step do not pile up."""
+"""Maximum number of key templates and of selections that a layout caches."""
 
 
 class Keys(NamedTuple):
@@ -119,7 +119,7 @@ class Layout:
 
     @classmethod
     def shared(cls, *fields: Any) -> Layout:
-        """Return a layout with these fields; equal layouts are one object as long as one is used.
+        """Return a layout with these fields; equal layouts share one object while any is in use.
 
         A mapping has a new layout at every call. Histories would otherwise keep all of them.
         """
@@ -131,7 +131,7 @@ class Layout:
 
     @property
     def fields(self) -> tuple[Any, ...]:
-        """Everything that tells one layout from another, as a hashable tuple."""
+        """All fields that define equality of layouts, as a hashable tuple."""
         return (
             self.names,
             self.aliases,
@@ -199,7 +199,7 @@ class Layout:
         return (self.names[row], *self.aliases[row], *wrapper_names)
 
     def select(self, include: Patterns | None, exclude: Patterns) -> tuple[Layout, list[int]]:
-        """Return the layout of the rows that have a name which `passes`, and these rows."""
+        """Return the layout of the selected rows (see `passes`), and these rows."""
         key = (include, exclude)
         selection = self._selections.get(key)
         if selection is None:

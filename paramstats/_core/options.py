@@ -38,7 +38,7 @@ _MEANT = {
     "numel": "count",
     "gradient": "grad",
 }
-"""What people type, and the name that is meant."""
+"""Common misspellings, and the statistic that each one means."""
 
 
 class Scaler(Protocol):
@@ -105,11 +105,11 @@ def scale_of(grad_scale: float | Scaler, optimizer: torch.optim.Optimizer | None
 
     Args:
         grad_scale: that number, or a gradient scaler, which is asked for it.
-        optimizer: the optimizer whose gradients are read, where a scaler serves several.
+        optimizer: the optimizer of the gradients; needed if several optimizers share the scaler.
 
     Raises:
         ValueError: `grad_scale` is no number > 0, or the scaler has already unscaled gradients
-            since its last `update`, so that its scale is no longer theirs.
+            since its last `update`, so that its scale no longer applies to them.
     """
     if not hasattr(grad_scale, "get_scale"):
         return _number(grad_scale, "grad_scale", " > 0", "; a GradScaler's is scaler.get_scale()")
@@ -147,8 +147,8 @@ def _columns(stats: tuple[str, ...], function: str) -> list[int]:
     for name in stats:
         if name not in STATS:
             raise ValueError(
-                f"paramstats.{function}: expected stats out of {', '.join(STATS)}, got "
-                f"'{name}'{did_you_mean(name)}"
+                f"paramstats.{function}: expected each of stats to be one of {', '.join(STATS)}, "
+                f"got '{name}'{did_you_mean(name)}"
             )
     return [STATS.index(name) for name in stats]
 

@@ -15,7 +15,7 @@ from paramstats._core.shard import refuse_shards
 from paramstats._core.torch_private import no_tracing
 
 _MAX_WARNED = 1000
-"""Reasons remembered. A reason may contain a size that differs at every call."""
+"""Maximum number of reasons remembered; a reason may contain a size that differs at every call."""
 
 _warned: set[str] = set()
 
@@ -65,7 +65,7 @@ def read_deferred(
     params: bool,
     row_name: Callable[[int], str],
 ) -> Rows:
-    """Read with torch operators what `backend.read` deferred; the rest of `read_rows`."""
+    """Read with torch operators the rows that `backend.read` deferred; see `read_rows`."""
     refuse_shards((row_name(row), tensor) for row, tensor in deferred_rows)
     with no_tracing():
         devices = [tensor.device for _, tensor in deferred_rows]
@@ -75,7 +75,7 @@ def read_deferred(
 
 
 class DeferredRecord:
-    """A record whose table is complete once its transfers are."""
+    """A record that waits for transfers from devices before its table is complete."""
 
     __slots__ = ("_record", "_transfers")
 

@@ -1,4 +1,4 @@
-"""Define `Record`: what every source makes and every view reads."""
+"""`Record`: the states of a model's tensors, from which all tables and findings are made."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Record(NamedTuple):
         return active().finalize_table(self.table, self.correction, self.grad_scale)
 
     def select(self, include: Patterns | None, exclude: Patterns) -> Record:
-        """Return the record of the tensors whose names `include` and `exclude` let pass."""
+        """Return the record of the tensors that `include` and `exclude` select."""
         layout, rows = self.layout.select(include, exclude)
         return self.take(rows, layout)
 

@@ -15,7 +15,7 @@ import torch
 F = TypeVar("F", bound=Callable[..., object])
 
 _MISSING = (AttributeError, ImportError, TypeError)
-"""What the use of a private name raises where torch lacks it or has changed it."""
+"""Exceptions raised if a private name of torch is missing or has changed."""
 
 REASON = "paramstats reads the current values; call it outside of code compiled with fullgraph=True"
 """The reason that torch.compile shows where a graph break is an error."""

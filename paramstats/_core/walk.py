@@ -40,7 +40,7 @@ def walk(
         if buffers:
             rows.add_all(_named(module.named_buffers, every_name))
     except RecursionError as error:
-        if not _is_of_depth(error):
+        if not _is_from_deep_nesting(error):
             raise
         raise RecursionError(
             f"paramstats.summarize: expected modules that torch can list within Python's recursion "
@@ -108,8 +108,8 @@ class _Rows:
         return tuple(tuple(names[1:]) for names in self._names)
 
 
-def _is_of_depth(error: RecursionError) -> bool:
-    """Return whether torch's descent from module to module has filled most of the stack."""
+def _is_from_deep_nesting(error: RecursionError) -> bool:
+    """Return whether deeply nested modules caused this RecursionError."""
     codes = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
     return codes.count(torch.nn.Module.named_modules.__code__) > len(codes) // 2
 
@@ -128,7 +128,7 @@ def _few_paths(module: torch.nn.Module) -> bool:
 
 
 def _named(named: Callable[..., Iterable[tuple[str, Any]]], every_name: bool) -> Any:
-    """Return (name, tensor) pairs, with only first names where a module gives no others."""
+    """Return (name, tensor) pairs, with all names of shared tensors if `every_name` is possible."""
     if every_name:
         with contextlib.suppress(TypeError):  # a module whose method has no such argument
             return list(named(remove_duplicate=False))
@@ -211,7 +211,8 @@ def _no_tensor(name: str, value: Any, remedy: str) -> TypeError:
 def _remedy(value: Any) -> str:
     if isinstance(value, Mapping):
         return "pass that mapping itself"
-    if hasattr(type(value), "__array_interface__"):  # a torch.fx.Proxy says it has everything
+    # hasattr(value, ...) is always true for a torch.fx.Proxy.
+    if hasattr(type(value), "__array_interface__"):
         return "convert it with torch.from_numpy"
     return "leave it out with exclude=..."
 

@@ -11,7 +11,7 @@ from paramstats._display.table import UNREMARKABLE, Line, table
 from paramstats._findings import Severity
 
 _MAX_TENSORS = 1000
-"""Tensors shown; browsers become slow with more."""
+"""Maximum number of tensors shown; browsers become slow with more."""
 
 # The header needs an opaque background: the body scrolls below it. The variables are those of
 # JupyterLab and VS Code.

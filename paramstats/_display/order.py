@@ -31,7 +31,7 @@ def in_order(
 
 
 class Order(NamedTuple):
-    """The meaning of `sort_by`."""
+    """A parsed `sort_by` argument."""
 
     stat: str
     """A statistic or "name"."""

@@ -49,7 +49,7 @@ class Table:
     """The content of a table."""
 
     headings: list[str]
-    """Without that of the names."""
+    """Column headings, without the heading of the name column."""
     lines: list[Line]
     findings: Findings
     """The findings of severity WARNING and above about the tensors of the table."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 _MIN_BLOCK = 8
-"""Tensors that a module needs for a line of its own. A Linear layer, for example, has only two."""
+"""Minimum number of tensors for a module to get its own line. A Linear layer has only two."""
 
 _MAX_DEPTH = 8
 """Deeper modules are not indented any further; their names keep the remaining parts."""

@@ -1,4 +1,4 @@
-"""What the rules of the health check know: all tensors, and properties of the whole model."""
+"""The input of the rules of the health check: all tensors, and properties of the whole model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Context(NamedTuple):
     diverged: Mapping[str, str]
     """The ranks whose replicas differ, by the name of the tensor."""
     grad_scale: float
-    """The number that the gradients in memory are multiplied by; statistics are without it."""
+    """The loss scale that gradients in memory still contain. Statistics are divided by it."""
     thresholds: Thresholds
     median_grad_norm: float
     """The median of the gradient norms of all weights; NaN if there are none."""

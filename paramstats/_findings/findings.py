@@ -91,7 +91,7 @@ class Finding:
     value: float
     """The number that was compared with the threshold; NaN if the rule compares no number."""
     threshold: float
-    """The limit that `value` passed; NaN if the rule compares no number."""
+    """The limit that `value` was compared with; NaN if the rule compares no number."""
     message: str
     """What was found, in words."""
     advice: str

@@ -1,4 +1,4 @@
-"""Histories: summaries by step, in memory, on disk and as pictures."""
+"""Histories: summaries by step, in memory, on disk and as plots."""
 
 from paramstats._history.history import History
 

@@ -60,7 +60,7 @@ def figure_of(ax: Axes) -> Figure:
 
 
 def title(stat: str, kind: str) -> str:
-    """Return the title of a picture, such as "gradient L2 norm"."""
+    """Return the title of a plot, such as "gradient L2 norm"."""
     if stat == "min_update_ratio":
         return "minimum update ratio since the previous entry"
     statistic = _TITLES.get(stat, stat.replace("_", " "))

@@ -1,4 +1,4 @@
-"""Collect statistics of many tensors at many steps into arrays, for pictures and tables."""
+"""Collect statistics of many tensors at many steps into arrays, for plots and tables."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ class Writer:
         removed or replaced the file.
         """
         if self._is_abandoned:
-            raise OSError("it is written by the process that this one was forked from")
+            raise OSError("the parent process writes it; a forked process must not")
         if self._file.closed:
             os.stat(self._path)  # raises if the file was removed; `_open` would create it
             self._open()

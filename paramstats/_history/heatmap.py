@@ -19,7 +19,7 @@ from paramstats._history.labels import label_capacity, shortened
 from paramstats._history.series import Array
 
 MAX_COLUMNS = 900
-"""One pixel each at the width of a README. Beyond it, neighbouring entries share a column."""
+"""Maximum number of columns. With more entries, neighboring ones share a column."""
 
 _SIGNED = {"mean", "min", "max"}
 _LOW_QUANTILE, _HIGH_QUANTILE = 0.01, 0.999
@@ -100,7 +100,7 @@ def _mark(ax: Axes, is_nonfinite: Bools, edges: Array) -> None:
 
 
 def _edges(steps: npt.NDArray[np.int64]) -> Array:
-    """Return the edges of the columns: halfway between neighbouring steps."""
+    """Return the edges of the columns: halfway between neighboring steps."""
     if len(steps) == 1:
         return np.array([steps[0] - 0.5, steps[0] + 0.5])
     middles = (steps[1:] + steps[:-1]) / 2
@@ -109,7 +109,7 @@ def _edges(steps: npt.NDArray[np.int64]) -> Array:
 
 
 def _joined(sizes: Array, is_nonfinite: Bools, edges: Array) -> tuple[Array, Bools, Array]:
-    """Join neighbouring columns until there are at most `MAX_COLUMNS`.
+    """Join neighboring columns until there are at most `MAX_COLUMNS`.
 
     A joined column shows the largest magnitude and any NaN: that is what people look for.
     """
@@ -157,7 +157,7 @@ def _label_rows(ax: Axes, names: Sequence[str]) -> None:
 
 
 def module_blocks(names: Sequence[str], capacity: int) -> list[tuple[int, int, str]]:
-    """Group neighbouring names by module, as deep as `capacity` labels allow.
+    """Group neighboring names by module, as deep as `capacity` labels allow.
 
     If that leaves most of the capacity unused, as in a model of very many layers, it groups one
     level deeper, and some labels will not fit.
@@ -175,7 +175,7 @@ def module_blocks(names: Sequence[str], capacity: int) -> list[tuple[int, int, s
 
 
 def _blocks_at(names: Sequence[str], depth: int) -> list[tuple[int, int, str]]:
-    """Group neighbours with the same first `depth` parts; a single tensor keeps its whole name."""
+    """Group neighbors with the same first `depth` parts; a single tensor keeps its whole name."""
     blocks = []
     start = 0
     for module, members in itertools.groupby(names, lambda name: name.split(".")[:depth]):

@@ -1,4 +1,4 @@
-"""`History`: summaries by step, bounded in memory, complete on disk, as arrays and as pictures."""
+"""`History`: summaries by step, bounded in memory, complete on disk, as arrays and as plots."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from paramstats._core.options import STATS, checked_stats
 from paramstats._history.file import Reader
 from paramstats._history.journal import Journal
 from paramstats._history.json_lines import Entry
-from paramstats._history.selection import Names, check_picture, choose
+from paramstats._history.selection import Names, check_plot, choose
 from paramstats._history.thinning import ThinnedEntries
 from paramstats._summary import Summary, layout_of, record_of
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _MAX_BYTES = 256 << 20
 
 _MAX_LINES, _MAX_CHOSEN_LINES = 10, 20
-"""`plot` draws more lines as a heat map: limits for a whole model, and for chosen tensors."""
+"""Maximum number of lines in `plot`, for a whole model and for selected tensors."""
 
 
 class History:
@@ -53,8 +53,8 @@ class History:
 
     Args:
         path: a file to write every entry to (JSON Lines; docs/history.md describes the format). An
-            existing file is continued: its entries are read first, and a broken end, as a crash
-            leaves it, is cut off with a warning. The file is locked until `close`; a second
+            existing file is continued: its entries are read first, and an incomplete end (after a
+            crash) is removed with a warning. The file is locked until `close`; a second
             `History` on it warns and keeps its own entries in memory only. None: memory only. In a
             distributed run, only one rank should have a path.
         max_bytes: limit for the entries in memory. An entry takes 144 bytes per parameter. At the
@@ -63,8 +63,8 @@ class History:
             first and the latest entry are kept at any limit. The file keeps every entry.
 
     Raises:
-        ValueError: `path` is a file of another kind, or one with a line that is broken or invalid
-            and is not the end that a crash left; or `max_bytes` is not a whole number above 0.
+        ValueError: `path` is not a history file, or has a broken or invalid line (an incomplete end
+            after a crash is allowed); or `max_bytes` is not a whole number above 0.
     """
 
     def __init__(
@@ -88,8 +88,8 @@ class History:
         says how many were lost.
 
         Raises:
-            ValueError: a file of another kind, or one with a line that is broken or invalid and is
-                not the end that a crash left.
+            ValueError: not a history file, or a broken or invalid line (an incomplete end after a
+                crash is allowed).
         """
         history = cls(max_bytes=max_bytes)
         history._read(Reader(os.fspath(path)))
@@ -98,7 +98,7 @@ class History:
     def append(self, step: int, summary: Summary) -> None:
         """Add the summary of a step.
 
-        It does not wait for a GPU: statistics still under way are written to the file by a later
+        It does not wait for a GPU: pending statistics are written to the file by a later
         `append`, `wait` or `close`.
 
         Steps increase. If `step` is not greater than the last one, the run went back, for example
@@ -229,7 +229,7 @@ class History:
         span = f", steps {entries[0].step} to {entries[-1].step}" if entries else ""
         return f"<History of {len(self)} summaries of {len(self.names)} tensors{span}>"
 
-    # ---- pictures
+    # ---- plots
 
     def plot(
         self,
@@ -251,8 +251,8 @@ class History:
 
         Args:
             names: one or several names, or regular expressions to search in the names. "total" is
-                all parameters together. None: all tensors. More than twenty chosen tensors, or ten
-                of None, are drawn as a `heatmap`, without the total.
+                all parameters together. None: all tensors. With more than twenty selected tensors
+                (ten if None), a `heatmap` without the total is drawn.
             stat: a statistic of `TensorStats`, or "min_update_ratio", which ignores `kind`.
             kind: "grad" for gradients, "param" for the tensors themselves.
             ax: matplotlib axes to draw in. None: a new figure, which a notebook displays.
@@ -265,7 +265,7 @@ class History:
             ValueError: nothing to draw, or an unknown name, `stat` or `kind`.
 
         The axis is logarithmic if norms, standard deviations and other magnitudes span more than a
-        factor of 20; a line then leaves the axes at a zero. Steps with NaN or Inf are marked.
+        factor of 20; zeros are not shown on a logarithmic axis. Steps with NaN or Inf are marked.
         """
         max_lines = _MAX_LINES if names is None else _MAX_CHOSEN_LINES
         return self._draw("plot", names, stat, kind, ax, max_lines)
@@ -282,7 +282,7 @@ class History:
 
         Arguments and errors are those of `plot`. Rows are labelled by tensor, or by module if there
         are too many. NaN and infinities, zeros and missing gradients have their own colors. Beyond
-        900 entries, neighbours share a column: it shows the largest magnitude, and NaN if any.
+        900 entries, neighbors share a column: it shows the largest magnitude, and NaN if any.
         """
         return self._draw("heatmap", names, stat, kind, ax, max_lines=0)
 
@@ -301,7 +301,7 @@ class History:
         function = f"paramstats.History.{method}"
         if not len(self):
             raise ValueError(f"{function}: expected entries, got an empty history")
-        check_picture(function, stat, kind)
+        check_plot(function, stat, kind)
         chosen = choose(function, names, self._layouts())
         has_total = "total" in chosen and "total" not in self
         tensors = chosen[:-1] if has_total else chosen

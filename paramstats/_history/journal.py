@@ -74,7 +74,7 @@ class Journal:
             self._write(entry)
 
     def save(self, path: str, entries: Sequence[Entry]) -> None:
-        """Write these entries to a new file at `path`; continue in it if it is the own file."""
+        """Write these entries to a new file; continue in it if it is this journal's file."""
         writer = write_all(path, entries)
         if path != self._path or self._writer is None:
             writer.close()

@@ -1,4 +1,4 @@
-"""Place the labels of pictures so that they do not overlap, and shorten them."""
+"""Place the labels of plots so that they do not overlap, and shorten them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MAX_NAME_LENGTH = 36
 
 
 def shortened(names: Sequence[str]) -> list[str]:
-    """Return the names on one line each, shortened to fit next to a picture.
+    """Return the names on one line each, shortened to fit next to a plot.
 
     The prefix that all share is left out first, then the middle of each. Different names stay
     different, so a result may be longer than `MAX_NAME_LENGTH`.

@@ -12,7 +12,7 @@ Names = Pattern | Iterable[Pattern]
 _NAMES = "names, or regular expressions that match some"
 
 
-def check_picture(function: str, stat: str, kind: str) -> None:
+def check_plot(function: str, stat: str, kind: str) -> None:
     """Raise ValueError if `stat` or `kind` is unknown."""
     if stat not in STATS and stat != "min_update_ratio":
         known = ", ".join((*STATS, "min_update_ratio"))

@@ -140,7 +140,7 @@ class ParamSeries(TotalSeries):
 
     @property
     def name(self) -> str:
-        """Its first name; `aliases` has the others."""
+        """The name of the parameter; for a tied parameter, the first one (see `aliases`)."""
         return self._latest.name
 
     @property

@@ -127,7 +127,7 @@ class Exchange:
         digests = [struct.pack("=4q", *h[_DIGEST]) for h in headers]
         contents = self._contents(digests, local.digest, local.content)
         agreement = agree(digests, contents, local.layout, self._ranks.global_ranks)
-        # Ranks may clear at different times: one that has forgotten an agreement starts it anew.
+        # Ranks may clear at different times. If one has no agreement any more, all agree again.
         if len(self._agreements) >= _MAX_REMEMBERED:
             self._agreements.clear()
         self._agreements[local.digest] = agreement

@@ -114,7 +114,7 @@ def _split(
 
 
 def join_blocks(rows: Iterable[tuple[Block, ...]]) -> Iterator[tuple[Piece, ...]]:
-    """Join neighbouring blocks to pieces.
+    """Join neighboring blocks to pieces.
 
     A row has a block of each checkpoint, with the same elements. The pieces that are yielded
     together have the same rows.

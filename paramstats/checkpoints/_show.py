@@ -42,7 +42,7 @@ _MAX_LINE_LENGTH = 1000
 def run(arguments: argparse.Namespace) -> int:
     """Print what the arguments ask for, and return the exit status: 2 after an error."""
     if sys.stdout is None:
-        return _fail("paramstats show: expected a standard output, got a closed one")
+        return _fail("paramstats show: expected an open standard output, but it is closed")
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # names may have any characters
     try:

@@ -28,7 +28,7 @@ class AfterBackward:
     `function` is called several times; all gradients are complete at the last call.
 
     Args:
-        parameters: those whose gradients are awaited.
+        parameters: the parameters to put hooks on.
         function: called without arguments.
     """
 

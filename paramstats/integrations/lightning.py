@@ -115,4 +115,4 @@ def _to_loggers(trainer: Trainer, scalars: dict[str, float], step: int) -> None:
 
 
 def _ignore(scalars: dict[str, float], step: int) -> None:
-    """A log for checking the other arguments, before the trainer's loggers are known."""
+    """Do nothing; used as `log` to check the other arguments before loggers are known."""

@@ -145,7 +145,7 @@ def test_to_pandas(backend, model):
     assert wide["2.bias"].to_numpy() == pytest.approx(history["2.bias"].grad.norm, nan_ok=True)
     assert History().to_pandas().shape == (0, 30)
     assert history.to_pandas(stats=()).shape == (16, 0)
-    with pytest.raises(ValueError, match=r"^paramstats.History.to_pandas: expected stats out of"):
+    with pytest.raises(ValueError, match=r"^paramstats.History.to_pandas: expected each of stats"):
         history.to_pandas(stats=("median",))
 
 
