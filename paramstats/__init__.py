@@ -5,8 +5,11 @@
 >>> list(summary)
 ['weight', 'bias']
 
+Start with `summarize` and the `Summary` that it returns; `watch` calls it in a training loop, and
+`History` stores and plots summaries over time.
+
 `paramstats.checkpoints` reads statistics from files. `paramstats.integrations` has callbacks for
-trainers. These two and `paramstats.History` are imported when they are first used.
+trainers.
 """
 
 from __future__ import annotations
@@ -59,4 +62,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted(__all__)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
@@ -12,7 +11,14 @@ import torch
 from paramstats._core import walk as python_walk
 from paramstats._core.backend import active
 from paramstats._core.layout import Layout, Patterns
-from paramstats._core.options import DEFAULT_OPTIONS, Pattern, Scaler, make_options
+from paramstats._core.options import (
+    DEFAULT_CORRECTION,
+    DEFAULT_GRAD_SCALE,
+    Pattern,
+    Scaler,
+    make_options,
+    warn_no_match,
+)
 from paramstats._core.reading import DeferredRecord, read_deferred, warn_once
 from paramstats._core.record import NO_NAMES, Record
 from paramstats._core.shard import LocalShard
@@ -40,8 +46,8 @@ def summarize(
     buffers: bool = False,
     include: Pattern | Iterable[Pattern] | None = None,
     exclude: Pattern | Iterable[Pattern] | None = None,
-    correction: float = 1,
-    grad_scale: float | Scaler = 1.0,
+    correction: float = DEFAULT_CORRECTION,
+    grad_scale: float | Scaler = DEFAULT_GRAD_SCALE,
     local: bool = False,
     group: dist.ProcessGroup | None = None,
     async_op: bool = False,
@@ -65,15 +71,15 @@ def summarize(
         buffers: whether to list the module's buffers, after its parameters.
         include: a regular expression or several, searched in the name (`re.search`). Only tensors
             with a matching name are read.
-        exclude: a regular expression or several. Tensors are left out if all their names match; a
-            tied tensor has several names.
-        correction: as in `torch.std`: var = m2 / (n - correction).
+        exclude: a regular expression or several. Tensors with a matching name are left out. A tied
+            tensor has several names, and is left out if all of them match.
+        correction: as in `torch.std`: the sum of squared deviations is divided by n - correction.
         grad_scale: the factor that the loss was multiplied by, or the gradient scaler itself. The
             statistics of gradients are divided by it. Leave it out after
             `scaler.unscale_(optimizer)`.
         local: for a sharded model, read only the elements on this rank, without communication.
         group: the ranks that hold the model together; default: all ranks. With a group, the call
-            is collective for any model, so that pipeline stages of plain tensors are merged.
+            is collective for any model. This merges the stages of a pipeline.
         async_op: for a sharded model, exchange the statistics in the background, in a process
             group of its own. Without effect on a model of plain tensors, which exchanges nothing.
 
@@ -111,7 +117,7 @@ def summarize(
         include, exclude, correction, grad_scale, local, group is not None, async_op
     )
     if isinstance(source, torch.nn.Module):
-        walked = backend.walk(source, buffers, _make_layout)
+        walked = backend.walk(source, bool(buffers), _make_layout)
         layout, tensors = walked or python_walk.walk(source, buffers, _make_layout)
     else:
         layout, tensors = python_walk.walk_named(
@@ -123,10 +129,10 @@ def summarize(
         select = functools.partial(_select, include=options.include, exclude=options.exclude)
         call = _sharded.Call(backend, options, params, grads, group, select)
         return _sharded.summarize(call, source, layout, tensors)
-    if options is not DEFAULT_OPTIONS:
+    if options.include is not None or options.exclude:
         layout, tensors = _select(layout, tensors, options.include, options.exclude)
     # read_rows, without the cost of a call for a model that the backend reads by itself.
-    table, deferred_rows, transfers = backend.read(tensors, params, grads)
+    table, deferred_rows, transfers = backend.read(tensors, bool(params), bool(grads))
     skipped: Mapping[str, str] = NO_NAMES
     if deferred_rows:
         table, transfers, reasons = read_deferred(
@@ -147,15 +153,5 @@ def _select(
         return layout, tensors
     layout, rows = layout.select(include, exclude)
     if not rows:
-        warnings.warn(
-            f"paramstats.summarize: no name matches include={_as_given(include)!r}, "
-            f"exclude={_as_given(exclude)!r}",
-            RuntimeWarning,
-            stacklevel=3,
-        )
+        warn_no_match("summarize", include, exclude)
     return layout, [tensors[row] for row in rows]
-
-
-def _as_given(patterns: Patterns | None) -> str | list[str] | None:
-    texts = [pattern.pattern for pattern in patterns or ()]
-    return texts[0] if len(texts) == 1 else texts or None

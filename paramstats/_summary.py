@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from paramstats._core import moments
-from paramstats._core.layout import Layout, compile_patterns, no_such_name
+from paramstats._core.layout import Layout, no_such_name
 from paramstats._core.moments import ABSENT
 from paramstats._core.optional import import_optional
-from paramstats._core.options import STATS, Pattern, checked_key, checked_stats, duplicate_keys
+from paramstats._core.options import (
+    STATS,
+    Pattern,
+    checked_key,
+    checked_stats,
+    duplicate_keys,
+    make_options,
+    warn_no_match,
+)
 from paramstats._core.record import Deferred, Record
 from paramstats._core.torch_private import skip_dynamo
 from paramstats._stats import ParamStats, TotalStats, merged
@@ -61,10 +69,10 @@ class Summary(Mapping[str, ParamStats]):
         return record
 
     @property
-    def _layout(self) -> Layout:
-        """The layout, which is usually known before the statistics are."""
+    def _description(self) -> Record:
+        """The record without its statistics, which is usually known before they are."""
         deferred = self._deferred
-        return self._record.layout if deferred is None else deferred.layout()
+        return self._record if deferred is None else deferred.record()
 
     # ---- the mapping
 
@@ -82,14 +90,20 @@ class Summary(Mapping[str, ParamStats]):
             return self[name]
         return default
 
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> NoReturn:
+            hint = f"; did you mean summary.total.{name}?" if name in (*STATS, "grad") else ""
+            raise AttributeError(f"'Summary' object has no attribute '{name}'{hint}", name=name)
+
     def __iter__(self) -> Iterator[str]:
-        return iter(self._layout.names)
+        return iter(self._description.layout.names)
 
     def __len__(self) -> int:
-        return len(self._layout)
+        return len(self._description.layout)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._layout.index
+        return name in self._description.layout.index
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Summary):
@@ -110,9 +124,10 @@ class Summary(Mapping[str, ParamStats]):
     def total(self) -> TotalStats:
         """The statistics of all parameters together; `.grad` has those of all gradients together.
 
-        Each parameter counts once. Buffers do not count, nor do tensors that could not be read. For
-        complex parameters, `norm` and the counts are exact; `mean` and `std` use the absolute
-        value of each parameter's mean.
+        Each parameter counts once. Buffers and tensors that could not be read do not count. All
+        tensors of a mapping, such as a `state_dict()`, are parameters and count. For complex
+        parameters, `norm` and the counts are exact; `mean` and `std` use the absolute value of each
+        parameter's mean.
         """
         record = self._record
         return merged(record, 0, record.layout.parameters)
@@ -120,7 +135,7 @@ class Summary(Mapping[str, ParamStats]):
     @property
     def skipped(self) -> Mapping[str, str]:
         """Why a tensor could not be read, by name; empty if all were read."""
-        return MappingProxyType(dict(self._record.skipped))
+        return MappingProxyType(dict(self._description.skipped))
 
     @property
     def diverged(self) -> Mapping[str, str]:
@@ -130,12 +145,12 @@ class Summary(Mapping[str, ParamStats]):
         last bit. A difference that changes no statistic, such as the lowest bit of one element
         among millions, is not seen.
         """
-        return MappingProxyType(dict(self._record.diverged))
+        return MappingProxyType(dict(self._description.diverged))
 
     @property
     def is_local(self) -> bool:
         """Whether the statistics cover only this rank's shards."""
-        return self._record.is_local
+        return self._description.is_local
 
     @skip_dynamo
     def ready(self) -> bool:
@@ -167,16 +182,16 @@ class Summary(Mapping[str, ParamStats]):
 
         `total` of the result covers its tensors only.
         """
-        return Summary(
-            self._record.select(
-                None if include is None else compile_patterns(include, "include"),
-                () if exclude is None else compile_patterns(exclude, "exclude"),
-            )
-        )
+        options = make_options(include, exclude, 1, 1.0, False, False, False)
+        record = self._record.select(options.include, options.exclude)
+        if not len(record.layout):
+            warn_no_match("Summary.filter", include, exclude, stacklevel=3)
+        return Summary(record)
 
     @skip_dynamo
     def scalars(
         self,
+        *,
         key: str = "{kind}_{stat}/{name}",
         stats: Sequence[str] = ("mean", "std", "norm", "zero_fraction"),
         totals: bool = True,
@@ -206,8 +221,11 @@ class Summary(Mapping[str, ParamStats]):
             ValueError: an unknown statistic, a malformed key, a key that stands for two values, or
                 a depth below 1.
         """
-        if depth is not None and (not isinstance(depth, int) or depth < 1):
-            raise ValueError(f"paramstats.scalars: expected depth to be 1 or more, got {depth!r}")
+        if depth is not None and (type(depth) is not int or depth < 1):
+            raise ValueError(
+                f"paramstats.scalars: expected depth to be a whole number of 1 or more, "
+                f"got {depth!r}"
+            )
         names, columns = checked_stats(stats)
         full = self._record
         record = full if depth is None else full.by_module(depth)
@@ -302,8 +320,8 @@ class Summary(Mapping[str, ParamStats]):
     @skip_dynamo
     def table(
         self,
-        width: int | None = None,
         *,
+        width: int | None = None,
         sort_by: str | None = None,
         limit: int | None = None,
         kind: str | None = None,
@@ -384,7 +402,7 @@ def record_of(summary: Summary) -> Record:
 
 def layout_of(summary: Summary) -> Layout:
     """Return the layout of a summary, without waiting for pending statistics."""
-    return summary._layout
+    return summary._description.layout
 
 
 def _count_read(record: Record) -> int:

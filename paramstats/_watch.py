@@ -82,7 +82,8 @@ def watch(
         every: summarize at the first call of `Watcher.step`, then at the first call at or after
             each multiple of this number.
         history: a `History`, whose `append(step, summary)` is called on rank 0 before anything is
-            logged; or the path of a file, for which `History(path)` is opened.
+            logged; or the path of a file, which is opened as `History(path)`. An existing file is
+            continued: use another path for another run, or pass `step=` to continue one.
         key, stats, totals: what is logged and under which keys; see `Summary.scalars`.
         params, grads, buffers, include, exclude, correction, group, async_op: see `summarize`.
 
@@ -95,7 +96,7 @@ def watch(
     if not isinstance(source, (torch.nn.Module, Mapping)):
         raise TypeError(
             "paramstats.watch: expected a module or a mapping of names to tensors, "
-            f"got {type(source).__name__}"
+            f"got {type(source).__name__}; pass the model"
         )
     if isinstance(every, bool) or not isinstance(every, int) or every < 1:
         raise ValueError(f"paramstats.watch: expected a whole number > 0 for every, got {every!r}")
@@ -111,7 +112,9 @@ def watch(
         from paramstats._history import History
 
         history = opened = History(history) if _is_first_rank() else None
-    elif history is not None and not callable(getattr(history, "append", None)):
+    elif history is not None and (
+        isinstance(history, (type, list)) or not callable(getattr(history, "append", None))
+    ):
         raise TypeError(
             f"paramstats.watch: expected a History or a path for history, got {history!r}"
         )
@@ -247,18 +250,24 @@ class Watcher:
             if summary.ready():
                 self._log_now()
 
-    def close(self) -> None:
-        """Wait for what has not been logged yet and log it; close a history opened by `watch`."""
+    def flush(self) -> None:
+        """Wait for what has not been logged yet, and log it."""
         self._log_now()
-        if self._opened is not None:
-            self._opened.close()
+
+    def close(self) -> None:
+        """Log what has not been logged yet, and close a history that `watch` has opened."""
+        try:
+            self.flush()
+        finally:
+            if self._opened is not None:
+                self._opened.close()
 
     def __enter__(self) -> Watcher:
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         # After an error the statistics may never arrive: other ranks may have ended.
-        if kind is None or (self._unlogged is not None and self._unlogged[1].ready()):
+        if kind is None or self._summary is None or self._summary.ready():
             self.close()
 
     def _log_now(self) -> None:
@@ -271,6 +280,20 @@ class Watcher:
             self._log(summary.scalars(**self._logging), step)
 
 
+def check_options(log: Log | None, every: int, history: object, options: dict[str, Any]) -> None:
+    """Raise what `watch` would raise for these arguments, without opening a history's file.
+
+    Trainers' callbacks call it when they are created, before they know the model and the loggers.
+    """
+    if not isinstance(history, (str, os.PathLike)):
+        options = {**options, "history": history}
+    watch(torch.nn.Module(), log or _ignore, every=every, **options)
+
+
+def _ignore(scalars: dict[str, float], step: int) -> None:
+    """Do nothing; a log for `check_options`."""
+
+
 def _check_log(log: object) -> None:
     """Raise TypeError if `log` cannot be called as `log(scalars, step)`."""
     if log is None:
@@ -280,13 +303,15 @@ def _check_log(log: object) -> None:
             f"paramstats.watch: expected a function of scalars and step for log, got {log!r}"
         )
     try:
-        parameters = list(inspect.signature(log).parameters.values())
+        signature = inspect.signature(log, follow_wrapped=False)
     except (TypeError, ValueError):  # some builtins have no signature
         return
-    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    takes_two = len(positional) >= 2 or any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    try:
+        arguments = signature.bind({}, 0).arguments
+    except TypeError:
+        arguments = None
     # The second argument of LightningModule.log_dict is not a step.
-    if not takes_two or (len(positional) >= 2 and positional[1].name == "prog_bar"):
+    if arguments is None or "prog_bar" in arguments:
         raise TypeError(
             f"paramstats.watch: expected log to take (scalars, step), got {log!r}; pass "
             f"log=lambda scalars, step: ... that calls it"

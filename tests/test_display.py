@@ -72,9 +72,9 @@ def test_narrow_table_loses_columns_before_names(model):
         lines = summarize(source).table(width=width).splitlines()
         assert len(lines[0]) <= width and "grad.norm" in lines[0]
         assert len({line.split()[0] for line in lines[2:14]}) == 12, "names differ"
-    note = " ".join(summarize(model).table(60).splitlines()[-2:])
-    assert note == "no room for grad.zero_fraction, grad.mean, mean, zero_fraction"
-    assert "no room" not in summarize(model).table(125)
+    note = " ".join(summarize(model).table(width=60).splitlines()[-2:])
+    assert note == "no room for grad.zero_fraction, grad.mean, zero_fraction, grad.std"
+    assert "no room" not in summarize(model).table(width=125)
 
 
 # ---- the module tree
@@ -148,8 +148,8 @@ def test_rows_are_sorted_with_nan_first_and_unread_last(backend, sort_by, expect
 def test_the_statistic_to_sort_by_always_has_a_column(backend, model):
     summary = summarize(model)
     for sort_by in ("grad.abs_max", "grad_abs_max", "-grad.abs_max"):
-        assert "grad.abs_max" in summary.table(40, sort_by=sort_by).splitlines()[0]
-    assert "zero_fraction" in summary.table(40, sort_by="zero_fraction").splitlines()[0]
+        assert "grad.abs_max" in summary.table(width=40, sort_by=sort_by).splitlines()[0]
+    assert "zero_fraction" in summary.table(width=40, sort_by="zero_fraction").splitlines()[0]
     assert summary.table(sort_by="count").splitlines()[2].split()[-1] == "48"
 
 
@@ -169,9 +169,9 @@ def test_tables_of_one_kind(backend):
     net[0].bias.grad = None
     summary = summarize(net, buffers=True)
     params, grads, buffers = (summary.table(kind=kind) for kind in ("param", "grad", "buffer"))
-    for table in (params, grads, buffers):
-        head = table.splitlines()[0].split()
-        assert head[1:8] == ["shape", "mean", "std", "norm", "min", "max", "zero_fraction"]
+    for table, prefix in ((params, ""), (grads, "grad."), (buffers, "")):
+        columns = [prefix + stat for stat in ("mean", "std", "norm", "min", "max", "zero_fraction")]
+        assert table.splitlines()[0].split()[1:8] == ["shape", *columns]
     assert names(params) == names(grads) == list(dict(net.named_parameters()))
     assert names(buffers) == list(dict(net.named_buffers()))
     assert "none" in grads and "none" not in params
@@ -207,7 +207,7 @@ def test_frozen_parameters_can_be_left_out(backend, blocks):
         ({"sort_by": "stddev"}, ".* got 'stddev'; did you mean 'std'"),
         ({"sort_by": 1}, "expected sort_by to be a str, got 1"),
         ({"kind": "grads"}, "expected kind to be 'param', 'grad', 'buffer' or None, got 'grads'"),
-        ({"limit": -1}, "expected limit to be 0 or more, got -1"),
+        ({"limit": -1}, "expected limit to be a whole number of 0 or more, got -1"),
     ],
 )
 def test_invalid_arguments(model, arguments, words):
@@ -275,7 +275,7 @@ def test_colors_are_for_terminals(backend, sick, monkeypatch):
 def test_rich_prints_a_summary(sick):
     console = pytest.importorskip("rich.console").Console(file=io.StringIO(), width=60)
     console.print(sick)
-    printed, lines = console.file.getvalue(), sick.table(60).splitlines()
+    printed, lines = console.file.getvalue(), sick.table(width=60).splitlines()
     assert printed.splitlines()[: len(lines) - 1] == lines[:-1]
     assert " ".join(printed.split()).endswith(lines[-1]), "a long note wraps"
 

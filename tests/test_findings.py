@@ -545,3 +545,11 @@ def test_finding_can_be_serialized(backend, model):
     assert str(finding).startswith("WARNING 0.weight: zero gradient: all 48 elements zero. No ")
     assert repr(finding) == "<WARNING 0.weight: zero gradient: all 48 elements zero>"
     assert finding == summarize(model).findings()[0] and len({finding, finding}) == 1
+
+
+def test_findings_with_different_advice_are_listed_apart():
+    lora = nn.Parameter(torch.zeros(4, 4))
+    lora.grad = torch.ones(4, 4)
+    frozen = nn.Parameter(torch.zeros(4, 4), requires_grad=False)
+    report = str(summarize({"frozen": frozen, "lora_B": lora}).findings())
+    assert report.count("zero weight:") == 2

@@ -358,7 +358,10 @@ def test_an_empty_source_gives_an_empty_summary(backend):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ({"model": {"w": torch.ones(1)}}, "got dict for 'model'; pass that mapping itself"),
+        (
+            {"model": {"w": torch.ones(1)}},
+            "got dict for 'model'; to summarize the tensors in it, pass source",
+        ),
         (None, "expected an nn.Module, a mapping .* got NoneType"),
         (3, "got int"),
         ("run.safetensors", "got str; .* paramstats.checkpoints.summarize_file"),

@@ -21,6 +21,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import paramstats
 from paramstats._core import shard as sharding
+from paramstats._summary import layout_of
 from tests.conftest import run_with_small_stack
 
 summarize = paramstats.summarize
@@ -238,7 +239,9 @@ def test_a_child_called_module_keeps_its_name(backend, wrap):
 def test_names_stay_as_they_are_where_two_would_be_equal(backend):
     model = nn.DataParallel(nn.Linear(2, 2))
     model.weight = nn.Parameter(torch.ones(1))  # "weight", as "module.weight" without wrapper
-    assert list(summarize(model)) == ["weight", "module.weight", "module.bias"]
+    summary = summarize(model)
+    assert list(summary) == ["weight", "module.weight", "bias"]
+    assert summary["weight"].count == 1 and "module.bias" in summary
 
 
 def test_mappings_lose_the_marks_that_only_wrappers_use(backend):
@@ -313,8 +316,20 @@ def test_a_change_of_the_model_is_seen_by_the_next_call(backend, change):
 
 def test_summaries_of_an_unchanged_model_share_one_layout(native):
     model = nn.Sequential(Block(1))
-    assert summarize(model)._layout is summarize(model)._layout
-    assert summarize(model, include="linear")._layout is summarize(model, include="linear")._layout
+    assert layout_of(summarize(model)) is layout_of(summarize(model))
+    selected = [layout_of(summarize(model, include="linear")) for _ in range(2)]
+    assert selected[0] is selected[1]
+
+
+@pytest.mark.parametrize("pattern", ["^fc", r"^module\.fc", r"fc\.weight$"])
+def test_exclude_matches_either_name_under_a_wrapper(backend, pattern):
+    model = nn.DataParallel(
+        nn.ModuleDict({"fc": nn.Linear(2, 2, bias=False), "b": nn.Linear(1, 1)})
+    )
+    assert list(summarize(model, exclude=pattern)) == ["b.weight", "b.bias"]
+    assert list(summarize(model).filter(exclude=pattern)) == ["b.weight", "b.bias"]
+    assert list(summarize(model, include=pattern)) == ["fc.weight"]
+    assert not summarize(model).filter("^module").keys() ^ summarize(model).keys()
 
 
 def cached_layouts(native) -> int:
@@ -435,11 +450,11 @@ def test_an_override_after_the_first_call_is_used(backend):
 
 def test_the_caches_of_a_layout_are_limited(backend):
     model = nn.Linear(2, 2)
-    layout = summarize(model)._layout
+    layout = layout_of(summarize(model))
     for i in range(100):
         summary = summarize(model, include=f"weight|{i}")
         summary.scalars(key=f"{i}/{{kind}}_{{stat}}/{{name}}")
-    assert len(layout._selections) <= 16 and len(summary._layout._keys) <= 16
+    assert len(layout._selections) <= 16 and len(layout_of(summary)._keys) <= 16
 
 
 def test_a_call_leaks_no_reference(native):

@@ -233,6 +233,36 @@ def test_a_history_gets_the_summaries_without_waiting(model, transfers):
     assert [transfer.waits for transfer in transfers] == [0, 0]
 
 
+@pytest.mark.parametrize("raising", ["loop", "log"])
+def test_after_an_exception_the_history_of_a_path_is_written_and_closed(model, tmp_path, raising):
+    path = tmp_path / "run.jsonl"
+
+    def log(scalars, step):
+        if raising == "log":
+            raise OSError("the logger is down")
+
+    def loop():
+        with paramstats.watch(model, log, history=path, every=1) as watcher:
+            watcher.step()
+            raise OSError("the loop failed")
+
+    with pytest.raises(OSError, match="logger is down" if raising == "log" else "loop failed"):
+        loop()
+    # A file that is still open would be a warning, which pytest makes an error.
+    with paramstats.watch(model, history=path, every=1) as watcher:
+        watcher.step(step=10)
+    assert [step for step, _ in paramstats.History.load(path)] == [0, 10]
+
+
+def test_flush_logs_and_keeps_the_history_open(model, tmp_path):
+    path = tmp_path / "run.jsonl"
+    with paramstats.watch(model, history=path) as watcher:
+        watcher.step()
+        watcher.flush()
+        with pytest.warns(RuntimeWarning, match="already open"):
+            paramstats.History(path)
+
+
 def test_a_history_can_be_the_path_of_a_file_which_watch_closes(model, tmp_path, monkeypatch):
     closed = []
     close = paramstats.History.close

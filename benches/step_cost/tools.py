@@ -61,7 +61,7 @@ def _hooks(model: nn.Module) -> Iterator[Run]:
     def collect() -> dict[str, float]:
         log: dict[str, float] = {}
         for summary in summaries:
-            log.update(summary.scalars("grad_{stat}/{name}", totals=False))
+            log.update(summary.scalars(key="grad_{stat}/{name}", totals=False))
         summaries.clear()
         return log
 

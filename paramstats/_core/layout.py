@@ -41,8 +41,9 @@ class Layout:
         parameters: how many leading rows are parameters; the others are buffers.
         shapes: None for a lazy parameter.
         dtypes, devices, requires_grad: of each tensor.
-        wrapper_names: the names that each tensor has under wrappers such as DDP or torch.compile,
-            where they differ from `names` and `aliases`. They are looked up, but not displayed.
+        wrapper_names: the full names of each tensor under wrappers such as DDP or torch.compile,
+            parallel to its name and aliases; empty where there are no wrappers. They are looked up
+            and matched, but not displayed.
         is_sharded: whether this rank holds only a part of any of the tensors.
     """
 
@@ -193,10 +194,13 @@ class Layout:
             _remember(self._keys, (template, stats), keys)
         return keys
 
-    def names_of(self, row: int) -> tuple[str, ...]:
-        """Return all names of a tensor, the first one first."""
-        wrapper_names = self.wrapper_names[row] if self.wrapper_names else ()
-        return (self.names[row], *self.aliases[row], *wrapper_names)
+    def names_of(self, row: int) -> list[tuple[str, ...]]:
+        """Return the names of a tensor, each as (name,) or (name, full name under wrappers)."""
+        names = (self.names[row], *self.aliases[row])
+        full_names = self.wrapper_names[row] if self.wrapper_names else ()
+        if len(full_names) != len(names):
+            return [(name,) for name in names]
+        return list(zip(names, full_names, strict=True))
 
     def select(self, include: Patterns | None, exclude: Patterns) -> tuple[Layout, list[int]]:
         """Return the layout of the selected rows (see `passes`), and these rows."""
@@ -206,7 +210,7 @@ class Layout:
             rows = [
                 row
                 for row in range(len(self))
-                if any(passes(name, include, exclude) for name in self.names_of(row))
+                if any(passes(forms, include, exclude) for forms in self.names_of(row))
             ]
             selection = (self.take(rows), rows)
             _remember(self._selections, key, selection)
@@ -214,7 +218,7 @@ class Layout:
 
     def take(self, rows: Sequence[int]) -> Layout:
         """Return the layout of these rows, which must be in ascending order."""
-        return Layout(
+        return Layout.shared(
             tuple(self.names[row] for row in rows),
             tuple(self.aliases[row] for row in rows),
             sum(row < self.parameters for row in rows),
@@ -234,17 +238,17 @@ class Layout:
         """
         grouped = self._groups.get(depth)
         if grouped is None:
-            groups: dict[tuple[bool, str], list[int]] = {}
+            groups: dict[tuple[bool, str, bool], list[int]] = {}
             for row, name in enumerate(self.names):
                 path = name.split(".")[:-1]
                 group = ".".join(path[:depth]) if path else name
-                groups.setdefault((row >= self.parameters, group), []).append(row)
+                groups.setdefault((row >= self.parameters, group, not path), []).append(row)
             in_order = sorted(groups, key=lambda group: group[0])  # parameters first
             first = [groups[group][0] for group in in_order]
             layout = Layout(
-                tuple(name for _, name in in_order),
+                tuple(name for _, name, _ in in_order),
                 ((),) * len(in_order),
-                sum(not is_buffer for is_buffer, _ in in_order),
+                sum(not is_buffer for is_buffer, *_ in in_order),
                 (None,) * len(in_order),
                 tuple(self.dtypes[row] for row in first),
                 tuple(self.devices[row] for row in first),
@@ -277,11 +281,17 @@ def _remember(cache: dict[Any, Any], key: Any, value: Any) -> None:
     cache[key] = value
 
 
-def passes(name: str, include: Patterns | None, exclude: Patterns) -> bool:
-    """Return whether any pattern of `include`, and none of `exclude`, is found in a name."""
-    if include is not None and not any(p.search(name) for p in include):
+def passes(forms: Sequence[str], include: Patterns | None, exclude: Patterns) -> bool:
+    """Return whether `include` and `exclude` select a name.
+
+    Args:
+        forms: the name, and its full form under wrappers if there are any.
+        include: one of these patterns must be found in one of the forms; None: no condition.
+        exclude: none of these patterns may be found in any of the forms.
+    """
+    if include is not None and not any(p.search(form) for p in include for form in forms):
         return False
-    return not any(p.search(name) for p in exclude)
+    return not any(p.search(form) for p in exclude for form in forms)
 
 
 def no_such_name(name: object, known: Collection[str], count: int) -> str:
@@ -292,10 +302,12 @@ def no_such_name(name: object, known: Collection[str], count: int) -> str:
         known: all names, aliases included.
         count: the number of tensors.
     """
+    if not isinstance(name, str):
+        return f"expected the name of a parameter, got {name!r}"
     if any(other.startswith(f"{name}.") for other in known):
         return (
-            f"'{name}' is a module, not a parameter; use the name of one of its parameters, or "
-            f"summary.filter('^{name}')"
+            f"'{name}' is a module, not a parameter; the names of its parameters match "
+            f"r'^{re.escape(name)}\\.'"
         )
     close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
     hint = f"; did you mean '{close[0]}'?" if close else ""

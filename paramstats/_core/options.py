@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import math
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -37,6 +39,7 @@ _MEANT = {
     "infs": "nonfinite_count",
     "numel": "count",
     "gradient": "grad",
+    "median": "",  # not available; not a misspelled mean
 }
 """Common misspellings, and the statistic that each one means."""
 
@@ -61,6 +64,29 @@ class Options(NamedTuple):
 DEFAULT_OPTIONS = Options(None, (), 1.0, 1.0, False, False)
 
 
+_NUMBERS = (int, float)
+DEFAULT_CORRECTION = 1
+DEFAULT_GRAD_SCALE = 1.0
+"""The very objects that `summarize` has as defaults: comparing them by identity is fast."""
+
+
+@functools.lru_cache(maxsize=32)
+def _scalar_options(correction: Any, grad_scale: Any) -> Options:
+    """Return options that differ from the defaults in these numbers only."""
+    correction = _number(correction, "correction")
+    grad_scale = scale_of(grad_scale)
+    _check_scale(grad_scale)
+    return Options(None, (), correction, grad_scale, False, False)
+
+
+def _check_scale(grad_scale: float) -> None:
+    if not (math.isfinite(grad_scale) and grad_scale > 0 and math.isfinite(1 / grad_scale)):
+        raise ValueError(
+            f"paramstats.summarize: expected a finite number > 0 for grad_scale, got {grad_scale!r}"
+            "; a GradScaler's is scaler.get_scale()"
+        )
+
+
 def make_options(
     include: Pattern | Iterable[Pattern] | None,
     exclude: Pattern | Iterable[Pattern] | None,
@@ -71,19 +97,15 @@ def make_options(
     async_op: bool,
 ) -> Options:
     """Return checked options, or raise TypeError or ValueError for the first bad argument."""
-    with_defaults = include is None and exclude is None and not (local or has_group or async_op)
-    try:
-        if with_defaults and correction == 1 and grad_scale == 1:
+    if include is None and exclude is None and not (local or has_group or async_op):
+        if correction is DEFAULT_CORRECTION and grad_scale is DEFAULT_GRAD_SCALE:
             return DEFAULT_OPTIONS
-    except (RuntimeError, ValueError):  # a tensor or array of several elements, refused below
-        pass
+        if type(correction) in _NUMBERS and type(grad_scale) in _NUMBERS:
+            numbers: Any = (correction, grad_scale)
+            return _scalar_options(*numbers)
     correction = _number(correction, "correction")
     grad_scale = scale_of(grad_scale)
-    if not (math.isfinite(grad_scale) and grad_scale > 0 and math.isfinite(1 / grad_scale)):
-        raise ValueError(
-            f"paramstats.summarize: expected a finite number > 0 for grad_scale, got {grad_scale!r}"
-            "; a GradScaler's is scaler.get_scale()"
-        )
+    _check_scale(grad_scale)
     if local and (async_op or has_group):
         other = "async_op=True" if async_op else "group="
         raise ValueError(
@@ -132,7 +154,7 @@ def scale_of(grad_scale: float | Scaler, optimizer: torch.optim.Optimizer | None
 
 def _number(value: Any, argument: str, condition: str = "", remedy: str = "") -> float:
     try:
-        if math.isfinite(value):
+        if not getattr(value, "ndim", 0) and math.isfinite(value):
             return float(value)
     except (TypeError, ValueError, OverflowError, RuntimeError):  # the last two are torch's
         pass
@@ -160,13 +182,23 @@ def checked_stats(
 
     Raises ValueError with the likely name at one that does not exist.
     """
-    names = (stats,) if isinstance(stats, str) else tuple(stats)
-    return names, _columns(names, function)
+    try:
+        names = (stats,) if isinstance(stats, str) else tuple(stats)
+        return names, _columns(names, function)
+    except TypeError:  # not iterable, or names that cannot be hashed
+        raise TypeError(
+            f"paramstats.{function}: expected stats to be names of statistics, got {stats!r}"
+        ) from None
 
 
 def did_you_mean(name: object) -> str:
     """Return "; did you mean 'std'?" for "stddev", and "" for a name without a likely meaning."""
-    meant = _MEANT.get(str(name).lower())
+    text = str(name).lower()
+    meant = _MEANT.get(text)
+    if meant is None and text.startswith(("grad_", "grad.")) and text[5:] in STATS:
+        meant = f"grad.{text[5:]}"
+    if meant is None:
+        meant = next(iter(difflib.get_close_matches(text, STATS, n=1, cutoff=0.7)), None)
     return f"; did you mean '{meant}'?" if meant else ""
 
 
@@ -176,6 +208,8 @@ def checked_key(key: str) -> str:
 
     Raises ValueError where it is malformed or has fields other than kind, stat and name.
     """
+    if not isinstance(key, str):
+        raise TypeError(f"paramstats.scalars: expected a format string for key, got {key!r}")
     try:
         key.format(kind="param", stat="mean", name="weight")
     except (KeyError, IndexError, AttributeError) as error:
@@ -212,4 +246,18 @@ def duplicate_keys(key: str, keys: int, statistics: int) -> ValueError:
         f"paramstats.scalars: expected a key for each statistic, got {keys} keys for {statistics} "
         f"statistics from '{key}'; use {{kind}}, {{stat}} and {{name}}, and totals=False where a "
         f"parameter is called 'total'"
+    )
+
+
+def warn_no_match(function: str, include: Any, exclude: Any, stacklevel: int = 4) -> None:
+    """Warn that `include` and `exclude`, as given or compiled, select no tensor."""
+    given = []
+    for patterns in (include, exclude):
+        several = [patterns] if isinstance(patterns, (str, re.Pattern)) else list(patterns or ())
+        texts = [getattr(pattern, "pattern", pattern) for pattern in several]
+        given.append(repr(texts[0] if len(texts) == 1 else texts or None))
+    warnings.warn(
+        f"paramstats.{function}: no name matches include={given[0]}, exclude={given[1]}",
+        RuntimeWarning,
+        stacklevel=stacklevel,
     )

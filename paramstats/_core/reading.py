@@ -9,7 +9,6 @@ from typing import Any
 
 from paramstats._core import reference
 from paramstats._core.backend import Implementation
-from paramstats._core.layout import Layout
 from paramstats._core.record import Record
 from paramstats._core.shard import refuse_shards
 from paramstats._core.torch_private import no_tracing
@@ -83,8 +82,8 @@ class DeferredRecord:
         self._record = record
         self._transfers = tuple(transfers)
 
-    def layout(self) -> Layout:
-        return self._record.layout
+    def record(self) -> Record:
+        return self._record
 
     def ready(self) -> bool:
         return all(transfer.ready() for transfer in self._transfers)
@@ -93,8 +92,13 @@ class DeferredRecord:
         return self._record._replace(table=reference.finished(self._record.table, self._transfers))
 
 
-def warn_once(skipped: Mapping[str, str]) -> None:
-    """Warn about tensors that could not be read: `{name: reason}`; each reason once per process."""
+def warn_once(skipped: Mapping[str, str], stacklevel: int = 3) -> None:
+    """Warn about tensors that could not be read, once per process for each reason.
+
+    Args:
+        skipped: the reason by name.
+        stacklevel: how many frames above this one the user's code is.
+    """
     for name, reason in skipped.items():
         if reason not in _warned and len(_warned) < _MAX_WARNED:
             _warned.add(reason)
@@ -102,5 +106,5 @@ def warn_once(skipped: Mapping[str, str]) -> None:
                 f"paramstats.summarize: '{name}' could not be read, its statistics are NaN: "
                 f"{reason}",
                 RuntimeWarning,
-                stacklevel=4,
+                stacklevel=stacklevel,
             )

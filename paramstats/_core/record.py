@@ -106,8 +106,8 @@ class Record(NamedTuple):
 class Deferred(Protocol):
     """A record that is still being computed, by a device or by a collective call."""
 
-    def layout(self) -> Layout:
-        """Return the layout, without waiting where it is already known."""
+    def record(self) -> Record:
+        """Return the record without waiting, if possible; its table may be incomplete."""
 
     def ready(self) -> bool:
         """Return whether `result` would not wait."""

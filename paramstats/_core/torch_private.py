@@ -7,8 +7,8 @@ the protection that needs it is missing.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from typing import TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 
@@ -39,14 +39,40 @@ def skip_dynamo(function: F) -> F:
     return function
 
 
-@contextlib.contextmanager
-def no_tracing() -> Iterator[None]:
+class _NoTracing(contextlib.ContextDecorator):
+    """The context manager and decorator that `no_tracing` returns; enters at each call anew."""
+
+    def _recreate_cm(self) -> _NoTracing:
+        return _NoTracing()
+
+    def __enter__(self) -> None:
+        self._stack: contextlib.ExitStack | None = None
+        if _is_traced():  # almost never, so that the common case is fast
+            self._stack = contextlib.ExitStack()
+            for hide in (_hide_from_tracing, _hide_from_function_modes, _hide_from_dispatch_modes):
+                with contextlib.suppress(*_MISSING):
+                    hide(self._stack)
+
+    def __exit__(self, *error: Any) -> None:
+        if self._stack is not None:
+            self._stack.__exit__(*error)
+
+
+def no_tracing() -> _NoTracing:
     """Hide the operators in a `with` block from tracing, function modes and dispatch modes."""
-    with contextlib.ExitStack() as stack:
-        for hide in (_hide_from_tracing, _hide_from_function_modes, _hide_from_dispatch_modes):
-            with contextlib.suppress(*_MISSING):
-                hide(stack)
-        yield
+    return _NoTracing()
+
+
+def _is_traced() -> bool:
+    """Return whether anything traces operators; True if this torch version cannot tell."""
+    try:
+        return (
+            torch._C._get_tracing_state() is not None
+            or torch._C._len_torch_function_stack() > 0
+            or torch._C._len_torch_dispatch_stack() > 0
+        )
+    except _MISSING:
+        return True
 
 
 def _hide_from_tracing(stack: contextlib.ExitStack) -> None:

@@ -63,9 +63,9 @@ def walk_named(
     for name, value in _pairs(source):
         _check_name(name)
         if not isinstance(value, (torch.Tensor, LocalShard)):
-            if not passes(name, include, exclude):
+            if not passes((name,), include, exclude):
                 continue
-            raise _no_tensor(name, value, _remedy(value))
+            raise _no_tensor(name, value, _remedy(name, value))
         if name in named:
             raise ValueError(f"paramstats.summarize: expected every name once, got '{name}' twice")
         named[name] = value
@@ -163,8 +163,13 @@ def _pairs(source: Any) -> Iterator[tuple[Any, Any]]:
     if isinstance(source, Mapping):
         yield from source.items()
         return
+    is_trainer = isinstance(getattr(source, "model", None), torch.nn.Module)
     expected = "an nn.Module, a mapping of names to tensors or an iterable of (name, tensor) pairs"
-    if isinstance(source, (str, bytes, torch.Tensor)) or not isinstance(source, Iterable):
+    if (
+        is_trainer
+        or isinstance(source, (str, bytes, torch.Tensor))
+        or not isinstance(source, Iterable)
+    ):
         hint = ""
         if isinstance(source, torch.Tensor):
             hint = "; for one tensor pass {'name': tensor}"
@@ -172,8 +177,10 @@ def _pairs(source: Any) -> Iterator[tuple[Any, Any]]:
             hint = "; pass the model"
         elif isinstance(source, (str, bytes, os.PathLike)):
             hint = "; for a checkpoint call paramstats.checkpoints.summarize_file(path)"
-        elif isinstance(getattr(source, "model", None), torch.nn.Module):  # such as a Trainer
+        elif is_trainer:
             hint = "; pass its model: source.model"
+        elif isinstance(source, type):
+            hint = "; that is a class, pass an instance of it"
         raise TypeError(
             f"paramstats.summarize: expected {expected}, got {_type_name(source)}{hint}"
         )
@@ -208,9 +215,9 @@ def _no_tensor(name: str, value: Any, remedy: str) -> TypeError:
     )
 
 
-def _remedy(value: Any) -> str:
+def _remedy(name: str, value: Any) -> str:
     if isinstance(value, Mapping):
-        return "pass that mapping itself"
+        return f"to summarize the tensors in it, pass source['{name}']"
     # hasattr(value, ...) is always true for a torch.fx.Proxy.
     if hasattr(type(value), "__array_interface__"):
         return "convert it with torch.from_numpy"

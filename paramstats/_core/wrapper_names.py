@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from typing import Any
 
 import torch
 from torch.optim.swa_utils import AveragedModel
 
-_MARKS = re.compile(
-    r"(?<![^.])(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.(?=.)"
-)
+_MARK_NAMES = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+_MARKS = re.compile(rf"(?<![^.])(?:{'|'.join(_MARK_NAMES)})\.(?=.)")
 """Parts of names that only wrappers add: torch.compile, activation checkpointing, FSDP."""
 
 _WRAPPERS = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel, AveragedModel)
@@ -30,18 +30,22 @@ def without_wrappers(
     >>> without_wrappers(model, ("module.weight", "module.bias"), ((), ()))
     (('weight', 'bias'), ((), ()), (('module.weight',), ('module.bias',)))
 
-    All names stay as they are, and the third tuple is empty, where there are no wrappers or two
-    tensors would get the same name.
+    A name stays as it is where two tensors would get the same one.
 
     Args:
         source: the module that the names belong to, or another source.
         names: the first name of every tensor.
         aliases: the other names of each.
+
+    Returns:
+        The names, the aliases, and the full names of each tensor, parallel to its name and aliases;
+        no full names where nothing was removed.
     """
-    full = [(name, *others) for name, others in zip(names, aliases, strict=True)]
-    prefixes = []
-    if isinstance(source, torch.nn.Module) and any("module." in n for all in full for n in all):
-        prefixes = _wrapper_prefixes(source)
+    joined = "\n".join((*names, *(name for several in aliases for name in several)))
+    may_have_wrapper = isinstance(source, torch.nn.Module) and "module." in joined
+    if not may_have_wrapper and not any(mark in joined for mark in _MARK_NAMES):
+        return names, aliases, ()
+    prefixes = _wrapper_prefixes(source) if may_have_wrapper else []
 
     def plain(name: str) -> str:
         for prefix in prefixes:
@@ -49,16 +53,21 @@ def without_wrappers(
                 name = prefix.removesuffix("module.") + name.removeprefix(prefix)
         return _MARKS.sub("", name)
 
-    short = [tuple(dict.fromkeys(map(plain, several))) for several in full]
-    if short == full or len({n for all in short for n in all}) != sum(map(len, short)):
+    rows = [
+        {plain(name): name for name in (*reversed(others), first)}  # the first name wins
+        for first, others in zip(names, aliases, strict=True)
+    ]
+    counts = Counter(name for row in rows for name in row)
+    full = [
+        {(short if counts[short] == 1 else name): name for short, name in reversed(row.items())}
+        for row in rows
+    ]
+    if all(short == name for row in full for short, name in row.items()):
         return names, aliases, ()
     return (
-        tuple(several[0] for several in short),
-        tuple(several[1:] for several in short),
-        tuple(
-            tuple(name for name in before if name not in after)
-            for before, after in zip(full, short, strict=True)
-        ),
+        tuple(next(iter(row)) for row in full),
+        tuple(tuple(row)[1:] for row in full),
+        tuple(tuple(row.values()) for row in full),
     )
 
 

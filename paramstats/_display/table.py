@@ -71,7 +71,9 @@ def table(
             f"paramstats.table: expected kind to be 'param', 'grad', 'buffer' or None, got {kind!r}"
         )
     if limit is not None and (not isinstance(limit, int) or limit < 0):
-        raise ValueError(f"paramstats.table: expected limit to be 0 or more, got {limit!r}")
+        raise ValueError(
+            f"paramstats.table: expected limit to be a whole number of 0 or more, got {limit!r}"
+        )
     wanted = order(sort_by, kind)
     findings = find(record, Thresholds()).at_least(Severity.WARNING)
     record, frozen = _select(record, kind, trainable)
@@ -81,11 +83,13 @@ def table(
     )
     rows = entries(record)
     headings = ["shape", *(_COLUMNS if kind is None else _COLUMNS_OF_ONE_KIND)]
-    if kind is None and any(entry.grad is not None for entry in rows):
+    if kind == "grad":
+        headings[1:] = [_GRAD + column for column in _COLUMNS_OF_ONE_KIND]
+    elif kind is None and any(entry.grad is not None for entry in rows):
         headings += [_GRAD + column for column in _COLUMNS]
     kept = None
     if wanted and wanted.stat != "name":
-        kept = f"{_GRAD}{wanted.stat}" if wanted.of_grad and kind is None else wanted.stat
+        kept = f"{_GRAD}{wanted.stat}" if wanted.of_grad else wanted.stat
         if kept not in headings:
             headings.append(kept)
     builder = _Builder(record, rows, headings, kind, findings)
@@ -130,8 +134,7 @@ class _Builder:
         self.kind = kind
         # The statistic of each column, and whether it is one of the gradient.
         self.columns = [
-            (kind == "grad" or heading.startswith(_GRAD), heading.removeprefix(_GRAD))
-            for heading in headings
+            (heading.startswith(_GRAD), heading.removeprefix(_GRAD)) for heading in headings
         ]
         self.findings: dict[str, list[Finding]] = {}
         for finding in findings:

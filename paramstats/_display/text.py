@@ -19,11 +19,13 @@ if TYPE_CHECKING:
 _DROP_ORDER = (
     "grad.zero_fraction",
     "grad.mean",
-    "mean",
     "zero_fraction",
+    "grad.min",
+    "grad.max",
     "min",
     "max",
     "grad.std",
+    "mean",
     "std",
     "shape",
 )
@@ -88,7 +90,7 @@ def _spans(table: Table, width: int | None) -> Iterator[list[Span]]:
     ]
     if any(marks):
         columns.append([_MARKS, *marks])
-    longest = max(len("parameter"), *map(len, labels))
+    longest = max(map(len, ("parameter", *labels)))
     columns, left_out = _fit(columns, width - min(longest, _MAX_WHOLE_NAME), table.kept)
     name_width = min(longest, max(width - _total_width(columns), _MIN_NAME))
     widths = [max(map(len, column)) for column in columns]

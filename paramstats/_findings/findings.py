@@ -161,10 +161,11 @@ class Findings(tuple[Finding, ...]):
 
 
 def _groups(findings: Iterable[Finding]) -> list[list[Finding]]:
-    """Group findings of the same severity, code and source."""
-    groups: dict[tuple[Severity, FindingCode, Source], list[Finding]] = {}
+    """Group findings of the same severity, code, source and advice."""
+    groups: dict[tuple[Severity, FindingCode, Source, str], list[Finding]] = {}
     for finding in findings:
-        groups.setdefault((finding.severity, finding.code, finding.source), []).append(finding)
+        key = finding.severity, finding.code, finding.source, finding.advice
+        groups.setdefault(key, []).append(finding)
     return list(groups.values())
 
 

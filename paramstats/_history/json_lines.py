@@ -51,6 +51,8 @@ def layout_line(layout: Layout) -> bytes:
         "devices": [str(device) for device in layout.devices],
         "requires_grad": layout.requires_grad,
     }
+    if layout.wrapper_names:
+        content["wrapper_names"] = layout.wrapper_names
     return json.dumps(content).encode() + b"\n"
 
 
@@ -65,6 +67,8 @@ def parse_layout(content: dict[str, Any]) -> Layout:
     parameters = content["parameters"]
     expect(type(parameters) is int and 0 <= parameters <= len(names), "parameters", parameters)
     n = len(names)
+    wrapper_names = _list_of(list, content.get("wrapper_names", []), "wrapper_names")
+    expect(len(wrapper_names) in (0, n), "wrapper names of all tensors or none", wrapper_names)
     return Layout.shared(
         names,
         tuple(tuple(aliases.get(name, ())) for name in names),
@@ -73,6 +77,7 @@ def parse_layout(content: dict[str, Any]) -> Layout:
         tuple(map(_dtype, _list_of(str, content["dtypes"], "dtypes", n))),
         tuple(map(torch.device, _list_of(str, content["devices"], "devices", n))),
         tuple(_list_of(bool, content["requires_grad"], "requires_grad", n)),
+        tuple(tuple(_list_of(str, full_names, "wrapper names")) for full_names in wrapper_names),
     )
 
 

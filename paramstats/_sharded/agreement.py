@@ -128,4 +128,4 @@ def _union(first: dict[str, _Source], layout: Layout) -> Layout:
         own_devices.get(name, torch.device(device.type))
         for name, device in zip(names, devices, strict=True)
     )
-    return Layout(names, aliases, parameters, shapes, dtypes, devices, requires_grad)
+    return Layout.shared(names, aliases, parameters, shapes, dtypes, devices, requires_grad)

@@ -60,7 +60,7 @@ def summarize(call: Call, source: Any, layout: Layout, tensors: list[Any]) -> Su
         raise rows.error
     else:
         record = Record(rows.layout, rows.table(), skipped=rows.skipped, is_local=True)
-    warn_once(record.skipped)
+    warn_once(record.skipped, stacklevel=4)
     return Summary(_with_options(record, options))
 
 
@@ -91,8 +91,8 @@ class _DeferredExchange:
         self._future = future
         self._options = options
 
-    def layout(self) -> Layout:
-        return self.result().layout
+    def record(self) -> Record:
+        return self.result()
 
     def ready(self) -> bool:
         return self._future.done()

@@ -40,7 +40,7 @@ def list_tensors(
     excluded = () if exclude is None else compile_patterns(exclude, "exclude")
     if included is None and not excluded:
         return tensors
-    selected = [t for t in tensors if any(passes(name, included, excluded) for name in t.names)]
+    selected = [t for t in tensors if any(passes((name,), included, excluded) for name in t.names)]
     if tensors and not selected:
         warnings.warn(
             f"paramstats.checkpoints: expected include and exclude to select tensors, got none of "

@@ -53,7 +53,9 @@ def read(file: IO[bytes], path: str, begin: int = 0, size: int | None = None) ->
     except CheckpointError:
         raise
     except (*_DAMAGED, zipfile.BadZipFile, NotImplementedError, OSError) as error:
-        raise unexpected("a torch.save archive", error, path) from None
+        raise unexpected(
+            "a complete torch.save archive", f"a file that is not ({error})", path
+        ) from None
     if byte_order != sys.byteorder.encode():
         raise unexpected(f"{sys.byteorder}-endian data", repr(byte_order), path)
     file.seek(position)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from paramstats._core.optional import import_optional
-from paramstats._watch import Appendable, Log, Watcher, watch
+from paramstats._watch import Appendable, Log, Watcher, check_options, watch
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -66,7 +66,7 @@ class ParamStatsCallback(Callback):
         self._log = log
         self._history = history
         self._options: dict[str, Any] = {"every": every, "history": history, **options}
-        watch(torch.nn.Module(), log or _ignore, every=every, **options)  # raises for bad ones
+        check_options(log, every, history, options)
         self._watcher: Watcher | None = None
         self._is_taken = False
 
@@ -112,7 +112,3 @@ class ParamStatsCallback(Callback):
 def _to_loggers(trainer: Trainer, scalars: dict[str, float], step: int) -> None:
     for logger in trainer.loggers:
         logger.log_metrics(scalars, step)
-
-
-def _ignore(scalars: dict[str, float], step: int) -> None:
-    """Do nothing; used as `log` to check the other arguments before loggers are known."""

@@ -17,11 +17,9 @@ import os
 import warnings
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from paramstats._core.optional import import_optional
 from paramstats._summary import Summary
-from paramstats._watch import Appendable, Log, Watcher, watch
+from paramstats._watch import Appendable, Log, Watcher, check_options, watch
 from paramstats.integrations._after_backward import AfterBackward
 
 if TYPE_CHECKING:
@@ -64,8 +62,7 @@ class ParamStatsCallback(TrainerCallback):
         **options: Any,
     ) -> None:
         self._options: dict[str, Any] = {"log": log, "every": every, "history": history, **options}
-        if not isinstance(history, (str, os.PathLike)):  # a path is opened when training begins
-            watch(torch.nn.Module(), **self._options)  # raises for bad arguments
+        check_options(log, every, history, options)
         self._watcher: Watcher | None = None
         self._hooks: AfterBackward | None = None
         self._scaler: Any = None
@@ -103,7 +100,7 @@ class ParamStatsCallback(TrainerCallback):
         if taken is not None:
             self._watcher.give(state.global_step + 1, taken)
             return
-        self._watcher.close()  # logs the last summary, which is complete by now
+        self._watcher.flush()  # the last summary is complete by now
         if is_due:
             warnings.warn(
                 "paramstats.ParamStatsCallback: nothing is logged at step "

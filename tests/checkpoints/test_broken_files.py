@@ -97,7 +97,10 @@ BROKEN = {
     # torch.save
     "other pickle": (("a.pkl", b"\x80\x02N."), "a pickle that torch.save did not write"),
     "zip": (archive([("readme.txt", b"")]), "got another zip archive"),
-    "truncated": (("a.pt", archive([PICKLE])[1][:-9]), "expected a torch.save archive, got"),
+    "truncated": (
+        ("a.pt", archive([PICKLE])[1][:-9]),
+        "expected a complete torch.save archive",
+    ),
     "compressed": (archive([PICKLE], zipfile.ZIP_DEFLATED), "expected an uncompressed record"),
     "repeated record": (archive([PICKLE, PICKLE]), "got 'data.pkl' twice"),
     "byte order": (archive([PICKLE, ("byteorder", b"big")]), "-endian data, got b'big'"),

@@ -223,3 +223,10 @@ def test_table_fits_the_width_and_shortens_lists(tmp_path):
     assert len(result.only_in_a) == 30 and result.table().count("only in a: ") == 11
     assert result.table().endswith("only in a: ... and 20 more")
     assert "... and 1 more" in result.table(limit=0)
+
+
+def test_files_without_a_common_name_print_what_each_has(tmp_path):
+    for name in "ab":
+        torch.save({name: torch.ones(2)}, tmp_path / f"{name}.pt")
+    text = str(compare_files(tmp_path / "a.pt", tmp_path / "b.pt"))
+    assert "only in a: a" in text and "only in b: b" in text

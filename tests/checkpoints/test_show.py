@@ -260,7 +260,7 @@ def test_ctrl_c_while_it_reads(tmp_path):
     ("redirection", "status", "message"),
     [
         (">/dev/full", 2, "paramstats show: cannot write to standard output: No space left"),
-        (">&-", 2, "paramstats show: expected a standard output"),
+        (">&-", 2, "paramstats show: expected an open standard output"),
         ("2>/dev/full", 0, ""),
         ("2>&-", 0, ""),
     ],

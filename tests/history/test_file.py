@@ -538,7 +538,7 @@ def test_forked_process_does_not_write(tmp_path):
         os._exit(0)
     history._journal.lock.release()
     message = os.read(reader, 1000).decode()
-    assert message.startswith("3 [") and message.count("was forked from") == 1
+    assert message.startswith("3 [") and message.count("the parent process writes it") == 1
     history.append(5, one)
     history.close()
     assert "another" not in append_in_another_process(path), "the child does not hold the lock"

@@ -301,6 +301,22 @@ def test_limit_holds_for_the_memory_in_use(growth):
     assert len(layouts) == (len(history) if growth else 1)
 
 
+def test_selections_of_a_mapping_share_one_layout():
+    named = {f"layer{i}.weight": torch.ones(3) for i in range(10)} | {"bias": torch.ones(3)}
+    history = History()
+    for step in range(0, 20, 2):
+        history.append(step, paramstats.summarize(named, include="weight"))
+        history.append(step + 1, paramstats.summarize(named).filter("weight"))
+    assert len({id(layout_of(summary)) for _, summary in history}) == 1
+
+
+def test_names_under_wrappers_survive_saving(model, tmp_path):
+    history = history_of(torch.nn.DataParallel(torch.nn.Linear(2, 2)))
+    history.save(tmp_path / "run.jsonl")
+    loaded = History.load(tmp_path / "run.jsonl")
+    assert loaded["module.weight"].norm == loaded["weight"].norm == history["weight"].norm
+
+
 @pytest.mark.parametrize("max_bytes", [0, -1, 1.5, None, True])
 def test_max_bytes_must_be_a_positive_integer(max_bytes):
     with pytest.raises(ValueError, match="expected a number of bytes > 0 for max_bytes, got"):

@@ -162,7 +162,7 @@ def test_ranks_without_tensors():
     assert paramstats.summarize(stage, group=world)["w"].count == 3
     assert list(paramstats.summarize(nn.ReLU(), group=world)) == []
     layer = fully_shard(nn.Linear(3, 5), mesh=init_device_mesh("cpu", (2,)))
-    with pytest.warns(RuntimeWarning, match="no name passes"):
+    with pytest.warns(RuntimeWarning, match="no name matches"):
         assert list(paramstats.summarize(layer, include="nothing")) == []
 
 
