@@ -285,12 +285,14 @@ def check_options(log: Log | None, every: int, history: object, options: dict[st
 
     Trainers' callbacks call it when they are created, before they know the model and the loggers.
     """
-    if not isinstance(history, (str, os.PathLike)):
+    if isinstance(history, (str, os.PathLike)):
+        log = log or ignore_scalars
+    else:
         options = {**options, "history": history}
-    watch(torch.nn.Module(), log or _ignore, every=every, **options)
+    watch(torch.nn.Module(), log, every=every, **options)
 
 
-def _ignore(scalars: dict[str, float], step: int) -> None:
+def ignore_scalars(scalars: dict[str, float], step: int) -> None:
     """Do nothing; a log for `check_options`."""
 
 

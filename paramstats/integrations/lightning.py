@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from paramstats._core.optional import import_optional
-from paramstats._watch import Appendable, Log, Watcher, check_options, watch
+from paramstats._watch import Appendable, Log, Watcher, check_options, ignore_scalars, watch
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -66,7 +66,7 @@ class ParamStatsCallback(Callback):
         self._log = log
         self._history = history
         self._options: dict[str, Any] = {"every": every, "history": history, **options}
-        check_options(log, every, history, options)
+        check_options(log or ignore_scalars, every, history, options)
         self._watcher: Watcher | None = None
         self._is_taken = False
 
