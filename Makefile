@@ -9,6 +9,8 @@ BIN := $(VENV)/bin
 # The version that the environment is built with; users can use any torch >= 2.10.
 TORCH ?= torch==2.13.0
 CXX ?= g++
+# Processes that run the Python tests.
+WORKERS ?= 2
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*)
 CXX_FILES := $(NATIVE) $(wildcard tests/cpp/*.* tests/cpp/*/* tests/fake_cuda/*)
 # The CUDA source compiled as C++ with the CPU implementation of CUDA's runtime in tests/cpp/cuda_shim.
@@ -38,7 +40,7 @@ demo: $(VENV)/installed  ## train on real data; print statistics and speed
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/installed test-cpp test-cuda-shim  ## run all tests, C++ and Python
-	$(BIN)/python -m pytest --quiet --durations=10
+	$(BIN)/python -m pytest --quiet --durations=10 --numprocesses=$(WORKERS) --dist=loadfile
 
 test-cpp:  ## run the C++ tests of the state and the kernels, without torch
 	@mkdir -p build/cpp

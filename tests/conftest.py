@@ -16,6 +16,7 @@ from hypothesis import settings
 from paramstats._core import backend as backends
 from paramstats._core import reading
 
+os.environ.pop("COLUMNS", None)  # pytest-xdist sets it, and tables would be fitted to it
 settings.register_profile("default", deadline=None, derandomize=True)  # CI is repeatable
 settings.register_profile("explore", deadline=None, max_examples=2000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
