@@ -215,7 +215,7 @@ class Watcher:
         if self.is_due(step):
             self.give(self._step, self.take(grad_scale, optimizer))
         elif self._unlogged is not None:
-            self._log_now()
+            self.flush()
 
     def is_due(self, step: int | None = None) -> bool:
         """Count a step and return whether a summary is due.
@@ -248,11 +248,12 @@ class Watcher:
             unlogged, self._unlogged = self._unlogged, (step, summary)  # kept if logging raises
             self._send(unlogged)
             if summary.ready():
-                self._log_now()
+                self.flush()
 
     def flush(self) -> None:
         """Wait for what has not been logged yet, and log it."""
-        self._log_now()
+        unlogged, self._unlogged = self._unlogged, None
+        self._send(unlogged)
 
     def close(self) -> None:
         """Log what has not been logged yet, and close a history that `watch` has opened."""
@@ -269,10 +270,6 @@ class Watcher:
         # After an error the statistics may never arrive: other ranks may have ended.
         if kind is None or self._summary is None or self._summary.ready():
             self.close()
-
-    def _log_now(self) -> None:
-        unlogged, self._unlogged = self._unlogged, None
-        self._send(unlogged)
 
     def _send(self, unlogged: tuple[int, Summary] | None) -> None:
         if unlogged is not None and self._log is not None:
