@@ -107,12 +107,12 @@ def recurrent() -> nn.Module:
 
 
 def transformer() -> nn.Module:
-    """A small BERT whose tokens are the pixels."""
+    """A small BERT whose tokens are every second pixel."""
     transformers = pytest.importorskip("transformers")
     sizes = {"vocab_size": 17, "hidden_size": 32, "intermediate_size": 64, "num_labels": 10}
     config = transformers.BertConfig(num_hidden_layers=3, num_attention_heads=2, **sizes)
     bert = transformers.BertForSequenceClassification(config)
-    return Layer(lambda self, x: self.bert(input_ids=(x * 16).long()).logits, bert=bert)
+    return Layer(lambda self, x: self.bert(input_ids=(x[:, ::2] * 16).long()).logits, bert=bert)
 
 
 @pytest.mark.parametrize(
