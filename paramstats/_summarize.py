@@ -22,7 +22,7 @@ from paramstats._core.options import (
 from paramstats._core.reading import DeferredRecord, read_deferred, warn_once
 from paramstats._core.record import NO_NAMES, Record
 from paramstats._core.shard import LocalShard
-from paramstats._core.torch_private import skip_dynamo
+from paramstats._core.torch_private import skip_dynamo, without_modes
 from paramstats._summary import Summary
 
 if TYPE_CHECKING:
@@ -128,7 +128,8 @@ def summarize(
 
         select = functools.partial(_select, include=options.include, exclude=options.exclude)
         call = _sharded.Call(backend, options, params, grads, group, select)
-        return _sharded.summarize(call, source, layout, tensors)
+        with without_modes():
+            return _sharded.summarize(call, source, layout, tensors)
     if options.include is not None or options.exclude:
         layout, tensors = _select(layout, tensors, options.include, options.exclude)
     # read_rows, without the cost of a call for a model that the backend reads by itself.

@@ -28,6 +28,7 @@ from tests import oracle
 from tests.conftest import load_backend
 from tests.dtypes import DTYPES
 from tests.fake_cuda import building
+from tests.modes.conditions import CONDITIONS
 from tools.accuracy import adversarial
 from tools.accuracy.bound import assert_within, state_of
 
@@ -116,6 +117,13 @@ def test_summarize_returns_before_the_device_is_done(cuda, model):
     other = paramstats.summarize(model)
     cuda.run()
     assert other.ready()
+
+
+@pytest.mark.parametrize("condition", CONDITIONS)
+def test_a_mode_changes_no_result(cuda, model, condition):
+    expected = copies(model)
+    to_cuda(model, cuda)
+    check(CONDITIONS[condition](lambda: paramstats.summarize(model).wait()), expected)
 
 
 def test_two_devices_and_the_cpu_in_one_model(cuda):

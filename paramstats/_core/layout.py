@@ -12,7 +12,7 @@ import torch
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 from paramstats._core.shard import is_sharded
-from paramstats._core.torch_private import no_tracing
+from paramstats._core.torch_private import without_modes
 from paramstats._core.wrapper_names import without_wrappers
 
 Patterns = tuple[re.Pattern[str], ...]
@@ -105,7 +105,7 @@ class Layout:
         """
         _check_distinct(names, aliases)
         names, aliases, wrapper_names = without_wrappers(source, names, aliases)
-        with no_tracing():
+        with without_modes():
             return cls.shared(
                 names,
                 aliases,

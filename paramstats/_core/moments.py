@@ -11,6 +11,8 @@ import struct
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from paramstats._core.denormals import with_denormals
+
 NAN = math.nan
 INF = math.inf
 ABSENT = -1
@@ -95,6 +97,7 @@ def merge(a: Moments, b: Moments) -> Moments:
     )
 
 
+@with_denormals
 def scaled(a: Moments, factor: float) -> Moments:
     """Return the state of the elements multiplied by `factor` > 0."""
     return a._replace(
@@ -102,6 +105,7 @@ def scaled(a: Moments, factor: float) -> Moments:
     )
 
 
+@with_denormals
 def finalize_finite(a: Moments, correction: float) -> Statistics:
     """Return the statistics of the finite elements only."""
     n = finite_count(a)
@@ -156,6 +160,7 @@ def row(table: bytes, index: int) -> Moments:
     return Moments._make(ROW.unpack_from(table, index * ROW.size))
 
 
+@with_denormals
 def merge_rows(table: bytes, begin: int, end: int) -> bytes:
     """Return rows [begin, end) merged into one row.
 

@@ -14,6 +14,7 @@ import torch
 
 from paramstats._core.layout import Patterns, compile_patterns
 from paramstats._core.moments import Statistics
+from paramstats._core.torch_private import without_modes
 
 Pattern = str | re.Pattern[str]
 STATS = Statistics._fields
@@ -149,9 +150,11 @@ def scale_of(grad_scale: float | Scaler, optimizer: torch.optim.Optimizer | None
             "scaler serves several optimizers, name the one that is meant: "
             "watcher.step(optimizer=...)"
         )
-    return float(grad_scale.get_scale())
+    with without_modes():
+        return float(grad_scale.get_scale())
 
 
+@without_modes()
 def _number(value: Any, argument: str, condition: str = "", remedy: str = "") -> float:
     try:
         if not getattr(value, "ndim", 0) and math.isfinite(value):

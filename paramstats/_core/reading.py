@@ -11,7 +11,7 @@ from paramstats._core import reference
 from paramstats._core.backend import Implementation
 from paramstats._core.record import Record
 from paramstats._core.shard import refuse_shards
-from paramstats._core.torch_private import no_tracing
+from paramstats._core.torch_private import without_modes
 
 _MAX_WARNED = 1000
 """Maximum number of reasons remembered; a reason may contain a size that differs at every call."""
@@ -66,7 +66,7 @@ def read_deferred(
 ) -> Rows:
     """Read with torch operators the rows that `backend.read` deferred; see `read_rows`."""
     refuse_shards((row_name(row), tensor) for row, tensor in deferred_rows)
-    with no_tracing():
+    with without_modes():
         devices = [tensor.device for _, tensor in deferred_rows]
     backend.explain_cuda(devices)
     table, more, skipped = reference.fill(table, deferred_rows, params)

@@ -17,11 +17,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from paramstats._core.denormals import threads_with_denormals
 from paramstats._core.elements import check_storage, elements, gradient, numel
 from paramstats._core.forked import threads_that_exist
 from paramstats._core.layout import is_lazy
 from paramstats._core.moments import ABSENT, ROW, Moments, merge, unread
-from paramstats._core.torch_private import no_tracing
+from paramstats._core.torch_private import without_modes
 
 CHUNK = 1 << 17
 """Elements per chunk on a CPU, so that temporaries stay in its caches."""
@@ -200,7 +201,7 @@ class Pending:
     def ready(self) -> bool:
         return self._event is None or self._event.query()
 
-    @no_tracing()
+    @without_modes()
     def write(self, table: bytearray) -> None:
         if self._event is not None:
             self._event.synchronize()
@@ -215,7 +216,7 @@ DeferredRows = Sequence[tuple[int, Tensor]]
 """Rows that `fill` must read, each with its tensor."""
 
 
-@no_tracing()
+@without_modes()
 def read(
     tensors: list[Tensor], params: bool, grads: bool
 ) -> tuple[bytes, DeferredRows, Sequence[Transfer]]:
@@ -236,7 +237,7 @@ def read(
     return b"".join(table), deferred_rows, ()
 
 
-@no_tracing()
+@without_modes()
 def fill(
     table: bytes, deferred_rows: DeferredRows, params: bool = True
 ) -> tuple[bytes, tuple[Transfer, ...], dict[int, str]]:
@@ -258,7 +259,9 @@ def fill(
     skipped: dict[int, str] = {}
     on_device: OnDevice = {}
     n = len(table) // ROW.size // 2
-    with torch.no_grad(), threads_that_exist():
+    on_cpu = [numel(tensor) for _, tensor in deferred_rows if tensor.device.type == "cpu"]
+    largest = max(on_cpu, default=0)
+    with torch.no_grad(), threads_that_exist(), threads_with_denormals(largest):
         for row, tensor in deferred_rows:
             try:
                 state = _state(tensor, row, on_device) if params or row >= n else None

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from paramstats._core.torch_private import without_modes
+
 _MAX_NUMBER = 1 << 60
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
@@ -52,6 +54,7 @@ class LocalShard:
     grad: torch.Tensor | None = None
     requires_grad: bool | None = None
 
+    @without_modes()
     def __post_init__(self) -> None:
         if not isinstance(self.tensor, torch.Tensor):
             raise TypeError(
@@ -77,12 +80,14 @@ class LocalShard:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the elements."""
-        return self.tensor.dtype
+        with without_modes():
+            return self.tensor.dtype
 
     @property
     def device(self) -> torch.device:
         """The device of the elements on this rank."""
-        return self.tensor.device
+        with without_modes():
+            return self.tensor.device
 
 
 def is_dtensor(tensor: Any) -> bool:

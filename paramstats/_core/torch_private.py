@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
+
+from paramstats._core.denormals import flushes_denormals
 
 F = TypeVar("F", bound=Callable[..., object])
 
@@ -39,61 +41,135 @@ def skip_dynamo(function: F) -> F:
     return function
 
 
-class _NoTracing(contextlib.ContextDecorator):
-    """The context manager and decorator that `no_tracing` returns; enters at each call anew."""
+_MAX_INTERRUPTIONS = 10
 
-    def _recreate_cm(self) -> _NoTracing:
-        return _NoTracing()
+_Undo = list[Callable[[], object]]
+"""Functions that restore what was hidden, the last one first; each may be called again."""
+
+
+class _WithoutModes(contextlib.ContextDecorator):
+    """The context manager and decorator that `without_modes` returns; enters at each call anew."""
+
+    def _recreate_cm(self) -> _WithoutModes:
+        return _WithoutModes()
 
     def __enter__(self) -> None:
-        self._stack: contextlib.ExitStack | None = None
-        if _is_traced():  # almost never, so that the common case is fast
-            self._stack = contextlib.ExitStack()
-            for hide in (_hide_from_tracing, _hide_from_function_modes, _hide_from_dispatch_modes):
-                with contextlib.suppress(*_MISSING):
-                    hide(self._stack)
+        self._undo: _Undo = []
+        if _has_mode():  # almost never, so that the common case is fast
+            try:
+                for hide in _HIDING:
+                    with contextlib.suppress(*_MISSING):
+                        hide(self._undo)
+            except BaseException:  # Ctrl-C
+                self.__exit__()
+                raise
 
-    def __exit__(self, *error: Any) -> None:
-        if self._stack is not None:
-            self._stack.__exit__(*error)
+    def __exit__(self, *error: object) -> None:
+        """Restore what was hidden, and only then raise what interrupted that (Ctrl-C)."""
+        interruption = None
+        for _ in range(_MAX_INTERRUPTIONS):
+            try:
+                while self._undo:
+                    with contextlib.suppress(*_MISSING):
+                        self._undo[-1]()
+                    self._undo.pop()
+                break
+            except BaseException as error:  # whatever a signal handler raises
+                interruption = error
+        if interruption is not None:
+            raise interruption
 
 
-def no_tracing() -> _NoTracing:
-    """Hide the operators in a `with` block from tracing, function modes and dispatch modes."""
-    return _NoTracing()
+def without_modes() -> _WithoutModes:
+    """Compute a `with` block as outside of any mode, unseen by modes and tracers.
+
+    Every public function that calls torch operators does so in such a block. It hides the operators
+    from function modes (a default device is one), dispatch modes, tracing and torch.func, and turns
+    off autocast and flush-to-zero. All of these belong to the calling thread. Defaults of the whole
+    process are not touched: every tensor that is made states its dtype and device.
+    """
+    return _WithoutModes()
 
 
-def _is_traced() -> bool:
-    """Return whether anything traces operators; True if this torch version cannot tell."""
+def _has_mode() -> bool:
+    """Return whether anything is to be hidden; True if this torch version cannot tell."""
     try:
         return (
             torch._C._get_tracing_state() is not None
             or torch._C._len_torch_function_stack() > 0
             or torch._C._len_torch_dispatch_stack() > 0
+            or torch._ops._len_torch_dispatch_stack_pre_dispatch() > 0
+            or torch._C._functorch.peek_interpreter_stack() is not None
+            or torch._C._is_any_autocast_enabled()
+            or flushes_denormals()
         )
     except _MISSING:
         return True
 
 
-def _hide_from_tracing(stack: contextlib.ExitStack) -> None:
+def _hide_from_tracing(undo: _Undo) -> None:
     tracing = torch._C._get_tracing_state()
     if tracing is not None:
         resume = torch._C._set_tracing_state  # type: ignore[attr-defined]
+        undo.append(lambda: resume(tracing))
         resume(None)
-        stack.callback(resume, tracing)
 
 
-def _hide_from_function_modes(stack: contextlib.ExitStack) -> None:
+def _hide_from_transforms(undo: _Undo) -> None:
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+        _enter(temporarily_clear_interpreter_stack(), undo)
+
+
+def _hide_from_function_modes(undo: _Undo) -> None:
     """Pop the modes. DisableTorchFunction would also disable tensors' own __torch_function__."""
-    for _ in range(torch._C._len_torch_function_stack()):
-        stack.enter_context(torch.overrides._pop_mode_temporarily())
+    length, push = torch._C._len_torch_function_stack, torch._C._push_on_torch_function_stack
+    modes = [torch._C._get_function_stack_at(i) for i in range(length())]
+    undo.append(lambda: [push(mode) for mode in modes[length() :]])
+    for _ in modes:
+        torch._C._pop_torch_function_stack()
 
 
-def _hide_from_dispatch_modes(stack: contextlib.ExitStack) -> None:
-    if torch._C._len_torch_dispatch_stack():
+def _hide_from_dispatch_modes(undo: _Undo) -> None:
+    if torch._ops._len_torch_dispatch_stack_pre_dispatch():
         from torch.utils._python_dispatch import _disable_current_modes
 
-        stack.enter_context(_disable_current_modes())
+        _enter(_disable_current_modes(), undo)
+        return
+    length, push = torch._C._len_torch_dispatch_stack, torch._C._push_on_torch_dispatch_stack
+    modes = [torch._C._get_dispatch_stack_at(i) for i in range(length())]
+    undo.append(lambda: [push(mode) for mode in modes[length() :]])
+    for _ in modes:
+        torch._C._pop_torch_dispatch_stack(None)
+
+
+def _without_autocast(undo: _Undo) -> None:
+    if torch._C._is_any_autocast_enabled():
+        guard = torch._C._DisableAutocast()
+        undo.append(lambda: guard.__exit__(None, None, None))
+        guard.__enter__()
+
+
+def _with_denormals(undo: _Undo) -> None:
+    if flushes_denormals():
+        undo.append(lambda: torch.set_flush_denormal(True))
+        torch.set_flush_denormal(False)
+
+
+def _enter(context: contextlib.AbstractContextManager[object], undo: _Undo) -> None:
+    context.__enter__()
+    undo.append(lambda: context.__exit__(None, None, None))
+
+
+_HIDING = (
+    _hide_from_tracing,
+    _hide_from_transforms,
+    _hide_from_function_modes,
+    _hide_from_dispatch_modes,
+    _without_autocast,
+    _with_denormals,
+)
 
 
 def unwrapped(x: torch.Tensor) -> torch.Tensor:

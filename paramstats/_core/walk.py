@@ -17,7 +17,7 @@ import torch
 
 from paramstats._core.layout import Patterns, passes
 from paramstats._core.shard import LocalShard, children
-from paramstats._core.torch_private import no_tracing
+from paramstats._core.torch_private import without_modes
 
 MakeLayout = Callable[
     [Any, tuple[str, ...], tuple[tuple[str, ...], ...], int, list[torch.Tensor]], Any
@@ -69,7 +69,7 @@ def walk_named(
         if name in named:
             raise ValueError(f"paramstats.summarize: expected every name once, got '{name}' twice")
         named[name] = value
-    with no_tracing():
+    with without_modes():
         for name, value in named.items():
             rows.add(name, value)
     layout = make_layout(source, rows.names, rows.aliases, len(rows.tensors), rows.tensors)
