@@ -126,3 +126,18 @@ def test_no_function_hides_a_module_of_its_name():
         assert not inspect.ismodule(sys.modules.get(f"paramstats.{name}")) or inspect.ismodule(
             getattr(paramstats, name)
         )
+
+
+FACTORIES = {
+    f"torch.{name}"
+    for name in ("arange", "empty", "full", "ones", "scalar_tensor", "tensor", "zeros")
+}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_tensors_that_are_made_state_dtype_and_device(module):
+    """The defaults of the process belong to the user."""
+    for node in ast.walk(parsed(module)):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in FACTORIES:
+            stated = {keyword.arg for keyword in node.keywords}
+            assert stated >= {"dtype", "device"}, ast.unparse(node)

@@ -19,6 +19,7 @@ from paramstats._core.format import dtype_name
 from paramstats._core.layout import Layout
 from paramstats._core.moments import ABSENT, NAN, ROW, Moments, unread
 from paramstats._core.record import Record
+from paramstats._core.torch_private import without_modes
 from paramstats._summary import Summary, record_of
 
 _NO_REASONS: Mapping[str, str] = MappingProxyType({})
@@ -56,6 +57,7 @@ def layout_line(layout: Layout) -> bytes:
     return json.dumps(content).encode() + b"\n"
 
 
+@without_modes()
 def parse_layout(content: dict[str, Any]) -> Layout:
     """Return the layout of a parsed line; raises an error if a value is not valid."""
     names = tuple(_list_of(str, content["names"], "names"))

@@ -108,8 +108,8 @@ def agree(
     return Agreement(
         hash_word(list(digests)),
         union,
-        torch.tensor(numels * 2, dtype=torch.int64),
-        torch.tensor(own_rows + [n + row for row in own_rows], dtype=torch.int64),
+        torch.tensor(numels * 2, dtype=torch.int64, device="cpu"),
+        torch.tensor(own_rows + [n + row for row in own_rows], dtype=torch.int64, device="cpu"),
     )
 
 

@@ -74,7 +74,9 @@ class Exchange:
             agreement = self._agreements.get(local.digest)
             rows = None
             if agreement is not None and (local_rows := local.rows()) is not None:
-                rows = torch.full((self._capacity, WORDS), NOT_HELD, dtype=torch.int64)
+                rows = torch.full(
+                    (self._capacity, WORDS), NOT_HELD, dtype=torch.int64, device="cpu"
+                )
                 rows[agreement.positions] = local_rows
             received = self._send(self._header(local, agreement), rows)
             headers = received[:, 0].tolist()
@@ -103,8 +105,10 @@ class Exchange:
             return error.with_traceback(None) if cause is None else type(error)(*error.args)
 
     def _header(self, local: LocalRows, agreement: Agreement | None) -> Tensor:
-        words = torch.zeros(WORDS, dtype=torch.int64)
-        words[_DIGEST] = torch.tensor(struct.unpack("=4q", local.digest), dtype=torch.int64)
+        words = torch.zeros(WORDS, dtype=torch.int64, device="cpu")
+        words[_DIGEST] = torch.tensor(
+            struct.unpack("=4q", local.digest), dtype=torch.int64, device="cpu"
+        )
         words[_AGREEMENT] = agreement.id if agreement else 0
         # Different SIMD instructions may round the last bit of a replica differently.
         words[_BACKEND] = hash_word(local.backend)
@@ -148,7 +152,7 @@ class Exchange:
         """Return the headers and the rows of all ranks, or their rows of this rank's share."""
         shares = self._ranks.size if self._ranks.size >= ALL_TO_ALL_FROM else 1
         share = self._capacity // shares
-        blocks = torch.full((shares, 1 + share, WORDS), NOT_HELD, dtype=torch.int64)
+        blocks = torch.full((shares, 1 + share, WORDS), NOT_HELD, dtype=torch.int64, device="cpu")
         blocks[:, 0] = header
         if rows is not None:
             blocks[:, 1:] = rows.view(shares, share, WORDS)
@@ -197,7 +201,7 @@ class Exchange:
         for row, state in whole.items():
             merged[row, 0] = 0 if state.count == int(agreement.numels[row]) else INCOMPLETE
             words = struct.unpack("=9q", ROW.pack(*state))
-            merged[row, 1:] = torch.tensor(words, dtype=torch.int64)
+            merged[row, 1:] = torch.tensor(words, dtype=torch.int64, device="cpu")
         return diverged
 
     def _record(

@@ -66,8 +66,8 @@ class LocalRows:
         self._try(self._wait)
         if self.error is not None:
             return None
-        out = torch.empty((len(self._shards.indexes), WORDS), dtype=torch.int64)
-        out[:, 0] = torch.tensor(self._shards.indexes, dtype=torch.int64)
+        out = torch.empty((len(self._shards.indexes), WORDS), dtype=torch.int64, device="cpu")
+        out[:, 0] = torch.tensor(self._shards.indexes, dtype=torch.int64, device="cpu")
         out[:, 1:] = _words(self._table)
         return out
 
@@ -145,7 +145,7 @@ class LocalRows:
         self._pending = None
         table = reference.finished(table, transfers)
         states = _words(bytearray(table))[: len(rows)]
-        _words(self._table)[torch.tensor(rows, dtype=torch.int64)] = states
+        _words(self._table)[torch.tensor(rows, dtype=torch.int64, device="cpu")] = states
         for i, reason in reasons.items():
             self._put_unread(rows[i], moments.row(table, i).count, reason)
 
@@ -161,5 +161,5 @@ class LocalRows:
 def _words(table: bytearray) -> Tensor:
     """Return a view of a table of states as rows of int64 words."""
     if not table:
-        return torch.empty((0, WORDS - 1), dtype=torch.int64)
+        return torch.empty((0, WORDS - 1), dtype=torch.int64, device="cpu")
     return torch.frombuffer(table, dtype=torch.int64).view(-1, WORDS - 1)

@@ -73,7 +73,7 @@ def merge_rows(rows: Tensor, numels: Tensor, compare: bool) -> Tensor:
     finite = (rows[..., 1 + _NANS : 1 + _MEAN] == 0).all(-1)
     priority = 8 * indexes + 4 * absent + 2 * _is_unread(rows[..., 1:]) + finite
     priority = priority.where(held, torch.iinfo(torch.int64).max)
-    ranks = torch.arange(len(rows))[:, None].expand_as(indexes)
+    ranks = torch.arange(len(rows), dtype=torch.int64, device="cpu")[:, None].expand_as(indexes)
     if not (priority[1:] >= priority[:-1]).all():
         ranks = priority.argsort(stable=True, dim=0)
         rows = rows.gather(0, ranks[..., None].expand_as(rows))

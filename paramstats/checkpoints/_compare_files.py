@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 from paramstats._core import moments
 from paramstats._core.options import Pattern
+from paramstats._core.torch_private import without_modes
 from paramstats.checkpoints import _pairing as pairing
 from paramstats.checkpoints._comparison import Change, Comparison, sort_changes
 from paramstats.checkpoints._differences import Differences, States
@@ -55,7 +56,7 @@ def compare_files(
     Elements are subtracted in float32, or in float64 where their dtypes need it. Equal infinities,
     and NaN in both places, count as unchanged.
     """
-    with naming_errors("compare_files"):
+    with naming_errors("compare_files"), without_modes():
         all_a, all_b, prefix_a, prefix_b = pairing.without_prefixes(
             list_tensors(a, include, exclude), list_tensors(b, include, exclude)
         )
@@ -67,13 +68,13 @@ def compare_files(
         same_shape = [(x, y) for x, y in readable if x.shape == y.shape]
         differences = _read(same_shape, progress)
         check_unchanged([*all_a, *all_b], identities)
+        changes = [
+            _change(x, y, differences.states[row], differences.changed.get(row))
+            for row, (x, y) in enumerate(same_shape)
+            if row not in differences.skipped
+        ]
     names_a, names_b = pairing.all_names(all_a), pairing.all_names(all_b)
     skipped |= {same_shape[row][0].name: reason for row, reason in differences.skipped.items()}
-    changes = [
-        _change(x, y, differences.states[row], differences.changed.get(row))
-        for row, (x, y) in enumerate(same_shape)
-        if row not in differences.skipped
-    ]
     return Comparison(
         rows=tuple(sort_changes(changes, "relative_change")),
         only_in_a=tuple(x.name for x in all_a if names_b.isdisjoint(x.names)),

@@ -50,7 +50,9 @@ class Differences:
         """Number of elements that changed, where the difference does not show them all."""
         self.skipped: dict[int, str] = {}
         """Why a pair could not be read."""
-        self._memory = [torch.empty(_BATCH // 8, dtype=torch.float64) for _ in range(2)]
+        self._memory = [
+            torch.empty(_BATCH // 8, dtype=torch.float64, device="cpu") for _ in range(2)
+        ]
 
     def update(self, row: int, all_x: torch.Tensor, all_y: torch.Tensor) -> None:
         """Add elements of a, and those of b at the same positions."""

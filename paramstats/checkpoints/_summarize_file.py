@@ -9,16 +9,26 @@ from collections.abc import Iterable
 
 import torch
 
+from paramstats._core.denormals import threads_with_denormals
 from paramstats._core.layout import Layout
 from paramstats._core.moments import ABSENT, ROW, unread
 from paramstats._core.options import Pattern
 from paramstats._core.record import Record
+from paramstats._core.torch_private import without_modes
 from paramstats._summary import Summary
 from paramstats.checkpoints._errors import naming_errors
 from paramstats.checkpoints._opening import list_tensors
-from paramstats.checkpoints._reading import Progress, Reader, blocks_of_part, join_blocks
+from paramstats.checkpoints._reading import (
+    PIECE,
+    Progress,
+    Reader,
+    blocks_of_part,
+    join_blocks,
+)
 from paramstats.checkpoints._states import States
 from paramstats.checkpoints._stored_tensors import StoredTensor, check_unchanged, file_identities
+
+_CPU = torch.device("cpu")
 
 
 def summarize_file(
@@ -59,7 +69,7 @@ def summarize_file(
             "paramstats.checkpoints.summarize_file: expected a finite number for correction, got "
             f"{correction!r}"
         )
-    with naming_errors("summarize_file"):
+    with naming_errors("summarize_file"), without_modes():
         tensors = list_tensors(path, include, exclude)
         identities = file_identities(tensors)
         table, skipped = _read(tensors, progress)
@@ -79,7 +89,7 @@ def summarize_file(
         len(tensors),
         tuple(t.shape for t in tensors),
         tuple(t.dtype for t in tensors),
-        (torch.device("cpu"),) * len(tensors),
+        (_CPU,) * len(tensors),
         tuple(t.requires_grad for t in tensors),
     )
     return Summary(Record(layout, table, float(correction), skipped=skipped))
@@ -94,7 +104,7 @@ def _read(tensors: list[StoredTensor], progress: Progress | None) -> tuple[bytes
     if progress is not None:
         total = sum(block.nbytes for row_part in parts for block in blocks_of_part(*row_part))
     states = States(len(tensors))
-    with Reader() as reader:
+    with Reader() as reader, threads_with_denormals(PIECE):
         for ((piece, data),) in reader.read(join_blocks((block,) for block in blocks)):
             states.update(piece, data)
             done += sum(block.nbytes for block in piece.blocks)

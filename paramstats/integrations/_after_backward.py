@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch.autograd import Variable
 
+from paramstats._core.torch_private import without_modes
+
 
 class AfterBackward:
     """Call `function` at the end of every backward pass that computes a gradient, until `remove`.
@@ -37,11 +39,12 @@ class AfterBackward:
     ) -> None:
         self._function = function
         self._seen: set[int] = set()
-        self._hooks = [
-            p.register_post_accumulate_grad_hook(self._on_gradient)
-            for p in parameters
-            if p.requires_grad
-        ]
+        with without_modes():
+            self._hooks = [
+                p.register_post_accumulate_grad_hook(self._on_gradient)
+                for p in parameters
+                if p.requires_grad
+            ]
 
     def remove(self) -> None:
         """Remove all hooks."""

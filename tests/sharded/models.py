@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -105,6 +107,18 @@ def gathered(value: Any) -> list[Any]:
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def collective_calls(call: Callable[[], object]) -> int:
+    """Return how many collective calls `call` makes on this rank."""
+    names = [name for name in vars(dist) if name.startswith(("all_", "broadcast", "barrier"))]
+    with contextlib.ExitStack() as stack:
+        mocks = [
+            stack.enter_context(mock.patch.object(dist, name, wraps=getattr(dist, name)))
+            for name in names
+        ]
+        call()
+    return sum(counted.call_count for counted in mocks)
 
 
 def messages_of(call: Callable[[], object]) -> set[str]:

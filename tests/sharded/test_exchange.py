@@ -11,21 +11,25 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.debug import CommDebugMode
 
 import paramstats
 from paramstats._core.backend import active
 from paramstats._core.moments import ROW, unread
 from paramstats._sharded import exchange, local_rows, local_shards
 from tests import oracle
-from tests.sharded.models import Transformer, backward, messages_of, sharded, statistics
+from tests.sharded.models import (
+    Transformer,
+    backward,
+    collective_calls,
+    messages_of,
+    sharded,
+    statistics,
+)
 from tests.sharded.ranks import on_ranks
 
 
 def _collective_calls(source, **options) -> int:
-    with CommDebugMode() as counted:
-        paramstats.summarize(source, **options)
-    return counted.get_total_counts()
+    return collective_calls(lambda: paramstats.summarize(source, **options))
 
 
 @on_ranks(2)
