@@ -82,12 +82,14 @@ def watch(
         every: summarize at the first call of `Watcher.step`, then at the first call at or after
             each multiple of this number.
         history: a `History`, whose `append(step, summary)` is called on rank 0 before anything is
-            logged; or the path of a file, which is opened as `History(path)`. An existing file is
-            continued: use another path for another run, or pass `step=` to continue one.
+            logged; or the path of a new file, which is opened as `History(path)` on rank 0. Before
+            the process group exists, the rank is that of torchrun (RANK). Pass
+            `history=History(path, resume=True)` to continue an existing file.
         key, stats, totals: what is logged and under which keys; see `Summary.scalars`.
         params, grads, buffers, include, exclude, correction, group, async_op: see `summarize`.
 
     Raises:
+        FileExistsError: `history` is the path of a file with content.
         TypeError: `source` is neither a module nor a mapping, or `log` is not a function of
             scalars and step.
         ValueError: `every` is not a whole number > 0, neither `log` nor `history` is given, or an
@@ -109,9 +111,7 @@ def watch(
     options = make_options(include, exclude, correction, 1.0, False, group is not None, async_op)
     opened: History | None = None
     if isinstance(history, (str, os.PathLike)):
-        from paramstats._history import History
-
-        history = opened = History(history) if _is_first_rank() else None
+        history = opened = _open_history(history)
     elif history is not None and (
         isinstance(history, (type, list)) or not callable(getattr(history, "append", None))
     ):
@@ -317,8 +317,25 @@ def _check_log(log: object) -> None:
         )
 
 
+def _open_history(path: str | os.PathLike[str]) -> History | None:
+    """Open a new file on rank 0, of the default group or of torchrun before there is a group."""
+    if not _is_first_rank() or (not _has_group() and os.environ.get("RANK", "0") != "0"):
+        return None
+    from paramstats._history import History
+
+    try:
+        return History(path)
+    except FileExistsError:
+        raise FileExistsError(
+            f"paramstats.watch: expected a new file for history, got '{os.fspath(path)}', which "
+            f"exists; pass history=paramstats.History(path, resume=True) to continue it, or "
+            f"another path"
+        ) from None
+
+
+def _has_group() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def _is_first_rank() -> bool:
-    distributed = torch.distributed
-    return not (distributed.is_available() and distributed.is_initialized()) or (
-        distributed.get_rank() == 0
-    )
+    return not _has_group() or torch.distributed.get_rank() == 0

@@ -17,7 +17,14 @@ from paramstats._core.moments import ROW
 from tests.conftest import load_backend
 from tools.fuzz import campaign, memory
 
-EXECUTIONS = {"modules": 400, "tensors": 2500, "summaries": 1000, "racing": 300, "tables": 3000}
+EXECUTIONS = {
+    "modules": 400,
+    "tensors": 2500,
+    "summaries": 1000,
+    "racing": 300,
+    "tables": 3000,
+    "histories": 500,
+}
 summarize = paramstats.summarize
 
 

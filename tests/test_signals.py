@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import paramstats
-from paramstats._history import file as history_file
+from paramstats._history import reader, writer
 from paramstats.checkpoints import _differences as differences
 from paramstats.checkpoints import _pickles as pickles
 from paramstats.checkpoints import _torch_save as torch_save
@@ -154,14 +154,14 @@ def append_to_history(path):
 
 def write_history(path):
     history = paramstats.History(path)
-    yield history_file.Writer, "_check_unchanged"
+    yield writer.Writer, "_checked_size"
     history.append(0, paramstats.summarize({"x": torch.ones(3)}))
 
 
 def read_history(path):
     append_to_history(path)
-    yield history_file.Reader, "_parse"
-    paramstats.History(path)
+    yield reader.Reader, "_parse"
+    paramstats.History.load(path)
 
 
 def read_checkpoint(path, owner, attribute):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 
 import pytest
@@ -248,19 +249,53 @@ def test_after_an_exception_the_history_of_a_path_is_written_and_closed(model, t
 
     with pytest.raises(OSError, match="logger is down" if raising == "log" else "loop failed"):
         loop()
-    # A file that is still open would be a warning, which pytest makes an error.
-    with paramstats.watch(model, history=path, every=1) as watcher:
-        watcher.step(step=10)
-    assert [step for step, _ in paramstats.History.load(path)] == [0, 10]
+    assert [step for step, _ in paramstats.History.load(path)] == [0]
 
 
 def test_flush_logs_and_keeps_the_history_open(model, tmp_path):
     path = tmp_path / "run.jsonl"
-    with paramstats.watch(model, history=path) as watcher:
+    with paramstats.watch(model, history=path, every=1) as watcher:
         watcher.step()
         watcher.flush()
-        with pytest.warns(RuntimeWarning, match="already open"):
-            paramstats.History(path)
+        watcher.step()
+    assert [step for step, _ in paramstats.History.load(path)] == [0, 1]
+
+
+def test_running_a_script_again_does_not_continue_its_file(model, tmp_path):
+    path = tmp_path / "run.jsonl"
+    with paramstats.watch(model, history=path) as watcher:
+        watcher.step()
+    before = path.read_bytes()
+    with pytest.raises(FileExistsError, match=r"^paramstats.watch: expected a new file.*resume=Tr"):
+        paramstats.watch(model, history=path)
+    assert path.read_bytes() == before
+    with paramstats.watch(model, history=paramstats.History(path, resume=True)) as watcher:
+        watcher.step(step=50)
+    assert [step for step, _ in paramstats.History.load(path)] == [0, 50]
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_before_there_is_a_group_torchruns_first_rank_opens_the_path(
+    model, tmp_path, monkeypatch, rank
+):
+    monkeypatch.setenv("RANK", rank)
+    path = tmp_path / "run.jsonl"
+    with paramstats.watch(model, history=path) as watcher:
+        watcher.step()
+    assert path.exists() == (rank == "0") == (watcher.history is not None)
+
+
+def test_a_full_disk_ends_no_training(model, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with paramstats.watch(model, history=tmp_path / "run.jsonl", every=1) as watcher:
+        monkeypatch.setattr("paramstats._history.writer.open", fail, raising=False)
+        with pytest.warns(RuntimeWarning, match="cannot write .*No space left on device"):
+            watcher.step()
+        watcher.step()
+        with pytest.warns(RuntimeWarning, match="lacks 2 entries"):
+            watcher.close()
 
 
 def test_a_history_can_be_the_path_of_a_file_which_watch_closes(model, tmp_path, monkeypatch):

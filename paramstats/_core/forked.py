@@ -8,15 +8,20 @@ from collections.abc import Iterator
 
 import torch
 
-_is_forked_child = False
+_forks = 0
 
 
 def _note_fork() -> None:
-    global _is_forked_child
-    _is_forked_child = True
+    global _forks
+    _forks += 1
 
 
 os.register_at_fork(after_in_child=_note_fork)
+
+
+def count() -> int:
+    """Return how often this process or its parents have forked to become it."""
+    return _forks
 
 
 @contextlib.contextmanager
@@ -26,7 +31,7 @@ def threads_that_exist() -> Iterator[None]:
     The child has none of its parent's threads, and torch's operators on large tensors would wait
     for them forever. Does nothing in other processes.
     """
-    if not _is_forked_child or (threads := torch.get_num_threads()) == 1:
+    if not _forks or (threads := torch.get_num_threads()) == 1:
         yield
         return
     torch.set_num_threads(1)

@@ -1,39 +1,27 @@
-"""`History`: summaries by step, bounded in memory, complete on disk, as arrays and as plots."""
+"""`History`: summaries by step, bounded in memory and complete on disk."""
 
 from __future__ import annotations
 
 import operator
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from paramstats._core.layout import Layout, no_such_name
-from paramstats._core.optional import import_optional
-from paramstats._core.options import STATS, checked_stats
-from paramstats._history.file import Reader
+from paramstats._history import writer as files
 from paramstats._history.journal import Journal
 from paramstats._history.json_lines import Entry
-from paramstats._history.selection import Names, check_plot, choose
+from paramstats._history.reader import Reader
+from paramstats._history.store import Store
 from paramstats._history.thinning import ThinnedEntries
-from paramstats._summary import Summary, layout_of, record_of
-
-if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-    import pandas
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-    from paramstats._history.series import ParamSeries, TotalSeries
+from paramstats._history.views import Views, layouts_of, names_of
+from paramstats._summary import Summary, layout_of
 
 _MAX_BYTES = 256 << 20
 
-_MAX_LINES, _MAX_CHOSEN_LINES = 10, 20
-"""Maximum number of lines in `plot`, for a whole model and for selected tensors."""
+_Path = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 
 
-class History:
+class History(Views):
     """Summaries by step: append one at each step, then look at any statistic over training.
 
     >>> import torch, paramstats
@@ -52,58 +40,89 @@ class History:
     those of all parameters together.
 
     Args:
-        path: a file to write every entry to (JSON Lines; docs/history.md describes the format). An
-            existing file is continued: its entries are read first, and an incomplete end (after a
-            crash) is removed with a warning. The file is locked until `close`; a second
-            `History` on it warns and keeps its own entries in memory only. None: memory only. In a
-            distributed run, only one rank should have a path.
+        path: a new file to write every entry to (JSON Lines; docs/history.md describes the format).
+            None: memory only. In a distributed run, only one rank should have a path.
+        resume: continue the file if it exists: its entries are read first. An incomplete end (after
+            a crash) is removed, with a warning.
         max_bytes: limit for the entries in memory. An entry takes 144 bytes per parameter. At the
             limit, every second entry is dropped, except the first and the latest, and later entries
             are kept at that wider spacing. So the entries always span the whole run evenly. The
             first and the latest entry are kept at any limit. The file keeps every entry.
 
     Raises:
+        FileExistsError: `path` has content and `resume` is not set.
+        OSError: the file cannot be created or read.
         ValueError: `path` is not a history file, or has a broken or invalid line (an incomplete end
-            after a crash is allowed); or `max_bytes` is not a whole number above 0.
+            after a crash is allowed); it is not a regular file; or `max_bytes` is not a whole
+            number above 0.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str] | None = None, *, max_bytes: int = _MAX_BYTES
+        self,
+        path: _Path | None = None,
+        *,
+        resume: bool = False,
+        max_bytes: int = _MAX_BYTES,
     ) -> None:
         if type(max_bytes) is not int or max_bytes <= 0:
             raise ValueError(
                 f"paramstats.History: expected a number of bytes > 0 for max_bytes, "
                 f"got {max_bytes!r}"
             )
-        self._kept = ThinnedEntries(max_bytes)
-        self._journal = Journal(None if path is None else os.path.realpath(path))
+        store = Store(ThinnedEntries(max_bytes))
+        if path is not None:
+            path = _resolved(path, "History")
+            files.create(path)
+            with Reader(path) as reader:
+                if reader.status.st_size and not resume:
+                    raise _exists(path)
+                _read(reader, store.kept)
+                try:
+                    store.writer = files.Writer(reader, store.kept.last_serial)
+                except files.ChangedError:  # another process has begun to write
+                    raise _exists(path) from None
+        self._journal = Journal(store)
+        self._last_step = store.kept.last_step
         self._warned_going_back = False
-        self._read(self._journal.open())
+        self._reported = 0  # missing entries that `close` has warned about
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], *, max_bytes: int = _MAX_BYTES) -> History:
+    def load(
+        cls,
+        path: _Path,
+        *,
+        max_bytes: int = _MAX_BYTES,
+    ) -> History:
         """Return the history in a file. Entries appended to it later are not written to the file.
 
         If the file ends within a line, as after a crash, all lines before are read, and a warning
         says how many were lost.
 
         Raises:
+            OSError: the file cannot be read.
             ValueError: not a history file, or a broken or invalid line (an incomplete end after a
                 crash is allowed).
         """
         history = cls(max_bytes=max_bytes)
-        history._read(Reader(os.fspath(path)))
+        kept = history._journal.store.kept
+        with Reader(_resolved(path, "History.load")) as reader:
+            _read(reader, kept)
+        history._last_step = kept.last_step
         return history
 
     def append(self, step: int, summary: Summary) -> None:
         """Add the summary of a step.
 
-        It does not wait for a GPU: pending statistics are written to the file by a later
-        `append`, `wait` or `close`.
+        It does not wait for statistics that are not available yet, because a GPU or other ranks are
+        still at work: a later call of `append`, `wait` or `close` records them. If they never
+        become available, for example because a rank has ended, the entry is left out with a
+        warning.
 
         Steps increase. If `step` is not greater than the last one, the run went back, for example
         to a checkpoint: all entries from `step` on are dropped, now and whenever the file is read.
         The first time, a warning says so.
+
+        If the file cannot be written, a warning says so once, and later calls try again.
 
         Raises:
             TypeError: `step` is not a whole number, or `summary` is not a `Summary`.
@@ -115,32 +134,38 @@ class History:
                 f"paramstats.History.append: expected a Summary, got {type(summary).__name__} "
                 f"at step {step}; pass paramstats.summarize(model)"
             )
-        with self._journal.lock:
-            last = self._kept.entries[-1].step if self._kept.entries else step - 1
-            if step <= last and not self._warned_going_back:
-                self._warned_going_back = True
-                warnings.warn(
-                    f"paramstats.History.append: step {step} comes after step {last}, so the run "
-                    f"went back: earlier entries from step {step} on are dropped",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
-            self._journal.add(self._kept.add(step, None, summary))
+        last = self._last_step
+        if step <= last and not self._warned_going_back:
+            self._warned_going_back = True
+            warnings.warn(
+                f"paramstats.History.append: step {step} comes after step {last}, so the run "
+                f"went back: earlier entries from step {step} on are dropped",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        self._journal.append(step, summary)
+        self._last_step = step
 
     def wait(self) -> History:
         """Wait until all statistics are available and written to the file; return this history."""
-        with self._journal.lock:
-            self._journal.settle(wait=True)
+        self._journal.settle(wait=True)
         return self
 
     def close(self) -> None:
-        """Write the remaining entries, then unlock and close the file.
+        """Wait for all statistics and write them; warn if the file lacks entries.
 
-        The entries stay in memory. A later `append` opens the file again.
+        The history can still be used: no file is open between two calls.
         """
-        with self._journal.lock:
-            self._journal.settle(wait=True)
-            self._journal.close()
+        store = self._journal.settle(wait=True)
+        if store.writer is not None and store.missing > self._reported:
+            self._reported = store.missing
+            warnings.warn(
+                f"paramstats.History: '{store.writer.path}' lacks {store.missing} "
+                f"{'entry' if store.missing == 1 else 'entries'}; save(path) writes those in "
+                f"memory to another file",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def __enter__(self) -> History:
         return self
@@ -148,184 +173,63 @@ class History:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: _Path) -> None:
         """Write the entries in memory to a file, for `load`.
 
-        An existing file is replaced in one step, or left as it is if writing fails.
-        """
-        with self._journal.lock:
-            self._journal.settle(wait=True)
-            self._journal.save(os.path.realpath(path), self._kept.entries)
-
-    # ---- entries and arrays
-
-    def __len__(self) -> int:
-        return len(self._kept.entries)
-
-    def __iter__(self) -> Iterator[tuple[int, Summary]]:
-        return iter([(entry.step, entry.summary) for entry in self._kept.entries])
-
-    def __contains__(self, name: object) -> bool:
-        return any(name in layout.index for layout in self._layouts())
-
-    def __getitem__(self, name: str) -> ParamSeries:
-        if name not in self:
-            known = [known for layout in self._layouts() for known in layout.index]
-            raise KeyError(no_such_name(name, known, len(self.names)))
-        import_optional("numpy", "History")
-        from paramstats._history.series import ParamSeries
-
-        return ParamSeries(self.steps, [summary.get(name) for _, summary in self])
-
-    @property
-    def total(self) -> TotalSeries:
-        """The statistics of all parameters together, at every step; `.grad` has the gradients'."""
-        import_optional("numpy", "History")
-        from paramstats._history.series import TotalSeries
-
-        return TotalSeries(self.steps, [summary.total for _, summary in self])
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The first name of every tensor of any step, in order of appearance."""
-        return tuple(dict.fromkeys(name for layout in self._layouts() for name in layout.names))
-
-    @property
-    def steps(self) -> npt.NDArray[np.int64]:
-        """The steps of the entries, increasing."""
-        numpy = import_optional("numpy", "History")
-        steps: npt.NDArray[np.int64] = numpy.array([step for step, _ in self], dtype=numpy.int64)
-        return steps
-
-    def to_pandas(self, stats: str | Sequence[str] = STATS) -> pandas.DataFrame:
-        """Return a DataFrame with a row per step and tensor; columns as in `Summary.to_pandas`.
-
-        >>> import torch, paramstats
-        >>> history = paramstats.History()
-        >>> for step in range(2):
-        ...     history.append(step, paramstats.summarize({"w": torch.ones(4), "b": torch.ones(1)}))
-        >>> history.to_pandas(stats=("norm",)).loc[1, "norm"].to_dict()
-        {'w': 2.0, 'b': 1.0}
-
-        Args:
-            stats: names of statistics. Columns of gradients begin with `grad_`; they are NaN where
-                there is no gradient.
-        """
-        frames = import_optional("pandas", "History.to_pandas")
-        names, positions = checked_stats(stats, "History.to_pandas")
-        from paramstats._history.cells import table_of
-
-        columns = [*names, *(f"grad_{name}" for name in names)]
-        index = [(step, name) for step, summary in self for name in summary]
-        frame: pandas.DataFrame = frames.DataFrame(
-            table_of([record_of(summary) for _, summary in self], positions),
-            index=frames.MultiIndex.from_tuples(index, names=("step", "name")),
-            columns=columns,
-        )
-        return frame
-
-    def __repr__(self) -> str:
-        entries = self._kept.entries
-        span = f", steps {entries[0].step} to {entries[-1].step}" if entries else ""
-        return f"<History of {len(self)} summaries of {len(self.names)} tensors{span}>"
-
-    # ---- plots
-
-    def plot(
-        self,
-        names: Names | None = None,
-        *,
-        stat: str = "norm",
-        kind: str = "grad",
-        ax: Axes | None = None,
-    ) -> Figure:
-        """Draw a statistic over steps: a line per tensor, labelled at its end.
-
-        >>> import torch, paramstats
-        >>> history = paramstats.History()
-        >>> for step in range(3):
-        ...     history.append(step, paramstats.summarize({"w": torch.full((4,), float(step))}))
-        >>> figure = history.plot("w", stat="norm", kind="param")
-        >>> figure.axes[0].get_title(loc="left")
-        'parameter L2 norm'
-
-        Args:
-            names: one or several names, or regular expressions to search in the names. "total" is
-                all parameters together. None: all tensors. With more than twenty selected tensors
-                (ten if None), a `heatmap` without the total is drawn.
-            stat: a statistic of `TensorStats`, or "min_update_ratio", which ignores `kind`.
-            kind: "grad" for gradients, "param" for the tensors themselves.
-            ax: matplotlib axes to draw in. None: a new figure, which a notebook displays.
-
-        Returns:
-            The `matplotlib.figure.Figure`. `savefig` writes it to a file.
+        An existing file is replaced in one step and keeps its mode, or it is left as it is if
+        writing fails. The history's own file already has every entry and is not replaced.
 
         Raises:
-            TypeError: `names` are not names or patterns.
-            ValueError: nothing to draw, or an unknown name, `stat` or `kind`.
-
-        The axis is logarithmic if norms, standard deviations and other magnitudes span more than a
-        factor of 20; zeros are not shown on a logarithmic axis. Steps with NaN or Inf are marked.
+            OSError: the file cannot be written.
+            ValueError: `path` is a folder, a device, a pipe or a socket.
         """
-        max_lines = _MAX_LINES if names is None else _MAX_CHOSEN_LINES
-        return self._draw("plot", names, stat, kind, ax, max_lines)
+        path = _resolved(path, "History.save")
+        store = self._journal.settle(wait=True)
+        if store.writer is None or not store.writer.is_file(path):
+            files.save(path, store.kept.entries[:])
+        elif store.missing:
+            raise OSError(
+                f"paramstats.History.save: '{path}' lacks {store.missing} entries and cannot be "
+                f"written; pass another path"
+            )
 
-    def heatmap(
-        self,
-        names: Names | None = None,
-        *,
-        stat: str = "norm",
-        kind: str = "grad",
-        ax: Axes | None = None,
-    ) -> Figure:
-        """Draw a statistic over steps as colors: a row per tensor, a column per entry.
+    def __repr__(self) -> str:
+        entries = self._journal.store.kept.entries[:]  # does not wait
+        tensors = len(names_of(layouts_of(entries)))
+        span = f", steps {entries[0].step} to {entries[-1].step}" if entries else ""
+        pending = f", {len(self._journal)} pending" if len(self._journal) else ""
+        return f"<History of {len(entries)} summaries of {tensors} tensors{span}{pending}>"
 
-        Arguments and errors are those of `plot`. Rows are labelled by tensor, or by module if there
-        are too many. NaN and infinities, zeros and missing gradients have their own colors. Beyond
-        900 entries, neighbors share a column: it shows the largest magnitude, and NaN if any.
-        """
-        return self._draw("heatmap", names, stat, kind, ax, max_lines=0)
+    def _entries(self) -> list[Entry]:
+        """Return the entries in memory, after waiting for their statistics."""
+        return self._journal.settle(wait=True).kept.entries[:]
 
-    def _draw(
-        self,
-        method: str,
-        names: Names | None,
-        stat: str,
-        kind: str,
-        ax: Axes | None,
-        max_lines: int,
-    ) -> Figure:
-        import_optional("matplotlib", f"History.{method}")
-        from paramstats._history import cells, heatmap, line_plot
 
-        function = f"paramstats.History.{method}"
-        if not len(self):
-            raise ValueError(f"{function}: expected entries, got an empty history")
-        check_plot(function, stat, kind)
-        chosen = choose(function, names, self._layouts())
-        has_total = "total" in chosen and "total" not in self
-        tensors = chosen[:-1] if has_total else chosen
-        records = [record_of(summary) for _, summary in self]
-        data = cells.collect(self.steps, records, tensors, stat, kind)
-        is_heatmap = len(chosen) > max_lines
-        if has_total and not is_heatmap:
-            if stat == "min_update_ratio":
-                raise ValueError(f"{function}: expected names for min_update_ratio, got 'total'")
-            data = cells.with_total(data, self.total)
-        if data.is_empty():
-            what = "gradients" if kind == "grad" else "statistics"
-            remedy = "; kind='param' draws the tensors themselves" if kind == "grad" else ""
-            raise ValueError(f"{function}: expected {what}, got none at any step{remedy}")
-        return heatmap.draw_heatmap(data, ax) if is_heatmap else line_plot.draw_lines(data, ax)
+def _exists(path: str) -> FileExistsError:
+    return FileExistsError(
+        f"paramstats.History: expected a new file, got '{path}', which exists; pass resume=True "
+        f"to continue it, or another path"
+    )
 
-    def _layouts(self) -> list[Layout]:
-        """Return the distinct layouts, in order of appearance."""
-        return list(dict.fromkeys(layout_of(summary) for _, summary in self))
 
-    def _read(self, entries: Iterable[Entry]) -> None:
-        for entry in entries:
-            self._kept.add(*entry)
-        self._kept.adopt_spacing()
+def _read(reader: Reader, kept: ThinnedEntries) -> None:
+    """Add the entries of a file to those in memory."""
+    for entry in reader:
+        kept.add(entry.step, entry.summary, layout_of(entry.summary), entry.number)
+    kept.adopt_spacing()
+
+
+def _resolved(path: _Path, function: str) -> str:
+    """Return an absolute path without symbolic links, so that a change of folder has no effect."""
+    try:
+        name = os.fsdecode(path)
+    except TypeError:
+        raise TypeError(
+            f"paramstats.{function}: expected the path of a file, got {path!r}"
+        ) from None
+    if not name or "\0" in name:
+        raise ValueError(f"paramstats.{function}: expected the path of a file, got {path!r}")
+    return os.path.realpath(name)
 
 
 def _checked_step(step: Any) -> int:

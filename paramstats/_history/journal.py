@@ -1,123 +1,98 @@
-"""Write a history's entries to its file as soon as their statistics are available."""
+"""Append to a store from any thread and any signal handler."""
 
 from __future__ import annotations
 
-import os
+import sys
 import threading
-import warnings
-import weakref
-from collections import deque
-from collections.abc import Iterator, Sequence
+from types import FrameType
 from typing import Any
 
-from paramstats._history.file import LockedError, Reader, Writer, write_all
-from paramstats._history.json_lines import Entry
+from paramstats._core import forked
+from paramstats._history.store import Pending, Store, is_lost
+from paramstats._summary import Summary
 
 
 class Journal:
-    """Takes entries in order and writes each one when its statistics are available.
+    """Takes summaries in one operation, and moves them to the store when they are available.
 
-    Callers hold `lock`, so that entries reach the file in the order of `append`. The lock is
-    reentrant, because a signal handler may close the history in the middle of an `append`.
-
-    Args:
-        path: the file. None: entries are not written.
+    A call may be interrupted at any moment by an exception, or by a signal handler that itself
+    calls the journal. An exception leaves a state that the next call continues from. A signal
+    handler works on a copy of the store, writes the file from it, and drops the copy: the
+    interrupted call then continues as if there had been no handler, and writes the same bytes
+    again.
     """
 
-    def __init__(self, path: str | None) -> None:
-        self.lock = threading.RLock()
-        self._path = path
-        self._writer: Writer | None = None  # None: entries are in memory only
-        self._waiting: deque[Entry] = deque()
-        _journals.add(self)
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._pending: list[Pending] = []
+        self._lock = threading.RLock()
+        self._running: FrameType | None = None
+        self._forks = forked.count()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Journal, (None,)  # only one history may write a file
+        return Journal, (Store(self.settle(wait=True).kept.copy()),)  # only one may write a file
 
-    def open(self) -> Iterator[Entry]:
-        """Yield the entries of the file, then get ready to append to it."""
-        if self._path is None:
-            return
-        try:
-            writer = Writer(self._path)  # locked before it is read, so that nothing is missed
-        except LockedError:
-            warnings.warn(
-                f"paramstats.History: '{self._path}' is already open in another History, maybe in "
-                f"another process: entries appended to this one are kept in memory only",
-                RuntimeWarning,
-                stacklevel=4,
-            )
-            yield from Reader(self._path)
-            return
-        reader = Reader(self._path)
-        try:
-            yield from reader
-        except BaseException:
-            writer.close()
-            raise
-        writer.resume(reader.layout, reader.size)
-        self._writer = writer
+    def __len__(self) -> int:
+        """Return the number of entries whose statistics have not arrived yet."""
+        return len(self._pending)
 
-    def add(self, entry: Entry) -> None:
-        """Write the entry, now or when its statistics are available."""
-        self._waiting.append(entry)
-        self.settle()
+    @property
+    def store(self) -> Store:
+        """The store as it is now; does not wait."""
+        return self._store
 
-    def settle(self, wait: bool = False) -> None:
-        """Write the entries whose statistics are available, or wait for all of them.
+    def append(self, step: int, summary: Summary) -> None:
+        """Add an entry; never waits for its statistics."""
+        if forked.count() != self._forks:
+            self._after_fork()
+        self._pending.append((step, summary))
+        self._settle(wait=False)
 
-        This also frees the memory of their transfers from a GPU.
+    def settle(self, wait: bool = False) -> Store:
+        """Move entries to the store; with `wait`, all of them. Returns the store.
+
+        Shows warnings as if they came from the caller's caller.
         """
-        while self._waiting and (wait or self._waiting[0].summary.ready()):
-            entry = self._waiting.popleft()
-            entry.summary.wait()
-            self._write(entry)
+        if forked.count() != self._forks:
+            self._after_fork()
+        if wait:  # without the lock, so that other threads can append
+            for _, summary in self._pending[:]:
+                try:
+                    summary.wait()
+                except Exception:
+                    if not is_lost(summary):
+                        raise  # a signal handler has raised it
+        return self._settle(wait)
 
-    def save(self, path: str, entries: Sequence[Entry]) -> None:
-        """Write these entries to a new file; continue in it if it is this journal's file."""
-        writer = write_all(path, entries)
-        if path != self._path or self._writer is None:
-            writer.close()
-            return
-        if not self._writer.is_open:
-            writer.close()
-        self._writer.close()
-        self._writer = writer
+    def _settle(self, wait: bool) -> Store:
+        with self._lock:
+            store, pending = self._store, self._pending
+            if self._running is not None and _is_on_stack(self._running):
+                store = store.copy()
+                store.settle(pending[:], wait)
+                store.show_messages()
+            else:
+                self._running = sys._getframe()
+                try:
+                    store.settle(pending, wait)
+                    if store.messages:
+                        store.show_messages()
+                finally:
+                    self._running = None
+        return store
 
-    def close(self) -> None:
-        """Unlock and close the file; the next entry opens it again."""
-        if self._writer is not None:
-            self._writer.close()
-
-    def _write(self, entry: Entry) -> None:
-        if self._writer is None:
-            return
-        try:
-            self._writer.write(entry)
-        except OSError as error:  # for example a full disk, which must not stop training
-            warnings.warn(
-                f"paramstats.History: cannot write '{self._path}' any more, entries from step "
-                f"{entry.step} on are kept in memory only: {error}",
-                RuntimeWarning,
-                stacklevel=5,
-            )
-            self._writer.close()
-            self._writer = None
-
-    def after_fork(self) -> None:
-        """Leave the file and the waiting entries to the parent process."""
-        self.lock = threading.RLock()  # a thread of the parent may have held the other
-        self._waiting.clear()
-        if self._writer is not None:
-            self._writer.abandon()
+    def _after_fork(self) -> None:
+        """Leave the file and the pending entries to the parent process."""
+        self._lock = threading.RLock()  # a thread of the parent may have held the other
+        self._running = None
+        self._pending = []
+        self._store.forget_unwritten()
+        self._forks = forked.count()
 
 
-_journals: weakref.WeakSet[Journal] = weakref.WeakSet()
-
-
-def _after_fork_in_child() -> None:
-    for journal in list(_journals):
-        journal.after_fork()
-
-
-os.register_at_fork(after_in_child=_after_fork_in_child)
+def _is_on_stack(frame: FrameType) -> bool:
+    """Return whether this function is called by `frame`, directly or not."""
+    caller: FrameType | None = sys._getframe()
+    while caller is not None and caller is not frame:
+        caller = caller.f_back
+    return caller is not None

@@ -17,68 +17,108 @@ _LAYOUT_ROW_BYTES = 256
 """Size of a tensor in a layout without its name and shape: seven tuple items, an index item."""
 
 
+_NONE = Entry(-1 << 63, -1, Summary(None))
+"""Stands before the first entry."""
+
+
 class ThinnedEntries:
     """The entries whose number is a multiple of a spacing, and the latest entry.
 
     The spacing doubles when the entries take more than `max_bytes`, which drops every second one.
     So the entries are evenly spaced at any time, for a run of any length.
+
+    All statistics of the entries must be available. A call that an exception interrupts can be
+    repeated with the same arguments; the result is then the same as without the interruption.
     """
 
     def __init__(self, max_bytes: int) -> None:
         self.entries: list[Entry] = []
-        self.bytes = 0
         self._max_bytes = max_bytes
         self._spacing = 1
-        self._layouts: set[Layout] = set()
+        self._layouts: dict[Layout, int] = {}  # bytes of an entry, by its layout
+        self._measured = (0, 0)  # serial of the last entry that is counted; bytes
 
-    def add(self, step: int, number: int | None, summary: Summary) -> Entry:
+    def copy(self) -> ThinnedEntries:
+        """Return entries that can be changed independently."""
+        twin = ThinnedEntries(self._max_bytes)
+        twin.entries = self.entries[:]
+        twin._spacing = self._spacing
+        return twin  # the next `add` measures
+
+    @property
+    def bytes(self) -> int:
+        """The size of the entries and of the layouts that they use."""
+        return self._measured[1]
+
+    def add(self, step: int, summary: Summary, layout: Layout, number: int | None = None) -> Entry:
         """Append an entry and return it; drops all entries from `step` on.
 
-        Does not wait for the statistics of `summary`. `number` is None for a new entry.
+        `layout` is the summary's. `number` is that in the file; None for a new entry.
         """
         entries = self.entries
-        replaced: Entry | None = None
-        while entries and entries[-1].step >= step:
-            replaced = self._pop()
-        next_number = entries[-1].number + 1 if entries else 0
-        if number is None:
-            number = next_number
-            if entries and replaced is not None:
-                number = _interpolated_number(entries[-1], replaced, step)
+        first = len(entries)
+        before = entries[-1] if entries else _NONE
+        last = before.serial
+        if before.summary is summary and before.step == step:
+            return before  # an interrupted call has added it
+        after = None
+        while before.step >= step and first:
+            first, after = first - 1, before
+            before = entries[first - 1] if first else _NONE
+        if number is None and first and after is not None:
+            number = _interpolated_number(before, after, step)
         # Files of older versions may have a lower number after the run went back.
-        number = max(number, next_number)
-        if entries and entries[-1].number % self._spacing:
-            self._pop()  # it was kept only as the latest
-        entry = Entry(step, number, summary)
-        entries.append(entry)
-        layout = layout_of(summary)
-        self.bytes += _entry_bytes(layout)
-        if layout not in self._layouts:
-            self._layouts.add(layout)
-            self.bytes += _layout_bytes(layout)
-        if self.bytes > self._max_bytes:
-            self._measure()
-        while self.bytes > self._max_bytes and len(entries) > 2:
-            self._spacing *= 2
-            entries[:-1] = [e for e in entries[:-1] if e.number % self._spacing == 0]
-            self._measure()
+        number = before.number + 1 if number is None else max(number, before.number + 1)
+        entry = Entry(step, number, summary, last + 1)
+        if first and before.number % self._spacing:
+            first -= 1  # it was kept only as the latest
+        counted, size = self._measured
+        for dropped in entries[first:]:
+            size -= _entry_bytes(layout_of(dropped.summary))
+        own = self._layouts.get(layout)
+        if own is None:
+            own = _entry_bytes(layout)
+            size += _layout_bytes(layout)
+        size += own
+        entries[first:] = [entry]
+        if counted != last or size > self._max_bytes:  # `last` may be of an interrupted call
+            self._thin()
+        else:
+            self._measured = (last + 1, size)
+            self._layouts[layout] = own
         return entry
+
+    @property
+    def last_serial(self) -> int:
+        """The serial of the latest entry, 0 without entries."""
+        return self.entries[-1].serial if self.entries else 0
+
+    @property
+    def last_step(self) -> float:
+        """The step of the latest entry, -inf without entries."""
+        return self.entries[-1].step if self.entries else -math.inf
 
     def adopt_spacing(self) -> None:
         """Set the spacing to that of the present entries, which a file may have held thinned."""
         self._spacing = math.gcd(*(entry.number for entry in self.entries[:-1])) or self._spacing
 
-    def _pop(self) -> Entry:
-        """Remove the latest entry; its layout keeps counting until the next `_measure`."""
-        entry = self.entries.pop()
-        self.bytes -= _entry_bytes(layout_of(entry.summary))
-        return entry
+    def _thin(self) -> None:
+        """Measure the entries, and double the spacing until they are within the limit."""
+        kept, size = self._spaced()
+        while size > self._max_bytes and len(kept) > 2:
+            self._spacing *= 2
+            kept, size = self._spaced()
+        self.entries[:] = kept
+        layouts = {layout_of(entry.summary) for entry in kept}
+        self._layouts = {layout: _entry_bytes(layout) for layout in layouts}
+        self._measured = (kept[-1].serial, size)
 
-    def _measure(self) -> None:
-        """Set `bytes` to the size of the entries and of the layouts that they use."""
-        layouts = [layout_of(entry.summary) for entry in self.entries]
-        self._layouts = set(layouts)
-        self.bytes = sum(map(_entry_bytes, layouts)) + sum(map(_layout_bytes, self._layouts))
+    def _spaced(self) -> tuple[list[Entry], int]:
+        """Return the entries to keep at the present spacing, and their size."""
+        kept = [entry for entry in self.entries[:-1] if entry.number % self._spacing == 0]
+        kept.append(self.entries[-1])
+        layouts = [layout_of(entry.summary) for entry in kept]
+        return kept, sum(map(_entry_bytes, layouts)) + sum(map(_layout_bytes, set(layouts)))
 
 
 def _interpolated_number(before: Entry, after: Entry, step: int) -> int:

@@ -6,8 +6,11 @@ import gc
 import math
 import subprocess
 import sys
+import threading
 import tracemalloc
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +20,7 @@ from hypothesis import strategies as st
 
 import paramstats
 from paramstats import History, Summary
+from paramstats._core.layout import Layout
 from paramstats._core.options import STATS
 from paramstats._core.reading import DeferredRecord
 from paramstats._summary import layout_of, record_of
@@ -221,7 +225,7 @@ def test_append_does_not_wait_and_writes_in_order(tmp_path):
             summary, transfer = pending(step)
             transfers.append(transfer)
             history.append(step, summary)
-        assert sum(transfer.waits for transfer in transfers) == 0 and len(history) == 4
+        assert repr(history) == "<History of 0 summaries of 0 tensors, 4 pending>"
         assert path.read_text().count('"step"') == 0
         transfers[0].is_ready = transfers[2].is_ready = True
         history.append(4, full(4))
@@ -244,6 +248,82 @@ def test_close_and_save_wait_for_statistics(tmp_path):
     assert list(History.load(tmp_path / "x")) == list(history)
 
 
+class LostRecord:
+    """A record that cannot be computed, as when another rank has ended."""
+
+    def __init__(self, method: str, is_ready: bool = True) -> None:
+        self.method, self.is_ready = method, is_ready
+
+    def ready(self) -> bool:
+        if self.method == "ready":
+            raise RuntimeError("rank 1 has ended")
+        return self.is_ready
+
+    def record(self) -> Any:
+        raise AssertionError("waited for the exchange")
+
+    def result(self) -> Any:
+        raise RuntimeError("rank 1 has ended")
+
+
+@pytest.mark.parametrize("method", ["ready", "result"])
+def test_an_entry_without_statistics_is_left_out(tmp_path, method):
+    history = History(tmp_path / "run.jsonl")
+    history.append(0, full(0))
+    with pytest.warns(RuntimeWarning, match=r"entry of step 1 is left out, .*rank 1 has ended"):
+        history.append(1, Summary(None, LostRecord(method)))
+    history.append(2, full(2))
+    assert history.steps.tolist() == History.load(tmp_path / "run.jsonl").steps.tolist() == [0, 2]
+
+
+def test_an_exchange_is_not_waited_for_until_the_history_is_read():
+    history = History()
+    history.append(0, Summary(None, LostRecord("result", is_ready=False)))
+    history.append(1, full(1))
+    assert "2 pending" in repr(history)
+    with pytest.warns(RuntimeWarning, match="entry of step 0 is left out"):
+        assert len(history) == 1
+
+
+def test_a_thread_that_waits_does_not_stop_others_from_appending():
+    history, began, end = History(), threading.Event(), threading.Event()
+
+    class Slow(LostRecord):
+        def result(self) -> Any:
+            began.set()
+            assert end.wait(60)
+            return record_of(full(0))
+
+    history.append(0, Summary(None, Slow("result", is_ready=False)))
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(history.wait)
+        assert began.wait(60)
+        history.append(1, full(1))
+        end.set()
+        waiting.result(60)
+    assert history.steps.tolist() == [0, 1]
+
+
+def test_names_that_are_missing_in_some_entries_are_not_searched_for(monkeypatch):
+    def fail(*_: object) -> None:
+        raise AssertionError("searched for similar names")
+
+    monkeypatch.setattr("difflib.get_close_matches", fail)
+    history = history_of({"a": torch.ones(2)}, {"b": torch.ones(3)}, {"b": torch.ones(3)})
+    assert np.isnan(history["a"].norm).tolist() == [False, True, True]
+    assert history.to_pandas("count")["count"].tolist() == [2, 3, 3]
+
+
+def test_whether_shards_were_read_survives_saving(tmp_path):
+    record = record_of(full(1))
+    fields = record.layout.fields[:-1]
+    history = History()
+    history.append(0, Summary(record._replace(layout=Layout.shared(*fields, True))))
+    history.save(tmp_path / "run.jsonl")
+    ((_, loaded),) = History.load(tmp_path / "run.jsonl")
+    assert layout_of(loaded).is_sharded
+
+
 # ---- memory
 
 
@@ -254,7 +334,9 @@ def test_entries_are_evenly_spaced_within_the_limit(entries):
     for step in range(entries):
         history.append(step, summary)
         steps = history.steps
-        assert history._kept.bytes <= SMALL_LIMIT and steps[0] == 0 and steps[-1] == step
+        assert (
+            history._journal.store.kept.bytes <= SMALL_LIMIT and steps[0] == 0 and steps[-1] == step
+        )
         gaps = set(np.diff(steps)[:-1].tolist())
         assert len(gaps) <= 1, "one spacing, except before the latest entry"
         assert len(gaps) == 0 or np.diff(steps)[-1] <= min(gaps)
@@ -296,7 +378,7 @@ def test_limit_holds_for_the_memory_in_use(growth):
     used = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
     assert 0.4 * limit < used < limit, used
-    assert 0.4 * limit < history._kept.bytes <= limit
+    assert 0.4 * limit < history._journal.store.kept.bytes <= limit
     layouts = {id(layout_of(summary)) for _, summary in history}
     assert len(layouts) == (len(history) if growth else 1)
 

@@ -32,10 +32,11 @@ from tools.fuzz import memory
 
 SHARES = {
     "modules": 60_000,
-    "tensors": 450_000,
+    "tensors": 437_500,
     "summaries": 80_000,
     "racing": 120_000,
     "tables": 300_000,
+    "histories": 12_500,
 }
 """Executions of each kind in a campaign."""
 

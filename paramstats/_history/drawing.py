@@ -1,0 +1,58 @@
+"""Draw the entries of a history: lines for few tensors, a heat map for many."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from paramstats._history import cells, heatmap, line_plot
+from paramstats._history.json_lines import Entry
+from paramstats._history.selection import Names, check_plot, choose
+from paramstats._history.series import TotalSeries
+from paramstats._summary import layout_of, record_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+def draw(
+    function: str,
+    entries: Sequence[Entry],
+    names: Names | None,
+    stat: str,
+    kind: str,
+    ax: Axes | None,
+    max_lines: int,
+) -> Figure:
+    """Draw a statistic over steps; the arguments are those of `History.plot`.
+
+    Args:
+        function: the name of the called function, for errors.
+        entries: what to draw.
+        names, stat, kind, ax: as in `History.plot`.
+        max_lines: with more selected tensors than this, a heat map is drawn.
+    """
+    if not entries:
+        raise ValueError(f"{function}: expected entries, got an empty history")
+    check_plot(function, stat, kind)
+    layouts = list(dict.fromkeys(layout_of(entry.summary) for entry in entries))
+    chosen = choose(function, names, layouts)
+    has_total = "total" in chosen and not any("total" in layout.index for layout in layouts)
+    tensors = chosen[:-1] if has_total else chosen
+    steps = np.array([entry.step for entry in entries], dtype=np.int64)
+    records = [record_of(entry.summary) for entry in entries]
+    data = cells.collect(steps, records, tensors, stat, kind)
+    is_heatmap = len(chosen) > max_lines
+    if has_total and not is_heatmap:
+        if stat == "min_update_ratio":
+            raise ValueError(f"{function}: expected names for min_update_ratio, got 'total'")
+        total = TotalSeries(steps, [entry.summary.total for entry in entries])
+        data = cells.with_total(data, total)
+    if data.is_empty():
+        what = "gradients" if kind == "grad" else "statistics"
+        remedy = "; kind='param' draws the tensors themselves" if kind == "grad" else ""
+        raise ValueError(f"{function}: expected {what}, got none at any step{remedy}")
+    return heatmap.draw_heatmap(data, ax) if is_heatmap else line_plot.draw_lines(data, ax)

@@ -1,0 +1,179 @@
+"""Look at the entries of a history: summaries by step, arrays, tables and plots."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from paramstats._core.layout import Layout, no_such_name
+from paramstats._core.optional import import_optional
+from paramstats._core.options import STATS, checked_stats
+from paramstats._history.json_lines import Entry
+from paramstats._history.selection import Names
+from paramstats._summary import Summary, layout_of, record_of
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    import pandas
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from paramstats._history.series import ParamSeries, TotalSeries
+
+_MAX_LINES, _MAX_CHOSEN_LINES = 10, 20
+"""Maximum number of lines in `plot`, for a whole model and for selected tensors."""
+
+
+class Views:
+    """The part of `History` that only reads entries."""
+
+    def _entries(self) -> list[Entry]:
+        """Return the entries in memory, after waiting for their statistics."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        return len(self._entries())
+
+    def __iter__(self) -> Iterator[tuple[int, Summary]]:
+        return iter([(entry.step, entry.summary) for entry in self._entries()])
+
+    def __contains__(self, name: object) -> bool:
+        return any(name in layout.index for layout in layouts_of(self._entries()))
+
+    def __getitem__(self, name: str) -> ParamSeries:
+        entries = self._entries()
+        layouts = layouts_of(entries)
+        if not any(name in layout.index for layout in layouts):
+            known = dict.fromkeys(known for layout in layouts for known in layout.index)
+            raise KeyError(no_such_name(name, known, len(names_of(layouts))))
+        import_optional("numpy", "History")
+        from paramstats._history.series import ParamSeries
+
+        return ParamSeries(_steps(entries), [entry.summary.get(name) for entry in entries])
+
+    @property
+    def total(self) -> TotalSeries:
+        """The statistics of all parameters together, at every step; `.grad` has the gradients'."""
+        import_optional("numpy", "History")
+        from paramstats._history.series import TotalSeries
+
+        entries = self._entries()
+        return TotalSeries(_steps(entries), [entry.summary.total for entry in entries])
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The first name of every tensor of any step, in order of appearance."""
+        return tuple(names_of(layouts_of(self._entries())))
+
+    @property
+    def steps(self) -> npt.NDArray[np.int64]:
+        """The steps of the entries, increasing."""
+        return _steps(self._entries())
+
+    def to_pandas(self, stats: str | Sequence[str] = STATS) -> pandas.DataFrame:
+        """Return a DataFrame with a row per step and tensor; columns as in `Summary.to_pandas`.
+
+        >>> import torch, paramstats
+        >>> history = paramstats.History()
+        >>> for step in range(2):
+        ...     history.append(step, paramstats.summarize({"w": torch.ones(4), "b": torch.ones(1)}))
+        >>> history.to_pandas(stats=("norm",)).loc[1, "norm"].to_dict()
+        {'w': 2.0, 'b': 1.0}
+
+        Args:
+            stats: names of statistics. Columns of gradients begin with `grad_`; they are NaN where
+                there is no gradient.
+        """
+        frames = import_optional("pandas", "History.to_pandas")
+        chosen, positions = checked_stats(stats, "History.to_pandas")
+        from paramstats._history.cells import table_of
+
+        entries = self._entries()
+        names = [name for entry in entries for name in entry.summary]
+        steps = _steps(entries).repeat([len(entry.summary) for entry in entries])
+        frame: pandas.DataFrame = frames.DataFrame(
+            table_of([record_of(entry.summary) for entry in entries], positions),
+            index=frames.MultiIndex.from_arrays((steps, names), names=("step", "name")),
+            columns=[*chosen, *(f"grad_{name}" for name in chosen)],
+        )
+        return frame
+
+    # ---- plots
+
+    def plot(
+        self,
+        names: Names | None = None,
+        *,
+        stat: str = "norm",
+        kind: str = "grad",
+        ax: Axes | None = None,
+    ) -> Figure:
+        """Draw a statistic over steps: a line per tensor, labelled at its end.
+
+        >>> import torch, paramstats
+        >>> history = paramstats.History()
+        >>> for step in range(3):
+        ...     history.append(step, paramstats.summarize({"w": torch.full((4,), float(step))}))
+        >>> figure = history.plot("w", stat="norm", kind="param")
+        >>> figure.axes[0].get_title(loc="left")
+        'parameter L2 norm'
+
+        Args:
+            names: one or several names, or regular expressions to search in the names. "total" is
+                all parameters together. None: all tensors. With more than twenty selected tensors
+                (ten if None), a `heatmap` without the total is drawn.
+            stat: a statistic of `TensorStats`, or "min_update_ratio", which ignores `kind`.
+            kind: "grad" for gradients, "param" for the tensors themselves.
+            ax: matplotlib axes to draw in. None: a new figure, which a notebook displays.
+
+        Returns:
+            The `matplotlib.figure.Figure`. `savefig` writes it to a file.
+
+        Raises:
+            TypeError: `names` are not names or patterns.
+            ValueError: nothing to draw, or an unknown name, `stat` or `kind`.
+
+        The axis is logarithmic if norms, standard deviations and other magnitudes span more than a
+        factor of 20; zeros are not shown on a logarithmic axis. Steps with NaN or Inf are marked.
+        """
+        max_lines = _MAX_LINES if names is None else _MAX_CHOSEN_LINES
+        return self._draw("plot", names, stat, kind, ax, max_lines)
+
+    def heatmap(
+        self,
+        names: Names | None = None,
+        *,
+        stat: str = "norm",
+        kind: str = "grad",
+        ax: Axes | None = None,
+    ) -> Figure:
+        """Draw a statistic over steps as colors: a row per tensor, a column per entry.
+
+        Arguments and errors are those of `plot`. Rows are labelled by tensor, or by module if there
+        are too many. NaN and infinities, zeros and missing gradients have their own colors. Beyond
+        900 entries, neighbors share a column: it shows the largest magnitude, and NaN if any.
+        """
+        return self._draw("heatmap", names, stat, kind, ax, max_lines=0)
+
+    def _draw(self, method: str, *arguments: Any, **options: Any) -> Figure:
+        import_optional("matplotlib", f"History.{method}")
+        from paramstats._history.drawing import draw
+
+        return draw(f"paramstats.History.{method}", self._entries(), *arguments, **options)
+
+
+def layouts_of(entries: Sequence[Entry]) -> list[Layout]:
+    """Return the distinct layouts, in order of appearance."""
+    return list(dict.fromkeys(layout_of(entry.summary) for entry in entries))
+
+
+def names_of(layouts: Sequence[Layout]) -> dict[str, None]:
+    """Return the first name of every tensor of any layout, in order of appearance."""
+    return dict.fromkeys(name for layout in layouts for name in layout.names)
+
+
+def _steps(entries: Sequence[Entry]) -> npt.NDArray[np.int64]:
+    numpy = import_optional("numpy", "History")
+    steps: npt.NDArray[np.int64] = numpy.array([entry.step for entry in entries], numpy.int64)
+    return steps
