@@ -127,7 +127,7 @@ def summarize(
         from paramstats import _sharded
 
         select = functools.partial(_select, include=options.include, exclude=options.exclude)
-        call = _sharded.Call(backend, options, params, grads, group, select)
+        call = _sharded.Call(backend, options, params, grads, buffers, group, select)
         with without_modes():
             return _sharded.summarize(call, source, layout, tensors)
     if options.include is not None or options.exclude:

@@ -72,7 +72,8 @@ class Summary(Mapping[str, ParamStats]):
     def _description(self) -> Record:
         """The record without its statistics, which is usually known before they are."""
         deferred = self._deferred
-        return self._record if deferred is None else deferred.record()
+        record = None if deferred is None else deferred.record()
+        return self._record if record is None else record
 
     # ---- the mapping
 
@@ -150,7 +151,9 @@ class Summary(Mapping[str, ParamStats]):
     @property
     def is_local(self) -> bool:
         """Whether the statistics cover only this rank's shards."""
-        return self._description.is_local
+        deferred = self._deferred
+        record = self._ready if deferred is None else deferred.record()
+        return record is not None and record.is_local  # without one, all ranks are asked
 
     @skip_dynamo
     def ready(self) -> bool:
@@ -378,7 +381,14 @@ class Summary(Mapping[str, ParamStats]):
         yield from display.rich_lines(display.table(self._record), options.max_width)
 
     def __repr__(self) -> str:
-        record, n = self._record, len(self)
+        """Describe the summary. Never waits and never raises, as a debugger expects."""
+        if not self.ready():
+            return "<Summary that is not ready>"
+        try:
+            record = self._record
+        except Exception as error:
+            return f"<Summary that failed: {error}>"
+        n = len(record.layout)
         grads = sum(moments.row(record.table, n + row).count != ABSENT for row in range(n))
         where = ", this rank's part of them" if record.is_local else ""
         return f"<Summary of {n} tensors, {grads} with gradients{where}>"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import operator
 import os
@@ -259,6 +260,9 @@ class Watcher:
         """Log what has not been logged yet, and close a history that `watch` has opened."""
         try:
             self.flush()
+            if self._summary is not None:
+                with contextlib.suppress(Exception):  # ranks that do not log take part in it, too
+                    self._summary.wait()
         finally:
             if self._opened is not None:
                 self._opened.close()

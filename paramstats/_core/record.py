@@ -106,8 +106,11 @@ class Record(NamedTuple):
 class Deferred(Protocol):
     """A record that is still being computed, by a device or by a collective call."""
 
-    def record(self) -> Record:
-        """Return the record without waiting, if possible; its table may be incomplete."""
+    def record(self) -> Record | None:
+        """Return the record without waiting, with a table that may be incomplete.
+
+        None if other ranks decide what is in it.
+        """
 
     def ready(self) -> bool:
         """Return whether `result` would not wait."""

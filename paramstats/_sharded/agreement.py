@@ -49,6 +49,27 @@ def _sha256(content: tuple[Any, ...]) -> bytes:
     return hashlib.sha256(repr(content).encode()).digest()
 
 
+Arguments = tuple[tuple[str, str], ...]
+"""The names and values of arguments that must be equal on all ranks."""
+
+
+def check_arguments(arguments: Sequence[Arguments], global_ranks: Sequence[int]) -> None:
+    """Raise ValueError if the arguments of the ranks differ.
+
+    Args:
+        arguments: those of each rank.
+        global_ranks: the ranks' numbers in the default group.
+    """
+    for values in zip(*arguments, strict=True):
+        (name, expected), *others = values
+        for rank, (_, got) in zip(global_ranks[1:], others, strict=True):
+            if got != expected:
+                raise ValueError(
+                    f"paramstats.summarize: expected the same {name} on all ranks, got {expected} "
+                    f"on rank {global_ranks[0]} and {got} on rank {rank}"
+                )
+
+
 class Agreement(NamedTuple):
     """The tensors of all ranks together. Equal on all ranks, except for `positions`."""
 
@@ -83,7 +104,7 @@ def agree(
         global_ranks: the ranks' numbers in the default group, for errors.
 
     Raises:
-        ValueError: two ranks have tensors of one name and different shapes. Raised on all ranks.
+        ValueError: two ranks have different tensors of one name. Raised on all ranks.
     """
     first: dict[str, _Source] = {}
     senders: dict[bytes, int] = {}
@@ -93,13 +114,22 @@ def agree(
         content = contents[digest]
         for row, name in enumerate(content.layout.names):
             source = first.setdefault(name, _Source(content, row, rank))
-            expected = source.content.layout.shapes[source.row], source.content.numels[source.row]
-            got = content.layout.shapes[row], content.numels[row]
-            if got != expected:
+            expected, got = _description(source), _description(_Source(content, row, rank))
+            for what in expected:
+                if got[what] != expected[what]:
+                    raise ValueError(
+                        f"paramstats.summarize: expected one {what} for '{name}' on all ranks, got "
+                        f"{expected[what]} on rank {global_ranks[source.rank]} and {got[what]} on "
+                        f"rank {global_ranks[rank]}; give different tensors different names"
+                    )
+    for source in first.values():
+        for alias in source.content.layout.aliases[source.row]:
+            if alias in first:
+                name = source.content.layout.names[source.row]
                 raise ValueError(
-                    f"paramstats.summarize: expected one shape for '{name}' on all ranks, got "
-                    f"{expected[0]} on rank {global_ranks[source.rank]} and {got[0]} on rank "
-                    f"{global_ranks[rank]}; give different tensors different names"
+                    f"paramstats.summarize: expected the same tied tensors on all ranks, got "
+                    f"'{alias}' tied to '{name}' on rank {global_ranks[source.rank]} and not on "
+                    f"rank {global_ranks[first[alias].rank]}; tie it on all ranks"
                 )
     union = layout if len(senders) == 1 else _union(first, layout)
     own_rows = [union.index[name] for name in layout.names]
@@ -111,6 +141,17 @@ def agree(
         torch.tensor(numels * 2, dtype=torch.int64, device="cpu"),
         torch.tensor(own_rows + [n + row for row in own_rows], dtype=torch.int64, device="cpu"),
     )
+
+
+def _description(source: _Source) -> dict[str, object]:
+    """Return what tensors of one name have in common on all ranks."""
+    (layout, numels), row, _ = source
+    return {
+        "shape": layout.shapes[row],
+        "number of elements": numels[row],
+        "dtype": layout.dtypes[row],
+        "kind": layout.kind(row),
+    }
 
 
 def _union(first: dict[str, _Source], layout: Layout) -> Layout:

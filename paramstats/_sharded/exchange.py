@@ -15,19 +15,19 @@ and one more for each operator and dtype of partial tensors.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import struct
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from paramstats._core.moments import ABSENT, ROW, Moments, merge
 from paramstats._core.record import Record
-from paramstats._sharded.agreement import Agreement, agree
-from paramstats._sharded.collectives import DESTROYED, Ranks
+from paramstats._sharded.agreement import Agreement, Arguments, agree, check_arguments
+from paramstats._sharded.collectives import Ranks
 from paramstats._sharded.local_rows import LocalRows
 from paramstats._sharded.merging import (
     DIVERGED,
@@ -48,28 +48,90 @@ _MAX_REMEMBERED = 64
 
 # Positions of words in a header.
 _DIGEST = slice(0, 4)
-_AGREEMENT, _BACKEND, _FAILED, _PARTIAL = 4, 5, 6, 7
+_AGREEMENT, _BACKEND, _FAILED, _PARTIAL, _ARGUMENTS, _MAGIC = 4, 5, 6, 7, 8, 9
+
+_MAGIC_WORD = hash_word("paramstats")
+"""Tells a header from the data of another collective call."""
 
 T = TypeVar("T")
-Outcome = Record | Exception
+
+
+class _Refused(Exception):  # noqa: N818  # never leaves this file
+    """An error that every rank raises, based on data that every rank has received."""
+
+
+@contextlib.contextmanager
+def _refuses() -> Iterator[None]:
+    """Mark a ValueError as one that every rank raises."""
+    try:
+        yield
+    except ValueError as error:
+        raise _Refused from error
 
 
 class Exchange:
-    """Exchanges states among the ranks of one group; remembers what the ranks agreed on."""
+    """Exchanges states among the ranks of one group; remembers what the ranks agreed on.
+
+    If a call is left between two collective calls, its ranks may be out of step forever. Every
+    later call then raises RuntimeError.
+    """
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
         self._capacity = 0
         self._agreements: dict[bytes, Agreement] = {}
         self._plans: dict[tuple[int, ...], Plan] = {}
-        self._executor = ThreadPoolExecutor(1, "paramstats-exchange")  # starts at first use
+        self._broken: str | None = None  # why the ranks may be out of step
 
-    def run(self, local: LocalRows) -> Record:
+    def run(self, local: LocalRows, arguments: Arguments = ()) -> Record:
         """Merge the rows of all ranks into a record of the whole tensors, equal on all ranks.
 
+        Args:
+            local: the rows of this rank.
+            arguments: those of `summarize` that must be equal on all ranks.
+
         Raises `local.error` if there is one. Otherwise raises on all ranks alike: RuntimeError if
-        elements are missing or a rank failed, ValueError if the ranks' tensors contradict.
+        elements are missing or a rank failed, ValueError if the ranks' tensors or arguments
+        contradict. Raises RuntimeError if a collective call failed, now or before.
         """
+        if self._broken is not None:
+            raise RuntimeError(
+                f"{self._broken} (since then the ranks may be out of step; use a new process group)"
+            )
+        error = None
+        with self.breaks_if_left():
+            try:
+                agreement, merged, diverged = self._exchange(local, arguments)
+            except _Refused as refused:
+                error = refused.__cause__
+        if error is not None:
+            raise error
+        return self._record(merged, agreement, local, diverged)
+
+    @contextlib.contextmanager
+    def breaks_if_left(self) -> Iterator[None]:
+        """Refuse all later calls if an exception leaves the block, in which other ranks wait."""
+        try:
+            yield
+        except BaseException as error:
+            if self._ranks.size > 1:
+                self._broken = str(error)
+                if not self._broken.startswith("paramstats"):
+                    self._broken = (
+                        f"paramstats.summarize: expected every call in the process group to end, "
+                        f"got {type(error).__name__}: {error}"
+                    )
+            raise
+
+    def close_if_broken(self) -> None:
+        """Tell the other ranks, where the connections allow it, that no call will follow."""
+        if self._broken is not None:
+            self._ranks.close()
+
+    def _exchange(
+        self, local: LocalRows, arguments: Arguments
+    ) -> tuple[Agreement, Tensor, dict[str, str]]:
+        """Make all collective calls; return the merged rows, and the tensors that diverged."""
         for _ in range(_MAX_ATTEMPTS):
             agreement = self._agreements.get(local.digest)
             rows = None
@@ -78,33 +140,20 @@ class Exchange:
                     (self._capacity, WORDS), NOT_HELD, dtype=torch.int64, device="cpu"
                 )
                 rows[agreement.positions] = local_rows
-            received = self._send(self._header(local, agreement), rows)
+            received = self._send(self._header(local, arguments, agreement), rows)
             headers = received[:, 0].tolist()
-            self._raise_failure(headers, local)
+            self._check_headers(headers, local, arguments)
             if agreement is not None and {h[_AGREEMENT] for h in headers} == {agreement.id}:
                 same_backend = len({h[_BACKEND] for h in headers}) == 1
                 merged = self._merge(received[:, 1:], agreement.numels, same_backend)
                 digests = [h[_PARTIAL] for h in headers]
-                diverged = self._reduce_partials(digests, agreement, local, merged)
-                return self._record(merged, agreement, local, diverged)
+                return agreement, merged, self._reduce_partials(digests, agreement, local, merged)
             self._agree(headers, local)
         raise RuntimeError("paramstats.summarize: expected the ranks to agree on their tensors")
 
-    def run_later(self, local: LocalRows) -> Future[Outcome]:
-        """Run the exchange on a background thread. Exchanges run one after the other."""
-        return self._executor.submit(self._outcome, local)
-
-    def _outcome(self, local: LocalRows) -> Outcome:
-        try:
-            return self.run(local)
-        except Exception as error:
-            if not dist.is_initialized():
-                return RuntimeError(DESTROYED)
-            # Drop tracebacks, whose frames refer to the model's tensors.
-            cause = error.__cause__
-            return error.with_traceback(None) if cause is None else type(error)(*error.args)
-
-    def _header(self, local: LocalRows, agreement: Agreement | None) -> Tensor:
+    def _header(
+        self, local: LocalRows, arguments: Arguments, agreement: Agreement | None
+    ) -> Tensor:
         words = torch.zeros(WORDS, dtype=torch.int64, device="cpu")
         words[_DIGEST] = torch.tensor(
             struct.unpack("=4q", local.digest), dtype=torch.int64, device="cpu"
@@ -114,23 +163,38 @@ class Exchange:
         words[_BACKEND] = hash_word(local.backend)
         words[_FAILED] = int(local.error is not None)
         words[_PARTIAL] = hash_word(local.partial_specs) if local.partial_specs else 0
+        words[_ARGUMENTS], words[_MAGIC] = hash_word(arguments), _MAGIC_WORD
         return words
 
-    def _raise_failure(self, headers: list[list[int]], local: LocalRows) -> None:
+    def _check_headers(
+        self, headers: list[list[int]], local: LocalRows, arguments: Arguments
+    ) -> None:
+        for rank, header in zip(self._ranks.global_ranks, headers, strict=True):
+            if header[_MAGIC] != _MAGIC_WORD:
+                raise RuntimeError(
+                    f"paramstats.summarize: expected all collective calls in the same order on all "
+                    f"ranks, got the data of another call from rank {rank}"
+                )
         if local.error is not None:
-            raise local.error
+            raise _Refused from local.error
         for rank, header in zip(self._ranks.global_ranks, headers, strict=True):
             if header[_FAILED]:
-                raise RuntimeError(
+                raise _Refused from RuntimeError(
                     f"paramstats.summarize: expected every rank to read its tensors, got an error "
                     f"on rank {rank}; see the traceback of that rank"
                 )
+        words = [header[_ARGUMENTS] for header in headers]
+        if len(set(words)) > 1:
+            by_word = self._contents(words, words[self._ranks.rank], arguments)
+            with _refuses():
+                check_arguments([by_word[word] for word in words], self._ranks.global_ranks)
 
     def _agree(self, headers: list[list[int]], local: LocalRows) -> None:
         """Agree on the union of all ranks' tensors."""
         digests = [struct.pack("=4q", *h[_DIGEST]) for h in headers]
         contents = self._contents(digests, local.digest, local.content)
-        agreement = agree(digests, contents, local.layout, self._ranks.global_ranks)
+        with _refuses():
+            agreement = agree(digests, contents, local.layout, self._ranks.global_ranks)
         # Ranks may clear at different times. If one has no agreement any more, all agree again.
         if len(self._agreements) >= _MAX_REMEMBERED:
             self._agreements.clear()
@@ -185,9 +249,10 @@ class Exchange:
                 self._plans.clear()
             own_digest = digests[self._ranks.rank]
             contents = self._contents(digests, own_digest, local.partial_specs)
-            self._plans[key] = make_plan([contents[digest] for digest in digests])
+            with _refuses():
+                self._plans[key] = make_plan([contents[digest] for digest in digests])
         plan = self._plans[key]
-        states = local.reduce_partials(plan, self._ranks.process_group, self._ranks.device)
+        states = local.reduce_partials(plan, self._ranks)
         layout = agreement.layout
         whole: dict[int, Moments] = {}
         diverged = {}

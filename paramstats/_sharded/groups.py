@@ -1,19 +1,20 @@
-"""Return the exchange of a process group; it exists as long as the group does."""
+"""Return the exchange of a process group, which exists as long as the group does."""
 
 from __future__ import annotations
 
+import functools
 import weakref
 from typing import Any
 
 import torch.distributed as dist
 
+from paramstats._sharded.background import Background
+from paramstats._sharded.channel import Channel
 from paramstats._sharded.collectives import Ranks
 from paramstats._sharded.exchange import Exchange
 
 _exchanges: weakref.WeakKeyDictionary[dist.ProcessGroup, Exchange] = weakref.WeakKeyDictionary()
-_background: weakref.WeakKeyDictionary[dist.ProcessGroup, tuple[Exchange, dist.ProcessGroup]] = (
-    weakref.WeakKeyDictionary()
-)
+_background: weakref.WeakKeyDictionary[dist.ProcessGroup, Background] = weakref.WeakKeyDictionary()
 
 
 def exchange_of(process_group: dist.ProcessGroup | None) -> Exchange:
@@ -27,22 +28,24 @@ def exchange_of(process_group: dist.ProcessGroup | None) -> Exchange:
     return exchange
 
 
-def background_exchange(process_group: dist.ProcessGroup | None) -> Exchange:
-    """Return an exchange among the same ranks in a gloo group of its own.
+def background_of(process_group: dist.ProcessGroup | None) -> Background:
+    """Return what exchanges among the same ranks in the background, over connections of its own.
 
-    Calls in that group cannot get out of order with the program's own collective calls. The group
-    is created at the first use, which is a collective call.
+    The first call connects, and waits for the other ranks. If that fails, every exchange fails.
     """
     process_group = _checked(process_group)
     if process_group is None:
-        return Exchange(Ranks(None))
-    found = _background.get(process_group)
-    if found is None:
-        ranks = dist.get_process_group_ranks(process_group)
-        is_world = len(ranks) == dist.get_world_size()
-        group = dist.new_group(ranks, backend="gloo", use_local_synchronization=not is_world)
-        found = _background[process_group] = (Exchange(Ranks(group)), group)
-    return found[0]
+        return _alone()
+    background = _background.get(process_group)
+    if background is None:
+        background = _background.setdefault(process_group, Background(Channel(process_group)))
+    background.connect()
+    return background
+
+
+@functools.lru_cache(maxsize=1)
+def _alone() -> Background:
+    return Background(Ranks(None))
 
 
 def _checked(process_group: Any) -> dist.ProcessGroup | None:

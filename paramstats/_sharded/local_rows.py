@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from paramstats._core import moments, reference
@@ -17,6 +16,7 @@ from paramstats._core.moments import ABSENT, ROW, Moments, unread
 from paramstats._core.reading import Rows, read_rows
 from paramstats._sharded import partial
 from paramstats._sharded.agreement import content_of
+from paramstats._sharded.collectives import Ranks
 from paramstats._sharded.local_shards import LocalShards
 from paramstats._sharded.merging import WORDS
 
@@ -76,13 +76,9 @@ class LocalRows:
         self._wait()
         return bytes(self._table)
 
-    def reduce_partials(
-        self, plan: partial.Plan, group: dist.ProcessGroup | None, device: torch.device
-    ) -> list[Moments]:
+    def reduce_partials(self, plan: partial.Plan, ranks: Ranks) -> list[Moments]:
         """Reduce the ranks' partial tensors and return the state of each slot of the plan."""
-        reduced = partial.reduce_partials(
-            plan, self._partial_specs, self._partial_values, group, device
-        )
+        reduced = partial.reduce_partials(plan, self._partial_specs, self._partial_values, ranks)
         table, transfers, _ = read_rows(self._backend, reduced, True, False, str)
         table = reference.finished(table, transfers)
         return [moments.row(table, slot) for slot in range(len(reduced))]

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from paramstats._sharded.collectives import Ranks
 from paramstats._sharded.merging import hash_word
 
 Label = tuple[str, bool]  # a tensor's first name, and whether its gradient is meant
@@ -159,18 +160,16 @@ def reduce_partials(
     plan: Plan,
     specs: dict[Label, PartialSpec],
     values: dict[Label, Tensor],
-    group: dist.ProcessGroup | None,
-    device: torch.device,
+    ranks: Ranks,
 ) -> list[Tensor]:
     """Return the reduced elements of each slot.
 
     Args:
         plan: the plan of all ranks; it alone determines the collective calls.
         specs, values: this rank's partial tensors.
-        group: the ranks; None: this process alone.
-        device: the device for collectives of `group`.
+        ranks: the ranks, for the collective calls.
     """
-    buffers = {}
+    buffers, device = {}, ranks.device
     for (operator, dtype), size in plan.sizes.items():
         neutral = _neutral(operator, dtype)
         buffers[operator, dtype] = torch.full((size,), neutral, dtype=dtype, device=device)
@@ -178,9 +177,8 @@ def reduce_partials(
     for slot, part in zip(plan.slots, parts, strict=True):
         if specs.get(slot.label) == slot.spec:
             part.copy_(values[slot.label])
-    if group is not None:
-        for (operator, _), buffer in buffers.items():
-            dist.all_reduce(buffer, _OPERATORS[operator], group)
+    for (operator, _), buffer in buffers.items():
+        ranks.all_reduce(buffer, _OPERATORS[operator])
     for slot, part in zip(plan.slots, parts, strict=True):
         if slot.spec.reduction.divisor > 1:
             part /= slot.spec.reduction.divisor

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
@@ -19,8 +18,8 @@ from paramstats._core.layout import Layout
 from paramstats._core.options import Options
 from paramstats._core.reading import warn_once
 from paramstats._core.record import Record
-from paramstats._sharded.exchange import Outcome
-from paramstats._sharded.groups import background_exchange, exchange_of
+from paramstats._sharded.agreement import Arguments
+from paramstats._sharded.groups import background_of, exchange_of
 from paramstats._sharded.local_rows import LocalRows
 from paramstats._sharded.local_shards import LocalShards
 from paramstats._sharded.wrappers import find_shards
@@ -34,6 +33,7 @@ class Call(NamedTuple):
     options: Options
     params: bool
     grads: bool
+    buffers: bool
     group: dist.ProcessGroup | None
     select: Callable[[Layout, list[Any]], tuple[Layout, list[Any]]]
 
@@ -47,25 +47,43 @@ def summarize(call: Call, source: Any, layout: Layout, tensors: list[Any]) -> Su
         layout, tensors: the tensors of `source` as this rank has them.
     """
     options = call.options
-    try:
-        rows = _read(call, *call.select(*find_shards(source, layout, tensors)))
-    except Exception as error:  # raised by the exchange, because the other ranks wait for this one
-        rows = LocalRows.failed(call.backend, error)
-    if options.async_op:
-        future = background_exchange(call.group).run_later(rows)
-        return Summary(None, _DeferredExchange(future, options))
-    if not options.local:
-        record = exchange_of(call.group).run(rows)
-    elif rows.error is not None:
-        raise rows.error
-    else:
+    if options.local:
+        rows = _read(call, source, layout, tensors)
+        if rows.error is not None:
+            raise rows.error
         record = Record(rows.layout, rows.table(), skipped=rows.skipped, is_local=True)
+    else:
+        background = background_of(call.group) if options.async_op else None
+        exchange = background.exchange if background else exchange_of(call.group)
+        with exchange.breaks_if_left():
+            try:
+                rows = _read(call, source, layout, tensors)
+            except Exception as error:  # raised by the exchange: the other ranks wait for this one
+                rows = LocalRows.failed(call.backend, error)
+        if background is not None:
+            return Summary(None, background.submit(rows, _common_arguments(call), options))
+        record = exchange.run(rows, _common_arguments(call))
     warn_once(record.skipped, stacklevel=4)
-    return Summary(_with_options(record, options))
+    return Summary(record._replace(correction=options.correction, grad_scale=options.grad_scale))
 
 
-def _read(call: Call, layout: Layout, tensors: list[Any]) -> LocalRows:
+def _common_arguments(call: Call) -> Arguments:
+    """Return the arguments that must be equal on all ranks."""
+    include, exclude, correction, grad_scale, *_ = call.options
+    return (
+        ("params", str(bool(call.params))),
+        ("grads", str(bool(call.grads))),
+        ("buffers", str(bool(call.buffers))),
+        ("include", str(include and [(p.pattern, p.flags) for p in include])),
+        ("exclude", str([(p.pattern, p.flags) for p in exclude])),
+        ("correction", str(correction)),
+        ("grad_scale", str(grad_scale)),
+    )
+
+
+def _read(call: Call, source: Any, layout: Layout, tensors: list[Any]) -> LocalRows:
     """Read this rank's shards of the tensors, and of their gradients."""
+    layout, tensors = call.select(*find_shards(source, layout, tensors))
     native = call.backend.native
     if native is not None and "torch.distributed.tensor" in sys.modules:
         native.set_dtensor_class(sys.modules["torch.distributed.tensor"].DTensor)
@@ -78,27 +96,3 @@ def _read(call: Call, layout: Layout, tensors: list[Any]) -> LocalRows:
         shapes = tuple(None if shape is None else tuple(x.shape) for shape, x in local)
         layout = Layout.shared(names, aliases, parameters, shapes, *rest)
     return LocalRows(call.backend, layout, tensors, shards, call.params)
-
-
-def _with_options(record: Record, options: Options) -> Record:
-    return record._replace(correction=options.correction, grad_scale=options.grad_scale)
-
-
-class _DeferredExchange:
-    """The record of an exchange that runs in the background."""
-
-    def __init__(self, future: Future[Outcome], options: Options) -> None:
-        self._future = future
-        self._options = options
-
-    def record(self) -> Record:
-        return self.result()
-
-    def ready(self) -> bool:
-        return self._future.done()
-
-    def result(self) -> Record:
-        outcome = self._future.result()
-        if isinstance(outcome, Exception):
-            raise outcome.with_traceback(None)  # otherwise it would grow at every call
-        return _with_options(outcome, self._options)

@@ -25,8 +25,8 @@ SECONDS = 90  # for a call; then the ranks are killed, and the next call starts 
 _GRACE_SECONDS = 5  # for the other ranks after one has failed
 _COLLECTIVE = timedelta(seconds=30)  # for a collective call, so that a rank tells where it waited
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(
     ["torch.distributed.fsdp", "torch.distributed.tensor.parallel", "paramstats"]
 )
 _pool: list[tuple[Any, Any]] = []  # the process of each rank, and the connection to it
@@ -58,8 +58,8 @@ def run_on_ranks(
     failures = ["interrupted"]
     try:
         while len(pool) < count:
-            here, there = _context.Pipe()
-            process = _context.Process(target=_serve, args=(len(pool), there), daemon=True)
+            here, there = context.Pipe()
+            process = context.Process(target=_serve, args=(len(pool), there), daemon=True)
             process.start()
             there.close()
             pool.append((process, here))
@@ -117,10 +117,7 @@ def _serve(rank: int, connection: Any) -> None:
 def _run(rank: int, count: int, folder: str, call: Callable[[], Any]) -> Any:
     """Call in a new default group, and leave no group behind."""
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(count), LOCAL_RANK=str(rank))
-    loopback = min(
-        (name for _, name in socket.if_nameindex()), key=lambda n: not n.startswith("lo")
-    )
-    os.environ.update(MASTER_ADDR="127.0.0.1", GLOO_SOCKET_IFNAME=loopback)
+    use_loopback()
     store = dist.FileStore(f"{folder}/store", count)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=_COLLECTIVE)
     torch.manual_seed(0)
@@ -131,6 +128,14 @@ def _run(rank: int, count: int, folder: str, call: Callable[[], Any]) -> Any:
         dist.destroy_process_group()
     free_groups()
     return result
+
+
+def use_loopback() -> None:
+    """Make gloo connect the ranks of this machine."""
+    loopback = min(
+        (name for _, name in socket.if_nameindex()), key=lambda n: not n.startswith("lo")
+    )
+    os.environ.update(MASTER_ADDR="127.0.0.1", GLOO_SOCKET_IFNAME=loopback)
 
 
 def free_groups() -> None:
