@@ -381,8 +381,9 @@ class Summary(Mapping[str, ParamStats]):
         yield from display.rich_lines(display.table(self._record), options.max_width)
 
     def __repr__(self) -> str:
-        """Describe the summary. Never waits and never raises, as a debugger expects."""
-        if not self.ready():
+        """Describe the summary. Never waits for other ranks and never raises."""
+        deferred = self._deferred
+        if deferred is not None and deferred.record() is None and not deferred.ready():
             return "<Summary that is not ready>"
         try:
             record = self._record

@@ -7,6 +7,7 @@ local_rows (read them), exchange (collective calls), merging.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 
 from paramstats._core.backend import Implementation
-from paramstats._core.layout import Layout
+from paramstats._core.layout import Layout, Patterns
 from paramstats._core.options import Options
 from paramstats._core.reading import warn_once
 from paramstats._core.record import Record
@@ -70,15 +71,22 @@ def summarize(call: Call, source: Any, layout: Layout, tensors: list[Any]) -> Su
 def _common_arguments(call: Call) -> Arguments:
     """Return the arguments that must be equal on all ranks."""
     include, exclude, correction, grad_scale, *_ = call.options
-    return (
-        ("params", str(bool(call.params))),
-        ("grads", str(bool(call.grads))),
-        ("buffers", str(bool(call.buffers))),
-        ("include", str(include and [(p.pattern, p.flags) for p in include])),
-        ("exclude", str([(p.pattern, p.flags) for p in exclude])),
-        ("correction", str(correction)),
-        ("grad_scale", str(grad_scale)),
-    )
+    arguments = {
+        "params": bool(call.params),
+        "grads": bool(call.grads),
+        "buffers": bool(call.buffers),
+        "include": None if include is None else _texts(include),
+        "exclude": _texts(exclude),
+        "correction": correction,
+        "grad_scale": grad_scale,
+    }
+    return tuple((name, str(value)) for name, value in arguments.items())
+
+
+def _texts(patterns: Patterns) -> list[str]:
+    """Return regular expressions as text, with their flags if they are not the default."""
+    default = re.compile("").flags
+    return [p.pattern if p.flags == default else repr(p) for p in patterns]
 
 
 def _read(call: Call, source: Any, layout: Layout, tensors: list[Any]) -> LocalRows:

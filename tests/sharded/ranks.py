@@ -27,7 +27,12 @@ _COLLECTIVE = timedelta(seconds=30)  # for a collective call, so that a rank tel
 
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(
-    ["torch.distributed.fsdp", "torch.distributed.tensor.parallel", "paramstats"]
+    [
+        "torch.distributed.fsdp",
+        "torch.distributed.tensor.parallel",
+        "tests.sharded.models",
+        "tests.sharded.ranks",
+    ]
 )
 _pool: list[tuple[Any, Any]] = []  # the process of each rank, and the connection to it
 

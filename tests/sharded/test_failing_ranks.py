@@ -62,7 +62,7 @@ CASES: dict[str, tuple[str, str, list[str], list[str]]] = {
     "destroyed": ("async async async", "async destroy leave", [GOOD, LOST, AGAIN], [GOOD]),
     "no fault": (
         "sync async sync async sync async pending pending destroy read read",
-        "wait sync wait async fail-sync fail-async sync async pending wait pending destroy read read",
+        "wait sync async fail-sync fail-async sync async pending wait pending destroy read read",
         [GOOD, GOOD, TOLD, TOLD, *[GOOD] * 4],
         [GOOD, GOOD, RAISED, RAISED, *[GOOD] * 4],
     ),
@@ -74,6 +74,8 @@ def _serve(case: str, rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     use_loopback()
     store = dist.FileStore(str(folder / "store"), 3)
+    store.set(f"started {rank}", "")  # it may take longer than the timeout
+    store.wait([f"started {rank}" for rank in range(3)], timedelta(seconds=60))
     timeout = timedelta(seconds=TIMEOUT)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=3, timeout=timeout)
     source = {"w": paramstats.LocalShard(torch.full((4,), float(rank)), rank, 12)}

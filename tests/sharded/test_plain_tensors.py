@@ -15,8 +15,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 import paramstats
 from paramstats._sharded import groups
-from paramstats._sharded.collectives import Ranks
-from paramstats._sharded.merging import WORDS
 from tests import oracle
 from tests.sharded.models import (
     Transformer,
@@ -119,7 +117,7 @@ def test_groups_are_checked_and_freed():
     x = sharded(torch.ones(4))
     paramstats.summarize({"x": x})
     paramstats.summarize({"x": x}, async_op=True).wait()
-    kept = [weakref.ref(world), weakref.ref(groups._background[world][1])]
+    kept = [weakref.ref(world), weakref.ref(groups.background_of(world))]
     dist.barrier()
     dist.destroy_process_group()
     del world, only_0, x
@@ -162,15 +160,3 @@ def test_ddp_communicates_only_with_a_group():
         model.norm.weight.data[3] += 1e-6
     diverged = paramstats.summarize(wrapped, group=dist.group.WORLD).diverged
     assert list(diverged) == ["norm.weight"]
-
-
-def test_destroyed_group_is_named_as_the_cause():
-    ranks = Ranks(None)
-    ranks._reference = lambda: None
-    for call, value in (
-        (ranks.all_gather, torch.ones(1, WORDS)),
-        (ranks.all_to_all, torch.ones(1, 1, WORDS)),
-        (lambda value: ranks.broadcast(value, 0), "value"),
-    ):
-        with pytest.raises(RuntimeError, match="call wait\\(\\) on the summary before destroy"):
-            call(value)
