@@ -80,8 +80,7 @@ def summarize(
         local: for a sharded model, read only the elements on this rank, without communication.
         group: the ranks that hold the model together; default: all ranks. With a group, the call
             is collective for any model. This merges the stages of a pipeline.
-        async_op: for a sharded model, exchange the statistics in the background, in a process
-            group of its own. Without effect on a model of plain tensors, which exchanges nothing.
+        async_op: for a sharded model, exchange the statistics in the background. Without effect on a model of plain tensors, which exchanges nothing.
 
     Returns:
         A `Summary` in the order of `named_parameters()`. A tied parameter is one entry under its
@@ -91,10 +90,11 @@ def summarize(
     Raises:
         TypeError: `source` is none of the above, a name is not a str, or a value is not a tensor.
         ValueError: two tensors have the same name; `correction` or `grad_scale` is not a usable
-            number; `local` is combined with `group` or `async_op`.
+            number; `local` is combined with `group` or `async_op`; the ranks of a sharded model
+            have different arguments, or different tensors of one name.
         NotImplementedError: a gradient is sharded and its parameter is not.
         RuntimeError: the current stream of a tensor's device is being captured into a CUDA graph;
-            or, on all ranks, elements of a sharded tensor are missing.
+            or elements of a sharded tensor are missing, or another rank does not make the call.
 
     The call changes nothing: no value, no version counter, no autograd history, no random state.
 
@@ -104,7 +104,7 @@ def summarize(
 
     For a sharded model (DTensor, FSDP, FSDP2, ZeRO-3, `LocalShard`), the statistics are those of
     whole tensors, equal on all ranks. The call is then collective: every rank of `group` must make
-    it. A model of plain tensors never communicates, also under DDP.
+    it, with the same arguments. A model of plain tensors never communicates, also under DDP.
 
     A tensor that cannot be read, such as a subclass that hides its elements, raises nothing. Its
     statistics are NaN, `Summary.skipped` gives the reason, and one warning is issued.

@@ -41,7 +41,8 @@ class Summary(Mapping[str, ParamStats]):
     ((3, 4), 23)
 
     A tied parameter can be looked up under all its names; iteration gives the first. Statistics of
-    tensors on a GPU may be pending: reading one waits for the transfer of this summary only.
+    tensors on a GPU may be pending: reading one waits for the transfer of this summary only. With
+    `async_op=True`, the exchange with other ranks may be pending, and with it the names.
     """
 
     __slots__ = ("_deferred", "_ready")
@@ -144,7 +145,7 @@ class Summary(Mapping[str, ParamStats]):
 
         A gradient is named "NAME (gradient)". Replicas are compared by their statistics, to the
         last bit. A difference that changes no statistic, such as the lowest bit of one element
-        among millions, is not seen.
+        among millions, is not seen. Waits for an exchange in the background.
         """
         return MappingProxyType(dict(self._description.diverged))
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
 
 from paramstats._sharded.collectives import Ranks, explain_errors
 
@@ -45,11 +46,13 @@ class Channel(Ranks):
             group = self._group()
             if self._is_connected or group is None:
                 return
+            if not dist.is_gloo_available():
+                raise RuntimeError("a torch without gloo; leave out async_op=True")
             self._is_connected = True  # or failed: a second attempt would find other ranks' first
             store = group.get_group_store()
             # Numbered, because the store may outlive the group, and names of groups come again.
             number = (store.add("paramstats", 1) - 1) // self.size
-            store = dist.PrefixStore(f"paramstats/{number}", store)
+            store = PrefixStore(f"paramstats/{number}", store)
             self._gloo = dist.ProcessGroupGloo(store, self.rank, self.size, _timeout_of(group))
 
     def close(self) -> None:
