@@ -80,7 +80,8 @@ def summarize(
         local: for a sharded model, read only the elements on this rank, without communication.
         group: the ranks that hold the model together; default: all ranks. With a group, the call
             is collective for any model. This merges the stages of a pipeline.
-        async_op: for a sharded model, exchange the statistics in the background. Without effect on a model of plain tensors, which exchanges nothing.
+        async_op: for a sharded model, exchange the statistics in the background. Without effect
+            on a model of plain tensors, which exchanges nothing.
 
     Returns:
         A `Summary` in the order of `named_parameters()`. A tied parameter is one entry under its

@@ -413,7 +413,7 @@ def record_of(summary: Summary) -> Record:
 
 
 def layout_of(summary: Summary) -> Layout:
-    """Return the layout of a summary, without waiting for pending statistics."""
+    """Return the layout of a summary; waits only where other ranks decide what is in it."""
     return summary._description.layout
 
 

@@ -7,7 +7,6 @@ nor `destroy_process_group` depends on a channel.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import threading
 from datetime import timedelta
@@ -20,8 +19,8 @@ from torch.distributed.distributed_c10d import PrefixStore
 
 from paramstats._sharded.collectives import Ranks, explain_errors
 
-_POLL = timedelta(milliseconds=50)
-"""How often a waiting thread looks whether the process is exiting."""
+_MAX_PAUSE = 0.02
+"""Maximum number of seconds until a waiting thread notices that a call has ended."""
 
 exiting = threading.Event()
 """Set when the process exits: whoever waits for other ranks then gives up."""
@@ -81,12 +80,12 @@ class Channel(Ranks):
         A daemon thread that returns from C++ then would end the process with an error. The
         destructor of a group waits for its calls, so at exit the group is never freed.
         """
+        pause = 1e-4
         while not work.is_completed():
-            if exiting.is_set():
+            if exiting.wait(pause):
                 ctypes.pythonapi.Py_IncRef(ctypes.py_object((self._gloo, work, tensors)))
                 raise RuntimeError("the process is exiting")
-            with contextlib.suppress(RuntimeError):  # not completed yet, or raised again below
-                work.wait(_POLL)
+            pause = min(2 * pause, _MAX_PAUSE)
         work.wait()
 
 
