@@ -113,24 +113,29 @@ def summarize(
     Statistics are computed in float64 from short partial sums around a local mean (Chan, Golub,
     LeVeque 1979). Their error is at most 1e-6 of the tensor's root mean square.
     """
-    backend = active()
-    options = make_options(
-        include, exclude, correction, grad_scale, local, group is not None, async_op
-    )
-    if isinstance(source, torch.nn.Module):
-        walked = backend.walk(source, bool(buffers), _make_layout)
-        layout, tensors = walked or python_walk.walk(source, buffers, _make_layout)
-    else:
-        layout, tensors = python_walk.walk_named(
-            source, options.include, options.exclude, _make_layout
+    try:
+        backend = active()
+        options = make_options(
+            include, exclude, correction, grad_scale, local, group is not None, async_op
         )
-    if layout.is_sharded or group is not None:
-        from paramstats import _sharded
+        if isinstance(source, torch.nn.Module):
+            walked = backend.walk(source, bool(buffers), _make_layout)
+            layout, tensors = walked or python_walk.walk(source, buffers, _make_layout)
+        else:
+            layout, tensors = python_walk.walk_named(
+                source, options.include, options.exclude, _make_layout
+            )
+        if layout.is_sharded or group is not None:
+            from paramstats import _sharded
 
-        select = functools.partial(_select, include=options.include, exclude=options.exclude)
-        call = _sharded.Call(backend, options, params, grads, buffers, group, select)
-        with without_modes():
-            return _sharded.summarize(call, source, layout, tensors)
+            select = functools.partial(_select, include=options.include, exclude=options.exclude)
+            call = _sharded.Call(backend, options, params, grads, buffers, group, select)
+            with without_modes():
+                return _sharded.summarize(call, source, layout, tensors)
+    except BaseException as error:
+        if not (local or isinstance(error, Exception)):  # such as Ctrl-C, on this rank only
+            _leave_collective(group, bool(async_op), error)
+        raise
     if options.include is not None or options.exclude:
         layout, tensors = _select(layout, tensors, options.include, options.exclude)
     # read_rows, without the cost of a call for a model that the backend reads by itself.
@@ -145,6 +150,16 @@ def summarize(
     fields = (layout, table, options.correction, options.grad_scale, skipped, NO_NAMES, False)
     record = tuple.__new__(Record, fields)  # takes half the time of Record(...)
     return Summary(None, DeferredRecord(record, transfers)) if transfers else Summary(record)
+
+
+def _leave_collective(
+    group: dist.ProcessGroup | None, async_op: bool, error: BaseException
+) -> None:
+    """Refuse later collective calls, because other ranks may wait for this rank in this one."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        from paramstats import _sharded
+
+        _sharded.leave(group, async_op, error)
 
 
 def _select(

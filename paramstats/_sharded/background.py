@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import contextlib
 import threading
 import time
 import weakref
@@ -35,9 +34,14 @@ class Background:
         weakref.finalize(self, self._worker.queue.put, None).atexit = False
 
     def connect(self) -> None:
-        """Connect to the other ranks at the first call. An error is that of each exchange."""
-        with contextlib.suppress(Exception), self.exchange.breaks_if_left():
+        """Connect to the other ranks at the first call, and wait for them.
+
+        If that fails, all exchanges fail with its error.
+        """
+        try:
             self._ranks.connect()
+        except Exception as error:
+            self.exchange.leave(error)
 
     def submit(self, local: LocalRows, arguments: Arguments, options: Options) -> DeferredExchange:
         """Exchange the rows of this rank; see `Exchange.run`."""

@@ -98,30 +98,27 @@ class Exchange:
             raise RuntimeError(
                 f"{self._broken} (since then the ranks may be out of step; use a new process group)"
             )
-        error = None
-        with self.breaks_if_left():
-            try:
-                agreement, merged, diverged = self._exchange(local, arguments)
-            except _Refused as refused:
-                error = refused.__cause__
-        if error is not None:
-            raise error
-        return self._record(merged, agreement, local, diverged)
-
-    @contextlib.contextmanager
-    def breaks_if_left(self) -> Iterator[None]:
-        """Refuse all later calls if an exception leaves the block, in which other ranks wait."""
         try:
-            yield
+            agreement, merged, diverged = self._exchange(local, arguments)
+        except _Refused as refused:
+            error = refused.__cause__
         except BaseException as error:
-            if self._ranks.size > 1:
-                self._broken = str(error)
-                if not self._broken.startswith("paramstats"):
-                    self._broken = (
-                        f"paramstats.summarize: expected every call in the process group to end, "
-                        f"got {type(error).__name__}: {error}"
-                    )
+            self.leave(error)
             raise
+        else:
+            return self._record(merged, agreement, local, diverged)
+        assert error is not None
+        raise error
+
+    def leave(self, error: BaseException) -> None:
+        """Refuse later calls: because of `error`, this rank has left a call that others wait in."""
+        if self._ranks.size > 1:
+            self._broken = str(error)
+            if not self._broken.startswith("paramstats"):
+                self._broken = (
+                    f"paramstats.summarize: expected every call in the process group to end, got "
+                    f"{type(error).__name__}: {error}"
+                )
 
     def close_if_broken(self) -> None:
         """Tell the other ranks, where the connections allow it, that no call will follow."""

@@ -29,18 +29,22 @@ def exchange_of(process_group: dist.ProcessGroup | None) -> Exchange:
 
 
 def background_of(process_group: dist.ProcessGroup | None) -> Background:
-    """Return what exchanges among the same ranks in the background, over connections of its own.
-
-    The first call connects, and waits for the other ranks. If that fails, every exchange fails.
-    """
+    """Return what exchanges among the same ranks in the background."""
     process_group = _checked(process_group)
     if process_group is None:
         return _alone()
     background = _background.get(process_group)
     if background is None:
         background = _background.setdefault(process_group, Background(Channel(process_group)))
-    background.connect()
     return background
+
+
+def leave(process_group: dist.ProcessGroup | None, async_op: bool, error: BaseException) -> None:
+    """Refuse later calls in a group, because `error` has made this rank leave a call."""
+    if async_op:
+        background_of(process_group).exchange.leave(error)
+    else:
+        exchange_of(process_group).leave(error)
 
 
 @functools.lru_cache(maxsize=1)

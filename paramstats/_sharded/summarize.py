@@ -54,16 +54,15 @@ def summarize(call: Call, source: Any, layout: Layout, tensors: list[Any]) -> Su
             raise rows.error
         record = Record(rows.layout, rows.table(), skipped=rows.skipped, is_local=True)
     else:
-        background = background_of(call.group) if options.async_op else None
-        exchange = background.exchange if background else exchange_of(call.group)
-        with exchange.breaks_if_left():
-            try:
-                rows = _read(call, source, layout, tensors)
-            except Exception as error:  # raised by the exchange: the other ranks wait for this one
-                rows = LocalRows.failed(call.backend, error)
-        if background is not None:
+        try:
+            rows = _read(call, source, layout, tensors)
+        except Exception as error:  # raised by the exchange, because the other ranks wait for it
+            rows = LocalRows.failed(call.backend, error)
+        if options.async_op:
+            background = background_of(call.group)
+            background.connect()
             return Summary(None, background.submit(rows, _common_arguments(call), options))
-        record = exchange.run(rows, _common_arguments(call))
+        record = exchange_of(call.group).run(rows, _common_arguments(call))
     warn_once(record.skipped, stacklevel=4)
     return Summary(record._replace(correction=options.correction, grad_scale=options.grad_scale))
 

@@ -39,6 +39,10 @@ TOLD = (
     "rank 2; see the traceback of that rank"
 )
 RAISED = "MemoryError: on purpose"
+REFUSED = (
+    "RuntimeError: paramstats.summarize: expected every call in the process group to end, got "
+    r"KeyboardInterrupt:  \(since then the ranks may be out of step; use a new process group\)"
+)
 
 # The steps of ranks 0 and 1, those of rank 2, and what these steps give. "sync" and "async" are
 # calls. "pending" is an asynchronous call whose result is read by "read".
@@ -59,6 +63,14 @@ CASES: dict[str, tuple[str, str, list[str], list[str]]] = {
         "async sync sync", "async async async", [GOOD, LOST, AGAIN], [GOOD, LOST, AGAIN],
     ),
     "destroyed": ("async async async", "async destroy leave", [GOOD, LOST, AGAIN], [GOOD]),
+    "sync: interrupted": (
+        "sync sync sync", "interrupt-sync sync leave", [LOST, AGAIN, AGAIN],
+        ["KeyboardInterrupt: ", REFUSED],
+    ),
+    "async: interrupted": (
+        "async async async", "async interrupt-async async leave", [GOOD, LOST, AGAIN],
+        [GOOD, "KeyboardInterrupt: ", REFUSED],
+    ),
     "no fault": (
         "sync async sync async sync async pending pending destroy read read",
         "wait sync async fail-sync fail-async sync async pending wait pending destroy read read",
@@ -66,6 +78,13 @@ CASES: dict[str, tuple[str, str, list[str], list[str]]] = {
         [GOOD, GOOD, RAISED, RAISED, *[GOOD] * 4],
     ),
 }  # fmt: skip
+
+
+class Interrupted(dict[str, Any]):
+    """A mapping that Ctrl-C interrupts while it is listed."""
+
+    def items(self) -> Any:
+        raise KeyboardInterrupt
 
 
 def _serve(case: str, rank: int, folder: Path) -> None:
@@ -90,6 +109,8 @@ def _serve(case: str, rank: int, folder: Path) -> None:
                     with fails:
                         summary = paramstats.summarize(source, async_op=step == "fail-async")
                     mean = summary["w"].mean
+                case "interrupt-sync" | "interrupt-async":
+                    paramstats.summarize(Interrupted(source), async_op=step == "interrupt-async")
                 case "pending":
                     pending.append(paramstats.summarize(source, async_op=True))
                     continue
@@ -104,7 +125,7 @@ def _serve(case: str, rank: int, folder: Path) -> None:
                     time.sleep({"wait": 1, "late": TIMEOUT + 1, "leave": 600}[step])
                     continue
             outcome = f"mean {mean}"
-        except Exception as error:
+        except (Exception, KeyboardInterrupt) as error:
             outcome = f"{type(error).__name__}: {error}"
         with (folder / str(rank)).open("a") as file:
             print(json.dumps((outcome, time.monotonic() - begin)), file=file)
