@@ -24,6 +24,7 @@ EXECUTIONS = {
     "racing": 300,
     "tables": 3000,
     "histories": 500,
+    "ranks": 120,
 }
 summarize = paramstats.summarize
 
@@ -85,7 +86,7 @@ def test_a_slightly_wrong_statistic_is_noticed(native, monkeypatch, kind, field)
         run_cases(kind, 200)
 
 
-@pytest.mark.parametrize("kind", ["modules", "summaries", "racing"])
+@pytest.mark.parametrize("kind", ["modules", "summaries", "racing", "ranks"])
 def test_a_summary_of_another_model_is_noticed(monkeypatch, kind):
     other = {"k1": torch.arange(3.0)}
     monkeypatch.setattr(paramstats, "summarize", lambda *_, **__: summarize(other))

@@ -37,6 +37,7 @@ SHARES = {
     "racing": 120_000,
     "tables": 300_000,
     "histories": 12_500,
+    "ranks": 3_000,
 }
 """Executions of each kind in a campaign."""
 
