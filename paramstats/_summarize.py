@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
@@ -159,7 +160,8 @@ def _leave_collective(
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         from paramstats import _sharded
 
-        _sharded.leave(group, async_op, error)
+        with contextlib.suppress(TypeError, ValueError):  # of a wrong group, which nobody waits in
+            _sharded.leave(group, async_op, error)
 
 
 def _select(
