@@ -63,7 +63,7 @@ class Ranks:
     def broadcast(self, value: T | None, sender: int) -> T:
         """Return the value of rank `sender`."""
         data = bytearray(pickle.dumps(value) if sender == self.rank else b"")
-        size = torch.tensor([len(data)], device=self.device)
+        size = torch.tensor([len(data)], dtype=torch.int64, device=self.device)
         with explain_errors():
             self._broadcast(size, sender)
             sent = torch.empty(int(size), dtype=torch.uint8, device=self.device)

@@ -131,7 +131,11 @@ def test_watch_appends_every_summary_to_the_history():
                 optimizer.zero_grad()
                 backward(model)
                 expected[step] = statistics(paramstats.summarize(model))
-                watcher.step()
+                if step and dist.get_rank() > 0:  # the first step connects the ranks
+                    dist.barrier()
+                watcher.step()  # on rank 0, it does not wait for the other ranks
+                if step and dist.get_rank() == 0:
+                    dist.barrier()
                 optimizer.step()
         history.close()
         if dist.get_rank() == 0:
