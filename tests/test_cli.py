@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import paramstats
 from paramstats import _cli
 
 DEMO = Path(__file__).parent.parent / "examples" / "demo.py"
@@ -34,10 +35,31 @@ def test_unknown_backend_in_the_environment_is_a_one_line_error():
     assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
 
 
-def test_unknown_command_is_an_error(capsys):
+@pytest.mark.parametrize("arguments", [["undo"], ["show"], ["show", "a", "--x\x1b[31m"], []])
+def test_wrong_arguments_are_a_one_line_error(capsys, arguments):
     with pytest.raises(SystemExit, match="2"):
-        _cli.main(["undo"])
-    assert "invalid choice" in capsys.readouterr().err
+        _cli.main(arguments)
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("paramstats") and err[:-1].isprintable()
+
+
+@pytest.mark.parametrize("arguments", ["info", "--help"])
+def test_reader_that_closes_the_pipe_gets_no_traceback(arguments):
+    command = f"'{sys.executable}' -m paramstats {arguments} | true; exit ${{PIPESTATUS[0]}}"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert result.stderr == "" and result.returncode in (0, 141)  # argparse ignores the error
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OverflowError("large"), KeyError("\x1b")])
+def test_unexpected_error_is_one_line(capsys, monkeypatch, error):
+    def fail():
+        raise error
+
+    monkeypatch.setattr(paramstats, "backend", fail)
+    assert _cli.main(["info"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith(f"paramstats info: {type(error).__name__}")
+    assert err[:-1].isprintable()
 
 
 @pytest.mark.parametrize("backend", ["", "reference"])

@@ -130,7 +130,7 @@ def list_uncompared(comparison: Comparison) -> list[str]:
     for name, (a, b) in c.other_shape.items():
         lines.append(f"other shape: {one_line_name(name)}: {list(a)} in a, {list(b)} in b")
     for name, reason in c.skipped.items():
-        lines.append(f"not read: {one_line_name(name)}: {reason}")
+        lines.append(f"not read: {one_line_name(name)}: {one_line_name(reason)}")
     return lines
 
 

@@ -1,16 +1,13 @@
-"""Run `paramstats show`: print the statistics of a checkpoint, or what changed between two."""
+"""Make the text of `paramstats show`: statistics of a checkpoint, or what changed between two."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import csv
 import dataclasses
 import importlib
 import io
 import json
-import os
-import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -20,55 +17,27 @@ from typing import Any
 from paramstats import _display as display
 from paramstats._core.format import one_line_name
 from paramstats._core.options import STATS, did_you_mean
+from paramstats._output import print_error
 from paramstats._summary import record_of
 from paramstats.checkpoints._compare_files import compare_files
 from paramstats.checkpoints._comparison import Change, list_uncompared, make_table, sort_changes
 from paramstats.checkpoints._reading import Progress
 from paramstats.checkpoints._summarize_file import summarize_file
 
+_COMMAND = "paramstats show"
 _CHANGE_STATS = tuple(
     field for field in Change._fields if field not in ("name", "shape", "dtype_a", "dtype_b")
 )
 
-INTERRUPTED = 130
-"""Exit status of a program that Ctrl-C ended, as shells report it."""
-
-BROKEN_PIPE = 141
-"""Exit status of a program whose reader closed the pipe, as shells report it."""
-
-_MAX_LINE_LENGTH = 1000
+_FORMULA_STARTS = tuple("=+-@\uff1d\uff0b\uff0d\uff20")
+"""Spreadsheets run a cell that begins with one of these; the last four are the wide forms."""
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Print what the arguments ask for, and return the exit status: 2 after an error."""
-    if sys.stdout is None:
-        return _fail("paramstats show: expected an open standard output, but it is closed")
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names may have any characters
-    try:
-        if arguments.limit is not None and arguments.limit < 0:
-            raise ValueError(f"paramstats show: expected --limit 0 or more, got {arguments.limit}")
-        return _write(_summarize(arguments) if arguments.other is None else _compare(arguments))
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except OSError as error:
-        path = arguments.file if error.filename is None else error.filename
-        return _fail(f"paramstats show: cannot read {path}: {error.strerror or error}")
-    except (ValueError, RuntimeError, MemoryError, re.error) as error:
-        return _fail(str(error) or f"paramstats show: {type(error).__name__}: {arguments.file}")
-
-
-def _write(text: str) -> int:
-    try:
-        for line in text.splitlines(keepends=True):  # one write could lose its error
-            sys.stdout.write(line)
-        sys.stdout.flush()
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # no second error at exit
-        if isinstance(error, BrokenPipeError):
-            return BROKEN_PIPE
-        return _fail(f"paramstats show: cannot write to standard output: {error.strerror}")
-    return 0
+def make_text(arguments: argparse.Namespace) -> str:
+    """Return what the arguments ask for."""
+    if arguments.limit is not None and arguments.limit < 0:
+        raise ValueError(f"paramstats show: expected --limit 0 or more, got {arguments.limit}")
+    return _summarize(arguments) if arguments.other is None else _compare(arguments)
 
 
 def _summarize(arguments: argparse.Namespace) -> str:
@@ -107,9 +76,10 @@ def _compare(arguments: argparse.Namespace) -> str:
         return json.dumps(shown.to_dict(), indent=1) + "\n"
     if arguments.csv:
         for line in list_uncompared(comparison):
-            _print_error(line)
+            print_error(_COMMAND, line)
         return _csv(Change._fields, [row.to_dict() for row in comparison.rows[:limit]])
-    return f"a: {a}\nb: {b}\n{display.for_print(make_table(comparison, limit))}\n"
+    table = display.for_print(make_table(comparison, limit))
+    return f"a: {one_line_name(a)}\nb: {one_line_name(b)}\n{table}\n"
 
 
 def _check_sort(sort: str | None, stats: Sequence[str]) -> None:
@@ -129,8 +99,16 @@ def _csv(fields: Sequence[str], rows: list[dict[str, Any]]) -> str:
     for row in rows:
         row["shape"] = "x".join(map(str, row["shape"]))
         row["aliases"] = " ".join(row.get("aliases", ()))
-        writer.writerow(row)
+        writer.writerow({field: _cell(value) for field, value in row.items()})
     return out.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    """Return a number as it is, and a text so that no spreadsheet or terminal acts on it."""
+    if not isinstance(value, str):
+        return value
+    text = one_line_name(value)
+    return f"'{text}" if text.startswith(_FORMULA_STARTS) else text
 
 
 @contextmanager
@@ -141,7 +119,7 @@ def _reporting() -> Iterator[Progress | None]:
         with _progress_bar() as progress:
             yield progress
     for warning in caught:
-        _print_error(str(warning.message))
+        print_error(_COMMAND, str(warning.message))
 
 
 @contextmanager
@@ -162,19 +140,3 @@ def _progress_bar() -> Iterator[Progress | None]:
             bar.update(done - bar.n)
 
         yield update
-
-
-def _fail(message: str) -> int:
-    _print_error(message)
-    return 2
-
-
-def _print_error(message: str) -> None:
-    """Print a message on stderr as one line, in the name of this command."""
-    message = re.sub(r"^paramstats[\w.]*:", "paramstats show:", message)
-    line = one_line_name(" ".join(message.split()))
-    if len(line) > _MAX_LINE_LENGTH:
-        line = f"{line[:_MAX_LINE_LENGTH]} ..."
-    with contextlib.suppress(OSError):  # the exit status still reports the error
-        if sys.stderr is not None:
-            print(line, file=sys.stderr, flush=True)

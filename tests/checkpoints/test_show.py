@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from paramstats import _output as output
 from paramstats._cli import main
 from paramstats.checkpoints import _show as show
 from paramstats.checkpoints import summarize_file
@@ -137,11 +138,48 @@ def test_order_of_changes(paths, shown, sort, expected):
     assert [row["name"] for row in rows] == expected
 
 
-def test_names_with_escapes_are_printed_without_them(tmp_path, shown):
-    path = tmp_path / "a.safetensors"
-    path.write_bytes(safetensors_bytes({'esc\x1b[31m\n\ud800"': entry("U8", (1,), (0, 1))}, b"\1"))
-    for arguments in ([], ["--csv"], ["--json"]):
-        assert shown(path, *arguments)[0].count("\x1b") == (1 if arguments == ["--csv"] else 0)
+CONTROLS = "\x00\x07\t\n\r\x1b[31m\x7f\x85\x9b\u2028\u2029\u202a\u202e\u2066\u2069\ud800"
+
+
+def hostile_names(path: Path) -> Path:
+    """Write a file with a name for each control character, two of which have unread tensors."""
+    names = [f"a{c}b" for c in CONTROLS]
+    header = {name: entry("U8", (1,), (i, i + 1)) for i, name in enumerate(names)}
+    end = len(names)
+    header |= {f"{c}f4": entry("F4", (2,), (end, end := end + 1)) for c in "\x1b\u202e"}
+    path.write_bytes(safetensors_bytes(header, bytes(end)))
+    return path
+
+
+@pytest.mark.parametrize("form", [[], ["--csv"], ["--json"], ["--sort", "name"]])
+def test_output_has_no_control_characters(tmp_path, shown, form):
+    folder = tmp_path / "x\x1b[31m\u202ey"
+    folder.mkdir()
+    path = hostile_names(folder / "a.safetensors")
+    other = folder / "b.safetensors"
+    other.write_bytes(safetensors_bytes({"a\x07b": entry("U8", (2,), (0, 2))}, bytes(2)))
+    for paths in ([path], [path, path], [path, other]):
+        for text in shown(*paths, *form):
+            assert all(line.isprintable() for line in text.split("\n")), text
+
+
+def test_csv_cells_are_no_formulas(tmp_path, shown):
+    names = ["=cmd|'/c calc'!A1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "\uff1d1", "'=1", "w"]
+    torch.save({name: torch.tensor([-2.0, -1.0]) for name in names}, tmp_path / "a.pt")
+    rows = csv_rows(shown(tmp_path / "a.pt", "--csv")[0])
+    cells = [
+        "'=cmd|'/c calc'!A1",
+        "'+1",
+        "'-1",
+        "'@SUM(A1)",
+        "\\t=1",
+        "\\r=1",
+        "'\uff1d1",
+        "'=1",
+        "w",
+    ]
+    assert [row["name"] for row in rows] == cells
+    assert {(row["mean"], row["min"]) for row in rows} == {("-1.5", "-2.0")}
 
 
 def test_warnings_are_lines_on_stderr(path, tmp_path, shown):
@@ -177,8 +215,11 @@ def test_wrong_argument_gives_one_line(path, capsys, arguments, message):
             2,
             "cannot read a.pt: Permission denied",
         ),
-        (OSError(5, "Input/output error"), 2, "a.pt: Input/output error"),
-        (MemoryError(), 2, "paramstats show: MemoryError: "),
+        (OSError(5, "Input/output error"), 2, "paramstats show: Input/output error"),
+        (MemoryError(), 2, "paramstats show: MemoryError"),
+        (RecursionError("maximum depth"), 2, "paramstats show: maximum depth"),
+        (OverflowError("too large"), 2, "paramstats show: OverflowError: too large"),
+        (AssertionError("\x1b[31mred\n"), 2, "paramstats show: AssertionError: \\x1b[31mred"),
         (KeyboardInterrupt(), 130, ""),
     ],
 )
@@ -234,7 +275,7 @@ def test_reader_that_closes_the_pipe(tmp_path):
     process = start(tmp_path / "a.pt")
     process.stdout.read(10)
     process.stdout.close()
-    assert process.stderr.read() == b"" and process.wait(30) == show.BROKEN_PIPE
+    assert process.stderr.read() == b"" and process.wait(30) == output.BROKEN_PIPE
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="no list of open files here")
