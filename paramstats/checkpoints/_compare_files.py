@@ -13,9 +13,10 @@ from paramstats.checkpoints import _pairing as pairing
 from paramstats.checkpoints._comparison import Change, Comparison, sort_changes
 from paramstats.checkpoints._differences import Differences, States
 from paramstats.checkpoints._errors import naming_errors
+from paramstats.checkpoints._files import Files
 from paramstats.checkpoints._opening import list_tensors
 from paramstats.checkpoints._reading import Progress, Reader, block_view, join_blocks
-from paramstats.checkpoints._stored_tensors import StoredTensor, check_unchanged, file_identities
+from paramstats.checkpoints._stored_tensors import StoredTensor
 
 
 def compare_files(
@@ -56,18 +57,16 @@ def compare_files(
     Elements are subtracted in float32, or in float64 where their dtypes need it. Equal infinities,
     and NaN in both places, count as unchanged.
     """
-    with naming_errors("compare_files"), without_modes():
+    with naming_errors("compare_files"), without_modes(), Files() as files:
         all_a, all_b, prefix_a, prefix_b = pairing.without_prefixes(
-            list_tensors(a, include, exclude), list_tensors(b, include, exclude)
+            list_tensors(files, a, include, exclude), list_tensors(files, b, include, exclude)
         )
-        identities = file_identities([*all_a, *all_b])
         pairs = list(pairing.pair_tensors(all_a, all_b))
         skipped = {x.name: x.unread_reason or y.unread_reason or "" for x, y in pairs}
         skipped = {name: reason for name, reason in skipped.items() if reason}
         readable = [(x, y) for x, y in pairs if x.name not in skipped]
         same_shape = [(x, y) for x, y in readable if x.shape == y.shape]
-        differences = _read(same_shape, progress)
-        check_unchanged([*all_a, *all_b], identities)
+        differences = _read(files, same_shape, progress)
         changes = [
             _change(x, y, differences.states[row], differences.changed.get(row))
             for row, (x, y) in enumerate(same_shape)
@@ -86,7 +85,7 @@ def compare_files(
     )
 
 
-def _read(pairs: list[pairing.Pair], progress: Progress | None) -> Differences:
+def _read(files: Files, pairs: list[pairing.Pair], progress: Progress | None) -> Differences:
     """Read tensors of equal shapes, in the order of the first file."""
     differences = Differences(len(pairs))
     order = sorted(
@@ -95,7 +94,7 @@ def _read(pairs: list[pairing.Pair], progress: Progress | None) -> Differences:
     blocks = (row_blocks for row in order for row_blocks in pairing.pair_blocks(row, *pairs[row]))
     total = sum(math.prod(x.shape) * (x.dtype.itemsize + y.dtype.itemsize) for x, y in pairs)
     done = 0
-    with Reader(2) as reader:
+    with Reader(files, 2) as reader:
         for (piece_a, data_a), (piece_b, data_b) in reader.read(join_blocks(blocks)):
             for block_a, block_b in zip(piece_a.blocks, piece_b.blocks, strict=True):
                 a, b = pairs[block_a.row]

@@ -13,9 +13,9 @@ from paramstats._core.moments import Moments
 from paramstats.checkpoints._states import read_table
 
 _MAX_ELEMENTS = (1 << 15) - 1
-"""Elements that torch gets at a time: fewer than it divides among threads. Waiting threads would
-take a processor from the reading thread. (Limiting torch to one thread would affect the caller,
-because the limit is one of the whole process.)"""
+"""Elements that torch gets at a time: fewer than it divides among threads. Waking these for every
+piece takes longer than they save. (Limiting torch to one thread would affect the caller, because
+the limit is one of the whole process.)"""
 
 _BATCH = (1 << 20) - (1 << 6)
 """Bytes of a, b and b - a that the backend gets at a time, for the same reason."""

@@ -7,18 +7,20 @@ each part in a file. At that place is a small archive as `torch.save` writes it.
 from __future__ import annotations
 
 import io
+import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from paramstats._core.format import dtype_name
 from paramstats.checkpoints import _pickles as pickles
 from paramstats.checkpoints import _torch_save as torch_save
-from paramstats.checkpoints._errors import CheckpointError, unexpected
-from paramstats.checkpoints._pickles import Global, PickleError, RecordedCall
+from paramstats.checkpoints._errors import CheckpointError, PickleError, brief, unexpected
+from paramstats.checkpoints._files import Files
+from paramstats.checkpoints._pickles import Global, RecordedCall
 from paramstats.checkpoints._stored_tensors import Part, StoredTensor, check_parts
-from paramstats.checkpoints._torch_pickle import DTYPES
+from paramstats.checkpoints._torch_pickle import DTYPES, are_sizes, check_size
 
 METADATA = ".metadata"
 
@@ -37,25 +39,33 @@ _ALLOWED = frozenset(
 )
 """The names that a `.metadata` pickle may contain. None of them is ever called."""
 
-_Place = tuple[str, int, int]
-"""File name in the folder, offset and length in bytes."""
-
-_Places = dict[tuple[str, tuple[int, ...]], _Place]
-"""Place of every part, by the name of its tensor and the index of its first element."""
+_TENSOR, _PART = 1000, 500
+"""Bytes of memory that a tensor and a part of it need until the statistics are returned."""
 
 
-def read(folder: Path) -> list[StoredTensor]:
+class _Place(NamedTuple):
+    file_name: str
+    offset: int
+    length: int
+
+
+def read(files: Files, folder: Path) -> list[StoredTensor]:
     """Return the tensors of a folder, in the order of its metadata."""
     path = folder / METADATA
+    budget = files.budget
     try:
-        with path.open("rb") as file:
-            metadata = _attributes(pickles.load(file, _ALLOWED), "Metadata")
+        with files.open(path) as file:
+            metadata = _attributes(pickles.load(file, _ALLOWED, budget), "Metadata")
         places = _places(metadata["storage_data"])
-        return [
-            _tensor(name, _attributes(entry, "TensorStorageMetadata"), places, folder)
-            for name, entry in metadata["state_dict_metadata"].items()
-            if not entry.function.endswith(".BytesStorageMetadata")
-        ]
+        for name in sorted({place.file_name for place in places.values()}):
+            _note(files, folder, name)
+        tensors = []
+        for name, entry in metadata["state_dict_metadata"].items():
+            if not entry.function.endswith(".BytesStorageMetadata"):
+                attributes = _attributes(entry, "TensorStorageMetadata")
+                budget.charge(_TENSOR + _PART * len(attributes["chunks"]))
+                tensors.append(_tensor(_text(name), attributes, places, files, folder))
+        return tensors
     except CheckpointError:
         raise
     except (PickleError, TypeError, ValueError, LookupError, AttributeError) as error:
@@ -70,37 +80,70 @@ def _attributes(call: Any, class_name: str) -> dict[str, Any]:
     return call.state  # type: ignore[no-any-return]
 
 
-def _places(storage_data: Any) -> _Places:
-    places: _Places = {}
+def _text(value: Any) -> str:
+    if type(value) is not str:
+        raise PickleError(f"{brief(value)} in place of a name")
+    return value
+
+
+def _sizes(value: Any) -> tuple[int, ...]:
+    if not are_sizes(value):
+        raise PickleError(f"{brief(value)} in place of sizes")
+    return value  # type: ignore[no-any-return]
+
+
+def _part_key(name: str, starts: tuple[int, ...]) -> str:
+    """Return a key for a part. It is text, because a file can hold many tuples with one hash."""
+    return f"{starts} {name}"
+
+
+def _places(storage_data: Any) -> dict[str, _Place]:
+    """Return the place of every part, by the key of the part."""
+    places: dict[str, _Place] = {}
     for key, value in storage_data.items():
         index, info = _attributes(key, "MetadataIndex"), _attributes(value, "_StorageInfo")
         if index.get("offset") is None:
             continue
         if info.get("transform_descriptors"):
             raise PickleError(
-                f"parts transformed by {info['transform_descriptors']!r}, which are not supported"
+                f"parts transformed by {brief(info['transform_descriptors'])}, which are not "
+                "supported"
             )
-        place = (info["relative_path"], info["offset"], info["length"])
-        places[index["fqn"], tuple(index["offset"])] = place
+        place = _Place(_text(info["relative_path"]), *_sizes((info["offset"], info["length"])))
+        places[_part_key(_text(index["fqn"]), _sizes(index["offset"]))] = place
+    end = {name: 0 for name, _, _ in places.values()}
+    for name, offset, length in sorted(places.values()):
+        if offset < end[name]:  # reading one archive for many parts could take long
+            raise PickleError(f"two parts in the same bytes of {name!r}")
+        end[name] = offset + length
     return places
 
 
-def _tensor(name: str, entry: dict[str, Any], places: _Places, folder: Path) -> StoredTensor:
+def _note(files: Files, folder: Path, name: str) -> None:
+    """Note a file of the folder."""
+    if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
+        raise PickleError(f"a part in {name!r}, outside the folder")
+    try:
+        files.note(folder / name)
+    except FileNotFoundError:
+        raise unexpected(
+            f"a file {name!r}", "none", folder, "copy the missing file there"
+        ) from None
+
+
+def _tensor(
+    name: str, entry: dict[str, Any], places: dict[str, _Place], files: Files, folder: Path
+) -> StoredTensor:
     dtype, requires_grad = _properties(entry["properties"], name)
-    shape = tuple(entry["size"])
-    parts: list[Part] = []
-    for chunk in entry["chunks"]:
-        box = _attributes(chunk, "ChunkStorageMetadata")
-        starts, sizes = tuple(box["offsets"]), tuple(box["sizes"])
-        place = places.get((name, starts))
-        if place is None:
-            raise PickleError(f"no place for the part of {name!r} at {list(starts)}")
-        part = _part(StoredTensor(name, sizes, dtype, ()), place, folder)
-        parts.append(part._replace(starts=starts))
-    parts.sort(key=lambda part: part.starts)
-    tensor = StoredTensor(name, shape, dtype, tuple(parts), requires_grad)
+    shape = _sizes(entry["size"])
+    check_size(shape)
+    boxes = [_attributes(chunk, "ChunkStorageMetadata") for chunk in entry["chunks"]]
+    ranges = [(_sizes(box["offsets"]), _sizes(box["sizes"])) for box in boxes]
+    parts = tuple(Part("", 0, sizes, (), starts) for starts, sizes in sorted(ranges))
+    tensor = StoredTensor(name, shape, dtype, parts, requires_grad)
     check_parts(tensor, str(folder / METADATA))
-    return tensor
+    parts = tuple(_find(part, tensor, places, files, folder) for part in parts)
+    return tensor._replace(parts=parts)
 
 
 def _properties(properties: Any, name: str) -> tuple[torch.dtype, bool]:
@@ -111,26 +154,28 @@ def _properties(properties: Any, name: str) -> tuple[torch.dtype, bool]:
     return DTYPES[dtype.name], requires_grad is True
 
 
-def _part(expected: StoredTensor, place: _Place, folder: Path) -> Part:
-    """Return the part in the archive at `place`, which must have the expected shape and dtype."""
-    file_name, offset, length = place
-    path = folder / file_name
-    if Path(file_name).is_absolute() or ".." in Path(file_name).parts:
-        raise PickleError(f"a part in {file_name!r}, outside the folder")
-    if not path.is_file():
-        raise unexpected(f"a file {file_name!r}", "none", folder, "copy the missing file there")
-    with path.open("rb") as file:
+def _find(
+    part: Part, tensor: StoredTensor, places: dict[str, _Place], files: Files, folder: Path
+) -> Part:
+    """Return a part with its position in the archive that holds it, and nothing else."""
+    place = places.get(_part_key(tensor.name, part.starts))
+    if place is None:
+        raise PickleError(f"no place for the part of {tensor.name!r} at {list(part.starts)}")
+    path = folder / place.file_name
+    with files.open(path) as file:
         end = file.seek(0, io.SEEK_END)
-        if offset < 0 or length < 0 or offset + length > end:
-            wanted = f"{length} bytes of {expected.name!r} at byte {offset}"
+        if place.offset + place.length > end:
+            wanted = f"{place.length} bytes of {tensor.name!r} at byte {place.offset}"
             raise unexpected(wanted, f"{end} bytes", path, "the file is truncated")
-        tensors = torch_save.read(file, str(path), offset, length)
-    descriptions = [_describe(tensor) for tensor in tensors]
-    if descriptions == [_describe(expected)] and not tensors[0].unread_reason:
-        return tensors[0].parts[0]
+        found = torch_save.read(file, str(path), files.budget, place.offset, place.length)
+    expected = tensor._replace(shape=part.sizes)
+    descriptions = [_describe(tensor) for tensor in found]
+    is_whole = math.prod(part.sizes) * tensor.dtype.itemsize <= place.length  # repeats no element
+    if descriptions == [_describe(expected)] and not found[0].unread_reason and is_whole:
+        return found[0].parts[0]._replace(starts=part.starts)
     raise unexpected(
-        f"a part of {expected.name!r}, {_describe(expected)}",
-        f"{', '.join(descriptions) or 'no tensor'} at byte {offset}",
+        f"a part of {tensor.name!r}, {_describe(expected)}",
+        f"{', '.join(descriptions[:2]) or 'no tensor'} at byte {place.offset}",
         path,
     )
 

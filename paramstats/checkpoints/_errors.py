@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import os
+import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from paramstats._core.format import one_line_name
 
 
 class CheckpointError(ValueError):
     """A file is not a checkpoint, or it is damaged; the message names the file and the reason."""
 
 
-def unexpected(expected: str, got: object, path: object, remedy: str = "") -> CheckpointError:
-    """Return the error "expected EXPECTED, got GOT: PATH; REMEDY"."""
-    return CheckpointError(
-        f"expected {expected}, got {got}: {path}{'; ' if remedy else ''}{remedy}"
-    )
+class PickleError(Exception):
+    """A pickle is damaged or refused; the message continues "expected ..., got "."""
+
+
+def unexpected(
+    expected: str, got: object, path: str | os.PathLike[str], remedy: str = ""
+) -> CheckpointError:
+    """Return the error "expected EXPECTED, got GOT: PATH; REMEDY", in one printable line."""
+    place = one_line_name(os.fspath(path))
+    message = f"expected {expected}, got {got}: {place}{'; ' if remedy else ''}{remedy}"
+    return CheckpointError(one_line_name(message))
 
 
 @contextmanager
@@ -25,3 +35,13 @@ def naming_errors(function: str) -> Iterator[None]:
     except CheckpointError as error:
         error.args = (f"paramstats.checkpoints.{function}: {error}",)
         raise
+
+
+_brief = reprlib.Repr()
+_brief.maxlevel = 2
+_brief.maxstring = _brief.maxother = _brief.maxlong = 200
+
+
+def brief(value: object) -> str:
+    """Return the repr of a value from a file, shortened: values can contain each other."""
+    return _brief.repr(value)

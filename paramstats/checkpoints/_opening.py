@@ -10,12 +10,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from paramstats._core.format import one_line_name
 from paramstats._core.layout import compile_patterns, passes
 from paramstats._core.options import Pattern
 from paramstats.checkpoints import _distributed as distributed
 from paramstats.checkpoints import _safetensors as safetensors
 from paramstats.checkpoints import _torch_save as torch_save
-from paramstats.checkpoints._errors import unexpected
+from paramstats.checkpoints._errors import brief, unexpected
+from paramstats.checkpoints._files import Files
 from paramstats.checkpoints._stored_tensors import StoredTensor, merge_files
 
 _INDEX = ".index.json"
@@ -27,7 +29,8 @@ _MAX_INDEX_BYTES = 100 << 20
 
 
 def list_tensors(
-    path: str | os.PathLike[str],
+    files: Files,
+    path: str | bytes | os.PathLike[str],
     include: Pattern | Iterable[Pattern] | None,
     exclude: Pattern | Iterable[Pattern] | None,
 ) -> list[StoredTensor]:
@@ -35,7 +38,7 @@ def list_tensors(
 
     Raises CheckpointError if it is not a checkpoint or damaged, OSError if a file cannot be opened.
     """
-    tensors = _read_path(Path(path))
+    tensors = _read_path(files, Path(os.fsdecode(path)))
     included = None if include is None else compile_patterns(include, "include")
     excluded = () if exclude is None else compile_patterns(exclude, "exclude")
     if included is None and not excluded:
@@ -44,33 +47,33 @@ def list_tensors(
     if tensors and not selected:
         warnings.warn(
             f"paramstats.checkpoints: expected include and exclude to select tensors, got none of "
-            f"{len(tensors):,} in {path}",
+            f"{len(tensors):,} in {one_line_name(os.fsdecode(path))}",
             RuntimeWarning,
             stacklevel=3,
         )
     return selected
 
 
-def _read_path(path: Path) -> list[StoredTensor]:
+def _read_path(files: Files, path: Path) -> list[StoredTensor]:
     mode = path.stat().st_mode
     if stat.S_ISDIR(mode):
-        return _read_folder(path)
+        return _read_folder(files, path)
     if not stat.S_ISREG(mode):
         raise unexpected(_EXPECTED, "no regular file", path)
     if path.name == distributed.METADATA:
-        return distributed.read(path.parent)
+        return distributed.read(files, path.parent)
     if path.name.endswith(_INDEX):
-        return _read_index(path)
-    return _read_file(path)
+        return _read_index(files, path)
+    return _read_file(files, path)
 
 
-def _read_file(path: Path) -> list[StoredTensor]:
-    with path.open("rb") as file:
+def _read_file(files: Files, path: Path) -> list[StoredTensor]:
+    with files.open(path) as file:
         prefix = file.read(max(_SHOWN_BYTES, len(torch_save.LEGACY_PREFIX)))
         if prefix.startswith(b"PK\3\4"):
-            return torch_save.read(file, str(path))
+            return torch_save.read(file, str(path), files.budget)
         if prefix.startswith(torch_save.LEGACY_PREFIX):
-            return torch_save.read_legacy(file, str(path))
+            return torch_save.read_legacy(file, str(path), files.budget)
         if prefix and (path.suffix == ".safetensors" or prefix[8:9] == b"{"):
             if prefix.startswith(b"version https"):
                 remedy = "fetch the file with git lfs pull"
@@ -85,38 +88,40 @@ def _read_file(path: Path) -> list[StoredTensor]:
     raise unexpected(_EXPECTED, content, path, remedy)
 
 
-def _read_folder(folder: Path) -> list[StoredTensor]:
+def _read_folder(files: Files, folder: Path) -> list[StoredTensor]:
     """Return the tensors of a distributed checkpoint, of safetensors files or of .bin files."""
     if (folder / distributed.METADATA).is_file():
-        return distributed.read(folder)
+        return distributed.read(files, folder)
     names = sorted(os.listdir(folder))
     for prefix, suffix in (("", ".safetensors"), ("pytorch_model", ".bin")):
-        files = [folder / name for name in names if name.endswith(suffix + _INDEX)]
-        indexed = {name for path in files for name in _weight_map(path).values()}
-        files += [
-            folder / name
+        indexes = [name for name in names if name.endswith(suffix + _INDEX)]
+        indexed = {file for name in indexes for file in _files_of(files, folder / name).values()}
+        plain = [
+            name
             for name in names
             if name.startswith(prefix) and name.endswith(suffix) and name not in indexed
         ]
-        if files:
-            return merge_files(((path.name, _read_path(path)) for path in files), str(folder))
+        for name in plain:
+            files.note(folder / name)
+        if sorted(os.listdir(folder)) != names:
+            raise unexpected("a folder that stays the same", "one that changed", folder)
+        if indexes or plain:
+            read = ((name, _read_path(files, folder / name)) for name in (*indexes, *plain))
+            return merge_files(read, str(folder))
     others = [name for name in names if name.endswith((".pt", ".pth", ".bin", ".ckpt"))]
     remedy = f"pass the path of one of {', '.join(others[:4])}" if others else ""
     raise unexpected(_EXPECTED, "no such file", folder, remedy)
 
 
-def _read_index(path: Path) -> list[StoredTensor]:
+def _read_index(files: Files, path: Path) -> list[StoredTensor]:
     """Return the tensors of the files that an index names, in the order of the index."""
-    file_of = _weight_map(path)
-    files: dict[str, list[StoredTensor]] = {}
-    for name in sorted(set(file_of.values())):
-        file = path.parent / name
-        if not file.is_file():
-            raise unexpected(
-                f"a file {name!r}, which {path.name} names", "none", path.parent, "copy it there"
-            )
-        files[name] = _read_file(file)
-    names = {file: {name for t in tensors for name in t.names} for file, tensors in files.items()}
+    file_of = _files_of(files, path)
+    tensors_of = {
+        name: _read_file(files, path.parent / name) for name in sorted(set(file_of.values()))
+    }
+    names = {
+        file: {name for t in tensors for name in t.names} for file, tensors in tensors_of.items()
+    }
     for name, file_name in file_of.items():
         if name not in names[file_name]:
             expected = f"a tensor {name!r} in {file_name}, as the index says"
@@ -124,24 +129,30 @@ def _read_index(path: Path) -> list[StoredTensor]:
     position = {name: i for i, name in enumerate(file_of)}
     last = len(position)  # for tensors that the index does not name
     return sorted(
-        merge_files(files.items(), str(path)),
+        merge_files(tensors_of.items(), str(path)),
         key=lambda tensor: min(position.get(name, last) for name in tensor.names),
     )
 
 
-def _weight_map(path: Path) -> dict[str, str]:
-    """Return the file name of every tensor of an index."""
-    size = path.stat().st_size if path.is_file() else -1
-    if not 0 <= size <= _MAX_INDEX_BYTES:
-        got = f"{size:,}" if size >= 0 else "no regular file"
-        raise unexpected(f"an index of at most {_MAX_INDEX_BYTES:,} bytes", got, path)
+def _files_of(files: Files, path: Path) -> dict[str, str]:
+    """Return the file name of every tensor of an index, and note these files."""
+    with files.open(path) as file:
+        text = file.read(_MAX_INDEX_BYTES + 1)
+    if len(text) > _MAX_INDEX_BYTES:
+        raise unexpected(f"an index of at most {_MAX_INDEX_BYTES:,} bytes", "a longer one", path)
     try:
-        weight_map: Any = json.loads(path.read_bytes())["weight_map"]
+        weight_map: Any = json.loads(text)["weight_map"]
     except (ValueError, LookupError, TypeError, RecursionError) as error:
-        raise unexpected("an index in JSON with a weight_map", repr(error), path) from None
+        raise unexpected("an index in JSON with a weight_map", brief(error), path) from None
     if not isinstance(weight_map, dict) or not weight_map:
         raise unexpected("an object with names as weight_map", type(weight_map).__name__, path)
     for name in weight_map.values():
         if not isinstance(name, str) or "\0" in name or Path(name).name != name:
-            raise unexpected("files of the same folder in the weight_map", repr(name), path)
+            raise unexpected("files of the same folder in the weight_map", brief(name), path)
+    for name in sorted(set(weight_map.values())):
+        try:
+            files.note(path.parent / name)
+        except FileNotFoundError:
+            expected = f"a file {name!r}, which {path.name} names"
+            raise unexpected(expected, "none", path.parent, "copy it there") from None
     return weight_map

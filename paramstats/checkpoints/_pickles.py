@@ -9,23 +9,23 @@ call of a name on the list only becomes a `RecordedCall`. (`pickle.Unpickler` wi
 from __future__ import annotations
 
 import pickletools
+import sys
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import IO, Any
 
+from paramstats.checkpoints._budget import Budget
+from paramstats.checkpoints._errors import PickleError
 
-class PickleError(Exception):
-    """A pickle is damaged or refused; the message continues "expected ..., got "."""
 
-
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, repr=False, slots=True)
 class Global:
     """A function or class in a pickle: only its name, as "module.name"."""
 
     name: str
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, repr=False, slots=True)
 class RecordedCall:
     """A call in a pickle, recorded instead of executed."""
 
@@ -37,32 +37,45 @@ class RecordedCall:
     """What the pickle adds to the result."""
 
 
+@dataclass(eq=False, repr=False, slots=True)
+class Key:
+    """A key of a dict that is neither text nor a small integer.
+
+    It is neither hashed nor compared: a pickle can hold many values with one hash, and tuples that
+    take forever to hash.
+    """
+
+    value: Any
+
+
 _MAPPINGS = frozenset({"collections.OrderedDict", "collections.defaultdict", "collections.Counter"})
 """Classes that are read as plain dicts."""
 
-# These limits bound the time and memory that a pickle can take. No checkpoint comes near them.
-_MAX_INSTRUCTIONS = 10_000_000
-_MAX_CONTAINERS = 2_000_000
 _MAX_NAME_LENGTH = 1000
 _MAX_VALUE_BYTES = 64 << 20
+_MAX_LINE_BYTES = 1 << 16
+"""Converting a longer line of digits to a number would take long."""
 
-_KEY_TYPES = (str, bytes, int, float, bool, type(None), Global, RecordedCall)
-"""Allowed types of a key, or of the items of a tuple that is a key. Tuples in tuples are refused:
-hashing them can take forever."""
+_MAX_KEY = 1 << 60
+"""Smaller integers all have different hashes."""
+
+_SLOT = 16
+"""Bytes of memory of an item of a list. The stack and the memo are not charged: an instruction adds
+one item to them, and is at least one byte of the file."""
 
 _MARK = object()
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _CONTAINERS: dict[str, tuple[type, int | None]] = {
-    **{"EMPTY_DICT": (dict, 0), "EMPTY_LIST": (list, 0), "EMPTY_SET": (set, 0)},
+    **{"EMPTY_DICT": (dict, 0), "EMPTY_LIST": (list, 0), "EMPTY_SET": (list, 0)},
     **{"EMPTY_TUPLE": (tuple, 0), "TUPLE1": (tuple, 1), "TUPLE2": (tuple, 2), "TUPLE3": (tuple, 3)},
     **{"TUPLE": (tuple, None), "LIST": (list, None), "DICT": (dict, None)},
-    "FROZENSET": (frozenset, None),
+    "FROZENSET": (tuple, None),
 }
 """Instructions that push a container: its type, and how many values they pop for it (None: all down
-to the mark)."""
+to the mark). Sets are read as lists and tuples, so that their members are not hashed."""
 
 _ADDITIONS: dict[str, tuple[type, int | None]] = {
-    **{"SETITEM": (dict, 2), "SETITEMS": (dict, None), "ADDITEMS": (set, None)},
+    **{"SETITEM": (dict, 2), "SETITEMS": (dict, None), "ADDITEMS": (list, None)},
     **{"APPEND": (list, 1), "APPENDS": (list, None)},
 }
 """Instructions that add values to a container, in the same form."""
@@ -78,24 +91,25 @@ _VALUES = frozenset(
 
 
 def load(
-    file: IO[bytes], allowed: Collection[str], persistent: Callable[[Any], Any] | None = None
+    file: IO[bytes],
+    allowed: Collection[str],
+    budget: Budget,
+    persistent: Callable[[Any], Any] | None = None,
 ) -> Any:
     """Return the value of the pickle at the current position of a file.
 
     Names ("module.name") must be `allowed`. `persistent` converts persistent ids, with which torch
     refers to storages. Raises PickleError if the pickle is damaged or refused.
     """
-    machine = _Machine(allowed, persistent)
-    limited: Any = _LimitedFile(file)
+    machine = _Machine(allowed, budget, persistent)
+    limited: Any = _LimitedFile(file, budget)
     try:
-        for count, (opcode, argument, _) in enumerate(pickletools.genops(limited)):
+        for opcode, argument, _ in pickletools.genops(limited):
             if opcode.name == "STOP":
                 break
-            if count > _MAX_INSTRUCTIONS:
-                raise PickleError(f"a pickle of more than {_MAX_INSTRUCTIONS:,} instructions")
             machine.step(opcode.name, argument)
         return machine.pop()
-    except PickleError:
+    except (PickleError, OSError):
         raise
     except Exception as error:  # every instruction can fail in its own way
         raise PickleError(f"a damaged pickle ({type(error).__name__}: {error})") from None
@@ -104,59 +118,68 @@ def load(
 class _LimitedFile:
     """A file that refuses to read more bytes at once than a value of a pickle may have."""
 
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
+    def __init__(self, file: IO[bytes], budget: Budget) -> None:
+        self._file, self._budget = file, budget
 
     def read(self, size: int) -> bytes:
         if size > _MAX_VALUE_BYTES:
             raise PickleError(f"a pickle with a value of {size:,} bytes")
-        return self._file.read(size)
+        data = self._file.read(size)
+        self._budget.add(len(data))
+        return data
 
     def readline(self) -> bytes:
-        return self._file.readline(_MAX_VALUE_BYTES)
+        data = self._file.readline(_MAX_LINE_BYTES)
+        self._budget.add(len(data))
+        return data
 
 
 class _Machine:
     """The stack machine that executes the instructions of a pickle."""
 
-    def __init__(self, allowed: Collection[str], persistent: Callable[[Any], Any] | None) -> None:
+    def __init__(
+        self,
+        allowed: Collection[str],
+        budget: Budget,
+        persistent: Callable[[Any], Any] | None,
+    ) -> None:
         self._allowed = allowed
+        self._charge = budget.charge
         self._persistent = persistent
         self._stack: list[Any] = []
-        self._memo: dict[int, Any] = {}
-        self._containers = 0
+        self._memo: list[Any] = []
 
     def step(self, name: str, argument: Any) -> None:
         """Execute one instruction."""
-        push = self._stack.append
         if name in _VALUES:
-            push(argument)
+            if type(argument) is not int or not -5 <= argument <= 256:  # Python shares these
+                self._charge(sys.getsizeof(argument))
+            self._stack.append(argument)
         elif name in ("BINPUT", "LONG_BINPUT", "PUT"):
-            self._memo[argument] = self._stack[-1]
+            self._remember(argument)
         elif name == "MEMOIZE":
-            self._memo[len(self._memo)] = self._stack[-1]
+            self._remember(len(self._memo))
         elif name in ("BINGET", "LONG_BINGET", "GET"):
-            push(self._memo[argument])
+            self._stack.append(_checked(self._memo[_index(argument)]))
         elif name in _CONSTANTS:
-            push(_CONSTANTS[name])
+            self._stack.append(_CONSTANTS[name])
         elif name == "MARK":
-            push(_MARK)
+            self._stack.append(_MARK)
         elif name in _CONTAINERS:
             kind, count = _CONTAINERS[name]
-            self._push_container(_container(kind, self._pop_values(count)))
+            self._push_new(self._container(kind, self._pop_values(count)))
         elif name in _ADDITIONS:
             kind, count = _ADDITIONS[name]
-            values = _container(kind, self._pop_values(count))
+            values = self._container(kind, self._pop_values(count))
             target = self._container_on_top(kind)
+            before = sys.getsizeof(target)
             (target.extend if kind is list else target.update)(values)
+            self._charge(sys.getsizeof(target) - before)
         elif name not in ("PROTO", "FRAME"):
             self._step_with_names(name, argument)
 
     def pop(self) -> Any:
-        value = self._stack.pop()
-        if value is _MARK:
-            raise PickleError("a damaged pickle (a mark in place of a value)")
-        return value
+        return _checked(self._stack.pop())
 
     def _pop_values(self, count: int | None) -> list[Any]:
         """Pop `count` values, or all down to the mark."""
@@ -167,9 +190,22 @@ class _Machine:
             values.append(value)
         return values[::-1]
 
+    def _push_new(self, value: Any) -> None:
+        """Push an object that this instruction made."""
+        self._charge(sys.getsizeof(value))
+        self._stack.append(value)
+
+    def _remember(self, index: int) -> None:
+        """Put the value on top of the stack into the memo. Picklers count the index up."""
+        value, gap = self._stack[-1], _index(index) + 1 - len(self._memo)
+        if gap > 0:
+            self._charge(_SLOT * (gap - 1))
+            self._memo += [_MARK] * gap
+        self._memo[index] = value
+
     def _step_with_names(self, name: str, argument: Any) -> None:
         """Execute an instruction that concerns names, calls, storages, or the stack alone."""
-        push = self._stack.append
+        push = self._push_new
         if name == "GLOBAL":
             push(self._global(*argument.split(" ", 1)))
         elif name == "STACK_GLOBAL":
@@ -177,7 +213,7 @@ class _Machine:
             push(self._global(module, attribute))
         elif name in ("REDUCE", "NEWOBJ"):
             args, function = self.pop(), self.pop()
-            self._push_container(_record_call(function, args))
+            push(self._record_call(function, args))
         elif name == "BUILD":
             state, target = self.pop(), self._stack[-1]
             if isinstance(target, RecordedCall):
@@ -193,11 +229,19 @@ class _Machine:
         else:
             raise PickleError(f"a pickle with the instruction {name}, which no checkpoint needs")
 
-    def _push_container(self, container: Any) -> None:
-        self._containers += 1
-        if self._containers > _MAX_CONTAINERS:
-            raise PickleError(f"a pickle of more than {_MAX_CONTAINERS:,} containers")
-        self._stack.append(container)
+    def _container(self, kind: type, values: list[Any]) -> Any:
+        if kind is not dict:
+            return kind(values)
+        keys = [self._key(key) for key in values[::2]]
+        return dict(zip(keys, values[1::2], strict=True))
+
+    def _key(self, key: Any) -> Any:
+        if type(key) is int and -_MAX_KEY < key < _MAX_KEY:
+            return key
+        if isinstance(key, (str, Global, RecordedCall)):
+            return key
+        self._charge(sys.getsizeof(new := Key(key)))
+        return new
 
     def _container_on_top(self, kind: type) -> Any:
         """Return the container on top of the stack, or the items of a RecordedCall there."""
@@ -205,6 +249,7 @@ class _Machine:
         if isinstance(target, RecordedCall):
             if target.items is None:
                 target.items = kind()
+                self._charge(sys.getsizeof(target.items))
             target = target.items
         if type(target) is not kind:
             raise PickleError(f"a damaged pickle (items for {type(target).__name__})")
@@ -219,32 +264,31 @@ class _Machine:
                 f"a pickle that refers to {name!r}, which is neither a tensor nor plain data "
                 "(nothing was executed)"
             )
+        self._charge(sys.getsizeof(name))
         return Global(name)
 
-
-def _record_call(function: Any, args: Any) -> Any:
-    """Return what stands for a call: plain data for containers, a RecordedCall otherwise."""
-    if not isinstance(function, Global) or not isinstance(args, tuple):
-        raise PickleError("a damaged pickle (a call of an object that is not a function)")
-    if function.name in _MAPPINGS:
-        pairs = args[0] if args else {}
-        if isinstance(pairs, list) and all(isinstance(p, (tuple, list)) for p in pairs):
-            return _container(dict, [item for key, value in pairs for item in (key, value)])
-        return dict(pairs) if isinstance(pairs, dict) else {}
-    if function.name == "torch.Size":
-        return tuple(*args)
-    return RecordedCall(function.name, args)
-
-
-def _container(kind: type, values: list[Any]) -> Any:
-    if kind is dict:
-        return dict(zip(_checked_keys(values[::2]), values[1::2], strict=True))
-    return kind(_checked_keys(values) if kind in (set, frozenset) else values)
+    def _record_call(self, function: Any, args: Any) -> Any:
+        """Return what stands for a call: plain data for containers, a RecordedCall otherwise."""
+        if not isinstance(function, Global) or not isinstance(args, tuple):
+            raise PickleError("a damaged pickle (a call of an object that is not a function)")
+        first = args[0] if args else None
+        if function.name in _MAPPINGS:
+            if isinstance(first, list):
+                self._charge(_SLOT * len(first))
+                return self._container(dict, [x for key, value in first for x in (key, value)])
+            return dict(first) if isinstance(first, dict) else {}
+        if function.name == "torch.Size":
+            return tuple(first) if isinstance(first, (tuple, list)) else ()
+        return RecordedCall(function.name, args)
 
 
-def _checked_keys(keys: list[Any]) -> list[Any]:
-    for key in keys:
-        items = key if type(key) is tuple else (key,)
-        if not all(isinstance(item, _KEY_TYPES) for item in items):
-            raise PickleError("a pickle with a key that is neither text nor a number")
-    return keys
+def _index(number: int) -> int:
+    if number < 0:
+        raise PickleError("a damaged pickle (a negative number of an object)")
+    return number
+
+
+def _checked(value: Any) -> Any:
+    if value is _MARK:
+        raise PickleError("a damaged pickle (a mark in place of a value)")
+    return value

@@ -1,4 +1,4 @@
-"""Read elements from files in pieces, while a thread already reads the next piece.
+"""Read elements from files in pieces.
 
 Files are not mapped into memory: the pages that were read would count as memory of the process.
 """
@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import IO, NamedTuple
+from io import BufferedReader
+from typing import NamedTuple
 
 import torch
 
 from paramstats._core.reference import CHUNK
 from paramstats.checkpoints._errors import unexpected
+from paramstats.checkpoints._files import Files
 from paramstats.checkpoints._stored_tensors import Part, is_dense, span
 
 Progress = Callable[[int, int], None]
@@ -155,59 +156,43 @@ Filled = tuple[tuple[Piece, torch.Tensor], ...]
 
 
 class Reader:
-    """Read pieces with a thread, into two buffers in turn; a piece of each of `files` at a time."""
+    """Read pieces into one buffer for each checkpoint; one piece of each at a time.
 
-    def __init__(self, files: int = 1) -> None:
-        self._buffers = [[bytearray(PIECE) for _ in range(files)] for _ in range(2)]
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="paramstats-read")
-        self._open: list[IO[bytes] | None] = [None] * files
+    There is no thread that reads ahead: the system does that, and the piece is still in the
+    processor's cache when its statistics are computed.
+    """
+
+    def __init__(self, files: Files, checkpoints: int = 1) -> None:
+        self._files = files
+        self._buffers = [bytearray(PIECE) for _ in range(checkpoints)]
+        self._open: list[BufferedReader | None] = [None] * checkpoints
 
     def __enter__(self) -> Reader:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._thread.shutdown(cancel_futures=True)
         for file in self._open:
             if file is not None:
                 file.close()
 
     def read(self, rows: Iterable[tuple[Piece, ...]]) -> Iterator[Filled]:
         """Yield the pieces with their bytes, which are valid until the next iteration."""
-        previous: Future[Filled] | None = None
-        for turn, row in enumerate(rows):
-            current = self._thread.submit(self._fill, row, turn % 2)
-            if previous is not None:
-                yield previous.result()
-            previous = current
-        if previous is not None:
-            yield previous.result()
+        for row in rows:
+            yield tuple((piece, self._read_piece(i, piece)) for i, piece in enumerate(row))
 
-    def _fill(self, row: tuple[Piece, ...], turn: int) -> Filled:
-        return tuple(
-            (piece, _read_piece(piece, self._file(i, piece.path), self._buffers[turn][i]))
-            for i, piece in enumerate(row)
-        )
-
-    def _file(self, position: int, path: str) -> IO[bytes]:
-        file = self._open[position]
-        if file is None or file.name != path:
+    def _read_piece(self, checkpoint: int, piece: Piece) -> torch.Tensor:
+        file = self._open[checkpoint]
+        if file is None or file.name != piece.path:
             if file is not None:
                 file.close()
-            self._open[position] = file = open(path, "rb", buffering=0)  # noqa: SIM115
-        return file
-
-
-def _read_piece(piece: Piece, file: IO[bytes], buffer: bytearray) -> torch.Tensor:
-    size = piece.end - piece.begin
-    done = 0
-    file.seek(piece.begin)
-    while done < size:
-        n = file.readinto(memoryview(buffer)[done:size])  # type: ignore[attr-defined]  # a raw file has it
-        if not n:
-            reason = "the file was truncated while it was read"
-            raise unexpected(f"{piece.end} bytes or more", piece.begin + done, piece.path, reason)
-        done += n
-    return torch.frombuffer(buffer, dtype=torch.uint8)[:size]
+            self._open[checkpoint] = file = self._files.open(piece.path)
+        size = piece.end - piece.begin
+        file.seek(piece.begin)
+        buffer = self._buffers[checkpoint]
+        n = file.readinto(memoryview(buffer)[:size])
+        if n < size:
+            raise unexpected(f"{piece.end} bytes or more", piece.begin + n, piece.path)
+        return torch.frombuffer(buffer, dtype=torch.uint8)[:size]
 
 
 def block_view(data: torch.Tensor, piece: Piece, block: Block) -> torch.Tensor:

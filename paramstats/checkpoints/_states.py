@@ -18,8 +18,8 @@ _COMPLEX_CHUNK = 1 << 19
 
 _BATCH = 1 << 20
 """Bytes that the backend gets at a time: fewer than it divides among threads (kSerialBytes). One
-thread is several times as fast as any file. Others would take a processor from the reading thread
-while they wait for the next call."""
+thread is several times as fast as any file. Waking others for every piece takes longer than they
+save."""
 
 
 class States:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import math
-import os
+import secrets
 from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 
 from paramstats.checkpoints._errors import unexpected
+
+_PRIME = (1 << 127) - 1
 
 
 class Part(NamedTuple):
@@ -77,20 +80,6 @@ def is_dense(sizes: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     return True
 
 
-def file_identities(tensors: Iterable[StoredTensor]) -> dict[str, tuple[int, ...]]:
-    """Return device, inode, size and modification time of the tensors' files, by path."""
-    paths = {part.path for tensor in tensors for part in tensor.parts}
-    stats = {path: os.stat(path) for path in paths}
-    return {path: (s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns) for path, s in stats.items()}
-
-
-def check_unchanged(tensors: Iterable[StoredTensor], before: dict[str, tuple[int, ...]]) -> None:
-    """Raise CheckpointError if a file is another one than `before`, its `file_identities`."""
-    for path, identity in file_identities(tensors).items():
-        if identity != before[path]:
-            raise unexpected("files that do not change while they are read", "a change", path)
-
-
 def merge_files(
     files: Iterable[tuple[str, list[StoredTensor]]], checkpoint: str
 ) -> list[StoredTensor]:
@@ -118,27 +107,34 @@ def check_parts(tensor: StoredTensor, path: str) -> None:
     for part in tensor.parts:
         ranges = list(zip(part.starts, part.sizes, tensor.shape, strict=False))
         is_inside = all(0 <= begin <= full and 0 <= n <= full - begin for begin, n, full in ranges)
-        if len(part.sizes) != len(tensor.shape) or not is_inside:
+        if not len(part.starts) == len(part.sizes) == len(tensor.shape) or not is_inside:
             box = f"{list(part.sizes)} at {list(part.starts)}"
             raise unexpected(f"parts of {tensor.name!r} inside {list(tensor.shape)}", box, path)
         elements += math.prod(part.sizes)
-    overlap = _overlap([part for part in tensor.parts if math.prod(part.sizes)])
+    overlap = len(tensor.parts) > 1 and _overlap(tensor)
     if elements != math.prod(tensor.shape) or overlap:
         expected = f"parts with {math.prod(tensor.shape)} elements in all for {tensor.name!r}"
         got = f"{elements}, some of them twice" if overlap else elements
         raise unexpected(expected, got, path)
 
 
-def _overlap(parts: list[Part]) -> bool:
-    """Return whether two parts share an element, by a sweep along the first dimension."""
-    if parts and not parts[0].sizes:
-        return len(parts) > 1
-    active: list[Part] = []
-    for part in sorted(parts, key=lambda part: part.starts):
-        active = [other for other in active if other.starts[0] + other.sizes[0] > part.starts[0]]
-        for other in active:
-            sides = zip(part.starts, part.sizes, other.starts, other.sizes, strict=True)
-            if all(a < b + m and b < a + n for a, n, b, m in sides):
-                return True
-        active.append(part)
-    return False
+def _overlap(tensor: StoredTensor) -> bool:
+    """Return whether parts with as many elements as a tensor do not cover each of them once.
+
+    A box stands for the polynomial that has the term x^i y^j ... for each element (i, j, ...). The
+    polynomials of parts that cover every element once add up to that of the tensor. This compares
+    both at a random point, modulo a prime. Different polynomials are equal there with a probability
+    below 2^-58 (Schwartz 1980). Searching for two parts that overlap can take quadratic time.
+    """
+    point = [secrets.randbelow(_PRIME) for _ in tensor.shape]
+    power = functools.lru_cache(1 << 12)(lambda x, exponent: pow(x, exponent, _PRIME))
+
+    def value(starts: tuple[int, ...], sizes: tuple[int, ...]) -> int:
+        """Return the value of a box's polynomial, times (x - 1) (y - 1) ..."""
+        product = 1
+        for x, start, size in zip(point, starts, sizes, strict=True):
+            product = product * (power(x, start + size) - power(x, start)) % _PRIME
+        return product
+
+    parts = sum(value(part.starts, part.sizes) for part in tensor.parts)
+    return parts % _PRIME != value((0,) * len(point), tensor.shape)

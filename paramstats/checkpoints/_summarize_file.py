@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import torch
 
 from paramstats._core.denormals import threads_with_denormals
+from paramstats._core.format import one_line_name
 from paramstats._core.layout import Layout
 from paramstats._core.moments import ABSENT, ROW, unread
 from paramstats._core.options import Pattern
@@ -17,6 +18,7 @@ from paramstats._core.record import Record
 from paramstats._core.torch_private import without_modes
 from paramstats._summary import Summary
 from paramstats.checkpoints._errors import naming_errors
+from paramstats.checkpoints._files import Files
 from paramstats.checkpoints._opening import list_tensors
 from paramstats.checkpoints._reading import (
     PIECE,
@@ -26,7 +28,7 @@ from paramstats.checkpoints._reading import (
     join_blocks,
 )
 from paramstats.checkpoints._states import States
-from paramstats.checkpoints._stored_tensors import StoredTensor, check_unchanged, file_identities
+from paramstats.checkpoints._stored_tensors import StoredTensor
 
 _CPU = torch.device("cpu")
 
@@ -69,17 +71,15 @@ def summarize_file(
             "paramstats.checkpoints.summarize_file: expected a finite number for correction, got "
             f"{correction!r}"
         )
-    with naming_errors("summarize_file"), without_modes():
-        tensors = list_tensors(path, include, exclude)
-        identities = file_identities(tensors)
-        table, skipped = _read(tensors, progress)
-        check_unchanged(tensors, identities)
+    with naming_errors("summarize_file"), without_modes(), Files() as files:
+        tensors = list_tensors(files, path, include, exclude)
+        table, skipped = _read(files, tensors, progress)
     if skipped:
-        name = next(iter(skipped))
+        name, reason = map(one_line_name, next(iter(skipped.items())))
         more = f" and {len(skipped) - 1} more" if len(skipped) > 1 else ""
         warnings.warn(
-            f"paramstats.checkpoints.summarize_file: '{name}'{more} could not be read, statistics "
-            f"are NaN: {skipped[name]}",
+            f"paramstats.checkpoints.summarize_file: '{name}'{more} could not be read, "
+            f"statistics are NaN: {reason}",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -95,7 +95,9 @@ def summarize_file(
     return Summary(Record(layout, table, float(correction), skipped=skipped))
 
 
-def _read(tensors: list[StoredTensor], progress: Progress | None) -> tuple[bytes, dict[str, str]]:
+def _read(
+    files: Files, tensors: list[StoredTensor], progress: Progress | None
+) -> tuple[bytes, dict[str, str]]:
     """Return the table of a record, and why a tensor could not be read, by name."""
     parts = [(row, part, t.dtype) for row, t in enumerate(tensors) for part in t.parts]
     parts.sort(key=lambda item: (item[1].path, item[1].offset))
@@ -104,7 +106,7 @@ def _read(tensors: list[StoredTensor], progress: Progress | None) -> tuple[bytes
     if progress is not None:
         total = sum(block.nbytes for row_part in parts for block in blocks_of_part(*row_part))
     states = States(len(tensors))
-    with Reader() as reader, threads_with_denormals(PIECE):
+    with Reader(files) as reader, threads_with_denormals(PIECE):
         for ((piece, data),) in reader.read(join_blocks((block,) for block in blocks)):
             states.update(piece, data)
             done += sum(block.nbytes for block in piece.blocks)

@@ -8,29 +8,41 @@ functions are defined in torch/_utils.py.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 
-from paramstats.checkpoints._pickles import Global, PickleError, RecordedCall
+from paramstats.checkpoints._budget import Budget
+from paramstats.checkpoints._errors import PickleError
+from paramstats.checkpoints._pickles import Global, Key, RecordedCall
 from paramstats.checkpoints._stored_tensors import Part, StoredTensor, span
-
-_MAX_VISITS = 1_000_000
-"""Containers and tensors visited in one file. Lists can contain each other without end."""
 
 _MAX_DEPTH = 1000
 _MAX_NAME_LENGTH = 100_000
 
+_SLOT = 8
+_TENSOR = 1000
+"""Bytes of memory that a tensor needs until its statistics are returned."""
+
+_NAME = 150
+"""Bytes of memory of a name of a tensor or container, beyond those of the text."""
+
 _MAX_DIMENSIONS = 64
 """torch's own limit."""
+
+_MAX_SIZE = 1 << 62
+_MAX_ARGUMENTS = 8
+"""Arguments of a call that can tell the shape of a tensor that is not dense."""
+
 
 _MAX_REPEATS = 16
 """A view with more than this many times the stored elements is an expanded tensor and is not read:
 a file of a few bytes could ask for more elements than can ever be read."""
 
-_SMALL = 1 << 24
-"""Views of up to this many elements are read even if they repeat elements."""
+_SMALL_BYTES = 1 << 27
+"""Views of up to this many bytes in a file are read even if they repeat elements."""
 
 _STORAGES = {
     f"torch.{name}Storage": dtype
@@ -113,19 +125,28 @@ def read_storage(reference: Any) -> Storage:
     return Storage(key, dtype, first)
 
 
-def list_tensors(value: Any, places: Places, path: str) -> list[StoredTensor]:
+def list_tensors(value: Any, places: Places, path: str, budget: Budget) -> list[StoredTensor]:
     """Return the tensors in a value that was saved, under dotted names.
 
     Tensors with the same elements become one entry with aliases.
     """
-    tensors: dict[Any, StoredTensor] = {}
-    names: dict[Any, list[str]] = {}
-    for name, call in _find_calls(value):
+    left = _MAX_REPEATS * sum(size for _, size in places.values()) + _SMALL_BYTES
+    tensors: dict[str, StoredTensor] = {}
+    names: dict[str, list[str]] = {}
+    for name, call in _find_calls(value, budget):
         tensor = _tensor(name, call, places, path)
         if tensor is not None:
             has_elements = math.prod(tensor.shape) and tensor.parts
-            key = (tensor.parts, tensor.dtype, tensor.is_conj) if has_elements else name
-            tensors.setdefault(key, tensor)
+            # The repr, because a file can hold many tensors whose sizes have one hash.
+            key = repr((tensor.parts, tensor.dtype, tensor.is_conj)) if has_elements else name
+            if key not in tensors:
+                budget.charge(_TENSOR)
+                left -= math.prod(tensor.shape) * tensor.dtype.itemsize if tensor.parts else 0
+                if left < 0:
+                    raise PickleError(
+                        f"tensors that repeat elements more than {_MAX_REPEATS} times"
+                    )
+                tensors[key] = tensor
             names.setdefault(key, []).append(name)
     all_names = [name for group in names.values() for name in group]
     if len(set(all_names)) < len(all_names):
@@ -133,26 +154,43 @@ def list_tensors(value: Any, places: Places, path: str) -> list[StoredTensor]:
     return [tensor._replace(aliases=tuple(names[key][1:])) for key, tensor in tensors.items()]
 
 
-def _find_calls(value: Any) -> Iterator[tuple[str, RecordedCall]]:
+def _find_calls(value: Any, budget: Budget) -> Iterator[tuple[str, RecordedCall]]:
     """Yield the calls in nested dicts, lists and tuples, in order, with their dotted names."""
-    stack: list[tuple[str, Any]] = [("", value)]
-    for _ in range(_MAX_VISITS):
-        if not stack:
-            return
-        name, value = stack.pop()
-        items: list[tuple[Any, Any]] = []
-        if isinstance(value, dict):
-            items = list(value.items())
-        elif isinstance(value, (list, tuple)):
-            items = list(enumerate(value))
-        elif isinstance(value, RecordedCall):
+    stack: list[tuple[str, int, Any]] = [("", 0, value)]
+    while stack:
+        name, depth, value = stack.pop()
+        if isinstance(value, RecordedCall):
             yield name or "tensor", value
-        for key, item in reversed(items):
-            if isinstance(item, (dict, list, tuple, RecordedCall)):
-                stack.append((f"{name}.{key}" if name else str(key), item))
-        if name.count(".") > _MAX_DEPTH or len(name) > _MAX_NAME_LENGTH:
-            break
-    raise PickleError("lists in lists without end")
+            continue
+        if not isinstance(value, (dict, list, tuple)):
+            continue
+        if depth > _MAX_DEPTH or len(name) > _MAX_NAME_LENGTH:
+            raise PickleError("lists in lists without end")
+        budget.charge(_SLOT * len(value))
+        nested = []
+        for i, (key, item) in enumerate(value.items() if type(value) is dict else enumerate(value)):
+            if isinstance(item, RecordedCall) or (item and isinstance(item, (dict, list, tuple))):
+                word = _word(key, i)
+                inner = f"{name}.{word}" if name else word
+                budget.charge(_NAME + sys.getsizeof(inner))
+                nested.append((inner, depth + 1, item))
+        stack += reversed(nested)
+
+
+def _word(key: Any, position: int) -> str:
+    """Return the word in a tensor's name for a key of a dict or a list, or for its position."""
+    value = key.value if isinstance(key, Key) else key
+    if isinstance(value, Global):
+        return value.name
+    items = value if type(value) is tuple else (value,)
+    is_short = len(items) <= _MAX_DIMENSIONS and all(_is_word(item) for item in items)
+    return str(value if is_short else position)
+
+
+def _is_word(value: Any) -> bool:
+    if isinstance(value, int):
+        return abs(value) < _MAX_SIZE  # the decimal digits of a large one take long
+    return value is None or isinstance(value, (str, bytes, float))
 
 
 def _tensor(name: str, call: RecordedCall, places: Places, path: str) -> StoredTensor | None:
@@ -177,9 +215,9 @@ def _tensor(name: str, call: RecordedCall, places: Places, path: str) -> StoredT
 
 def _dense_tensor(name: str, call: RecordedCall, places: Places, path: str) -> StoredTensor:
     """Return a strided tensor: (storage, offset, sizes, strides, requires_grad, hooks, ...)."""
-    storage, offset, sizes, strides, *optional = call.args
-    if not isinstance(storage, Storage) or len(optional) > 4:
+    if not 4 <= len(call.args) <= 8 or not isinstance(call.args[0], Storage):
         raise PickleError("a tensor without a storage")
+    storage, offset, sizes, strides, *optional = call.args
     dtype = storage.dtype
     rest = optional[2:]
     if call.function.endswith("_v3"):
@@ -187,21 +225,21 @@ def _dense_tensor(name: str, call: RecordedCall, places: Places, path: str) -> S
         if not isinstance(kind, Global) or kind.name not in DTYPES:
             raise PickleError("a tensor of unknown dtype")
         dtype = DTYPES[kind.name]
-    numbers = (offset, storage.first, *sizes, *strides)
-    if len(sizes) != len(strides) or not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers):
+    is_valid = are_sizes(sizes) and are_sizes(strides) and are_sizes((offset, storage.first))
+    if not is_valid or len(sizes) != len(strides):
         raise PickleError("a tensor with invalid sizes or strides")
-    sizes, strides = tuple(sizes), tuple(strides)
     requires_grad = bool(optional) and optional[0] is True
     flags = rest[0] if rest and isinstance(rest[0], dict) else {}
     tensor = StoredTensor(name, sizes, dtype, (), requires_grad, is_conj=bool(flags.get("conj")))
     if flags.get("neg"):
         return _unread(tensor, "a tensor whose sign is stored separately (torch's neg bit)")
-    _check_size(sizes)
+    check_size(sizes)
     if storage.key not in places:
         raise PickleError(f"no storage {storage.key!r}, which {name!r} needs")
     begin, size = places[storage.key]
     numel = math.prod(sizes)
-    if numel > _SMALL and numel * dtype.itemsize > _MAX_REPEATS * size:
+    nbytes = numel * dtype.itemsize
+    if nbytes > _SMALL_BYTES and nbytes > _MAX_REPEATS * size:
         return tensor._replace(unread_reason="an expanded tensor, which repeats its elements")
     first = (offset + storage.first) * dtype.itemsize
     if first + span(sizes, strides) * dtype.itemsize > size:
@@ -211,13 +249,21 @@ def _dense_tensor(name: str, call: RecordedCall, places: Places, path: str) -> S
 
 
 def _unread(tensor: StoredTensor, reason: str) -> StoredTensor:
-    _check_size(tensor.shape)
+    check_size(tensor.shape)
     remedy = "load it and pass it to paramstats.summarize"
     return tensor._replace(unread_reason=f"{reason}; {remedy}")
 
 
-def _check_size(sizes: tuple[int, ...]) -> None:
-    if len(sizes) > _MAX_DIMENSIONS or math.prod(sizes) >= 1 << 62:
+def are_sizes(values: Any) -> bool:
+    """Return whether values from a pickle can be the sizes, strides or offsets of a tensor."""
+    if type(values) is not tuple or len(values) > _MAX_DIMENSIONS:
+        return False
+    return all(type(n) is int and 0 <= n < _MAX_SIZE for n in values)
+
+
+def check_size(sizes: tuple[int, ...]) -> None:
+    """Raise PickleError if a tensor of these sizes cannot exist."""
+    if math.prod(sizes) >= _MAX_SIZE:
         raise PickleError("a tensor with more elements than can be counted")
 
 
@@ -225,9 +271,10 @@ def _guess_shape(args: tuple[Any, ...]) -> tuple[tuple[int, ...], torch.dtype]:
     """Return the shape and dtype of a tensor that is not dense, as far as its arguments tell."""
     sizes: tuple[int, ...] = (0,)
     dtype = torch.float32
-    nested = [a for arg in args for a in (arg if type(arg) is tuple else ()) if type(a) is not int]
+    args = args[:_MAX_ARGUMENTS]
+    nested = [a for arg in args if type(arg) is tuple for a in arg[:_MAX_ARGUMENTS]]
     for arg in (*reversed(args), *reversed(nested)):
-        if type(arg) is tuple and all(type(n) is int and n >= 0 for n in arg):
+        if are_sizes(arg):
             sizes = arg
     for arg in (*args, *nested):
         if isinstance(arg, Global) and arg.name in DTYPES:

@@ -15,9 +15,12 @@ from typing import IO, Any
 
 from paramstats.checkpoints import _pickles as pickles
 from paramstats.checkpoints import _torch_pickle as torch_pickle
-from paramstats.checkpoints._errors import CheckpointError, unexpected
-from paramstats.checkpoints._pickles import PickleError
+from paramstats.checkpoints._budget import Budget
+from paramstats.checkpoints._errors import CheckpointError, PickleError, unexpected
 from paramstats.checkpoints._stored_tensors import StoredTensor
+
+_MAX_DIRECTORY_BYTES = 100 << 20
+"""Longest directory of an archive: a million records."""
 
 LEGACY_PREFIX = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 """The first bytes of a file of torch before 1.6: a pickled magic number."""
@@ -32,10 +35,12 @@ _DAMAGED = (
 """What this module can raise on a file whose values have unexpected types."""
 
 
-def read(file: IO[bytes], path: str, begin: int = 0, size: int | None = None) -> list[StoredTensor]:
+def read(
+    file: IO[bytes], path: str, budget: Budget, begin: int = 0, size: int | None = None
+) -> list[StoredTensor]:
     """Return the tensors of an archive: `size` bytes from `begin`, or all up to the file's end."""
     end = file.seek(0, io.SEEK_END) if size is None else begin + size
-    window: Any = file if size is None else _Window(file, begin, size)
+    window: Any = _Window(file, begin, end - begin)
     byte_order = sys.byteorder.encode()
     try:
         with zipfile.ZipFile(window) as archive:
@@ -52,7 +57,9 @@ def read(file: IO[bytes], path: str, begin: int = 0, size: int | None = None) ->
                 byte_order = file.read(min(order_length, 16)) or byte_order
     except CheckpointError:
         raise
-    except (*_DAMAGED, zipfile.BadZipFile, NotImplementedError, OSError) as error:
+    except (*_DAMAGED, zipfile.BadZipFile, NotImplementedError) as error:
+        if isinstance(error.__context__, OSError):  # zipfile takes it for damage
+            raise error.__context__ from None
         raise unexpected(
             "a complete torch.save archive", f"a file that is not ({error})", path
         ) from None
@@ -60,15 +67,15 @@ def read(file: IO[bytes], path: str, begin: int = 0, size: int | None = None) ->
         raise unexpected(f"{sys.byteorder}-endian data", repr(byte_order), path)
     file.seek(position)
     try:
-        value = pickles.load(file, torch_pickle.ALLOWED, torch_pickle.read_storage)
+        value = pickles.load(file, torch_pickle.ALLOWED, budget, torch_pickle.read_storage)
         if file.tell() > position + length:
             raise PickleError("a pickle that is longer than its record")
-        return torch_pickle.list_tensors(value, places, path)
+        return torch_pickle.list_tensors(value, places, path, budget)
     except (PickleError, *_DAMAGED) as error:
         raise _no_tensors(path, error) from None
 
 
-def read_legacy(file: IO[bytes], path: str) -> list[StoredTensor]:
+def read_legacy(file: IO[bytes], path: str, budget: Budget) -> list[StoredTensor]:
     """Return the tensors of a file of torch before 1.6."""
     end = file.seek(0, io.SEEK_END)
     file.seek(len(LEGACY_PREFIX))
@@ -80,18 +87,20 @@ def read_legacy(file: IO[bytes], path: str) -> list[StoredTensor]:
         return storage
 
     try:
-        pickles.load(file, ())  # the version of the format
-        pickles.load(file, ())  # the sizes of C types
-        value = pickles.load(file, torch_pickle.ALLOWED, read_and_note_storage)
+        pickles.load(file, (), budget)  # the version of the format
+        pickles.load(file, (), budget)  # the sizes of C types
+        value = pickles.load(file, torch_pickle.ALLOWED, budget, read_and_note_storage)
         places: torch_pickle.Places = {}
-        for key in pickles.load(file, ()):
+        for key in pickles.load(file, (), budget):
+            if type(key) is not str or key not in itemsizes:
+                raise PickleError("a storage that no tensor needs")
             (elements,) = struct.unpack("<q", file.read(8))
             nbytes = elements * itemsizes[key]
             places[key] = (file.tell(), nbytes)
             if not 0 <= nbytes <= end - file.tell():
                 raise PickleError(f"a file that ends within storage {key!r}")
             file.seek(nbytes, io.SEEK_CUR)
-        return torch_pickle.list_tensors(value, places, path)
+        return torch_pickle.list_tensors(value, places, path, budget)
     except (PickleError, *_DAMAGED) as error:
         raise _no_tensors(path, error) from None
 
@@ -108,10 +117,13 @@ class _Window:
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         self._position = offset + {io.SEEK_SET: 0, io.SEEK_END: self._size}[whence]
         if self._position < 0:
-            raise OSError("the archive is too short")
+            raise ValueError("it is too short")
         return self._position
 
     def read(self, size: int = -1) -> bytes:
+        """Read bytes; zipfile reads the whole directory at once, and makes objects of it."""
+        if size > _MAX_DIRECTORY_BYTES:
+            raise ValueError(f"a directory of {size:,} bytes")
         remaining = max(0, self._size - self._position)
         self._file.seek(self._begin + self._position)
         data = self._file.read(remaining if size < 0 else min(size, remaining))

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from paramstats._cli import main
-from paramstats.checkpoints import CheckpointError
+from paramstats.checkpoints import CheckpointError, summarize_file
 from paramstats.checkpoints._stored_tensors import Part, StoredTensor, check_parts
 from tests.checkpoints.files import entry, safetensors_bytes, save_file
 
@@ -183,3 +183,38 @@ def test_parts_must_not_overlap(boxes, is_valid):
     else:
         with pytest.raises(CheckpointError, match="expected parts with"):
             check_parts(tensor, "file")
+
+
+ESC = "\x1b[31m\u202e"
+HOSTILE = {
+    "name": header({ESC: entry(shape=(3,))}, bytes(8)),
+    "gap": header({ESC: entry(offsets=(4, 12))}, bytes(12)),
+    "dtype": header({ESC: entry(ESC)}, bytes(8)),
+    "entry": header({ESC: ESC}),
+    "not JSON": header(ESC.encode()),
+    "global": pickled(b"c\x1b[31m\nx\n."),
+    "record": archive([(ESC, b""), (ESC, b"")]),
+    "key": pickled(REBUILD % (2, FLOATS.replace(b"V0", b"V\x1b"), b"))") + b"."),
+    "index": weight_map(**{ESC: "two.safetensors"}),
+    "file of an index": weight_map(a=ESC),
+    "warning": header({ESC: entry("F4", (2,), (0, 1))}, bytes(1)),
+    "sparse": saved({ESC: torch.eye(2).to_sparse()}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_errors_and_warnings_have_no_control_characters(tmp_path, name):
+    file_name, content = HOSTILE[name]
+    folder = tmp_path / ESC
+    folder.mkdir()
+    (folder / file_name).write_bytes(content)
+    for arguments in ({}, {"include": "nothing"}):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                summarize_file(folder / file_name, **arguments)
+            except CheckpointError as error:
+                caught = [error]
+        messages = [str(getattr(message, "message", message)) for message in caught]
+        assert all(message.isprintable() for message in messages), messages
+        assert messages

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import pickle
 
 import pytest
@@ -12,6 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import paramstats
+from paramstats._cli import main
 from paramstats.checkpoints import CheckpointError, compare_files, summarize_file
 from tests import oracle
 from tests.checkpoints.files import save
@@ -127,6 +130,24 @@ def repeat_a_part(metadata):
     )
 
 
+def rename(name):
+    """Return a function that renames tensor w."""
+
+    def change(metadata):
+        tensors, places = metadata.state_dict_metadata, metadata.storage_data
+        metadata.state_dict_metadata = {name if k == "w" else k: v for k, v in tensors.items()}
+        metadata.storage_data = {
+            dataclasses.replace(k, fqn=name) if k.fqn == "w" else k: v for k, v in places.items()
+        }
+
+    return change
+
+
+def share_bytes(metadata):
+    first, second = (v for k, v in metadata.storage_data.items() if k.offset is not None)
+    second.offset = first.offset + 1
+
+
 CODE = Calls(open, "/nowhere/marker", "w")  # another error than CheckpointError if it is executed
 
 
@@ -145,14 +166,40 @@ CODE = Calls(open, "/nowhere/marker", "w")  # another error than CheckpointError
         (edit_places(offset=5, length=-5), "expected an uncompressed record"),
         (edit_places(offset=1 << 40), "the file is truncated"),
         (edit_places(transform_descriptors=["zstd"]), "transformed by .'zstd'., which are not"),
+        (rename(5), "got 5 in place of a name"),
+        (rename(("a", 1)), r"got \('a', 1\) in place of a name"),
+        (rename(None), "got None in place of a name"),
+        (edit_tensor(size=(8.0, 1.0)), r"got \(8.0, 1.0\) in place of sizes"),
+        (edit_tensor(size=("\x1b", 1)), r"got \('.x1b', 1\) in place of sizes"),
+        (edit_tensor(size=(0, 10**30), chunks=[]), "0{30}. in place of sizes"),
+        (edit_tensor(size=(1 << 40, 1 << 40), chunks=[]), "more elements than can be counted"),
+        (edit_tensor(properties=None), "a damaged file"),
+        (edit_places(offset=math.nan), "nan, .* in place of sizes"),
+        (edit_places(length=1 << 70), "in place of sizes"),
+        (edit_places(relative_path="x\0y"), r"a part in 'x.x00y', outside the folder"),
+        (edit_places(relative_path="."), "expected a file, got no regular file"),
+        (edit_places(relative_path=2.5), "got 2.5 in place of a name"),
+        (share_bytes, "two parts in the same bytes of '__0_0.distcp'"),
+        (lambda metadata: setattr(metadata, "storage_data", []), "a damaged file"),
+        (lambda metadata: metadata.state_dict_metadata.update(z=None), "a damaged file"),
         (lambda metadata: setattr(metadata, "version", CODE), r"refers to '_?i?o\.open', which"),
         (lambda metadata: setattr(metadata, "planner_data", CODE), "nothing was executed"),
         (lambda metadata: metadata.storage_data.update(x=CODE), "nothing was executed"),
     ],
 )
-def test_metadata_that_contradicts_the_files_is_refused(small, change, message):
+def test_metadata_that_contradicts_the_files_is_refused(small, change, message, capsys):
     assert list(summarize_file(small)) == ["w", "b"]
     edit(small, change)
     with pytest.raises(CheckpointError, match=message) as raised:
         summarize_file(small)
     assert str(small) in str(raised.value)
+    for arguments in ([small], [small, small], [small, "--csv"]):
+        assert main(["show", *map(str, arguments)]) == 2
+        out, err = capsys.readouterr()
+        assert (out, err.count("\n")) == ("", 1) and err[:-1].isprintable()
+
+
+def test_missing_file_name_that_is_too_long_gives_one_line(small, capsys):
+    edit(small, edit_places(relative_path="a" * 100_000))
+    assert main(["show", str(small)]) == 2
+    assert capsys.readouterr().err.endswith(": File name too long\n")
