@@ -25,6 +25,8 @@ EXECUTIONS = {
     "tables": 3000,
     "histories": 500,
     "ranks": 120,
+    "changing_files": 60,
+    "hostile_files": 40,
 }
 summarize = paramstats.summarize
 
