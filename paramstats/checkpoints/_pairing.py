@@ -6,8 +6,12 @@ import bisect
 from collections.abc import Iterator
 
 from paramstats.checkpoints import _reading as reading
+from paramstats.checkpoints._errors import unexpected
 from paramstats.checkpoints._reading import Block, block_of_box, split_box
 from paramstats.checkpoints._stored_tensors import Part, StoredTensor, is_dense
+
+_MAX_PAIRS = 1 << 21
+"""Pairs of parts of a tensor that may overlap: rows on 1,448 ranks and columns on as many."""
 
 Pair = tuple[StoredTensor, StoredTensor]
 
@@ -113,7 +117,12 @@ def pair_parts(parts_a: tuple[Part, ...], parts_b: tuple[Part, ...]) -> Iterator
     candidates = sorted(by_box.values(), key=lambda b: b.starts[d])
     begins = [b.starts[d] for b in candidates]
     longest = max(b.sizes[d] for b in candidates)
+    left = _MAX_PAIRS
     for a in unpaired:
         first = bisect.bisect_right(begins, a.starts[d] - longest)
-        for b in candidates[first : bisect.bisect_left(begins, a.starts[d] + a.sizes[d])]:
+        last = bisect.bisect_left(begins, a.starts[d] + a.sizes[d])
+        left -= max(0, last - first)
+        if left < 0:
+            raise unexpected(f"at most {_MAX_PAIRS:,} pairs of parts of a tensor", "more", a.path)
+        for b in candidates[first:last]:
             yield a, b

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import json
 import math
 
@@ -9,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from paramstats.checkpoints import CheckpointError, compare_files
 from paramstats.checkpoints import _pairing as pairing
 from paramstats.checkpoints import _reading as reading
-from paramstats.checkpoints import compare_files
-from paramstats.checkpoints._stored_tensors import contiguous_part
+from paramstats.checkpoints._stored_tensors import Part, contiguous_part
 from tests.checkpoints.files import FORMATS, save
 
 inf, nan = math.inf, math.nan
@@ -230,3 +231,12 @@ def test_files_without_a_common_name_print_what_each_has(tmp_path):
         torch.save({name: torch.ones(2)}, tmp_path / f"{name}.pt")
     text = str(compare_files(tmp_path / "a.pt", tmp_path / "b.pt"))
     assert "only in a: a" in text and "only in b: b" in text
+
+
+def test_parts_that_all_overlap_are_bounded():
+    n = 1500
+    rows = tuple(Part("a", 0, (1, n), (n, 1), (i, 0)) for i in range(n))
+    columns = tuple(Part("b", 0, (n, 1), (n, 1), (0, i)) for i in range(n))
+    with pytest.raises(CheckpointError, match="expected at most 2,097,152 pairs of parts"):
+        collections.deque(pairing.pair_parts(rows, columns), maxlen=0)
+    assert len(list(pairing.pair_parts(rows[:100], columns))) == 100 * n
