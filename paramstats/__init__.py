@@ -58,7 +58,7 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module(f"paramstats.{name}")
     if name == "History":
         return importlib.import_module("paramstats._history").History
-    raise AttributeError(f"module 'paramstats' has no attribute '{name}'", name=name)
+    raise AttributeError(f"module 'paramstats' has no attribute {name!r}", name=name)
 
 
 def __dir__() -> list[str]:

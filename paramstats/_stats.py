@@ -66,7 +66,7 @@ class TensorStats:
 
         def __getattr__(self, name: str) -> NoReturn:
             raise AttributeError(
-                f"'{type(self).__name__}' object has no attribute '{name}'{did_you_mean(name)}",
+                f"'{type(self).__name__}' object has no attribute {name!r}{did_you_mean(name)}",
                 name=name,
                 obj=self,
             )

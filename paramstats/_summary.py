@@ -96,7 +96,7 @@ class Summary(Mapping[str, ParamStats]):
 
         def __getattr__(self, name: str) -> NoReturn:
             hint = f"; did you mean summary.total.{name}?" if name in (*STATS, "grad") else ""
-            raise AttributeError(f"'Summary' object has no attribute '{name}'{hint}", name=name)
+            raise AttributeError(f"'Summary' object has no attribute {name!r}{hint}", name=name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._description.layout.names)

@@ -155,7 +155,7 @@ def choose(wanted: str | None) -> Implementation:
     """
     if wanted not in (None, "", "native", "reference"):
         raise ValueError(
-            f"paramstats: expected {_BACKEND_VARIABLE} to be native or reference, got '{wanted}'"
+            f"paramstats: expected {_BACKEND_VARIABLE} to be native or reference, got {wanted!r}"
         )
     if wanted == "reference":
         return _reference(f"{_BACKEND_VARIABLE}=reference was set")
@@ -287,5 +287,5 @@ def _set_simd_level(native: Any) -> None:
         except ValueError:
             raise ValueError(
                 f"paramstats: expected {_SIMD_VARIABLE} to be one of "
-                f"{', '.join(native.simd_levels())} here, got '{level}'"
+                f"{', '.join(native.simd_levels())} here, got {level!r}"
             ) from None

@@ -80,8 +80,16 @@ def printable(text: str, replacement: str) -> str:
 
 
 def one_line_name(name: str) -> str:
-    """Return a name with control characters, and what standard output cannot encode, escaped."""
-    text = name if name.isprintable() else repr(name)[1:-1]
+    """Return a name or another text from outside as it may be shown: printable, on one line.
+
+    Escapes what `repr` escapes: control and format characters, bidirectional controls included,
+    line separators and lone surrogates. Also escapes what standard output cannot encode.
+
+    >>> from paramstats._core.format import one_line_name
+    >>> print(one_line_name("layer\x1b[31m.weight"))
+    layer\x1b[31m.weight
+    """
+    text = name if str.isprintable(name) else str.__repr__(name)[1:-1]
     return printable(text, text.encode("ascii", "backslashreplace").decode())
 
 

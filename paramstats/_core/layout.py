@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
+from paramstats._core.format import one_line_name
 from paramstats._core.shard import is_sharded
 from paramstats._core.torch_private import without_modes
 from paramstats._core.wrapper_names import without_wrappers
@@ -271,7 +272,7 @@ def _check_distinct(names: tuple[str, ...], aliases: tuple[tuple[str, ...], ...]
         for name in (several[0], *several[1]):
             if row_of.setdefault(name, row) != row:
                 raise ValueError(
-                    f"paramstats.summarize: expected every name once, got '{name}' for two tensors"
+                    f"paramstats.summarize: expected every name once, got {name!r} for two tensors"
                 )
 
 
@@ -306,12 +307,12 @@ def no_such_name(name: object, known: Collection[str], count: int) -> str:
         return f"expected the name of a parameter, got {name!r}"
     if any(other.startswith(f"{name}.") for other in known):
         return (
-            f"'{name}' is a module, not a parameter; the names of its parameters match "
-            f"r'^{re.escape(name)}\\.'"
+            f"{name!r} is a module, not a parameter; the names of its parameters match "
+            f"r'^{one_line_name(re.escape(name))}\\.'"
         )
     close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-    hint = f"; did you mean '{close[0]}'?" if close else ""
-    return f"no parameter '{name}' among {count}{hint}"
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return f"no parameter {name!r} among {count}{hint}"
 
 
 def compile_patterns(patterns: Any, argument: str) -> Patterns:
@@ -330,7 +331,7 @@ def compile_patterns(patterns: Any, argument: str) -> Patterns:
     except (re.error, TypeError) as error:
         raise type(error)(
             f"paramstats.summarize: expected regular expressions for {argument}, "
-            f"got {patterns!r}: {error}"
+            f"got {patterns!r}: {one_line_name(str(error))}"
         ) from None
 
 

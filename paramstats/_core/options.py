@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from paramstats._core.format import one_line_name
 from paramstats._core.layout import Patterns, compile_patterns
 from paramstats._core.moments import Statistics
 from paramstats._core.torch_private import without_modes
@@ -173,7 +174,7 @@ def _columns(stats: tuple[str, ...], function: str) -> list[int]:
         if name not in STATS:
             raise ValueError(
                 f"paramstats.{function}: expected each of stats to be one of {', '.join(STATS)}, "
-                f"got '{name}'{did_you_mean(name)}"
+                f"got {name!r}{did_you_mean(name)}"
             )
     return [STATS.index(name) for name in stats]
 
@@ -218,11 +219,12 @@ def checked_key(key: str) -> str:
     except (KeyError, IndexError, AttributeError) as error:
         raise ValueError(
             f"paramstats.scalars: expected the fields kind, stat and name in key, got "
-            f"{error.args[0]!r} in '{key}'"
+            f"{error.args[0]!r} in {key!r}"
         ) from None
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"paramstats.scalars: expected a format string for key, got '{key}': {error}"
+            f"paramstats.scalars: expected a format string for key, got {key!r}: "
+            f"{one_line_name(str(error))}"
         ) from None
     return key
 
@@ -247,7 +249,7 @@ def duplicate_keys(key: str, keys: int, statistics: int) -> ValueError:
     """Return the error for a key that stands for two statistics."""
     return ValueError(
         f"paramstats.scalars: expected a key for each statistic, got {keys} keys for {statistics} "
-        f"statistics from '{key}'; use {{kind}}, {{stat}} and {{name}}, and totals=False where a "
+        f"statistics from {key!r}; use {{kind}}, {{stat}} and {{name}}, and totals=False where a "
         f"parameter is called 'total'"
     )
 

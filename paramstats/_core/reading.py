@@ -9,6 +9,7 @@ from typing import Any
 
 from paramstats._core import reference
 from paramstats._core.backend import Implementation
+from paramstats._core.format import one_line_name
 from paramstats._core.record import Record
 from paramstats._core.shard import refuse_shards
 from paramstats._core.torch_private import without_modes
@@ -103,8 +104,8 @@ def warn_once(skipped: Mapping[str, str], stacklevel: int = 3) -> None:
         if reason not in _warned and len(_warned) < _MAX_WARNED:
             _warned.add(reason)
             warnings.warn(
-                f"paramstats.summarize: '{name}' could not be read, its statistics are NaN: "
-                f"{reason}",
+                f"paramstats.summarize: {name!r} could not be read, its statistics are NaN: "
+                f"{one_line_name(reason)}",
                 RuntimeWarning,
                 stacklevel=stacklevel,
             )

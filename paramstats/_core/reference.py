@@ -20,6 +20,7 @@ from torch import Tensor
 from paramstats._core.denormals import threads_with_denormals
 from paramstats._core.elements import check_storage, elements, gradient, numel
 from paramstats._core.forked import threads_that_exist
+from paramstats._core.format import one_line_name
 from paramstats._core.layout import is_lazy
 from paramstats._core.moments import ABSENT, ROW, Moments, merge, unread
 from paramstats._core.torch_private import without_modes
@@ -280,7 +281,7 @@ def _reason(error: Exception, tensor: Tensor) -> str:
             f"{type(error).__name__}: torch has no conversion of {tensor.dtype} to numbers; "
             f"pass the values it encodes, or its bytes (.view(torch.uint8))"
         )
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+    return one_line_name(f"{type(error).__name__}: {error}".splitlines()[0])
 
 
 def _refuse_capture(deferred_rows: DeferredRows) -> None:

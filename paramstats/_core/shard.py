@@ -145,6 +145,6 @@ def refuse_shards(named: Iterable[tuple[str, Any]]) -> None:
         if is_dtensor(tensor):
             raise NotImplementedError(
                 f"paramstats.summarize: expected the gradient of a plain tensor to be plain, got a "
-                f"DTensor placed as {tuple(tensor.placements)} for '{name}'; make the parameter a "
+                f"DTensor placed as {tuple(tensor.placements)} for {name!r}; make the parameter a "
                 f"DTensor, too"
             )

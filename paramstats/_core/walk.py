@@ -67,7 +67,7 @@ def walk_named(
                 continue
             raise _no_tensor(name, value, _remedy(name, value))
         if name in named:
-            raise ValueError(f"paramstats.summarize: expected every name once, got '{name}' twice")
+            raise ValueError(f"paramstats.summarize: expected every name once, got {name!r} twice")
         named[name] = value
     with without_modes():
         for name, value in named.items():
@@ -210,14 +210,14 @@ def _check_name(name: Any) -> None:
 
 def _no_tensor(name: str, value: Any, remedy: str) -> TypeError:
     return TypeError(
-        f"paramstats.summarize: expected a torch.Tensor, got {_type_name(value)} for '{name}'; "
+        f"paramstats.summarize: expected a torch.Tensor, got {_type_name(value)} for {name!r}; "
         f"{remedy}"
     )
 
 
 def _remedy(name: str, value: Any) -> str:
     if isinstance(value, Mapping):
-        return f"to summarize the tensors in it, pass source['{name}']"
+        return f"to summarize the tensors in it, pass source[{name!r}]"
     # hasattr(value, ...) is always true for a torch.fx.Proxy.
     if hasattr(type(value), "__array_interface__"):
         return "convert it with torch.from_numpy"

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from html import escape
 
+from paramstats._core.format import one_line_name
 from paramstats._core.record import Record
 from paramstats._display.table import UNREMARKABLE, Line, table
 from paramstats._findings import Severity
@@ -63,7 +64,7 @@ def _row(line: Line, headings: Sequence[str], has_marks: bool) -> str:
     severity = f" {line.severity.name.lower()}" if line.severity > Severity.INFO else ""
     cells = [
         f'<td class="name" style="padding-left: {8 + 16 * line.depth}px" '
-        f'title="{escape(line.name)}">{_breakable(line.label)}</td>'
+        f'title="{escape(one_line_name(line.name))}">{_breakable(line.label)}</td>'
     ]
     if has_marks:
         advice = "\n".join(map(str, line.findings))

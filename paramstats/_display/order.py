@@ -70,7 +70,7 @@ def order(sort_by: str | None, kind: str | None = None) -> Order | None:
     if stat not in STATS:
         raise ValueError(
             f"paramstats.table: expected sort_by to be name or one of {', '.join(STATS)}, with "
-            f"'grad.' in front for the gradient or '-' for the smallest first, got '{sort_by}'"
+            f"'grad.' in front for the gradient or '-' for the smallest first, got {sort_by!r}"
             f"{did_you_mean(stat)}"
         )
     return Order(stat, kind == "grad" or stat != name, sort_by.startswith("-"))

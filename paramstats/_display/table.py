@@ -230,7 +230,8 @@ def _notes(record: Record, findings: Findings) -> list[str]:
     if record.diverged:
         first, *others = record.diverged
         more = f" (and {len(others)} more)" if others else ""
-        notes.append(f"replicas differ: {one_line_name(first)}{more}: {record.diverged[first]}")
+        name, ranks = map(one_line_name, (first, record.diverged[first]))
+        notes.append(f"replicas differ: {name}{more}: {ranks}")
     if findings:
         errors = sum(finding.severity == Severity.ERROR for finding in findings)
         counts = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from paramstats._core.format import number
+from paramstats._core.format import number, one_line_name
 from paramstats._findings.context import (
     Context,
     count_elements,
@@ -50,9 +50,10 @@ def diverged_replicas(context: Context) -> Iterator[Finding]:
         "values, or has faulty memory. Load the same checkpoint on all ranks."
     )
     for row_name, ranks in context.diverged.items():
+        message = one_line_name(ranks)
         name = row_name.removesuffix(" (gradient)")
         source: Source = "param" if name == row_name else "grad"
-        yield Finding(Severity.ERROR, code, name, source, math.nan, math.nan, ranks, advice)
+        yield Finding(Severity.ERROR, code, name, source, math.nan, math.nan, message, advice)
 
 
 def weight_values(context: Context) -> Iterator[Finding]:

@@ -92,8 +92,8 @@ def make_thresholds(
     for name in changes:
         if name not in known:
             close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-            hint = f"did you mean '{close[0]}'?" if close else f"use one of {', '.join(known)}"
+            hint = f"did you mean {close[0]!r}?" if close else f"use one of {', '.join(known)}"
             raise TypeError(
-                f"paramstats.findings: expected the name of a threshold, got '{name}'; {hint}"
+                f"paramstats.findings: expected the name of a threshold, got {name!r}; {hint}"
             )
     return dataclasses.replace(thresholds, **changes)

@@ -128,7 +128,7 @@ def agree(
                 name = source.content.layout.names[source.row]
                 raise ValueError(
                     f"paramstats.summarize: expected the same tied tensors on all ranks, got "
-                    f"'{alias}' tied to '{name}' on rank {global_ranks[source.rank]} and not on "
+                    f"{alias!r} tied to {name!r} on rank {global_ranks[source.rank]} and not on "
                     f"rank {global_ranks[first[alias].rank]}; tie it on all ranks"
                 )
     union = layout if len(senders) == 1 else _union(first, layout)

@@ -290,7 +290,7 @@ class Exchange:
             more = f" (and {len(incomplete) - 1} more tensors)" if len(incomplete) > 1 else ""
             raise RuntimeError(
                 f"paramstats.summarize: expected the ranks together to hold the {expected} "
-                f"elements of '{name}', got {got}{more}; call it on all ranks that hold a shard, "
+                f"elements of {name!r}, got {got}{more}; call it on all ranks that hold a shard, "
                 f"or leave the tensor out with exclude=..., or gradients with grads=False"
             )
         states = merged[:, 1:].contiguous()

@@ -122,7 +122,7 @@ class LocalRows:
             return f"partial tensors of dtype {x.dtype} cannot be reduced"
         if x.is_meta:
             raise ValueError(
-                f"paramstats.summarize: expected the partial tensor '{self.layout.row_name(row)}' "
+                f"paramstats.summarize: expected the partial tensor {self.layout.row_name(row)!r} "
                 f"on a device with values, got the meta device"
             )
         n = len(self.layout)

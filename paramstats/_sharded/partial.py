@@ -152,7 +152,7 @@ def make_plan(partial_specs: Sequence[PartialSpecs]) -> Plan:
 def _conflict(label: Label, expected: str) -> ValueError:
     name = f"{label[0]} (gradient)" if label[1] else label[0]
     return ValueError(
-        f"paramstats.summarize: expected the partial tensor '{name}' to have {expected}"
+        f"paramstats.summarize: expected the partial tensor {name!r} to have {expected}"
     )
 
 

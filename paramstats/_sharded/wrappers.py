@@ -50,7 +50,7 @@ def find_shards(source: Any, layout: Layout, tensors: list[Any]) -> tuple[Layout
         if getattr(x, "_fsdp_flattened", False) and id(x) not in replaced:
             raise NotImplementedError(
                 f"paramstats.summarize: expected the model as FullyShardedDataParallel returned "
-                f"it, got a flattened parameter for '{name}'; pass the wrapped model"
+                f"it, got a flattened parameter for {name!r}; pass the wrapped model"
             )
     if any(id(x) in replaced for x in tensors):
         return _replace(layout, tensors, replaced)
@@ -104,7 +104,7 @@ def _fsdp1_shards(name: str, module: Any) -> Iterator[tuple[int, list[_Shard]]]:
         if flat._params is None:
             raise NotImplementedError(
                 f"paramstats.summarize: expected FullyShardedDataParallel without sharding to keep "
-                f"the original parameters, got a flat parameter for '{name}'; pass "
+                f"the original parameters, got a flat parameter for {name!r}; pass "
                 f"use_orig_params=True"
             )
         yield from ((id(p), [_Shard(p)]) for p in flat._params)
