@@ -80,7 +80,7 @@ def printable(text: str, replacement: str) -> str:
 
 
 def one_line_name(name: str) -> str:
-    """Return a name or another text from outside as it may be shown: printable, on one line.
+    r"""Return a name or another text from outside as it may be shown: printable, on one line.
 
     Escapes what `repr` escapes: control and format characters, bidirectional controls included,
     line separators and lone surrogates. Also escapes what standard output cannot encode.
