@@ -311,6 +311,7 @@ void set_simd_level(const std::string& name) {
 PYBIND11_MODULE(_native, m) {
   using namespace pybind11::literals;  // NOLINT: needed for the literal _a
   m.doc() = "The native backend of paramstats. Private: import paramstats instead.";
+  paramstats::find_module_class();
   m.attr("BLOCK") = paramstats::cpu::kBlock;
   m.attr("CHUNK") = paramstats::cpu::kChunk;
   m.attr("INNER") = paramstats::cpu::kInner;

@@ -60,16 +60,12 @@ struct ModuleClass {
     }
   }
 };
-const ModuleClass& module_class() {
-  static const ModuleClass* const c =
-      new ModuleClass();  // never freed: may outlive the interpreter
-  return *c;
-}
+const ModuleClass* module_class = nullptr;  // never freed: may outlive the interpreter
 
 // Whether neither the class nor the instance overrides how a module lists its tensors.
 bool lists_as_nn_module(PyObject* module, PyTypeObject* type) {
   PyObject* object = reinterpret_cast<PyObject*>(type);
-  for (const auto& [name, original] : module_class().methods) {
+  for (const auto& [name, original] : module_class->methods) {
     const py::object method =
         py::reinterpret_steal<py::object>(PyObject_GetAttr(object, name.ptr()));
     if (!method) PyErr_Clear();
@@ -81,7 +77,7 @@ bool lists_as_nn_module(PyObject* module, PyTypeObject* type) {
     if (_PyType_Lookup(type, attribute->name) != nullptr) return false;
   }
   const auto attributes = py::reinterpret_steal<py::dict>(PyObject_GenericGetDict(module, nullptr));
-  for (const auto& [name, original] : module_class().methods) {
+  for (const auto& [name, original] : module_class->methods) {
     if (attributes.contains(name)) return false;
   }
   return true;
@@ -143,7 +139,7 @@ PyObject* dict_of(PyObject* attributes, Attribute& attribute) {
 bool enter(PyObject* module, Attribute& kind, Tree& tree) {
   if (tree.open.size() > kMaxDepth || ++tree.visits > kMaxVisits) return false;
   // Check the type before the dictionary: asking a built-in type for one would create it.
-  if (!PyType_IsSubtype(Py_TYPE(module), module_class().python_type())) return false;
+  if (!PyType_IsSubtype(Py_TYPE(module), module_class->python_type())) return false;
   // The module keeps its attributes alive, so the reference can be released at once.
   PyObject* attributes = PyObject_GenericGetDict(module, nullptr);
   if (attributes == nullptr) return false;
@@ -252,8 +248,9 @@ std::vector<py::object> Tree::owned() const {
   return objects;
 }
 
+void find_module_class() { module_class = new ModuleClass(); }
+
 bool read_tree(PyObject* module, bool buffers, Tree& tree) {
-  module_class();  // the first call runs Python code
   const GarbageCollectorDisabled no_collection;
   if (!visit(module, attributes_of_modules().parameters, tree)) return false;
   tree.parameters = tree.members.size();

@@ -44,6 +44,10 @@ struct Tree {
   std::vector<pybind11::object> owned() const;
 };
 
+// Looks up nn.Module. Must be called once, before `read_tree`: it runs Python code, which a signal
+// handler or another thread could interrupt with a call of its own.
+void find_module_class();
+
 // Reads the parameters of a module and of all modules in it, followed by the buffers if `buffers`.
 // Returns false if the tree cannot be read this way, or is too deep or too large.
 //

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from paramstats import _display as display
 from paramstats._core import moments
 from paramstats._core.layout import Layout, no_such_name
 from paramstats._core.moments import ABSENT
@@ -21,12 +22,13 @@ from paramstats._core.options import (
 )
 from paramstats._core.record import Deferred, Record
 from paramstats._core.torch_private import skip_dynamo
+from paramstats._findings import Findings, Thresholds
+from paramstats._findings.rules import find
+from paramstats._findings.thresholds import make_thresholds
 from paramstats._stats import ParamStats, TotalStats, merged
 
 if TYPE_CHECKING:
     import pandas
-
-    from paramstats._findings import Findings, Thresholds
 
 
 class Summary(Mapping[str, ParamStats]):
@@ -316,9 +318,6 @@ class Summary(Mapping[str, ParamStats]):
             TypeError: there is no threshold of that name.
             ValueError: a threshold is not a number of 0 or more.
         """
-        from paramstats._findings.rules import find
-        from paramstats._findings.thresholds import make_thresholds
-
         return find(self._record, make_thresholds(thresholds, changes))
 
     @skip_dynamo
@@ -365,20 +364,14 @@ class Summary(Mapping[str, ParamStats]):
         Raises:
             ValueError: an unknown statistic or kind, or a limit below 0.
         """
-        from paramstats import _display as display
-
         table = display.table(self._record, sort_by, limit, kind, trainable)
         return display.colored(table, width) if color else display.plain(table, width)
 
     @skip_dynamo
     def __str__(self) -> str:
-        from paramstats import _display as display
-
         return display.for_print(display.table(self._record))
 
     def __rich_console__(self, console: Any, options: Any) -> Any:
-        from paramstats import _display as display
-
         yield from display.rich_lines(display.table(self._record), options.max_width)
 
     def __repr__(self) -> str:
@@ -396,8 +389,6 @@ class Summary(Mapping[str, ParamStats]):
         return f"<Summary of {n} tensors, {grads} with gradients{where}>"
 
     def _repr_html_(self) -> str:
-        from paramstats import _display as display
-
         return display.html(self._record)
 
     def __reduce__(self) -> tuple[Any, ...]:

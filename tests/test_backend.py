@@ -87,6 +87,7 @@ def test_a_missing_native_backend_is_reported_once(unchosen, monkeypatch, tmp_pa
         (tmp_path / "_build.json").write_text(text)
     monkeypatch.setattr(backends, "_PACKAGE", tmp_path)
     monkeypatch.setitem(sys.modules, "paramstats._native", None)  # an import of it fails
+    monkeypatch.setattr(backends, "_extensions", None)
     with pytest.warns(RuntimeWarning, match=reason) as caught:
         norms = [paramstats.summarize({"w": torch.ones(4)})["w"].norm for _ in range(2)]
     assert norms == [2.0, 2.0] and paramstats.backend().cpu == "reference"

@@ -7,12 +7,11 @@ import json
 import os
 import platform
 import re
-import threading
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -133,18 +132,20 @@ class Backend:
 
 
 _active: Implementation | None = None
-_lock = threading.Lock()
-_explained: set[torch.device] = set()
+_explained: set[torch.device | str | None] = set()
 
 
 def active() -> Implementation:
-    """Return the backend of this process, which is chosen at the first call."""
+    """Return the backend of this process, which is chosen at the first call.
+
+    There is no lock: a signal handler, another thread or a forked child may make the first call
+    while this one runs. All of them choose the same.
+    """
     global _active
-    if _active is None:
-        with _lock:
-            if _active is None:
-                _active = choose(os.environ.get(_BACKEND_VARIABLE))
-    return _active
+    chosen = _active
+    if chosen is None:
+        chosen = _active = choose(os.environ.get(_BACKEND_VARIABLE))
+    return chosen
 
 
 def choose(wanted: str | None) -> Implementation:
@@ -159,10 +160,9 @@ def choose(wanted: str | None) -> Implementation:
         )
     if wanted == "reference":
         return _reference(f"{_BACKEND_VARIABLE}=reference was set")
-    native, missing = _load_native()
+    native, missing, cuda, cuda_missing = _extensions or _load()
     if native is not None:
         _set_simd_level(native)
-        cuda, cuda_missing = _load_cuda(native)
         return Implementation(
             "native",
             native.walk,
@@ -179,11 +179,13 @@ def choose(wanted: str | None) -> Implementation:
         raise RuntimeError(
             f"paramstats: expected the native backend ({_BACKEND_VARIABLE}=native), but {missing}"
         )
-    warnings.warn(
-        f"paramstats uses torch operators: the same results, but slower. Reason: {missing}",
-        RuntimeWarning,
-        stacklevel=4,
-    )
+    if missing not in _explained:
+        _explained.add(missing)
+        warnings.warn(
+            f"paramstats uses torch operators: the same results, but slower. Reason: {missing}",
+            RuntimeWarning,
+            stacklevel=4,
+        )
     return _reference(missing)
 
 
@@ -241,6 +243,21 @@ def _record() -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
+class _Extensions(NamedTuple):
+    """The extension modules, or why they are missing."""
+
+    native: Any
+    missing: str | None
+    cuda: Any
+    cuda_missing: str | None
+
+
+def _load() -> _Extensions:
+    native, missing = _load_native()
+    cuda, cuda_missing = (None, missing) if native is None else _load_cuda(native)
+    return _Extensions(native, missing, cuda, cuda_missing)
+
+
 def _load_native() -> tuple[Any, str | None]:
     """Return the extension module and None, or None and the reason."""
     record = _record()
@@ -289,3 +306,8 @@ def _set_simd_level(native: Any) -> None:
                 f"paramstats: expected {_SIMD_VARIABLE} to be one of "
                 f"{', '.join(native.simd_levels())} here, got {level!r}"
             ) from None
+
+
+# Loaded by `import paramstats`. A call that loaded them would hold Python's import lock, and a
+# child that another thread forks meanwhile would wait for it forever.
+_extensions = None if os.environ.get(_BACKEND_VARIABLE) == "reference" else _load()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterable
 from dataclasses import dataclass
+from html import escape
 from textwrap import wrap
 from typing import Literal
 
@@ -144,8 +145,6 @@ class Findings(tuple[Finding, ...]):
     __str__ = __repr__
 
     def _repr_html_(self) -> str:
-        from html import escape  # here, because few programs need it
-
         if not self:
             return "<p>no findings</p>"
         lines = []
