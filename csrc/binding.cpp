@@ -222,9 +222,10 @@ py::bytes merge_rows(const py::bytes& table, size_t begin, size_t end) {
   return py::bytes(reinterpret_cast<const char*>(&all), sizeof(all));
 }
 
-// The state of row i of n, divided by the gradient scale if it is a gradient (second half).
-Moments unscaled_row(const Moments* rows, size_t i, size_t n, double grad_scale) {
-  return 2 * i >= n && grad_scale != 1 ? scaled(rows[i], 1 / grad_scale) : rows[i];
+// The statistics of row i of n, divided by the gradient scale if it is a gradient (second half).
+Statistics finalize_row(const Moments* rows, size_t i, size_t n, double correction,
+                        double grad_scale) {
+  return finalize(rows[i], correction, 2 * i >= n ? grad_scale : 1);
 }
 
 // Returns {key: statistic}. `keys` contains, row by row, one key per entry of `columns` (positions
@@ -247,7 +248,7 @@ py::dict scalars(const py::bytes& table, const py::list& keys, const std::vector
       next += static_cast<Py_ssize_t>(columns.size());
       continue;
     }
-    const Statistics all = finalize(unscaled_row(rows, i, n, grad_scale), correction);
+    const Statistics all = finalize_row(rows, i, n, correction, grad_scale);
     double values[kStatistics];
     std::memcpy(values, &all, sizeof(all));
     for (int column : columns) {
@@ -275,7 +276,7 @@ py::bytes finalize_table(const py::bytes& table, double correction, double grad_
       auto* values = reinterpret_cast<double*>(&out[i]);
       std::fill(values, values + kStatistics, kNaN);
     } else {
-      out[i] = finalize(unscaled_row(rows, i, n, grad_scale), correction);
+      out[i] = finalize_row(rows, i, n, correction, grad_scale);
     }
   }
   return py::bytes(reinterpret_cast<const char*>(out.data()), n * sizeof(Statistics));

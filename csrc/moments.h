@@ -207,8 +207,10 @@ struct Statistics {
 };
 constexpr int kStatistics = sizeof(Statistics) / sizeof(double);
 
-// The statistics of the finite elements alone.
-inline Statistics finalize_finite(const Moments& a, double correction) {
+// The statistics of the finite elements alone, each divided by `scale` > 0: that of a scaled loss,
+// which gradients still contain. Statistics are divided instead of the state, because the square of
+// `scale` and m2 / scale^2 may leave the range of double where std and norm do not.
+inline Statistics finalize_finite(const Moments& a, double correction, double scale = 1) {
   const double n = static_cast<double>(finite_count(a));
   const double zeros = static_cast<double>(a.zeros);
   Statistics out{n, kNaN, kNaN, kNaN, kNaN, kNaN, kNaN, kNaN, kNaN, zeros, kNaN, 0, 0, 0, 0};
@@ -218,23 +220,26 @@ inline Statistics finalize_finite(const Moments& a, double correction) {
     return out;
   }
   const double freedom = n > correction ? n - correction : 0;  // at least 0, as in torch.var
-  out.mean = a.mean;
-  out.var = a.m2 / freedom;  // 0 / 0 is NaN, as in torch
-  out.std = std::sqrt(out.var);
+  const double var = a.m2 / freedom;                           // 0 / 0 is NaN, as in torch
+  const bool keeps_digits =
+      std::isnormal(var);  // otherwise its root may still be an ordinary number
+  out.mean = a.mean / scale;
+  out.std = (keeps_digits ? std::sqrt(var) : std::sqrt(a.m2) / std::sqrt(freedom)) / scale;
+  out.var = keeps_digits ? var / scale / scale : out.std * out.std;
   // hypot avoids the overflow and underflow of squares near the limits of double.
-  out.norm = std::hypot(std::sqrt(a.m2), std::fabs(a.mean) * std::sqrt(n));
-  out.rms = std::hypot(std::sqrt(a.m2 / n), a.mean);
-  out.min = a.min;
-  out.max = a.max;
-  out.abs_max = std::fmax(std::fabs(a.min), std::fabs(a.max));
+  out.norm = std::hypot(std::sqrt(a.m2), std::fabs(a.mean) * std::sqrt(n)) / scale;
+  out.rms = std::hypot(std::sqrt(a.m2 / n), a.mean) / scale;
+  out.min = a.min / scale;
+  out.max = a.max / scale;
+  out.abs_max = std::fmax(std::fabs(out.min), std::fabs(out.max));
   out.zero_fraction = zeros / n;
   return out;
 }
 
 // The statistics of all elements, as torch computes them: with a NaN most are NaN, with an infinity
 // the norm is infinite.
-inline Statistics finalize(const Moments& a, double correction) {
-  Statistics out = finalize_finite(a, correction);
+inline Statistics finalize(const Moments& a, double correction, double scale = 1) {
+  Statistics out = finalize_finite(a, correction, scale);
   out.count = static_cast<double>(a.count);
   out.nan_count = static_cast<double>(a.nans);
   out.pos_inf_count = static_cast<double>(a.pos_infs);
@@ -260,16 +265,5 @@ inline Statistics finalize(const Moments& a, double correction) {
 }
 
 #endif
-
-// The state after multiplying every element by `factor` > 0: used to unscale gradients of a scaled
-// loss.
-PARAMSTATS_HD inline Moments scaled(const Moments& a, double factor) {
-  Moments out = a;
-  out.mean *= factor;
-  out.m2 = a.m2 * factor * factor;  // in this order: factor * factor alone may overflow
-  out.min *= factor;
-  out.max *= factor;
-  return out;
-}
 
 }  // namespace paramstats

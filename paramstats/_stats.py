@@ -27,24 +27,29 @@ class TensorStats:
     computed from absolute values. Statistics of a tensor that was not read are NaN.
     """
 
-    __slots__ = ("_correction", "_state", "_statistics")
+    __slots__ = ("_correction", "_scale", "_state", "_statistics")
 
     def __init__(
-        self, state: Moments, correction: float, statistics: Statistics | None = None
+        self,
+        state: Moments,
+        correction: float,
+        scale: float = 1.0,
+        statistics: Statistics | None = None,
     ) -> None:
         self._state = state
         self._correction = correction
+        self._scale = scale  # of the elements in `state`; statistics are divided by it
         self._statistics = statistics
 
     def statistics(self) -> Statistics:
         """Return all statistics as a named tuple of floats."""
         if self._statistics is None:
-            self._statistics = moments.finalize(self._state, self._correction)
+            self._statistics = moments.finalize(self._state, self._correction, self._scale)
         return self._statistics
 
     def state(self) -> Moments:
         """Return the counts and moments that the statistics are computed from."""
-        return self._state
+        return moments.unscaled(self._state, self._scale)
 
     def is_read(self) -> bool:
         """Return whether the elements were read; otherwise all statistics but `count` are NaN."""
@@ -52,7 +57,7 @@ class TensorStats:
 
     def _identity(self) -> tuple[object, ...]:
         """Return the key that equality compares. It is bytes, so that NaN equals NaN."""
-        return ROW.pack(*self._state), self._correction
+        return ROW.pack(*self._state), self._correction, self._scale
 
     def __eq__(self, other: object) -> bool:
         if type(other) is not type(self):
@@ -149,9 +154,9 @@ class TensorStats:
     @property
     def finite(self) -> TensorStats:
         """The statistics of the finite elements only."""
-        statistics = moments.finalize_finite(self._state, self._correction)
+        statistics = moments.finalize_finite(self._state, self._correction, self._scale)
         state = self._state._replace(count=int(statistics.count), nans=0, pos_infs=0, neg_infs=0)
-        return TensorStats(state, self._correction, statistics)
+        return TensorStats(state, self._correction, self._scale, statistics)
 
     def to_dict(self) -> dict[str, Any]:
         """Return every statistic by name; counts are int, the others float."""
@@ -231,7 +236,9 @@ class ParamStats(TotalStats):
         super().__init__(
             record.state(row),
             record.correction,
-            None if grad.count == ABSENT else TensorStats(grad, record.correction),
+            None
+            if grad.count == ABSENT
+            else TensorStats(grad, record.correction, record.grad_scale),
         )
         self._layout = layout
         self._row = row
@@ -297,5 +304,6 @@ def merged(record: Record, begin: int, end: int) -> TotalStats:
     """Return the statistics of the tensors [begin, end) of a record together."""
     n, grad = len(record.layout), None
     if record.has_gradient(begin, end):
-        grad = TensorStats(record.merged(n + begin, n + end), record.correction)
+        state = record.merged(n + begin, n + end)
+        grad = TensorStats(state, record.correction, record.grad_scale)
     return TotalStats(record.merged(begin, end), record.correction, grad)

@@ -42,8 +42,8 @@ def test_a_wrong_statistic_fails(backend, monkeypatch, statistic, index):
     """The `index`-th statistics that the call computes get an error of 0.1 %."""
     model, finalize, calls = trained(), moments.finalize, []
 
-    def wrong(state, correction):
-        statistics = finalize(state, correction)
+    def wrong(*arguments):
+        statistics = finalize(*arguments)
         calls.append(statistics)
         if len(calls) != index + 1:
             return statistics

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from hypothesis import strategies as st
 import paramstats
 from paramstats._core import backend as backends
 from paramstats._core import reference
+from paramstats._core.entries import entries
+from paramstats._summary import record_of
 from tests import oracle
 from tests.dtypes import FLOATS, INTEGERS
 from tools.accuracy.bound import state_of
@@ -124,6 +127,42 @@ def test_correction_means_the_same_as_in_torch(backend, correction):
     x = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0], dtype=torch.float64)
     expected = x.std(correction=correction).item()
     assert stats_of(x, correction=correction).std == pytest.approx(expected, nan_ok=True)
+
+
+@pytest.mark.parametrize("correction", [-1e300, -1e9, 1e-300, 999.9999999999, 2**52 + 1, 1e300])
+@pytest.mark.parametrize("scale", [1e-18, 1.0, 1e18])
+def test_extreme_corrections(backend, correction, scale):
+    x = scale * torch.randn(1000)
+    oracle.check(stats_of(x, correction=correction), x, correction)
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-200, 1e-154, 3.0, 1e150, 1e155, 1e162, 1e300])
+def test_extreme_grad_scales(backend, scale):
+    """The square of the scale leaves the range of float64, the statistics do not."""
+    torch.manual_seed(0)
+    w = torch.zeros(1000, requires_grad=True)
+    w.grad = 1 + torch.randn(1000)
+    exact = oracle.exact(w.grad)
+    std, norm = oracle.root(exact.m2 / (exact.n - 1)), oracle.root(exact.sum_sq)
+    expected = {"mean": exact.mean, "std": std, "norm": norm, "max": Fraction(exact.max)}
+    expected = {stat: float(value / Fraction(scale)) for stat, value in expected.items()}
+    summary = paramstats.summarize({"a.w": w}, grad_scale=scale)
+    history = paramstats.History()
+    history.append(0, summary)
+    for stat, value in expected.items():
+        shown = {
+            "entry": getattr(summary["a.w"].grad, stat),
+            "finite": getattr(summary["a.w"].grad.finite, stat),
+            "total": getattr(summary.total.grad, stat),
+            "scalars": summary.scalars(stats=stat)[f"grad_{stat}/a.w"],
+            "scalars of modules": summary.scalars(stats=stat, depth=1)[f"grad_{stat}/a"],
+            "dict": summary.to_dict()["params"]["a.w"]["grad"][stat],
+            "table of statistics": getattr(entries(record_of(summary))[0].grad, stat),
+            "history": getattr(history["a.w"].grad, stat)[0],
+        }
+        assert shown == pytest.approx(dict.fromkeys(shown, value), rel=1e-6)
+    row = summary.table(kind="grad").splitlines()[-1].split()
+    assert float(row[4]) == pytest.approx(expected["norm"], rel=1e-3)
 
 
 @pytest.mark.parametrize("value", [0.1, 1e-40, 3e38, -7.0, 1e-300])

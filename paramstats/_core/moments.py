@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import struct
+import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from paramstats._core.denormals import with_denormals
 
 NAN = math.nan
 INF = math.inf
+_SMALLEST_NORMAL = sys.float_info.min
 ABSENT = -1
 """The count of a row without a tensor: a gradient that is None."""
 
@@ -98,16 +100,20 @@ def merge(a: Moments, b: Moments) -> Moments:
 
 
 @with_denormals
-def scaled(a: Moments, factor: float) -> Moments:
-    """Return the state of the elements multiplied by `factor` > 0."""
+def unscaled(a: Moments, scale: float) -> Moments:
+    """Return the state of the elements divided by `scale` > 0."""
     return a._replace(
-        mean=a.mean * factor, m2=a.m2 * factor * factor, min=a.min * factor, max=a.max * factor
+        mean=a.mean / scale, m2=a.m2 / scale / scale, min=a.min / scale, max=a.max / scale
     )
 
 
 @with_denormals
-def finalize_finite(a: Moments, correction: float) -> Statistics:
-    """Return the statistics of the finite elements only."""
+def finalize_finite(a: Moments, correction: float, scale: float = 1.0) -> Statistics:
+    """Return the statistics of the finite elements only, each divided by `scale` > 0.
+
+    Statistics are divided instead of the state, because m2 / scale^2 may leave the range of float64
+    where std and norm do not.
+    """
     n = finite_count(a)
     zeros = a.zeros
     if n == 0 or is_unread(a):
@@ -116,18 +122,24 @@ def finalize_finite(a: Moments, correction: float) -> Statistics:
     mean, m2 = a.mean, a.m2
     freedom = max(n - correction, 0)  # as in torch.var
     var = m2 / freedom if freedom else (NAN if m2 == 0 else INF)
-    norm = math.hypot(math.sqrt(m2), mean * math.sqrt(n))
-    rms = math.hypot(math.sqrt(m2 / n), mean)
-    largest = max(abs(a.min), abs(a.max))
-    share = zeros / n
-    std = math.sqrt(var)
-    return Statistics(n, mean, std, var, norm, rms, a.min, a.max, largest, zeros, share, 0, 0, 0, 0)
+    if _SMALLEST_NORMAL <= var < INF:
+        std = math.sqrt(var) / scale
+        var = var / scale / scale
+    else:  # its root may still be an ordinary number
+        std = (math.sqrt(m2) / math.sqrt(freedom) if freedom else var) / scale
+        var = std * std
+    norm = math.hypot(math.sqrt(m2), mean * math.sqrt(n)) / scale
+    rms = math.hypot(math.sqrt(m2 / n), mean) / scale
+    low, high = a.min / scale, a.max / scale
+    largest = max(abs(low), abs(high))
+    mean, share = mean / scale, zeros / n
+    return Statistics(n, mean, std, var, norm, rms, low, high, largest, zeros, share, 0, 0, 0, 0)
 
 
-def finalize(a: Moments, correction: float) -> Statistics:
+def finalize(a: Moments, correction: float, scale: float = 1.0) -> Statistics:
     """Return the statistics of all elements; NaN and infinities propagate as in torch."""
     n = finite_count(a)
-    out = finalize_finite(a, correction)
+    out = finalize_finite(a, correction, scale)
     if n == a.count:
         return out
     out = out._replace(
@@ -147,8 +159,8 @@ def finalize(a: Moments, correction: float) -> Statistics:
         norm=INF,
         rms=INF,
         abs_max=INF,
-        min=-INF if a.neg_infs else a.min if n else INF,
-        max=INF if a.pos_infs else a.max if n else -INF,
+        min=-INF if a.neg_infs else out.min if n else INF,
+        max=INF if a.pos_infs else out.max if n else -INF,
     )
 
 
@@ -191,7 +203,7 @@ def scalars(
         own = [next(remaining) for _ in columns]
         if is_unread(state):  # true for absent rows, too
             continue
-        values = finalize(_unscaled(state, i, n, grad_scale), correction)
+        values = finalize(state, correction, grad_scale if 2 * i >= n else 1.0)
         out.update((key, float(values[c])) for key, c in zip(own, columns, strict=True))
     return out
 
@@ -209,13 +221,9 @@ def finalize_table(table: bytes, correction: float, grad_scale: float) -> bytes:
     return b"".join(
         absent
         if state.count == ABSENT
-        else STATISTICS_ROW.pack(*finalize(_unscaled(state, i, n, grad_scale), correction))
+        else STATISTICS_ROW.pack(*finalize(state, correction, grad_scale if 2 * i >= n else 1.0))
         for i, state in enumerate(_rows(table, 0, n))
     )
-
-
-def _unscaled(state: Moments, i: int, n: int, grad_scale: float) -> Moments:
-    return scaled(state, 1 / grad_scale) if 2 * i >= n and grad_scale != 1 else state
 
 
 def _rows(table: bytes, begin: int, end: int) -> Iterator[Moments]:

@@ -18,8 +18,8 @@ class Record(NamedTuple):
     """The states of a model's tensors and gradients, and what is needed to interpret them.
 
     `table` holds 2 N rows of `Moments` for N tensors: the tensors, then their gradients. The count
-    of a row is `ABSENT` where there is no gradient. Gradients in the table are still multiplied by
-    `grad_scale`; all methods divide it out.
+    of a row is `ABSENT` where there is no gradient. States of gradients still contain `grad_scale`;
+    statistics are divided by it.
     """
 
     layout: Layout
@@ -35,7 +35,7 @@ class Record(NamedTuple):
 
     def state(self, row: int) -> Moments:
         """Return the state of a row of the table."""
-        return self._unscaled(moments.row(self.table, row), row)
+        return moments.row(self.table, row)
 
     def has_gradient(self, begin: int, end: int) -> bool:
         """Return whether any of the tensors [begin, end) has a gradient."""
@@ -46,8 +46,7 @@ class Record(NamedTuple):
 
     def merged(self, begin: int, end: int) -> Moments:
         """Return rows [begin, end) merged into one state, without absent and unread rows."""
-        state = moments.row(active().merge_rows(self.table, begin, end), 0)
-        return self._unscaled(state, begin) if end > begin else state
+        return moments.row(active().merge_rows(self.table, begin, end), 0)
 
     def scalars(self, keys: list[str], columns: list[int]) -> dict[str, float]:
         """Return `{key: statistic}` for all rows that were read; see `moments.scalars`."""
@@ -96,11 +95,6 @@ class Record(NamedTuple):
         n, size = len(self.layout), ROW.size
         rows = (*tensors, *(n + tensor for tensor in tensors))
         return b"".join(self.table[row * size : (row + 1) * size] for row in rows)
-
-    def _unscaled(self, state: Moments, row: int) -> Moments:
-        if self.grad_scale == 1 or row < len(self.layout):
-            return state
-        return moments.scaled(state, 1 / self.grad_scale)
 
 
 class Deferred(Protocol):

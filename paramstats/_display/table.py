@@ -191,7 +191,8 @@ class _Builder:
         value = moments.finalize(record.merged(begin, end), record.correction)
         grad = None
         if record.has_gradient(begin, end):
-            grad = moments.finalize(record.merged(n + begin, n + end), record.correction)
+            state = record.merged(n + begin, n + end)
+            grad = moments.finalize(state, record.correction, record.grad_scale)
         counted = grad if self.kind == "grad" else value
         count = 0 if counted is None else counted.count
         return self._cells(f"{count:,.0f}", value, grad, "")

@@ -1,4 +1,4 @@
-// Tests of the state: the laws of merge, update against the oracle, and finalize and scaled against
+// Tests of the state: the laws of merge, update against the oracle, and finalize against
 // statistics computed by hand.
 //
 //     g++ -std=c++17 -O2 tests/cpp/test_moments.cpp -o build/test_moments && build/test_moments
@@ -310,24 +310,36 @@ void norms_near_the_limits_of_double() {
   CHECK(finalize(state_of(Values(4, kTiny)), 1).norm, 2 * kTiny);
 }
 
-// ---- scaled --------------------------------------------------------------------------------
-
-void scaled_is_the_state_of_the_scaled_elements() {
-  for (double factor : {1.0, 1.0 / 65536, 1e-3, 7.0}) {
+void statistics_are_divided_by_the_scale() {
+  for (double scale : {1.0, 65536.0, 1e3, 1.0 / 7}) {
     for (const Case& c : cases()) {
-      check::at(std::string(c.name) + " times " + std::to_string(factor));
+      check::at(std::string(c.name) + " over " + std::to_string(scale));
       Values x = c.x;
-      for (double& v : x) v *= factor;
-      const Moments got = scaled(state_of(c.x), factor), want = state_of(x);
-      check_counts(got, want);
-      CHECK_NEAR(got.mean, want.mean, 1e-13 * finalize_finite(want, 0).rms);
-      // Rounding each product moves the elements by u |x|, and std by as much.
-      const double std = std::sqrt(want.m2), norm = finalize_finite(want, 0).norm;
-      CHECK_NEAR(std::sqrt(got.m2), std, 1e-13 * std + 2.3e-16 * norm);
+      for (double& v : x) v /= scale;
+      const Statistics got = finalize_finite(state_of(c.x), 1, scale);
+      const Statistics want = finalize_finite(state_of(x), 1);
+      // Rounding each quotient moves the elements by u |x|, and std by as much.
+      CHECK_NEAR(got.mean, want.mean, 1e-13 * want.rms);
+      CHECK_NEAR(got.std, want.std, 1e-13 * want.std + 2.3e-16 * want.norm);
+      CHECK_NEAR(got.norm, want.norm, 1e-13 * want.norm);
+      CHECK(got.min, want.min);
+      CHECK(got.max, want.max);
     }
   }
-  check_same(scaled(state_of({3, -4, 0}), 0.5), state_of({1.5, -2, 0}));  // exact for powers of 2
-  check_same(scaled(unread(3), 0.5), unread(3));
+}
+
+// The squares of the scale overflow or underflow, the statistics do not.
+void scales_near_the_limits_of_double() {
+  const Statistics one = finalize(state_of({3, -4, 0}), 1);
+  for (double scale : {1e-300, 1e-160, 1e155, 1e300}) {
+    check::at(std::to_string(scale));
+    const Statistics got = finalize(state_of({3, -4, 0}), 1, scale);
+    CHECK_NEAR(got.std, one.std / scale, 4e-16 * one.std / scale);
+    CHECK_NEAR(got.norm, 5 / scale, 4e-16 * 5 / scale);
+  }
+  check::at("the root of a quotient that overflows or underflows");
+  CHECK_NEAR(finalize({4, 0, 0, 0, 0, 0, 1e-20, -1, 1}, -1e300).std, 1e-160, 1e-175);
+  CHECK_NEAR(finalize({4, 0, 0, 0, 0, 0, 1e300, -1, 1}, 4 - 1e-10).std, 1e155, 1e148);
 }
 
 }  // namespace
@@ -348,6 +360,7 @@ int main() {
   RUN(nan_and_infinities_propagate_as_in_torch);
   RUN(corrections_divide_as_in_torch);
   RUN(norms_near_the_limits_of_double);
-  RUN(scaled_is_the_state_of_the_scaled_elements);
+  RUN(statistics_are_divided_by_the_scale);
+  RUN(scales_near_the_limits_of_double);
   return check::report("cpp moments: the state and its operations");
 }
