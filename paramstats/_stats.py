@@ -12,6 +12,8 @@ from paramstats._core.moments import ABSENT, ROW, Moments, Statistics
 from paramstats._core.options import STATS, did_you_mean
 from paramstats._core.record import Record
 
+_COUNTS = tuple(stat for stat in STATS if stat.endswith("count"))
+
 
 class TensorStats:
     """The statistics of one tensor, over all its elements.
@@ -160,7 +162,8 @@ class TensorStats:
 
     def to_dict(self) -> dict[str, Any]:
         """Return every statistic by name; counts are int, the others float."""
-        return {stat: getattr(self, stat) for stat in STATS}
+        values = self.statistics()._asdict()
+        return values | {stat: int(values[stat]) for stat in _COUNTS}
 
     def __repr__(self) -> str:
         return f"<{self._one_line()}>"

@@ -10,7 +10,6 @@ from paramstats import _display as display
 from paramstats._core import moments
 from paramstats._core.layout import Layout, no_such_name
 from paramstats._core.moments import ABSENT
-from paramstats._core.optional import import_optional
 from paramstats._core.options import (
     STATS,
     Pattern,
@@ -277,18 +276,7 @@ class Summary(Mapping[str, ParamStats]):
 
         For a sharded model, its `attrs` hold what `to_dict` adds.
         """
-        frames = import_optional("pandas", "to_pandas")
-        rows = {}
-        for name, entry in self.items():
-            record = entry.to_dict()
-            grad = record.pop("grad")
-            record["shape"] = entry.shape
-            rows[name] = {
-                **record,
-                **{f"grad_{stat}": grad[stat] if grad else float("nan") for stat in STATS},
-            }
-        frame: pandas.DataFrame = frames.DataFrame.from_dict(rows, orient="index")
-        frame = frame.rename_axis("name")
+        frame = display.frame(self._record)
         frame.attrs.update(self._sharding())
         return frame
 

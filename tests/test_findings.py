@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from paramstats import FindingCode, Severity, Summary, Thresholds, summarize
 from paramstats._core.entries import entries
-from paramstats._findings import context
+from paramstats._findings import rules
 from paramstats._findings.rules import find
 from paramstats._summary import record_of
 
@@ -227,7 +227,7 @@ def test_the_time_is_linear_in_the_number_of_tensors(monkeypatch):
             visited += len(self)
             return super().__iter__()
 
-    monkeypatch.setattr(context, "entries", lambda record: Counted(entries(record)))
+    monkeypatch.setattr(rules, "entries", lambda record: Counted(entries(record)))
     source = {str(i): torch.randn(2, 2, requires_grad=True) for i in range(300)}
     sum(map(torch.sum, source.values())).backward()
     find(record_of(summarize(source)), Thresholds())

@@ -30,20 +30,18 @@ class Entry(NamedTuple):
 def entries(record: Record) -> list[Entry]:
     """Return an entry per tensor of a record, in its order."""
     layout, n = record.layout, len(record.layout)
-    rows = [Statistics._make(row) for row in STATISTICS_ROW.iter_unpack(record.statistics())]
-    return [
-        Entry(
-            layout.names[i],
-            layout.aliases[i],
-            "param" if i < layout.parameters else "buffer",
-            layout.shapes[i],
-            layout.dtypes[i],
-            layout.requires_grad[i],
-            rows[i],
-            None if math.isnan(rows[n + i].count) else rows[n + i],
-        )
-        for i in range(n)
-    ]
+    rows = list(map(Statistics._make, STATISTICS_ROW.iter_unpack(record.statistics())))
+    columns = (
+        layout.names,
+        layout.aliases,
+        map(layout.kind, range(n)),
+        layout.shapes,
+        layout.dtypes,
+        layout.requires_grad,
+        rows[:n],
+        (None if math.isnan(row.count) else row for row in rows[n:]),
+    )
+    return list(map(Entry._make, zip(*columns, strict=True)))
 
 
 def is_read(statistics: Statistics) -> bool:

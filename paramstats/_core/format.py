@@ -21,9 +21,11 @@ def number(x: float) -> str:
     >>> number(0.25), number(-1.7468e-4), number(65504)
     ('0.25', '-1.747e-04', '6.550e+04')
     """
+    if 1e-3 <= abs(x) < 9999 or x == 0:
+        return f"{x:.4g}"
     text = f"{x:.3e}"
     _, _, exponent = text.partition("e")
-    return f"{x:.4g}" if x == 0 or not exponent or -3 <= int(exponent) <= 3 else text
+    return f"{x:.4g}" if not exponent or -3 <= int(exponent) <= 3 else text
 
 
 def percent(fraction: float) -> str:
@@ -33,6 +35,8 @@ def percent(fraction: float) -> str:
     >>> percent(0.125), percent(1e-9), percent(1 - 1e-9)
     ('12.5%', '<0.1%', '>99.9%')
     """
+    if fraction == 0:
+        return "0%"
     if math.isnan(fraction):
         return "nan"
     text = f"{100 * fraction:.1f}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import re
 import weakref
 from collections.abc import Collection, Iterable, Sequence
@@ -20,6 +21,9 @@ Patterns = tuple[re.Pattern[str], ...]
 
 _MAX_CACHED = 16
 """Maximum number of key templates and of selections that a layout caches."""
+
+_MAX_COMPARED = 500
+"""Maximum number of names that are compared with one that does not exist."""
 
 
 class Keys(NamedTuple):
@@ -305,14 +309,36 @@ def no_such_name(name: object, known: Collection[str], count: int) -> str:
     """
     if not isinstance(name, str):
         return f"expected the name of a parameter, got {name!r}"
-    if any(other.startswith(f"{name}.") for other in known):
+    prefix = f"{name}."
+    if any(other.startswith(prefix) for other in known):
         return (
             f"{name!r} is a module, not a parameter; the names of its parameters match "
             f"r'^{one_line_name(re.escape(name))}\\.'"
         )
-    close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name, _candidates(name, known), n=1, cutoff=0.5)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     return f"no parameter {name!r} among {count}{hint}"
+
+
+def _candidates(name: str, known: Collection[str]) -> Collection[str]:
+    """Return all names or, of many, some that are likely to be meant.
+
+    These are names that differ in one part, or have more parts in front. Comparing 100,000 names in
+    full would take seconds.
+    """
+    if len(known) <= _MAX_COMPARED:
+        return known
+    parts = name.split(".")
+    forms = (
+        "\\.".join("[^.]*" if i == other else re.escape(part) for i, part in enumerate(parts))
+        for other in range(len(parts))
+    )
+    differs_in_one_part = re.compile("|".join(forms)).fullmatch
+    suffix = f".{name}"
+    likely = (other for other in known if other.endswith(suffix) or differs_in_one_part(other))
+    return list(itertools.islice(likely, _MAX_COMPARED)) or list(
+        itertools.islice(known, _MAX_COMPARED)
+    )
 
 
 def compile_patterns(patterns: Any, argument: str) -> Patterns:

@@ -1,5 +1,6 @@
-"""Summaries as tables: plain text, colored text and HTML."""
+"""Summaries as tables: plain text, colored text, HTML and DataFrames."""
 
+from paramstats._display.frame import frame
 from paramstats._display.html import html
 from paramstats._display.order import in_order, order, ordered
 from paramstats._display.table import table
@@ -8,6 +9,7 @@ from paramstats._display.text import colored, for_print, plain, rich_lines
 __all__ = [
     "colored",
     "for_print",
+    "frame",
     "html",
     "in_order",
     "order",

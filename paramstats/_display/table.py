@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -10,6 +11,7 @@ from paramstats._core import moments
 from paramstats._core.entries import Entry, entries, is_read
 from paramstats._core.format import number, one_line_name, percent, shape
 from paramstats._core.moments import Statistics
+from paramstats._core.options import STATS
 from paramstats._core.record import Record
 from paramstats._display.order import Order, order
 from paramstats._display.tree import Node, outline
@@ -41,6 +43,8 @@ class Line(NamedTuple):
     @property
     def marks(self) -> str:
         """The codes of the findings in words."""
+        if not self.findings:
+            return ""
         return ", ".join(dict.fromkeys(finding.code.value for finding in self.findings))
 
 
@@ -75,13 +79,16 @@ def table(
             f"paramstats.table: expected limit to be a whole number of 0 or more, got {limit!r}"
         )
     wanted = order(sort_by, kind)
-    findings = find(record, Thresholds()).at_least(Severity.WARNING)
-    record, frozen = _select(record, kind, trainable)
+    every = entries(record)
+    findings = find(record, Thresholds(), every).at_least(Severity.WARNING)
+    shown, frozen = _select(record, every, kind, trainable)
+    rows = every
+    if len(shown) < len(every):
+        record, rows = record.take(shown), [every[row] for row in shown]
     names = record.layout.index
     findings = Findings(
         finding for finding in findings if finding.name in names and kind in (None, finding.source)
     )
-    rows = entries(record)
     headings = ["shape", *(_COLUMNS if kind is None else _COLUMNS_OF_ONE_KIND)]
     if kind == "grad":
         headings[1:] = [_GRAD + column for column in _COLUMNS_OF_ONE_KIND]
@@ -100,8 +107,10 @@ def table(
     return Table(headings, lines, findings, _notes(record, findings), kept)
 
 
-def _select(record: Record, kind: str | None, trainable: bool) -> tuple[Record, int]:
-    """Return the tensors that a table shows, and how many frozen ones a gradient table omits."""
+def _select(
+    record: Record, every: Sequence[Entry], kind: str | None, trainable: bool
+) -> tuple[Sequence[int], int]:
+    """Return the rows that a table shows, and how many frozen ones a gradient table omits."""
     layout, n = record.layout, len(record.layout)
     rows: Sequence[int] = range(n)
     if kind is not None:
@@ -110,12 +119,23 @@ def _select(record: Record, kind: str | None, trainable: bool) -> tuple[Record, 
         rows = [row for row in rows if layout.requires_grad[row]]
     frozen = 0
     if kind == "grad":
-        every = len(rows)
-        rows = [
-            row for row in rows if layout.requires_grad[row] or record.has_gradient(row, row + 1)
-        ]
-        frozen = every - len(rows)
-    return record if len(rows) == n else record.take(rows), frozen
+        total = len(rows)
+        rows = [row for row in rows if layout.requires_grad[row] or every[row].grad is not None]
+        frozen = total - len(rows)
+    return rows, frozen
+
+
+class _Column:
+    """A column of a statistic: how to find it in `Statistics`, and how to show it."""
+
+    def __init__(self, stat: str) -> None:
+        self.stat = stat
+        self.position = STATS.index(stat)
+        self.text: Callable[[float], str] = number
+        if stat.endswith("count"):
+            self.text = "{:,.0f}".format
+        elif stat == "zero_fraction":
+            self.text = percent
 
 
 class _Builder:
@@ -132,10 +152,12 @@ class _Builder:
         self.record = record
         self.rows = rows
         self.kind = kind
-        # The statistic of each column, and whether it is one of the gradient.
-        self.columns = [
-            (heading.startswith(_GRAD), heading.removeprefix(_GRAD)) for heading in headings
+        # Neighboring columns of the tensor or of its gradient, without that of the shape.
+        self.groups = [
+            (of_grad, [_Column(heading.removeprefix(_GRAD)) for heading in group])
+            for of_grad, group in itertools.groupby(headings[1:], lambda h: h.startswith(_GRAD))
         ]
+        self.no_cells = [""] * len(headings)
         self.findings: dict[str, list[Finding]] = {}
         for finding in findings:
             self.findings.setdefault(finding.name, []).append(finding)
@@ -143,12 +165,12 @@ class _Builder:
     def body(self, wanted: Order | None, limit: int | None) -> Iterator[Line]:
         """Yield the lines of tensors: an outline of modules, or a list if sorted."""
         shown = 0
-        for node, entry in self._nodes(wanted):
+        for node, first, entry in self._nodes(wanted):
             if limit is not None and shown == limit:
                 break
             label = one_line_name(node.label)
             if node.is_block:
-                cells = self._merged(node.begin, node.end)
+                cells = self._merged(first + node.begin, first + node.end)
                 yield Line("block", node.depth, label, entry.name, cells)
                 continue
             missing = "none" if entry.requires_grad else "frozen"
@@ -159,31 +181,30 @@ class _Builder:
             yield Line("tensor", node.depth, label, entry.name, cells, findings)
             for alias in entry.aliases:
                 label = f"  = {one_line_name(alias)}"
-                yield Line("alias", node.depth, label, alias, [""] * len(self.columns))
+                yield Line("alias", node.depth, label, alias, self.no_cells)
             shown += 1
         if shown < len(self.rows):
             yield self.note(f"... and {len(self.rows) - shown:,} more")
 
     def note(self, label: str) -> Line:
         """Return a line without statistics."""
-        return Line("more", 0, label, "", [""] * len(self.columns))
+        return Line("more", 0, label, "", self.no_cells)
 
     def total(self) -> Line:
         """Return the line of all parameters together, or of all buffers in a table of buffers."""
         end = len(self.rows) if self.kind == "buffer" else self.record.layout.parameters
         return Line("total", 0, "total", "", self._merged(0, end))
 
-    def _nodes(self, wanted: Order | None) -> Iterator[tuple[Node, Entry]]:
-        """Yield the nodes of the outline, each with its first tensor."""
+    def _nodes(self, wanted: Order | None) -> Iterator[tuple[Node, int, Entry]]:
+        """Yield the nodes of the outline, what to add to their rows, and their first tensor."""
         if wanted is not None:
             for entry in wanted.sorted(self.rows):
-                yield Node(0, entry.name, 0, 0, False), entry
+                yield Node(0, entry.name, 0, 0, False), 0, entry
             return
         parameters = self.record.layout.parameters
         for first, part in ((0, self.rows[:parameters]), (parameters, self.rows[parameters:])):
             for node in outline([entry.name for entry in part]):
-                begin, end = first + node.begin, first + node.end
-                yield node._replace(begin=begin, end=end), self.rows[begin]
+                yield node, first, self.rows[first + node.begin]
 
     def _merged(self, begin: int, end: int) -> list[str]:
         """Return the cells of the tensors [begin, end) merged into one."""
@@ -200,27 +221,19 @@ class _Builder:
     def _cells(
         self, size: str, value: Statistics, grad: Statistics | None, missing_norm: str
     ) -> list[str]:
-        cells = []
-        for of_grad, stat in self.columns:
+        cells = [size]
+        for of_grad, columns in self.groups:
             statistics = grad if of_grad else value
-            if stat == "shape":
-                cells.append(size)
-            elif statistics is None:
-                cells.append(missing_norm if stat == "norm" else "")
+            if statistics is None:
+                cells += [missing_norm if column.stat == "norm" else "" for column in columns]
+            elif is_read(statistics):
+                cells += [column.text(statistics[column.position]) for column in columns]
             else:
-                cells.append(_cell(statistics, stat))
+                cells += [
+                    column.text(statistics.count) if column.stat == "count" else "-"
+                    for column in columns
+                ]
         return cells
-
-
-def _cell(statistics: Statistics, stat: str) -> str:
-    value: float = getattr(statistics, stat)
-    if stat == "count":
-        return f"{value:,.0f}"
-    if not is_read(statistics):
-        return "-"
-    if stat == "zero_fraction":
-        return percent(value)
-    return f"{value:,.0f}" if stat.endswith("_count") else number(value)
 
 
 def _notes(record: Record, findings: Findings) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Sequence
 from textwrap import wrap
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from paramstats._core import format as formats
 from paramstats._core.format import elide, printable
@@ -38,6 +38,8 @@ _MAX_WHOLE_NAME = 48
 
 _MIN_NAME = 12
 _MARKS = "findings"
+_LEFT = ("[", "s", "l")
+"""First characters of a shape, of the heading "shape" and of "lazy"; counts are right-aligned."""
 _STYLES = {"block": "bold", "total": "bold", "alias": "dim", "more": "dim"}
 _SEVERITY_STYLES = {Severity.WARNING: "yellow", Severity.ERROR: "bold red"}
 
@@ -47,7 +49,11 @@ Span = tuple[str, str]
 
 def plain(table: Table, width: int | None = None) -> str:
     """Return the table as plain text of at most `width` columns, if that is possible."""
-    return "\n".join("".join(text for text, _ in line) for line in _spans(table, width))
+    grid = _grid(table, width)
+    head, *lines = ("".join(texts).rstrip() for texts in zip(*grid.texts, strict=True))
+    is_total = [line.kind == "total" for line in table.lines]
+    lines = [f"{grid.rule}\n{text}" if t else text for text, t in zip(lines, is_total, strict=True)]
+    return "\n".join([head, grid.rule, *lines, *grid.left_out, *table.notes])
 
 
 def rich_lines(table: Table, width: int | None = None) -> Iterator[Text]:
@@ -79,11 +85,21 @@ def for_print(table: Table) -> str:
     return plain(table)
 
 
-def _spans(table: Table, width: int | None) -> Iterator[list[Span]]:
-    """Yield the spans of each line, aligned in columns."""
+class _Grid(NamedTuple):
+    """The columns of a table, the names first; each begins with its heading."""
+
+    columns: list[list[str]]
+    texts: list[list[str]]
+    """The same, aligned."""
+    rule: str
+    left_out: list[str]
+    """The note on columns that have no room."""
+
+
+def _grid(table: Table, width: int | None) -> _Grid:
     width = formats.columns(width)
     labels = [_INDENT * line.depth + line.label for line in table.lines]
-    marks = [f"! {line.marks}" if line.marks else "" for line in table.lines]
+    marks = [f"! {line.marks}" if line.findings else "" for line in table.lines]
     columns = [
         [heading, *(line.cells[position] for line in table.lines)]
         for position, heading in enumerate(table.headings)
@@ -93,33 +109,35 @@ def _spans(table: Table, width: int | None) -> Iterator[list[Span]]:
     longest = max(map(len, ("parameter", *labels)))
     columns, left_out = _fit(columns, width - min(longest, _MAX_WHOLE_NAME), table.kept)
     name_width = min(longest, max(width - _total_width(columns), _MIN_NAME))
-    widths = [max(map(len, column)) for column in columns]
-    head = [("parameter".ljust(name_width), "bold")]
-    head += [
-        (_GAP + _aligned(column[0], column[0], w), "bold")
-        for column, w in zip(columns, widths, strict=True)
-    ]
-    rule = [(printable("─", "-") * sum(len(text) for text, _ in head), "dim")]
-    yield _stripped(head)
-    yield rule
-    for position, (line, label) in enumerate(zip(table.lines, labels, strict=True), start=1):
+    names = [elide(name, name_width).ljust(name_width) for name in ("parameter", *labels)]
+    texts = [names, *map(_aligned, columns)]
+    rule = printable("─", "-") * sum(len(column[0]) for column in texts)
+    note = f"no room for {', '.join(left_out)}" if left_out else ""
+    return _Grid([names, *columns], texts, rule, wrap(note, max(width, _MIN_NAME)))
+
+
+def _spans(table: Table, width: int | None) -> Iterator[list[Span]]:
+    """Yield the spans of each line, aligned in columns."""
+    grid = _grid(table, width)
+    cells, texts = zip(*grid.columns, strict=True), zip(*grid.texts, strict=True)
+    headings = next(cells)
+    yield _stripped([(text, "bold") for text in next(texts)])
+    yield [(grid.rule, "dim")]
+    for line, own_cells, own_texts in zip(table.lines, cells, texts, strict=True):
         if line.kind == "total":
-            yield rule
+            yield [(grid.rule, "dim")]
         style = _SEVERITY_STYLES.get(line.severity, _STYLES.get(line.kind, ""))
-        spans = [(elide(label, name_width).ljust(name_width), style)]
-        for column, w in zip(columns, widths, strict=True):
-            cell, cell_style = column[position], ""
-            if column[0] == _MARKS or line.kind in ("block", "total"):
+        spans = [(own_texts[0], style)]
+        for heading, cell, text in zip(headings[1:], own_cells[1:], own_texts[1:], strict=True):
+            cell_style = ""
+            if heading == _MARKS or line.kind in ("block", "total"):
                 cell_style = style
             elif line.kind == "tensor" and cell in UNREMARKABLE:
                 cell_style = "dim"
-            spans.append((_GAP + _aligned(cell, column[0], w), cell_style))
+            spans.append((text, cell_style))
         yield _stripped(spans)
-    if left_out:
-        note = f"no room for {', '.join(left_out)}"
-        yield from ([(line, "dim")] for line in wrap(note, max(width, _MIN_NAME)))
-    for note in table.notes:
-        yield [(note, "")]
+    yield from ([(line, "dim")] for line in grid.left_out)
+    yield from ([(note, "")] for note in table.notes)
 
 
 def _fit(
@@ -147,9 +165,16 @@ def _stripped(spans: list[Span]) -> list[Span]:
     return spans
 
 
-def _aligned(cell: str, heading: str, width: int) -> str:
-    left = heading == _MARKS or cell.startswith("[") or cell in ("shape", "lazy")
-    return cell.ljust(width) if left else cell.rjust(width)
+def _aligned(column: list[str]) -> list[str]:
+    """Return the cells of a column, heading included, at one width, with a gap before each."""
+    width = max(map(len, column))
+    if column[0] == _MARKS:
+        return [_GAP + cell.ljust(width) for cell in column]
+    is_left = column[0] == "shape"
+    return [
+        _GAP + (cell.ljust(width) if is_left and cell[:1] in _LEFT else cell.rjust(width))
+        for cell in column
+    ]
 
 
 def _total_width(columns: Sequence[Sequence[str]]) -> int:

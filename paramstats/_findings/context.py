@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from paramstats._core.entries import Entry, entries
+from paramstats._core.entries import Entry
 from paramstats._core.moments import Statistics
 from paramstats._core.record import Record
 from paramstats._findings.thresholds import Thresholds
@@ -15,7 +15,7 @@ from paramstats._findings.thresholds import Thresholds
 class Context(NamedTuple):
     """The input of every rule, computed once per health check."""
 
-    entries: list[Entry]
+    entries: Sequence[Entry]
     diverged: Mapping[str, str]
     """The ranks whose replicas differ, by the name of the tensor."""
     grad_scale: float
@@ -30,9 +30,8 @@ class Context(NamedTuple):
     """Whether a zero parameter that gets a gradient, such as LoRA B, blocks other gradients."""
 
 
-def make_context(record: Record, thresholds: Thresholds) -> Context:
-    """Return what the rules need to know of a record."""
-    every = entries(record)
+def make_context(record: Record, thresholds: Thresholds, every: Sequence[Entry]) -> Context:
+    """Return what the rules need to know of a record, whose entries are `every`."""
     norms = sorted(
         entry.grad.norm
         for entry in every
@@ -58,7 +57,7 @@ def is_weight(entry: Entry) -> bool:
     return (
         entry.kind == "param"
         and entry.shape is not None
-        and sum(size > 1 for size in entry.shape) >= 2
+        and len(entry.shape) - entry.shape.count(0) - entry.shape.count(1) >= 2
     )
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
+from paramstats._core.entries import Entry, entries
 from paramstats._core.record import Record
 from paramstats._findings.context import Context, make_context
 from paramstats._findings.findings import Finding, Findings
@@ -35,8 +36,11 @@ _RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (
 )
 
 
-def find(record: Record, thresholds: Thresholds) -> Findings:
-    """Return the findings of all rules, the most severe first, otherwise in the order of rules."""
-    context = make_context(record, thresholds)
+def find(record: Record, thresholds: Thresholds, every: Sequence[Entry] | None = None) -> Findings:
+    """Return the findings of all rules, the most severe first, otherwise in the order of rules.
+
+    `every` holds the entries of the record, if the caller has decoded them already.
+    """
+    context = make_context(record, thresholds, entries(record) if every is None else every)
     found = [finding for rule in _RULES for finding in rule(context)]
     return Findings(sorted(found, key=lambda finding: -finding.severity))
