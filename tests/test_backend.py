@@ -13,6 +13,7 @@ import torch
 
 import paramstats
 from paramstats._core import backend as backends
+from tests.conftest import run_python
 
 
 def test_backend_describes_the_backend_in_use(backend):
@@ -126,3 +127,18 @@ new = {name.partition(".")[0] for name in new} - set(sys.stdlib_module_names)
 assert new == {"paramstats"}, new
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("setup", ["", "sys._is_gil_enabled = lambda: True"], ids=["none", "gil"])
+def test_python_with_the_gil_is_supported(setup):
+    result = run_python("-c", f"import sys, torch; {setup}\nimport paramstats")
+    assert result.returncode == 0, result.stderr
+
+
+def test_free_threaded_python_is_refused_with_one_line():
+    """Without the GIL, reading a model that another thread changes would read freed memory."""
+    code = "import sys, torch; sys._is_gil_enabled = lambda: False; import paramstats"
+    result = run_python("-c", code)
+    error = result.stderr.splitlines()[-1]
+    assert error.startswith("ImportError: paramstats: expected Python with the GIL")
+    assert "PYTHON_GIL=1" in error

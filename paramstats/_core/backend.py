@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -307,6 +308,17 @@ def _set_simd_level(native: Any) -> None:
                 f"{', '.join(native.simd_levels())} here, got {level!r}"
             ) from None
 
+
+def _refuse_free_threading() -> None:
+    """Raise ImportError if Python runs without its global interpreter lock (GIL)."""
+    if not getattr(sys, "_is_gil_enabled", lambda: True)():
+        raise ImportError(
+            "paramstats: expected Python with the GIL, got free-threaded Python; set PYTHON_GIL=1 "
+            "or use a regular build of Python"
+        )
+
+
+_refuse_free_threading()
 
 # Loaded by `import paramstats`. A call that loaded them would hold Python's import lock, and a
 # child that another thread forks meanwhile would wait for it forever.
