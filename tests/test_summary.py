@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import json
 import math
 import pickle
@@ -169,6 +170,8 @@ def test_scalars_have_every_statistic_under_its_key(backend, model):
         ({"key": "{kind.x}"}, "in '{kind.x}'"),
         ({"key": "{0}"}, "in '{0}'"),
         ({"key": "{name"}, "a format string for key"),
+        ({"key": "{kind}{stat}{name[3]}"}, "got 'name.3.' in"),  # "weight" has four characters
+        ({"key": "{kind}{stat}{name.upper}"}, "got 'name.upper' in"),
         ({"key": "{name}"}, "a key for each statistic"),
         ({"key": "{kind}/{stat}"}, "a key for each statistic"),
         ({"depth": 0}, "a whole number of 1 or more, got 0"),
@@ -381,3 +384,32 @@ def test_warnings_name_the_line_of_the_caller(monkeypatch):
 def test_statistics_of_the_summary_itself_are_suggested(name):
     with pytest.raises(AttributeError, match=rf"did you mean summary\.total\.{name}\?"):
         getattr(summarize({"w": torch.ones(1)}), name)
+
+
+def test_many_names_are_looked_up_without_comparing_them(backend, monkeypatch):
+    """A suggestion compares few names; `get` and `in` compare none."""
+    names = [f"model.layers.{i}.block.{part}.weight" for i in range(300) for part in "abc"]
+    summary = summarize({name: torch.ones(1) for name in [*names, "model.head"]})
+    compared = []
+    close_matches = difflib.get_close_matches
+
+    def spy(name, known, **options):
+        compared.append(len(known))
+        return close_matches(name, known, **options)
+
+    monkeypatch.setattr(difflib, "get_close_matches", spy)
+    assert summary.get("model.layers.7.block.a.wieght") is None and "nothing" not in summary
+    assert not compared
+    for name, meant in {
+        "model.layers.299.block.a.wieght": "model.layers.299.block.a.weight",
+        "model.layer.299.block.a.weight": "model.layers.299.block.a.weight",
+        "model.layers.299.blok.c.weight": "model.layers.299.block.c.weight",
+        "layers.299.block.b.weight": "model.layers.299.block.b.weight",
+        "model.haed": "model.head",
+        "nothing like it": None,
+    }.items():
+        with pytest.raises(KeyError) as error:
+            summary[name]
+        hint = f"; did you mean {meant!r}?" if meant else ""
+        assert error.value.args[0] == f"no parameter {name!r} among 901{hint}"
+    assert max(compared) <= 500

@@ -6,8 +6,9 @@ import difflib
 import functools
 import math
 import re
+import string
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -215,18 +216,28 @@ def checked_key(key: str) -> str:
     if not isinstance(key, str):
         raise TypeError(f"paramstats.scalars: expected a format string for key, got {key!r}")
     try:
-        key.format(kind="param", stat="mean", name="weight")
-    except (KeyError, IndexError, AttributeError) as error:
-        raise ValueError(
-            f"paramstats.scalars: expected the fields kind, stat and name in key, got "
-            f"{error.args[0]!r} in {key!r}"
-        ) from None
+        unknown = [field for field in _fields(key) if field not in ("kind", "stat", "name")]
+        if not unknown:
+            key.format(kind="param", stat="mean", name="weight")
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"paramstats.scalars: expected a format string for key, got {key!r}: "
             f"{one_line_name(str(error))}"
         ) from None
+    if unknown:
+        raise ValueError(
+            f"paramstats.scalars: expected the fields kind, stat and name in key, got "
+            f"{unknown[0]!r} in {key!r}"
+        )
     return key
+
+
+def _fields(key: str) -> Iterator[str]:
+    """Yield the fields of a format string, those in format specifiers included."""
+    for _, field, specifier, _ in string.Formatter().parse(key):
+        if field is not None:
+            yield field
+            yield from _fields(specifier or "")
 
 
 def check_keys(key: str, stats: tuple[str, ...], totals: bool) -> None:
