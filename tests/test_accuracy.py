@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from fractions import Fraction
 
@@ -10,9 +11,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 
+from paramstats._core import moments
 from tests import oracle
 from tests.conftest import load_backend
-from tools.accuracy import adversarial, bound
+from tests.dtypes import DTYPES
+from tools.accuracy import adversarial, bound, large
 from tools.accuracy.bound import assert_within, state_of
 
 
@@ -87,3 +90,28 @@ def test_the_oracle_adds_up_exactly(tensor):
 def test_the_oracles_square_root(value):
     root = oracle.root(value)
     assert abs(root * root - value) <= value / 2**98
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", large.SHAPES)
+def test_a_total_of_a_billion_elements_stays_within_the_bound(shape, dtype):
+    """Also a part of it; `python -m tools.accuracy.large` checks tensors of ten million."""
+    kinds = {name: load_backend(name) for name in ("native", "reference")}
+    found = [
+        *large.check_tensor(shape, dtype, 20_000, kinds),
+        *large.check_total(shape, dtype, 10**9, 100_000, {"native": kinds["native"]}),
+        *large.check_total(shape, dtype, 10**6, 1_000, {"reference": kinds["reference"]}),
+    ]
+    assert [kind for kind, _ in found] == ["native", "reference"] * 2
+
+
+def test_a_total_outside_the_bound_is_noticed(native):
+    """The mean of the total moves by the 10,000th part of its bound at each state."""
+
+    def wrong_sum(table, begin, end):
+        state = moments.row(native.merge_rows(table, begin, end), 0)
+        return moments.ROW.pack(*state._replace(mean=state.mean * (1 + 2e-6)))
+
+    kinds = {"native": dataclasses.replace(native, merge_rows=wrong_sum)}
+    with pytest.raises(AssertionError, match="mean_used"):
+        list(large.check_total("a ramp from zero", torch.float32, 10**9, 10_000, kinds))

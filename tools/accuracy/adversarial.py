@@ -159,7 +159,7 @@ DISTRIBUTIONS = [
 # ---- tensors ------------------------------------------------------------------------------
 
 
-def _as_type(x: np.ndarray, dtype: torch.dtype, scale: float) -> torch.Tensor:
+def as_type(x: np.ndarray, dtype: torch.dtype, scale: float) -> torch.Tensor:
     """Numbers of size 1 as elements of a dtype; `scale` from 0 to 1 covers its range."""
     if dtype is torch.bool:
         return torch.from_numpy(x > 0)
@@ -214,7 +214,7 @@ def shaped(draw, chunks: bool = True) -> torch.Tensor:
     # Mostly the middle of the range of the dtype, where squares neither overflow nor underflow.
     scale = draw(st.one_of(st.just(0.55), st.floats(0, 1)))
     x = shape(n, random, draw(st.floats(0, 1)))
-    return _as_type(np.asarray(x, dtype=np.float64), dtype, scale)
+    return as_type(np.asarray(x, dtype=np.float64), dtype, scale)
 
 
 @st.composite

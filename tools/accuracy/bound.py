@@ -82,14 +82,21 @@ class Errors:
         return max(self.mean_used, self.std_used, self.norm_used)
 
 
-def errors(state: Moments, exact: Exact, backend: str, dtype: torch.dtype) -> Errors:
-    """How far the state of n > 0 finite elements is from the exact sums."""
+def errors(
+    state: Moments, exact: Exact, backend: str, dtype: torch.dtype, merged: int = 0
+) -> Errors:
+    """How far the state of n > 0 finite elements is from the exact sums.
+
+    `merged`: the number of tensors in a total, each of one chunk at most; 0 for a single tensor.
+    """
     bound = bound_of(backend, dtype)
     statistics = finalize_finite(state, 0)
     std, norm, rms = (root(x) for x in (exact.m2 / exact.n, exact.sum_sq, exact.sum_sq / exact.n))
     # Chunks have 128 KiB on a GPU, 131,072 elements elsewhere.
     size = (1 << 17) // dtype.itemsize if backend == "cuda" else 1 << 17
-    rounding = (2 * -(-state.count // size) + 6000) * Fraction(1, 2**53)
+    parts = merged or -(-state.count // size)
+    of_total = 3 * Fraction(math.isqrt(exact.n) + 1) if merged else 0
+    rounding = (2 * parts + 6000 + of_total) * Fraction(1, 2**53)
     mean_error = abs(Fraction(statistics.mean) - exact.mean)
     std_error = abs(Fraction(statistics.std) - std)
     norm_error = abs(Fraction(statistics.norm) - norm)
@@ -119,9 +126,11 @@ def state_of(backend: Implementation, tensor: torch.Tensor) -> Moments:
     return moments.row(reference.finished(table, transfers), 0)
 
 
-def assert_within(backend: str, state: Moments, exact: Exact, dtype: torch.dtype) -> Errors:
+def assert_within(
+    backend: str, state: Moments, exact: Exact, dtype: torch.dtype, merged: int = 0
+) -> Errors:
     """Asserts that a state is inside its bound and its counts are exact; returns its errors."""
-    found = errors(state, exact, backend, dtype)
+    found = errors(state, exact, backend, dtype, merged)
     assert found.worst_used <= 1, found
     assert (state.count, state.zeros) == (exact.count, exact.zero_count)
     assert moments.finite_count(state) == exact.n
