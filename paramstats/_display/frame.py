@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def frame(record: Record) -> pandas.DataFrame:
     """Return a row per tensor: its properties, its statistics, and those of its gradient."""
-    pandas = import_optional("pandas", "to_pandas")
+    frames = import_optional("pandas", "to_pandas")
     layout, n = record.layout, len(record.layout)
     values = import_optional("numpy", "to_pandas").frombuffer(record.statistics())
     values = values.reshape(2 * n, len(STATS)).T
@@ -32,5 +32,5 @@ def frame(record: Record) -> pandas.DataFrame:
         for stat, column in zip(STATS, values[:, half], strict=True):
             is_whole = stat.endswith("count") and not (column != column).any()  # NaN: no gradient
             columns[prefix + stat] = column.astype(int) if is_whole else column
-    made: pandas.DataFrame = pandas.DataFrame(columns, index=layout.names)
+    made: pandas.DataFrame = frames.DataFrame(columns, index=layout.names)
     return made.rename_axis("name")
