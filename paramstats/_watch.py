@@ -331,7 +331,7 @@ def _open_history(path: str | os.PathLike[str]) -> History | None:
         return History(path)
     except FileExistsError:
         raise FileExistsError(
-            f"paramstats.watch: expected a new file for history, got '{os.fspath(path)}', which "
+            f"paramstats.watch: expected a new file for history, got {os.fspath(path)!r}, which "
             f"exists; pass history=paramstats.History(path, resume=True) to continue it, or "
             f"another path"
         ) from None

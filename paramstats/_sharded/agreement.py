@@ -118,7 +118,7 @@ def agree(
             for what in expected:
                 if got[what] != expected[what]:
                     raise ValueError(
-                        f"paramstats.summarize: expected one {what} for '{name}' on all ranks, got "
+                        f"paramstats.summarize: expected one {what} for {name!r} on all ranks, got "
                         f"{expected[what]} on rank {global_ranks[source.rank]} and {got[what]} on "
                         f"rank {global_ranks[rank]}; give different tensors different names"
                     )
