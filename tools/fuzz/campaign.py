@@ -38,8 +38,8 @@ SHARES = {
     "tables": 300_000,
     "histories": 12_500,
     "ranks": 3_000,
-    "changing_files": 5_000,
-    "hostile_files": 2_500,
+    "changing_files": 2_500,
+    "hostile_files": 1_250,
 }
 """Executions of each kind in a campaign."""
 
