@@ -12,7 +12,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from paramstats import Summary, summarize
+from paramstats import History, Summary, summarize
 from paramstats._core.backend import choose
 from paramstats._summary import record_of
 from tests.test_structure import MODULES
@@ -60,6 +60,12 @@ def summary_of(name: str) -> Summary:
     return Summary(record_of(summary)._replace(diverged=diverged))
 
 
+def history_of(name: str) -> History:
+    history = History()
+    history.append(0, summarize({name: torch.ones(1)}))
+    return history
+
+
 def colored(name: str) -> str:
     pytest.importorskip("rich")
     return re.sub(r"\x1b\[[0-9;]*m", "", summary_of(name).table(color=True))
@@ -80,6 +86,7 @@ OUTPUTS: dict[str, Callable[[str], object]] = {
     "findings-html": lambda name: summary_of(name).findings()._repr_html_(),
     "finding": lambda name: "\n".join(map(str, summary_of(name).findings())),
     "finding-message": lambda name: "\n".join(f.message for f in summary_of(name).findings()),
+    "series": lambda name: repr(history_of(name)[name]),
     "reason": lambda name: "\n".join(skipped(name).skipped.values()),
 }
 
@@ -96,6 +103,8 @@ ERRORS: dict[str, Callable[[str], object]] = {
     "module": lambda name: summarize({f"{name}.weight": torch.ones(1)})[name],
     "attribute-of-summary": lambda name: getattr(summary_of("w"), name),
     "attribute-of-entry": lambda name: getattr(summary_of("w")["w"], name),
+    "attribute-of-series": lambda name: getattr(history_of("w")["w"], name),
+    "not-in-history": lambda name: history_of("w")[name],
     "twice": lambda name: summarize([(name, torch.ones(1)), (name, torch.ones(1))]),
     "no-tensor": lambda name: summarize({name: 3}),
     "mapping": lambda name: summarize({name: {}}),
@@ -152,9 +161,7 @@ def test_warnings_are_printable(name, call):
 
 
 # The modules that read files and write to a terminal have tests of their own.
-QUOTING = [
-    m for m in MODULES if not m.startswith(("paramstats.checkpoints", "paramstats._history"))
-]
+QUOTING = [m for m in MODULES if not m.startswith("paramstats.checkpoints")]
 SAFE = ("one_line_name(", "type(self).__name__", "meant")
 
 

@@ -160,7 +160,7 @@ class History(Views):
         if store.writer is not None and store.missing > self._reported:
             self._reported = store.missing
             warnings.warn(
-                f"paramstats.History: '{store.writer.path}' lacks {store.missing} "
+                f"paramstats.History: {store.writer.path!r} lacks {store.missing} "
                 f"{'entry' if store.missing == 1 else 'entries'}; save(path) writes those in "
                 f"memory to another file",
                 RuntimeWarning,
@@ -189,7 +189,7 @@ class History(Views):
             files.save(path, store.kept.entries[:])
         elif store.missing:
             raise OSError(
-                f"paramstats.History.save: '{path}' lacks {store.missing} entries and cannot be "
+                f"paramstats.History.save: {path!r} lacks {store.missing} entries and cannot be "
                 f"written; pass another path"
             )
 
@@ -207,7 +207,7 @@ class History(Views):
 
 def _exists(path: str) -> FileExistsError:
     return FileExistsError(
-        f"paramstats.History: expected a new file, got '{path}', which exists; pass resume=True "
+        f"paramstats.History: expected a new file, got {path!r}, which exists; pass resume=True "
         f"to continue it, or another path"
     )
 

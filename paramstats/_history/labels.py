@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from paramstats._core.format import elide
+from paramstats._core.format import elide, one_line_name
 from paramstats._history.axes import LINE_HEIGHT, SMALL, figure_of
 
 MAX_NAME_LENGTH = 36
@@ -22,7 +22,7 @@ def shortened(names: Sequence[str]) -> list[str]:
     The prefix that all share is left out first, then the middle of each. Different names stay
     different, so a result may be longer than `MAX_NAME_LENGTH`.
     """
-    plain = [name if name.isprintable() else repr(name)[1:-1] for name in names]
+    plain = [one_line_name(name) for name in names]
     if max(map(len, plain), default=0) > MAX_NAME_LENGTH and len(plain) > 1:
         pairs = zip(min(plain), max(plain), strict=False)  # their shared prefix is that of all
         prefix = "".join(a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))

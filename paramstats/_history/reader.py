@@ -29,7 +29,7 @@ def check_regular(path: str, mode: int) -> None:
     """Raise ValueError for devices, pipes and folders: reading or replacing them does harm."""
     if not stat.S_ISREG(mode):
         raise ValueError(
-            f"paramstats.History: expected a regular file, got '{path}', which is a folder, a "
+            f"paramstats.History: expected a regular file, got {path!r}, which is a folder, a "
             f"device, a pipe or a socket; pass another path"
         )
 
@@ -87,7 +87,7 @@ class Reader:
         if not is_history:
             raise ValueError(
                 f"paramstats.History: expected a file that History wrote, of version 1, got "
-                f"'{self.path}', which begins with {line[:60]!r}"
+                f"{self.path!r}, which begins with {line[:60]!r}"
             )
         return True
 
@@ -114,14 +114,14 @@ class Reader:
             if _is_whole(other):
                 raise ValueError(
                     f"paramstats.History: expected whole lines, got a broken one, line {number} of "
-                    f"'{self.path}' ({error!r:.200}); head -n {number - 1} keeps those before it"
+                    f"{self.path!r} ({error!r:.200}); head -n {number - 1} keeps those before it"
                 ) from error
             lost += 1
         self._warn(lost)
 
     def _warn(self, lost: int) -> None:
         warnings.warn(
-            f"paramstats.History: the end of '{self.path}' is broken, as after a crash: {lost} "
+            f"paramstats.History: the end of {self.path!r} is broken, as after a crash: {lost} "
             f"{'line' if lost == 1 else 'lines'} lost",
             RuntimeWarning,
             stacklevel=6,

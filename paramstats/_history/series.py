@@ -93,7 +93,7 @@ class TensorSeries:
 
         def __getattr__(self, name: str) -> NoReturn:
             raise AttributeError(
-                f"'{type(self).__name__}' object has no attribute '{name}'{did_you_mean(name)}",
+                f"'{type(self).__name__}' object has no attribute {name!r}{did_you_mean(name)}",
                 name=name,
                 obj=self,
             )
@@ -169,7 +169,7 @@ class ParamSeries(TotalSeries):
         return self._latest.kind
 
     def __repr__(self) -> str:
-        return f"<ParamSeries of '{self.name}', {len(self)} steps>"
+        return f"<ParamSeries of {self.name!r}, {len(self)} steps>"
 
 
 def min_update_ratio(count: Array, mean: Array, m2: Array) -> Array:

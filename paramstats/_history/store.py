@@ -106,7 +106,7 @@ class Store:
     def _note_error(self, writer: Writer, error: Exception, future: str) -> None:
         if not self._error or self._is_stopped:  # once for a disk that stays full
             self.messages.append(
-                f"paramstats.History: cannot write '{writer.path}', entries from step "
+                f"paramstats.History: cannot write {writer.path!r}, entries from step "
                 f"{self._unwritten[0].step} on {future}: {error}"
             )
         self._error = str(error)
