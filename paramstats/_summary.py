@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -394,6 +395,16 @@ def record_of(summary: Summary) -> Record:
 def layout_of(summary: Summary) -> Layout:
     """Return the layout of a summary; waits only where other ranks decide what is in it."""
     return summary._description.layout
+
+
+def is_ready_within(summary: Summary, seconds: float) -> bool:
+    """Return whether reading a statistic does not wait after at most `seconds` from now."""
+    end = time.monotonic() + seconds
+    while not summary.ready():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.001)
+    return True
 
 
 def _count_read(record: Record) -> int:

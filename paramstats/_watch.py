@@ -22,7 +22,7 @@ from paramstats._core.options import (
 from paramstats._core.shard import LocalShard
 from paramstats._core.torch_private import skip_dynamo
 from paramstats._summarize import summarize
-from paramstats._summary import Summary
+from paramstats._summary import Summary, is_ready_within
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -147,7 +147,8 @@ class Watcher:
 
     Statistics of CPU tensors are logged immediately. Pending statistics from a GPU are logged by
     the next call of `step`, so that the loop does not wait for them. Loggers see the steps in
-    order. `close`, or the end of a `with` block, logs the last.
+    order. `close`, or the end of a `with` block, logs the last. If an error ends the block, it waits
+    for statistics for a second at most.
     """
 
     def __init__(
@@ -272,8 +273,10 @@ class Watcher:
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         # After an error the statistics may never arrive: other ranks may have ended.
-        if kind is None or self._summary is None or self._summary.ready():
+        if kind is None or self._summary is None or is_ready_within(self._summary, 1):
             self.close()
+        elif self._opened is not None:
+            self._opened.__exit__(kind, error, trace)
 
     def _send(self, unlogged: tuple[int, Summary] | None) -> None:
         if unlogged is not None and self._log is not None:

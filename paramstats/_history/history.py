@@ -82,7 +82,6 @@ class History(Views):
                 except files.ChangedError:  # another process has begun to write
                     raise _exists(path) from None
         self._journal = Journal(store)
-        self._last_step = store.kept.last_step
         self._warned_going_back = False
         self._reported = 0  # missing entries that `close` has warned about
 
@@ -107,7 +106,6 @@ class History(Views):
         kept = history._journal.store.kept
         with Reader(_resolved(path, "History.load")) as reader:
             _read(reader, kept)
-        history._last_step = kept.last_step
         return history
 
     def append(self, step: int, summary: Summary) -> None:
@@ -134,7 +132,8 @@ class History(Views):
                 f"paramstats.History.append: expected a Summary, got {type(summary).__name__} "
                 f"at step {step}; pass paramstats.summarize(model)"
             )
-        last = self._last_step
+        last = self._journal.last_step
+        self._journal.append(step, summary)
         if step <= last and not self._warned_going_back:
             self._warned_going_back = True
             warnings.warn(
@@ -143,35 +142,28 @@ class History(Views):
                 RuntimeWarning,
                 stacklevel=2,
             )
-        self._journal.append(step, summary)
-        self._last_step = step
 
     def wait(self) -> History:
         """Wait until all statistics are available and written to the file; return this history."""
-        self._journal.settle(wait=True)
+        self._journal.settle()
         return self
 
     def close(self) -> None:
         """Wait for all statistics and write them; warn if the file lacks entries.
 
-        The history can still be used: no file is open between two calls.
+        The history can still be used: no file is open between two calls. If an error ends a `with`
+        block, it waits for a second at most, because other ranks may have ended.
         """
-        store = self._journal.settle(wait=True)
-        if store.writer is not None and store.missing > self._reported:
-            self._reported = store.missing
-            warnings.warn(
-                f"paramstats.History: {store.writer.path!r} lacks {store.missing} "
-                f"{'entry' if store.missing == 1 else 'entries'}; save(path) writes those in "
-                f"memory to another file",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+        self._warn_missing(self._journal.settle())
 
     def __enter__(self) -> History:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if kind is None:
+            self.close()
+        else:  # the statistics may never arrive: other ranks may have ended
+            self._warn_missing(self._journal.settle_within(1), len(self._journal))
 
     def save(self, path: _Path) -> None:
         """Write the entries in memory to a file, for `load`.
@@ -184,7 +176,7 @@ class History(Views):
             ValueError: `path` is a folder, a device, a pipe or a socket.
         """
         path = _resolved(path, "History.save")
-        store = self._journal.settle(wait=True)
+        store = self._journal.settle()
         if store.writer is None or not store.writer.is_file(path):
             files.save(path, store.kept.entries[:])
         elif store.missing:
@@ -200,9 +192,22 @@ class History(Views):
         pending = f", {len(self._journal)} pending" if len(self._journal) else ""
         return f"<History of {len(entries)} summaries of {tensors} tensors{span}{pending}>"
 
+    def _warn_missing(self, store: Store, pending: int = 0) -> None:
+        """Warn if the file lacks more entries than the last such warning said."""
+        missing = store.missing + pending
+        if store.writer is not None and missing > self._reported:
+            self._reported = missing
+            warnings.warn(
+                f"paramstats.History: {store.writer.path!r} lacks {missing} "
+                f"{'entry' if missing == 1 else 'entries'}; save(path) writes those in memory to "
+                f"another file",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+
     def _entries(self) -> list[Entry]:
         """Return the entries in memory, after waiting for their statistics."""
-        return self._journal.settle(wait=True).kept.entries[:]
+        return self._journal.settle().kept.entries[:]
 
 
 def _exists(path: str) -> FileExistsError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 from types import FrameType
@@ -9,7 +10,7 @@ from typing import Any
 
 from paramstats._core import forked
 from paramstats._history.store import Pending, Store, is_lost
-from paramstats._summary import Summary
+from paramstats._summary import Summary, is_ready_within
 
 
 class Journal:
@@ -30,7 +31,7 @@ class Journal:
         self._forks = forked.count()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Journal, (Store(self.settle(wait=True).kept.copy()),)  # only one may write a file
+        return Journal, (Store(self.settle().kept.copy()),)  # only one may write a file
 
     def __len__(self) -> int:
         """Return the number of entries whose statistics have not arrived yet."""
@@ -41,40 +42,54 @@ class Journal:
         """The store as it is now; does not wait."""
         return self._store
 
+    @property
+    def last_step(self) -> float:
+        """The step of the latest entry, -inf without entries."""
+        pending = self._pending[-1:]
+        return pending[0][0] if pending else self._store.kept.last_step
+
     def append(self, step: int, summary: Summary) -> None:
         """Add an entry; never waits for its statistics."""
         if forked.count() != self._forks:
             self._after_fork()
         self._pending.append((step, summary))
-        self._settle(wait=False)
+        self._settle()
 
-    def settle(self, wait: bool = False) -> Store:
-        """Move entries to the store; with `wait`, all of them. Returns the store.
+    def settle(self) -> Store:
+        """Wait for all statistics, move the entries to the store, and return the store.
 
         Shows warnings as if they came from the caller's caller.
         """
         if forked.count() != self._forks:
             self._after_fork()
-        if wait:  # without the lock, so that other threads can append
-            for _, summary in self._pending[:]:
-                try:
-                    summary.wait()
-                except Exception:
-                    if not is_lost(summary):
-                        raise  # a signal handler has raised it
-        return self._settle(wait)
+        for _, summary in self._pending[:]:  # without the lock, so that other threads can append
+            try:
+                summary.wait()
+            except Exception:
+                if not is_lost(summary):
+                    raise  # a signal handler has raised it
+        return self._settle()
 
-    def _settle(self, wait: bool) -> Store:
+    def settle_within(self, seconds: float) -> Store:
+        """Wait at most this long, and move the entries that are available to the store."""
+        if forked.count() != self._forks:
+            self._after_fork()
+        for _, summary in self._pending[-1:]:
+            with contextlib.suppress(Exception):  # `_settle` handles it
+                is_ready_within(summary, seconds)
+        return self._settle()
+
+    def _settle(self) -> Store:
         with self._lock:
             store, pending = self._store, self._pending
             if self._running is not None and _is_on_stack(self._running):
                 store = store.copy()
-                store.settle(pending[:], wait)
+                store.settle(pending[:])
                 store.show_messages()
             else:
                 self._running = sys._getframe()
                 try:
-                    store.settle(pending, wait)
+                    store.settle(pending)
                     if store.messages:
                         store.show_messages()
                 finally:

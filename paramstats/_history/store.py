@@ -44,19 +44,19 @@ class Store:
         """The number of entries that the file lacks."""
         return self._dropped + len(self._unwritten)
 
-    def settle(self, pending: list[Pending], wait: bool) -> None:
+    def settle(self, pending: list[Pending]) -> None:
         """Move entries from `pending` to memory and to the file, in order.
 
-        Stops at the first entry whose statistics are not available, unless `wait` is set.
+        Stops at the first entry whose statistics are not available yet.
         """
         while pending:
             step, summary = pending[0]
             try:
-                if not (wait or summary.ready()):
+                if not summary.ready():
                     break
                 layout = record_of(summary).layout
             except Exception as error:
-                if not is_lost(summary, wait):
+                if not is_lost(summary):
                     raise  # a signal handler has raised it
                 self.messages.append(
                     f"paramstats.History: the entry of step {step} is left out, because its "
@@ -112,10 +112,10 @@ class Store:
         self._error = str(error)
 
 
-def is_lost(summary: Summary, wait: bool = True) -> bool:
-    """Return whether reading the statistics raises an error; waits for them if `wait` is set."""
+def is_lost(summary: Summary) -> bool:
+    """Return whether the statistics will never be available; does not wait for them."""
     try:
-        if wait or summary.ready():
+        if summary.ready():
             summary.wait()
     except Exception:
         return True

@@ -263,6 +263,7 @@ class LostRecord:
         raise AssertionError("waited for the exchange")
 
     def result(self) -> Any:
+        self.is_ready = True
         raise RuntimeError("rank 1 has ended")
 
 
@@ -295,13 +296,46 @@ def test_a_thread_that_waits_does_not_stop_others_from_appending():
             return record_of(full(0))
 
     history.append(0, Summary(None, Slow("result", is_ready=False)))
+    later = LostRecord("result", is_ready=False)
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(history.wait)
         assert began.wait(60)
         history.append(1, full(1))
+        history.append(2, Summary(None, later))  # it is not waited for
         end.set()
         waiting.result(60)
-    assert history.steps.tolist() == [0, 1]
+    assert not later.is_ready and repr(history).endswith("steps 0 to 1, 1 pending>")
+
+
+def test_a_step_that_goes_back_is_appended_before_the_warning_is_raised():
+    history = History()
+    history.append(3, full(0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(RuntimeWarning, match="step 2 comes after step 3"):
+            history.append(2, full(1))
+        assert history.steps.tolist() == [2]
+        history.append(1, full(2))  # once
+
+
+@pytest.mark.parametrize("use", ["history", "watch"])
+def test_after_an_error_the_file_has_the_entries_that_are_available(tmp_path, monkeypatch, use):
+    """The other ranks may have ended: the second entry never arrives, the first arrives late."""
+    path = tmp_path / "run.jsonl"
+    first, second = LostRecord("result", is_ready=False), LostRecord("result", is_ready=False)
+    first.result = lambda: record_of(full(0))  # type: ignore[method-assign]
+    summaries = [Summary(None, first), Summary(None, second)]
+    monkeypatch.setattr("paramstats._watch.summarize", lambda *_, **__: summaries.pop(0))
+    history: Any = (
+        History(path) if use == "history" else paramstats.watch({}, history=path, every=1)
+    )
+    with pytest.warns(RuntimeWarning, match="lacks 1 entry"), pytest.raises(ZeroDivisionError):  # noqa: PT012, SIM117
+        with history:
+            for step in (0, 1):
+                history.append(step, summaries.pop(0)) if use == "history" else history.step()
+            first.is_ready = True
+            raise ZeroDivisionError
+    assert History.load(path).steps.tolist() == [0]
 
 
 def test_names_that_are_missing_in_some_entries_are_not_searched_for(monkeypatch):
