@@ -147,8 +147,8 @@ class Watcher:
 
     Statistics of CPU tensors are logged immediately. Pending statistics from a GPU are logged by
     the next call of `step`, so that the loop does not wait for them. Loggers see the steps in
-    order. `close`, or the end of a `with` block, logs the last. If an error ends the block, it waits
-    for statistics for a second at most.
+    order. `close`, or the end of a `with` block, logs the last. If an error ends the block, it
+    waits for statistics for a second at most.
     """
 
     def __init__(

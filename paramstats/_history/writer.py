@@ -92,7 +92,7 @@ class Writer:
         try:
             with open(self.path, "r+b", buffering=0) as file:
                 size = self._checked_size(file)
-                if written.size > max(self._attempts):
+                if written.size > max(self._attempts, default=0):
                     self._attempts.append(written.size)
                 try:
                     file.seek(begin)
@@ -102,8 +102,9 @@ class Writer:
                     if size > written.size:
                         file.truncate(written.size)
                 except OSError:
-                    with contextlib.suppress(OSError):
+                    with contextlib.suppress(OSError, ValueError):
                         file.truncate(begin)  # so that no line is cut
+                        self._attempts.remove(written.size)
                     raise
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             raise ChangedError("it was removed or replaced") from None
@@ -121,7 +122,7 @@ class Writer:
         if _identity(found) != self._identity:
             raise ChangedError("it was replaced")
         begin = self._written.size
-        if not (found.st_size == begin or begin < found.st_size <= max(self._attempts)):
+        if not (found.st_size == begin or begin < found.st_size <= max(self._attempts, default=0)):
             raise ChangedError(f"its size was changed from {begin} to {found.st_size} bytes")
         return found.st_size
 

@@ -329,12 +329,16 @@ def test_after_an_error_the_file_has_the_entries_that_are_available(tmp_path, mo
     history: Any = (
         History(path) if use == "history" else paramstats.watch({}, history=path, every=1)
     )
-    with pytest.warns(RuntimeWarning, match="lacks 1 entry"), pytest.raises(ZeroDivisionError):  # noqa: PT012, SIM117
+
+    def run() -> None:
         with history:
             for step in (0, 1):
                 history.append(step, summaries.pop(0)) if use == "history" else history.step()
             first.is_ready = True
             raise ZeroDivisionError
+
+    with pytest.warns(RuntimeWarning, match="lacks 1 entry"), pytest.raises(ZeroDivisionError):
+        run()
     assert History.load(path).steps.tolist() == [0]
 
 

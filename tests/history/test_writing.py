@@ -237,6 +237,19 @@ def test_only_one_of_two_writers_continues(tmp_path):
     assert path.read_bytes() == before and len(history) == 2
 
 
+def test_a_writer_that_could_not_write_does_not_overwrite_another(tmp_path):
+    path = tmp_path / "run.jsonl"
+    history = History(path)
+    history.append(0, ones())
+    with disk_full_at(path.stat().st_size), pytest.warns(RuntimeWarning, match="File too large"):
+        history.append(1, ones())
+    History(path, resume=True).append(1, ones())  # a line of the same size
+    before = path.read_bytes()
+    with pytest.warns(RuntimeWarning, match="its size was changed from .* to"):
+        history.append(2, ones())
+    assert path.read_bytes() == before
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_forked_process_does_not_write(tmp_path):
     path = tmp_path / "run.jsonl"
