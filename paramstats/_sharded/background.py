@@ -65,7 +65,9 @@ class DeferredExchange:
         self._call: tuple[Exchange, LocalRows, Arguments] | None = (exchange, local, arguments)
         self._options = options
         self._outcome: Record | Exception | None = None
-        self._done = threading.Event()
+        # Not an Event, because a signal handler may wait in the middle of an Event's methods.
+        self._running = threading.Lock()
+        self._running.acquire()
 
     def run(self) -> None:
         """Run the exchange; called on the thread."""
@@ -79,17 +81,18 @@ class DeferredExchange:
             error.__cause__ = error.__context__ = None
             self._outcome = error.with_traceback(None)
         self._call = None
-        self._done.set()
+        self._running.release()
 
     def record(self) -> None:
         """Return None: other ranks may have tensors that this rank does not know."""
 
     def ready(self) -> bool:
-        return self._done.is_set() or not self._worker.is_alive()
+        return self._outcome is not None or not self._worker.is_alive()
 
     def result(self) -> Record:
         while not self.ready():
-            self._done.wait(_POLL_SECONDS)
+            if self._running.acquire(timeout=_POLL_SECONDS):
+                self._running.release()
         outcome = self._outcome
         if outcome is None:
             raise RuntimeError(

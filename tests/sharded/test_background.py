@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import sys
 import tempfile
 import threading
 import time
+import types
+from typing import Any
 
 import pytest
 import torch
@@ -18,9 +21,13 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial
 
 import paramstats
+from paramstats._core.layout import Layout
+from paramstats._core.record import Record
 from paramstats._sharded import exchange
+from paramstats._sharded.background import DeferredExchange
 from tests.sharded.models import Transformer, backward, messages_of, sharded, statistics
 from tests.sharded.ranks import on_ranks
+from tools.fuzz.histories import at_opcode
 
 
 @on_ranks(2)
@@ -92,6 +99,37 @@ def test_what_does_not_wait_for_a_background_exchange():
     while not failed.ready():
         time.sleep(0.001)
     assert repr(failed).startswith("<Summary that failed: paramstats.summarize: expected one shape")
+
+
+def test_a_signal_handler_may_wait_for_the_exchange_that_is_waited_for():
+    """The handler comes before each operation that the interrupted call executes."""
+
+    def stop(*_: object) -> None:
+        raise AssertionError("the handler waits forever")
+
+    def run_later(pending: DeferredExchange) -> None:
+        time.sleep(0.002)
+        pending.run()
+
+    record = Record(Layout((), (), 0, (), (), (), ()), b"")
+    ran: Any = types.SimpleNamespace(run=lambda *_: record)
+    alive: Any = types.SimpleNamespace(is_alive=lambda: True)
+    options: Any = types.SimpleNamespace(correction=1.0, grad_scale=1.0)
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(60)
+    try:
+        reached, opcode = True, 0
+        while reached:
+            opcode += 1
+            pending = DeferredExchange(alive, ran, None, (), options)  # type: ignore[arg-type]
+            worker = threading.Thread(target=run_later, args=(pending,))
+            worker.start()
+            reached = at_opcode(opcode, pending.result, pending.result)
+            worker.join()
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    assert opcode > 20
 
 
 def _resources() -> tuple[set[str], int, int]:
