@@ -219,13 +219,15 @@ def alarm(rng: random.Random, case: int) -> None:
 
         before = signal.signal(signal.SIGALRM, on_signal)
         try:
-            signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-5, 2e-3))
-            for _ in range(20):
-                one.any_operation()()
+            try:
+                signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-5, 2e-3))
+                for _ in range(20):
+                    one.any_operation()()
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)  # may come too late, so that it raises here
         except BaseException as found:
             assert found in raised, repr(found)  # noqa: PT017
         finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, before)
         one.check()
 
