@@ -151,10 +151,7 @@ def test_warnings_are_printable(name, call):
         check(warning.message)
 
 
-# The modules that read files and write to a terminal have tests of their own.
-QUOTING = [
-    m for m in MODULES if not m.startswith(("paramstats.checkpoints", "paramstats._history"))
-]
+QUOTING = [module for module in MODULES if not module.startswith("paramstats._history")]
 SAFE = ("one_line_name(", "type(self).__name__", "meant")
 
 
