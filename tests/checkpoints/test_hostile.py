@@ -82,7 +82,8 @@ PICKLES = {
     + b"}h\x01h\x02s" * 20_000 + b"e.",
     "wide names": repeated(WIDE_TEXT, SIZE, b"}h\x02}N}ss", 20_000),
     "visits of a list": repeated(NUMBERS, SIZE, b"h\x02", 30_000),
-    "key of wide texts": b"\x80\x02}(" + ODD_TEXT + b"q\x010(" + b"h\x01" * 64 + b"t" + DENSE + b"u.",
+    "key of wide texts": b"\x80\x02}(" + ODD_TEXT + b"q\x010(" + b"h\x01" * 64 + b"t"
+    + DENSE + b"u.",
     "colliding keys": b"\x80\x02}(" + integers(50_000, PRIME) + b"u.",
     "colliding pairs": b"\x80\x02}(" + integers(50_000, PRIME, b"\x85N") + b"u.",
     "colliding members": b"\x80\x04\x8f(" + integers(50_000, PRIME, b"") + b"\x90.",
