@@ -349,6 +349,17 @@ def test_float16_gradients_that_underflow(digits):
     assert FindingCode.UNDERFLOW not in found(wide), "bfloat16 has the range of float32"
 
 
+@pytest.mark.parametrize("scale", [1e-305, 1.0, 1e305])
+def test_values_in_memory_count_at_any_gradient_scale(backend, scale):
+    w = torch.eye(4).bfloat16().requires_grad_()
+    w.grad = torch.full((4, 4), -60000.0, dtype=torch.bfloat16)
+    half = torch.eye(4).half().requires_grad_()
+    half.grad = torch.full((4, 4), -60000.0, dtype=torch.float16)
+    findings = summarize({"w": w, "half": half}, grad_scale=scale).findings()
+    (finding,) = [f for f in findings if f.code in (FindingCode.OVERFLOW, FindingCode.UNDERFLOW)]
+    assert (finding.name, finding.value) == ("half", pytest.approx(60000 / 65504))
+
+
 def test_gradient_scaler_is_part_of_the_value_in_memory(backend):
     """The dtype's range is compared with scaled gradients; statistics are without the scale."""
     w = torch.randn(4, 4).half().requires_grad_()

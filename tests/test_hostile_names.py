@@ -160,12 +160,10 @@ def test_warnings_are_printable(name, call):
         check(warning.message)
 
 
-# The modules that read files and write to a terminal have tests of their own.
-QUOTING = [m for m in MODULES if not m.startswith("paramstats.checkpoints")]
 SAFE = ("one_line_name(", "type(self).__name__", "meant")
 
 
-@pytest.mark.parametrize("module", QUOTING)
+@pytest.mark.parametrize("module", MODULES)
 def test_texts_quote_values_with_repr(module):
     """A value between hand-written quotes, as in "got '{name}'", would not be escaped."""
     quoted = re.findall(r"'\{([^{}!]+)\}'", inspect.getsource(importlib.import_module(module)))

@@ -34,7 +34,7 @@ def entries(record: Record) -> list[Entry]:
     columns = (
         layout.names,
         layout.aliases,
-        map(layout.kind, range(n)),
+        ["param"] * layout.parameters + ["buffer"] * (n - layout.parameters),
         layout.shapes,
         layout.dtypes,
         layout.requires_grad,

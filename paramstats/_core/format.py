@@ -21,11 +21,8 @@ def number(x: float) -> str:
     >>> number(0.25), number(-1.7468e-4), number(65504)
     ('0.25', '-1.747e-04', '6.550e+04')
     """
-    if 1e-3 <= abs(x) < 9999 or x == 0:
-        return f"{x:.4g}"
-    text = f"{x:.3e}"
-    _, _, exponent = text.partition("e")
-    return f"{x:.4g}" if not exponent or -3 <= int(exponent) <= 3 else text
+    # Outside these limits, four digits round to less than 1e-3, or to 1e4 or more.
+    return f"{x:.4g}" if 0.00099995 <= abs(x) < 9999.5 or x == 0 else f"{x:.3e}"
 
 
 def percent(fraction: float) -> str:

@@ -20,6 +20,7 @@ from paramstats._findings.rules import find
 
 _COLUMNS = ("mean", "std", "norm", "zero_fraction")
 _COLUMNS_OF_ONE_KIND = ("mean", "std", "norm", "min", "max", "zero_fraction")
+_COUNT, _NORM = STATS.index("count"), STATS.index("norm")
 _GRAD = "grad."
 UNREMARKABLE = ("0%", "none", "frozen", "buffer", "-")
 """Cells that are displayed dimmed."""
@@ -125,17 +126,10 @@ def _select(
     return rows, frozen
 
 
-class _Column:
-    """A column of a statistic: how to find it in `Statistics`, and how to show it."""
-
-    def __init__(self, stat: str) -> None:
-        self.stat = stat
-        self.position = STATS.index(stat)
-        self.text: Callable[[float], str] = number
-        if stat.endswith("count"):
-            self.text = "{:,.0f}".format
-        elif stat == "zero_fraction":
-            self.text = percent
+def _column(stat: str) -> tuple[int, Callable[[float], str]]:
+    """Return the position of a statistic in `Statistics`, and the function that formats it."""
+    text: Callable[[float], str] = percent if stat == "zero_fraction" else number
+    return STATS.index(stat), "{:,.0f}".format if stat.endswith("count") else text
 
 
 class _Builder:
@@ -154,7 +148,7 @@ class _Builder:
         self.kind = kind
         # Neighboring columns of the tensor or of its gradient, without that of the shape.
         self.groups = [
-            (of_grad, [_Column(heading.removeprefix(_GRAD)) for heading in group])
+            (of_grad, [_column(heading.removeprefix(_GRAD)) for heading in group])
             for of_grad, group in itertools.groupby(headings[1:], lambda h: h.startswith(_GRAD))
         ]
         self.no_cells = [""] * len(headings)
@@ -206,7 +200,7 @@ class _Builder:
             for node in outline([entry.name for entry in part]):
                 yield node, first, self.rows[first + node.begin]
 
-    def _merged(self, begin: int, end: int) -> list[str]:
+    def _merged(self, begin: int, end: int) -> tuple[str, ...]:
         """Return the cells of the tensors [begin, end) merged into one."""
         record, n = self.record, len(self.rows)
         value = moments.finalize(record.merged(begin, end), record.correction)
@@ -220,20 +214,20 @@ class _Builder:
 
     def _cells(
         self, size: str, value: Statistics, grad: Statistics | None, missing_norm: str
-    ) -> list[str]:
+    ) -> tuple[str, ...]:
         cells = [size]
         for of_grad, columns in self.groups:
             statistics = grad if of_grad else value
             if statistics is None:
-                cells += [missing_norm if column.stat == "norm" else "" for column in columns]
+                cells += [missing_norm if position == _NORM else "" for position, _ in columns]
             elif is_read(statistics):
-                cells += [column.text(statistics[column.position]) for column in columns]
+                cells += [text(statistics[position]) for position, text in columns]
             else:
                 cells += [
-                    column.text(statistics.count) if column.stat == "count" else "-"
-                    for column in columns
+                    text(statistics.count) if position == _COUNT else "-"
+                    for position, text in columns
                 ]
-        return cells
+        return tuple(cells)  # unlike a list, it costs the garbage collector nothing
 
 
 def _notes(record: Record, findings: Findings) -> list[str]:

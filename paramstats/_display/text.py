@@ -100,10 +100,8 @@ def _grid(table: Table, width: int | None) -> _Grid:
     width = formats.columns(width)
     labels = [_INDENT * line.depth + line.label for line in table.lines]
     marks = [f"! {line.marks}" if line.findings else "" for line in table.lines]
-    columns = [
-        [heading, *(line.cells[position] for line in table.lines)]
-        for position, heading in enumerate(table.headings)
-    ]
+    rows = (table.headings, *(line.cells for line in table.lines))
+    columns = list(map(list, zip(*rows, strict=True)))
     if any(marks):
         columns.append([_MARKS, *marks])
     longest = max(map(len, ("parameter", *labels)))
@@ -167,14 +165,12 @@ def _stripped(spans: list[Span]) -> list[Span]:
 
 def _aligned(column: list[str]) -> list[str]:
     """Return the cells of a column, heading included, at one width, with a gap before each."""
-    width = max(map(len, column))
+    width = max(map(len, column)) + len(_GAP)
     if column[0] == _MARKS:
-        return [_GAP + cell.ljust(width) for cell in column]
-    is_left = column[0] == "shape"
-    return [
-        _GAP + (cell.ljust(width) if is_left and cell[:1] in _LEFT else cell.rjust(width))
-        for cell in column
-    ]
+        return [(_GAP + cell).ljust(width) for cell in column]
+    if column[0] == "shape":
+        column = [(_GAP + cell).ljust(width) if cell[:1] in _LEFT else cell for cell in column]
+    return [cell.rjust(width) for cell in column]
 
 
 def _total_width(columns: Sequence[Sequence[str]]) -> int:

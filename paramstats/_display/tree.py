@@ -34,24 +34,14 @@ def outline(names: Sequence[str]) -> Iterator[Node]:
       a
     """
     parts = [tuple(name.split(".")) for name in names]
-    return _nodes(parts, 0, len(names), 0, 0, "")
-
-
-def _nodes(
-    parts: list[tuple[str, ...]],
-    begin: int,
-    end: int,
-    position: int,
-    depth: int,
-    prefix: str,
-) -> Iterator[Node]:
-    """Yield the lines of the names [begin, end), whose parts before `position` are equal.
-
-    `prefix` is the name of enclosing modules that have no line of their own.
-    """
-    for first, last in _runs(parts, begin, end, position):
-        shortest = min(map(len, parts[first:last]))
-        if last - first < _MIN_BLOCK or depth == _MAX_DEPTH or shortest <= position + 1:
+    # Runs of names whose parts up to `position` are equal, with their depth and the name of
+    # enclosing modules that have no line of their own. The next run is the last.
+    stack = [(*run, 0, 0, "") for run in reversed(_runs(parts, 0, len(names), 0))]
+    while stack:
+        first, last, position, depth, prefix = stack.pop()
+        is_block = last - first >= _MIN_BLOCK and depth < _MAX_DEPTH
+        shortest = min(map(len, parts[first:last])) if is_block else 0
+        if shortest <= position + 1:
             for row in range(first, last):
                 label = prefix + ".".join(parts[row][position:])
                 yield Node(depth, label, row, row + 1, False)
@@ -61,12 +51,14 @@ def _nodes(
         while split < shortest - 1 and len({row[split] for row in parts[first:last]}) == 1:
             split += 1
         label = prefix + ".".join(parts[first][position:split])
-        if all(stop - start >= _MIN_BLOCK for start, stop in _runs(parts, first, last, split)):
+        runs = _runs(parts, first, last, split)
+        if all(stop - start >= _MIN_BLOCK for start, stop in runs):
             # It contains only blocks, such as the layers of a transformer, and needs no own line.
-            yield from _nodes(parts, first, last, split, depth, f"{label}.")
+            prefix = f"{label}."
         else:
             yield Node(depth, label, first, last, True)
-            yield from _nodes(parts, first, last, split, depth + 1, "")
+            depth, prefix = depth + 1, ""
+        stack += [(*run, split, depth, prefix) for run in reversed(runs)]
 
 
 def _runs(

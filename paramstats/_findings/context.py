@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from paramstats._core.entries import Entry
@@ -15,11 +15,11 @@ from paramstats._findings.thresholds import Thresholds
 class Context(NamedTuple):
     """The input of every rule, computed once per health check."""
 
+    record: Record
     entries: Sequence[Entry]
-    diverged: Mapping[str, str]
-    """The ranks whose replicas differ, by the name of the tensor."""
-    grad_scale: float
-    """The loss scale that gradients in memory still contain. Statistics are divided by it."""
+    """All tensors of the record."""
+    weights: Sequence[Entry]
+    """Those that `is_weight` defines."""
     thresholds: Thresholds
     median_grad_norm: float
     """The median of the gradient norms of all weights; NaN if there are none."""
@@ -32,15 +32,13 @@ class Context(NamedTuple):
 
 def make_context(record: Record, thresholds: Thresholds, every: Sequence[Entry]) -> Context:
     """Return what the rules need to know of a record, whose entries are `every`."""
-    norms = sorted(
-        entry.grad.norm
-        for entry in every
-        if entry.grad is not None and is_weight(entry) and 0 < entry.grad.norm < math.inf
-    )
+    weights = [entry for entry in every if is_weight(entry)]
+    gradients = (entry.grad for entry in weights if entry.grad is not None)
+    norms = sorted(grad.norm for grad in gradients if 0 < grad.norm < math.inf)
     return Context(
+        record,
         every,
-        record.diverged,
-        record.grad_scale,
+        weights,
         thresholds,
         median_grad_norm=norms[len(norms) // 2] if norms else math.nan,
         has_trainable=any(entry.requires_grad for entry in every),

@@ -36,7 +36,7 @@ def nonfinite_gradients(context: Context) -> Iterator[Finding]:
             "spread it to earlier layers. Check the operations that follow this layer for a "
             "division, square root or logarithm near 0."
         )
-    if context.grad_scale != 1:
+    if context.record.grad_scale != 1:
         advice += " A gradient scaler causes this occasionally and then skips the step."
     elif any(entry.dtype == torch.float16 for entry, _ in affected):
         advice += (
@@ -116,11 +116,9 @@ def compare_with_other_layers(context: Context) -> Iterator[Finding]:
 def compare_with_weights(context: Context) -> Iterator[Finding]:
     """Report gradients that are much larger or smaller than their weight."""
     limits = context.thresholds
-    for entry in context.entries:
+    for entry in context.weights:
         grad, weight_norm = entry.grad, entry.value.norm
-        if grad is None or not is_weight(entry):
-            continue
-        if not (0 < grad.norm < math.inf and 0 < weight_norm < math.inf):
+        if grad is None or not (0 < grad.norm < math.inf and 0 < weight_norm < math.inf):
             continue
         ratio = grad.norm / weight_norm
         if ratio > limits.largest_gradient_ratio:

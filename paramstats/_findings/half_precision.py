@@ -12,27 +12,28 @@ import torch
 
 from paramstats._core.entries import Entry
 from paramstats._core.format import dtype_name, number
-from paramstats._core.moments import Statistics
 from paramstats._findings.context import Context, is_weight
 from paramstats._findings.findings import Finding, FindingCode, Severity, Source
 
 
 def half_precision_ranges(context: Context) -> Iterator[Finding]:
     """Report float16 and bfloat16 parameters and gradients near the limits of their dtype."""
-    for entry in context.entries:
+    record, n = context.record, len(context.entries)
+    for row, entry in enumerate(context.entries):
         if entry.kind == "buffer" or entry.dtype not in (torch.float16, torch.bfloat16):
             continue
-        yield from _range(context, entry, "param", entry.value, 1.0)
+        yield from _range(context, entry, "param", entry.value.abs_max)
         if entry.grad is not None:
-            yield from _range(context, entry, "grad", entry.grad, context.grad_scale)
+            abs_max = entry.grad.abs_max
+            if record.grad_scale != 1 and not entry.grad.nonfinite_count:
+                state = record.state(n + row)  # as in memory, not divided by the loss scale
+                abs_max = max(-state.min, state.max)
+            yield from _range(context, entry, "grad", abs_max)
 
 
-def _range(
-    context: Context, entry: Entry, source: Source, statistics: Statistics, scale: float
-) -> Iterator[Finding]:
+def _range(context: Context, entry: Entry, source: Source, abs_max: float) -> Iterator[Finding]:
     limits, dtype = context.thresholds, torch.finfo(entry.dtype)
     name, smallest = dtype_name(entry.dtype), dtype.smallest_normal
-    abs_max = statistics.abs_max * scale  # as in memory: gradients still contain the loss scale
     wider = "float32" if entry.dtype == torch.bfloat16 else "bfloat16 or float32"
     if limits.overflow * dtype.max < abs_max < math.inf:
         code, value, limit = FindingCode.OVERFLOW, abs_max / dtype.max, limits.overflow

@@ -10,7 +10,6 @@ from paramstats._findings.context import (
     Context,
     count_elements,
     is_additive,
-    is_weight,
     is_zero_with_gradient,
     nonfinite_elements,
 )
@@ -49,7 +48,7 @@ def diverged_replicas(context: Context) -> Iterator[Finding]:
         "Replicas should be equal on all ranks. A rank missed an update, started from other "
         "values, or has faulty memory. Load the same checkpoint on all ranks."
     )
-    for row_name, ranks in context.diverged.items():
+    for row_name, ranks in context.record.diverged.items():
         message = one_line_name(ranks)
         name = row_name.removesuffix(" (gradient)")
         source: Source = "param" if name == row_name else "grad"
@@ -62,7 +61,7 @@ def weight_values(context: Context) -> Iterator[Finding]:
     Biases and normalization layers are excluded by `is_weight`: new ones are constant.
     """
     limits = context.thresholds
-    weights = [entry for entry in context.entries if is_weight(entry)]
+    weights = context.weights
     mostly_zero = 2 * sum(entry.value.zero_fraction == 1 for entry in weights) > len(weights)
     # A new model may contain a few zero weights on purpose. The first backward pass shows whether
     # they get a gradient.

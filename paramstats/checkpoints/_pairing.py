@@ -44,10 +44,11 @@ def without_prefixes(
 def _best_prefix(prefixed: set[str], plain: set[str]) -> tuple[str, int]:
     """Return the prefix whose removal gives most names of `plain`, and their number."""
     counts: dict[str, int] = {}
+    lengths = set(map(len, plain))  # comparing with others would take long for a long name
     for name in prefixed:
         end = name.find(".") + 1
         while end > 0:
-            if name[end:] in plain:
+            if len(name) - end in lengths and name[end:] in plain:
                 counts[name[:end]] = counts.get(name[:end], 0) + 1
             end = name.find(".", end) + 1
     return max(counts.items(), key=lambda item: (item[1], -len(item[0])), default=("", 0))

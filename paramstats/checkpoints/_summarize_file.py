@@ -75,11 +75,11 @@ def summarize_file(
         tensors = list_tensors(files, path, include, exclude)
         table, skipped = _read(files, tensors, progress)
     if skipped:
-        name, reason = map(one_line_name, next(iter(skipped.items())))
+        name, reason = next(iter(skipped.items()))
         more = f" and {len(skipped) - 1} more" if len(skipped) > 1 else ""
         warnings.warn(
-            f"paramstats.checkpoints.summarize_file: '{name}'{more} could not be read, "
-            f"statistics are NaN: {reason}",
+            f"paramstats.checkpoints.summarize_file: '{one_line_name(name)}'{more} could not be "
+            f"read, statistics are NaN: {one_line_name(reason)}",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -21,6 +21,7 @@ from paramstats.checkpoints._stored_tensors import Part, StoredTensor, span
 
 _MAX_DEPTH = 1000
 _MAX_NAME_LENGTH = 100_000
+_MAX_WORD_LENGTH = 1000
 
 _SLOT = 8
 _TENSOR = 1000
@@ -182,15 +183,20 @@ def _word(key: Any, position: int) -> str:
     value = key.value if isinstance(key, Key) else key
     if isinstance(value, Global):
         return value.name
+    if isinstance(value, str):
+        return value
     items = value if type(value) is tuple else (value,)
     is_short = len(items) <= _MAX_DIMENSIONS and all(_is_word(item) for item in items)
     return str(value if is_short else position)
 
 
 def _is_word(value: Any) -> bool:
+    """Return whether the repr of a value needs little memory and time."""
     if isinstance(value, int):
-        return abs(value) < _MAX_SIZE  # the decimal digits of a large one take long
-    return value is None or isinstance(value, (str, bytes, float))
+        return abs(value) < _MAX_SIZE
+    if isinstance(value, (str, bytes)):
+        return len(value) <= _MAX_WORD_LENGTH
+    return value is None or isinstance(value, float)
 
 
 def _tensor(name: str, call: RecordedCall, places: Places, path: str) -> StoredTensor | None:

@@ -63,6 +63,8 @@ def read(
         raise unexpected(
             "a complete torch.save archive", f"a file that is not ({error})", path
         ) from None
+    if sum(size for _, size in places.values()) > end - begin:
+        raise unexpected("storages in different bytes", "some in the same bytes", path)
     if byte_order != sys.byteorder.encode():
         raise unexpected(f"{sys.byteorder}-endian data", repr(byte_order), path)
     file.seek(position)

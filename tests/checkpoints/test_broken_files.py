@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import os
@@ -29,6 +30,17 @@ def archive(
         warnings.simplefilter("ignore")  # two records may have the same name
         for name, content in records:
             file.writestr(f"a/{name}", content)
+    return "a.pt", out.getvalue()
+
+
+def overlapping() -> tuple[str, bytes]:
+    """Return an archive in which two storages are the same bytes."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as file:
+        file.writestr("a/data.pkl", b"\x80\x02N.")
+        file.writestr("a/data/0", bytes(10_000))
+        file.filelist.append(copy.copy(file.filelist[-1]))
+        file.filelist[-1].filename = "a/data/1"
     return "a.pt", out.getvalue()
 
 
@@ -103,6 +115,7 @@ BROKEN = {
     ),
     "compressed": (archive([PICKLE], zipfile.ZIP_DEFLATED), "expected an uncompressed record"),
     "repeated record": (archive([PICKLE, PICKLE]), "got 'data.pkl' twice"),
+    "overlapping records": (overlapping(), "storages in different bytes"),
     "byte order": (archive([PICKLE, ("byteorder", b"big")]), "-endian data, got b'big'"),
     "long pickle": (archive([("data.pkl", b"C\x40"), ("x", b"." * 99)]), "longer than its record"),
     "no storage": (pickled(REBUILD % (2, b"N", b"))")), "a tensor without a storage"),

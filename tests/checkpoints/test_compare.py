@@ -5,6 +5,8 @@ from __future__ import annotations
 import collections
 import json
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -207,6 +209,16 @@ def test_prefix_of_all_names_is_removed(tmp_path, is_reversed):
     side = "b" if is_reversed else "a"
     assert f"removed from the names of {side}: 'model.net.'" in result.table()
     assert result.to_dict()[f"prefix_{side}"] == "model.net."
+
+
+def test_prefixes_of_a_long_name_are_found_in_linear_time():
+    code = """
+from paramstats.checkpoints._pairing import _best_prefix
+print(_best_prefix({"a." * 1_000_000 + "w"}, {"w", "b"}) == ("a." * 1_000_000, 1))
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "True\n", done.stderr
 
 
 def test_common_name_keeps_all_prefixes(tmp_path):

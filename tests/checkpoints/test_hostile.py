@@ -45,11 +45,13 @@ def repeated(value: bytes, function: bytes, instructions: bytes, count: int) -> 
 
 
 NUMBERS = b"](" + b"J\xff\xff\x00\x00" * 50_000 + b"e"
-PAIRS = b"](" + STRING + b"N\x86q\x03" + b"h\x03" * 100_000 + b"e"
+PAIRS = b"](" + STRING + b"N\x86q\x03" + b"h\x03" * 30_000 + b"e"
 LONG_TEXT = b"X\xa0\x86\x01\x00" + b"k" * 100_000
+ODD_TEXT = b"X\x44\x0d\x03\x00" + "\U000e0001".encode() * 50_000 + "\U0001f600".encode()
+"""Its repr needs ten times its memory."""
 WIDE_TEXT = b"X\x40\x9c\x00\x00" + "\U0001f600".encode() * 10_000
 PICKLES = {
-    "key of nested tuples": b"\x80\x02})" + b"\x85" * 200_000 + b"K\x00s.",
+    "key of nested tuples": b"\x80\x02})" + b"\x85" * 70_000 + b"K\x00s.",
     "shared key": b"\x80\x02}" + SHARED + b"K\x00s.",
     "shared key of a tensor": b"\x80\x02}" + SHARED + DENSE + b"s.",
     "shared member of a set": b"\x80\x04\x8f(" + SHARED + b"\x90.",
@@ -60,40 +62,47 @@ PICKLES = {
     "parameters in parameters": ENTRY + PARAMETER + b"q\x02" + b"h\x02" * 5000 + b"K\x00"
     + b"\x85R" * 5000 + b"s.",
     "long names": b"\x80\x02}" + LONG_TEXT + b"q\x01" + b"}h\x01" * 900 + b"}s" + b"s" * 900 + b".",
-    "numbers": b"\x80\x02" + b"K\x00" * 250_000 + b".",
-    "empty dicts": b"\x80\x02" + b"}" * 500_000 + b".",
-    "empty sets": b"\x80\x04" + b"\x8f" * 500_000 + b".",
-    "calls": repeated(b")", TENSOR, b"h\x01)R", 100_000),
+    "numbers": b"\x80\x02" + b"K\x00" * 100_000 + b".",
+    "empty dicts": b"\x80\x02" + b"}" * 150_000 + b".",
+    "empty sets": b"\x80\x04" + b"\x8f" * 150_000 + b".",
+    "calls": repeated(b")", TENSOR, b"h\x01)R", 30_000),
     "calls with long arguments": repeated(
-        b"(" + b"K\x07" * 150_000 + b"t", TENSOR, b"h\x01h\x02\x85R", 30_000
+        b"(" + b"K\x07" * 50_000 + b"t", TENSOR, b"h\x01h\x02\x85R", 10_000
     ),
-    "attributes": repeated(b"}", TENSOR, b"h\x01)Rh\x02b", 60_000),
+    "attributes": repeated(b"}", TENSOR, b"h\x01)Rh\x02b", 20_000),
     "copies of bytes": repeated(
-        b"B\x20\xa1\x07\x00" + b"x" * 500_000, SIZE, b"h\x01h\x02\x85R", 50_000
+        b"B\x20\xa1\x07\x00" + b"x" * 500_000, SIZE, b"h\x01h\x02\x85R", 20_000
     ),
-    "copies of a list": repeated(NUMBERS + b"\x85", SIZE, b"h\x01h\x02R", 50_000),
+    "copies of a list": repeated(NUMBERS + b"\x85", SIZE, b"h\x01h\x02R", 20_000),
     "copies of a dict": repeated(
-        b"}(" + integers(30_000, 1) + b"u", ORDERED, b"h\x01h\x02\x85R", 50_000
+        b"}(" + integers(30_000, 1) + b"u", ORDERED, b"h\x01h\x02\x85R", 20_000
     ),
-    "copies of pairs": repeated(PAIRS, ORDERED, b"h\x01h\x02\x85R", 50_000),
+    "copies of pairs": repeated(PAIRS, ORDERED, b"h\x01h\x02\x85R", 20_000),
     "name in many tensors": b"\x80\x02](}" + LONG_TEXT + b"q\x01" + DENSE + b"q\x02s"
-    + b"}h\x01h\x02s" * 50_000 + b"e.",
-    "wide names": repeated(WIDE_TEXT, SIZE, b"}h\x02}N}ss", 50_000),
-    "visits of a list": repeated(NUMBERS, SIZE, b"h\x02", 100_000),
+    + b"}h\x01h\x02s" * 20_000 + b"e.",
+    "wide names": repeated(WIDE_TEXT, SIZE, b"}h\x02}N}ss", 20_000),
+    "visits of a list": repeated(NUMBERS, SIZE, b"h\x02", 30_000),
+    "key of wide texts": b"\x80\x02}(" + ODD_TEXT + b"q\x010(" + b"h\x01" * 64 + b"t"
+    + DENSE + b"u.",
     "colliding keys": b"\x80\x02}(" + integers(50_000, PRIME) + b"u.",
     "colliding pairs": b"\x80\x02}(" + integers(50_000, PRIME, b"\x85N") + b"u.",
     "colliding members": b"\x80\x04\x8f(" + integers(50_000, PRIME, b"") + b"\x90.",
     "large index in the memo": b"\x80\x02Nr\xff\xff\xff\xef.",
-    "digits": b"\x80\x02L" + b"9" * 500_000 + b"L\n.",
-    "long number": ENTRY[:3] + b"\x8b\x20\xa1\x07\x00" + b"\x7f" * 500_000 + DENSE + b"s.",
+    "digits": b"\x80\x02L" + b"9" * 200_000 + b"L\n.",
+    "long number": ENTRY[:3] + b"\x8b\x40\x0d\x03\x00" + b"\x7f" * 200_000 + DENSE + b"s.",
 }  # fmt: skip
 
-MAX_MEGABYTES = 64
-"""Memory for about half a megabyte of data."""
+MAX_MEGABYTES = 32
+"""Memory for less than half a megabyte of data, if the budget begins with `BASE` bytes."""
 
-SCRIPT = """
+BASE = 4 << 20
+
+SCRIPT = f"""
 import json, pathlib, sys
 from paramstats.checkpoints import CheckpointError, summarize_file
+from paramstats.checkpoints._budget import Budget
+
+Budget.BASE = {BASE}
 
 def peak():  # in megabytes, since the last call
     status = pathlib.Path("/proc/self/status").read_text()
@@ -104,7 +113,7 @@ for path in sys.argv[1:]:
     peak()
     before = peak()
     try:
-        result = f"read {dict(summarize_file(path).skipped)}"
+        result = f"read {{dict(summarize_file(path).skipped)}}"
     except CheckpointError as error:
         result = str(error)[:300]
     print(json.dumps([peak() - before, result]), flush=True)

@@ -365,8 +365,8 @@ CALLS: dict[str, Prepare] = {
 for _form in FORMATS:
     CALLS[f"summarize_file {_form}"], CALLS[f"compare_files {_form}"] = checkpoint(_form)
 
-SLOW = [name for name in CALLS if "_file" in name and not name.endswith(" pt")]
-SLOW += ["History", "command line"]
+READING = ("summarize model", "summarize tensors", "summarize shards", "summarize_file pt")
+"""Calls that together use every code path that reads tensors."""
 
 
 def raising(error: BaseException) -> Callable[..., None]:

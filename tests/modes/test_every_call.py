@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 import paramstats
 from tests import oracle
-from tests.modes.calls import CALLS, FAILING, SLOW, plain_tensors
+from tests.modes.calls import CALLS, FAILING, READING, plain_tensors
 from tests.modes.conditions import CONDITIONS, FEW, settings
 
 _expected: dict[tuple[str, str], Any] = {}
@@ -61,7 +61,7 @@ def check_settings(call: Callable[[], Any]) -> Callable[[], Any]:
 def conditions_of(call: str) -> Iterable[str]:
     if call == "plot":  # it takes a tenth of a second
         return FEW[:2]
-    return FEW if call in SLOW else CONDITIONS
+    return CONDITIONS if call in READING else FEW
 
 
 @pytest.mark.parametrize(
