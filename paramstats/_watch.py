@@ -85,7 +85,8 @@ def watch(
         history: a `History`, whose `append(step, summary)` is called on rank 0 before anything is
             logged; or the path of a new file, which is opened as `History(path)` on rank 0. Before
             the process group exists, the rank is that of torchrun (RANK). Pass
-            `history=History(path, resume=True)` to continue an existing file.
+            `history=History(path, resume=True)` to continue an existing file, and number the steps
+            with `Watcher.step(step=)`.
         key, stats, totals: what is logged and under which keys; see `Summary.scalars`.
         params, grads, buffers, include, exclude, correction, group, async_op: see `summarize`.
 
@@ -227,7 +228,7 @@ class Watcher:
         """
         last = self._step
         self._step = step = last + 1 if step is None else operator.index(step)
-        if last < step < self._next:
+        if last <= step < self._next:
             return False
         self._next = step - step % self._every + self._every
         return True
@@ -335,8 +336,8 @@ def _open_history(path: str | os.PathLike[str]) -> History | None:
     except FileExistsError:
         raise FileExistsError(
             f"paramstats.watch: expected a new file for history, got {os.fspath(path)!r}, which "
-            f"exists; pass history=paramstats.History(path, resume=True) to continue it, or "
-            f"another path"
+            f"exists; pass another path, or, to continue it, "
+            f"history=paramstats.History(path, resume=True) and watcher.step(step=number)"
         ) from None
 
 

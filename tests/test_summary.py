@@ -165,6 +165,8 @@ def test_scalars_have_every_statistic_under_its_key(backend, model):
     [
         ({"stats": ("median",)}, "expected each of stats to be one of count, mean.*got 'median'"),
         ({"stats": "stddev"}, "got 'stddev'; did you mean 'std'"),
+        ({"stats": "grad.norm"}, "got 'grad.norm'; did you mean 'norm'"),
+        ({"stats": "grad_std"}, "got 'grad_std'; did you mean 'std'"),
         ({"key": "{name}/{layer}"}, "got 'layer' in"),
         ({"key": "{kind:{foo}}"}, "got 'foo' in"),
         ({"key": "{kind.x}"}, "in '{kind.x}'"),

@@ -122,11 +122,11 @@ def test_a_scaler_of_two_optimizers_needs_the_optimizer():
     scaler.scale(two(one(torch.ones(4, 3))).mean()).backward()
     with pytest.raises(ValueError, match="several optimizers, name the one"):
         watcher.step(grad_scale=scaler)
-    watcher.step(grad_scale=scaler, optimizer=optimizers[1], step=0)
+    watcher.step(grad_scale=scaler, optimizer=optimizers[1], step=50)
     assert logged[0]["grad_norm/weight"] == pytest.approx(one.weight.grad.norm().item() / 1024)
     scaler.unscale_(optimizers[1])
     with pytest.raises(ValueError, match=r"before scaler\.unscale_"):
-        watcher.step(grad_scale=scaler, optimizer=optimizers[1], step=50)
+        watcher.step(grad_scale=scaler, optimizer=optimizers[1], step=100)
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
@@ -147,6 +147,7 @@ def test_gradients_of_checkpointed_modules_are_logged(use_reentrant):
     [
         (10, [17, 18, 19, 20, 29, 31, 39, 40, None, 50], [17, 20, 31, 40, 50]),  # resumed at 17
         (4, [*range(6), *range(6)], [0, 4, 0, 4]),  # restarted
+        (2, [0, 0, 1, 1, 2, 2, 3], [0, 2]),  # several batches per step
         (2, [None] * 5, [0, 2, 4]),
     ],
 )

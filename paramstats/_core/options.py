@@ -173,9 +173,11 @@ def _number(value: Any, argument: str, condition: str = "", remedy: str = "") ->
 def _columns(stats: tuple[str, ...], function: str) -> list[int]:
     for name in stats:
         if name not in STATS:
+            # Gradients have columns and keys of their own.
+            plain = str(name).removeprefix("grad.").removeprefix("grad_")
             raise ValueError(
                 f"paramstats.{function}: expected each of stats to be one of {', '.join(STATS)}, "
-                f"got {name!r}{did_you_mean(name)}"
+                f"got {name!r}{did_you_mean(plain)}"
             )
     return [STATS.index(name) for name in stats]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from paramstats._history import writer as files
 from paramstats._history.journal import Journal
-from paramstats._history.json_lines import Entry
+from paramstats._history.json_lines import HEADER, Entry
 from paramstats._history.reader import Reader
 from paramstats._history.store import Store
 from paramstats._history.thinning import ThinnedEntries
@@ -50,7 +50,7 @@ class History(Views):
             first and the latest entry are kept at any limit. The file keeps every entry.
 
     Raises:
-        FileExistsError: `path` has content and `resume` is not set.
+        FileExistsError: `path` has entries or other content, and `resume` is not set.
         OSError: the file cannot be created or read.
         ValueError: `path` is not a history file, or has a broken or invalid line (an incomplete end
             after a crash is allowed); it is not a regular file; or `max_bytes` is not a whole
@@ -74,7 +74,7 @@ class History(Views):
             path = _resolved(path, "History")
             files.create(path)
             with Reader(path) as reader:
-                if reader.status.st_size and not resume:
+                if reader.status.st_size > len(HEADER) and not resume:
                     raise _exists(path)
                 _read(reader, store.kept)
                 try:

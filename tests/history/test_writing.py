@@ -378,3 +378,18 @@ def test_a_handler_that_ends_the_process_leaves_a_complete_file(tmp_path):
         os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert History.load(path).steps.tolist() == [0, 1]
+
+
+def test_a_file_without_entries_is_accepted_as_new(tmp_path):
+    path = tmp_path / "run.jsonl"
+    History(path)  # writes the first line, as a run that fails before its first step
+    with History(path) as history:
+        history.append(3, ones())
+    assert [step for step, _ in History.load(path)] == [3]
+
+
+def test_an_error_of_save_names_the_path(tmp_path):
+    path = os.fspath(tmp_path / "missing" / "run.jsonl")
+    with pytest.raises(FileNotFoundError) as caught:
+        History().save(path)
+    assert caught.value.filename == path
