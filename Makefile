@@ -93,7 +93,7 @@ test-everywhere:  ## build, install and test with all supported versions, an hou
 test-huge: $(VENV)/installed  ## run the tests of tensors of more than 2^31 elements (5 GB of memory)
 	$(BIN)/python -m pytest --quiet -m huge
 
-fuzz: $(VENV)/installed  ## run a million random cases, 5 minutes
+fuzz: $(VENV)/installed  ## run a million random cases, 12 minutes
 	$(BIN)/python -m tools.fuzz
 
 sanitize: $(VENV)/installed  ## run all tests under sanitizers, 15 minutes
