@@ -183,11 +183,18 @@ def run_tests(
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.sanitize")
     parser.add_argument("--quick", action="store_true", help="the part that checks every change")
-    if parser.parse_args().quick:
+    parser.add_argument(
+        "--only", choices=["cpp", "python"], help="one half of --quick; cpp needs no torch"
+    )
+    options = parser.parse_args()
+    if options.quick:
         with ThreadPoolExecutor(2) as pool:  # one of the C++ tests is a minute of one thread
-            python = pool.submit(python_tests, ADDRESS, "native code", *files(QUICK))
-            failed = cpp_tests(ADDRESS, *SOURCES) | cpp_tests(THREAD, "threads")
-            return int(failed | python.result())
+            failed = False
+            if options.only != "cpp":
+                python = pool.submit(python_tests, ADDRESS, "native code", *files(QUICK))
+            if options.only != "python":
+                failed = cpp_tests(ADDRESS, *SOURCES) | cpp_tests(THREAD, "threads")
+            return int(failed or (options.only != "cpp" and python.result()))
     failed = cpp_tests(ADDRESS, *SOURCES) | cpp_tests(THREAD, "kernels", "threads")
     failed |= python_tests(ADDRESS, "all", *(f"--deselect={test}" for test in LEFT_OUT))
     return int(failed | python_tests(THREAD, "several threads", *files(THREADED)))

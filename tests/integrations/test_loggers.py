@@ -67,7 +67,7 @@ def test_the_loggers_of_the_documentation_have_the_last_statistics(folder, capsy
         if "watcher" in namespace:
             last.append(namespace.pop("watcher").summary.scalars())
             runs.append(namespace.get("run"))
-    _scaled, of_wandb, of_mlflow, of_tensorboard, of_csv = last
+    _scaled, _restarted, of_wandb, of_mlflow, of_tensorboard, of_csv = last
 
     row = rows_of_wandb(folder / "wandb")[-1]
     assert statistics_in(row) == of_wandb and row["_step"] == 30
