@@ -76,7 +76,7 @@ def test_the_loggers_of_the_documentation_have_the_last_statistics(folder, capsy
 
     client = mlflow.MlflowClient()
     for key, value in of_mlflow.items():
-        history = client.get_metric_history(runs[2].info.run_id, key)
+        history = client.get_metric_history(runs[3].info.run_id, key)
         assert [m.step for m in history] == [0, 10, 20, 30] and history[-1].value == value
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
