@@ -145,7 +145,6 @@ def python_tests(sanitizer: Sanitizer, title: str, *arguments: str) -> bool:
         PARAMSTATS_CFLAGS=" ".join(flags),
         LDFLAGS=" ".join(sanitizer.flags),
     )
-    (BUILD / "suppressions").write_text(SUPPRESSIONS)
     libraries = [run(CXX, f"-print-file-name={n}").stdout.strip() for n in sanitizer.libraries]
     if not all(os.path.isabs(library) for library in libraries):
         sys.exit(f"expected g++ with sanitizers, got {CXX}, which lacks one of {libraries}")
@@ -182,19 +181,25 @@ def run_tests(
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.sanitize")
-    parser.add_argument("--quick", action="store_true", help="the part that checks every change")
     parser.add_argument(
-        "--only", choices=["cpp", "python"], help="one half of --quick; cpp needs no torch"
+        "--quick",
+        nargs="?",
+        const="all",
+        choices=["all", "cpp", "python"],
+        help="the part that checks every change, or one half of it; cpp needs no torch",
     )
-    options = parser.parse_args()
-    if options.quick:
+    part = parser.parse_args().quick
+    BUILD.mkdir(parents=True, exist_ok=True)
+    (BUILD / "suppressions").write_text(SUPPRESSIONS)
+    if part:
         with ThreadPoolExecutor(2) as pool:  # one of the C++ tests is a minute of one thread
-            failed = False
-            if options.only != "cpp":
-                python = pool.submit(python_tests, ADDRESS, "native code", *files(QUICK))
-            if options.only != "python":
-                failed = cpp_tests(ADDRESS, *SOURCES) | cpp_tests(THREAD, "threads")
-            return int(failed or (options.only != "cpp" and python.result()))
+            python = part != "cpp" and pool.submit(
+                python_tests, ADDRESS, "native code", *files(QUICK)
+            )
+            failed = part != "python" and (
+                cpp_tests(ADDRESS, *SOURCES) | cpp_tests(THREAD, "threads")
+            )
+            return int(failed or (python and python.result()))
     failed = cpp_tests(ADDRESS, *SOURCES) | cpp_tests(THREAD, "kernels", "threads")
     failed |= python_tests(ADDRESS, "all", *(f"--deselect={test}" for test in LEFT_OUT))
     return int(failed | python_tests(THREAD, "several threads", *files(THREADED)))

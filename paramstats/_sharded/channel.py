@@ -23,7 +23,7 @@ _MAX_PAUSE = 0.02
 """Maximum number of seconds until a waiting thread notices that a call has ended."""
 
 exiting = threading.Event()
-"""Set when the process exits: whoever waits for other ranks then gives up."""
+"""Set when the process exits. Threads that wait for other ranks then give up."""
 
 
 class Channel(Ranks):
