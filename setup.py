@@ -243,6 +243,7 @@ def extensions(record):
         # No path of torch is linked in: its symbols are found in the torch that is loaded.
         extra_link_args=[] if sys.platform == "darwin" else ["-Wl,--as-needed"],
     )
+    native.libraries = []  # torch's functions are found at run time (csrc/torch_abi.h)
     return [native, *([cuda] if cuda else [])], OptionalBuildExtension
 
 

@@ -4,11 +4,8 @@
 // A table is a bytes object of 2 N Moments for N tensors: first the states of the tensors, then
 // those of their gradients (count == kAbsent if there is no gradient). Rows of tensors on a GPU are
 // unread at first; `Transfer`s fill them in later.
-#include <ATen/core/Tensor.h>
 #include <pybind11/pybind11.h>
-#include <torch/csrc/Exceptions.h>
-#include <torch/csrc/autograd/python_variable.h>
-#include <torch/csrc/utils/pybind.h>
+#include <pybind11/stl.h>
 
 #include <algorithm>
 #include <cstring>
@@ -18,12 +15,12 @@
 
 #include "cpu/denormals.h"
 #include "cpu/engine.h"
-#include "cuda_call.h"
 #include "module_tree.h"
 #include "module_walk.h"
 #include "moments.h"
 #include "tensor_view.h"
 #include "thread_pool.h"
+#include "torch_abi.h"
 
 namespace py = pybind11;
 
@@ -34,84 +31,107 @@ namespace {
 
 const cpu::Kernels* kernels = cpu::available_kernels().front();
 
+using torch_abi::api;
+using torch_abi::Impl;
+using torch_abi::Owned;
+
+// The GIL is released during a read if that costs little and helps others. While it is released,
+// another thread may drop a gradient or replace the data of a tensor, so that the storage of each
+// tensor must be kept alive, which takes about 80 ns. Reads shorter than 3 ms keep the GIL: Python
+// itself lets a thread run for 5 ms before it asks for the GIL.
+constexpr int64_t kBytesToRelease = 32 << 20;
+constexpr int64_t kBytesToReleasePerTensor = 16 << 10;  // the cost is less than 5 % of the read
+
+// The tensors of one call that are on one CUDA device. paramstats/_core/cuda.py starts the read.
+struct CudaGroup {
+  explicit CudaGroup(int32_t device_index) : device(device_index) {}
+  CudaGroup(CudaGroup&&) = default;
+  CudaGroup& operator=(CudaGroup&&) = default;
+
+  int32_t device;
+  std::vector<cuda::TensorView> views;
+  std::vector<size_t> rows;
+  std::vector<Owned> tensors;  // aliases, which keep the memory of the views alive
+};
+
+py::list python_tensors(const CudaGroup& group) {
+  py::list tensors(group.tensors.size());
+  for (size_t i = 0; i < group.tensors.size(); ++i) tensors[i] = group.tensors[i].object();
+  return tensors;
+}
+
 // What one call reads, and where it writes the results. Until `run` has returned, no Python code
-// may run that could free the memory of a view, unless `keep_memory` was called.
+// may run that could free the memory of a view.
 struct Work {
   std::vector<cpu::TensorView> views;
   std::vector<Moments*> out;
-  std::vector<const c10::TensorImpl*> tensors;
-  CudaCall on_cuda;
-  std::vector<c10::Storage> kept_storages;
-  std::vector<std::vector<int64_t>> kept_shapes;
-  std::vector<std::pair<size_t, at::Tensor>> deferred_rows;  // rows for Python, and their tensors
+  std::vector<Impl> tensors;
+  bool with_cuda;
+  std::vector<CudaGroup> on_cuda;
+  std::vector<std::pair<size_t, Owned>> deferred_rows;  // rows for Python, and their tensors
 
-  explicit Work(size_t rows) {
+  Work(size_t rows, bool cuda) : with_cuda(cuda) {
     views.reserve(rows);
     out.reserve(rows);
     tensors.reserve(rows);
   }
 
-  void add(const at::Tensor& tensor, Moments* table, size_t row) {
-    const c10::TensorImpl& t = *tensor.unsafeGetTensorImpl();
-    if (is_plain_cpu(t)) {
+  void add(Impl t, Moments* table, size_t row) {
+    if (torch_abi::is_plain_cpu(t)) {
       if (const auto view = native_view(t)) {
         views.push_back(*view);
         out.push_back(table + row);
-        tensors.push_back(&t);
+        tensors.push_back(t);
         return;
       }
-    } else if (is_plain_cuda(t)) {
-      const auto view = native_cuda_view(t);
-      if (view && (view->numel == 0 || on_cuda.add(*view, t, row))) {
+    } else if (with_cuda && torch_abi::is_plain_cuda(t)) {
+      if (const auto view = native_cuda_view(t)) {
         table[row] = view->numel == 0 ? Moments() : unread(view->numel);
+        if (view->numel != 0) add_cuda(t, *view, row);
         return;
       }
     }
-    defer(tensor, table, row);
+    defer(t, table, row);
+  }
+
+  void add_cuda(Impl t, const cuda::TensorView& view, size_t row) {
+    int32_t device = 0;
+    api.aoti_torch_get_device_index(torch_abi::handle(t), &device);
+    auto group = std::find_if(on_cuda.begin(), on_cuda.end(),
+                              [device](const CudaGroup& g) { return g.device == device; });
+    if (group == on_cuda.end()) group = on_cuda.emplace(group, device);
+    group->views.push_back(view);
+    group->rows.push_back(row);
+    group->tensors.push_back(Owned::alias_of(t));
   }
 
   // Leaves a row to Python, which reads any kind of tensor.
-  void defer(const at::Tensor& tensor, Moments* table, size_t row) {
+  void defer(Impl t, Moments* table, size_t row) {
     table[row] = unread(0);
-    deferred_rows.emplace_back(row, tensor);
-  }
-
-  // Keeps the memory of all views alive. Must be called before the GIL is released: another thread
-  // may then drop a gradient or replace the data of a tensor.
-  void keep_memory() {
-    kept_storages.reserve(tensors.size());
-    for (const c10::TensorImpl* t : tensors) kept_storages.push_back(t->storage());
-    tensors.clear();
-  }
-
-  // Copies sizes and strides. Needed only if the GIL is released before cpu::summarize has read
-  // them.
-  void keep_shapes() {
-    kept_shapes.reserve(2 * views.size());
-    for (cpu::TensorView& v : views) {
-      kept_shapes.emplace_back(v.sizes, v.sizes + v.ndim);
-      v.sizes = kept_shapes.back().data();
-      kept_shapes.emplace_back(v.strides, v.strides + v.ndim);
-      v.strides = kept_shapes.back().data();
-    }
+    deferred_rows.emplace_back(row, Owned::reference_to(t));
   }
 
   void run() {
-    if (cpu::total_bytes(views) < cpu::kSerialBytes) {
-      return cpu::summarize(views, out, *kernels, nullptr);
+    const int64_t bytes = cpu::total_bytes(views);
+    if (bytes < cpu::kSerialBytes) return cpu::summarize(views, out, *kernels, nullptr);
+    const auto n = static_cast<int64_t>(views.size());
+    if (bytes < std::max(kBytesToRelease, n * kBytesToReleasePerTensor)) {
+      return cpu::summarize(views, out, *kernels, torch_pool);
     }
-    keep_memory();
-    cpu::summarize(views, out, *kernels, [](int64_t n, cpu::Task task, void* context) {
+    std::vector<Owned> kept;
+    kept.reserve(tensors.size());
+    for (Impl t : tensors) kept.push_back(Owned::alias_of(t));
+    cpu::summarize(views, out, *kernels, [](int64_t tasks, cpu::Task task, void* context) {
       const py::gil_scoped_release release;
-      torch_pool(n, task, context);
+      torch_pool(tasks, task, context);
     });
   }
 
-  // Empty tuples, the usual result here and for transfers, are shared and take no memory.
+  // Empty tuples, the usual result here and for groups, are shared and take no memory.
   py::tuple deferred_for_python() const {
     py::tuple rows(deferred_rows.size());
     for (size_t i = 0; i < rows.size(); ++i) {
-      rows[i] = py::make_tuple(deferred_rows[i].first, deferred_rows[i].second);
+      rows[i] = py::make_tuple(deferred_rows[i].first, deferred_rows[i].second.object());
     }
     return rows;
   }
@@ -119,73 +139,54 @@ struct Work {
 
 // Whether a tensor may be a lazy parameter: an instance of a subclass without elements. (numel is
 // read only of plain tensors: other classes may compute it with Python code.)
-bool may_be_lazy(PyObject* object, const c10::TensorImpl& t) {
-  return !THPVariable_CheckExact(object) && is_plain(t) && t.numel() == 0;
+bool may_be_lazy(PyObject* object, Impl t) {
+  return !torch_abi::is_exact_tensor(object) && torch_abi::is_plain(t) && torch_abi::numel(t) == 0;
 }
 
-const at::Tensor& unpack(PyObject* object) {
-  if (!THPVariable_CheckExact(object) &&
-      !PyType_IsSubtype(Py_TYPE(object), reinterpret_cast<PyTypeObject*>(THPVariableClass))) {
+Impl unpack(PyObject* object) {
+  if (!torch_abi::is_tensor(object)) {
     throw py::type_error(
         std::string("paramstats._native.read: expected a list of tensors, got an ") +
         Py_TYPE(object)->tp_name + " in it");
   }
-  return THPVariable_Unpack(object);
+  return torch_abi::impl_of(object);
 }
 
-// tensor.grad if torch would return it without a warning, else an undefined tensor.
-const at::Tensor& gradient_of(const at::Tensor& tensor) {
-  static const at::Tensor none;
-  const at::Tensor& grad = tensor.unsafeGetTensorImpl()->grad();
-  return !grad.defined() || tensor.is_leaf() || tensor.retains_grad() ? grad : none;
+// tensor.grad if torch would return it without a warning, else null.
+Impl gradient_of(Impl t) {
+  const Impl grad = *api.grad(t);
+  if (grad == api.undefined) return nullptr;
+  return api.is_leaf(&t) || api.retains_grad(&t) ? grad : nullptr;
 }
 
-// Starts the reads on all devices. Raises torch's errors, e.g. out of memory, as their Python
-// classes.
-std::vector<std::shared_ptr<Transfer>> start(CudaCall& call) {
-  try {
-    return call.start();
-  } catch (const c10::Error&) {
-    torch::translate_exception_to_python(std::current_exception());
-    throw py::error_already_set();
-  }
-}
-
-py::tuple read(const py::list& tensors, bool params, bool grads) {
+py::tuple read(const py::list& tensors, bool params, bool grads, bool cuda) {
   const size_t n = tensors.size();
   auto rows = py::reinterpret_steal<py::bytes>(
       PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(2 * n * sizeof(Moments))));
   if (!rows) throw py::error_already_set();
   auto* table = reinterpret_cast<Moments*>(PyBytes_AS_STRING(rows.ptr()));
 
-  Work work(2 * n);
+  Work work(2 * n, cuda);
   for (size_t i = 0; i < n; ++i) {
     PyObject* object = PyList_GET_ITEM(tensors.ptr(), static_cast<Py_ssize_t>(i));
-    const at::Tensor& tensor = unpack(object);
-    const c10::TensorImpl& t = *tensor.unsafeGetTensorImpl();
+    const Impl t = unpack(object);
     if (params && !may_be_lazy(object, t)) {
-      work.add(tensor, table, i);
-    } else if (!params && is_plain(t)) {
-      table[i] = unread(t.numel());
+      work.add(t, table, i);
+    } else if (!params && torch_abi::is_plain(t)) {
+      table[i] = unread(torch_abi::numel(t));
     } else {
-      work.defer(tensor, table, i);
+      work.defer(t, table, i);
     }
-    const at::Tensor* grad = grads ? &gradient_of(tensor) : nullptr;
-    if (grad != nullptr && grad->defined()) {
-      work.add(*grad, table, n + i);
+    if (const Impl grad = grads ? gradient_of(t) : nullptr) {
+      work.add(grad, table, n + i);
     } else {
       table[n + i] = unread(kAbsent);
     }
   }
-  if (!work.on_cuda.empty()) {
-    work.keep_memory();
-    work.keep_shapes();
-  }
-  const auto started = start(work.on_cuda);  // first, so that devices work while the CPU does
   work.run();
-  py::tuple transfers(started.size());
-  for (size_t i = 0; i < started.size(); ++i) transfers[i] = py::cast(started[i]);
-  return py::make_tuple(std::move(rows), work.deferred_for_python(), std::move(transfers));
+  py::tuple groups(work.on_cuda.size());
+  for (size_t i = 0; i < groups.size(); ++i) groups[i] = py::cast(std::move(work.on_cuda[i]));
+  return py::make_tuple(std::move(rows), work.deferred_for_python(), std::move(groups));
 }
 
 // ---- compute statistics from a table -------------------------------------------------------
@@ -282,11 +283,6 @@ py::bytes finalize_table(const py::bytes& table, double correction, double grad_
   return py::bytes(reinterpret_cast<const char*>(out.data()), n * sizeof(Statistics));
 }
 
-void write_transfer(const Transfer& transfer, const py::bytearray& table) {
-  auto* rows = reinterpret_cast<Moments*>(PyByteArray_AS_STRING(table.ptr()));
-  transfer.write(rows, PyByteArray_GET_SIZE(table.ptr()) / sizeof(Moments));
-}
-
 // ---- select the kernels --------------------------------------------------------------------
 
 std::vector<std::string> simd_levels() {
@@ -306,13 +302,20 @@ void set_simd_level(const std::string& name) {
                         name + "'");
 }
 
+// ---- connect to torch ----------------------------------------------------------------------
+
+void connect(const py::dict& found) {
+  torch_abi::connect(found);
+  set_module_class(found["module"]);
+}
+
 }  // namespace
 }  // namespace paramstats
 
 PYBIND11_MODULE(_native, m) {
   using namespace pybind11::literals;  // NOLINT: needed for the literal _a
   m.doc() = "The native backend of paramstats. Private: import paramstats instead.";
-  paramstats::find_module_class();
+  m.attr("SYMBOLS") = paramstats::torch_abi::symbols();
   m.attr("BLOCK") = paramstats::cpu::kBlock;
   m.attr("CHUNK") = paramstats::cpu::kChunk;
   m.attr("INNER") = paramstats::cpu::kInner;
@@ -321,12 +324,18 @@ PYBIND11_MODULE(_native, m) {
   m.def("walk", &paramstats::walk, "module"_a, "buffers"_a, "make_layout"_a);
   m.def("cached_layouts", &paramstats::cached_layouts);
   m.def("set_dtensor_class", &paramstats::set_dtensor_class, "type"_a);
-  py::class_<paramstats::Transfer, std::shared_ptr<paramstats::Transfer>>(m, "Transfer")
-      .def("ready", &paramstats::Transfer::ready)
-      .def("write", &paramstats::write_transfer, "table"_a);
-  m.def("use_cuda_backend", &paramstats::use_cuda_backend, "api"_a);
-  m.def("cuda_error", &paramstats::cuda_error, "device"_a);
-  m.def("read", &paramstats::read, "tensors"_a, "params"_a, "grads"_a);
+  py::class_<paramstats::CudaGroup>(m, "CudaGroup")
+      .def_readonly("device", &paramstats::CudaGroup::device)
+      .def_readonly("rows", &paramstats::CudaGroup::rows)
+      .def_property_readonly("views",
+                             [](const paramstats::CudaGroup& g) {
+                               return py::bytes(reinterpret_cast<const char*>(g.views.data()),
+                                                g.views.size() * sizeof(g.views[0]));
+                             })
+      .def("tensors", &paramstats::python_tensors);
+  m.def("connect", &paramstats::connect, "found"_a);
+  m.def("metadata", &paramstats::torch_abi::metadata, "tensor"_a);
+  m.def("read", &paramstats::read, "tensors"_a, "params"_a, "grads"_a, "cuda"_a = false);
   m.def("merge_rows", &paramstats::merge_rows, "table"_a, "begin"_a, "end"_a);
   m.def("scalars", &paramstats::scalars, "table"_a, "keys"_a, "columns"_a, "correction"_a,
         "grad_scale"_a);

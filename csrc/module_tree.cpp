@@ -2,10 +2,9 @@
 // modules.
 #include "module_tree.h"
 
-#include <ATen/core/Tensor.h>
-#include <torch/csrc/autograd/python_variable.h>
-
 #include <utility>
+
+#include "torch_abi.h"
 
 namespace py = pybind11;
 
@@ -49,10 +48,10 @@ class GarbageCollectorDisabled {
 
 // nn.Module and its methods that list tensors and modules.
 struct ModuleClass {
-  py::object type = py::module_::import("torch.nn").attr("Module");
+  py::object type;
   std::vector<std::pair<py::str, py::object>> methods;
   PyTypeObject* python_type() const { return reinterpret_cast<PyTypeObject*>(type.ptr()); }
-  ModuleClass() {
+  explicit ModuleClass(py::object module) : type(std::move(module)) {
     for (const char* name :
          {"parameters", "named_parameters", "buffers", "named_buffers", "modules", "named_modules",
           "children", "named_children", "_named_members", "__getattribute__"}) {
@@ -83,21 +82,17 @@ bool lists_as_nn_module(PyObject* module, PyTypeObject* type) {
   return true;
 }
 
-bool is_tensor(PyObject* object) {
-  return THPVariable_CheckExact(object) ||
-         PyType_IsSubtype(Py_TYPE(object), reinterpret_cast<PyTypeObject*>(THPVariableClass));
-}
-
 // torch's DTensor, once set_dtensor_class was called. Its operators are Python code, its sizes are
 // not.
 PyTypeObject* dtensor_class = nullptr;
 
-// Whether reading the size and other metadata of a tensor runs no Python code of a subclass.
+// Whether reading the size and other metadata of a tensor runs no Python code of a subclass, and
+// the sizes are numbers. (To ask for symbolic sizes is an error, which torch 2.10 and 2.11
+// print.)
 bool has_native_metadata(PyObject* object) {
-  const c10::TensorImpl& t = *THPVariable_Unpack(object).unsafeGetTensorImpl();
-  const bool runs_python =
-      t.key_set().has(c10::DispatchKey::Python) && Py_TYPE(object) != dtensor_class;
-  return !runs_python && !t.is_nested() && !t.has_symbolic_sizes_strides();
+  const uint64_t others =
+      torch_abi::keys_of(torch_abi::impl_of(object)) & ~torch_abi::api.metadata_keys;
+  return (Py_TYPE(object) == dtensor_class ? others & ~torch_abi::api.python_keys : others) == 0;
 }
 
 bool is_same(PyObject* key, PyObject* name) { return key == name; }
@@ -156,7 +151,7 @@ bool enter(PyObject* module, Attribute& kind, Tree& tree) {
     tree.signature.push_back(key);
     tree.signature.push_back(value);
     if (value == Py_None) continue;
-    if (!is_tensor(value) || !has_native_metadata(value)) return false;
+    if (!torch_abi::is_tensor(value) || !has_native_metadata(value)) return false;
     tree.members.push_back(tree.signature.size() - 1);
   }
   tree.open.push_back({children, 0});
@@ -248,7 +243,7 @@ std::vector<py::object> Tree::owned() const {
   return objects;
 }
 
-void find_module_class() { module_class = new ModuleClass(); }
+void set_module_class(const py::object& type) { module_class = new ModuleClass(type); }
 
 bool read_tree(PyObject* module, bool buffers, Tree& tree) {
   const GarbageCollectorDisabled no_collection;

@@ -44,9 +44,8 @@ struct Tree {
   std::vector<pybind11::object> owned() const;
 };
 
-// Looks up nn.Module. Must be called once, before `read_tree`: it runs Python code, which a signal
-// handler or another thread could interrupt with a call of its own.
-void find_module_class();
+// Tells which class is nn.Module. Must be called before `read_tree`.
+void set_module_class(const pybind11::object& type);
 
 // Reads the parameters of a module and of all modules in it, followed by the buffers if `buffers`.
 // Returns false if the tree cannot be read this way, or is too deep or too large.

@@ -1,9 +1,7 @@
 // Lists the tensors of an nn.Module and caches one layout per model while it is valid.
 #include "module_walk.h"
 
-#include <ATen/core/Tensor.h>
-#include <torch/csrc/autograd/python_variable.h>
-
+#include <algorithm>
 #include <string>
 #include <unordered_map>
 #include <unordered_set>
@@ -11,6 +9,7 @@
 #include <vector>
 
 #include "module_tree.h"
+#include "torch_abi.h"
 
 namespace py = pybind11;
 
@@ -22,27 +21,50 @@ constexpr size_t kMaxScratch = 1 << 20;
 
 // The properties of a tensor that a layout contains. They are compared without making Python
 // objects.
-struct Meta {
-  PyTypeObject* type;
-  at::ScalarType dtype;
-  c10::Device device;
-  bool requires_grad;
-  std::vector<int64_t> sizes;
-
-  explicit Meta(PyObject* object)
-      : Meta(object, *THPVariable_Unpack(object).unsafeGetTensorImpl()) {}
-  Meta(PyObject* object, const c10::TensorImpl& t)
-      : type(Py_TYPE(object)),
-        dtype(c10::typeMetaToScalarType(t.dtype())),
-        device(t.device()),
-        requires_grad(t.requires_grad()),
-        sizes(t.sizes().vec()) {}
+class Meta {
+ public:
+  explicit Meta(PyObject* object) : type_(Py_TYPE(object)) {
+    const Now now(object);
+    fields_ = now;
+    sizes_.assign(now.sizes, now.sizes + now.dim);
+  }
 
   bool describes(PyObject* object) const {
-    const c10::TensorImpl& t = *THPVariable_Unpack(object).unsafeGetTensorImpl();
-    return type == Py_TYPE(object) && c10::typeMetaToScalarType(t.dtype()) == dtype &&
-           t.device() == device && t.requires_grad() == requires_grad && t.sizes() == sizes;
+    if (Py_TYPE(object) != type_) return false;
+    const Now now(object);
+    return now == fields_ &&
+           std::equal(sizes_.begin(), sizes_.end(), now.sizes, now.sizes + now.dim);
   }
+
+ private:
+  struct Fields {
+    bool is_known = false, requires_grad = false;  // is_known: torch has reported all the others
+    int32_t dtype = 0, device_type = 0, device_index = 0;
+    bool operator==(const Fields& other) const {
+      return is_known && other.is_known && requires_grad == other.requires_grad &&
+             dtype == other.dtype && device_type == other.device_type &&
+             device_index == other.device_index;
+    }
+  };
+  // The fields of a tensor and its sizes, which are borrowed.
+  struct Now : Fields {
+    int64_t* sizes = nullptr;
+    int64_t dim = 0;
+    explicit Now(PyObject* object) {
+      using torch_abi::api;
+      const torch_abi::Impl t = torch_abi::impl_of(object);
+      const AtenTensorHandle h = torch_abi::handle(t);
+      requires_grad = api.requires_grad(t);
+      is_known =
+          (api.aoti_torch_get_dtype(h, &dtype) | api.aoti_torch_get_device_type(h, &device_type) |
+           api.aoti_torch_get_device_index(h, &device_index) | api.aoti_torch_get_sizes(h, &sizes) |
+           api.aoti_torch_get_dim(h, &dim)) == AOTI_TORCH_SUCCESS;
+      if (!is_known) dim = 0;
+    }
+  };
+  PyTypeObject* type_;
+  Fields fields_;
+  std::vector<int64_t> sizes_;
 };
 
 // A module class at the time when it did not override how modules list their tensors. The class is
@@ -69,9 +91,14 @@ struct Class {
 
   bool is_unchanged() const {
     // While the class is alive, no other class can have its address.
+    if (!weakref) return false;
+#if PY_VERSION_HEX < 0x030d0000
+    if (PyWeakref_GetObject(weakref.ptr()) == Py_None) return false;
+#else
     PyObject* alive = nullptr;
-    if (!weakref || PyWeakref_GetRef(weakref.ptr(), &alive) != 1) return false;
+    if (PyWeakref_GetRef(weakref.ptr(), &alive) != 1) return false;
     Py_DECREF(alive);  // not the last reference: an instance in the tree owns one
+#endif
     return version != 0 && version_of(type) == version;
   }
 };

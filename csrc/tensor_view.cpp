@@ -1,90 +1,65 @@
-// Decides which tensors the kernels can read, and describes the memory of these tensors.
+// Describes the memory of the tensors that the kernels can read.
 #include "tensor_view.h"
 
-#include <c10/core/DispatchKeySet.h>
+#include <iterator>
 
 #include "cpu/strides.h"
 
 namespace paramstats {
 namespace {
 
-// The dispatch keys of a tensor without those of autograd. A tensor that has exactly the keys of a
-// plain tensor is no subclass with its own operators, has no lazy conjugation or negation, and is
-// not sparse, quantized, nested, from functorch or on another device.
-uint64_t kind_of(const c10::TensorImpl& t) {
-  const auto autograd = c10::DispatchKeySet(c10::DispatchKey::AutogradFunctionality) |
-                        c10::DispatchKeySet(c10::DispatchKey::ADInplaceOrView);
-  return t.key_set().raw_repr() & ~autograd.raw_repr();
-}
+using torch_abi::api;
+using torch_abi::Impl;
 
-// The keys of a plain tensor. Does not call at::empty, which an active dispatch mode would change.
-uint64_t plain_kind(c10::DispatchKey key, c10::DeviceType device) {
-  return kind_of(*c10::make_intrusive<c10::TensorImpl>(
-      c10::DispatchKeySet(key), caffe2::TypeMeta::Make<float>(), c10::Device(device, 0)));
-}
-
-std::optional<DType> native_dtype(at::ScalarType dtype) {
-  switch (dtype) {
-    case at::kDouble: return DType::kFloat64;
-    case at::kFloat: return DType::kFloat32;
-    case at::kBFloat16: return DType::kBFloat16;
-    case at::kHalf: return DType::kFloat16;
-    case at::kFloat8_e4m3fn: return DType::kFloat8E4M3FN;
-    case at::kFloat8_e5m2: return DType::kFloat8E5M2;
-    case at::kChar: return DType::kInt8;
-    case at::kByte: return DType::kUInt8;
-    case at::kBool: return DType::kBool;
-    case at::kShort: return DType::kInt16;
-    case at::kUInt16: return DType::kUInt16;
-    case at::kInt: return DType::kInt32;
-    case at::kUInt32: return DType::kUInt32;
-    case at::kLong: return DType::kInt64;
-    case at::kUInt64: return DType::kUInt64;
-    default: return std::nullopt;
-  }
-}
-
-// Whether the storage really holds all elements. Sharding libraries may free the storage of a live
-// tensor, and code from torch.compile does not check sizes and strides.
-bool storage_holds(const c10::TensorImpl& t) {
-  int64_t first = t.storage_offset(), last = first;
-  for (int64_t d = 0; d < t.dim(); ++d) {
+// Whether a storage of `bytes` really holds all elements of a view that starts at element `first`.
+// Sharding libraries may free the storage of a live tensor, and code from torch.compile does not
+// check sizes and strides.
+bool storage_holds(const cpu::TensorView& view, int64_t first, int64_t bytes) {
+  int64_t last = first;
+  for (int d = 0; d < view.ndim; ++d) {
     int64_t extent;
-    if (__builtin_mul_overflow(t.size(d) - 1, t.stride(d), &extent)) return false;
+    if (__builtin_mul_overflow(view.sizes[d] - 1, view.strides[d], &extent)) return false;
     int64_t& end = extent < 0 ? first : last;
     if (__builtin_add_overflow(end, extent, &end)) return false;
   }
-  uint64_t bytes;
+  uint64_t needed;
   return first >= 0 &&
-         !__builtin_mul_overflow(static_cast<uint64_t>(last) + 1, t.itemsize(), &bytes) &&
-         bytes <= t.storage().nbytes();
+         !__builtin_mul_overflow(static_cast<uint64_t>(last) + 1, element_size(view.dtype),
+                                 &needed) &&
+         needed <= static_cast<uint64_t>(bytes);
 }
 
 }  // namespace
 
-bool is_plain_cpu(const c10::TensorImpl& t) {
-  static const uint64_t plain = plain_kind(c10::DispatchKey::CPU, c10::kCPU);
-  return kind_of(t) == plain && !t.has_symbolic_sizes_strides();
+std::optional<cpu::TensorView> native_view(Impl t) {
+  constexpr AOTITorchError kOk = AOTI_TORCH_SUCCESS;
+  const AtenTensorHandle h = torch_abi::handle(t);
+  int32_t number;
+  if (api.aoti_torch_get_dtype(h, &number) != kOk || number < 0 ||
+      number >= static_cast<int32_t>(std::size(api.dtypes)) || api.dtypes[number] < 0) {
+    return std::nullopt;
+  }
+  int64_t *sizes, *strides, dim, numel, first, bytes;
+  if (api.aoti_torch_get_numel(h, &numel) != kOk || api.aoti_torch_get_dim(h, &dim) != kOk ||
+      api.aoti_torch_get_sizes(h, &sizes) != kOk ||
+      api.aoti_torch_get_strides(h, &strides) != kOk) {
+    return std::nullopt;
+  }
+  cpu::TensorView view{nullptr, static_cast<DType>(api.dtypes[number]),
+                       numel,   static_cast<int>(dim),
+                       sizes,   strides};
+  // Last, because to ask for the address in a storage without memory is an error, which torch 2.10
+  // and 2.11 print.
+  if (numel > 0 &&
+      (api.aoti_torch_get_storage_offset(h, &first) != kOk ||
+       api.aoti_torch_get_storage_size(h, &bytes) != kOk || !storage_holds(view, first, bytes) ||
+       api.torch_get_const_data_ptr(h, &view.data) != kOk)) {
+    return std::nullopt;
+  }
+  return view;
 }
 
-bool is_plain_cuda(const c10::TensorImpl& t) {
-  static const uint64_t plain = plain_kind(c10::DispatchKey::CUDA, c10::kCUDA);
-  return kind_of(t) == plain && !t.has_symbolic_sizes_strides();
-}
-
-std::optional<cpu::TensorView> native_view(const c10::TensorImpl& t) {
-  const auto dtype = native_dtype(c10::typeMetaToScalarType(t.dtype()));
-  if (!dtype) return std::nullopt;
-  const int64_t numel = t.numel();
-  if (numel > 0 && !storage_holds(t)) return std::nullopt;
-  // Storage::data() instead of data_ptr(), which would make a copy-on-write tensor copy itself.
-  const auto* data = static_cast<const char*>(t.storage().data());
-  if (numel > 0) data += t.storage_offset() * static_cast<int64_t>(t.itemsize());
-  return cpu::TensorView{
-      data, *dtype, numel, static_cast<int>(t.dim()), t.sizes().data(), t.strides().data()};
-}
-
-std::optional<cuda::TensorView> native_cuda_view(const c10::TensorImpl& t) {
+std::optional<cuda::TensorView> native_cuda_view(Impl t) {
   const auto view = native_view(t);
   if (!view) return std::nullopt;
   const bool dense =

@@ -1,14 +1,12 @@
-// Runs tasks on torch's own threads through torch's stable C interface. That interface works with
-// any compiler and OpenMP flags (at::parallel_for does not). It needs TORCH_TARGET_VERSION, so this
-// code has its own file.
-#define TORCH_TARGET_VERSION 0x020a000000000000  // 2.10.0, the oldest supported torch
+// Runs tasks on torch's own threads.
 #include "thread_pool.h"
 
 #include <pthread.h>
-#include <torch/csrc/stable/c/shim.h>
 
 #include <algorithm>
 #include <atomic>
+
+#include "torch_abi.h"
 #if defined(PARAMSTATS_STD_THREADS)
 #include <thread>
 #include <vector>
@@ -37,22 +35,22 @@ void take_tasks(int64_t, int64_t, void* context) {
   }
 }
 
+void run_in_threads(int64_t threads, void (*part)(int64_t, int64_t, void*), void* context) {
 #if defined(PARAMSTATS_STD_THREADS)
-// Replaces torch's function when built for the thread sanitizer (tools/sanitize.py), which does not
-// understand OpenMP's barriers.
-void torch_parallel_for(int64_t begin, int64_t end, int64_t, void (*part)(int64_t, int64_t, void*),
-                        void* context) {
-  std::vector<std::thread> threads;
-  for (int64_t i = begin; i < end; ++i) threads.emplace_back(part, i, i + 1, context);
-  for (auto& thread : threads) thread.join();
-}
+  // For the thread sanitizer (tools/sanitize.py), which does not understand OpenMP's barriers.
+  std::vector<std::thread> started;
+  for (int64_t i = 0; i < threads; ++i) started.emplace_back(part, i, i + 1, context);
+  for (auto& thread : started) thread.join();
+#else
+  torch_abi::api.torch_parallel_for(0, threads, 1, part, context);
 #endif
+}
 
 }  // namespace
 
 int torch_threads() {
   uint32_t threads = 1;
-  torch_get_num_threads(&threads);
+  torch_abi::api.torch_get_num_threads(&threads);
   return static_cast<int>(threads);
 }
 
@@ -62,7 +60,7 @@ void torch_pool(int64_t n, cpu::Task task, void* context) {
   shared.task = task;
   shared.context = context;
   const int64_t threads = std::min<int64_t>(torch_threads(), n);
-  if (threads > 1 && !is_forked_child) torch_parallel_for(0, threads, 1, take_tasks, &shared);
+  if (threads > 1 && !is_forked_child) run_in_threads(threads, take_tasks, &shared);
   take_tasks(0, 0, &shared);  // all tasks without a pool, or the remaining ones if the pool failed
 }
 

@@ -24,13 +24,34 @@ MAX_SHIFT_SHARE: float
 SERIAL_BYTES: int
 """A call that reads fewer bytes than this runs on the calling thread alone."""
 
-class Transfer:
-    """The states of one CUDA device's tensors, which may still be being computed."""
+SYMBOLS: tuple[str, ...]
+"""The functions of torch that `connect` needs, by their symbols."""
 
-    def ready(self) -> bool:
-        """Return whether the states have arrived. Does not wait."""
-    def write(self, table: bytearray) -> None:
-        """Wait for the states and write them to their rows of `table`."""
+def connect(found: dict[str, Any]) -> None:
+    """Set what was found in torch; see `paramstats._core.torch_abi`.
+
+    Must be called before any function that takes tensors or modules.
+    """
+
+def metadata(tensor: torch.Tensor) -> dict[str, Any]:
+    """Return what torch's C interface reports of a plain tensor.
+
+    The keys are those of `paramstats._core.torch_abi._check_metadata`; "alias" is another tensor
+    with the same storage, sizes and strides.
+    """
+
+class CudaGroup:
+    """The tensors of one call that the kernels can read on one CUDA device, in order."""
+
+    device: int
+    """The index of the device."""
+    rows: list[int]
+    """Their rows in the table."""
+    views: bytes
+    """Their memory: an array of paramstats::cuda::TensorView."""
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Return tensors with the same storages, sizes and strides."""
 
 def walk(
     module: nn.Module, buffers: bool, make_layout: Callable[..., Any]
@@ -48,12 +69,13 @@ def set_dtensor_class(type: type[torch.Tensor]) -> None:
     """Tell `walk` which class is DTensor, so that it lists models with DTensors."""
 
 def read(
-    tensors: list[torch.Tensor], params: bool, grads: bool
-) -> tuple[bytes, list[tuple[int, torch.Tensor]], list[Transfer]]:
-    """Read tensors and their gradients; return `(table, deferred_rows, transfers)`.
+    tensors: list[torch.Tensor], params: bool, grads: bool, cuda: bool = False
+) -> tuple[bytes, tuple[tuple[int, torch.Tensor], ...], tuple[CudaGroup, ...]]:
+    """Read tensors and their gradients; return `(table, deferred_rows, groups)`.
 
-    `deferred_rows` are rows that the kernels cannot read, with their tensors. Rows of tensors on
-    CUDA devices are unread until their `Transfer` has written them.
+    `deferred_rows` are rows that the kernels cannot read, with their tensors. If `cuda`, the CUDA
+    tensors that the kernels can read are in `groups`, whose rows are unread; otherwise they are
+    deferred.
     """
 
 def merge_rows(table: bytes, begin: int, end: int) -> bytes:
@@ -75,15 +97,6 @@ def finalize_table(table: bytes, correction: float, grad_scale: float) -> bytes:
 
     Absent rows are NaN. Gradients, the second half, are divided by `grad_scale` first.
     """
-
-def use_cuda_backend(api: object) -> None:
-    """Set the CUDA backend: the capsule that `paramstats._cuda.api()` returns.
-
-    Raises ValueError if its version differs from the one that this module was built for.
-    """
-
-def cuda_error(device: int) -> str:
-    """Return why the CUDA backend cannot run on a device, or "" if it can."""
 
 def threads() -> int:
     """Return the number of threads that large calls use: torch's own."""

@@ -6,7 +6,6 @@ import importlib
 import json
 import os
 import platform
-import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -16,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from paramstats._core import moments, reference
+from paramstats._core import moments, reference, torch_abi
 from paramstats._core import walk as python_walk
 from paramstats._version import __version__
 
@@ -265,16 +264,17 @@ def _load_native() -> tuple[Any, str | None]:
     if not record.get("native"):
         reason = record.get("reason") or f"it was never built in {_PACKAGE}"
         return None, f"the native backend is not installed: {reason}. To get it: {_REBUILD}"
-    built, running = (_minor(v) for v in (record.get("torch") or "", torch.__version__))
-    if built != running:
-        return None, (
-            f"the native backend was built for torch {record['torch']} and this is torch "
-            f"{torch.__version__}. To rebuild it: {_REBUILD}"
-        )
     try:
-        return importlib.import_module("paramstats._native"), None
+        native = importlib.import_module("paramstats._native")
     except ImportError as error:
         return None, f"the native backend does not load ({error}). To rebuild it: {_REBUILD}"
+    difference = torch_abi.connect(native)
+    if difference:
+        return None, (
+            f"the native backend cannot be used with torch {torch.__version__}: {difference}. "
+            f"Please report it"
+        )
+    return native, None
 
 
 def _load_cuda(native: Any) -> tuple[Any, str | None]:
@@ -290,11 +290,6 @@ def _load_cuda(native: Any) -> tuple[Any, str | None]:
     except (ImportError, ValueError) as error:
         return None, f"the CUDA backend does not load ({error}). To rebuild it: {_REBUILD}"
     return cuda, None
-
-
-def _minor(version: str) -> tuple[int, ...]:
-    """Return (2, 13) for "2.13.0+cpu"; an extension needs the minor version it was built for."""
-    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
 
 
 def _set_simd_level(native: Any) -> None:

@@ -1,0 +1,150 @@
+// The functions and the memory layout of torch that this module uses.
+#include "torch_abi.h"
+
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <iterator>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace py = pybind11;
+
+namespace paramstats::torch_abi {
+
+Api api;
+
+namespace {
+
+struct Function {
+  const char* symbol;
+  void** address;
+};
+
+std::vector<Function> functions() {
+  return {
+#define PARAMSTATS_ENTRY(name) {#name, reinterpret_cast<void**>(&api.name)},
+      PARAMSTATS_SHIM(PARAMSTATS_ENTRY)
+#undef PARAMSTATS_ENTRY
+#define PARAMSTATS_ENTRY(name, type, symbol) {symbol, reinterpret_cast<void**>(&api.name)},
+          PARAMSTATS_CXX(PARAMSTATS_ENTRY)
+#undef PARAMSTATS_ENTRY
+  };
+}
+
+void check(AOTITorchError error) {
+  if (error != AOTI_TORCH_SUCCESS) throw std::runtime_error("torch's C interface reports an error");
+}
+
+template <class Value>
+Value value_of(Impl t, AOTITorchError (*function)(AtenTensorHandle, Value*)) {
+  Value value{};
+  check(function(handle(t), &value));
+  return value;
+}
+
+py::tuple tuple_of(Impl t, AOTITorchError (*function)(AtenTensorHandle, int64_t**)) {
+  const int64_t* values = value_of(t, function);
+  py::tuple all(static_cast<size_t>(value_of(t, api.aoti_torch_get_dim)));
+  for (size_t d = 0; d < all.size(); ++d) all[d] = values[d];
+  return all;
+}
+
+// A class, whose reference is never released: extension modules are not unloaded.
+PyTypeObject* class_of(const py::dict& found, const char* name) {
+  return reinterpret_cast<PyTypeObject*>(py::object(found[name]).release().ptr());
+}
+
+}  // namespace
+
+py::tuple symbols() {
+  const auto all = functions();
+  py::tuple names(all.size());
+  for (size_t i = 0; i < all.size(); ++i) names[i] = all[i].symbol;
+  return names;
+}
+
+void connect(const py::dict& found) {
+  const auto all = functions();
+  const auto addresses = found["functions"].cast<std::vector<uintptr_t>>();
+  const auto dtypes = found["dtypes"].cast<std::vector<size_t>>();
+  if (addresses.size() != all.size() || dtypes.size() != kDTypes) {
+    throw py::value_error(
+        "paramstats._native.connect: expected one address for each of SYMBOLS "
+        "and one number for each dtype");
+  }
+  for (size_t i = 0; i < all.size(); ++i) {
+    *all[i].address = reinterpret_cast<void*>(addresses[i]);
+  }
+  std::fill(std::begin(api.dtypes), std::end(api.dtypes), static_cast<int8_t>(-1));
+  for (int i = 0; i < kDTypes; ++i) {
+    if (dtypes[i] >= std::size(api.dtypes)) {
+      throw py::value_error("paramstats._native.connect: expected numbers of dtypes below " +
+                            std::to_string(std::size(api.dtypes)) + ", got " +
+                            std::to_string(dtypes[i]));
+    }
+    api.dtypes[dtypes[i]] = static_cast<int8_t>(i);
+  }
+  api.impl_offset = found["impl_offset"].cast<Py_ssize_t>();
+  api.keys_offset = found["keys_offset"].cast<Py_ssize_t>();
+  api.autograd_keys = found["autograd_keys"].cast<uint64_t>();
+  api.plain_cpu_keys = found["plain_cpu_keys"].cast<uint64_t>();
+  api.plain_cuda_keys = found["plain_cuda_keys"].cast<uint64_t>();
+  api.metadata_keys = found["metadata_keys"].cast<uint64_t>();
+  api.python_keys = found["python_keys"].cast<uint64_t>();
+  api.tensor = class_of(found, "tensor");
+  api.parameter = class_of(found, "parameter");
+  api.undefined = *api.grad(impl_of(found["plain"].ptr()));
+}
+
+py::dict metadata(py::handle tensor) {
+  if (!is_tensor(tensor.ptr()) || !is_plain(impl_of(tensor.ptr()))) {
+    throw py::type_error("paramstats._native.metadata: expected a plain tensor");
+  }
+  const Impl t = impl_of(tensor.ptr());
+  const Impl grad = *api.grad(t);
+  py::dict all;
+  all["sizes"] = tuple_of(t, api.aoti_torch_get_sizes);
+  all["strides"] = tuple_of(t, api.aoti_torch_get_strides);
+  all["numel"] = value_of(t, api.aoti_torch_get_numel);
+  all["dtype"] = value_of(t, api.aoti_torch_get_dtype);
+  all["device_type"] = value_of(t, api.aoti_torch_get_device_type);
+  all["device_index"] = value_of(t, api.aoti_torch_get_device_index);
+  all["storage_offset"] = value_of(t, api.aoti_torch_get_storage_offset);
+  all["storage_size"] = value_of(t, api.aoti_torch_get_storage_size);
+  all["data_ptr"] = reinterpret_cast<uintptr_t>(value_of(t, api.torch_get_const_data_ptr));
+  all["requires_grad"] = api.requires_grad(t);
+  all["is_leaf"] = api.is_leaf(&t);
+  all["retains_grad"] = api.retains_grad(&t);
+  all["grad"] = grad == api.undefined ? py::none() : Owned::reference_to(grad).object();
+  all["alias"] = Owned::alias_of(t).object();
+  return all;
+}
+
+Owned Owned::reference_to(Impl t) {
+  Owned owned;
+  check(api.aoti_torch_new_tensor_handle(handle(t), &owned.tensor_));
+  return owned;
+}
+
+Owned Owned::alias_of(Impl t) {
+  Owned owned;
+  constexpr int64_t kMoreOffset = 0;  // is added to that of `t`
+  check(api.aoti_torch__reinterpret_tensor(
+      handle(t), value_of(t, api.aoti_torch_get_dim), value_of(t, api.aoti_torch_get_sizes),
+      value_of(t, api.aoti_torch_get_strides), kMoreOffset, &owned.tensor_));
+  return owned;
+}
+
+Owned::~Owned() {
+  if (tensor_ != nullptr) api.aoti_torch_delete_tensor_object(tensor_);
+}
+
+py::object Owned::object() const {
+  auto found = py::reinterpret_steal<py::object>(api.wrap(reinterpret_cast<const Impl*>(tensor_)));
+  if (!found) throw py::error_already_set();
+  return found;
+}
+
+}  // namespace paramstats::torch_abi

@@ -1,0 +1,244 @@
+"""Connect the native module to the torch that is running.
+
+The module is built without any library of torch. It uses functions of torch by their names, the
+place of the C++ object in a Python tensor, and the place of the dispatch keys in that object.
+`connect` finds them, compares what they return for some tensors with what torch reports in Python,
+and refuses the module if anything differs. csrc/torch_abi.h is the other side.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from paramstats._core.moments import Statistics
+
+_DTYPES = (
+    "float64 float32 bfloat16 float16 float8_e4m3fn float8_e5m2 "
+    "int8 uint8 bool int16 uint16 int32 uint32 int64 uint64"
+).split()
+"""The names of the dtypes, in the order of DType in csrc/dtypes.h."""
+
+_AUTOGRAD_KEYS = ("AutogradFunctionality", "ADInplaceOrView")
+_PYTHON_KEYS = ("Python", "PythonTLSSnapshot")
+_METADATA_KEYS = (
+    "CPU CUDA Meta MPS XPU HPU MTIA PrivateUse1 Sparse SparseCsr Quantized "
+    "Conjugate Negative ZeroTensor "
+    "AutocastCPU AutocastCUDA AutocastMPS AutocastXPU AutocastHPU AutocastMTIA AutocastPrivateUse1"
+).split()
+"""Dispatch keys of tensors whose sizes are numbers in the C++ object."""
+
+_TENSOR_IMPL_SIZE = 184
+"""Bytes of a C++ object that may be read while its dispatch keys are searched."""
+
+
+class Difference(Exception):
+    """What about this torch is not as the native module needs it."""
+
+
+def connect(native: Any) -> str | None:
+    """Connect the native module to torch.
+
+    The tensors for the comparison are made in a new thread: modes of the calling thread, such as
+    torch.inference_mode or a default device, would change them.
+
+    Args:
+        native: the module `paramstats._native`.
+
+    Returns:
+        None, or why the module must not be used with this torch.
+    """
+    outcome: list[str | None] = []
+
+    def run() -> None:
+        try:
+            _connect(native)
+            outcome.append(None)
+        except Difference as difference:
+            outcome.append(str(difference))
+        except Exception as error:  # e.g. a private name of torch is missing or has changed
+            outcome.append(f"{type(error).__name__}: {error}")
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join()
+    return outcome[0]
+
+
+def _connect(native: Any) -> None:
+    """Raise Difference, or what a private name of torch raises, if torch is not as expected."""
+    library = ctypes.PyDLL(torch._C.__file__)  # calls keep the GIL
+    probes = _probes()
+    plain = probes[0]
+    autograd = _keys(_AUTOGRAD_KEYS)
+    plain_cpu = _keys_of(plain) & ~autograd
+    on_cpu, on_cuda = (_keys((device, f"Autocast{device}")) for device in ("CPU", "CUDA"))
+    numbers = [_function(library, f"aoti_torch_dtype_{name}")() for name in _DTYPES]
+    found = {
+        "functions": [_address(library, symbol) for symbol in native.SYMBOLS],
+        "dtypes": numbers,
+        "impl_offset": _impl_offset(probes),
+        "keys_offset": _keys_offset(probes),
+        "autograd_keys": autograd,
+        "plain_cpu_keys": plain_cpu,
+        "plain_cuda_keys": plain_cpu & ~on_cpu | on_cuda,
+        "metadata_keys": autograd | _keys(_METADATA_KEYS),
+        "python_keys": _keys(_PYTHON_KEYS),
+        "plain": plain,
+        "tensor": Tensor,
+        "parameter": nn.Parameter,
+        "module": nn.Module,
+    }
+    if hasattr(library, "torch_tensor_from_pyobject"):  # torch 2.14
+        _check_official_conversion(library, probes)
+    native.connect(found)
+    for tensor in (*probes, *_tensors_with_gradients()):
+        if _keys_of(tensor) & ~autograd == plain_cpu:
+            _check_metadata(native, tensor)
+    for name, number in zip(_DTYPES, numbers, strict=True):
+        dtype = native.metadata(torch.empty(1, dtype=getattr(torch, name), device="cpu"))["dtype"]
+        _expect(dtype == number, f"torch.{name} is dtype {dtype} of a tensor, {number} by its name")
+    _check_reading(native)
+
+
+def _expect(is_true: bool, otherwise: str) -> None:
+    if not is_true:
+        raise Difference(otherwise)
+
+
+# ---- find functions, offsets and keys -----------------------------------------------------------
+
+
+def _address(library: ctypes.PyDLL, symbol: str) -> int:
+    """Return the address of a function in the libraries of torch."""
+    _expect(hasattr(library, symbol), f"it has no function {symbol}")
+    return ctypes.cast(getattr(library, symbol), ctypes.c_void_p).value or 0
+
+
+def _function(library: ctypes.PyDLL, symbol: str, *arguments: Any) -> Callable[..., int]:
+    """Return a C function that returns an int32."""
+    return ctypes.PYFUNCTYPE(ctypes.c_int32, *arguments)(_address(library, symbol))
+
+
+def _probes() -> list[Tensor]:
+    """Return tensors of many kinds, so that what all of them have in common is no coincidence."""
+    return [
+        torch.empty(3, 5, dtype=torch.float32, device="cpu"),
+        torch.empty(7, dtype=torch.float64, device="cpu"),
+        nn.Parameter(torch.empty(2, 3, dtype=torch.bfloat16, device="cpu")),
+        torch.empty(2, dtype=torch.float32, device="meta"),
+        torch.empty(2, dtype=torch.complex64, device="cpu").conj(),
+        torch.zeros(4, dtype=torch.float32, device="cpu").to_sparse(),
+        torch.empty(4, 6, dtype=torch.float32, device="cpu")[1:4:2, 2:5],
+        torch.empty(0, 3, dtype=torch.int8, device="cpu"),
+    ]
+
+
+def _keys_of(tensor: Tensor) -> int:
+    return int(torch._C._dispatch_keys(tensor).raw_repr())
+
+
+def _keys(names: tuple[str, ...] | list[str]) -> int:
+    """Return the bits of dispatch keys; keys that this torch does not have have no bits."""
+    found = 0
+    for name in names:
+        key = getattr(torch._C.DispatchKey, name, None)
+        if key is not None:
+            found |= int(torch._C.DispatchKeySet(key).raw_repr())
+    return found
+
+
+def _word(address: int) -> int:
+    return ctypes.c_uint64.from_address(address).value
+
+
+def _impl_offset(probes: list[Tensor]) -> int:
+    """Return the offset in bytes of the pointer to the C++ object in a Python tensor."""
+    end = Tensor.__basicsize__ - 7
+    found = [
+        offset
+        for offset in range(object.__basicsize__, end, 8)
+        if all(_word(id(tensor) + offset) == tensor._cdata for tensor in probes)
+    ]
+    _expect(len(found) == 1, f"the C++ object of a tensor was found at {len(found)} offsets")
+    return found[0]
+
+
+def _keys_offset(probes: list[Tensor]) -> int:
+    """Return the offset in bytes of the dispatch keys in the C++ object."""
+    for offset in range(8, _TENSOR_IMPL_SIZE - 7, 8):
+        if all(_word(tensor._cdata + offset) == _keys_of(tensor) for tensor in probes):
+            return offset
+    raise Difference("the dispatch keys of a tensor were not found in its C++ object")
+
+
+# ---- compare with torch in Python ---------------------------------------------------------------
+
+
+def _check_official_conversion(library: ctypes.PyDLL, probes: list[Tensor]) -> None:
+    """Compare the C++ objects with those that torch's own conversion of Python tensors returns."""
+    pointer = ctypes.c_void_p
+    convert = _function(library, "torch_tensor_from_pyobject", pointer, ctypes.POINTER(pointer))
+    delete = _function(library, "aoti_torch_delete_tensor_object", pointer)
+    for tensor in probes:
+        handle = pointer()
+        error = convert(id(tensor), ctypes.byref(handle))
+        _expect(error == 0 and handle.value is not None, "torch_tensor_from_pyobject failed")
+        same = _word(handle.value or 0) == tensor._cdata
+        delete(handle)
+        _expect(same, "torch_tensor_from_pyobject returned another C++ object than Tensor._cdata")
+
+
+def _tensors_with_gradients() -> list[Tensor]:
+    leaf = nn.Parameter(torch.tensor([3.0, -4.0], dtype=torch.float32, device="cpu"))
+    leaf.grad = torch.tensor([5.0, 12.0], dtype=torch.float32, device="cpu")
+    retained = leaf.mul(2)
+    retained.retain_grad()
+    return [leaf, retained, leaf.mul(3)]
+
+
+def _check_metadata(native: Any, tensor: Tensor) -> None:
+    """Compare what the native module reads of a plain CPU tensor with what torch reports."""
+    read = native.metadata(tensor)
+    alias, read["alias"] = read["alias"], None
+    expected = {
+        "sizes": tuple(tensor.shape),
+        "strides": tensor.stride(),
+        "numel": tensor.numel(),
+        "dtype": read["dtype"],  # is compared for all dtypes
+        "device_type": 0,
+        "device_index": -1,
+        "storage_offset": tensor.storage_offset(),
+        "storage_size": tensor.untyped_storage().nbytes(),
+        "data_ptr": tensor.data_ptr(),
+        "requires_grad": tensor.requires_grad,
+        "is_leaf": tensor.is_leaf,
+        "retains_grad": tensor.retains_grad,
+        "grad": tensor.grad if tensor.is_leaf or tensor.retains_grad else None,
+        "alias": None,
+    }
+    for name, value in expected.items():
+        same = read[name] is value if name == "grad" else read[name] == value
+        _expect(same, f"{name} of a tensor is {value}, but torch's C interface gave {read[name]}")
+    _expect(
+        (alias.shape, alias.stride(), alias.data_ptr(), alias.dtype)
+        == (tensor.shape, tensor.stride(), tensor.data_ptr(), tensor.dtype),
+        "torch's C interface made a tensor with other memory",
+    )
+
+
+def _check_reading(native: Any) -> None:
+    """Read a parameter and its gradient with the kernels."""
+    leaf = _tensors_with_gradients()[0]
+    table, deferred, _ = native.read([leaf], True, True)
+    column = Statistics._fields.index("max")  # exact
+    read = native.scalars(table, ["parameter", "gradient"], [column], 1.0, 1.0)
+    _expect(
+        not deferred and read == {"parameter": 3.0, "gradient": 12.0},
+        f"the maxima of two known tensors were read as {read}",
+    )
