@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -19,25 +19,25 @@ from torch import Tensor, nn
 from paramstats._core.moments import Statistics
 
 _DTYPES = (
-    "float64 float32 bfloat16 float16 float8_e4m3fn float8_e5m2 "
-    "int8 uint8 bool int16 uint16 int32 uint32 int64 uint64"
-).split()
+    *("float64", "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "int8", "uint8"),
+    *("bool", "int16", "uint16", "int32", "uint32", "int64", "uint64"),
+)
 """The names of the dtypes, in the order of DType in csrc/dtypes.h."""
 
 _AUTOGRAD_KEYS = ("AutogradFunctionality", "ADInplaceOrView")
 _PYTHON_KEYS = ("Python", "PythonTLSSnapshot")
+_DEVICES = ("CPU", "CUDA", "MPS", "XPU", "HPU", "MTIA", "PrivateUse1")
 _METADATA_KEYS = (
-    "CPU CUDA Meta MPS XPU HPU MTIA PrivateUse1 Sparse SparseCsr Quantized "
-    "Conjugate Negative ZeroTensor "
-    "AutocastCPU AutocastCUDA AutocastMPS AutocastXPU AutocastHPU AutocastMTIA AutocastPrivateUse1"
-).split()
-"""Dispatch keys of tensors whose sizes are numbers in the C++ object."""
+    *("Meta", *_DEVICES, *(f"Autocast{device}" for device in _DEVICES)),
+    *("Sparse", "SparseCsr", "Quantized", "Conjugate", "Negative", "ZeroTensor"),
+)
+"""Dispatch keys of tensors whose sizes are numbers in the C++ object; torch may lack some."""
 
 _TENSOR_IMPL_SIZE = 184
 """Bytes of a C++ object that may be read while its dispatch keys are searched."""
 
 
-class Difference(Exception):
+class UnsupportedTorchError(Exception):
     """What about this torch is not as the native module needs it."""
 
 
@@ -59,7 +59,7 @@ def connect(native: Any) -> str | None:
         try:
             _connect(native)
             outcome.append(None)
-        except Difference as difference:
+        except UnsupportedTorchError as difference:
             outcome.append(str(difference))
         except Exception as error:  # e.g. a private name of torch is missing or has changed
             outcome.append(f"{type(error).__name__}: {error}")
@@ -71,10 +71,11 @@ def connect(native: Any) -> str | None:
 
 
 def _connect(native: Any) -> None:
-    """Raise Difference, or what a private name of torch raises, if torch is not as expected."""
+    """Raise UnsupportedTorchError, or any exception of torch, if torch is not as expected."""
     library = ctypes.PyDLL(torch._C.__file__)  # calls keep the GIL
     probes = _probes()
     plain = probes[0]
+    known = set(dir(torch._C.DispatchKey))
     autograd = _keys(_AUTOGRAD_KEYS)
     plain_cpu = _keys_of(plain) & ~autograd
     on_cpu, on_cuda = (_keys((device, f"Autocast{device}")) for device in ("CPU", "CUDA"))
@@ -87,7 +88,7 @@ def _connect(native: Any) -> None:
         "autograd_keys": autograd,
         "plain_cpu_keys": plain_cpu,
         "plain_cuda_keys": plain_cpu & ~on_cpu | on_cuda,
-        "metadata_keys": autograd | _keys(_METADATA_KEYS),
+        "metadata_keys": autograd | _keys(filter(known.__contains__, _METADATA_KEYS)),
         "python_keys": _keys(_PYTHON_KEYS),
         "plain": plain,
         "tensor": Tensor,
@@ -108,7 +109,7 @@ def _connect(native: Any) -> None:
 
 def _expect(is_true: bool, otherwise: str) -> None:
     if not is_true:
-        raise Difference(otherwise)
+        raise UnsupportedTorchError(otherwise)
 
 
 # ---- find functions, offsets and keys -----------------------------------------------------------
@@ -143,14 +144,12 @@ def _keys_of(tensor: Tensor) -> int:
     return int(torch._C._dispatch_keys(tensor).raw_repr())
 
 
-def _keys(names: tuple[str, ...] | list[str]) -> int:
-    """Return the bits of dispatch keys; keys that this torch does not have have no bits."""
-    found = 0
+def _keys(names: Iterable[str]) -> int:
+    """Return the bits of dispatch keys."""
+    bits = 0
     for name in names:
-        key = getattr(torch._C.DispatchKey, name, None)
-        if key is not None:
-            found |= int(torch._C.DispatchKeySet(key).raw_repr())
-    return found
+        bits |= int(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name)).raw_repr())
+    return bits
 
 
 def _word(address: int) -> int:
@@ -174,7 +173,7 @@ def _keys_offset(probes: list[Tensor]) -> int:
     for offset in range(8, _TENSOR_IMPL_SIZE - 7, 8):
         if all(_word(tensor._cdata + offset) == _keys_of(tensor) for tensor in probes):
             return offset
-    raise Difference("the dispatch keys of a tensor were not found in its C++ object")
+    raise UnsupportedTorchError("the dispatch keys of a tensor were not found in its C++ object")
 
 
 # ---- compare with torch in Python ---------------------------------------------------------------
