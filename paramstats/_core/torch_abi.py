@@ -204,7 +204,7 @@ def _tensors_with_gradients() -> list[Tensor]:
 def _check_metadata(native: Any, tensor: Tensor) -> None:
     """Compare what the native module reads of a plain CPU tensor with what torch reports."""
     read = native.metadata(tensor)
-    alias, read["alias"] = read["alias"], None
+    grad, alias = read.pop("grad"), read.pop("alias")
     expected = {
         "sizes": tuple(tensor.shape),
         "strides": tensor.stride(),
@@ -218,12 +218,12 @@ def _check_metadata(native: Any, tensor: Tensor) -> None:
         "requires_grad": tensor.requires_grad,
         "is_leaf": tensor.is_leaf,
         "retains_grad": tensor.retains_grad,
-        "grad": tensor.grad if tensor.is_leaf or tensor.retains_grad else None,
-        "alias": None,
     }
     for name, value in expected.items():
-        same = read[name] is value if name == "grad" else read[name] == value
-        _expect(same, f"{name} of a tensor is {value}, but torch's C interface gave {read[name]}")
+        found = read[name]
+        _expect(found == value, f"{name} of a tensor is {value}, torch's C interface gave {found}")
+    expected_grad = tensor.grad if tensor.is_leaf or tensor.retains_grad else None
+    _expect(grad is expected_grad, "torch's C++ interface gave another gradient than Tensor.grad")
     _expect(
         (alias.shape, alias.stride(), alias.data_ptr(), alias.dtype)
         == (tensor.shape, tensor.stride(), tensor.data_ptr(), tensor.dtype),
