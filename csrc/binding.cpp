@@ -50,9 +50,14 @@ struct CudaGroup {
 
   int32_t device;
   std::vector<cuda::TensorView> views;
-  std::vector<size_t> rows;
+  std::vector<int64_t> rows;
   std::vector<Owned> tensors;  // aliases, which keep the memory of the views alive
 };
+
+template <class T>
+py::bytes bytes_of(const std::vector<T>& values) {
+  return py::bytes(reinterpret_cast<const char*>(values.data()), values.size() * sizeof(T));
+}
 
 py::list python_tensors(const CudaGroup& group) {
   py::list tensors(group.tensors.size());
@@ -101,7 +106,7 @@ struct Work {
                               [device](const CudaGroup& g) { return g.device == device; });
     if (group == on_cuda.end()) group = on_cuda.emplace(group, device);
     group->views.push_back(view);
-    group->rows.push_back(row);
+    group->rows.push_back(static_cast<int64_t>(row));
     group->tensors.push_back(Owned::alias_of(t));
   }
 
@@ -324,14 +329,14 @@ PYBIND11_MODULE(_native, m) {
   m.def("walk", &paramstats::walk, "module"_a, "buffers"_a, "make_layout"_a);
   m.def("cached_layouts", &paramstats::cached_layouts);
   m.def("set_dtensor_class", &paramstats::set_dtensor_class, "type"_a);
-  py::class_<paramstats::CudaGroup>(m, "CudaGroup")
-      .def_readonly("device", &paramstats::CudaGroup::device)
-      .def_readonly("rows", &paramstats::CudaGroup::rows)
+  m.attr("CUDA_VIEW_BYTES") = sizeof(paramstats::cuda::TensorView);
+  using paramstats::CudaGroup;
+  py::class_<CudaGroup>(m, "CudaGroup")
+      .def_readonly("device", &CudaGroup::device)
+      .def_property_readonly("rows",
+                             [](const CudaGroup& g) { return paramstats::bytes_of(g.rows); })
       .def_property_readonly("views",
-                             [](const paramstats::CudaGroup& g) {
-                               return py::bytes(reinterpret_cast<const char*>(g.views.data()),
-                                                g.views.size() * sizeof(g.views[0]));
-                             })
+                             [](const CudaGroup& g) { return paramstats::bytes_of(g.views); })
       .def("tensors", &paramstats::python_tensors);
   m.def("connect", &paramstats::connect, "found"_a);
   m.def("metadata", &paramstats::torch_abi::metadata, "tensor"_a);

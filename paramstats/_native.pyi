@@ -40,13 +40,16 @@ def metadata(tensor: torch.Tensor) -> dict[str, Any]:
     with the same storage, sizes and strides.
     """
 
+CUDA_VIEW_BYTES: int
+"""The size of a paramstats::cuda::TensorView, which `paramstats._cuda` must agree with."""
+
 class CudaGroup:
     """The tensors of one call that the kernels can read on one CUDA device, in order."""
 
     device: int
     """The index of the device."""
-    rows: list[int]
-    """Their rows in the table."""
+    rows: bytes
+    """Their rows in the table: an array of int64."""
     views: bytes
     """Their memory: an array of paramstats::cuda::TensorView."""
 

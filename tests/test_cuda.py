@@ -25,6 +25,7 @@ from paramstats._core import backend as backends
 from tests import oracle
 from tests.conftest import load_backend
 from tests.dtypes import DTYPES
+from tests.modes.conditions import CONDITIONS
 
 pytestmark = [
     pytest.mark.cuda,
@@ -213,6 +214,14 @@ def test_two_gpus(cuda_backend, model):
     assert torch.cuda.current_device() == 0
 
 
+@pytest.mark.parametrize("condition", CONDITIONS)
+def test_a_mode_changes_no_result(cuda_backend, model, condition):
+    """Tensors for the results and the workspace are made, which no mode may see or change."""
+    model.cuda()
+    expected = paramstats.summarize(model).scalars()
+    assert CONDITIONS[condition](lambda: paramstats.summarize(model).scalars()) == expected
+
+
 @pytest.mark.parametrize("backend_name", ["native", "reference"])
 def test_graph_capture_raises_and_stays_valid(cuda_backend, model, monkeypatch, backend_name):
     monkeypatch.setattr(backends, "_active", load_backend(backend_name))
@@ -281,9 +290,10 @@ def test_device_assertion_does_not_end_the_process(cuda_backend):
         import torch, paramstats
         model = torch.nn.Linear(4, 4).cuda()
         kept, dropped = paramstats.summarize(model), paramstats.summarize(model)
+        last = None
         torch.zeros(3, device="cuda")[torch.tensor([7], device="cuda")]
-        last = paramstats.summarize(model)
         try:
+            last = paramstats.summarize(model)  # raises if the assertion has failed by now
             torch.cuda.synchronize()
         except RuntimeError as error:
             print("raised", "assert" in str(error))

@@ -1,7 +1,7 @@
 """Tests of `summarize` on CUDA tensors without a GPU.
 
-tests/fake_cuda replaces CUDA for a torch without it. Enqueued work runs only when the program waits
-for it, and freed memory is overwritten in stream order. test_cuda.py has what needs a real GPU.
+tests/fake_cuda replaces CUDA. Enqueued work runs only when the program waits for it, and freed
+memory is overwritten in stream order. test_cuda.py has what needs a real GPU.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import importlib.util
 import pickle
 import sys
 import threading
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,37 +24,39 @@ from torch import nn
 
 import paramstats
 from paramstats._core import backend as backends
-from paramstats._core import reference
+from paramstats._core import cuda as cuda_module
+from paramstats._core import moments, reference
 from tests import oracle
 from tests.conftest import load_backend
 from tests.dtypes import DTYPES
-from tests.fake_cuda import building
+from tests.fake_cuda.building import FakeCuda
 from tests.modes.conditions import CONDITIONS
 from tools.accuracy import adversarial
 from tools.accuracy.bound import assert_within, state_of
 
 pytestmark = pytest.mark.skipif(
-    torch.version.cuda is not None, reason="this torch has CUDA, which the fake cannot replace"
+    torch.cuda.is_available(), reason="the fake devices would meet a real one"
 )
 
 
 @pytest.fixture(scope="module")
-def extension(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    native = load_backend("native").native
+def fake(tmp_path_factory: pytest.TempPathFactory) -> FakeCuda:
+    load_backend("native")
     if importlib.util.find_spec("ninja") is None:
         pytest.skip("ninja is not installed")
-    return building.install(native, tmp_path_factory.mktemp("fake_cuda"))
+    return FakeCuda(tmp_path_factory.mktemp("fake_cuda"))
 
 
 @pytest.fixture
-def cuda(extension: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The fake CUDA, with the native backend as if its CUDA module had loaded."""
-    chosen = dataclasses.replace(load_backend("native"), cuda=extension, cuda_missing=None)
+def cuda(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The runtime of the fake CUDA, with the native backend as if its CUDA module had loaded."""
+    chosen = fake.install(load_backend("native"), monkeypatch.setattr)
     monkeypatch.setattr(backends, "_active", chosen)
-    yield extension
+    monkeypatch.setattr(cuda_module, "_unfinished", deque())  # without that of other tests
+    yield fake.runtime
     for device in range(2):
-        extension.use_stream(device, 0)
-    extension.run()
+        fake.runtime.use_stream(device, 0)
+    fake.runtime.run()
     gc.collect()
 
 
@@ -126,24 +129,27 @@ def test_a_mode_changes_no_result(cuda, model, condition):
     check(CONDITIONS[condition](lambda: paramstats.summarize(model).wait()), expected)
 
 
-def test_two_devices_and_the_cpu_in_one_model(cuda):
+def test_two_devices_and_the_cpu_in_one_model(cuda, fake, monkeypatch):
     torch.manual_seed(0)
     layers = [nn.Linear(5, 5) for _ in range(4)]
     expected = nn.Sequential(*copy.deepcopy(layers))
     for layer, device in ((0, 1), (1, 0), (3, 1)):
         to_cuda(layers[layer], cuda, device)
+    enqueue, used = fake.kernels.enqueue, []
+    monkeypatch.setattr(
+        fake.kernels, "enqueue",
+        lambda *args: (used.append(cuda.current_device()), enqueue(*args))[1],
+    )  # fmt: skip
     before = cuda.counts()
     summary = paramstats.summarize(nn.Sequential(*layers))
     assert counts_since(cuda, before)["launches"] == 4 and counts_since(cuda, before)["waits"] == 0
+    assert used == [1, 0] and cuda.current_device() == 0
     assert list(summary) == [name for name, _ in expected.named_parameters()]
     for name, p in expected.named_parameters():
         oracle.check(summary[name], p)
     devices = [str(summary[f"{i}.weight"].device) for i in range(4)]
     assert devices == ["cuda:1", "cuda:0", "cpu", "cuda:1"]
     oracle.check(summary.total, torch.cat([p.detach().ravel() for p in expected.parameters()]))
-    assert cuda.to(torch.ones(2), 0).device == torch.device(
-        "cuda:0"
-    )  # the current one is as before
 
 
 @pytest.mark.parametrize("stream", [0, 1])
@@ -167,14 +173,19 @@ def test_tensors_freed_before_the_device_has_read_them(cuda, model, stream):
 def test_several_pending_and_discarded_summaries(cuda, model):
     expected = copies(model)
     to_cuda(model, cuda)
+    before = cuda.pinned()
     for _ in range(5):
         paramstats.summarize(model)
     kept = [paramstats.summarize(model) for _ in range(3)]
     del kept[1]
     gc.collect()
+    assert cuda.pinned() == before + 8
     for summary in kept:
         check(summary, expected)
     assert kept[0] == kept[1]
+    for _ in range(6):  # each drops the memory of two discarded summaries, and of itself
+        assert paramstats.summarize(model).total.count == 75
+    assert cuda.pinned() == before
 
 
 @pytest.mark.parametrize("use", [pickle.dumps, str, lambda s: s.scalars(), lambda s: s.total])
@@ -247,24 +258,20 @@ def test_graph_capture_raises_and_stays_valid(cuda, device):
     assert paramstats.summarize(model).total.count == 12
 
 
-@pytest.mark.parametrize(
-    ("function", "error"), [("enqueue", "launch failure"), ("is_capturing", "implicit capture")]
-)
-def test_runtime_errors_are_raised(cuda, model, function, error):
+def test_runtime_errors_are_raised(cuda, model, fake, monkeypatch):
     to_cuda(model, cuda)
-    cuda.fail(function)
-    with pytest.raises(RuntimeError, match=f"the CUDA runtime reports '{error}' on cuda:0"):
-        paramstats.summarize(model)
-    cuda.fail("")
+    with monkeypatch.context() as patch:
+        patch.setattr(fake.kernels, "enqueue", lambda *args: "launch failure")
+        with pytest.raises(RuntimeError, match="runtime reports 'launch failure' on cuda:0"):
+            paramstats.summarize(model)
     assert paramstats.summarize(model).total.count == 75
 
 
-def test_permanent_device_error_does_not_end_the_process(cuda, model):
-    """E.g. a device assertion. Summaries freed afterwards must not throw from destructors: that
-    would end the process before it has reported the error."""
+def test_permanent_device_error(cuda, model):
+    """E.g. a device assertion. Each use raises; what was dropped raises nothing, now or later."""
     to_cuda(model, cuda)
     read, dropped = paramstats.summarize(model), paramstats.summarize(model)
-    cuda.fail("device")
+    cuda.fail(True)
     try:
         with pytest.raises(RuntimeError, match="CUDA error"):
             read.total.norm  # noqa: B018
@@ -272,9 +279,21 @@ def test_permanent_device_error_does_not_end_the_process(cuda, model):
             read.ready()
         del read, dropped
         gc.collect()
-        assert not cuda.terminated()
+        with pytest.raises(RuntimeError, match="CUDA error"):
+            paramstats.summarize(model)
     finally:
-        cuda.fail("")
+        cuda.fail(False)
+    assert paramstats.summarize(model).total.count == 75
+
+
+def test_a_failed_call_keeps_the_memory_that_the_device_may_write(cuda, model, fake, monkeypatch):
+    to_cuda(model, cuda)
+    enqueue, before = fake.kernels.enqueue, cuda.pinned()
+    monkeypatch.setattr(fake.kernels, "enqueue", lambda *args: enqueue(*args) or "launch failure")
+    with pytest.raises(RuntimeError, match="launch failure"):
+        paramstats.summarize(model)
+    gc.collect()
+    assert cuda.pinned() == before + 1
 
 
 def test_earlier_summaries_can_be_read_and_freed_during_a_capture(cuda, model):
@@ -290,6 +309,23 @@ def test_earlier_summaries_can_be_read_and_freed_during_a_capture(cuda, model):
     invalidated = cuda.capture_invalidated()
     cuda.set_capturing(0, 2, False)
     assert not invalidated and queried.total.norm == expected
+
+
+def test_states_of_torch_operators(cuda, fake, monkeypatch):
+    """They are computed on the CPU here; their transfer is the one of a GPU."""
+    monkeypatch.setattr(reference, "torch", fake.torch)
+    before = cuda.pinned()
+    tensors = [torch.arange(3.0, dtype=torch.float64), torch.ones(4, dtype=torch.float64)]
+    states = [reference.exact(x) for x in tensors]
+    pending = reference.Pending(torch.device("cuda", 0), [(1, 0), (0, 2)], states)
+    assert not pending.ready() and cuda.pinned() == before + 1
+    table = bytearray(2 * moments.ROW.size)
+    pending.write(table)
+    assert pending.ready()
+    assert moments.row(bytes(table), 1)[:2] == (3, 1) and moments.row(bytes(table), 0)[:2] == (6, 2)
+    del pending
+    gc.collect()
+    assert cuda.pinned() == before
 
 
 def test_two_threads_wait_for_one_summary(cuda, model, monkeypatch):
@@ -316,48 +352,53 @@ def test_two_threads_wait_for_one_summary(cuda, model, monkeypatch):
 
 
 @pytest.mark.parametrize("forced", [False, True])
-def test_device_that_the_kernels_were_not_compiled_for(cuda, model, monkeypatch, forced):
+def test_device_that_the_kernels_were_not_compiled_for(cuda, model, fake, monkeypatch, forced):
     """Torch operators read its tensors, with one warning; or an error if native was forced."""
-    chosen = dataclasses.replace(backends.active(), forced=forced)
-    monkeypatch.setattr(backends, "_active", chosen)
+    monkeypatch.setattr(fake.kernels, "check", lambda: "no kernel image")
+    chosen = fake.install(load_backend("native"), monkeypatch.setattr)
+    monkeypatch.setattr(backends, "_active", dataclasses.replace(chosen, forced=forced))
     monkeypatch.setattr(backends, "_explained", set())
-    monkeypatch.setattr(reference, "fill", lambda table, rows, params: (table, (), {}))
+    deferred = {}
+    monkeypatch.setattr(
+        reference, "fill",
+        lambda table, rows, params: (deferred.update(rows), (table, (), {}))[1],
+    )  # fmt: skip
     to_cuda(model, cuda)
-    cuda.fail("check")
-    chosen.native.use_cuda_backend(cuda.api())  # clears the errors of devices
-    try:
-        if forced:
-            with pytest.raises(RuntimeError, match=r"expected the native backend.*no kernel image"):
-                paramstats.summarize(model)
-            return
-        with pytest.warns(RuntimeWarning, match="torch operators on cuda:0.*no kernel image"):
+    if forced:
+        with pytest.raises(RuntimeError, match=r"expected the native backend.*no kernel image"):
             paramstats.summarize(model)
-        paramstats.summarize(model)  # a second warning would be an error
-    finally:
-        cuda.fail("")
-        chosen.native.use_cuda_backend(cuda.api())
+        return
+    with pytest.warns(RuntimeWarning, match="torch operators on cuda:0.*no kernel image"):
+        paramstats.summarize(model)
+    paramstats.summarize(model)  # a second warning would be an error
+    tensors = [*model.parameters(), *(p.grad for p in model.parameters())]
+    assert sorted(deferred) == list(range(8))
+    for row, tensor in enumerate(tensors):
+        alias = deferred[row]
+        assert alias.data_ptr() == tensor.data_ptr() and alias.stride() == tensor.stride()
 
 
-def test_backend_of_another_version_is_refused(cuda):
-    native = backends.active().native
-    with pytest.raises(ValueError, match=r"Api/1, got paramstats\.cuda\.Api/0"):
-        native.use_cuda_backend(cuda.old_api())
-    assert paramstats.summarize({"w": cuda.to(torch.ones(4), 0)})["w"].norm == 2.0
+def test_modules_of_different_sources_are_refused(fake, monkeypatch):
+    monkeypatch.setattr(fake.kernels, "VIEW_BYTES", 16)
+    with pytest.raises(ImportError, match=r"with 16 bytes and paramstats\._native with 24"):
+        fake.install(load_backend("native"), monkeypatch.setattr)
 
 
-def test_cpu_tensors_are_replaced_while_a_device_is_started(cuda):
-    """Starting a device releases the GIL; another thread then replaces the data of CPU tensors."""
-    on_cpu = [nn.Parameter(torch.full((3000,), 1.0)) for _ in range(50)]
-    on_device = cuda.to(torch.ones(8), 0)
-    source = [("cuda", on_device), *((f"p{i}", p) for i, p in enumerate(on_cpu))]
+def test_tensors_are_replaced_while_they_are_read(cuda):
+    """Another thread replaces their data before the device is started, and while it is."""
+    tensors = [nn.Parameter(torch.full((60,), 1.0)) for _ in range(8)]
+    for p in tensors[::2]:
+        p.data = cuda.to(p.data, 0)
+    source = [(f"p{i}", p) for i, p in enumerate(tensors)]
     stop = threading.Event()
 
     def replace() -> None:
         number = 1.0
         while not stop.is_set():
             number = 3.0 - number
-            for p in on_cpu:
-                p.data = torch.full((5, 20, 30), number)
+            for p in tensors:
+                new = torch.full((3, 4, 5), number)
+                p.data = cuda.to(new, 0) if p.is_cuda else new
 
     other = threading.Thread(target=replace)
     interval = sys.getswitchinterval()
@@ -366,8 +407,8 @@ def test_cpu_tensors_are_replaced_while_a_device_is_started(cuda):
     try:
         for _ in range(200):
             summary = paramstats.summarize(source)
-            for i in range(len(on_cpu)):
-                assert (summary[f"p{i}"].std, summary[f"p{i}"].count) == (0, 3000)
+            for name, _ in source:
+                assert summary[name].mean in (1, 2) and summary[name].std == 0
     finally:
         stop.set()
         other.join()

@@ -36,21 +36,31 @@ const char* message_of(cudaError_t error) {
   return cudaGetErrorString(error);
 }
 
-const char* check() {
-  cudaFuncAttributes attributes;
-  const cudaError_t error = cudaFuncGetAttributes(&attributes, paramstats_summarize_chunks);
-  const char* message = message_of(error);
-  // Other errors may be temporary; the call itself reports them.
-  const bool is_permanent =
-      error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction;
-  return is_permanent ? message : nullptr;
+// Whether the kernels can never run on this device. Other errors may be temporary; the call itself
+// reports them.
+bool is_permanent(cudaError_t error) {
+  switch (error) {
+    case cudaErrorInsufficientDriver:
+    case cudaErrorInvalidDeviceFunction:
+    case cudaErrorInvalidKernelImage:
+    case cudaErrorNoKernelImageForDevice:
+    case cudaErrorInvalidPtx:
+    case cudaErrorJitCompilerNotFound:
+    case cudaErrorUnsupportedPtxVersion:
+    case cudaErrorJitCompilationDisabled: return true;
+    default: return false;
+  }
 }
 
-const char* is_capturing(void* stream, bool& capturing) {
-  cudaStreamCaptureStatus status;
-  const cudaError_t error = cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status);
-  capturing = error == cudaSuccess && status != cudaStreamCaptureStatusNone;
-  return message_of(error);
+}  // namespace
+
+// Also loads both kernels, which CUDA would otherwise do at their first launches.
+const char* check() {
+  cudaFuncAttributes attributes;
+  cudaError_t error = cudaFuncGetAttributes(&attributes, paramstats_summarize_chunks);
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, paramstats_merge_chunks);
+  const char* message = message_of(error);
+  return is_permanent(error) ? message : nullptr;
 }
 
 int exchange_capture_mode(int mode) {
@@ -103,13 +113,6 @@ const char* enqueue(const TensorView* tensors, int64_t n, void* host_memory, voi
     error = cudaMemcpyAsync(host, device, offsets.first_chunk, cudaMemcpyDeviceToHost, stream);
   }
   return message_of(error);
-}
-
-}  // namespace
-
-const Api& api() {
-  static const Api functions = {check, is_capturing, exchange_capture_mode, sizes, enqueue};
-  return functions;
 }
 
 }  // namespace paramstats::cuda

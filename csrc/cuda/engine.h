@@ -1,9 +1,8 @@
 // The interface of the CUDA backend: raw pointers and a stream, without torch, Python or CUDA
 // headers.
 //
-// The backend is built as a separate module, paramstats._cuda, so that a missing CUDA library does
-// not prevent the CPU backend from loading. That module exports `api()`, which csrc/cuda_call.cpp
-// calls.
+// The backend is built as a separate module, paramstats._cuda (csrc/cuda_binding.cpp), so that a
+// missing CUDA library does not prevent the CPU backend from loading.
 #pragma once
 
 #include "../dtypes.h"
@@ -36,29 +35,25 @@ struct Sizes {
   int64_t host, device;  // bytes
 };
 
-// The functions of the backend. They return an error message (a static string), or null for
-// success. None of them waits for the device.
-struct Api {
-  // Returns an error if the backend was not compiled for the architecture of the current device.
-  const char* (*check)();
-  // Sets `capturing` to whether `stream` (a cudaStream_t) is being captured into a graph.
-  const char* (*is_capturing)(void* stream, bool& capturing);
-  // Sets the capture mode of this thread (a cudaStreamCaptureMode as an int) and returns the
-  // previous one.
-  int (*exchange_capture_mode)(int mode);
-  Sizes (*sizes)(const TensorView* tensors, int64_t n);
-  // Enqueues on `stream`: read n > 0 tensors of the current device and write their states to the
-  // first n Moments of `host`. The tensors, `host` and `device` must stay valid until the stream is
-  // done.
-  const char* (*enqueue)(const TensorView* tensors, int64_t n, void* host, void* device,
-                         void* stream);
-};
+// None of these functions waits for the device. Errors are messages (static strings); null is
+// success.
 
-const Api& api();
+// Returns an error if the kernels cannot run on the current device, e.g. because they were not
+// compiled for its architecture.
+const char* check();
+
+Sizes sizes(const TensorView* tensors, int64_t n);
+
+// Enqueues on `stream` (a cudaStream_t): read n > 0 tensors of the current device and write their
+// states to the first n Moments of `host`. The tensors, `host` and `device` must stay valid until
+// the stream is done.
+const char* enqueue(const TensorView* tensors, int64_t n, void* host, void* device, void* stream);
+
+// Sets the capture mode of this thread (a cudaStreamCaptureMode as an int) and returns the previous
+// one.
+int exchange_capture_mode(int mode);
 
 constexpr int kRelaxedCapture = 2;  // cudaStreamCaptureModeRelaxed: allows event queries
-
-constexpr const char* kApiName = "paramstats.cuda.Api/1";  // the capsule's name, with its version
 
 #endif
 

@@ -17,6 +17,7 @@ import torch
 
 from paramstats._core import moments, reference, torch_abi
 from paramstats._core import walk as python_walk
+from paramstats._core.cuda import CudaBackend
 from paramstats._version import __version__
 
 _PACKAGE = Path(__file__).parent.parent
@@ -52,8 +53,8 @@ class Implementation:
     """The extension module of the native backend; None in the reference backend."""
     missing: str | None = None
     """Why this is not the native backend; None if it is."""
-    cuda: Any = None
-    """The extension module of the CUDA kernels, if it is installed."""
+    cuda: CudaBackend | None = None
+    """Starts the CUDA kernels, if their module is installed."""
     cuda_missing: str | None = None
     """Why the CUDA module is not installed; None if it is."""
     forced: bool = False
@@ -63,7 +64,7 @@ class Implementation:
         """Return why the kernels do not read tensors on a CUDA device; None if they do."""
         if self.cuda is None:
             return self.cuda_missing
-        reason = self.native.cuda_error(device.index)
+        reason = self.cuda.error(device.index)
         return f"the CUDA backend does not run on {device}: {reason}" if reason else None
 
     def explain_cuda(self, devices: Iterable[torch.device]) -> None:
@@ -166,7 +167,7 @@ def choose(wanted: str | None) -> Implementation:
         return Implementation(
             "native",
             native.walk,
-            native.read,
+            cuda.read if cuda else native.read,
             native.merge_rows,
             native.scalars,
             native.finalize_table,
@@ -248,7 +249,7 @@ class _Extensions(NamedTuple):
 
     native: Any
     missing: str | None
-    cuda: Any
+    cuda: CudaBackend | None
     cuda_missing: str | None
 
 
@@ -277,19 +278,17 @@ def _load_native() -> tuple[Any, str | None]:
     return native, None
 
 
-def _load_cuda(native: Any) -> tuple[Any, str | None]:
-    """Connect the CUDA module to the native one; return it and None, or None and the reason."""
+def _load_cuda(native: Any) -> tuple[CudaBackend | None, str | None]:
+    """Return the CUDA backend on top of the native module and None, or None and the reason."""
     record = _record()
     if not record.get("cuda"):
         reason = record.get("cuda_reason") or "it was never built"
         remedy = "" if torch.version.cuda is None else f". To get it, with nvcc: {_REBUILD}"
         return None, f"the CUDA backend is not installed: {reason}{remedy}"
     try:
-        cuda = importlib.import_module("paramstats._cuda")
-        native.use_cuda_backend(cuda.api())
-    except (ImportError, ValueError) as error:
+        return CudaBackend(native, importlib.import_module("paramstats._cuda")), None
+    except ImportError as error:
         return None, f"the CUDA backend does not load ({error}). To rebuild it: {_REBUILD}"
-    return cuda, None
 
 
 def _set_simd_level(native: Any) -> None:

@@ -17,6 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from paramstats._core.cuda import PinnedMemory, refuse_capture
 from paramstats._core.denormals import threads_with_denormals
 from paramstats._core.elements import check_storage, elements, gradient, numel
 from paramstats._core.forked import threads_that_exist
@@ -187,27 +188,25 @@ class Pending:
 
     def __init__(self, device: torch.device, rows: list[tuple[int, int]], states: list[Tensor]):
         self._rows = rows
+        self._memory: PinnedMemory | None = None
         stacked = torch.stack(states)
-        self._event: torch.Event | None = None
         if device.type == "cuda":
-            self._host = torch.empty(
-                stacked.shape, dtype=stacked.dtype, device="cpu", pin_memory=True
-            )
-            self._host.copy_(stacked, non_blocking=True)
-            self._event = torch.Event(device)
-            self._event.record(torch.cuda.current_stream(device))
+            self._memory = PinnedMemory(stacked.nbytes)
+            self._states = self._memory.tensor.view(stacked.dtype).view(stacked.shape)
+            self._states.copy_(stacked, non_blocking=True)
+            self._memory.record(torch.cuda.current_stream(device))
         else:
-            self._host = stacked.cpu()
+            self._states = stacked.cpu()
 
     def ready(self) -> bool:
-        return self._event is None or self._event.query()
+        return self._memory is None or self._memory.ready()
 
     @without_modes()
     def write(self, table: bytearray) -> None:
-        if self._event is not None:
-            self._event.synchronize()
+        if self._memory is not None:
+            self._memory.wait()
         states: dict[int, Moments] = {}
-        for (row, zeros), state in zip(self._rows, self._host.tolist(), strict=True):
+        for (row, zeros), state in zip(self._rows, self._states.tolist(), strict=True):
             states[row] = merge(states.get(row, _zeros(zeros)), _from_row(state))
         for row, merged in states.items():
             ROW.pack_into(table, row * ROW.size, *merged)
@@ -255,7 +254,8 @@ def fill(
     Raises:
         RuntimeError: a CUDA stream that would be used is being captured into a graph.
     """
-    _refuse_capture(deferred_rows)
+    devices = {tensor.device for _, tensor in deferred_rows}
+    refuse_capture(device.index for device in devices if device.type == "cuda")
     out = bytearray(table)
     skipped: dict[int, str] = {}
     on_device: OnDevice = {}
@@ -282,17 +282,6 @@ def _reason(error: Exception, tensor: Tensor) -> str:
             f"pass the values it encodes, or its bytes (.view(torch.uint8))"
         )
     return one_line_name(f"{type(error).__name__}: {error}".splitlines()[0])
-
-
-def _refuse_capture(deferred_rows: DeferredRows) -> None:
-    """Raise RuntimeError if a stream that would be used is being captured into a CUDA graph."""
-    for device in {tensor.device for _, tensor in deferred_rows if tensor.device.type == "cuda"}:
-        with torch.cuda.device(device):
-            if torch.cuda.is_current_stream_capturing():
-                raise RuntimeError(
-                    f"paramstats.summarize: expected no CUDA graph capture, got a stream that is "
-                    f"being captured on {device}; call it before the capture or between replays"
-                )
 
 
 OnDevice = dict[torch.device, tuple[list[tuple[int, int]], list[Tensor]]]

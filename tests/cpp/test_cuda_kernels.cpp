@@ -20,7 +20,6 @@
 
 namespace paramstats::test {
 
-using cuda::api;
 using cuda::chunk_size;
 
 // One enqueued call. Its buffers have the exact size, so that the address sanitizer sees any access
@@ -34,12 +33,12 @@ struct Call {
       : n(static_cast<int64_t>(tensors.size())) {
     std::vector<cuda::TensorView> views;
     for (const Tensor& t : tensors) views.push_back({t.data(), t.numel(), t.dtype});
-    const cuda::Sizes sizes = api().sizes(views.data(), n);
+    const cuda::Sizes sizes = cuda::sizes(views.data(), n);
     host.reset(new unsigned char[sizes.host]);
     device.reset(new unsigned char[sizes.device]);
     std::memset(host.get(), 0xa5, sizes.host);
     std::memset(device.get(), 0xa5, sizes.device);
-    error = api().enqueue(views.data(), n, host.get(), device.get(), stream);
+    error = cuda::enqueue(views.data(), n, host.get(), device.get(), stream);
     std::memset(static_cast<void*>(views.data()), 0xa5, n * sizeof(cuda::TensorView));
   }
 
@@ -218,25 +217,22 @@ void an_error_is_returned_and_nothing_follows_it() {
     CHECK(cudaGetLastError(), cudaSuccess);
     cuda_shim::run_all();
   }
-  CHECK(api().check() == nullptr, true);
-  for (cudaError_t permanent : {cudaErrorNoKernelImageForDevice, cudaErrorInvalidDeviceFunction}) {
-    cuda_shim::fail_next(permanent);
-    CHECK(std::string(api().check()), std::string(cudaGetErrorString(permanent)));
-    CHECK(cudaGetLastError(), cudaSuccess);
-  }
-  cuda_shim::fail_next(cudaErrorUnknown);  // may be temporary
-  CHECK(api().check() == nullptr, true);
 }
 
-void capture_is_detected_without_invalidating_it() {
-  cudaStream_t stream;
-  CHECK(cudaStreamCreate(&stream), cudaSuccess);
-  for (bool wanted : {false, true, false}) {
-    cuda_shim::set_capturing(stream, wanted);
-    bool capturing = !wanted;
-    CHECK(api().is_capturing(stream, capturing) == nullptr, true);
-    CHECK(capturing, wanted);
-    CHECK(cuda_shim::capture_invalidated(), false);
+void permanent_errors_are_told_from_temporary_ones() {
+  CHECK(cuda::check() == nullptr, true);
+  for (int skip : {0, 1}) {  // of each kernel
+    for (cudaError_t permanent :
+         {cudaErrorInsufficientDriver, cudaErrorInvalidDeviceFunction, cudaErrorInvalidKernelImage,
+          cudaErrorNoKernelImageForDevice, cudaErrorInvalidPtx, cudaErrorJitCompilerNotFound,
+          cudaErrorUnsupportedPtxVersion, cudaErrorJitCompilationDisabled}) {
+      cuda_shim::fail_next(permanent, skip);
+      const char* error = cuda::check();
+      CHECK(std::string(error ? error : ""), std::string(cudaGetErrorString(permanent)));
+      CHECK(cudaGetLastError(), cudaSuccess);
+    }
+    cuda_shim::fail_next(cudaErrorUnknown, skip);  // may be temporary
+    CHECK(cuda::check() == nullptr, true);
   }
 }
 
@@ -254,6 +250,6 @@ int main() {
   RUN(a_call_enqueues_two_launches_and_two_copies_and_does_not_wait);
   RUN(concurrent_calls_are_independent);
   RUN(an_error_is_returned_and_nothing_follows_it);
-  RUN(capture_is_detected_without_invalidating_it);
+  RUN(permanent_errors_are_told_from_temporary_ones);
   return check::report("cuda kernels on the CPU");
 }

@@ -1,30 +1,112 @@
-"""Builds the fake CUDA as an extension of the installed torch and installs it in place of CUDA."""
+"""A fake CUDA for a machine without a GPU.
+
+`paramstats.summarize` then runs the same Python and C++ code as on a GPU, on tensors that report a
+CUDA device. Only `torch.empty` and the few functions of `torch.cuda` that `_core.cuda` uses are
+replaced, and CUDA's runtime by tests/cpp/cuda_shim.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import importlib.machinery
+import importlib.util
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+
+import torch
+
+from paramstats._core import cuda
+from paramstats._core.backend import Implementation
 
 _ROOT = Path(__file__).parent.parent.parent
 
 
-def install(native: Any, folder: Path) -> Any:
-    """Build fake_cuda.cpp, the shim and the CUDA backend as C++ in `folder`; return the module."""
-    from torch.utils.cpp_extension import load
+class FakeTorch:
+    """torch with a fake `empty` and `cuda`; the rest is the real one."""
 
-    backend = folder / "engine.cpp"  # torch would call nvcc for a .cu file
-    backend.write_text(f'#include "{_ROOT}/csrc/cuda/engine.cu"\n')
-    built = load(
-        "paramstats_fake_cuda",
-        [
-            str(_ROOT / "tests/fake_cuda/fake_cuda.cpp"),
-            str(_ROOT / "tests/cpp/cuda_shim/shim.cpp"),
-            str(backend),
-        ],
-        extra_include_paths=[str(_ROOT / "tests/cpp/cuda_shim"), str(_ROOT / "csrc/cuda")],
-        extra_cflags=["-O1", "-w"],
-        build_directory=str(folder),
-    )
-    built.install()
-    native.use_cuda_backend(built.api())
-    return built
+    def __init__(self, fake: Any) -> None:
+        @contextlib.contextmanager
+        def device(index: int) -> Iterator[None]:
+            before = fake.exchange_device(index)
+            try:
+                yield
+            finally:
+                fake.exchange_device(before)
+
+        class Event(fake.Event):
+            def record(self, stream: Any) -> None:
+                super().record(stream.cuda_stream)
+
+        def empty(size: int, *, dtype: Any, device: str, pin_memory: bool = False) -> torch.Tensor:
+            assert (dtype, device) == (torch.uint8, "cpu" if pin_memory else "cuda")
+            return fake.empty(size, pin_memory)
+
+        self.empty = empty
+        self.cuda = SimpleNamespace(
+            device=device,
+            current_stream=lambda device=None: SimpleNamespace(cuda_stream=fake.stream()),
+            is_current_stream_capturing=fake.is_capturing,
+            Event=Event,
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+class FakeCuda:
+    """The fake CUDA as an extension of the installed torch, with the source of `_cuda` as C++.
+
+    Args:
+        folder: where to build it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        from torch.utils.cpp_extension import load
+
+        source = folder / "engine.cpp"  # torch would call nvcc for a .cu file
+        source.write_text(f'#include "{_ROOT}/csrc/cuda/engine.cu"\n')
+        sources = [
+            _ROOT / "tests/fake_cuda/fake_cuda.cpp",
+            _ROOT / "tests/cpp/cuda_shim/shim.cpp",
+            _ROOT / "csrc/cuda_binding.cpp",
+            source,
+        ]
+        self.runtime = load(
+            "paramstats_fake_cuda",
+            [str(path) for path in sources],
+            extra_include_paths=[str(_ROOT / "tests/cpp/cuda_shim"), str(_ROOT / "csrc/cuda")],
+            extra_cflags=["-O1", "-w"],
+            build_directory=str(folder),
+        )
+        # One library, so that both modules use one runtime.
+        loader = importlib.machinery.ExtensionFileLoader("_cuda", self.runtime.__file__)
+        spec = importlib.util.spec_from_loader("_cuda", loader)
+        assert spec is not None
+        self.kernels = importlib.util.module_from_spec(spec)
+        loader.exec_module(self.kernels)
+        self.torch = FakeTorch(self.runtime)
+
+    def install(
+        self, native: Implementation, setattr: Callable[[Any, str, Any], None] = setattr
+    ) -> Implementation:
+        """Replace what `_core.cuda` uses of torch.
+
+        Args:
+            native: the native backend.
+            setattr: sets an attribute, e.g. until the end of a test.
+
+        Returns:
+            The native backend as if its CUDA module had loaded.
+        """
+        runtime = self.runtime
+
+        def record_stream(tensor: torch.Tensor, stream: Any) -> None:
+            runtime.record_stream(tensor, stream.cuda_stream)
+
+        setattr(cuda, "torch", self.torch)
+        setattr(torch.Tensor, "record_stream", record_stream)
+        backend = cuda.CudaBackend(native.native, self.kernels)
+        return dataclasses.replace(native, read=backend.read, cuda=backend, cuda_missing=None)

@@ -22,7 +22,7 @@ from benches.hardware import cpu_name
 from docs import blocks
 from paramstats._core import backend as backends
 from tests import oracle
-from tests.fake_cuda import building
+from tests.fake_cuda.building import FakeCuda
 from tools.accuracy import adversarial, bound, comparison
 
 CASES_PER_RUN = 5000
@@ -36,7 +36,8 @@ def campaign(cases: int, first_seed: int, folder: Path) -> Worst:
     """Raises AssertionError where a state is outside its bound."""
     native, reference = backends.choose("native"), backends.choose("reference")
     levels = native.native.simd_levels()
-    fake_cuda = None if torch.version.cuda else building.install(native.native, folder)
+    fake = None if torch.cuda.is_available() else FakeCuda(folder)
+    on_cuda = fake.install(native) if fake else None
     worst: Worst = {}
 
     def measure(name: str, kind: str, backend, tensor: torch.Tensor, exact) -> None:
@@ -55,9 +56,9 @@ def campaign(cases: int, first_seed: int, folder: Path) -> Worst:
             native.native.set_simd_level(level)
             measure(f"native, {level}", "native", native, tensor, exact)
         measure("reference", "reference", reference, tensor, exact)
-        if fake_cuda is not None:
-            on_device = fake_cuda.to(tensor.contiguous(), 0)  # it does not copy strided tensors
-            measure("CUDA source on a CPU", "cuda", native, on_device, exact)
+        if fake is not None:
+            on_device = fake.runtime.to(tensor.contiguous(), 0)  # the kernels read no gaps
+            measure("CUDA source on a CPU", "cuda", on_cuda, on_device, exact)
 
     for begin in range(0, cases, CASES_PER_RUN):
         run = settings(

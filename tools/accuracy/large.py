@@ -24,7 +24,7 @@ from paramstats._core.backend import Implementation
 from paramstats._core.moments import ROW
 from tests import oracle
 from tests.dtypes import DTYPES
-from tests.fake_cuda import building
+from tests.fake_cuda.building import FakeCuda
 from tools.accuracy import bound
 from tools.accuracy.adversarial import as_type
 
@@ -68,7 +68,11 @@ def tensor_of(shape: str, dtype: torch.dtype, n: int) -> torch.Tensor:
 
 
 def check_tensor(
-    shape: str, dtype: torch.dtype, n: int, kinds: dict[str, Implementation], fake_cuda=None
+    shape: str,
+    dtype: torch.dtype,
+    n: int,
+    kinds: dict[str, Implementation],
+    to: Callable[[torch.Tensor, int], torch.Tensor] | None = None,
 ) -> Iterator[tuple[str, float]]:
     """Yield the share of the bound that each backend uses; AssertionError outside the bound.
 
@@ -77,7 +81,7 @@ def check_tensor(
     tensor = tensor_of(shape, dtype, n)
     exact = oracle.exact(tensor)
     for kind, backend in kinds.items():
-        on_device = fake_cuda.to(tensor, 0) if kind == "cuda" else tensor
+        on_device = to(tensor, 0) if to and kind == "cuda" else tensor
         state = bound.state_of(backend, on_device)
         yield kind, bound.assert_within(kind, state, exact, dtype).worst_used
 
@@ -117,14 +121,15 @@ def main() -> None:
             worst[kind] = max(worst.get(kind, (0.0, "")), (used, what))
 
     with tempfile.TemporaryDirectory() as folder:
-        fake = (
-            None if torch.version.cuda else building.install(kinds["native"].native, Path(folder))
-        )
+        fake = None if torch.cuda.is_available() else FakeCuda(Path(folder))
+        hard_kinds, to = kinds, None
+        if fake:
+            hard_kinds, to = kinds | {"cuda": fake.install(kinds["native"])}, fake.runtime.to
         for dtype in DTYPES:
             for shape in SHAPES:
                 is_hard = shape == "common offset"  # the slow checks are for one shape per dtype
-                every = kinds | ({"cuda": kinds["native"]} if fake and is_hard else {})
-                keep(check_tensor(shape, dtype, options.elements, every, fake), f"{shape}, {dtype}")
+                every = hard_kinds if is_hard else kinds
+                keep(check_tensor(shape, dtype, options.elements, every, to), f"{shape}, {dtype}")
                 for rows in (10_000, 100_000) if is_hard else (10_000,):
                     found = check_total(shape, dtype, options.count, rows, kinds)
                     keep(found, f"total of {rows:,} states, {shape}, {dtype}")

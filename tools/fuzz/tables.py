@@ -95,7 +95,7 @@ def _invalid_arguments(rng: random.Random, native: Any) -> int:
         lambda: native.read([rng.choice(junk) for _ in range(3)], True, True),
         lambda: native.set_simd_level(rng.choice(junk)),
         lambda: native.walk(rng.choice(junk), rng.choice(junk), rng.choice(junk)),
-        lambda: native.cuda_error(rng.choice(junk)),
+        lambda: native.read(rng.choice(junk), True, True, rng.choice(junk)),
     ]
     with contextlib.suppress(*REFUSED):
         rng.choice(calls)()

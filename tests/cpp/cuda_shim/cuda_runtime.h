@@ -135,9 +135,15 @@ inline unsigned atomicAdd(unsigned* address, unsigned value) {
 #define CUDA_SHIM_ERRORS(X)                 \
   X(cudaSuccess, 0)                         \
   X(cudaErrorInvalidConfiguration, 9)       \
+  X(cudaErrorInsufficientDriver, 35)        \
   X(cudaErrorInvalidDeviceFunction, 98)     \
   X(cudaErrorInvalidDevice, 101)            \
+  X(cudaErrorInvalidKernelImage, 200)       \
   X(cudaErrorNoKernelImageForDevice, 209)   \
+  X(cudaErrorInvalidPtx, 218)               \
+  X(cudaErrorJitCompilerNotFound, 221)      \
+  X(cudaErrorUnsupportedPtxVersion, 222)    \
+  X(cudaErrorJitCompilationDisabled, 223)   \
   X(cudaErrorInvalidResourceHandle, 400)    \
   X(cudaErrorNotReady, 600)                 \
   X(cudaErrorStreamCaptureUnsupported, 900) \
