@@ -39,10 +39,11 @@ class Meta {
  private:
   struct Fields {
     bool is_known = false, requires_grad = false;  // is_known: torch has reported all the others
-    int32_t dtype = 0, device_type = 0, device_index = 0;
+    uint64_t keys = 0;
+    int32_t dtype = 0, device_type = 0, device_index = 0;  // devices: 0 if the keys say the CPU
     bool operator==(const Fields& other) const {
       return is_known && other.is_known && requires_grad == other.requires_grad &&
-             dtype == other.dtype && device_type == other.device_type &&
+             keys == other.keys && dtype == other.dtype && device_type == other.device_type &&
              device_index == other.device_index;
     }
   };
@@ -55,10 +56,14 @@ class Meta {
       const torch_abi::Impl t = torch_abi::impl_of(object);
       const AtenTensorHandle h = torch_abi::handle(t);
       requires_grad = api.requires_grad(t);
-      is_known =
-          (api.aoti_torch_get_dtype(h, &dtype) | api.aoti_torch_get_device_type(h, &device_type) |
-           api.aoti_torch_get_device_index(h, &device_index) | api.aoti_torch_get_sizes(h, &sizes) |
-           api.aoti_torch_get_dim(h, &dim)) == AOTI_TORCH_SUCCESS;
+      keys = torch_abi::keys_of(t) & ~api.autograd_keys;
+      AOTITorchError errors = api.aoti_torch_get_dtype(h, &dtype) |
+                              api.aoti_torch_get_sizes(h, &sizes) | api.aoti_torch_get_dim(h, &dim);
+      if (keys != api.plain_cpu_keys) {
+        errors |= api.aoti_torch_get_device_type(h, &device_type) |
+                  api.aoti_torch_get_device_index(h, &device_index);
+      }
+      is_known = errors == AOTI_TORCH_SUCCESS;
       if (!is_known) dim = 0;
     }
   };

@@ -39,18 +39,19 @@ std::optional<cpu::TensorView> native_view(Impl t) {
       number >= static_cast<int32_t>(std::size(api.dtypes)) || api.dtypes[number] < 0) {
     return std::nullopt;
   }
-  int64_t *sizes, *strides, dim, numel, first, bytes;
-  if (api.aoti_torch_get_numel(h, &numel) != kOk || api.aoti_torch_get_dim(h, &dim) != kOk ||
-      api.aoti_torch_get_sizes(h, &sizes) != kOk ||
+  int64_t *sizes, *strides, dim, first, bytes;
+  if (api.aoti_torch_get_dim(h, &dim) != kOk || api.aoti_torch_get_sizes(h, &sizes) != kOk ||
       api.aoti_torch_get_strides(h, &strides) != kOk) {
     return std::nullopt;
   }
-  cpu::TensorView view{nullptr, static_cast<DType>(api.dtypes[number]),
-                       numel,   static_cast<int>(dim),
-                       sizes,   strides};
+  cpu::TensorView view{
+      nullptr, static_cast<DType>(api.dtypes[number]), 1, static_cast<int>(dim), sizes, strides};
+  for (int64_t d = 0; d < dim; ++d) {
+    if (__builtin_mul_overflow(view.numel, sizes[d], &view.numel)) return std::nullopt;
+  }
   // Last, because to ask for the address in a storage without memory is an error, which torch 2.10
   // and 2.11 print.
-  if (numel > 0 &&
+  if (view.numel > 0 &&
       (api.aoti_torch_get_storage_offset(h, &first) != kOk ||
        api.aoti_torch_get_storage_size(h, &bytes) != kOk || !storage_holds(view, first, bytes) ||
        api.torch_get_const_data_ptr(h, &view.data) != kOk)) {
