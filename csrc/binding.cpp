@@ -340,6 +340,7 @@ PYBIND11_MODULE(_native, m) {
       .def("tensors", &paramstats::python_tensors);
   m.def("connect", &paramstats::connect, "found"_a);
   m.def("metadata", &paramstats::torch_abi::metadata, "tensor"_a);
+  m.def("alias", &paramstats::torch_abi::alias, "tensor"_a);
   m.def("read", &paramstats::read, "tensors"_a, "params"_a, "grads"_a, "cuda"_a = false);
   m.def("merge_rows", &paramstats::merge_rows, "table"_a, "begin"_a, "end"_a);
   m.def("scalars", &paramstats::scalars, "table"_a, "keys"_a, "columns"_a, "correction"_a,

@@ -33,22 +33,33 @@ std::vector<Function> functions() {
   };
 }
 
-void check(AOTITorchError error) {
-  if (error != AOTI_TORCH_SUCCESS) throw std::runtime_error("torch's C interface reports an error");
+// Throws if the function of torch's C interface with this name reports an error.
+void check(AOTITorchError error, const char* name) {
+  if (error != AOTI_TORCH_SUCCESS) {
+    throw std::runtime_error(std::string(name) + " of torch reports an error");
+  }
 }
 
 template <class Value>
-Value value_of(Impl t, AOTITorchError (*function)(AtenTensorHandle, Value*)) {
+Value value_of(Impl t, AOTITorchError (*function)(AtenTensorHandle, Value*), const char* name) {
   Value value{};
-  check(function(handle(t), &value));
+  check(function(handle(t), &value), name);
   return value;
 }
+#define PARAMSTATS_VALUE(t, name) value_of(t, api.name, #name)
 
-py::tuple tuple_of(Impl t, AOTITorchError (*function)(AtenTensorHandle, int64_t**)) {
-  const int64_t* values = value_of(t, function);
-  py::tuple all(static_cast<size_t>(value_of(t, api.aoti_torch_get_dim)));
+py::tuple tuple_of(Impl t, const int64_t* values) {
+  py::tuple all(static_cast<size_t>(PARAMSTATS_VALUE(t, aoti_torch_get_dim)));
   for (size_t d = 0; d < all.size(); ++d) all[d] = values[d];
   return all;
+}
+
+Impl plain(py::handle tensor, const char* function) {
+  if (!is_tensor(tensor.ptr()) || !is_plain(impl_of(tensor.ptr()))) {
+    throw py::type_error(std::string("paramstats._native.") + function +
+                         ": expected a plain tensor");
+  }
+  return impl_of(tensor.ptr());
 }
 
 // A class, whose reference is never released: extension modules are not unloaded.
@@ -99,41 +110,42 @@ void connect(const py::dict& found) {
 }
 
 py::dict metadata(py::handle tensor) {
-  if (!is_tensor(tensor.ptr()) || !is_plain(impl_of(tensor.ptr()))) {
-    throw py::type_error("paramstats._native.metadata: expected a plain tensor");
-  }
-  const Impl t = impl_of(tensor.ptr());
+  const Impl t = plain(tensor, "metadata");
   const Impl grad = *api.grad(t);
   py::dict all;
-  all["sizes"] = tuple_of(t, api.aoti_torch_get_sizes);
-  all["strides"] = tuple_of(t, api.aoti_torch_get_strides);
-  all["numel"] = value_of(t, api.aoti_torch_get_numel);
-  all["dtype"] = value_of(t, api.aoti_torch_get_dtype);
-  all["device_type"] = value_of(t, api.aoti_torch_get_device_type);
-  all["device_index"] = value_of(t, api.aoti_torch_get_device_index);
-  all["storage_offset"] = value_of(t, api.aoti_torch_get_storage_offset);
-  all["storage_size"] = value_of(t, api.aoti_torch_get_storage_size);
-  all["data_ptr"] = reinterpret_cast<uintptr_t>(value_of(t, api.torch_get_const_data_ptr));
+  all["sizes"] = tuple_of(t, PARAMSTATS_VALUE(t, aoti_torch_get_sizes));
+  all["strides"] = tuple_of(t, PARAMSTATS_VALUE(t, aoti_torch_get_strides));
+  all["numel"] = PARAMSTATS_VALUE(t, aoti_torch_get_numel);
+  all["dtype"] = PARAMSTATS_VALUE(t, aoti_torch_get_dtype);
+  all["device_type"] = PARAMSTATS_VALUE(t, aoti_torch_get_device_type);
+  all["device_index"] = PARAMSTATS_VALUE(t, aoti_torch_get_device_index);
+  all["storage_offset"] = PARAMSTATS_VALUE(t, aoti_torch_get_storage_offset);
+  all["storage_size"] = PARAMSTATS_VALUE(t, aoti_torch_get_storage_size);
+  all["data_ptr"] = reinterpret_cast<uintptr_t>(PARAMSTATS_VALUE(t, torch_get_const_data_ptr));
   all["requires_grad"] = api.requires_grad(t);
   all["is_leaf"] = api.is_leaf(&t);
   all["retains_grad"] = api.retains_grad(&t);
   all["grad"] = grad == api.undefined ? py::none() : Owned::reference_to(grad).object();
-  all["alias"] = Owned::alias_of(t).object();
   return all;
 }
 
+py::object alias(py::handle tensor) { return Owned::alias_of(plain(tensor, "alias")).object(); }
+
 Owned Owned::reference_to(Impl t) {
   Owned owned;
-  check(api.aoti_torch_new_tensor_handle(handle(t), &owned.tensor_));
+  check(api.aoti_torch_new_tensor_handle(handle(t), &owned.tensor_),
+        "aoti_torch_new_tensor_handle");
   return owned;
 }
 
 Owned Owned::alias_of(Impl t) {
   Owned owned;
   constexpr int64_t kMoreOffset = 0;  // is added to that of `t`
-  check(api.aoti_torch__reinterpret_tensor(
-      handle(t), value_of(t, api.aoti_torch_get_dim), value_of(t, api.aoti_torch_get_sizes),
-      value_of(t, api.aoti_torch_get_strides), kMoreOffset, &owned.tensor_));
+  check(api.aoti_torch__reinterpret_tensor(handle(t), PARAMSTATS_VALUE(t, aoti_torch_get_dim),
+                                           PARAMSTATS_VALUE(t, aoti_torch_get_sizes),
+                                           PARAMSTATS_VALUE(t, aoti_torch_get_strides), kMoreOffset,
+                                           &owned.tensor_),
+        "aoti_torch__reinterpret_tensor");
   return owned;
 }
 

@@ -70,6 +70,9 @@ void connect(const pybind11::dict& found);
 // _native.pyi. (Of another tensor some report errors, which torch 2.10 and 2.11 print.)
 pybind11::dict metadata(pybind11::handle tensor);
 
+// Another tensor with the same storage, sizes and strides as a plain tensor.
+pybind11::object alias(pybind11::handle tensor);
+
 inline AtenTensorHandle handle(const Impl& t) {  // an at::Tensor is such a pointer
   return reinterpret_cast<AtenTensorHandle>(const_cast<void**>(&const_cast<void* const&>(t)));
 }

@@ -34,11 +34,10 @@ def connect(found: dict[str, Any]) -> None:
     """
 
 def metadata(tensor: torch.Tensor) -> dict[str, Any]:
-    """Return what torch's C interface reports of a plain tensor.
+    """Return what torch reports in C++ of a plain tensor; see `_core.torch_abi._check_metadata`."""
 
-    The keys are those of `paramstats._core.torch_abi._check_metadata`; "alias" is another tensor
-    with the same storage, sizes and strides.
-    """
+def alias(tensor: torch.Tensor) -> torch.Tensor:
+    """Return another tensor with the same storage, sizes and strides as a plain tensor."""
 
 CUDA_VIEW_BYTES: int
 """The size of a paramstats::cuda::TensorView, which `paramstats._cuda` must agree with."""

@@ -61,11 +61,14 @@ def connect(native: Any) -> str | None:
             outcome.append(None)
         except UnsupportedTorchError as difference:
             outcome.append(str(difference))
-        except Exception as error:  # e.g. a private name of torch is missing or has changed
+        except BaseException as error:  # e.g. a private name of torch is missing or has changed
             outcome.append(f"{type(error).__name__}: {error}")
 
     thread = threading.Thread(target=run, daemon=True)
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError as error:
+        return f"the thread that compares it with torch could not be started ({error})"
     thread.join()
     return outcome[0]
 
@@ -78,11 +81,20 @@ def _connect(native: Any) -> None:
     known = set(dir(torch._C.DispatchKey))
     autograd = _keys(_AUTOGRAD_KEYS)
     plain_cpu = _keys_of(plain) & ~autograd
+    _expect(
+        all(
+            (_keys_of(tensor) & ~autograd == plain_cpu) == _is_plain_cpu(tensor)
+            for tensor in probes
+        ),
+        "the dispatch keys of a plain tensor do not differ from those of other tensors",
+    )
     on_cpu, on_cuda = (_keys((device, f"Autocast{device}")) for device in ("CPU", "CUDA"))
-    numbers = [_function(library, f"aoti_torch_dtype_{name}")() for name in _DTYPES]
+    numbers = {name: _function(library, f"aoti_torch_dtype_{name}")() for name in _DTYPES}
+    for name, number in numbers.items():
+        _expect(0 <= number < 128, f"the number of torch.{name} is {number}, not one of 0 to 127")
     found = {
         "functions": [_address(library, symbol) for symbol in native.SYMBOLS],
-        "dtypes": numbers,
+        "dtypes": list(numbers.values()),
         "impl_offset": _impl_offset(probes),
         "keys_offset": _keys_offset(probes),
         "autograd_keys": autograd,
@@ -101,10 +113,14 @@ def _connect(native: Any) -> None:
     for tensor in (*probes, *_tensors_with_gradients()):
         if _keys_of(tensor) & ~autograd == plain_cpu:
             _check_metadata(native, tensor)
-    for name, number in zip(_DTYPES, numbers, strict=True):
+    for name, number in numbers.items():
         dtype = native.metadata(torch.empty(1, dtype=getattr(torch, name), device="cpu"))["dtype"]
         _expect(dtype == number, f"torch.{name} is dtype {dtype} of a tensor, {number} by its name")
     _check_reading(native)
+    threads = torch.get_num_threads(), native.threads()
+    _expect(
+        threads[0] == threads[1], f"it has {threads[0]} threads, and {threads[1]} by its C interface"
+    )
 
 
 def _expect(is_true: bool, otherwise: str) -> None:
@@ -134,21 +150,37 @@ def _probes() -> list[Tensor]:
         nn.Parameter(torch.empty(2, 3, dtype=torch.bfloat16, device="cpu")),
         torch.empty(2, dtype=torch.float32, device="meta"),
         torch.empty(2, dtype=torch.complex64, device="cpu").conj(),
+        torch.empty(2, dtype=torch.complex64, device="cpu").conj().imag,
         torch.zeros(4, dtype=torch.float32, device="cpu").to_sparse(),
         torch.empty(4, 6, dtype=torch.float32, device="cpu")[1:4:2, 2:5],
         torch.empty(0, 3, dtype=torch.int8, device="cpu"),
     ]
 
 
+def _is_plain_cpu(tensor: Tensor) -> bool:
+    is_lazy = tensor.is_conj() or tensor.is_neg()
+    return tensor.device.type == "cpu" and tensor.layout is torch.strided and not is_lazy
+
+
+def _bits(keys: Any) -> int:
+    """Return the bits of a torch._C.DispatchKeySet."""
+    bits = keys.raw_repr()
+    _expect(
+        isinstance(bits, int) and 0 <= bits < 1 << 64,
+        f"DispatchKeySet.raw_repr() is {bits!r}, not an integer of 64 bits",
+    )
+    return int(bits)
+
+
 def _keys_of(tensor: Tensor) -> int:
-    return int(torch._C._dispatch_keys(tensor).raw_repr())
+    return _bits(torch._C._dispatch_keys(tensor))
 
 
 def _keys(names: Iterable[str]) -> int:
     """Return the bits of dispatch keys."""
     bits = 0
     for name in names:
-        bits |= int(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name)).raw_repr())
+        bits |= _bits(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name)))
     return bits
 
 
@@ -204,7 +236,7 @@ def _tensors_with_gradients() -> list[Tensor]:
 def _check_metadata(native: Any, tensor: Tensor) -> None:
     """Compare what the native module reads of a plain CPU tensor with what torch reports."""
     read = native.metadata(tensor)
-    grad, alias = read.pop("grad"), read.pop("alias")
+    grad = read.pop("grad")
     expected = {
         "sizes": tuple(tensor.shape),
         "strides": tensor.stride(),
@@ -224,8 +256,10 @@ def _check_metadata(native: Any, tensor: Tensor) -> None:
         _expect(found == value, f"{name} of a tensor is {value}, torch's C interface gave {found}")
     expected_grad = tensor.grad if tensor.is_leaf or tensor.retains_grad else None
     _expect(grad is expected_grad, "torch's C++ interface gave another gradient than Tensor.grad")
+    alias = native.alias(tensor)
     _expect(
-        (alias.shape, alias.stride(), alias.data_ptr(), alias.dtype)
+        type(alias) is Tensor
+        and (alias.shape, alias.stride(), alias.data_ptr(), alias.dtype)
         == (tensor.shape, tensor.stride(), tensor.data_ptr(), tensor.dtype),
         "torch's C interface made a tensor with other memory",
     )
