@@ -85,6 +85,7 @@ LEFT_OUT = [
     "tests/test_build.py",  # the compilers would run under the sanitizer, too
     "tests/test_fuzz.py::test_no_path_of_a_call_leaks_memory",  # a sanitizer keeps freed memory
     "tests/test_fuzz.py::test_a_leak_is_noticed",
+    "tests/test_torch_abi.py::test_memory_does_not_grow",
 ]
 
 

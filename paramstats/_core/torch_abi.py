@@ -62,7 +62,7 @@ def connect(native: Any) -> str | None:
         except UnsupportedTorchError as difference:
             outcome.append(str(difference))
         except BaseException as error:  # e.g. a private name of torch is missing or has changed
-            outcome.append(f"{type(error).__name__}: {error}")
+            outcome.append(" ".join(f"{type(error).__name__}: {error}".split()))  # in one line
 
     thread = threading.Thread(target=run, daemon=True)
     try:
@@ -119,7 +119,8 @@ def _connect(native: Any) -> None:
     _check_reading(native)
     threads = torch.get_num_threads(), native.threads()
     _expect(
-        threads[0] == threads[1], f"it has {threads[0]} threads, and {threads[1]} by its C interface"
+        threads[0] == threads[1],
+        f"it has {threads[0]} threads, and {threads[1]} by its C interface",
     )
 
 
