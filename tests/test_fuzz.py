@@ -19,6 +19,7 @@ from tools.fuzz import campaign, memory
 
 EXECUTIONS = {
     "modules": 400,
+    "kinds": 20_000,
     "tensors": 2500,
     "summaries": 1000,
     "racing": 300,

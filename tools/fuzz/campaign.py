@@ -32,10 +32,11 @@ from tools.fuzz import memory
 
 SHARES = {
     "modules": 60_000,
-    "tensors": 437_500,
+    "kinds": 300_000,
+    "tensors": 237_500,
     "summaries": 80_000,
     "racing": 120_000,
-    "tables": 300_000,
+    "tables": 200_000,
     "histories": 12_500,
     "ranks": 3_000,
     "changing_files": 2_500,
