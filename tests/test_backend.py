@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 import warnings
@@ -78,8 +77,7 @@ def test_the_simd_level_can_be_forced(simd_level, unchosen, monkeypatch):
         (None, "it was never built"),
         ("[no json", "it was never built"),
         ({"native": False, "reason": "no compiler here"}, "no compiler here"),
-        ({"native": True, "torch": "1.2.3"}, "built for torch 1.2.3"),
-        ({"native": True, "torch": torch.__version__}, "does not load"),
+        ({"native": True}, "does not load"),
     ],
 )
 def test_a_missing_native_backend_is_reported_once(unchosen, monkeypatch, tmp_path, record, reason):
@@ -98,21 +96,9 @@ def test_a_missing_native_backend_is_reported_once(unchosen, monkeypatch, tmp_pa
         backends.choose("native")
 
 
-@pytest.mark.parametrize(("part", "loads"), [(1, False), (2, True)])
-def test_a_library_loads_for_its_minor_version_of_torch_only(native, monkeypatch, part, loads):
-    version = [int(number) for number in re.findall(r"\d+", torch.__version__)[:3]]
-    version[part] += 1
-    built_for = ".".join(map(str, version))
-    monkeypatch.setattr(backends, "_record", lambda: {"native": True, "torch": built_for})
-    found, missing = backends._load_native()
-    if loads:
-        assert found is native.native and missing is None
-    else:
-        assert found is None and f"built for torch {built_for} and this is torch" in missing
-
-
-def test_versions_are_compared_by_number():
-    assert backends._minor("2.13.0+cpu") == (2, 13) != backends._minor("2.1.3")
+def test_a_module_built_on_another_torch_loads(native, monkeypatch):
+    monkeypatch.setattr(backends, "_record", lambda: {"native": True, "torch": "1.2.3"})
+    assert backends._load_native() == (native.native, None)
 
 
 def test_import_brings_torch_and_nothing_else():
