@@ -75,6 +75,9 @@ def _paths(model: Model) -> dict[str, tuple[Callable[[], Any], int]]:
     cycle[0].parent = cycle
     native = BACKENDS[0].native
     sizes = iter(range(1 << 60))
+    deferred = [torch.ones(2, dtype=torch.cfloat, requires_grad=True)]
+    deferred[0].grad = torch.ones(2, dtype=torch.cfloat)
+    plain = pairs[0][1]
 
     def raising(error: type[Exception], call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         def expect() -> None:
@@ -121,6 +124,8 @@ def _paths(model: Model) -> dict[str, tuple[Callable[[], Any], int]]:
         "findings": (lambda: summarize(model).findings(), 10),
         "table": (lambda: summary.table(), 20),
         "pickled": (lambda: summary.__reduce__(), 1),
+        "deferred rows": (lambda: native.read(deferred, True, True), 1),
+        "metadata": (lambda: (native.metadata(plain), native.alias(plain)), 2),
         "bad pairs": (raising(TypeError, summarize, [*pairs, ("x", 3)]), 1),
         "bad arguments": (raising(ValueError, summarize, model, grad_scale=0), 1),
         "bad modules": (raising(TypeError, summarize, bad), 2),
