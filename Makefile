@@ -18,7 +18,7 @@ SHIM := -std=c++17 -Wall -Wextra -Werror -Wno-unknown-pragmas -pthread -I tests/
 SHIM_SOURCES := tests/cpp/cuda_shim/shim.cpp csrc/cpu/*.cpp -x c++ csrc/cuda/engine.cu
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-cpp test-cuda-shim test-arm64 wheel test-elsewhere test-everywhere test-huge \
+.PHONY: help demo test test-cpp test-cuda-shim test-arm64 wheels test-elsewhere test-everywhere test-huge \
 	fuzz matrix accuracy sanitize sanitize-quick count cuda-compile gpu-check bench bench-compare check format \
 	clean
 
@@ -42,16 +42,19 @@ demo: $(VENV)/installed  ## train on real data; print statistics and speed
 test: $(VENV)/installed test-cpp test-cuda-shim  ## run all tests, C++ and Python
 	$(BIN)/python -m pytest --quiet --durations=10 --numprocesses=$(WORKERS) --dist=loadfile
 
-test-cpp:  ## run the C++ tests of the state and the kernels, without torch
+test-cpp:  ## run the C++ tests, without torch
 	@mkdir -p build/cpp
 	$(CXX) -std=c++17 -O2 -Wall -Wextra -Werror tests/cpp/test_moments.cpp -o build/cpp/test_moments
 	$(CXX) -std=c++17 -O2 -Wall -Wextra -Werror -pthread tests/cpp/test_kernels.cpp csrc/cpu/*.cpp \
 		-o build/cpp/test_kernels
 	$(CXX) -std=c++17 -O2 -Wall -Wextra -Werror -pthread tests/cpp/test_threads.cpp csrc/cpu/*.cpp \
 		-o build/cpp/test_threads
+	$(CXX) -std=c++17 -Wall -Wextra -Werror tests/cpp/test_older_libraries.cpp \
+		csrc/older_libraries.cpp -o build/cpp/test_older_libraries
 	build/cpp/test_moments
 	build/cpp/test_kernels
 	build/cpp/test_threads
+	build/cpp/test_older_libraries
 
 test-cuda-shim:  ## run the CUDA kernels on the CPU, without a GPU and without nvcc
 	@mkdir -p build/cpp
@@ -74,21 +77,14 @@ test-arm64:  ## run the C++ tests for arm64, emulated (g++-aarch64-linux-gnu, qe
 	qemu-aarch64 build/cpp/kernels_arm64
 	qemu-aarch64 build/cpp/threads_arm64
 
-wheel: $(VENV)/installed  ## build a source archive and a wheel for this Python and torch; writes dist
-	@rm -rf dist && mkdir -p build
-	@echo "building a source archive and a wheel, a minute or two; the log is build/wheel.log"
-	@PARAMSTATS_STRICT_BUILD=1 $(BIN)/python -m build --no-isolation >build/wheel.log 2>&1 \
-		|| { tail -n 40 build/wheel.log; exit 1; }
-	@$(BIN)/python -c 'import sys, torch; \
-		python, minor = ".".join(sys.version.split(".")[:2]), ".".join(torch.__version__.split(".")[:2]); \
-		print(f"for Python {python} and torch {minor}; with another torch, it uses torch operators and warns"); \
-		print(f"to install it: pip install {sys.argv[1]}")' dist/*.whl
+wheels: $(VENV)/installed  ## build a source archive and a wheel for each Python; writes dist
+	$(BIN)/python -m tools.wheels $(PYTHONS)
 
-test-elsewhere:  ## build, install and test with PYTHON=, TORCH=, CXX=
-	$(PYTHON) -m tools.elsewhere --python $(PYTHON) --torch "$(TORCH)" --cxx $(CXX)
+test-elsewhere: $(VENV)/installed  ## test the wheel in dist with PYTHON=, TORCH=, CXX=
+	$(BIN)/python -m tools.elsewhere --python $(PYTHON) --torch "$(TORCH)" --cxx $(CXX)
 
-test-everywhere:  ## build, install and test with all supported versions, an hour, 30 GB
-	$(PYTHON) -m tools.elsewhere --everywhere
+test-everywhere: wheels  ## test the wheels with all supported versions, an hour, 30 GB
+	$(BIN)/python -m tools.elsewhere --everywhere
 
 test-huge: $(VENV)/installed  ## run the tests of tensors of more than 2^31 elements (5 GB of memory)
 	$(BIN)/python -m pytest --quiet -m huge

@@ -1,23 +1,21 @@
-"""Builds the native backends against the installed torch; installs without them if that fails.
+"""Builds the native backends with the tools and headers of the installed torch.
 
 Two extensions are built: `_native` (CPU) and `_cuda` (CUDA). Both are optional. Without a C++
-compiler or without torch at build time, the package is installed as pure Python. Without nvcc, or
-with a torch that has no CUDA, only `_cuda` is left out. The result is written to
-`paramstats/_build.json`, and `paramstats.backend()` reports it. docs/install.md lists the
-environment variables.
+compiler, the package is installed as pure Python. Without nvcc, or with a torch that has no CUDA,
+only `_cuda` is left out. The result is written to `paramstats/_build.json`, and
+`paramstats.backend()` reports it. Without torch, the build fails, because pip shows nothing of a
+build that succeeds. docs/install.md lists the environment variables.
 """
 
 import contextlib
 import json
 import os
-import platform
 import re
 import shlex
 import shutil
 import site
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 from setuptools import setup
@@ -37,22 +35,32 @@ HEADERS = files("csrc/*.h", "csrc/cpu/*.h", "csrc/cuda/*.h")
 COMPILE_ARGS = ["-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
 COMPILE_ARGS += shlex.split(os.environ.get("PARAMSTATS_CFLAGS", ""))
 STRICT = os.environ.get("PARAMSTATS_STRICT_BUILD", "0") not in ("", "0")
+OLDEST_TORCH = (2, 10)
+NO_TORCH = """
+paramstats: compiling needs torch >= 2.10, and {python} imports none: {error}
+  - Without torch: run pip install "torch>=2.10", then this command again.
+  - With torch that this build does not see, as with uv or PYTHONPATH: install "setuptools>=77",
+    ninja and pybind11, then run this command again with --no-build-isolation.
+  - Without the native backend: set PARAMSTATS_NO_NATIVE=1. Everything works, but slower.
+"""
 NO_NATIVE = os.environ.get("PARAMSTATS_NO_NATIVE", "0") not in ("", "0")
 
 
 def import_torch():
     """Import the user's torch, also under pip's build isolation.
 
-    pip hides the user's site-packages during a build, but runs the user's interpreter. Therefore
-    the paths of that interpreter still lead to the user's torch. If torch were a build requirement,
-    pip would install another torch, and the extensions would not match the user's.
+    pip hides the user's packages during a build, but runs the user's interpreter, whose folders of
+    packages are still known. addsitedir also adds the folders that .pth files in them name. If
+    torch were a build requirement, pip would download another one.
     """
     try:
         import torch
     except ImportError:
-        paths = sysconfig.get_paths()
-        sys.path += [paths["purelib"], paths["platlib"], site.getusersitepackages()]
+        for folder in [*site.getsitepackages(), site.getusersitepackages()]:
+            site.addsitedir(folder)
         import torch
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST_TORCH:
+        raise ImportError(f"torch {torch.__version__} is too old")
     return torch
 
 
@@ -72,13 +80,11 @@ class BuildRecord:
         self.values = {
             "native": False,
             "reason": "",
-            "torch": None,
             "cuda": False,
             "cuda_reason": "",
             "cuda_architectures": None,
-            "compiler": os.environ.get("CXX", "c++"),
-            "machine": platform.machine(),
         }
+        self.no_torch = ""  # why torch cannot be imported; "" if it can
 
     def failed(self, backend, reason):
         """Record why `backend` ("native" or "cuda") was not built; exit if the build is strict."""
@@ -155,7 +161,7 @@ def cuda_extension(record, torch):
     home = cuda_home()
     if torch.version.cuda is None or home is None:
         record.values["cuda_reason"] = (
-            f"torch {torch.__version__} has no CUDA"
+            f"it was built with torch {torch.__version__}, which has no CUDA"
             if torch.version.cuda is None
             else "nvcc was not found at build time, neither on the PATH nor through CUDA_HOME"
         )
@@ -191,10 +197,9 @@ def extensions(record):
         torch = import_torch()
         cuda = cuda_extension(record, torch)
         from torch.utils.cpp_extension import BuildExtension, CppExtension
-    except Exception as error:  # whatever a broken torch raises, the installation must go on
-        record.failed("native", f"torch could not be imported when it was built ({error})")
+    except Exception as error:  # a broken torch may raise anything
+        record.no_torch = NO_TORCH.format(python=sys.executable, error=first_line(error))
         return [], None
-    record.values["torch"] = torch.__version__
 
     class OptionalBuildExtension(BuildExtension):
         """Build each extension separately; if one fails, record the reason and go on.
@@ -240,7 +245,6 @@ def extensions(record):
         include_dirs=pybind11_include(),
         depends=HEADERS,
         extra_compile_args=COMPILE_ARGS,
-        # No path of torch is linked in: its symbols are found in the torch that is loaded.
         extra_link_args=[] if sys.platform == "darwin" else ["-Wl,--as-needed"],
     )
     native.libraries = []  # torch's functions are found at run time (csrc/torch_abi.h)
@@ -252,9 +256,14 @@ ext_modules, build_ext = extensions(record)
 
 
 class RecordedBuildPy(build_py):
-    """Write the build record also if there is no extension, hence no build_ext, to do it."""
+    """Write the build record also if there is no extension, hence no build_ext, to do it.
+
+    Every build runs this command, and a source archive, which needs no torch, does not.
+    """
 
     def run(self):
+        if record.no_torch:
+            sys.exit(record.no_torch)
         super().run()
         if not ext_modules:
             package = Path(self.build_lib) / "paramstats"
