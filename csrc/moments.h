@@ -199,18 +199,6 @@ PARAMSTATS_HD inline Fit from_sums(const ShiftedSums& s, int64_t n, double pivot
 
 #if !defined(__CUDACC_RTC__)
 
-// sqrt(x^2 + y^2) of x, y >= 0, also where a square leaves the range of double. Scaling by a power
-// of two adds no rounding, so the error is that of a sum and a root, and hypotenuse(0, y) is
-// exactly y. std::hypot would tie the binary to glibc 2.35, which gave that function a new version.
-inline double hypotenuse(double x, double y) {
-  const double large = std::fmax(x, y);
-  if (large > kLargest) return large;
-  const double scale = large > 0x1p500 ? 0x1p-600 : large < 0x1p-400 ? 0x1p600 : 1;
-  x *= scale;
-  y *= scale;
-  return std::sqrt(x * x + y * y) / scale;
-}
-
 // The statistics that users see; paramstats/_core/moments.py has the same fields in the same order.
 // All are doubles, so that each can be selected by its position.
 struct Statistics {
@@ -238,9 +226,9 @@ inline Statistics finalize_finite(const Moments& a, double correction, double sc
   out.mean = a.mean / scale;
   out.std = (keeps_digits ? std::sqrt(var) : std::sqrt(a.m2) / std::sqrt(freedom)) / scale;
   out.var = keeps_digits ? var / scale / scale : out.std * out.std;
-  const double mean_size = std::fabs(a.mean);
-  out.norm = hypotenuse(std::sqrt(a.m2), mean_size * std::sqrt(n)) / scale;
-  out.rms = hypotenuse(std::sqrt(a.m2 / n), mean_size) / scale;
+  // hypot avoids the overflow and underflow of squares near the limits of double.
+  out.norm = std::hypot(std::sqrt(a.m2), std::fabs(a.mean) * std::sqrt(n)) / scale;
+  out.rms = std::hypot(std::sqrt(a.m2 / n), a.mean) / scale;
   out.min = a.min / scale;
   out.max = a.max / scale;
   out.abs_max = std::fmax(std::fabs(out.min), std::fabs(out.max));

@@ -2,7 +2,6 @@
 // statistics computed by hand.
 //
 //     g++ -std=c++17 -O2 tests/cpp/test_moments.cpp -o build/test_moments && build/test_moments
-#include <algorithm>
 #include <cfloat>
 #include <cmath>
 #include <random>
@@ -311,30 +310,6 @@ void norms_near_the_limits_of_double() {
   CHECK(finalize(state_of(Values(4, kTiny)), 1).norm, 2 * kTiny);
 }
 
-// Two squares, a sum and a root are rounded: at most 2 u = DBL_EPSILON of the result.
-void hypotenuse_has_one_error_bound_over_the_range_of_double() {
-  oracle::Rng rng(oracle::kSeed);
-  std::uniform_int_distribution<int> exponent(-1074, 1022), apart(-60, 60);
-  std::uniform_real_distribution<double> mantissa(1, 2);
-  for (int i = 0; i < 200000; ++i) {
-    const int e = exponent(rng);
-    const double x = std::ldexp(mantissa(rng), e);
-    const double y =
-        std::ldexp(mantissa(rng), i % 2 ? std::min(e + apart(rng), 1022) : exponent(rng));
-    const double want = std::hypot(x, y);
-    check::at(std::to_string(std::log2(x)) + " and " + std::to_string(std::log2(y)));
-    CHECK_NEAR(hypotenuse(x, y), want, DBL_EPSILON * want + kTiny);
-    CHECK(hypotenuse(x, 0), x);
-    CHECK(hypotenuse(0, y), y);
-  }
-  check::at("at the limits of double");
-  CHECK(hypotenuse(0, 0), 0);
-  CHECK(hypotenuse(DBL_MAX, DBL_MAX), kInf);
-  CHECK(hypotenuse(kInf, 1), kInf);
-  CHECK(hypotenuse(kInf, kInf), kInf);
-  CHECK(hypotenuse(kNaN, 1), kNaN);
-}
-
 void statistics_are_divided_by_the_scale() {
   for (double scale : {1.0, 65536.0, 1e3, 1.0 / 7}) {
     for (const Case& c : cases()) {
@@ -385,7 +360,6 @@ int main() {
   RUN(nan_and_infinities_propagate_as_in_torch);
   RUN(corrections_divide_as_in_torch);
   RUN(norms_near_the_limits_of_double);
-  RUN(hypotenuse_has_one_error_bound_over_the_range_of_double);
   RUN(statistics_are_divided_by_the_scale);
   RUN(scales_near_the_limits_of_double);
   return check::report("cpp moments: the state and its operations");
