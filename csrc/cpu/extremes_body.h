@@ -68,15 +68,15 @@ struct SignMagnitude {
   }
 };
 
-// The extremes of narrow integers, compared as they are in memory.
+// The extremes of integers, compared as they are in memory.
 template <class T, class Lanes, class Unsigned>
 struct Integers {
   Lanes min = Lanes{} + kMaxValue, max = Lanes{} + kMinValue;
   Unsigned zeros = {};
   static constexpr bool kSigned = static_cast<typename T::Storage>(-1) < 0;
   static constexpr int kBits = 8 * sizeof(typename T::Storage);
-  static constexpr typename T::Storage kMinValue = kSigned ? -(1 << (kBits - 1)) : 0;
-  static constexpr typename T::Storage kMaxValue = (1 << (kBits - kSigned)) - 1;
+  static constexpr typename T::Storage kMinValue = kSigned ? -(int64_t{1} << (kBits - 1)) : 0;
+  static constexpr typename T::Storage kMaxValue = (int64_t{1} << (kBits - kSigned)) - 1;
 
   void take(const typename T::Storage* p, const typename T::Vector (&)[T::kVectors]) {
     Lanes v;

@@ -41,7 +41,11 @@ struct Kernels {
 namespace plain {
 extern const Kernels kKernels;
 }
-#if defined(__x86_64__)
+#if defined(__aarch64__)
+namespace neon {
+extern const Kernels kKernels;
+}
+#elif defined(__x86_64__)
 namespace avx2 {
 extern const Kernels kKernels;
 }

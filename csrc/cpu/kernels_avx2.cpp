@@ -5,16 +5,9 @@
 #include "kernels.h"
 
 #define PARAMSTATS_LEVEL_NAME "avx2"
-// The width of the loaded vector: 64 bits for bytes, 128 bits for 16-bit integers.
-#define PARAMSTATS_EXTEND(type, p) PARAMSTATS_EXTEND_##type(p)
-#define PARAMSTATS_LOAD64(p) _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))
 #define PARAMSTATS_LOAD128(p) _mm_loadu_si128(reinterpret_cast<const __m128i*>(p))
-#define PARAMSTATS_EXTEND_epi8(p) _mm256_cvtepi8_epi32(PARAMSTATS_LOAD64(p))
-#define PARAMSTATS_EXTEND_epu8(p) _mm256_cvtepu8_epi32(PARAMSTATS_LOAD64(p))
-#define PARAMSTATS_EXTEND_epi16(p) _mm256_cvtepi16_epi32(PARAMSTATS_LOAD128(p))
-#define PARAMSTATS_EXTEND_epu16(p) _mm256_cvtepu16_epi32(PARAMSTATS_LOAD128(p))
-#define PARAMSTATS_LOAD_HALF(p) _mm256_cvtph_ps(PARAMSTATS_LOAD128(p))
-#define PARAMSTATS_BYTES_AS_HALVES(p) _mm256_cvtepu8_epi16(PARAMSTATS_LOAD128(p))
+#define PARAMSTATS_SUM_OF_SQUARES(v) _mm256_madd_epi16((__m256i)(v), (__m256i)(v))
+#define PARAMSTATS_LOAD_HALVES(p, k) _mm256_cvtph_ps(PARAMSTATS_LOAD128(p + 8 * k))
 #define PARAMSTATS_LOW_HALVES(h) _mm256_cvtph_ps(_mm256_castsi256_si128((__m256i)(h)))
 #define PARAMSTATS_HIGH_HALVES(h) _mm256_cvtph_ps(_mm256_extracti128_si256((__m256i)(h), 1))
 #define PARAMSTATS_MIN_PS(v, m) ((FloatLanes)_mm256_min_ps((__m256)(v), (__m256)(m)))
@@ -35,6 +28,7 @@
 namespace paramstats::cpu::avx2 {
 constexpr int kVectorBytes = 32;
 constexpr int kUnroll = 2;  // AVX2 has 16 registers, enough for two sets of sums
+constexpr int kTileUnroll = 8;
 #include "kernels_body.h"
 }  // namespace paramstats::cpu::avx2
 

@@ -5,17 +5,10 @@
 #include "kernels.h"
 
 #define PARAMSTATS_LEVEL_NAME "avx512"
-// The width of the loaded vector: 128 bits for bytes, 256 bits for 16-bit integers.
 // (With full masks, because GCC 12 warns about its own header for the versions without a mask.)
-#define PARAMSTATS_EXTEND(type, p) PARAMSTATS_EXTEND_##type(p)
-#define PARAMSTATS_LOAD128(p) _mm_loadu_si128(reinterpret_cast<const __m128i*>(p))
 #define PARAMSTATS_LOAD256(p) _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))
-#define PARAMSTATS_EXTEND_epi8(p) _mm512_maskz_cvtepi8_epi32(0xffff, PARAMSTATS_LOAD128(p))
-#define PARAMSTATS_EXTEND_epu8(p) _mm512_maskz_cvtepu8_epi32(0xffff, PARAMSTATS_LOAD128(p))
-#define PARAMSTATS_EXTEND_epi16(p) _mm512_maskz_cvtepi16_epi32(0xffff, PARAMSTATS_LOAD256(p))
-#define PARAMSTATS_EXTEND_epu16(p) _mm512_maskz_cvtepu16_epi32(0xffff, PARAMSTATS_LOAD256(p))
-#define PARAMSTATS_LOAD_HALF(p) _mm512_maskz_cvtph_ps(0xffff, PARAMSTATS_LOAD256(p))
-#define PARAMSTATS_BYTES_AS_HALVES(p) _mm512_maskz_cvtepu8_epi16(0xffffffff, PARAMSTATS_LOAD256(p))
+#define PARAMSTATS_SUM_OF_SQUARES(v) _mm512_maskz_madd_epi16(0xffff, (__m512i)(v), (__m512i)(v))
+#define PARAMSTATS_LOAD_HALVES(p, k) _mm512_maskz_cvtph_ps(0xffff, PARAMSTATS_LOAD256(p + 16 * k))
 #define PARAMSTATS_LOW_HALVES(h) \
   _mm512_maskz_cvtph_ps(0xffff, _mm512_maskz_extracti64x4_epi64(0xf, (__m512i)(h), 0))
 #define PARAMSTATS_HIGH_HALVES(h) \
@@ -40,8 +33,6 @@
   count = (decltype(count + count))_mm512_mask_sub_##type(                         \
       (__m512i)(count), _mm512_testn_##type##_mask((__m512i)(v), (__m512i)(mask)), \
       (__m512i)(count), _mm512_set1_##type(-1))
-#define PARAMSTATS_COUNT_WITHOUT_EPI8(c, v, m) PARAMSTATS_COUNT_WITHOUT(epi8, c, v, m)
-#define PARAMSTATS_COUNT_WITHOUT_EPI16(c, v, m) PARAMSTATS_COUNT_WITHOUT(epi16, c, v, m)
 
 #if defined(__clang__)
 #pragma clang attribute push(                                                    \
@@ -55,6 +46,7 @@
 namespace paramstats::cpu::avx512 {
 constexpr int kVectorBytes = 64;
 constexpr int kUnroll = 4;
+constexpr int kTileUnroll = 8;
 #include "kernels_body.h"
 }  // namespace paramstats::cpu::avx512
 

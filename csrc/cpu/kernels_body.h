@@ -1,10 +1,12 @@
-// The CPU kernels, compiled once per SIMD level. kernels_plain.cpp, kernels_avx2.cpp and
-// kernels_avx512.cpp each include this file in their own namespace, with the target's instructions
-// enabled and kVectorBytes and kUnroll defined. This file has no include guard, no standard headers
-// and no std:: templates: a template instantiated here may use instructions that the rest of the
-// program must not use.
+// The CPU kernels, compiled once per SIMD level. kernels_plain.cpp, kernels_avx2.cpp,
+// kernels_avx512.cpp and kernels_neon.cpp each include this file in their own namespace, with the
+// target's instructions enabled and the constants of the level defined: kVectorBytes; kUnroll, the
+// vectors that have their own sums; kTileUnroll, how often the innermost loop is unrolled. This
+// file has no include guard, no standard headers and no std:: templates: a template instantiated
+// here may use instructions that the rest of the program must not use.
 //
-// A kernel computes this, within the error bound below:
+// A kernel computes this, within the error bound below (bytes_body.h: integers of 8 bits and bool,
+// exactly):
 //
 //     for x in chunk: zeros += x == 0; min, max = ...; mean = sum(x) / n; m2 = sum((x - mean)^2)
 //
@@ -28,9 +30,11 @@
 // and norm is at most 7.5e-7. docs/accuracy.md has the derivation, also for float64 lanes (float64
 // and integers of 32 bits and more).
 
-#include "lanes_body.h"
-
 constexpr int kPrefetchBytes = 16384;  // distance of the prefetch from the current read
+
+#include "lanes_body.h"
+// (Uses the lanes.)
+#include "bytes_body.h"
 
 // Reads an element at any address, aligned or not.
 template <class S>
@@ -83,6 +87,7 @@ inline __attribute__((always_inline)) void take_tile(const typename T::Storage* 
   using V = typename T::Vector;
   constexpr int kStep = kUnits<T> * kUnit<T>;
   V sums[kGroup<T>] = {}, squares[kGroup<T>] = {};
+#pragma GCC unroll kTileUnroll
   for (int g = 0; g < groups; ++g, x += kStep) {
 #pragma GCC unroll 8
     for (int b = 0; b < static_cast<int>(kStep * sizeof(typename T::Storage)); b += 64) {
@@ -131,7 +136,7 @@ inline void take_remainder(const typename T::Storage* x, int64_t n, typename T::
   for (int k = 0; k < T::kVectors; ++k) {
     const V d = v[k] - pivot;
     for (int l = 0; l < T::kWidth; ++l) {
-      if ((T::kInterleaved ? l * T::kVectors + k : k * T::kWidth + l) >= n) continue;
+      if (T::element(k, l) >= n) continue;
       out.sum += d[l];
       out.sum_sq += static_cast<double>(d[l]) * d[l];
     }
@@ -141,19 +146,19 @@ inline void take_remainder(const typename T::Storage* x, int64_t n, typename T::
 template <class T>
 inline BlockSums block_sums(const typename T::Storage* x, int64_t n, typename T::Scalar pivot,
                             Extremes<T>& extremes) {
-  constexpr int kStep = kUnits<T> * kUnit<T>;
+  constexpr int kStep = kUnits<T> * kUnit<T>, kTile = T::kInner * kStep;
   Extremes<T> e = extremes;
   BlockSums out = {0, 0};
   const typename T::Vector pivots = typename T::Vector{} + pivot;
   DoubleLanes sum = {}, sum_sq = {};
   int64_t i = 0;
   if (pivot == 0) {
-    for (; i + kInner * kStep <= n; i += kInner * kStep) {
-      take_tile<T, false>(x + i, kInner, pivots, e, sum, sum_sq);
+    for (; i + kTile <= n; i += kTile) {
+      take_tile<T, false>(x + i, T::kInner, pivots, e, sum, sum_sq);
     }
   }
-  for (; i + kInner * kStep <= n; i += kInner * kStep) {
-    take_tile<T, true>(x + i, kInner, pivots, e, sum, sum_sq);
+  for (; i + kTile <= n; i += kTile) {
+    take_tile<T, true>(x + i, T::kInner, pivots, e, sum, sum_sq);
   }
   if (i + kStep <= n) {
     const int groups = static_cast<int>((n - i) / kStep);
@@ -261,10 +266,11 @@ void summarize_difficult_part(const typename T::Storage* x, int64_t n, Running<T
     __builtin_memcpy(padded, x + i, size * sizeof(x[0]));
     typename T::Vector v[T::kVectors];
     T::load(padded, v);
-    for (int64_t l = 0; l < size; ++l) {
-      values[i + l] =
-          T::kInterleaved ? v[l % T::kVectors][l / T::kVectors] : v[l / T::kWidth][l % T::kWidth];
-      if (T::is_nan(padded[l])) values[i + l] = kNaN;
+    for (int k = 0; k < T::kVectors; ++k) {
+      for (int l = 0; l < T::kWidth; ++l) {
+        const int e = T::element(k, l);
+        if (e < size) values[i + e] = T::is_nan(padded[e]) ? kNaN : v[k][l];
+      }
     }
   }
   if constexpr (sizeof(typename T::Scalar) == 4) {
@@ -318,13 +324,13 @@ const Kernels kKernels = {PARAMSTATS_LEVEL_NAME,
                               chunk<Float16>,
                               chunk<Float8E4M3FN>,
                               chunk<Float8E5M2>,
-                              chunk<NarrowInteger<int8_t, Int8Lanes, UInt8Lanes>>,
-                              chunk<NarrowInteger<uint8_t, UInt8Lanes, UInt8Lanes>>,
-                              chunk<Bool>,
-                              chunk<NarrowInteger<int16_t, Int16Lanes, UInt16Lanes>>,
-                              chunk<NarrowInteger<uint16_t, UInt16Lanes, UInt16Lanes>>,
-                              chunk<Native<int32_t, InDouble>>,
-                              chunk<Native<uint32_t, InDouble>>,
+                              chunk_of_bytes<int8_t>,
+                              chunk_of_bytes<uint8_t>,
+                              chunk_of_bytes<bool>,
+                              chunk<Integer16<int16_t, Int16Lanes, UInt16Lanes, Int32Lanes>>,
+                              chunk<Integer16<uint16_t, UInt16Lanes, UInt16Lanes, UInt32Lanes>>,
+                              chunk<Integer32<int32_t, Int32Lanes>>,
+                              chunk<Integer32<uint32_t, UInt32Lanes>>,
                               chunk<Native<int64_t, InDouble>>,
                               chunk<Native<uint64_t, InDouble>>,
                           }};

@@ -55,11 +55,13 @@ inline void count_zeros(Int64Lanes& count, DoubleLanes v) { count -= (Int64Lanes
 // Counts the lanes in which no bit of `mask` is set.
 template <class Lanes>
 inline void count_without(Lanes& count, Lanes v, Lanes mask) {
-#if defined(PARAMSTATS_COUNT_WITHOUT_EPI8)
+#if defined(PARAMSTATS_COUNT_WITHOUT)
   if constexpr (sizeof(v[0]) == 1) {
-    PARAMSTATS_COUNT_WITHOUT_EPI8(count, v, mask);
+    PARAMSTATS_COUNT_WITHOUT(epi8, count, v, mask);
+  } else if constexpr (sizeof(v[0]) == 2) {
+    PARAMSTATS_COUNT_WITHOUT(epi16, count, v, mask);
   } else {
-    PARAMSTATS_COUNT_WITHOUT_EPI16(count, v, mask);
+    PARAMSTATS_COUNT_WITHOUT(epi32, count, v, mask);
   }
 #else
   count -= (Lanes)((v & mask) == 0);
@@ -109,8 +111,10 @@ inline auto lanes_max(V v) {
 // The arithmetic of a block: float32 lanes for dtypes that float32 represents exactly, float64
 // lanes for the others. A sum of squares below kMinSquares may have lost digits to underflow: above
 // it, kBlock roundings at the smallest step of float32, 2^-149, are less than 1e-7 of the sum.
-// float64 has no wider dtype as a fallback, so it has no such bound.
+// float64 has no wider dtype as a fallback, so it has no such bound. kInner is the number of
+// additions in a lane before the sums of all vectors are added.
 struct InFloat {
+  static constexpr int kInner = cpu::kInner;
   using Scalar = float;
   using Vector = FloatLanes;
   using Mask = Int32Lanes;
@@ -118,6 +122,7 @@ struct InFloat {
   static constexpr double kMinSquares = 2.4e-34;
 };
 struct InDouble {
+  static constexpr int kInner = 64;
   using Scalar = double;
   using Vector = DoubleLanes;
   using Mask = Int64Lanes;
@@ -125,45 +130,39 @@ struct InDouble {
   static constexpr double kMinSquares = 0;
 };
 
+// Loads a vector of any lanes from any address.
+template <class V, class S>
+inline V load_as(const S* p) {
+  V lanes;
+  __builtin_memcpy(&lanes, p, sizeof(lanes));
+  return lanes;
+}
+
 // Loads as many elements as V has lanes and converts them.
 template <class V, class S>
 inline V load_converted(const S* p) {
   typedef S Narrow __attribute__((vector_size(sizeof(V) / sizeof(V{}[0]) * sizeof(S))));
-  Narrow narrow;
-  __builtin_memcpy(&narrow, p, sizeof(narrow));
-  return __builtin_convertvector(narrow, V);
+  return __builtin_convertvector(load_as<Narrow>(p), V);
 }
-
-// Loads narrow integers and extends them to 32 bits. With instructions where the level defines
-// them: GCC converts element by element otherwise.
-#if defined(PARAMSTATS_EXTEND)
-inline Int32Lanes extend(const int8_t* p) { return (Int32Lanes)PARAMSTATS_EXTEND(epi8, p); }
-inline Int32Lanes extend(const uint8_t* p) { return (Int32Lanes)PARAMSTATS_EXTEND(epu8, p); }
-inline Int32Lanes extend(const int16_t* p) { return (Int32Lanes)PARAMSTATS_EXTEND(epi16, p); }
-inline Int32Lanes extend(const uint16_t* p) { return (Int32Lanes)PARAMSTATS_EXTEND(epu16, p); }
-#else
-template <class S>
-inline Int32Lanes extend(const S* p) {
-  return load_converted<Int32Lanes>(p);
-}
-#endif
 
 #include "extremes_body.h"
 
 // ---- one struct per dtype: how to load vectors of it ----------------------------------------
 // load(p, v) loads and converts the elements of kVectors vectors. Lane l of vector k is element
-// k * kWidth + l, or element l * kVectors + k if kInterleaved.
+// element(k, l) in memory.
 
 template <int n>
 struct Vectors {
   static constexpr int kVectors = n;
-  static constexpr bool kInterleaved = false;
   static constexpr bool kNaNIsNumber = false;
   template <class S>
   static bool is_nan(S) {  // for dtypes whose NaN becomes a number in load
     return false;
   }
+  // The elements of a group of n, which are as wide as one lane, are in the same lane.
+  static constexpr int element(int k, int l) { return l * n + k; }
 };
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the first of a group is in the low bits");
 
 template <class T_, class L>
 struct Native : L, Vectors<1> {  // dtypes that compilers convert
@@ -174,23 +173,36 @@ struct Native : L, Vectors<1> {  // dtypes that compilers convert
   }
 };
 
-template <class T_, class Lanes, class Unsigned>
-struct NarrowInteger : InFloat, Vectors<sizeof(float) / sizeof(T_)> {
+// Integers of 16 bits. Wide is Int32Lanes or UInt32Lanes.
+template <class T_, class Lanes, class Unsigned, class Wide>
+struct Integer16 : InFloat, Vectors<2> {
   using Storage = T_;
-  using Extremes = Integers<NarrowInteger, Lanes, Unsigned>;
-  static void load(const Storage* p, Vector (&v)[NarrowInteger::kVectors]) {
-#pragma GCC unroll 4
-    for (int k = 0; k < NarrowInteger::kVectors; ++k, p += kWidth) {
-      v[k] = __builtin_convertvector(extend(p), Vector);
-    }
+  using Extremes = Integers<Integer16, Lanes, Unsigned>;
+  static void load(const Storage* p, Vector (&v)[2]) {
+    const Wide pairs = load_as<Wide>(p);
+    v[0] = __builtin_convertvector((Int32Lanes)(pairs << 16 >> 16), Vector);
+    v[1] = __builtin_convertvector((Int32Lanes)(pairs >> 16), Vector);
   }
 };
 
-struct Bool : InFloat, Vectors<1> {
-  using Storage = uint8_t;
-  using Extremes = Converted<Bool>;
-  static void load(const Storage* p, Vector (&v)[1]) {
-    v[0] = __builtin_convertvector((extend(p) != 0) & 1, Vector);
+template <class T_, class Lanes>
+struct Integer32 : InDouble, Vectors<2> {
+  using Storage = T_;
+  using Extremes = Integers<Integer32, Lanes, UInt32Lanes>;
+  static constexpr int element(int k, int l) { return k * kWidth + l; }
+  static void load(const Storage* p, Vector (&v)[2]) {
+#pragma GCC unroll 2
+    for (int k = 0; k < 2; ++k) {
+#if defined(PARAMSTATS_LOAD_WORDS)
+      v[k] = (Vector)PARAMSTATS_LOAD_WORDS(p, k);
+#else
+      // Compilers convert unsigned integers in many instructions.
+      constexpr Storage kOffset = Extremes::kSigned ? 0 : Storage{1} << 31;
+      typedef int32_t Half __attribute__((vector_size(kVectorBytes / 2)));
+      v[k] = __builtin_convertvector(load_as<Half>(p + k * kWidth) ^ (int32_t)kOffset, Vector);
+      if (kOffset != 0) v[k] += kOffset;
+#endif
+    }
   }
 };
 
@@ -213,11 +225,8 @@ inline double value_of(typename T::Storage bits) {
 struct BFloat16 : InFloat, Vectors<2> {
   using Storage = uint16_t;
   using Extremes = SignMagnitude<BFloat16, UInt16Lanes, Int16Lanes>;
-  static constexpr bool kInterleaved = true;
-  static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the first element is the low half");
   static void load(const Storage* p, Vector (&v)[2]) {
-    UInt32Lanes pairs;
-    __builtin_memcpy(&pairs, p, sizeof(pairs));
+    const auto pairs = load_as<UInt32Lanes>(p);
     v[0] = as_float(pairs << 16);
     v[1] = as_float(pairs & 0xffff0000u);
   }
@@ -227,73 +236,94 @@ struct BFloat16 : InFloat, Vectors<2> {
 struct Float16 : InFloat, Vectors<2> {
   using Storage = uint16_t;
   using Extremes = SignMagnitude<Float16, UInt16Lanes, Int16Lanes>;
+#if defined(PARAMSTATS_LOAD_HALVES)
+  static constexpr int element(int k, int l) { return k * kWidth + l; }
   static void load(const Storage* p, Vector (&v)[2]) {
-    for (int k = 0; k < 2; ++k, p += kWidth) {
-#if defined(PARAMSTATS_LOAD_HALF)
-      v[k] = (Vector)PARAMSTATS_LOAD_HALF(p);
+#pragma GCC unroll 2
+    for (int k = 0; k < 2; ++k) {
+      v[k] = (Vector)PARAMSTATS_LOAD_HALVES(p, k);
+#if defined(__x86_64__)
       // Hides the conversion from clang 14, which would compare the halves with zero element by
       // element.
       __asm__("" : "+v"(v[k]));
-#else
-      const UInt32Lanes h = (UInt32Lanes)extend(p);
-      v[k] = widen((h & 0x8000u) << 16, (h & 0x7fffu) << 13, 0x1p112f,
-                   (UInt32Lanes)((h & 0x7c00u) == 0x7c00u));
 #endif
     }
   }
+#else
+  static void load(const Storage* p, Vector (&v)[2]) {
+    const auto pairs = load_as<UInt32Lanes>(p);
+#pragma GCC unroll 2
+    for (int k = 0; k < 2; ++k) {
+      const UInt32Lanes h = k == 0 ? pairs << 16 : pairs;  // in the upper half of each lane
+      v[k] = widen(h & 0x80000000u, h >> 3 & 0x0fffe000u, 0x1p112f,
+                   (UInt32Lanes)((h & 0x7c000000u) == 0x7c000000u));
+    }
+  }
+#endif
   static double value(Storage bits) { return value_of<Float16>(bits); }
 };
 
-#if defined(PARAMSTATS_BYTES_AS_HALVES)
-// Loads four vectors of bytes: T::half(h) converts bytes in 16-bit lanes to float16 bits. (T::half
-// is not a lambda, because GCC compiles lambdas for the base architecture.)
+#if defined(PARAMSTATS_LOAD_HALVES)
+// Loads four vectors of bytes that T::half(h) converts to float16. `h` has bytes in the upper half
+// of 16-bit lanes; its lower half is T's to clear. (T::half is not a lambda, because GCC compiles
+// lambdas for the base architecture.)
 template <class T>
 inline void load_bytes_as_halves(const uint8_t* p, FloatLanes (&v)[4]) {
+  const auto pairs = load_as<UInt16Lanes>(p);
 #pragma GCC unroll 2
-  for (int half = 0; half < 2; ++half, p += kVectorBytes / 2) {
-    const UInt16Lanes h = T::half((UInt16Lanes)PARAMSTATS_BYTES_AS_HALVES(p));
-    v[2 * half] = (FloatLanes)PARAMSTATS_LOW_HALVES(h);
-    v[2 * half + 1] = (FloatLanes)PARAMSTATS_HIGH_HALVES(h);
+  for (int k = 0; k < 2; ++k) {
+    const UInt16Lanes h = T::half(k == 0 ? pairs << 8 : pairs);
+    v[k] = (FloatLanes)PARAMSTATS_LOW_HALVES(h);
+    v[k + 2] = (FloatLanes)PARAMSTATS_HIGH_HALVES(h);
   }
 }
 #endif
 
-struct Float8E5M2 : InFloat, Vectors<4> {  // the upper half of a float16
+struct Float8 : InFloat, Vectors<4> {
   using Storage = uint8_t;
+#if defined(PARAMSTATS_LOAD_HALVES)
+  static constexpr int element(int k, int l) { return 2 * (k / 2 * kWidth + l) + k % 2; }
+#endif
+};
+
+struct Float8E5M2 : Float8 {  // the upper half of a float16
   using Extremes = SignMagnitude<Float8E5M2, UInt8Lanes, Int8Lanes>;
   static void load(const Storage* p, Vector (&v)[4]) {
-#if defined(PARAMSTATS_BYTES_AS_HALVES)
+#if defined(PARAMSTATS_LOAD_HALVES)
     load_bytes_as_halves<Float8E5M2>(p, v);
 #else
-    for (int k = 0; k < 4; ++k, p += kWidth) {
-      const UInt32Lanes h = (UInt32Lanes)extend(p);
-      v[k] = widen((h & 0x80u) << 24, (h & 0x7fu) << 21, 0x1p112f,
-                   (UInt32Lanes)((h & 0x7cu) == 0x7cu));
+    const auto words = load_as<UInt32Lanes>(p);
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) {
+      const UInt32Lanes h = words << (24 - 8 * k);
+      v[k] = widen(h & 0x80000000u, h >> 3 & 0x0fe00000u, 0x1p112f,
+                   (UInt32Lanes)((h & 0x7c000000u) == 0x7c000000u));
     }
 #endif
   }
-  static UInt16Lanes half(UInt16Lanes h) { return h << 8; }
+  static UInt16Lanes half(UInt16Lanes h) { return h & 0xff00; }
   static double value(Storage bits) { return value_of<Float8E5M2>(bits); }
 };
 
 // Has no infinity. Its NaN (all ones) is loaded as 480: see kNaNIsNumber.
-struct Float8E4M3FN : InFloat, Vectors<4> {
-  using Storage = uint8_t;
+struct Float8E4M3FN : Float8 {
   using Extremes = SignMagnitude<Float8E4M3FN, UInt8Lanes, Int8Lanes>;
   static constexpr bool kNaNIsNumber = true;
   static bool is_nan(Storage bits) { return (bits & 0x7f) == 0x7f; }
   static void load(const Storage* p, Vector (&v)[4]) {
-#if defined(PARAMSTATS_BYTES_AS_HALVES)
+#if defined(PARAMSTATS_LOAD_HALVES)
     // Its exponent has one bit less than that of float16.
     load_bytes_as_halves<Float8E4M3FN>(p, v);
     for (auto& lanes : v) lanes *= 256.0f;
 #else
-    for (int k = 0; k < 4; ++k, p += kWidth) {
-      const UInt32Lanes h = (UInt32Lanes)extend(p);
-      v[k] = widen((h & 0x80u) << 24, (h & 0x7fu) << 20, 0x1p120f, UInt32Lanes{});
+    const auto words = load_as<UInt32Lanes>(p);
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) {
+      const UInt32Lanes h = words << (24 - 8 * k);
+      v[k] = widen(h & 0x80000000u, h >> 4 & 0x07f00000u, 0x1p120f, UInt32Lanes{});
     }
 #endif
   }
-  static UInt16Lanes half(UInt16Lanes h) { return (h << 8 & 0x8000) | (h << 7 & 0x3f80); }
+  static UInt16Lanes half(UInt16Lanes h) { return (UInt16Lanes)((Int16Lanes)h >> 1) & 0xbf80; }
   static double value(Storage bits) { return value_of<Float8E4M3FN>(bits); }
 };

@@ -99,7 +99,7 @@ class Backend:
     cuda: str
     """The backend for CUDA tensors: "native" or "reference"."""
     simd: str | None
-    """The SIMD instructions of the native kernels: "avx512", "avx2" or "plain"."""
+    """The SIMD instructions of the native kernels: "avx512", "avx2", "neon" or "plain"."""
     threads: int
     """The number of torch's threads, which read a large model together."""
     missing: str | None

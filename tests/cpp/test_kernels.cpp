@@ -70,6 +70,31 @@ void the_oracle_decodes_known_patterns() {
   CHECK(decode(DType::kUInt64, ~uint64_t{0}), 0x1p64);
 }
 
+// Sums of bytes have no rounding, also where every narrow lane has its largest sum.
+void sums_of_bytes_are_exact() {
+  for (DType dtype : {DType::kInt8, DType::kUInt8, DType::kBool}) {
+    const int lowest = dtype == DType::kInt8 ? -128 : 0;
+    const int highest = dtype == DType::kInt8 ? 127 : dtype == DType::kUInt8 ? 255 : 1;
+    for (int64_t n : {int64_t{1}, int64_t{63}, kChunk - 1, kChunk}) {
+      for (int64_t ones : {int64_t{0}, n / 2, n}) {  // elements that are `highest`
+        Tensor t(dtype, n);
+        t.fill([=](int64_t i) { return i < ones ? highest : lowest; });
+        const double k = static_cast<double>(ones), range = highest - lowest;
+        for (const Kernels* kernels : available_kernels()) {
+          check::at(std::string(kernels->name) + " " + name_of(dtype) + " " + std::to_string(n));
+          const Moments state = kernels->chunk[static_cast<int>(dtype)](t.data(), n);
+          CHECK(state.count, n);
+          CHECK(state.mean, (n * lowest + k * range) / n);
+          CHECK(state.m2, range * range * k * (n - k) / n);
+          CHECK(state.zeros, (lowest == 0 ? n - ones : 0));
+          CHECK(state.min, (ones == n ? highest : lowest));
+          CHECK(state.max, (ones == 0 ? lowest : highest));
+        }
+      }
+    }
+  }
+}
+
 // ---- strides and addresses -----------------------------------------------------------------
 
 void strided_views() {
@@ -271,6 +296,7 @@ int main() {
   RUN(levels_are_distinct_and_end_with_plain);
   RUN(the_oracle_decodes_known_patterns);
   run_cases<1>();
+  RUN(sums_of_bytes_are_exact);
   RUN(strided_views);
   RUN(unaligned_addresses);
   RUN(results_do_not_depend_on_the_pool_or_the_other_tensors);
