@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import platform
+import re
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -69,6 +72,21 @@ def test_the_simd_level_can_be_forced(simd_level, unchosen, monkeypatch):
     monkeypatch.setenv("PARAMSTATS_SIMD", "mmx")
     with pytest.raises(ValueError, match=r"expected PARAMSTATS_SIMD to be one of .*got 'mmx'"):
         paramstats.backend()
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="other CPUs have one level only")
+def test_the_simd_levels_are_those_of_the_cpu(native):
+    info = Path("/proc/cpuinfo")
+    if not info.exists():
+        pytest.skip("this system has no /proc/cpuinfo")
+    flags = set(re.search(r"^flags\s*: (.*)$", info.read_text(), re.MULTILINE)[1].split())
+    needed = {
+        "avx512": {"avx512f", "avx512dq", "avx512bw", "avx512vl", "avx2", "fma", "f16c"},
+        "avx2": {"avx2", "fma", "f16c"},
+        "plain": set(),
+    }
+    expected = [level for level, instructions in needed.items() if instructions <= flags]
+    assert native.native.simd_levels() == expected
 
 
 @pytest.mark.parametrize(

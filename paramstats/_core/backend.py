@@ -24,13 +24,13 @@ _PACKAGE = Path(__file__).parent.parent
 _BACKEND_VARIABLE = "PARAMSTATS_BACKEND"
 _SIMD_VARIABLE = "PARAMSTATS_SIMD"
 _REBUILD = (
-    "pip install --force-reinstall --no-deps . in a checkout of paramstats, with a C++ compiler, "
-    "in an environment that has torch (with uv, add --no-build-isolation)"
+    "install a wheel of paramstats for this Python, or run pip install --force-reinstall "
+    "--no-deps . in a checkout, with a C++ compiler"
 )
 if (_PACKAGE.parent / "setup.py").exists():
     _REBUILD = (
         "this is the source checkout, not the installed package; work in another folder, or "
-        "run pip install --editable . here, in an environment that has torch"
+        "run pip install --editable . here"
     )
 
 
