@@ -22,18 +22,20 @@ namespace paramstats::torch_abi {
 // The address of a c10::TensorImpl.
 using Impl = const void*;
 
-#define PARAMSTATS_SHIM(X)                                                                     \
-  X(aoti_torch_get_sizes)                                                                      \
-  X(aoti_torch_get_strides)                                                                    \
-  X(aoti_torch_get_dim)                                                                        \
-  X(aoti_torch_get_numel)                                                                      \
-  X(aoti_torch_get_dtype)                                                                      \
-  X(aoti_torch_get_device_type)                                                                \
-  X(aoti_torch_get_device_index)                                                               \
-  X(aoti_torch_get_storage_offset)                                                             \
-  X(aoti_torch_get_storage_size) X(torch_get_const_data_ptr) X(aoti_torch__reinterpret_tensor) \
-      X(aoti_torch_new_tensor_handle) X(aoti_torch_delete_tensor_object) X(torch_parallel_for) \
-          X(torch_get_num_threads)
+#define PARAMSTATS_SHIM(X)          \
+  X(aoti_torch_get_sizes)           \
+  X(aoti_torch_get_strides)         \
+  X(aoti_torch_get_dim)             \
+  X(aoti_torch_get_numel)           \
+  X(aoti_torch_get_dtype)           \
+  X(aoti_torch_get_device_type)     \
+  X(aoti_torch_get_device_index)    \
+  X(aoti_torch_get_storage_offset)  \
+  X(aoti_torch_get_storage_size)    \
+  X(torch_get_const_data_ptr)       \
+  X(aoti_torch__reinterpret_tensor) \
+  X(aoti_torch_new_tensor_handle)   \
+  X(aoti_torch_delete_tensor_object) X(torch_parallel_for) X(torch_get_num_threads)
 
 #define PARAMSTATS_CXX(X)                                                       \
   X(grad, const Impl* (*)(Impl), "_ZNK3c1010TensorImpl4gradEv")                 \
