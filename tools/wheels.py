@@ -17,6 +17,7 @@ import argparse
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -81,9 +82,12 @@ def install(python: str, archive: Path, folder: Path, **variables: str) -> None:
 
 def portable_compiler() -> str:
     """Writes a C++ compiler that compiles for glibc 2.17, and returns its path."""
+    import ziglang
+
     path = ROOT / "build/zig-c++"
+    zig = Path(ziglang.__file__).parent / "zig"  # pip hides the package from builds
     target = f"{platform.machine()}-linux-gnu.2.17"
-    path.write_text(f'#!/bin/sh\nexec {sys.executable} -m ziglang c++ -target {target} "$@"\n')
+    path.write_text(f'#!/bin/sh\nexec {shlex.quote(str(zig))} c++ -target {target} "$@"\n')
     path.chmod(0o755)
     return str(path)
 
