@@ -13,12 +13,14 @@ import subprocess
 import sys
 import venv
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from tests.conftest import run_python
+from tools import wheels
 
 ROOT = Path(__file__).parent.parent
 STUB = """
@@ -156,3 +158,11 @@ def test_the_native_backend_can_be_left_out(checkout):
 def test_a_strict_build_fails_without_the_native_backend(checkout):
     result = run_setup(checkout, "build", PARAMSTATS_STRICT_BUILD="1", CXX="false")
     assert result.returncode != 0 and "PARAMSTATS_STRICT_BUILD is set" in result.stderr
+
+
+def test_the_compiler_of_wheels_needs_no_earlier_build(tmp_path, monkeypatch):
+    """A new checkout has no folder build."""
+    monkeypatch.setattr(wheels, "ROOT", tmp_path)
+    monkeypatch.setitem(sys.modules, "ziglang", SimpleNamespace(__file__="/bin/__init__.py"))
+    compiler = Path(wheels.portable_compiler())
+    assert compiler.is_relative_to(tmp_path) and os.access(compiler, os.X_OK)

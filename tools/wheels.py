@@ -85,6 +85,7 @@ def portable_compiler() -> str:
     import ziglang
 
     path = ROOT / "build/zig-c++"
+    path.parent.mkdir(exist_ok=True)
     zig = Path(ziglang.__file__).parent / "zig"  # pip hides the package from builds
     target = f"{platform.machine()}-linux-gnu.2.17"
     path.write_text(f'#!/bin/sh\nexec {shlex.quote(str(zig))} c++ -target {target} "$@"\n')
