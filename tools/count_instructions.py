@@ -13,6 +13,7 @@ counts on arm64, where the cross compiler and the emulator are installed.
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import subprocess
@@ -136,17 +137,21 @@ def per_element(case: tuple[str, str, str, str]) -> float | None:
 
 
 def main() -> int:
+    machines = sorted({machine for machine, _, _ in EXPECTED})
+    parser = argparse.ArgumentParser(prog="tools/count_instructions.py")
+    parser.add_argument("machine", choices=machines)
+    machine = parser.parse_args().machine
     cases = {
         (*key, dtype): expected
         for key, counts in EXPECTED.items()
         for dtype, expected in zip(DTYPES, counts, strict=True)
-        if key[0] in sys.argv[1:]
+        if key[0] == machine
     }
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         counts = dict(zip(cases, pool.map(per_element, cases), strict=True))
     failed = False
     for case, count in counts.items():
-        machine, level, mean, dtype = case
+        _, level, mean, dtype = case
         if count is None:
             print(f"{machine} {level} is not supported by this processor")
             continue
