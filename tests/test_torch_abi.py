@@ -455,6 +455,13 @@ def test_a_thread_that_does_not_start_is_a_reason(patch, falls_back):
     falls_back(r"the thread .* could not be started \(can't start new thread\)")
 
 
+def test_a_thread_that_fails_is_a_reason(patch, falls_back):
+    """E.g. the trace function of a debugger raises an exception."""
+    patch.setattr(threading, "excepthook", lambda error: None)
+    patch.setattr(threading.Thread, "run", lambda self: 1 / 0)
+    falls_back("^the thread that compares it with torch has failed")
+
+
 @pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt, MemoryError])
 def test_any_exception_while_connecting_is_a_reason(patch, falls_back, error):
     def fail(*_: object) -> None:

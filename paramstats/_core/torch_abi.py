@@ -54,16 +54,17 @@ def connect(native: Any) -> str | None:
     Returns:
         None, or why the module must not be used with this torch.
     """
-    outcome: list[str | None] = []
+    outcome: str | None = "the thread that compares it with torch has failed"
 
     def run() -> None:
+        nonlocal outcome
         try:
             _connect(native)
-            outcome.append(None)
+            outcome = None
         except UnsupportedTorchError as difference:
-            outcome.append(str(difference))
+            outcome = str(difference)
         except BaseException as error:  # e.g. a private name of torch is missing or has changed
-            outcome.append(" ".join(f"{type(error).__name__}: {error}".split()))  # in one line
+            outcome = " ".join(f"{type(error).__name__}: {error}".split())  # in one line
 
     thread = threading.Thread(target=run, daemon=True)
     try:
@@ -71,7 +72,7 @@ def connect(native: Any) -> str | None:
     except RuntimeError as error:
         return f"the thread that compares it with torch could not be started ({error})"
     thread.join()
-    return outcome[0]
+    return outcome
 
 
 def _connect(native: Any) -> None:
