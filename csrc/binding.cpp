@@ -150,9 +150,8 @@ bool may_be_lazy(PyObject* object, Impl t) {
 
 Impl unpack(PyObject* object) {
   if (!torch_abi::is_tensor(object)) {
-    throw py::type_error(
-        std::string("paramstats._native.read: expected a list of tensors, got an ") +
-        Py_TYPE(object)->tp_name + " in it");
+    throw py::type_error(std::string("paramstats._native.read: expected a list of tensors, got ") +
+                         Py_TYPE(object)->tp_name + " in it");
   }
   return torch_abi::impl_of(object);
 }

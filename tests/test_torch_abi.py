@@ -455,6 +455,13 @@ def test_a_thread_that_does_not_start_is_a_reason(patch, falls_back):
     falls_back(r"the thread .* could not be started \(can't start new thread\)")
 
 
+def test_a_thread_that_fails_is_a_reason(patch, falls_back):
+    """E.g. the trace function of a debugger raises an exception."""
+    patch.setattr(threading, "excepthook", lambda error: None)
+    patch.setattr(threading.Thread, "run", lambda self: 1 / 0)
+    falls_back("^the thread that compares it with torch has failed")
+
+
 @pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt, MemoryError])
 def test_any_exception_while_connecting_is_a_reason(patch, falls_back, error):
     def fail(*_: object) -> None:
@@ -484,6 +491,37 @@ print(paramstats.backend().cpu)
 """
     result = run_python("-c", code)
     assert result.stdout.split() == ["interrupted", "native"], result.stderr
+
+
+def test_a_plugin_of_torch_can_import(native, tmp_path):
+    """torch loads it before its own import has ended: another thread cannot import torch then."""
+    info = tmp_path / "plugin-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: plugin\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[torch.backends]\nplugin = plugin:load\n")
+    (tmp_path / "plugin.py").write_text(
+        "def load():\n    import paramstats\n    print(paramstats.backend().cpu)\n"
+    )
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    result = run_python("-c", "import torch", PYTHONPATH=path)
+    assert (result.stdout, result.stderr) == ("native\n", "")
+
+
+def test_the_thread_that_connects_imports_nothing(native):
+    """It would wait forever for a module that the importing thread is importing."""
+    code = """
+import builtins, threading, torch
+original, imported = builtins.__import__, []
+def record(name, *args, **kwargs):
+    if threading.current_thread() is not threading.main_thread():
+        imported.append(name)
+    return original(name, *args, **kwargs)
+builtins.__import__ = record
+import paramstats
+print(paramstats.backend().cpu, imported)
+"""
+    result = run_python("-c", code)
+    assert result.stdout == "native []\n", result.stderr
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")

@@ -45,7 +45,8 @@ def connect(native: Any) -> str | None:
     """Connect the native module to torch.
 
     The tensors for the comparison are made in a new thread: modes of the calling thread, such as
-    torch.inference_mode or a default device, would change them.
+    torch.inference_mode or a default device, would change them. Nothing in that thread may import
+    a module: it would wait forever if paramstats is imported while torch is (by a plugin of torch).
 
     Args:
         native: the module `paramstats._native`.
@@ -53,16 +54,17 @@ def connect(native: Any) -> str | None:
     Returns:
         None, or why the module must not be used with this torch.
     """
-    outcome: list[str | None] = []
+    outcome: str | None = "the thread that compares it with torch has failed"
 
     def run() -> None:
+        nonlocal outcome
         try:
             _connect(native)
-            outcome.append(None)
+            outcome = None
         except UnsupportedTorchError as difference:
-            outcome.append(str(difference))
+            outcome = str(difference)
         except BaseException as error:  # e.g. a private name of torch is missing or has changed
-            outcome.append(" ".join(f"{type(error).__name__}: {error}".split()))  # in one line
+            outcome = " ".join(f"{type(error).__name__}: {error}".split())  # in one line
 
     thread = threading.Thread(target=run, daemon=True)
     try:
@@ -70,7 +72,7 @@ def connect(native: Any) -> str | None:
     except RuntimeError as error:
         return f"the thread that compares it with torch could not be started ({error})"
     thread.join()
-    return outcome[0]
+    return outcome
 
 
 def _connect(native: Any) -> None:
@@ -227,8 +229,9 @@ def _check_official_conversion(library: ctypes.PyDLL, probes: list[Tensor]) -> N
 
 
 def _tensors_with_gradients() -> list[Tensor]:
-    leaf = nn.Parameter(torch.tensor([3.0, -4.0], dtype=torch.float32, device="cpu"))
-    leaf.grad = torch.tensor([5.0, 12.0], dtype=torch.float32, device="cpu")
+    # Not by torch.tensor, which imports torch; see `connect`.
+    leaf = nn.Parameter(torch.arange(2, 4, dtype=torch.float32, device="cpu"))
+    leaf.grad = torch.arange(11, 13, dtype=torch.float32, device="cpu")
     retained = leaf.mul(2)
     retained.retain_grad()
     return [leaf, retained, leaf.mul(3)]
