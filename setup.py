@@ -224,10 +224,13 @@ def extensions(record):
                 for path in paths:  # remove an earlier build, perhaps for another torch
                     path.unlink(missing_ok=True)
                 error = "the compiler made no library"
+                compiler_path, *_ = shlex.split(os.environ.get("CXX", "c++")) or [""]
                 try:
                     super().run()
                 except (Exception, SystemExit) as e:
                     error = first_line(e)
+                if shutil.which(compiler_path) is None:
+                    error = f"no C++ compiler {compiler_path!r}: install g++ or clang, or set CXX"
                 if any(path.exists() for path in paths):
                     record.values[backend] = True
                     built.append(extension)

@@ -23,15 +23,16 @@ from paramstats._version import __version__
 _PACKAGE = Path(__file__).parent.parent
 _BACKEND_VARIABLE = "PARAMSTATS_BACKEND"
 _SIMD_VARIABLE = "PARAMSTATS_SIMD"
-_REBUILD = (
-    "install a wheel of paramstats for this Python, or run pip install --force-reinstall "
-    "--no-deps . in a checkout, with a C++ compiler"
-)
+_FROM_SOURCE = "run pip install --force-reinstall --no-deps . in a checkout"
 if (_PACKAGE.parent / "setup.py").exists():
-    _REBUILD = (
-        "this is the source checkout, not the installed package; work in another folder, or "
-        "run pip install --editable . here"
+    _FROM_SOURCE = (
+        "run pip install --editable . here (this is the source checkout; an installed package is "
+        "imported in other folders)"
     )
+_REBUILD = (
+    f"{_FROM_SOURCE}, with a C++ compiler, or pip install --force-reinstall --no-deps with a wheel "
+    f"of paramstats for Python {platform.python_version()}"
+)
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ class Backend:
     """The version of paramstats."""
 
     def __str__(self) -> str:
-        simd = f", {self.simd} kernels" if self.simd else ""
+        simd = f", {self.simd} kernels" if self.simd else " (torch operators)"
         cuda = "reference (torch operators on the device, one transfer)"
         if self.cuda == "native":
             cuda = f"native, compiled for {self.cuda_architectures}"
@@ -268,7 +269,9 @@ def _load_native() -> tuple[Any, str | None]:
     try:
         native = importlib.import_module("paramstats._native")
     except ImportError as error:
-        return None, f"the native backend does not load ({error}). To rebuild it: {_REBUILD}"
+        if isinstance(error, ModuleNotFoundError):
+            error = ImportError("it was compiled for another version of Python")
+        return None, f"the native backend does not load ({error}). To get it: {_REBUILD}"
     difference = torch_abi.connect(native)
     if difference:
         return None, (
@@ -283,12 +286,12 @@ def _load_cuda(native: Any) -> tuple[CudaBackend | None, str | None]:
     record = _record()
     if not record.get("cuda"):
         reason = record.get("cuda_reason") or "it was never built"
-        remedy = "" if torch.version.cuda is None else f". To get it, with nvcc: {_REBUILD}"
+        remedy = "" if torch.version.cuda is None else f". To get it, with nvcc: {_FROM_SOURCE}"
         return None, f"the CUDA backend is not installed: {reason}{remedy}"
     try:
         return CudaBackend(native, importlib.import_module("paramstats._cuda")), None
     except ImportError as error:
-        return None, f"the CUDA backend does not load ({error}). To rebuild it: {_REBUILD}"
+        return None, f"the CUDA backend does not load ({error}). To get it: {_FROM_SOURCE}"
 
 
 def _set_simd_level(native: Any) -> None:
