@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ from paramstats._core import backend as backends
 from paramstats._core import reading
 
 os.environ.pop("COLUMNS", None)  # pytest-xdist sets it, and tables would be fitted to it
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs start with it ignored
 settings.register_profile("default", deadline=None, derandomize=True)  # CI is repeatable
 settings.register_profile("explore", deadline=None, max_examples=2000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
