@@ -37,10 +37,10 @@ using torch_abi::Owned;
 
 // The GIL is released during a read if that costs little and helps others. While it is released,
 // another thread may drop a gradient or replace the data of a tensor, so that the storage of each
-// tensor must be kept alive, which takes about 80 ns. Reads shorter than 3 ms keep the GIL: Python
+// tensor must be kept alive, which takes about 250 ns. Reads shorter than 3 ms keep the GIL: Python
 // itself lets a thread run for 5 ms before it asks for the GIL.
 constexpr int64_t kBytesToRelease = 32 << 20;
-constexpr int64_t kBytesToReleasePerTensor = 16 << 10;  // the cost is less than 5 % of the read
+constexpr int64_t kBytesToReleasePerTensor = 64 << 10;  // the cost is less than 8 % of the read
 
 // The tensors of one call that are on one CUDA device. paramstats/_core/cuda.py starts the read.
 struct CudaGroup {

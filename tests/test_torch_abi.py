@@ -848,7 +848,7 @@ SMALL_READS = {
 }
 LARGE_READS = {
     "33 MiB": lambda: [torch.ones(33 * MIB // 4)],
-    "2,200 tensors of 16 KiB": lambda: list(torch.ones(2200, (16 << 10) // 4 + 1)),
+    "600 tensors of 64 KiB": lambda: list(torch.ones(600, (64 << 10) // 4 + 1)),
 }
 
 
