@@ -1,6 +1,7 @@
-// The functions and the memory layout of torch that this module uses. Nothing of torch is linked,
-// so one binary runs with every torch >= 2.10: paramstats/_core/torch_abi.py finds all of it in the
-// torch that is running, compares it with what torch reports in Python, and calls `connect`.
+// The functions and the memory layout of torch that this module uses. The module is not linked to
+// torch, so one binary runs with every torch >= 2.10: paramstats/_core/torch_abi.py finds these
+// functions in the torch that is running, compares their results with torch in Python, and calls
+// `connect`.
 //
 // - The functions of torch's stable C interface (shim.h), which torch promises to keep.
 // - Five exported C++ functions whose arguments and results are pointers and bool.

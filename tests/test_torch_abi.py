@@ -30,6 +30,7 @@ from paramstats._core import backend as backends
 from paramstats._core import torch_abi
 from tests import oracle
 from tests.conftest import run_python
+from tools.fuzz.kinds import WithDispatch, WithFunction
 
 Fallback = Callable[[str], None]
 
@@ -579,30 +580,6 @@ def test_metadata_is_that_of_torch(native, name):
 
 
 # ---- tensors of other kinds ---------------------------------------------------------------------
-
-
-class WithDispatch(torch.Tensor):
-    """A subclass whose operators are Python code, with plain elements inside."""
-
-    @staticmethod
-    def __new__(cls, inner: torch.Tensor) -> WithDispatch:
-        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
-
-    def __init__(self, inner: torch.Tensor) -> None:
-        self.inner = inner
-
-    @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        unwrap = [a.inner if isinstance(a, cls) else a for a in args]
-        return func(*unwrap, **(kwargs or {}))
-
-
-class WithFunction(torch.Tensor):
-    """A subclass that must not be asked while the module reads tensors."""
-
-    @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
-        return super().__torch_function__(func, types, args, kwargs)
 
 
 def symbolic() -> torch.Tensor:
