@@ -1,0 +1,179 @@
+// Reads tensors into a table.
+#include "read.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "cpu/engine.h"
+#include "moments.h"
+#include "tensor_view.h"
+#include "thread_pool.h"
+
+namespace py = pybind11;
+
+namespace paramstats {
+namespace {
+
+using torch_abi::api;
+using torch_abi::Impl;
+using torch_abi::Owned;
+
+const cpu::Kernels* kernels = cpu::available_kernels().front();
+
+// The GIL is released during a read if that costs little and helps others. While it is released,
+// another thread may drop a gradient or replace the data of a tensor, so that the storage of each
+// tensor must be kept alive, which takes about 250 ns. Reads shorter than 3 ms keep the GIL: Python
+// itself lets a thread run for 5 ms before it asks for the GIL.
+constexpr int64_t kBytesToRelease = 32 << 20;
+constexpr int64_t kBytesToReleasePerTensor = 64 << 10;  // the cost is less than 8 % of the read
+
+// What one call reads, and where it writes the results. Until `run` has returned, no Python code
+// may run that could free the memory of a view.
+struct Work {
+  std::vector<cpu::TensorView> views;
+  std::vector<Moments*> out;
+  std::vector<Impl> tensors;
+  bool with_cuda;
+  std::vector<CudaGroup> on_cuda;
+  std::vector<std::pair<size_t, Owned>> deferred_rows;  // rows for Python, and their tensors
+
+  Work(size_t rows, bool cuda) : with_cuda(cuda) {
+    views.reserve(rows);
+    out.reserve(rows);
+    tensors.reserve(rows);
+  }
+
+  void add(Impl t, Moments* table, size_t row) {
+    if (torch_abi::is_plain_cpu(t)) {
+      if (const auto view = native_view(t)) {
+        views.push_back(*view);
+        out.push_back(table + row);
+        tensors.push_back(t);
+        return;
+      }
+    } else if (with_cuda && torch_abi::is_plain_cuda(t)) {
+      if (const auto view = native_cuda_view(t)) {
+        table[row] = view->numel == 0 ? Moments() : unread(view->numel);
+        if (view->numel != 0) add_cuda(t, *view, row);
+        return;
+      }
+    }
+    defer(t, table, row);
+  }
+
+  void add_cuda(Impl t, const cuda::TensorView& view, size_t row) {
+    int32_t device = 0;
+    api.aoti_torch_get_device_index(torch_abi::handle(t), &device);
+    auto group = std::find_if(on_cuda.begin(), on_cuda.end(),
+                              [device](const CudaGroup& g) { return g.device == device; });
+    if (group == on_cuda.end()) group = on_cuda.emplace(group, device);
+    group->views.push_back(view);
+    group->rows.push_back(static_cast<int64_t>(row));
+    group->tensors.push_back(Owned::alias_of(t));
+  }
+
+  // Leaves a row to Python, which reads any kind of tensor.
+  void defer(Impl t, Moments* table, size_t row) {
+    table[row] = unread(0);
+    deferred_rows.emplace_back(row, Owned::reference_to(t));
+  }
+
+  void run() {
+    const int64_t bytes = cpu::total_bytes(views);
+    if (bytes < cpu::kSerialBytes) return cpu::summarize(views, out, *kernels, nullptr);
+    const auto n = static_cast<int64_t>(views.size());
+    if (bytes < std::max(kBytesToRelease, n * kBytesToReleasePerTensor)) {
+      return cpu::summarize(views, out, *kernels, torch_pool);
+    }
+    std::vector<Owned> kept;
+    kept.reserve(tensors.size());
+    for (Impl t : tensors) kept.push_back(Owned::alias_of(t));
+    cpu::summarize(views, out, *kernels, [](int64_t tasks, cpu::Task task, void* context) {
+      const py::gil_scoped_release release;
+      torch_pool(tasks, task, context);
+    });
+  }
+
+  // Empty tuples, the usual result here and for groups, are shared and take no memory.
+  py::tuple deferred_for_python() const {
+    py::tuple rows(deferred_rows.size());
+    for (size_t i = 0; i < rows.size(); ++i) {
+      rows[i] = py::make_tuple(deferred_rows[i].first, deferred_rows[i].second.object());
+    }
+    return rows;
+  }
+};
+
+// Whether a tensor may be a lazy parameter: an instance of a subclass without elements. (numel is
+// read only of plain tensors: other classes may compute it with Python code.)
+bool may_be_lazy(PyObject* object, Impl t) {
+  return !torch_abi::is_exact_tensor(object) && torch_abi::is_plain(t) && torch_abi::numel(t) == 0;
+}
+
+Impl unpack(PyObject* object) {
+  if (!torch_abi::is_tensor(object)) {
+    throw py::type_error(std::string("paramstats._native.read: expected a list of tensors, got ") +
+                         Py_TYPE(object)->tp_name + " in it");
+  }
+  return torch_abi::impl_of(object);
+}
+
+// tensor.grad if torch would return it without a warning, else null.
+Impl gradient_of(Impl t) {
+  const Impl grad = *api.grad(t);
+  if (grad == api.undefined) return nullptr;
+  return api.is_leaf(&t) || api.retains_grad(&t) ? grad : nullptr;
+}
+
+}  // namespace
+
+py::tuple read(const py::list& tensors, bool params, bool grads, bool cuda) {
+  const size_t n = tensors.size();
+  auto rows = py::reinterpret_steal<py::bytes>(
+      PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(2 * n * sizeof(Moments))));
+  if (!rows) throw py::error_already_set();
+  auto* table = reinterpret_cast<Moments*>(PyBytes_AS_STRING(rows.ptr()));
+
+  Work work(2 * n, cuda);
+  for (size_t i = 0; i < n; ++i) {
+    PyObject* object = PyList_GET_ITEM(tensors.ptr(), static_cast<Py_ssize_t>(i));
+    const Impl t = unpack(object);
+    if (params && !may_be_lazy(object, t)) {
+      work.add(t, table, i);
+    } else if (!params && torch_abi::is_plain(t)) {
+      table[i] = unread(torch_abi::numel(t));
+    } else {
+      work.defer(t, table, i);
+    }
+    if (const Impl grad = grads ? gradient_of(t) : nullptr) {
+      work.add(grad, table, n + i);
+    } else {
+      table[n + i] = unread(kAbsent);
+    }
+  }
+  work.run();
+  py::tuple groups(work.on_cuda.size());
+  for (size_t i = 0; i < groups.size(); ++i) groups[i] = py::cast(std::move(work.on_cuda[i]));
+  return py::make_tuple(std::move(rows), work.deferred_for_python(), std::move(groups));
+}
+
+std::vector<std::string> simd_levels() {
+  std::vector<std::string> names;
+  for (const cpu::Kernels* k : cpu::available_kernels()) names.emplace_back(k->name);
+  return names;
+}
+
+std::string simd_level() { return kernels->name; }
+
+void set_simd_level(const std::string& name) {
+  for (const cpu::Kernels* k : cpu::available_kernels()) {
+    if (name == k->name) {
+      kernels = k;
+      return;
+    }
+  }
+  throw py::value_error("paramstats._native.set_simd_level: expected one of simd_levels(), got '" +
+                        name + "'");
+}
+
+}  // namespace paramstats
