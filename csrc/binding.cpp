@@ -19,6 +19,7 @@ namespace {
 void connect(const py::dict& found) {
   torch_abi::connect(found);
   set_module_class(found["module"]);
+  set_statistics_class(found["statistics"]);
 }
 
 template <class T>
@@ -61,8 +62,9 @@ PYBIND11_MODULE(_native, m) {
   m.def("alias", &paramstats::torch_abi::alias, "tensor"_a);
   m.def("read", &paramstats::read, "tensors"_a, "params"_a, "grads"_a, "cuda"_a = false);
   m.def("merge_rows", &paramstats::merge_rows, "table"_a, "begin"_a, "end"_a);
-  m.def("scalars", &paramstats::scalars, "table"_a, "keys"_a, "columns"_a, "correction"_a,
-        "grad_scale"_a);
+  m.def("scalars", &paramstats::scalars, "table"_a, "total"_a, "keys"_a, "columns"_a,
+        "correction"_a, "grad_scale"_a);
+  m.def("finalize_row", &paramstats::finalize_row, "table"_a, "index"_a, "correction"_a, "scale"_a);
   m.def("finalize_table", &paramstats::finalize_table, "table"_a, "correction"_a, "grad_scale"_a);
   m.def("threads", &paramstats::torch_threads);
   m.def("simd_levels", &paramstats::simd_levels);

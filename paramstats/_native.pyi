@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from paramstats._core.moments import Statistics
+
 BLOCK: int
 """Elements that a CPU kernel sums before it converts the sums to a state."""
 CHUNK: int
@@ -81,18 +83,26 @@ def read(
     """
 
 def merge_rows(table: bytes, begin: int, end: int) -> bytes:
-    """Merge rows [begin, end) to one row, without absent and unread rows.
+    """Return a table of one tensor: the tensors [begin, end) merged, and their gradients merged.
 
-    If no row was read, the result is unread.
+    Absent and unread rows do not count. The row is unread if none was read, and absent if all are.
     """
 
 def scalars(
-    table: bytes, keys: list[str], columns: list[int], correction: float, grad_scale: float
+    table: bytes,
+    total: bytes,
+    keys: dict[str, None],
+    columns: bytes,
+    correction: float,
+    grad_scale: float,
 ) -> dict[str, float]:
-    """Return `{key: statistic}` without absent and unread rows.
+    """Return `{key: statistic}` of the rows of two tables, without absent and unread rows.
 
     `keys` contains, row by row, one key per entry of `columns` (positions in `Statistics`).
     """
+
+def finalize_row(table: bytes, index: int, correction: float, scale: float) -> Statistics:
+    """Return the statistics of a row, divided by `scale`, in the order of `Statistics`."""
 
 def finalize_table(table: bytes, correction: float, grad_scale: float) -> bytes:
     """Return the statistics of every row as float64, in the order of `Statistics`.

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 
 from paramstats._core import moments
+from paramstats._core.backend import active
 from paramstats._core.format import dtype_name, number, one_line_name, percent, shape
-from paramstats._core.moments import ABSENT, ROW, Moments, Statistics
+from paramstats._core.moments import ROW, Moments, Statistics
 from paramstats._core.options import STATS, did_you_mean
 from paramstats._core.record import Record
 
@@ -29,37 +30,37 @@ class TensorStats:
     computed from absolute values. Statistics of a tensor that was not read are NaN.
     """
 
-    __slots__ = ("_correction", "_scale", "_state", "_statistics")
+    __slots__ = ("_correction", "_index", "_scale", "_statistics", "_table")
 
-    def __init__(
-        self,
-        state: Moments,
-        correction: float,
-        scale: float = 1.0,
-        statistics: Statistics | None = None,
-    ) -> None:
-        self._state = state
+    def __init__(self, table: bytes, index: int, correction: float, scale: float) -> None:
+        self._table = table
+        self._index = index  # the row of this tensor
         self._correction = correction
-        self._scale = scale  # of the elements in `state`; statistics are divided by it
-        self._statistics = statistics
+        self._scale = scale  # of the elements in the row; statistics are divided by it
+        self._statistics: Statistics | None = None
 
     def statistics(self) -> Statistics:
         """Return all statistics as a named tuple of floats."""
         if self._statistics is None:
-            self._statistics = moments.finalize(self._state, self._correction, self._scale)
+            self._statistics = active().finalize_row(
+                self._table, self._index, self._correction, self._scale
+            )
         return self._statistics
 
     def state(self) -> Moments:
         """Return the counts and moments that the statistics are computed from."""
-        return moments.unscaled(self._state, self._scale)
+        return moments.unscaled(self._state(), self._scale)
+
+    def _state(self) -> Moments:
+        return moments.row(self._table, self._index)
 
     def is_read(self) -> bool:
         """Return whether the elements were read; otherwise all statistics but `count` are NaN."""
-        return not moments.is_unread(self._state)
+        return not moments.is_unread(self._state())
 
     def _identity(self) -> tuple[object, ...]:
-        """Return the key that equality compares. It is bytes, so that NaN equals NaN."""
-        return ROW.pack(*self._state), self._correction, self._scale
+        """Return the key that equality compares. It has bytes, so that NaN equals NaN."""
+        return ROW.pack(*self._state()), self._correction, self._scale
 
     def __eq__(self, other: object) -> bool:
         if type(other) is not type(self):
@@ -156,9 +157,10 @@ class TensorStats:
     @property
     def finite(self) -> TensorStats:
         """The statistics of the finite elements only."""
-        statistics = moments.finalize_finite(self._state, self._correction, self._scale)
-        state = self._state._replace(count=int(statistics.count), nans=0, pos_infs=0, neg_infs=0)
-        return TensorStats(state, self._correction, self._scale, statistics)
+        state = self._state()
+        count = moments.finite_count(state)
+        finite = ROW.pack(*state._replace(count=count, nans=0, pos_infs=0, neg_infs=0))
+        return TensorStats(finite, 0, self._correction, self._scale)
 
     def to_dict(self) -> dict[str, Any]:
         """Return every statistic by name; counts are int, the others float."""
@@ -197,9 +199,12 @@ class TotalStats(TensorStats):
 
     __slots__ = ("_grad",)
 
-    def __init__(self, state: Moments, correction: float, grad: TensorStats | None) -> None:
-        super().__init__(state, correction)
-        self._grad = grad
+    def __init__(self, table: bytes, index: int, correction: float, grad_scale: float) -> None:
+        TensorStats.__init__(self, table, index, correction, 1.0)  # faster than super()
+        self._grad: TensorStats | None = None
+        grad = index + len(table) // ROW.size // 2
+        if not moments.is_absent(table, grad):
+            self._grad = TensorStats(table, grad, correction, grad_scale)
 
     @property
     def grad(self) -> TensorStats | None:
@@ -231,58 +236,49 @@ class ParamStats(TotalStats):
     `grad` is None where there is no gradient, which differs from a gradient of zeros.
     """
 
-    __slots__ = ("_layout", "_row")
+    __slots__ = ("_layout",)
 
     def __init__(self, record: Record, row: int) -> None:
-        layout = record.layout
-        grad = record.state(len(layout) + row)
-        super().__init__(
-            record.state(row),
-            record.correction,
-            None
-            if grad.count == ABSENT
-            else TensorStats(grad, record.correction, record.grad_scale),
-        )
-        self._layout = layout
-        self._row = row
+        TotalStats.__init__(self, record.table, row, record.correction, record.grad_scale)
+        self._layout = record.layout
 
     @property
     def name(self) -> str:
         """The name of the tensor; for a tied parameter, its first name."""
-        return self._layout.names[self._row]
+        return self._layout.names[self._index]
 
     @property
     def shape(self) -> tuple[int, ...] | None:
         """The shape; None for a lazy parameter that has none yet."""
-        return self._layout.shapes[self._row]
+        return self._layout.shapes[self._index]
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the elements."""
-        return self._layout.dtypes[self._row]
+        return self._layout.dtypes[self._index]
 
     @property
     def device(self) -> torch.device:
         """The device that holds the tensor."""
-        return self._layout.devices[self._row]
+        return self._layout.devices[self._index]
 
     @property
     def requires_grad(self) -> bool:
         """Whether the tensor requires a gradient."""
-        return self._layout.requires_grad[self._row]
+        return self._layout.requires_grad[self._index]
 
     @property
     def aliases(self) -> tuple[str, ...]:
         """The other names of a tied parameter."""
-        return self._layout.aliases[self._row]
+        return self._layout.aliases[self._index]
 
     @property
     def kind(self) -> str:
         """Either "param" or "buffer"."""
-        return self._layout.kind(self._row)
+        return self._layout.kind(self._index)
 
     def _identity(self) -> tuple[object, ...]:
-        return *super()._identity(), self._layout.row(self._row)
+        return *super()._identity(), self._layout.row(self._index)
 
     def to_dict(self) -> dict[str, Any]:
         """Return its properties, its statistics and those of `grad`, as types that JSON knows."""
@@ -301,12 +297,3 @@ class ParamStats(TotalStats):
         count = f" n={self.count:,}" if self.shape is not None and len(self.shape) > 1 else ""
         what = f"{one_line_name(self.name)}: {dtype_name(self.dtype)} {shape(self.shape)}"
         return f"{what}{count}{device} {super()._one_line()}"
-
-
-def merged(record: Record, begin: int, end: int) -> TotalStats:
-    """Return the statistics of the tensors [begin, end) of a record together."""
-    n, grad = len(record.layout), None
-    if record.has_gradient(begin, end):
-        state = record.merged(n + begin, n + end)
-        grad = TensorStats(state, record.correction, record.grad_scale)
-    return TotalStats(record.merged(begin, end), record.correction, grad)

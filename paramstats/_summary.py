@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from paramstats import _display as display
 from paramstats._core import moments
 from paramstats._core.layout import Layout, no_such_name
-from paramstats._core.moments import ABSENT
 from paramstats._core.options import (
     STATS,
     Pattern,
@@ -25,7 +24,7 @@ from paramstats._core.torch_private import skip_dynamo
 from paramstats._findings import Findings, Thresholds
 from paramstats._findings.rules import find
 from paramstats._findings.thresholds import make_thresholds
-from paramstats._stats import ParamStats, TotalStats, merged
+from paramstats._stats import ParamStats, TotalStats
 
 if TYPE_CHECKING:
     import pandas
@@ -134,7 +133,8 @@ class Summary(Mapping[str, ParamStats]):
         parameter's mean.
         """
         record = self._record
-        return merged(record, 0, record.layout.parameters)
+        merged = record.merged(0, record.layout.parameters)
+        return TotalStats(merged, 0, record.correction, record.grad_scale)
 
     @property
     def skipped(self) -> Mapping[str, str]:
@@ -232,22 +232,22 @@ class Summary(Mapping[str, ParamStats]):
                 f"paramstats.scalars: expected depth to be a whole number of 1 or more, "
                 f"got {depth!r}"
             )
-        names, columns = checked_stats(stats)
         full = self._record
         record = full if depth is None else full.by_module(depth)
-        keys = record.layout.keys(checked_key(key), names)
-        out = record.scalars(keys.rows, columns)
-        expected = len(out) if keys.are_distinct else len(names) * _count_read(record)
-        if totals:
-            total = self.total
-            for kind, statistics in (("param", total), ("grad", total.grad)):
-                if statistics is not None and statistics.is_read():
-                    expected += len(names)
-                    values = statistics.statistics()
-                    for key_, column in zip(keys.total[kind], columns, strict=True):
-                        out[key_] = float(values[column])
-        if len(out) != expected:
-            raise duplicate_keys(key, len(out), expected)
+        layout = record.layout
+        try:
+            keys = layout.keys[key, stats, totals]
+        except (KeyError, TypeError):  # not cached, or a list, which cannot be a key
+            names, columns = checked_stats(stats)
+            keys = layout.make_keys(checked_key(key), names, bool(totals), columns)
+        total = full.merged(0, full.layout.parameters) if totals else b""
+        if len(keys.distinct) == len(keys.names):
+            return record.scalars(keys.distinct, keys.columns, total)
+        # Equal keys are an error only where both of their values were read.
+        by_index = record.scalars(dict.fromkeys(range(len(keys.names))), keys.columns, total)
+        out = {keys.names[index]: value for index, value in by_index.items()}
+        if len(out) != len(by_index):
+            raise duplicate_keys(key, len(out), len(by_index))
         return out
 
     @skip_dynamo
@@ -373,7 +373,7 @@ class Summary(Mapping[str, ParamStats]):
         except Exception as error:
             return f"<Summary that failed: {error}>"
         n = len(record.layout)
-        grads = sum(moments.row(record.table, n + row).count != ABSENT for row in range(n))
+        grads = sum(not moments.is_absent(record.table, n + row) for row in range(n))
         where = ", this rank's part of them" if record.is_local else ""
         return f"<Summary of {n} tensors, {grads} with gradients{where}>"
 
@@ -405,8 +405,3 @@ def is_ready_within(summary: Summary, seconds: float) -> bool:
             return False
         time.sleep(0.001)
     return True
-
-
-def _count_read(record: Record) -> int:
-    rows = range(2 * len(record.layout))
-    return sum(not moments.is_unread(moments.row(record.table, row)) for row in rows)

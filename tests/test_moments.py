@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import struct
 
@@ -85,21 +86,42 @@ def test_cpp_and_python_agree_on_every_kind_of_state(correction, grad_scale):
     native = load_backend("native")
     rows = [*STATES, *STATES]
     table = b"".join(ROW.pack(*state) for state in rows)
-    which = list(range(len(Statistics._fields)))
-    keys = [f"{i}/{f}" for i in range(len(rows)) for f in Statistics._fields]
-    arguments = (table, keys, which, correction, grad_scale)
+    total = ROW.pack(*STATES[2]) + ROW.pack(*STATES[3])
+    columns = bytes(range(len(Statistics._fields)))
+    names = [f"{i}/{f}" for i in range(len(rows) + 2) for f in Statistics._fields]
+    arguments = (table, total, dict.fromkeys(names), columns, correction, grad_scale)
     expected, actual = moments.scalars(*arguments), native.scalars(*arguments)
+    assert actual[f"{len(rows)}/mean"] == 0.3
     assert list(expected) == list(actual)
     for key, value in expected.items():
         assert actual[key] == pytest.approx(value, rel=1e-15, nan_ok=True), key
         assert type(actual[key]) is type(value) is float
-    for end in range(len(rows) + 1):
+    for index in range(len(rows)):
+        arguments = (table, index, correction, grad_scale)
+        expected, actual = moments.finalize_row(*arguments), native.finalize_row(*arguments)
+        assert actual == pytest.approx(tuple(expected), rel=1e-15, nan_ok=True)
+    for end, index in itertools.product(range(len(STATES) + 1), range(2)):
         expected, actual = (
-            moments.row(implementation.merge_rows(table, 0, end), 0)
+            moments.row(implementation.merge_rows(table, 0, end), index)
             for implementation in (moments, native)
         )
         assert actual[:5] == expected[:5]
-        assert actual[5:] == pytest.approx(expected[5:], rel=1e-15)
+        assert actual[5:] == pytest.approx(expected[5:], rel=1e-15, nan_ok=True)
+
+
+@pytest.mark.parametrize("present", range(4))
+def test_merged_gradients_are_absent_only_if_all_are(present):
+    state = ROW.pack(*Moments(1, 0, 0, 0, 0, 2.0, 0.0, 2.0, 2.0))
+    absent, missing = ROW.pack(*unread(ABSENT)), ROW.pack(*unread(7))
+    gradients = ((absent, absent), (absent, state), (missing, absent), (state, missing))[present]
+    table = b"".join((state, state, *gradients))
+    for backend in (moments, load_backend("native")):
+        merged = backend.merge_rows(table, 0, 2)
+        assert moments.row(merged, 0).count == 2
+        assert moments.is_absent(merged, 1) == (present == 0)
+        assert moments.row(merged, 1).count == (ABSENT, 1, 7, 1)[present]
+        none = backend.merge_rows(table, 1, 1)
+        assert moments.row(none, 0) == Moments() and moments.is_absent(none, 1)
 
 
 @pytest.mark.parametrize("correction", [0, 1, 2.5, 6, -1e300])
@@ -122,7 +144,8 @@ def test_finalize_table_of_both_backends_is_bitwise_equal(correction, grad_scale
 def test_absent_rows_have_no_scalars():
     table = ROW.pack(*Moments(1, 0, 0, 0, 0, 2.0, 0.0, 2.0, 2.0)) + ROW.pack(*unread(ABSENT))
     for backend in (moments, load_backend("native")):
-        assert backend.scalars(table, ["a", "b"], [1], 1, 1.0) == {"a": 2.0}
+        keys = dict.fromkeys("abcd")
+        assert backend.scalars(table, table, keys, bytes([1]), 1, 1.0) == {"a": 2.0, "c": 2.0}
 
 
 def test_scaling_a_state_scales_its_elements():

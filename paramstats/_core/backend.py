@@ -48,7 +48,8 @@ class Implementation:
     ]
     """`(tensors, params, grads) -> (table, rows for reference.fill, transfers)`."""
     merge_rows: Callable[[bytes, int, int], bytes]
-    scalars: Callable[[bytes, list[str], list[int], float, float], dict[str, float]]
+    scalars: Callable[[bytes, bytes, dict[Any, None], bytes, float, float], dict[Any, float]]
+    finalize_row: Callable[[bytes, int, float, float], moments.Statistics]
     finalize_table: Callable[[bytes, float, float], bytes]
     native: Any = None
     """The extension module of the native backend; None in the reference backend."""
@@ -171,6 +172,7 @@ def choose(wanted: str | None) -> Implementation:
             cuda.read if cuda else native.read,
             native.merge_rows,
             native.scalars,
+            native.finalize_row,
             native.finalize_table,
             native,
             cuda=cuda,
@@ -230,6 +232,7 @@ def _reference(missing: str | None) -> Implementation:
         reference.read,
         moments.merge_rows,
         moments.scalars,
+        moments.finalize_row,
         moments.finalize_table,
         missing=missing,
         cuda_missing=missing,

@@ -27,11 +27,14 @@ _MAX_COMPARED = 500
 
 
 class Keys(NamedTuple):
-    """The logger keys of a summary: of its rows, and of its total by kind."""
+    """The logger keys of a summary."""
 
-    rows: list[str]
-    total: dict[str, list[str]]
-    are_distinct: bool
+    names: list[str]
+    """Every key: row by row, then those of the total and of its gradient."""
+    distinct: dict[str, None]
+    """The keys without duplicates, in the same order."""
+    columns: bytes
+    """The positions in `Statistics` of the statistics of a row."""
 
 
 class Layout:
@@ -56,12 +59,12 @@ class Layout:
         "__weakref__",
         "_groups",
         "_index",
-        "_keys",
         "_selections",
         "aliases",
         "devices",
         "dtypes",
         "is_sharded",
+        "keys",
         "names",
         "parameters",
         "requires_grad",
@@ -91,7 +94,7 @@ class Layout:
         self.wrapper_names = wrapper_names
         self.is_sharded = is_sharded
         self._index: dict[str, int] | None = None
-        self._keys: dict[Any, Keys] = {}
+        self.keys: dict[Any, Keys] = {}
         self._selections: dict[Any, tuple[Layout, list[int]]] = {}
         self._groups: dict[int, tuple[Layout, list[list[int]]]] = {}
 
@@ -183,20 +186,23 @@ class Layout:
         """Return "param" or "buffer"."""
         return "param" if row < self.parameters else "buffer"
 
-    def keys(self, template: str, stats: tuple[str, ...]) -> Keys:
-        """Return the logger keys of all tensors, of their gradients, and of the total."""
-        keys = self._keys.get((template, stats))
-        if keys is None:
+    def make_keys(
+        self, template: str, stats: tuple[str, ...], totals: bool, columns: bytes
+    ) -> Keys:
+        """Return the logger keys of all tensors and gradients and, if asked, of the total.
 
-            def some(kind: str, name: str) -> list[str]:
-                return [template.format(kind=kind, stat=stat, name=name) for stat in stats]
+        They are cached in `keys`, by `(template, stats, totals)`.
+        """
 
-            rows = [k for row, name in enumerate(self.names) for k in some(self.kind(row), name)]
-            rows += [k for name in self.names for k in some("grad", name)]
-            total = {kind: some(kind, "total") for kind in ("param", "grad")}
-            all_keys = [*rows, *total["param"], *total["grad"]]
-            keys = Keys(rows, total, len(set(all_keys)) == len(all_keys))
-            _remember(self._keys, (template, stats), keys)
+        def some(kind: str, name: str) -> list[str]:
+            return [template.format(kind=kind, stat=stat, name=name) for stat in stats]
+
+        names = [k for row, name in enumerate(self.names) for k in some(self.kind(row), name)]
+        names += [k for name in self.names for k in some("grad", name)]
+        if totals:
+            names += some("param", "total") + some("grad", "total")
+        keys = Keys(names, dict.fromkeys(names), columns)
+        _remember(self.keys, (template, stats, totals), keys)
         return keys
 
     def names_of(self, row: int) -> list[tuple[str, ...]]:

@@ -6,10 +6,11 @@ here in either backend; the native backend has the same formulae for whole table
 
 from __future__ import annotations
 
+import functools
 import math
 import struct
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from paramstats._core.denormals import with_denormals
@@ -37,6 +38,11 @@ class Moments(NamedTuple):
 
 ROW = struct.Struct("=5q4d")
 """The binary layout of a state in a table of rows, equal to that of the C++ struct."""
+
+_ROW_SIZE = ROW.size
+
+_SIGN_OF_COUNT = 7 if sys.byteorder == "little" else 0
+"""The byte of a row that has the sign of its count, which is negative for absent rows only."""
 
 
 class Statistics(NamedTuple):
@@ -172,40 +178,59 @@ def row(table: bytes, index: int) -> Moments:
     return Moments._make(ROW.unpack_from(table, index * ROW.size))
 
 
+def is_absent(table: bytes, index: int) -> bool:
+    """Return whether there is no tensor for this row: a gradient that is None."""
+    return table[index * _ROW_SIZE + _SIGN_OF_COUNT] > 127
+
+
 @with_denormals
 def merge_rows(table: bytes, begin: int, end: int) -> bytes:
-    """Return rows [begin, end) merged into one row.
+    """Return a table of one tensor: the tensors [begin, end) merged, and their gradients merged.
 
-    Absent and unread rows do not count. The result is unread if every present row is.
+    Absent and unread rows do not count. The row is unread if none was read, and absent if all are.
     """
-    out = Moments()
-    states = [state for state in _rows(table, begin, end) if state.count != ABSENT]
-    for state in states:
-        if not is_unread(state):
-            out = merge(out, state)
-    if states and all(map(is_unread, states)):
-        out = unread(sum(state.count for state in states))
-    return ROW.pack(*out)
+    n = len(table) // ROW.size // 2
+    params = _merged(_rows(table, begin, end)) if begin < end else Moments()
+    return ROW.pack(*params) + ROW.pack(*_merged(_rows(table, n + begin, n + end)))
+
+
+def _merged(rows: Iterable[Moments]) -> Moments:
+    states = [state for state in rows if state.count != ABSENT]
+    read = [state for state in states if not is_unread(state)]
+    if read:
+        return functools.reduce(merge, read, Moments())
+    return unread(sum(state.count for state in states) if states else ABSENT)
 
 
 def scalars(
-    table: bytes, keys: list[str], columns: list[int], correction: float, grad_scale: float
+    table: bytes,
+    total: bytes,
+    keys: Iterable[str],
+    columns: bytes,
+    correction: float,
+    grad_scale: float,
 ) -> dict[str, float]:
-    """Return `{key: statistic}`, without absent and unread rows.
+    """Return `{key: statistic}` of the rows of two tables, without absent and unread rows.
 
-    `keys` holds one key per row and, within a row, per entry of `columns` (positions in
-    `Statistics`). Rows in the second half are gradients, which are divided by `grad_scale`.
+    `keys` contains, row by row, one key per entry of `columns` (positions in `Statistics`). Rows in
+    the second half of a table are gradients, which are divided by `grad_scale`.
     """
-    n = len(keys) // max(len(columns), 1)
     out: dict[str, float] = {}
     remaining = iter(keys)
-    for i, state in enumerate(_rows(table, 0, n)):
-        own = [next(remaining) for _ in columns]
-        if is_unread(state):  # true for absent rows, too
-            continue
-        values = finalize(state, correction, grad_scale if 2 * i >= n else 1.0)
-        out.update((key, float(values[c])) for key, c in zip(own, columns, strict=True))
+    for part in (table, total):
+        n = len(part) // ROW.size
+        for i, state in enumerate(_rows(part, 0, n)):
+            own = [next(remaining) for _ in columns]
+            if is_unread(state):  # true for absent rows, too
+                continue
+            values = finalize(state, correction, grad_scale if 2 * i >= n else 1.0)
+            out.update((key, float(values[c])) for key, c in zip(own, columns, strict=True))
     return out
+
+
+def finalize_row(table: bytes, index: int, correction: float, scale: float) -> Statistics:
+    """Return the statistics of a row, divided by `scale`."""
+    return finalize(row(table, index), correction, scale)
 
 
 STATISTICS_ROW = struct.Struct(f"={len(Statistics._fields)}d")

@@ -170,7 +170,8 @@ def _number(value: Any, argument: str, condition: str = "", remedy: str = "") ->
 
 
 @functools.lru_cache(maxsize=32)
-def _columns(stats: tuple[str, ...], function: str) -> list[int]:
+@functools.lru_cache(maxsize=16)
+def _columns(stats: tuple[str, ...], function: str) -> bytes:
     for name in stats:
         if name not in STATS:
             # Gradients have columns and keys of their own.
@@ -179,12 +180,12 @@ def _columns(stats: tuple[str, ...], function: str) -> list[int]:
                 f"paramstats.{function}: expected each of stats to be one of {', '.join(STATS)}, "
                 f"got {name!r}{did_you_mean(plain)}"
             )
-    return [STATS.index(name) for name in stats]
+    return bytes(STATS.index(name) for name in stats)
 
 
 def checked_stats(
     stats: str | Iterable[str], function: str = "scalars"
-) -> tuple[tuple[str, ...], list[int]]:
+) -> tuple[tuple[str, ...], bytes]:
     """Return the names of statistics, and their positions in `STATS`.
 
     Raises ValueError with the likely name at one that does not exist.

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from paramstats._core import moments
 from paramstats._core.backend import active
 from paramstats._core.layout import Layout, Patterns
-from paramstats._core.moments import ABSENT, ROW, Moments
+from paramstats._core.moments import ROW, Moments
 
 NO_NAMES: Mapping[str, str] = MappingProxyType({})
 
@@ -37,19 +38,16 @@ class Record(NamedTuple):
         """Return the state of a row of the table."""
         return moments.row(self.table, row)
 
-    def has_gradient(self, begin: int, end: int) -> bool:
-        """Return whether any of the tensors [begin, end) has a gradient."""
-        n, words = len(self.layout), ROW.size // 8
-        counts = memoryview(self.table).cast("q")[::words]  # the first word of each row
-        return any(map(ABSENT.__ne__, counts[n + begin : n + end]))
+    def merged(self, begin: int, end: int) -> bytes:
+        """Return the table of the tensors [begin, end) merged into one; see `merge_rows`."""
+        return active().merge_rows(self.table, begin, end)
 
-    def merged(self, begin: int, end: int) -> Moments:
-        """Return rows [begin, end) merged into one state, without absent and unread rows."""
-        return moments.row(active().merge_rows(self.table, begin, end), 0)
+    def scalars(self, keys: dict[Any, None], columns: bytes, total: bytes) -> dict[Any, float]:
+        """Return `{key: statistic}` of all rows that were read; see `moments.scalars`.
 
-    def scalars(self, keys: list[str], columns: list[int]) -> dict[str, float]:
-        """Return `{key: statistic}` for all rows that were read; see `moments.scalars`."""
-        return active().scalars(self.table, keys, columns, self.correction, self.grad_scale)
+        `total` is another table, whose rows follow those of this record.
+        """
+        return active().scalars(self.table, total, keys, columns, self.correction, self.grad_scale)
 
     def statistics(self) -> bytes:
         """Return a float64 row of all statistics per row; see `moments.finalize_table`."""
@@ -76,17 +74,11 @@ class Record(NamedTuple):
         layout, groups = self.layout.by_module(depth)
         grouped = [row for group in groups for row in group]
         sorted_table = self._rows_of(grouped)
-        merge, rows = active().merge_rows, []
-        for first in (0, len(grouped)):
-            begin = first
-            for group in groups:
-                end = begin + len(group)
-                states = (moments.row(sorted_table, row) for row in range(begin, end))
-                if all(state.count == ABSENT for state in states):
-                    rows.append(ROW.pack(*moments.unread(ABSENT)))
-                else:
-                    rows.append(merge(sorted_table, begin, end))
-                begin = end
+        ends = list(itertools.accumulate(map(len, groups), initial=0))
+        tables = [active().merge_rows(sorted_table, *ends[i : i + 2]) for i in range(len(groups))]
+        rows = (
+            table[part] for part in (slice(ROW.size), slice(ROW.size, None)) for table in tables
+        )
         return self._replace(layout=layout, table=b"".join(rows))
 
     def _rows_of(self, tensors: Sequence[int]) -> bytes:

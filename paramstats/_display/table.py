@@ -202,12 +202,12 @@ class _Builder:
 
     def _merged(self, begin: int, end: int) -> tuple[str, ...]:
         """Return the cells of the tensors [begin, end) merged into one."""
-        record, n = self.record, len(self.rows)
-        value = moments.finalize(record.merged(begin, end), record.correction)
+        record = self.record
+        merged = record.merged(begin, end)
+        value = moments.finalize_row(merged, 0, record.correction, 1)
         grad = None
-        if record.has_gradient(begin, end):
-            state = record.merged(n + begin, n + end)
-            grad = moments.finalize(state, record.correction, record.grad_scale)
+        if not moments.is_absent(merged, 1):
+            grad = moments.finalize_row(merged, 1, record.correction, record.grad_scale)
         counted = grad if self.kind == "grad" else value
         count = 0 if counted is None else counted.count
         return self._cells(f"{count:,.0f}", value, grad, "")

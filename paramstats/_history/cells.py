@@ -78,12 +78,12 @@ def with_total(cells: Cells, total: TotalSeries) -> Cells:
     )
 
 
-def table_of(records: Sequence[Record], columns: list[int]) -> Array:
+def table_of(records: Sequence[Record], columns: Sequence[int]) -> Array:
     """Return a row per record and tensor: its statistics, then those of its gradient.
 
     `columns` are positions in `STATS`.
     """
-    tables = [_statistics(record.table, record)[:, :, columns] for record in records]
+    tables = [_statistics(record.table, record)[:, :, list(columns)] for record in records]
     return np.concatenate([np.empty((0, 2 * len(columns))), *map(np.hstack, map(tuple, tables))])
 
 

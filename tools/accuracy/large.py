@@ -21,7 +21,7 @@ import torch
 from paramstats._core import backend as backends
 from paramstats._core import moments
 from paramstats._core.backend import Implementation
-from paramstats._core.moments import ROW
+from paramstats._core.moments import ABSENT, ROW, unread
 from tests import oracle
 from tests.dtypes import DTYPES
 from tests.fake_cuda.building import FakeCuda
@@ -102,6 +102,7 @@ def check_total(
     for kind, backend in kinds.items():
         states = [bound.state_of(backend, part) for part in whole.chunk(parts)]
         table = b"".join(ROW.pack(*state) for state in states) * times
+        table += ROW.pack(*unread(ABSENT)) * rows
         state = moments.row(backend.merge_rows(table, 0, rows), 0)
         yield kind, bound.assert_within(kind, state, exact, dtype, merged=rows).worst_used
 

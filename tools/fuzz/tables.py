@@ -1,4 +1,4 @@
-"""The native functions `merge_rows` and `scalars`: any bytes, bounds, keys and numbers.
+"""The native functions for tables: any bytes, bounds, keys and numbers.
 
 For valid arguments the result must be that of the Python functions.
 """
@@ -6,6 +6,7 @@ For valid arguments the result must be that of the Python functions.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import random
 from typing import Any
@@ -23,21 +24,26 @@ def run(seed: int) -> int:
     native = backends.active().native
     if rng.random() < 0.3:
         return _invalid_arguments(rng, native)
-    rows = rng.choice((0, 1, 2, 2, 3, 4, 8, 40, 400))
+    tensors = rng.choice((0, 1, 1, 2, 4, 20, 200))
     are_states = rng.random() < 0.8
-    table = b"".join(_state(rng) if are_states else _any_row(rng) for _ in range(rows))
-    begin = rng.randrange(rows + 1)
-    end = rng.randrange(begin, rows + 1)
+    table, total = (
+        b"".join(_state(rng) if are_states else _any_row(rng) for _ in range(2 * n))
+        for n in (tensors, rng.randrange(2))
+    )
+    begin = rng.randrange(tensors + 1)
+    end = rng.randrange(begin, tensors + 1)
     _same(are_states, native.merge_rows, moments.merge_rows, table, begin, end)
-    columns = [rng.randrange(15) for _ in range(rng.randrange(1, 6))]
-    # Some keys are equal, and there may be more keys than values.
-    n = rng.randrange(rows + 1) * len(columns) + rng.randrange(len(columns))
-    keys = [f"k{rng.randrange(2 * n)}" for _ in range(n)][: rows * len(columns)]
+    columns = bytes(rng.randrange(15) for _ in range(rng.randrange(1, 6)))
+    rows = len(table + total) // moments.ROW.size
+    keys = dict.fromkeys(f"k{i}" for i in range(rows * len(columns)))
     correction, grad_scale = rng.choice(EXTREMES), rng.choice(EXTREMES)
     are_valid_numbers = math.isfinite(correction) and grad_scale in (1.0, 0.5, 3.0, 1e308)
     is_valid = are_states and are_valid_numbers
-    _same(is_valid, native.scalars, moments.scalars, table, keys, columns, correction, grad_scale)
-    return 2
+    numbers = (correction, grad_scale)
+    _same(is_valid, native.scalars, moments.scalars, table, total, keys, columns, *numbers)
+    for index in range(min(2 * tensors, 8)):
+        _same(is_valid, native.finalize_row, moments.finalize_row, table, index, *numbers)
+    return 2 + min(2 * tensors, 8)
 
 
 def _any_row(rng: random.Random) -> bytes:
@@ -66,9 +72,11 @@ def _same(is_valid: bool, native: Any, python: Any, *args: Any) -> None:
     if not is_valid:
         return
     wanted = python(*args)
-    assert type(got) is type(wanted)
     if isinstance(got, bytes):
-        pairs = list(zip(moments.row(got, 0), moments.row(wanted, 0), strict=True))
+        words = (moments.ROW.iter_unpack(rows) for rows in (got, wanted))
+        pairs = [pair for rows in zip(*words, strict=True) for pair in zip(*rows, strict=True)]
+    elif isinstance(got, tuple):
+        pairs = list(zip(got, wanted, strict=True))
     else:
         assert list(got) == list(wanted)
         pairs = list(zip(got.values(), wanted.values(), strict=True))
@@ -83,14 +91,15 @@ def _invalid_arguments(rng: random.Random, native: Any) -> int:
         b"\0" * 72 * 3, [1, 2], ["a", "b"], [0], [-1], [15], [1 << 40], bytearray(144), (1, 2),
         [FakeTensor()], native,
     ]  # fmt: skip
-    hostile = Shrinking.list(rng.randrange(1, 9))
     calls = [
         lambda: native.merge_rows(rng.choice(junk), rng.choice(junk), rng.choice(junk)),
         lambda: native.merge_rows(rng.randbytes(150), rng.randrange(-1, 4), rng.randrange(-1, 4)),
-        lambda: native.scalars(*(rng.choice(junk) for _ in range(5))),
-        lambda: native.scalars(bytes(72 * 9), hostile, [0], 1.0, 1.0),
-        lambda: native.scalars(rng.randbytes(300), ["a"] * rng.randrange(9), [0], 1.0, 1.0),
-        lambda: native.scalars(bytes(144), [[], "b"], [rng.randrange(-2, 17)], 1.0, 1.0),
+        lambda: native.scalars(*(rng.choice(junk) for _ in range(6))),
+        lambda: native.scalars(bytes(72 * 4), b"", dict.fromkeys(Changing.some()), b"\1", 1, 1),
+        lambda: native.scalars(rng.randbytes(300), b"", dict.fromkeys("abcd"), b"\0", 1, 1),
+        lambda: native.scalars(bytes(144), b"", {"a": 0, 2: 1}, rng.randbytes(1), 1, 1),
+        lambda: native.finalize_row(*(rng.choice(junk) for _ in range(4))),
+        lambda: native.finalize_row(rng.randbytes(150), rng.randrange(-1, 4), 1.0, 1.0),
         lambda: native.read(rng.choice(junk), rng.choice(junk), True),
         lambda: native.read([rng.choice(junk) for _ in range(3)], True, True),
         lambda: native.set_simd_level(rng.choice(junk)),
@@ -112,18 +121,14 @@ class FakeTensor:
         return torch.Tensor
 
 
-class Shrinking:
-    """A key that empties its own list when it is hashed."""
+class Changing:
+    """A key whose hash is different each time."""
 
-    def __init__(self, keys: list[Any]) -> None:
-        self.keys = keys
+    hashes = itertools.count()
 
     @classmethod
-    def list(cls, n: int) -> list[Any]:
-        keys: list[Any] = []
-        keys.extend(cls(keys) if i == n // 2 else f"k{i}" * 3 for i in range(n))
-        return keys
+    def some(cls) -> list[Any]:
+        return ["a", cls(), cls(), "b"]
 
     def __hash__(self) -> int:
-        self.keys.clear()
-        return 1
+        return next(self.hashes)
