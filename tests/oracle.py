@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from paramstats import TensorStats
+from paramstats._core.moments import ROW, Moments
 
 NORM_TOLERANCE = 1e-6  # relative to the norm; for the mean relative to the root mean square
 STD_TOLERANCE = 1e-5  # relative to the std; docs/accuracy.md derives a smaller bound
@@ -124,6 +125,11 @@ def root(value: Fraction) -> Fraction:
     k = _ROOT_BITS - bits // 2
     scaled = value * Fraction(4) ** k
     return Fraction(math.isqrt(scaled.numerator // scaled.denominator)) / Fraction(2) ** k
+
+
+def stats_of(state: Moments) -> TensorStats:
+    """Return the statistics of a state, as of a table with one row."""
+    return TensorStats(ROW.pack(*state), 0, 1.0, 1.0)
 
 
 def check(stats: TensorStats, tensor: torch.Tensor, correction: float = 1) -> None:

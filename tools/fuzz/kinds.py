@@ -22,7 +22,7 @@ from paramstats._core import torch_abi
 from paramstats._core.moments import ABSENT, ROW, row
 from paramstats._summary import record_of
 from tests.dtypes import DTYPES, FLOATS
-from tests.oracle import check_exact, exact
+from tests.oracle import check_exact, exact, stats_of
 from tools.fuzz.elements import random_tensor
 from tools.fuzz.modules import BACKENDS
 from tools.fuzz.summaries import Subclass
@@ -291,7 +291,7 @@ class Expected:
             is_exact = type(tensor) is Tensor
             plain = tensor.detach() if is_exact else tensor.detach().as_subclass(Tensor)
             was_lazy = torch._C._is_cow_tensor(plain)
-            check_exact(paramstats.TensorStats(row(state, 0), 1), exact(plain.clone()))
+            check_exact(stats_of(row(state, 0)), exact(plain.clone()))
             assert torch._C._is_cow_tensor(plain) == was_lazy
             self.rows[is_grad] = state
         assert state == self.rows[is_grad]

@@ -8,10 +8,9 @@ from typing import NamedTuple
 
 import torch
 
-import paramstats
 from paramstats._core import backend as backends
 from paramstats._core.moments import ABSENT, ROW, Moments, row
-from tests.oracle import Exact, check_exact, exact
+from tests.oracle import Exact, check_exact, exact, stats_of
 from tools.fuzz.elements import contiguous, random_tensor, strided_tensor
 
 SMALL_STACK = 128 * 1024  # the kernels need less, but numpy checks the results on the same stack
@@ -104,7 +103,7 @@ def _read(native, entries: list[Entry], params: bool, grads: bool) -> bytes:
 def _check(state: Moments, expected: Exact, checked: set) -> None:
     key = id(expected), state
     if key not in checked:  # a list may hold one tensor thousands of times
-        check_exact(paramstats.TensorStats(state, 1), expected)
+        check_exact(stats_of(state), expected)
         checked.add(key)
 
 
