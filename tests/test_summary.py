@@ -144,7 +144,9 @@ def test_scalars_have_every_statistic_under_its_key(backend, model):
     assert len(scalars) == 2 * 4 * (4 + 1)
     assert all(type(value) is float for value in scalars.values())
     assert scalars["grad_norm/0.weight"] == summary["0.weight"].grad.norm
-    assert scalars["param_zero_fraction/total"] == summary.total.zero_fraction
+    for stat in ("mean", "std", "norm", "zero_fraction"):
+        assert scalars[f"param_{stat}/total"] == getattr(summary.total, stat)
+        assert scalars[f"grad_{stat}/total"] == getattr(summary.total.grad, stat)
     composer = summary.scalars(key="l2_norm/{kind}/{name}", stats=("norm",), totals=False)
     assert next(iter(composer)) == "l2_norm/param/0.weight" and len(composer) == 8
     assert composer["l2_norm/grad/2.bias"] == summary["2.bias"].grad.norm
