@@ -81,7 +81,7 @@ class Summary(Mapping[str, ParamStats]):
 
     @skip_dynamo
     def __getitem__(self, name: str) -> ParamStats:
-        record = self._record
+        record = self._ready or self._record
         row = record.layout.index.get(name)
         if row is None:
             raise KeyError(no_such_name(name, record.layout.index, len(self)))
@@ -132,7 +132,7 @@ class Summary(Mapping[str, ParamStats]):
         parameters, `norm` and the counts are exact; `mean` and `std` use the absolute value of each
         parameter's mean.
         """
-        record = self._record
+        record = self._ready or self._record
         merged = record.merged(0, record.layout.parameters)
         return TotalStats(merged, 0, record.correction, record.grad_scale)
 
