@@ -1,21 +1,50 @@
-"""Options and fixtures of the benchmarks: device, threads, backend, and the `measure` fixture."""
+"""Options and fixtures of the benchmarks: device, threads, backend, and what times a call."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import paramstats
-from benches import hardware, timing
+from benches import checks, hardware, models, timing
+from benches.contestants import Contestant
+from benches.read_only import NoCompilerError, ReadOnly, checksum
 
-_TIMING = {"max_time": 0.5, "min_rounds": 3, "min_time": 1e-4}
+_TIMING = {"max_time": 0.3, "min_rounds": 3, "min_time": 1e-4}
 """Seconds of a timing, and of a round: short calls are timed several at once."""
 
+_COMPILE_SECONDS = {"cpu": 60.0, "cuda": 15.0}
+
 Measure = Callable[..., None]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and its correct statistics."""
+
+    name: str
+    model: nn.Module
+    expected: checks.Expected
+    title: str
+    repeats: int = 1
+    """How often the model's tensor repeats the one of `expected`."""
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return models.tensors(self.model)
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What benches.report needs to know."""
+        nbytes = sum(tensor.nbytes for tensor in self.tensors.values())
+        return {"title": self.title, "tensors": len(self.tensors), "bytes": nbytes}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -117,3 +146,48 @@ def measure(benchmark: Any, device: torch.device) -> Measure:
             benchmark.extra_info["device_s"] = timing.device_seconds(queue)
 
     return measure
+
+
+@pytest.fixture
+def compete(
+    measure: Measure, use_backend: Callable[[str], None], device: torch.device
+) -> Callable[[Case, Contestant], None]:
+    """`compete(case, contestant)` checks the contestant's result and times its call."""
+
+    def compete(case: Case, contestant: Contestant) -> None:
+        reason = contestant.why_not(case.tensors)
+        if reason is None and contestant.compiles:
+            seconds = _COMPILE_SECONDS[device.type]
+            reason = timing.why_not_compiled(contestant.call(case.model), seconds)
+        if reason is not None:
+            pytest.skip(reason)
+        if contestant.backend is not None:
+            use_backend(contestant.backend)
+        try:
+            call = checks.checked_call(contestant, case.model, case.expected, case.repeats)
+        except (RuntimeError, TypeError) as error:
+            if contestant.backend is not None:
+                raise
+            pytest.skip(f"torch has no such operator: {str(error).splitlines()[0]}")
+        queue = partial(contestant.queue, case.model) if contestant.queue else None
+        measure(call, case.name, contestant.name, queue, **case.about)
+
+    return compete
+
+
+@pytest.fixture
+def time_the_limit(measure: Measure, device: torch.device) -> Callable[[Case], None]:
+    """`time_the_limit(case)` times a CPU's memory limit: a loop that only reads the same bytes."""
+
+    def time_the_limit(case: Case) -> None:
+        if device.type != "cpu":
+            pytest.skip("the read-only loop runs on the CPU")
+        tensors = list(case.tensors.values())
+        try:
+            read_only = ReadOnly(tensors, torch.get_num_threads())
+        except NoCompilerError as missing:
+            pytest.skip(str(missing))
+        assert read_only() == checksum(tensors)
+        measure(read_only, case.name, "read_only", **case.about)
+
+    return time_the_limit

@@ -1,17 +1,16 @@
-"""The benchmarked functions: each computes statistics of a model's parameters and gradients.
+"""The benchmarked functions of torch and paramstats, which compute statistics of a model.
 
-`Contestant.run` is timed. `Contestant.statistics` converts its result to one format for the
-correctness check and is not timed.
+Those of other libraries are in benches.libraries. `Contestant.run` is timed.
+`Contestant.statistics` converts its result to one format for the correctness check and is not
+timed.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
-import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -20,8 +19,23 @@ import paramstats
 
 Tensors = Mapping[str, torch.Tensor]
 
-Statistics = tuple[float | None, float | None, float | None, float | None]
-"""mean, std, norm and zero fraction; None where a contestant does not compute one."""
+TOTALS = ("total", "total.grad")
+"""The names of the statistics of all parameters together, and of all gradients together."""
+
+
+class Statistics(NamedTuple):
+    """Statistics of one tensor; None where a contestant does not compute one."""
+
+    mean: float | None = None
+    std: float | None = None
+    norm: float | None = None
+    zero_fraction: float | None = None
+    min: float | None = None
+    max: float | None = None
+
+
+Found = Mapping[str, tuple[float | None, ...]]
+"""Statistics by name: those of `models.tensors` and `TOTALS`. A tuple may be a shorter one."""
 
 PARAMSTATS = 2e-5
 TORCH = 0.01
@@ -32,15 +46,34 @@ _MOST_COMPILED = 64
 """Tensors up to which torch.compile is tried: it needs minutes for a larger model."""
 
 
+def all_of_them(name: str) -> bool:
+    """Tell that a contestant must return the statistics of any name, the totals included."""
+    return True
+
+
+def is_gradient(name: str) -> bool:
+    """Tell whether a name is one of a gradient, or of all gradients together."""
+    return name.endswith(".grad")
+
+
+def each_tensor(name: str) -> bool:
+    """Tell whether a name is one of a single parameter or gradient."""
+    return name not in TOTALS
+
+
 @dataclass(frozen=True)
 class Contestant:
     """One way to compute the statistics of every parameter and gradient."""
 
     name: str
-    run: Callable[[nn.Module], Any]
-    statistics: Callable[[Any], dict[str, Statistics]] = lambda result: result
-    """Converts the result of `run`; the keys are those of `models.tensors`."""
+    run: Callable[..., Any]
+    statistics: Callable[..., Found] = lambda result: result
+    """Converts the result of `run`. It gets the result and the arguments after the model."""
     tolerance: float = TORCH
+    required: Callable[[str], bool] = each_tensor
+    """Tells whether the contestant must return the statistics of a name."""
+    arguments: Callable[[nn.Module], tuple[Any, ...]] = lambda model: (model,)
+    """The arguments of `run`, made before the timing."""
     backend: str | None = None
     """The backend that paramstats must use."""
     queue: Callable[[nn.Module], Any] | None = None
@@ -50,12 +83,17 @@ class Contestant:
     why_not: Callable[[Tensors], str | None] = lambda tensors: None
     """Returns the reason why the contestant cannot read these tensors, or None."""
 
+    def call(self, model: nn.Module) -> Callable[[], Any]:
+        """Return a call of `run` without arguments, to be timed."""
+        return functools.partial(self.run, *self.arguments(model))
+
 
 # ---- the loop that paramstats replaces ----------------------------------------------------------
 
 
-def item_loop(model: nn.Module) -> dict[str, Statistics]:
-    log: dict[str, Statistics] = {}
+@torch.no_grad()
+def item_loop(model: nn.Module) -> Found:
+    log: dict[str, tuple[float, ...]] = {}
     for name, p in model.named_parameters():
         log[name] = (
             p.mean().item(), p.std().item(), p.norm().item(), (p == 0).float().mean().item()
@@ -66,9 +104,6 @@ def item_loop(model: nn.Module) -> dict[str, Statistics]:
                 g.mean().item(), g.std().item(), g.norm().item(), (g == 0).float().mean().item()
             )  # fmt: skip
     return log
-
-
-item_loop_no_grad = torch.no_grad()(item_loop)
 
 
 # ---- optimized torch code -----------------------------------------------------------------------
@@ -90,30 +125,38 @@ def _compiled_four_of_each() -> Callable[[list[torch.Tensor]], torch.Tensor]:
     return torch.compile(four_of_each, dynamic=False)
 
 
-def batched_torch(model: nn.Module) -> dict[str, Statistics]:
+def batched_torch(model: nn.Module) -> Found:
     """Synchronize once for all tensors."""
-    names, tensors = _named_tensors(model)
+    names, tensors = named_tensors(model)
     return _by_name(names, four_of_each(tensors))
 
 
-def compiled_torch(model: nn.Module) -> dict[str, Statistics]:
+def compiled_torch(model: nn.Module) -> Found:
     """Like `batched_torch`, with the reductions fused by torch.compile into one graph per model."""
-    names, tensors = _named_tensors(model)
+    names, tensors = named_tensors(model)
     return _by_name(names, _compiled_four_of_each()(tensors))
 
 
-def foreach_norm(model: nn.Module) -> dict[str, Statistics]:
+def foreach_norm(model: nn.Module) -> Found:
     """Compute only one of the four statistics."""
-    names, tensors = _named_tensors(model)
+    names, tensors = named_tensors(model)
     norms = torch.stack(torch._foreach_norm(tensors)).tolist()
-    return {name: (None, None, norm, None) for name, norm in zip(names, norms, strict=True)}
+    return {name: Statistics(norm=norm) for name, norm in zip(names, norms, strict=True)}
 
 
-def _by_name(names: list[str], rows: torch.Tensor) -> dict[str, Statistics]:
+@torch.no_grad()
+def get_total_norm(model: nn.Module) -> float:
+    """Compute only the norm of all gradients, as torch's gradient clipping does."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    return float(nn.utils.get_total_norm(gradients))
+
+
+def _by_name(names: list[str], rows: torch.Tensor) -> Found:
     return {name: tuple(row) for name, row in zip(names, rows.tolist(), strict=True)}
 
 
-def _named_tensors(model: nn.Module) -> tuple[list[str], list[torch.Tensor]]:
+def named_tensors(model: nn.Module) -> tuple[list[str], list[torch.Tensor]]:
+    """Return the names of `models.tensors` and the tensors."""
     names, tensors = [], []
     for name, p in model.named_parameters():
         for key, t in ((name, p), (f"{name}.grad", p.grad)):
@@ -127,117 +170,110 @@ def _why_not_compiled(tensors: Tensors) -> str | None:
     return "compiling more than 64 tensors takes minutes" if len(tensors) > _MOST_COMPILED else None
 
 
-# ---- other libraries ----------------------------------------------------------------------------
-
-
-def numpy_views(model: nn.Module) -> dict[str, Statistics]:
-    """Use NumPy's reductions on the tensors' memory, without a copy."""
-    import numpy as np
-
-    statistics: dict[str, Statistics] = {}
-    for name, tensor in zip(*_named_tensors(model), strict=True):
-        x = tensor.detach().numpy().ravel()
-        zero_fraction = 1 - np.count_nonzero(x) / x.size
-        norm = float(np.linalg.norm(x))
-        statistics[name] = (float(x.mean()), float(x.std(ddof=1)), norm, zero_fraction)
-    return statistics
-
-
-def _why_not_numpy(tensors: Tensors) -> str | None:
-    if any(t.dtype != torch.float32 or t.device.type != "cpu" for t in tensors.values()):
-        return "NumPy is measured for float32 on the CPU only"
-    return _why_not_installed("numpy")
-
-
-def lovely(model: nn.Module) -> dict[str, str]:
-    """Return the summary line that lovely-tensors prints for each tensor."""
-    line = importlib.import_module("lovely_tensors").lovely
-    return {name: str(line(t.detach())) for name, t in zip(*_named_tensors(model), strict=True)}
-
-
-def _only_names(lines: dict[str, str]) -> dict[str, Statistics]:
-    """The lines have three digits and a histogram; only the tensors' names are checked."""
-    return dict.fromkeys(lines, (None, None, None, None))
-
-
-def _why_not_lovely(tensors: Tensors) -> str | None:
-    if len(tensors) > 1000 or sum(tensor.nbytes for tensor in tensors.values()) > 1 << 26:
-        return "lovely-tensors takes seconds per call for such a large model"
-    return _why_not_installed("lovely_tensors")
-
-
-def _why_not_installed(package: str) -> str | None:
-    return None if importlib.util.find_spec(package) else f"{package} is not installed"
-
-
 # ---- paramstats ---------------------------------------------------------------------------------
 
 
 def scalars(model: nn.Module) -> dict[str, float]:
-    """Return floats, as the other contestants do."""
-    return paramstats.summarize(model).scalars(totals=False)
+    """Return floats of four statistics per tensor, as most contestants do, and of the totals."""
+    return paramstats.summarize(model).scalars()
+
+
+def total_grad_norm(model: nn.Module) -> float:
+    """Return what gradient clipping needs."""
+    return paramstats.summarize(model).total.grad.norm  # type: ignore[union-attr]
+
+
+def one_statistic(model: nn.Module, name: str) -> float:
+    """Return one statistic of one gradient."""
+    return paramstats.summarize(model)[name].grad.norm  # type: ignore[union-attr]
+
+
+def _and_first_name(model: nn.Module) -> tuple[nn.Module, str]:
+    return model, next(model.named_parameters())[0]
 
 
 def stats_by_name(summary: paramstats.Summary) -> dict[str, paramstats.TensorStats]:
-    """Return the statistics of parameters and gradients, by the names of `models.tensors`."""
+    """Return the statistics of parameters, gradients and the totals, by name."""
     statistics: dict[str, paramstats.TensorStats] = {}
-    for name, entry in summary.items():
+    for name, entry in (*summary.items(), ("total", summary.total)):
         statistics[name] = entry
         if entry.grad is not None:
             statistics[f"{name}.grad"] = entry.grad
     return statistics
 
 
-def from_summary(summary: paramstats.Summary) -> dict[str, Statistics]:
+def from_summary(summary: paramstats.Summary) -> Found:
     return {
-        name: (stats.mean, stats.std, stats.norm, stats.zero_fraction)
-        for name, stats in stats_by_name(summary).items()
+        name: Statistics(s.mean, s.std, s.norm, s.zero_fraction, s.min, s.max)
+        for name, s in stats_by_name(summary).items()
     }
 
 
-def from_scalars(values: dict[str, float]) -> dict[str, Statistics]:
-    """Collect mean, std, norm and zero fraction, which follow each other, for each tensor."""
-    statistics: dict[str, list[float]] = {}
+def from_scalars(values: dict[str, float]) -> Found:
+    """Collect mean, std, norm and zero fraction, which follow each other, for each name."""
+    statistics: dict[str, tuple[float, ...]] = {}
     for key, value in values.items():
         kind_and_stat, _, name = key.partition("/")
         suffix = ".grad" if kind_and_stat.startswith("grad_") else ""
-        if name != "total":
-            statistics.setdefault(f"{name}{suffix}", []).append(value)
-    return {name: (four[0], four[1], four[2], four[3]) for name, four in statistics.items()}
+        statistics[f"{name}{suffix}"] = (*statistics.get(f"{name}{suffix}", ()), value)
+    return statistics
 
 
-def _paramstats(suffix: str, backend: str) -> tuple[Contestant, Contestant]:
-    summarize = paramstats.summarize
-    return (
-        Contestant(
-            f"paramstats{suffix}", summarize, from_summary, PARAMSTATS, backend, queue=summarize
-        ),
-        Contestant(f"paramstats{suffix}_scalars", scalars, from_scalars, PARAMSTATS, backend),
-    )
+def _from_norm(norm: float, name: str = "total") -> Found:
+    return {f"{name}.grad": Statistics(norm=norm)}
 
+
+def _is_total_grad(name: str) -> bool:
+    return name == "total.grad"
+
+
+def _why_no_grad(tensors: Tensors) -> str | None:
+    return None if any(map(is_gradient, tensors)) else "there is no gradient"
+
+
+SUMMARIZE = Contestant(
+    "paramstats", paramstats.summarize, from_summary, PARAMSTATS, all_of_them, backend="native",
+    queue=paramstats.summarize,
+)  # fmt: skip
+SCALARS = Contestant("scalars", scalars, from_scalars, PARAMSTATS, all_of_them, backend="native")
+TOTAL_GRAD_NORM = Contestant(
+    "total_grad_norm", total_grad_norm, _from_norm, PARAMSTATS, _is_total_grad, backend="native",
+    why_not=_why_no_grad,
+)  # fmt: skip
+ONE_STATISTIC = Contestant(
+    "one_statistic", one_statistic, _from_norm, PARAMSTATS, lambda name: False, _and_first_name,
+    "native", why_not=_why_no_grad,
+)  # fmt: skip
+REFERENCE_SCALARS = Contestant(
+    "reference_scalars", scalars, from_scalars, PARAMSTATS, all_of_them, backend="reference",
+    queue=paramstats.summarize,
+)  # fmt: skip
+ITEM_LOOP = Contestant("item_loop", item_loop)
+BATCHED_TORCH = Contestant(
+    "batched_torch", batched_torch, queue=lambda model: four_of_each(named_tensors(model)[1])
+)
 
 CONTESTANTS = (
-    *_paramstats("", "native"),
-    *_paramstats("_reference", "reference"),
-    Contestant("item_loop", item_loop),
-    Contestant("item_loop_no_grad", item_loop_no_grad),
-    Contestant(
-        "batched_torch",
-        batched_torch,
-        queue=lambda model: four_of_each(_named_tensors(model)[1]),
-    ),
+    SUMMARIZE,
+    SCALARS,
+    TOTAL_GRAD_NORM,
+    ONE_STATISTIC,
+    REFERENCE_SCALARS,
+    ITEM_LOOP,
+    BATCHED_TORCH,
     Contestant(
         "foreach_norm_only",
         foreach_norm,
-        queue=lambda model: torch._foreach_norm(_named_tensors(model)[1]),
+        queue=lambda model: torch._foreach_norm(named_tensors(model)[1]),
+    ),
+    Contestant(
+        "get_total_norm", get_total_norm, _from_norm, required=_is_total_grad, why_not=_why_no_grad
     ),
     Contestant(
         "compiled_torch",
         compiled_torch,
-        queue=lambda model: _compiled_four_of_each()(_named_tensors(model)[1]),
+        queue=lambda model: _compiled_four_of_each()(named_tensors(model)[1]),
         compiles=True,
         why_not=_why_not_compiled,
     ),
-    Contestant("numpy", numpy_views, why_not=_why_not_numpy),
-    Contestant("lovely_tensors", lovely, _only_names, why_not=_why_not_lovely),
 )

@@ -71,8 +71,25 @@ def _one_tensor(nbytes: int, dtype: torch.dtype, device: torch.device) -> nn.Mod
     """One parameter without a gradient."""
     if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < 3 * nbytes:
         pytest.skip("too little free memory on the GPU")
-    tensor = filled(nbytes // dtype.itemsize, dtype, device)
+    return _of(filled(nbytes // dtype.itemsize, dtype, device))
+
+
+def _of(tensor: torch.Tensor) -> nn.Module:
     return nn.ParameterList([nn.Parameter(tensor, requires_grad=False)])
+
+
+_BLOCK_BYTES = (1_000_000, 1 << 20)
+
+
+def repeating(nbytes: int, dtype: torch.dtype) -> tuple[nn.Module, nn.Module, int]:
+    """Return one parameter on the CPU that repeats a block, the block, and the repetitions.
+
+    The block is small enough for the oracle.
+    """
+    block_bytes = next((b for b in _BLOCK_BYTES if nbytes % b == 0), nbytes)
+    block = filled(block_bytes // dtype.itemsize, dtype, torch.device("cpu"))
+    repeats = nbytes // block_bytes
+    return _of(block.repeat(repeats)), _of(block), repeats
 
 
 def filled(numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

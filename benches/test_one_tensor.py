@@ -1,21 +1,18 @@
-"""Benchmarks of one tensor in memory or in cache: paramstats against a loop that only reads it."""
+"""Benchmarks of one tensor in memory or in cache, and of a loop that only reads it."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-import paramstats
-from benches import checks
-from benches.conftest import Measure
-from benches.contestants import PARAMSTATS, from_summary
-from benches.models import filled
-from benches.read_only import NoCompilerError, ReadOnly, checksum
+from benches import checks, models
+from benches.conftest import Case, Measure
+from benches.contestants import Contestant
+from benches.libraries import TENSOR_CONTESTANTS
 from paramstats._core.backend import active
 
 _SIZES = {
@@ -36,102 +33,75 @@ _DTYPES = {
 _SHARED_FROM = 1 << 20
 """Bytes from which several threads share a tensor."""
 
-_BLOCK_BYTES = (1_000_000, 1 << 20)
-"""A larger tensor repeats a block of one of these sizes, which the oracle can check quickly."""
+_SIMD = "avx2"
+"""The SIMD level of one more case, if it is not the best one of this machine."""
 
 
-@dataclass(frozen=True)
-class Case:
-    """A tensor, which repeats a block `repeats` times, and the correct statistics of the block."""
-
-    name: str
-    tensor: torch.Tensor
-    repeats: int
-    expected: dict[str, paramstats.TensorStats]
-    about: dict[str, Any]
-    simd: str | None = None
-    """The SIMD level of paramstats, if not the best one."""
-
-
-def _case(size: str, dtype: str, simd: str | None = None) -> Any:
+def _param(size: str, dtype: str, simd: str | None = None) -> Any:
     marks = [pytest.mark.large] if size == "1_GiB" else []
-    name = "_".join(filter(None, (size, dtype, simd)))
-    return pytest.param((name, size, dtype, simd), marks=marks, id=name)
+    return pytest.param(
+        (size, dtype, simd), marks=marks, id="_".join(filter(None, (size, dtype, simd)))
+    )
 
 
 _CASES = (
-    *(_case("1_GiB", dtype) for dtype in ("float32", "bfloat16", "float64")),
-    _case("1_GiB", "float32", "avx2"),
-    *(_case(size, dtype) for size in ("32_MB", "16_MB", "1_MB", "32_KB") for dtype in _DTYPES),
+    *(_param("1_GiB", dtype) for dtype in ("float32", "bfloat16", "float64")),
+    _param("1_GiB", "float32", _SIMD),
+    *(_param(size, dtype) for size in ("32_MB", "16_MB", "1_MB", "32_KB") for dtype in _DTYPES),
 )
 
 
 @pytest.fixture(scope="module", params=_CASES)
-def case(request: pytest.FixtureRequest, device: torch.device) -> Case:
+def one_thread(request: pytest.FixtureRequest, device: torch.device) -> Case:
     if device.type != "cpu":
         pytest.skip("the read-only loop runs on the CPU")
-    name, size, dtype, simd = request.param
-    nbytes = _SIZES[size]
-    block_bytes = next((b for b in _BLOCK_BYTES if nbytes % b == 0), nbytes)
-    block = filled(block_bytes // _DTYPES[dtype].itemsize, _DTYPES[dtype], device)
-    repeats = nbytes // block_bytes
+    size, dtype, simd = request.param
+    model, block, repeats = models.repeating(_SIZES[size], _DTYPES[dtype])
+    name = "_".join(filter(None, request.param))
     title = f"{size.replace('_', ' ')} of {dtype}{f', {simd}' if simd else ''}"
-    about = {"title": title, "tensors": 1, "bytes": nbytes}
-    return Case(name, block.repeat(repeats), repeats, checks.expected({"x": block}), about, simd)
+    return Case(name, model, checks.expected(models.tensors(block)), title, repeats)
 
 
 @pytest.fixture
-def name(case: Case, threads: int) -> str:
-    if threads > 1 and case.tensor.nbytes < _SHARED_FROM:
+def case(one_thread: Case, threads: int) -> Case:
+    if threads > 1 and one_thread.about["bytes"] < _SHARED_FROM:
         pytest.skip("such a small tensor is read by one thread")
-    return f"{case.name}_{threads}_threads"
+    return replace(one_thread, name=f"{one_thread.name}_{threads}_threads")
 
 
 @pytest.fixture
-def read_only(case: Case, name: str, threads: int) -> ReadOnly:
-    try:
-        loop = ReadOnly([case.tensor], threads)
-    except NoCompilerError as missing:
-        pytest.skip(str(missing))
-    assert loop() == checksum([case.tensor])
-    return loop
-
-
-@pytest.fixture
-def native(case: Case, use_backend: Callable[[str], None]) -> Iterator[None]:
-    """Select the native backend and the SIMD level of the case until the test ends."""
+def simd(case: Case, use_backend: Callable[[str], None]) -> Iterator[bool]:
+    """Select the SIMD level of the case until the test ends; tell whether it is not the best."""
+    if not case.title.endswith(_SIMD):
+        yield False
+        return
     use_backend("native")
     kernels = active().native
     best = kernels.simd_level()
-    if case.simd is not None:
-        if case.simd == best or case.simd not in kernels.simd_levels():
-            pytest.skip(f"the SIMD level is {best} anyway")
-        kernels.set_simd_level(case.simd)
-    yield
+    if best == _SIMD or _SIMD not in kernels.simd_levels():
+        pytest.skip(f"the SIMD level is {best} anyway")
+    kernels.set_simd_level(_SIMD)
+    yield True
     kernels.set_simd_level(best)
 
 
-@pytest.mark.usefixtures("native")
-def test_paramstats(case: Case, name: str, measure: Measure) -> None:
-    source = {"x": case.tensor}
-    mean, std, norm, zero_fraction = from_summary(paramstats.summarize(source))["x"]
-    norm = norm and norm / math.sqrt(case.repeats)
-    checks.check({"x": (mean, std, norm, zero_fraction)}, case.expected, PARAMSTATS)
-
-    def call() -> object:
-        return paramstats.summarize(source)
-
-    measure(call, name, "paramstats", **case.about)
+@pytest.mark.parametrize("contestant", TENSOR_CONTESTANTS, ids=lambda contestant: contestant.name)
+def test_tensor(
+    case: Case, contestant: Contestant, simd: bool, compete: Callable[[Case, Contestant], None]
+) -> None:
+    if simd and contestant.backend is None:
+        pytest.skip("only paramstats is measured with another SIMD level")
+    compete(case, contestant)
 
 
-def test_read_only(case: Case, name: str, read_only: ReadOnly, measure: Measure) -> None:
-    measure(read_only, name, "read_only", **case.about)
+def test_read_only(case: Case, simd: bool, time_the_limit: Callable[[Case], None]) -> None:
+    time_the_limit(case)
 
 
 @pytest.mark.parametrize(
-    "case", [_case("1_GiB", "float32"), _case("32_MB", "float32")], indirect=True
+    "one_thread", [_param("1_GiB", "float32"), _param("32_MB", "float32")], indirect=True
 )
-def test_torch_sum(case: Case, name: str, measure: Measure) -> None:
+def test_torch_sum(case: Case, measure: Measure) -> None:
     """torch.sum of the same bytes as integers. The read-only loop must not be slower."""
-    words = case.tensor.view(torch.int64)
-    measure(words.sum, name, "torch_sum", **case.about)
+    (tensor,) = case.tensors.values()
+    measure(tensor.view(torch.int64).sum, case.name, "torch_sum", **case.about)
