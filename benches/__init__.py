@@ -4,7 +4,7 @@ pytest benches --device cuda       run them on a GPU (default: the CPU)
 pytest benches -m "not large"      run them without tensors of 1 GiB
 python -m benches.report           run them and write docs/benchmarks.md
 python -m benches.step_cost        measure what each tool adds to a training step
-python -m benches.in_turns         time paramstats and its limits in alternating calls
+python -m benches.in_turns         time paramstats, its limits and the loop in alternating calls
 python -m benches.chart            draw docs/speed.svg from the newest results
 python -m benches.compare REV      compare the speed with that of another revision
 python -m benches.sharded          measure the exchange between ranks

@@ -24,6 +24,9 @@ _COMPILE_SECONDS = {"cpu": 60.0, "cuda": 15.0}
 
 Measure = Callable[..., None]
 
+_wrong: dict[str, dict[str, str]] = {}
+"""What is wrong, by case and contestant."""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -73,6 +76,11 @@ def pytest_benchmark_update_machine_info(
 ) -> None:
     """Add the hardware and versions that benches.report needs."""
     machine_info["benches"] = hardware.describe(_device(config))
+
+
+def pytest_benchmark_update_json(output_json: dict[str, Any]) -> None:
+    """Add the contestants with wrong results, by case: these are not timed."""
+    output_json["wrong"] = _wrong
 
 
 def _device(config: pytest.Config) -> str:
@@ -169,6 +177,11 @@ def compete(
             if contestant.backend is not None:
                 raise
             pytest.skip(f"torch has no such operator: {str(error).splitlines()[0]}")
+        except AssertionError as error:
+            if contestant.backend is not None:
+                raise
+            _wrong.setdefault(case.name, {})[contestant.name] = str(error)
+            pytest.skip(f"wrong result: {error}")
         queue = partial(contestant.queue, case.model) if contestant.queue else None
         measure(call, case.name, contestant.name, queue, **case.about)
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import datetime
+import importlib.metadata
 import os
 import platform
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import paramstats
+
+PEERS = ("numpy", "numkong", "polars", "lovely-tensors", "lightning", "wandb")
 
 LEAST_FREE = 0.9
 """Share of the processors that must be free for a timing to be published (`FreeShare`)."""
@@ -73,10 +77,20 @@ def describe(device: str) -> dict[str, Any]:
             "paramstats": backend.version,
             "torch": backend.torch,
             "python": platform.python_version(),
+            **_peers(),
         },
         "backend": backend.cuda if device == "cuda" else backend.cpu,
         "simd": backend.simd,
     }
+
+
+def _peers() -> dict[str, str]:
+    """Return the versions of the libraries and tools that are compared with paramstats."""
+    found = {}
+    for name in PEERS:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def cpu_name() -> str:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import importlib.metadata
 import importlib.util
 import math
 
@@ -28,17 +27,6 @@ from benches.contestants import (
 
 _LARGE = 1 << 26
 """Bytes from which slow contestants are not measured."""
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of the other libraries and tools that are installed."""
-    found = {}
-    for name in ("numpy", "numkong", "polars", "lovely-tensors", "lightning", "wandb"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def _why_not_installed(package: str) -> str | None:

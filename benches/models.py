@@ -60,7 +60,7 @@ def _llama(device: torch.device) -> nn.Module:
     return _after_backward(transformers.LlamaForCausalLM(config).to(device, torch.bfloat16))
 
 
-def _many(parameters: int, elements: int, device: torch.device) -> nn.Module:
+def many(parameters: int, elements: int, device: torch.device) -> nn.Module:
     """Many small parameters: the overhead per tensor dominates."""
     model = nn.ParameterList(torch.randn(elements, device=device) for _ in range(parameters))
     torch.cat(tuple(model)).sin().sum().backward()
@@ -123,8 +123,8 @@ MODELS = (
     Model("mlp_16_layers", "MLP of 16 layers", partial(_mlp, [64, *[256] * 15, 10])),
     Model("gpt2", "GPT-2, 124 M parameters, float32", _gpt2),
     Model("llama_bfloat16", "Llama-shaped, 134 M parameters, bfloat16", _llama),
-    Model("tensors_of_16", "1,000 parameters of 16 elements", partial(_many, 1000, 16)),
-    Model("tensors_of_100", "5,000 parameters of 100 elements", partial(_many, 5000, 100)),
+    Model("tensors_of_16", "1,000 parameters of 16 elements", partial(many, 1000, 16)),
+    Model("tensors_of_100", "5,000 parameters of 100 elements", partial(many, 5000, 100)),
     _in_gpu_memory(2 * _GIB, torch.float32),
     _in_gpu_memory(2 * _GIB, torch.bfloat16),
     _in_gpu_memory(_GIB, torch.float8_e4m3fn),

@@ -1,13 +1,14 @@
 """Runs the benchmarks; writes medians to benches/results and tables to docs/benchmarks.md.
 
-    python -m benches.report                  run pytest benches and benches.step_cost
+    python -m benches.report                  run pytest benches, step_cost and in_turns
     python -m benches.report --repeat 3       run pytest three times and take medians
     python -m benches.report --device cuda    run on a GPU, with benches.on_gpu
     python -m benches.report FILE...          run nothing; use JSON files of earlier runs
     python -m benches.report --dry-run        print the tables and write nothing
 
-FILE is a file of benches/results, or written by `pytest benches --benchmark-json FILE`,
-`python -m benches.step_cost --json FILE` or `python -m benches.on_gpu --json FILE`.
+FILE is a file of benches/results, or written by `pytest benches --benchmark-json FILE` or by
+`python -m benches.MODULE --json FILE`, where MODULE is step_cost, in_turns or on_gpu. A file of
+benches/results together with a newer one of a MODULE: replaces that part of the results.
 """
 
 from __future__ import annotations
@@ -49,8 +50,9 @@ def run_all(device: str, repeat: int) -> list[Report]:
         if report is None:
             sys.exit("benches.report: the benchmarks failed, so nothing is reported")
         found.append(report)
-    for module in ("benches.step_cost", *(("benches.on_gpu",) if device == "cuda" else ())):
-        report = _run(module, "--json", *(("--device", device) if "step" in module else ()))
+    other = ("benches.on_gpu",) if device == "cuda" else ("benches.in_turns",)
+    for module, *options in (("benches.step_cost", "--device", device), other):
+        report = _run(module, "--json", *options)
         if report is None:
             print(f"benches.report: {module} failed and is left out", file=sys.stderr)
         else:
@@ -67,28 +69,39 @@ def _run(module: str, json_option: str, *arguments: str) -> Report | None:
         return json.loads(out.read_text()) if done.returncode == 0 and out.exists() else None
 
 
+_PARTS = {"in_turns": "in_turns", "parts": "on_gpu", "steps": "step_cost"}
+"""Keys that tell which module wrote a file, and the names of these parts in a report."""
+
+
 def combine(found: Sequence[Report]) -> Report:
-    """Combine files of one machine and version: medians, spread, training steps, GPU calls."""
+    """Combine files of one machine and version: medians, spread, and the parts of modules."""
     finished = [report for report in found if "cases" in report]
-    if finished:
-        return finished[0]
     runs = [report for report in found if "benchmarks" in report]
-    if not runs:
+    if not (finished or runs):
         sys.exit("benches.report: expected a file of `pytest benches --benchmark-json`")
-    others = [report for report in found if "parts" in report or "steps" in report]
-    where: Report = runs[0]["machine_info"]["benches"]
+    others = [report for report in found if not {"cases", "benchmarks"} & report.keys()]
+    where: Report = finished[0] if finished else runs[0]["machine_info"]["benches"]
     for other in (*(run["machine_info"]["benches"] for run in runs), *others):
         for key in ("hardware", "versions", "backend"):
             if other[key] != where[key]:
                 sys.exit(f"benches.report: expected runs on one machine, got a different {key}")
-    repeats = Counter(timing["fullname"] for run in runs for timing in run["benchmarks"])
-    report = {**where, "runs": max(repeats.values(), default=0), "cases": _cases(runs)}
+    report = dict(where)
+    if not finished:
+        repeats = Counter(timing["fullname"] for run in runs for timing in run["benchmarks"])
+        report |= {"runs": max(repeats.values(), default=0), "cases": _cases(runs)}
     for other in others:
-        if "parts" in other:
-            report.setdefault("on_gpu", {}).update(other["parts"])
-        else:
-            report["step_cost"] = {key: other[key] for key in ("steps", "missing")}
+        for key, part in _PARTS.items():
+            if key in other:
+                report[part] = report.get(part, {}) | _without_machine(other, key)
     return report
+
+
+def _without_machine(report: Report, key: str) -> Report:
+    """Return what a module measured, and for the training steps what is missing."""
+    if key == "steps":
+        return {name: report[name] for name in ("steps", "missing")}
+    measured: Report = report[key]
+    return measured
 
 
 def _cases(runs: Sequence[Report]) -> dict[str, Any]:
@@ -105,7 +118,7 @@ def _cases(runs: Sequence[Report]) -> dict[str, Any]:
             infos[0]["case"],
             {
                 **{key: infos[0][key] for key in ("threads", "title", "tensors", "bytes")},
-                **{key: {} for key in ("median_s", "iqr_s", "free")},
+                **{key: {} for key in ("median_s", "iqr_s", "free", "wrong")},
             },
         )
         contestant = infos[0]["contestant"]
@@ -116,6 +129,10 @@ def _cases(runs: Sequence[Report]) -> dict[str, Any]:
         on_device = [info["device_s"] for info in infos if "device_s" in info]
         if on_device:
             case.setdefault("device_s", {})[contestant] = statistics.median(on_device)
+    for run in runs:
+        for name, wrong in run.get("wrong", {}).items():
+            if name in cases:  # else nothing of it was timed
+                cases[name]["wrong"] |= wrong
     return cases
 
 

@@ -19,7 +19,6 @@ _SIZES = {
     "32_KB": 32_000,
     "1_MB": 1_000_000,
     "16_MB": 16_000_000,
-    "32_MB": 32_000_000,
     "1_GiB": 1 << 30,
 }
 _DTYPES = {
@@ -47,7 +46,7 @@ def _param(size: str, dtype: str, simd: str | None = None) -> Any:
 _CASES = (
     *(_param("1_GiB", dtype) for dtype in ("float32", "bfloat16", "float64")),
     _param("1_GiB", "float32", _SIMD),
-    *(_param(size, dtype) for size in ("32_MB", "16_MB", "1_MB", "32_KB") for dtype in _DTYPES),
+    *(_param(size, dtype) for size in ("16_MB", "1_MB", "32_KB") for dtype in _DTYPES),
 )
 
 
@@ -99,7 +98,7 @@ def test_read_only(case: Case, simd: bool, time_the_limit: Callable[[Case], None
 
 
 @pytest.mark.parametrize(
-    "one_thread", [_param("1_GiB", "float32"), _param("32_MB", "float32")], indirect=True
+    "one_thread", [_param("1_GiB", "float32"), _param("16_MB", "float32")], indirect=True
 )
 def test_torch_sum(case: Case, measure: Measure) -> None:
     """torch.sum of the same bytes as integers. The read-only loop must not be slower."""

@@ -15,16 +15,21 @@ from typing import Any
 import pytest
 import torch
 
+import paramstats
 from benches import (
     checks,
     hardware,
+    in_turns,
     limited,
+    models,
     on_gpu,
     report,
     sanitizer_case,
     tables,
     timing,
 )
+from benches.contestants import Contestant, Statistics, all_of_them
+from benches.libraries import TENSOR_CONTESTANTS
 from benches.step_cost import __main__ as step_cost
 from benches.step_cost.tools import available
 from benches.step_cost.trainings import RECIPES
@@ -42,7 +47,9 @@ ROOT = Path(__file__).parent.parent
     [
         ({"a": (0.5, 0.5**0.5, 1.0, 0.6)}, "zero_fraction of 'a'"),
         ({"a": (0.5, 0.9, None, None)}, "std of 'a'"),
-        ({"b": (None, None, None, None)}, "'b'"),
+        ({"a": (0.5, None, None, None, -1.0, 1.0)}, "min of 'a'"),
+        ({"b": (None,)}, "missing: {'a'}, unknown: {'b'}"),
+        ({"a": (0.5,), "total": (0.4,)}, "mean of 'total'"),
     ],
 )
 def test_wrong_or_missing_statistics_are_found(statistics: Any, message: str) -> None:
@@ -50,6 +57,53 @@ def test_wrong_or_missing_statistics_are_found(statistics: Any, message: str) ->
     checks.check({"a": (0.5, 0.5**0.5, 1.0, None)}, expected, 1e-6)
     with pytest.raises(AssertionError, match=message):
         checks.check(statistics, expected, 0.01)
+
+
+def test_totals_are_required() -> None:
+    expected = checks.expected({"a": torch.ones(2), "a.grad": torch.tensor([3.0, 4.0])})
+    norms = {"a": 2**0.5, "total": 2**0.5, "a.grad": 5.0, "total.grad": 5.0}
+    found = {name: Statistics(norm=norm) for name, norm in norms.items()}
+    checks.check(found, expected, 1e-6, all_of_them)
+    del found["total.grad"]
+    with pytest.raises(AssertionError, match=r"missing: {'total.grad'}"):
+        checks.check(found, expected, 1e-6, all_of_them)
+
+
+def test_totals_of_many_elements_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = {"a": torch.rand(50), "b": torch.rand(60)}
+    right = checks.expected(tensors)["total"]
+    monkeypatch.setattr(checks, "_ORACLE_ELEMENTS", 100)
+    assert checks.expected(tensors)["total"] == right
+    monkeypatch.setattr(
+        paramstats.Summary, "total", paramstats.summarize({"a": tensors["a"]}).total
+    )
+    with pytest.raises(AssertionError):
+        checks.expected(tensors)
+
+
+def test_repetitions_change_only_the_norm() -> None:
+    expected = checks.expected({"a": torch.tensor([1.0, 2.0])})
+    checks.check({"a": (1.5, None, 20**0.5)}, expected, 1e-6, repeats=4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64", "int8"])
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("contestant", TENSOR_CONTESTANTS, ids=lambda c: c.name)
+def test_contestants_of_one_tensor_are_right(
+    contestant: Contestant, threads: int, dtype: str
+) -> None:
+    model, block, repeats = models.repeating(1 << 21, getattr(torch, dtype))
+    expected = checks.expected(models.tensors(block))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        reason = contestant.why_not(models.tensors(model))
+        if reason is not None:
+            pytest.skip(reason)
+        call = checks.checked_call(contestant, model, expected, repeats)
+        assert contestant.statistics(call()).keys() <= expected.keys()
+    finally:
+        torch.set_num_threads(before)
 
 
 def _run(median: float, iqr: float, free: float, **machine: Any) -> dict[str, Any]:
@@ -68,6 +122,44 @@ def test_runs_are_combined_and_noise_is_reported() -> None:
     assert report.noisy(combined) == ["a, paramstats: spread 50%, 80% of the CPU free"]
     with pytest.raises(SystemExit, match="different hardware"):
         report.combine([_run(0.1, 0.0, 1.0), _run(0.1, 0.0, 1.0, hardware={})])
+
+
+def test_wrong_results_are_shown_and_not_timed() -> None:
+    run = _run(0.1, 0.0, 1.0)
+    run["wrong"] = {"a": {"batched_torch": "norm of '0': ..."}, "not timed": {"polars": "..."}}
+    assert "| float32, torch | wrong |" in tables.render(report.combine([run]))
+
+
+def _turns(median: float, **machine: Any) -> dict[str, Any]:
+    row = {"of": "MLP", "call": "loop", "base": "`summarize(m)`", "median": median}
+    group = {"date": "2026-01-02", "rows": [row | {"low": 1.0, "high": 123.4}]}
+    return {**hardware.describe("cpu"), "in_turns": {"mlp": group}, **machine}
+
+
+def test_alternating_calls_have_a_table_and_replace_older_ones() -> None:
+    combined = report.combine([_run(0.1, 0.0, 1.0), _turns(11.0)])
+    newer = report.combine([combined, _turns(12.34)])
+    for found, ratio in ((combined, "11.0x"), (newer, "12.3x")):
+        table = tables.render(found)
+        assert f"| MLP | loop | `summarize(m)` | {ratio} | 1.00x to 123x |" in table
+        assert "2026-01-02." in table
+    with pytest.raises(SystemExit, match="different hardware"):
+        report.combine([combined, _turns(12.0, hardware={})])
+
+
+def test_alternating_calls_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(in_turns, "SECONDS", 1e-3)
+    monkeypatch.setattr(in_turns, "MANY", (20,))
+    monkeypatch.setattr(in_turns, "SIZES", {"1 MB": 1_000_000})
+    monkeypatch.setattr(in_turns, "FALLBACK", ("seed_mlp",))
+    rows = [
+        row for name in ("mlp", "fallback", "many", "tensors") for row in in_turns.measure(name)
+    ]
+    assert len(rows) >= 5 + 1 + 2 + 3
+    assert all(row["low"] <= row["median"] <= row["high"] for row in rows)
+    assert "MLP of 4 parameters: `summarize(m).scalars()` / `summarize(m)`: " in in_turns.text(
+        rows[0]
+    )
 
 
 def test_page_shows_the_saved_results() -> None:

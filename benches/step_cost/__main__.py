@@ -37,18 +37,15 @@ from benches.timing import synchronize
 
 
 def check(training: Training, tools: Sequence[Tool]) -> None:
-    """Raise AssertionError if a tool's statistics are wrong or not those of all gradients."""
+    """Raise AssertionError if a tool's statistics are wrong or incomplete."""
     with ExitStack() as stack:
         attached = [(tool, stack.enter_context(tool.attached(training.model))) for tool in tools]
         training.backward()
         results = [(tool, run()) for tool, run in attached]
     expected = checks.expected(tensors(training.model))
-    gradients = {name: stats for name, stats in expected.items() if name.endswith(".grad")}
     for tool, result in results:
         if tool.statistics is not None:
-            found = tool.statistics(result)
-            wanted = expected if found.keys() - gradients else gradients
-            checks.check(found, wanted, tool.tolerance)
+            checks.check(tool.statistics(result), expected, tool.tolerance, tool.required)
 
 
 def timed(training: Training, tool: Tool, recipe: Recipe) -> float:

@@ -15,7 +15,18 @@ import torch
 from torch import nn
 
 import paramstats
-from benches.contestants import PARAMSTATS, TORCH, Statistics, from_scalars, item_loop_no_grad
+from benches.contestants import (
+    ITEM_LOOP,
+    PARAMSTATS,
+    TORCH,
+    Found,
+    Statistics,
+    all_of_them,
+    each_tensor,
+    from_scalars,
+    is_gradient,
+    item_loop,
+)
 
 Run = Callable[[], Any]
 """What a tool does in each step, between the backward pass and the optimizer's step."""
@@ -31,9 +42,15 @@ class Tool:
     name: str
     title: str
     attached: Attached
-    statistics: Callable[[Any], dict[str, Statistics]] | None = None
-    """Converts the result of a run, with the names of `models.tensors`; None: nothing to check."""
+    statistics: Callable[[Any], Found] | None = None
+    """Converts the result of a run; None: nothing to check."""
+    required: Callable[[str], bool] = all_of_them
+    """Tells whether the tool must return the statistics of a name."""
     tolerance: float = PARAMSTATS
+
+
+def _each_gradient(name: str) -> bool:
+    return is_gradient(name) and each_tensor(name)
 
 
 def called(function: Callable[[nn.Module], Any]) -> Attached:
@@ -87,12 +104,12 @@ def _read_one_step_later(model: nn.Module) -> Iterator[Run]:
 def _lightning(stack: ExitStack) -> Tool:
     grad_norm = importlib.import_module("lightning.pytorch.utilities").grad_norm
 
-    def statistics(norms: dict[str, torch.Tensor]) -> dict[str, Statistics]:
+    def statistics(norms: dict[str, torch.Tensor]) -> Found:
         named = {key.partition("/")[2]: norm.item() for key, norm in norms.items() if "/" in key}
-        return {f"{name}.grad": (None, None, norm, None) for name, norm in named.items()}
+        return {f"{name}.grad": Statistics(norm=norm) for name, norm in named.items()}
 
     attached = called(lambda model: grad_norm(model, norm_type=2))
-    return Tool("lightning", "Lightning's `grad_norm`", attached, statistics, TORCH)
+    return Tool("lightning", "Lightning's `grad_norm`", attached, statistics, _each_gradient, TORCH)
 
 
 _WANDB_SECONDS = 1.0
@@ -129,9 +146,28 @@ def available(stack: ExitStack, device: torch.device) -> tuple[list[Tool], dict[
     found = [
         Tool("nothing", "nothing", called(lambda model: None)),
         Tool("paramstats", "paramstats", everything, from_scalars),
-        Tool("paramstats_gradients", "paramstats, gradients only", gradients, from_scalars),
-        Tool("paramstats_hooks", "paramstats, one call per gradient (hooks)", _hooks, from_scalars),
-        Tool("item_loop", "`.item()` loop", called(item_loop_no_grad), lambda log: log, TORCH),
+        Tool(
+            "paramstats_gradients",
+            "paramstats, gradients only",
+            gradients,
+            from_scalars,
+            is_gradient,
+        ),
+        Tool(
+            "paramstats_hooks",
+            "paramstats, one call per gradient (hooks)",
+            _hooks,
+            from_scalars,
+            _each_gradient,
+        ),
+        Tool(
+            "item_loop",
+            "`.item()` loop",
+            called(item_loop),
+            ITEM_LOOP.statistics,
+            each_tensor,
+            TORCH,
+        ),
     ]
     if device.type == "cuda":
         title = "paramstats, read one step later"
