@@ -132,12 +132,12 @@ matrix: $(VENV)/matrix  ## run the compatibility matrix, 2 minutes; writes docs/
 	$(BIN)/python -m tools.matrix
 
 $(VENV)/peers: $(VENV)/installed
-	$(BIN)/pip install --quiet --disable-pip-version-check numpy lovely-tensors wandb lightning matplotlib
+	$(BIN)/pip install --quiet --disable-pip-version-check numpy lovely-tensors wandb lightning matplotlib \
+		numkong polars
 	@touch $@
 
 bench: $(VENV)/peers  ## run all benchmarks, 20 minutes; writes docs/benchmarks.md and its data
 	$(BIN)/python -m benches.report --repeat 2
-	$(BIN)/python -m benches.in_turns
 	$(BIN)/python -m benches.chart
 
 bench-compare: $(VENV)/installed  ## compare the speed of this tree with BASE=<revision>, 4 minutes
