@@ -4,8 +4,8 @@
 
 Checks REVISION out in a temporary git worktree and builds it there. Each round then runs the
 benchmarks of compare_cases.py once in each tree, so that both see the same changes in the load of
-the machine. Prints the ratio of the medians in each round, and pytest-benchmark's comparison of the
-median runs. On a busy machine, OMP_NUM_THREADS=1 gives steadier ratios.
+the machine. Prints the ratio of the medians in each round. On a busy machine, OMP_NUM_THREADS=1
+gives steadier ratios.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 _ROOT = Path(__file__).parent.parent
 _CASES = Path(__file__).with_name("compare_cases.py")
@@ -36,34 +35,22 @@ def _run(command: tuple[str, ...], cwd: Path, **environment: str) -> None:
 def _compare(base: Path, folder: Path, rounds: int) -> None:
     trees = {"base": base, "this": _ROOT}
     cases = str(shutil.copy(_CASES, folder))  # away from conftest.py, which needs this tree
-    runs: dict[str, list[list[dict[str, Any]]]] = {name: [] for name in trees}
+    medians: dict[str, dict[str, list[float]]] = {}
     for turn in range(rounds):
-        for name in sorted(trees, reverse=turn % 2 == 1):
-            out = folder / f"{name}.json"
+        for tree in sorted(trees, reverse=turn % 2 == 1):
+            out = folder / "out.json"
             options = (f"--benchmark-json={out}", f"--rootdir={folder}", cases)
-            _run((sys.executable, *_PYTEST, *options), folder, PYTHONPATH=str(trees[name]))
-            runs[name].append(json.loads(out.read_text())["benchmarks"])
-    median_runs: dict[str, list[dict[str, Any]]] = {name: [] for name in trees}
-    for case in zip(*runs["base"], *runs["this"], strict=True):  # a benchmark in all runs
-        medians = [benchmark["stats"]["median"] for benchmark in case]
-        ratios = [
-            this / base for base, this in zip(medians[:rounds], medians[rounds:], strict=True)
-        ]
+            _run((sys.executable, *_PYTEST, *options), folder, PYTHONPATH=str(trees[tree]))
+            for timing in json.loads(out.read_text())["benchmarks"]:
+                by_tree = medians.setdefault(timing["name"], {name: [] for name in trees})
+                by_tree[tree].append(timing["stats"]["median"])
+    for name, by_tree in medians.items():
+        ratios = [this / base for base, this in zip(*by_tree.values(), strict=True)]
+        microseconds = statistics.median(by_tree["this"]) * 1e6
         print(
-            f"{case[0]['name']:<30} this tree / base: {statistics.median(ratios):.3f} "
-            f"(rounds: {min(ratios):.3f} to {max(ratios):.3f})"
+            f"{name:<34} this tree / base: {statistics.median(ratios):.3f} (rounds: "
+            f"{min(ratios):.3f} to {max(ratios):.3f}); this tree: {microseconds:,.1f} us"
         )
-        for name, same in (("base", case[:rounds]), ("this", case[rounds:])):
-            by_median = sorted(same, key=lambda benchmark: benchmark["stats"]["median"])
-            median_runs[name].append(by_median[rounds // 2])
-    files = [folder / f"{name}.json" for name in trees]
-    for name, file in zip(trees, files, strict=True):
-        file.write_text(
-            json.dumps({**json.loads(file.read_text()), "benchmarks": median_runs[name]})
-        )
-    columns = ("--group-by=name", "--columns=median,iqr,rounds")
-    compare = (sys.executable, "-m", "pytest_benchmark", "compare", *columns, *map(str, files))
-    subprocess.run(compare, check=True)
 
 
 def main(revision: str = "HEAD", rounds: str = "6") -> None:

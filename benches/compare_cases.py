@@ -34,6 +34,12 @@ def _tensors(number: int, nbytes: int) -> dict[str, torch.Tensor]:
     return {f"{i}": block.repeat(nbytes // block.nbytes) for i in range(number)}
 
 
+def _check_tree() -> None:
+    tree = Path(os.environ["PYTHONPATH"]).resolve()
+    assert tree in Path(paramstats.__file__).parents
+    assert "paramstats._native" in sys.modules, "expected the native backend"
+
+
 @pytest.mark.parametrize(
     "source",
     [
@@ -46,10 +52,23 @@ def _tensors(number: int, nbytes: int) -> dict[str, torch.Tensor]:
 def test_summarize(source: Any, benchmark: Any) -> None:
     made = source()
     assert paramstats.summarize(made).total.count > 0
-    tree = Path(os.environ["PYTHONPATH"]).resolve()
-    assert tree in Path(paramstats.__file__).parents
-    assert "paramstats._native" in sys.modules, "expected the native backend"
+    _check_tree()
     benchmark(paramstats.summarize, made)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        pytest.param(lambda summary: summary.scalars(), id="scalars"),
+        pytest.param(lambda summary: summary.total.grad.norm, id="total_grad_norm"),
+        pytest.param(lambda summary: summary["0.weight"].grad.norm, id="one_statistic"),
+    ],
+)
+def test_mlp(read: Any, benchmark: Any) -> None:
+    made = _mlp()
+    assert read(paramstats.summarize(made))
+    _check_tree()
+    benchmark(lambda: read(paramstats.summarize(made)))
 
 
 @pytest.mark.benchmark(timer=lambda: _import_seconds)

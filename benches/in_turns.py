@@ -37,7 +37,7 @@ from benches.contestants import (
     from_summary,
 )
 from benches.read_only import ReadOnly, checksum
-from benches.timing import use_backend
+from benches.timing import quartiles, use_backend
 
 Row = dict[str, Any]
 Call = Callable[[], Any]
@@ -49,6 +49,7 @@ _LEAST_TURNS, _MOST_TURNS = 3, 400
 _SAMPLE_SECONDS = 2e-4
 """A shorter call is repeated for about this long."""
 _BEST_OF = 3
+_WARM_UP = 20
 _LONG_SECONDS = 5e-3
 """A turn takes the best of three samples, but one sample of a call that lasts longer than this."""
 
@@ -60,7 +61,7 @@ _CPU = torch.device("cpu")
 
 def turns(calls: Mapping[str, Call]) -> list[dict[str, float]]:
     """Return the seconds of each call, one dict per turn. A call was made before, to check it."""
-    once = {name: _sample(call, 1) for name, call in calls.items()}
+    once = {name: _estimate(call) for name, call in calls.items()}
     repeats = {name: max(1, round(_SAMPLE_SECONDS / seconds)) for name, seconds in once.items()}
     best_of = {name: 1 if seconds > _LONG_SECONDS else _BEST_OF for name, seconds in once.items()}
     a_turn = sum(seconds * repeats[name] * best_of[name] for name, seconds in once.items())
@@ -72,6 +73,14 @@ def turns(calls: Mapping[str, Call]) -> list[dict[str, float]]:
         }
         for _ in range(number)
     ]
+
+
+def _estimate(call: Call) -> float:
+    """Return about how many seconds a call takes; the first calls may be slow."""
+    seconds = _sample(call, 1)
+    if seconds > _LONG_SECONDS:
+        return seconds
+    return min(_sample(call, 1) for _ in range(_WARM_UP))
 
 
 def _sample(call: Call, repeats: int) -> float:
@@ -91,7 +100,7 @@ def compare(title: str, base: str, calls: Mapping[str, Call]) -> Iterator[Row]:
 
 
 def _quartiles(values: list[float]) -> Row:
-    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    low, high = quartiles(values)
     return {"median": statistics.median(values), "low": low, "high": high}
 
 

@@ -1,11 +1,11 @@
-"""Helpers for timing: choice of the backend, the GPU's clock, torch.compile with a time limit."""
+"""Helpers for timing: the backend, quartiles, the GPU's clock, torch.compile with a time limit."""
 
 from __future__ import annotations
 
 import signal
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
@@ -40,6 +40,12 @@ def available_backends(device: torch.device) -> tuple[str, ...]:
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float]:
+    """Return the limits of the middle half of the values."""
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, high
 
 
 # ---- time on the GPU ----------------------------------------------------------------------------

@@ -33,7 +33,7 @@ from benches import checks, hardware
 from benches.models import tensors
 from benches.step_cost.tools import Tool, available
 from benches.step_cost.trainings import RECIPES, Recipe, Training
-from benches.timing import synchronize
+from benches.timing import quartiles, synchronize
 
 
 def check(training: Training, tools: Sequence[Tool]) -> None:
@@ -71,17 +71,12 @@ def summarized(turns: Sequence[Mapping[str, float]]) -> dict[str, Any]:
         added = [step - base for step, base in zip(steps, without, strict=True)]
         found[name] = {
             "step_s": statistics.median(steps),
-            "step_quartiles_s": _quartiles(steps),
+            "step_quartiles_s": quartiles(steps),
             "added_s": statistics.median(added),
-            "added_quartiles_s": _quartiles(added),
+            "added_quartiles_s": quartiles(added),
             "more": statistics.median(added) / statistics.median(without),
         }
     return found
-
-
-def _quartiles(values: Sequence[float]) -> list[float]:
-    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
-    return [low, high]
 
 
 def measure(recipe: Recipe, tools: Sequence[Tool], device: torch.device) -> dict[str, Any]:
