@@ -74,9 +74,8 @@ def test_totals_of_many_elements_are_checked(monkeypatch: pytest.MonkeyPatch) ->
     right = checks.expected(tensors)["total"]
     monkeypatch.setattr(checks, "_ORACLE_ELEMENTS", 100)
     assert checks.expected(tensors)["total"] == right
-    monkeypatch.setattr(
-        paramstats.Summary, "total", paramstats.summarize({"a": tensors["a"]}).total
-    )
+    wrong = paramstats.summarize({"a": tensors["a"], "b": 2 * tensors["b"]}).total
+    monkeypatch.setattr(paramstats.Summary, "total", wrong)
     with pytest.raises(AssertionError):
         checks.expected(tensors)
 
