@@ -79,7 +79,7 @@ def combine(found: Sequence[Report]) -> Report:
     runs = [report for report in found if "benchmarks" in report]
     if not (finished or runs):
         sys.exit("benches.report: expected a file of `pytest benches --benchmark-json`")
-    others = [report for report in found if not {"cases", "benchmarks"} & report.keys()]
+    others = [r for r in found if _PARTS.keys() & r.keys() and "cases" not in r]
     where: Report = finished[0] if finished else runs[0]["machine_info"]["benches"]
     for other in (*(run["machine_info"]["benches"] for run in runs), *others):
         for key in ("hardware", "versions", "backend"):

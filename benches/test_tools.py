@@ -136,7 +136,7 @@ def _turns(median: float, **machine: Any) -> dict[str, Any]:
 
 
 def test_alternating_calls_have_a_table_and_replace_older_ones() -> None:
-    combined = report.combine([_run(0.1, 0.0, 1.0), _turns(11.0)])
+    combined = report.combine([_run(0.1, 0.0, 1.0), _turns(11.0), {"outcomes": []}])
     newer = report.combine([combined, _turns(12.34)])
     for found, ratio in ((combined, "11.0x"), (newer, "12.3x")):
         table = tables.render(found)
