@@ -6,7 +6,8 @@
 #include <cpuid.h>
 #endif
 
-#include <cstring>
+#include <algorithm>
+#include <utility>
 
 #include "denormals.h"
 #include "strides.h"
@@ -22,33 +23,23 @@ constexpr int64_t kGather = 2 * kPart;
 alignas(64) thread_local char gather_buffer[kGather * 8];
 alignas(64) thread_local double part_buffer[kPart];
 
-struct Chunk {
-  const TensorView* tensor;
-  const std::vector<Dim>* dims;  // null if the tensor is dense
-  int64_t begin;
-  int64_t n;
-};
+int64_t chunk_count(int64_t numel) { return (numel + kChunk - 1) / kChunk; }
 
-Moments read_chunk(const Chunk& c, const Kernels& kernels) {
-  const ChunkKernel kernel = kernels.chunk[static_cast<int>(c.tensor->dtype)];
-  const int size = element_size(c.tensor->dtype);
-  if (c.dims == nullptr) {
-    return kernel(static_cast<const char*>(c.tensor->data) + c.begin * size, c.n);
-  }
+// Reads one chunk. `dims` is null if the tensor is dense.
+Moments read_chunk(const TensorView& t, const std::vector<Dim>* dims, int64_t index,
+                   const Kernels& kernels) {
+  const ChunkKernel kernel = kernels.chunk[static_cast<int>(t.dtype)];
+  const int size = element_size(t.dtype);
+  const int64_t begin = index * kChunk;
+  const int64_t end = t.numel - begin < kChunk ? t.numel : begin + kChunk;
+  if (dims == nullptr) return kernel(static_cast<const char*>(t.data) + begin * size, end - begin);
   Moments state;
-  for (int64_t i = 0; i < c.n; i += kGather) {
-    const int64_t n = c.n - i < kGather ? c.n - i : kGather;
-    gather(c.tensor->data, *c.dims, c.begin + i, n, size, gather_buffer);
+  for (int64_t i = begin; i < end; i += kGather) {
+    const int64_t n = end - i < kGather ? end - i : kGather;
+    gather(t.data, *dims, i, n, size, gather_buffer);
     state = merge(state, kernel(gather_buffer, n));
   }
   return state;
-}
-
-int64_t chunk_count(int64_t numel) { return (numel + kChunk - 1) / kChunk; }
-
-Chunk chunk_at(const TensorView& t, const std::vector<Dim>* dims, int64_t index) {
-  const int64_t begin = index * kChunk;
-  return {&t, dims, begin, t.numel - begin < kChunk ? t.numel - begin : kChunk};
 }
 
 // The dimensions of a tensor with gaps (stored in `storage`), or null for a dense tensor.
@@ -62,28 +53,62 @@ void summarize_on_this_thread(const std::vector<TensorView>& tensors,
                               const std::vector<Moments*>& out, const Kernels& kernels) {
   std::vector<Dim> storage;
   for (size_t t = 0; t < tensors.size(); ++t) {
+    const int64_t chunks = chunk_count(tensors[t].numel);
     const auto* dims = dims_with_gaps(tensors[t], storage);
     Moments state;
-    for (int64_t c = 0; c < chunk_count(tensors[t].numel); ++c) {
-      state = merge(state, read_chunk(chunk_at(tensors[t], dims, c), kernels));
+    if (chunks > 0) state = read_chunk(tensors[t], dims, 0, kernels);
+    for (int64_t c = 1; c < chunks; ++c) {
+      state = merge(state, read_chunk(tensors[t], dims, c, kernels));
     }
     *out[t] = state;
   }
 }
 
-// The data that all threads share. Each chunk has its own element of `states`.
+// The fixed cost of a call of a kernel, as the number of elements that it reads in that time.
+constexpr int64_t kCallCost = 1024;
+
+// A chunk of all tensors.
+struct Position {
+  size_t tensor = 0;
+  int64_t chunk = 0;
+  size_t state = 0;  // of this chunk or, if its tensor has only one, of the next one with a state
+  bool operator<(const Position& other) const {
+    return tensor < other.tensor || (tensor == other.tensor && chunk < other.chunk);
+  }
+};
+
+// The data that all threads share. A tensor with several chunks has an element of `states` for
+// each.
 struct Job {
-  std::vector<Chunk> chunks;
-  std::vector<int64_t> task_begin;  // a task is a run of chunks, of about kChunk elements in total
+  const std::vector<TensorView>& tensors;
+  const std::vector<Moments*>& out;
+  const Kernels& kernels;
+  // Of each task: a run of chunks that takes about as long as one chunk of kChunk elements.
+  std::vector<Position> begin;
   std::vector<Moments> states;
-  const Kernels* kernels;
+  std::vector<std::pair<size_t, std::vector<Dim>>> gaps;  // of tensors with gaps, in order
+
+  const std::vector<Dim>* dims(size_t tensor) const {
+    const auto found =
+        std::lower_bound(gaps.begin(), gaps.end(), tensor,
+                         [](const auto& entry, size_t t) { return entry.first < t; });
+    return found != gaps.end() && found->first == tensor ? &found->second : nullptr;
+  }
 };
 
 void run_task(int64_t i, void* context) {
   Job& job = *static_cast<Job*>(context);
   const WithDenormals with_denormals;
-  for (int64_t c = job.task_begin[i]; c < job.task_begin[i + 1]; ++c) {
-    job.states[c] = read_chunk(job.chunks[c], *job.kernels);
+  for (Position at = job.begin[i]; at < job.begin[i + 1];) {
+    const TensorView& t = job.tensors[at.tensor];
+    const int64_t chunks = chunk_count(t.numel);
+    if (chunks == 0) {
+      *job.out[at.tensor] = Moments();
+    } else {
+      Moments& state = chunks == 1 ? *job.out[at.tensor] : job.states[at.state++];
+      state = read_chunk(t, job.dims(at.tensor), at.chunk, job.kernels);
+    }
+    if (++at.chunk >= chunks) at = {at.tensor + 1, 0, at.state};
   }
 }
 
@@ -103,33 +128,33 @@ void summarize(const std::vector<TensorView>& tensors, const std::vector<Moments
   if (pool == nullptr || total_bytes(tensors) < kSerialBytes) {
     return summarize_on_this_thread(tensors, out, kernels);
   }
-  Job job;
-  job.kernels = &kernels;
-  std::vector<std::vector<Dim>> storage(tensors.size());
+  Job job{tensors, out, kernels, {Position()}, {}, {}};
   int64_t in_task = 0;
-  job.task_begin.push_back(0);
+  size_t states = 0;
   for (size_t t = 0; t < tensors.size(); ++t) {
-    const auto* dims = dims_with_gaps(tensors[t], storage[t]);
-    for (int64_t c = 0; c < chunk_count(tensors[t].numel); ++c) {
-      job.chunks.push_back(chunk_at(tensors[t], dims, c));
-      in_task += job.chunks.back().n;
-      if (in_task >= kChunk) {
-        job.task_begin.push_back(static_cast<int64_t>(job.chunks.size()));
-        in_task = 0;
-      }
+    std::vector<Dim> storage;
+    if (dims_with_gaps(tensors[t], storage)) job.gaps.emplace_back(t, std::move(storage));
+    const int64_t numel = tensors[t].numel, chunks = chunk_count(numel);
+    for (int64_t c = 0; c < chunks; ++c) {
+      if (chunks > 1) ++states;
+      in_task += kCallCost + (numel - c * kChunk < kChunk ? numel - c * kChunk : kChunk);
+      if (in_task < kChunk) continue;
+      job.begin.push_back(c + 1 < chunks ? Position{t, c + 1, states} : Position{t + 1, 0, states});
+      in_task = 0;
     }
   }
-  if (in_task > 0) job.task_begin.push_back(static_cast<int64_t>(job.chunks.size()));
-  job.states.resize(job.chunks.size());
+  const Position end{tensors.size(), 0, states};
+  if (job.begin.back() < end) job.begin.push_back(end);
+  job.states.resize(states);
 
-  pool(static_cast<int64_t>(job.task_begin.size()) - 1, run_task, &job);
+  pool(static_cast<int64_t>(job.begin.size()) - 1, run_task, &job);
 
-  size_t c = 0;
-  for (size_t t = 0; t < tensors.size(); ++t) {
-    Moments state;
-    for (int64_t k = chunk_count(tensors[t].numel); k > 0; --k)
-      state = merge(state, job.states[c++]);
-    *out[t] = state;
+  auto state = job.states.begin();
+  for (size_t t = 0; state != job.states.end(); ++t) {
+    const int64_t chunks = chunk_count(tensors[t].numel);
+    if (chunks < 2) continue;
+    *out[t] = *state++;
+    for (int64_t c = 1; c < chunks; ++c) *out[t] = merge(*out[t], *state++);
   }
 }
 

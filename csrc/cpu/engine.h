@@ -14,6 +14,7 @@
 namespace paramstats::cpu {
 
 // A strided tensor. `sizes` and `strides` (in elements) are borrowed for the duration of a call.
+// `ndim` may be 0 for any contiguous tensor.
 struct TensorView {
   const void* data;
   DType dtype;
