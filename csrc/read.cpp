@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "cpu/engine.h"
+#include "lookahead.h"
 #include "moments.h"
 #include "tensor_view.h"
 #include "thread_pool.h"
@@ -27,21 +28,36 @@ const cpu::Kernels* kernels = cpu::available_kernels().front();
 constexpr int64_t kBytesToRelease = 32 << 20;
 constexpr int64_t kBytesToReleasePerTensor = 64 << 10;  // the cost is less than 8 % of the read
 
-// What one call reads, and where it writes the results. Until `run` has returned, no Python code
-// may run that could free the memory of a view.
-struct Work {
+// The CPU tensors that one call reads.
+struct Lists {
   std::vector<cpu::TensorView> views;
   std::vector<Moments*> out;
   std::vector<Impl> tensors;
+  int64_t bytes = 0;
+};
+
+// Their memory is reused from call to call: new memory would cost a page fault for each 4 KiB.
+thread_local Lists unused_lists;
+constexpr size_t kMaxUnused = 1 << 16;  // tensors
+
+// What one call reads, and where it writes the results. Until `run` has returned, no Python code
+// may run that could free the memory of a view.
+struct Work : Lists {
   bool with_cuda;
   std::vector<CudaGroup> on_cuda;
   std::vector<std::pair<size_t, Owned>> deferred_rows;  // rows for Python, and their tensors
 
-  Work(size_t rows, bool cuda) : with_cuda(cuda) {
-    views.reserve(rows);
-    out.reserve(rows);
-    tensors.reserve(rows);
+  explicit Work(bool cuda) : Lists(std::move(unused_lists)), with_cuda(cuda) {
+    views.clear();
+    out.clear();
+    tensors.clear();
+    bytes = 0;
   }
+  ~Work() {
+    if (views.capacity() <= kMaxUnused) unused_lists = std::move(*this);
+  }
+  Work(const Work&) = delete;
+  Work& operator=(const Work&) = delete;
 
   void add(Impl t, Moments* table, size_t row) {
     if (torch_abi::is_plain_cpu(t)) {
@@ -49,6 +65,7 @@ struct Work {
         views.push_back(*view);
         out.push_back(table + row);
         tensors.push_back(t);
+        bytes += view->numel * element_size(view->dtype);
         return;
       }
     } else if (with_cuda && torch_abi::is_plain_cuda(t)) {
@@ -79,7 +96,6 @@ struct Work {
   }
 
   void run() {
-    const int64_t bytes = cpu::total_bytes(views);
     if (bytes < cpu::kSerialBytes) return cpu::summarize(views, out, *kernels, nullptr);
     const auto n = static_cast<int64_t>(views.size());
     if (bytes < std::max(kBytesToRelease, n * kBytesToReleasePerTensor)) {
@@ -134,9 +150,14 @@ py::tuple read(const py::list& tensors, bool params, bool grads, bool cuda) {
   if (!rows) throw py::error_already_set();
   auto* table = reinterpret_cast<Moments*>(PyBytes_AS_STRING(rows.ptr()));
 
-  Work work(2 * n, cuda);
+  Work work(cuda);
+  const auto object_at = [list = tensors.ptr()](size_t i) {
+    return PyList_GET_ITEM(list, static_cast<Py_ssize_t>(i));
+  };
+  Lookahead lookahead(n, grads, object_at);
   for (size_t i = 0; i < n; ++i) {
-    PyObject* object = PyList_GET_ITEM(tensors.ptr(), static_cast<Py_ssize_t>(i));
+    lookahead.read(i);
+    PyObject* object = object_at(i);
     const Impl t = unpack(object);
     if (params && !may_be_lazy(object, t)) {
       work.add(t, table, i);

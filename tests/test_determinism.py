@@ -7,6 +7,7 @@ import threading
 
 import pytest
 import torch
+from torch import nn
 
 import paramstats
 from tests import oracle
@@ -19,7 +20,8 @@ def tensors() -> list[torch.Tensor]:
     out += [torch.randn(1200, 900).t(), torch.randn(900, 700)[:, ::2]]
     out += [x.to(torch.bfloat16) for x in out[:5]]
     out[4][3000] = float("nan")
-    return out
+    out += [torch.randn(n) for n in range(200)]  # several to a task of a thread
+    return [*out, torch.randn(140_000), torch.empty(0)]
 
 
 @pytest.fixture
@@ -42,6 +44,24 @@ def test_states_do_not_depend_on_threads_runs_or_other_tensors(
     assert _states(extension, with_others)[1:-1] == expected
     alone = [_states(extension, [t])[0] for t in tensors]
     assert alone == expected
+
+
+def test_each_gradient_gets_its_own_row_in_a_long_list(native):
+    class Parameter(nn.Parameter):
+        pass
+
+    torch.manual_seed(0)
+    parameters = [(nn.Parameter, Parameter)[n % 2](torch.randn(n)) for n in range(100)]
+    for parameter in parameters[::3]:
+        parameter.grad = torch.randn_like(parameter)
+    read = native.native.read
+    table, deferred, _ = read(parameters, True, True)
+    alone = [read([parameter], True, True) for parameter in parameters]
+    row, half = paramstats._core.moments.ROW.size, len(table) // 2
+    assert [position for position, _ in deferred] == [n for n, (_, d, _) in enumerate(alone) if d]
+    for n, (expected, _, _) in enumerate(alone):
+        found = table[n * row : (n + 1) * row] + table[half + n * row : half + (n + 1) * row]
+        assert found == expected
 
 
 def _states(extension, tensors: list[torch.Tensor]) -> list[bytes]:
