@@ -2,6 +2,7 @@
 // modules.
 #include "module_tree.h"
 
+#include <algorithm>
 #include <utility>
 
 #include "torch_abi.h"
@@ -30,21 +31,6 @@ Attributes& attributes_of_modules() {
   static Attributes a;
   return a;
 }
-
-// Disables the garbage collector, which runs Python code, in its scope. Python creates the __dict__
-// of an instance at the first access, and that may start a collection.
-class GarbageCollectorDisabled {
- public:
-  GarbageCollectorDisabled() : was_enabled_(PyGC_Disable() != 0) {}
-  ~GarbageCollectorDisabled() {
-    if (was_enabled_) PyGC_Enable();
-  }
-  GarbageCollectorDisabled(const GarbageCollectorDisabled&) = delete;
-  GarbageCollectorDisabled& operator=(const GarbageCollectorDisabled&) = delete;
-
- private:
-  bool was_enabled_;
-};
 
 // nn.Module and its methods that list tensors and modules.
 struct ModuleClass {
@@ -150,9 +136,7 @@ bool enter(PyObject* module, Attribute& kind, Tree& tree) {
   for (Py_ssize_t i = 0; PyDict_Next(own, &i, &key, &value);) {
     tree.signature.push_back(key);
     tree.signature.push_back(value);
-    if (value == Py_None) continue;
-    if (!torch_abi::is_tensor(value) || !has_native_metadata(value)) return false;
-    tree.members.push_back(tree.signature.size() - 1);
+    if (value != Py_None) tree.members.push_back(tree.signature.size() - 1);
   }
   tree.open.push_back({children, 0});
   return true;
@@ -250,6 +234,13 @@ bool read_tree(PyObject* module, bool buffers, Tree& tree) {
   if (!visit(module, attributes_of_modules().parameters, tree)) return false;
   tree.parameters = tree.members.size();
   return !buffers || visit(module, attributes_of_modules().buffers, tree);
+}
+
+bool has_native_tensors(const Tree& tree) {
+  return std::all_of(tree.members.begin(), tree.members.end(), [&tree](size_t member) {
+    PyObject* object = tree.signature[member];
+    return torch_abi::is_tensor(object) && has_native_metadata(object);
+  });
 }
 
 std::optional<std::vector<std::string>> names_of_members(const Tree& tree) {

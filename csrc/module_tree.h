@@ -10,6 +10,21 @@
 
 namespace paramstats {
 
+// Disables the garbage collector, which runs Python code, in its scope. Python may start a
+// collection when it creates an object, such as a list or the __dict__ of an instance.
+class GarbageCollectorDisabled {
+ public:
+  GarbageCollectorDisabled() : was_enabled_(PyGC_Disable() != 0) {}
+  ~GarbageCollectorDisabled() {
+    if (was_enabled_) PyGC_Enable();
+  }
+  GarbageCollectorDisabled(const GarbageCollectorDisabled&) = delete;
+  GarbageCollectorDisabled& operator=(const GarbageCollectorDisabled&) = delete;
+
+ private:
+  bool was_enabled_;
+};
+
 // A module tree at one moment. All its pointers are borrowed.
 struct Tree {
   // For each module, in order: its address, its type, and the key and value of each of its entries.
@@ -17,7 +32,7 @@ struct Tree {
   std::vector<PyObject*> signature;
   // The number of attributes of each module: it changes if an instance gets an override.
   std::vector<Py_ssize_t> attributes;
-  std::vector<size_t> members;  // positions in `signature` of the entries that are tensors
+  std::vector<size_t> members;  // positions in `signature` of the entries that are not None
   size_t parameters = 0;        // how many of `members` are parameters; the others are buffers
   size_t visits = 0;            // visited modules; a shared module counts each time
 
@@ -54,6 +69,9 @@ void set_module_class(const pybind11::object& type);
 // can change the tree during the call. Code that runs afterwards and may call Python (creating a
 // list may) must own the objects that it still needs: see `owned`.
 bool read_tree(PyObject* module, bool buffers, Tree& tree);
+
+// Whether all members are tensors whose metadata can be read without running Python code.
+bool has_native_tensors(const Tree& tree);
 
 // Returns the full names of `tree.members`, in order. Returns nullopt if a module overrides how
 // modules list their tensors, or if a name is not a string that UTF-8 can encode. May run Python

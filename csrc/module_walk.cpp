@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "lookahead.h"
 #include "module_tree.h"
 #include "torch_abi.h"
 
@@ -19,21 +20,33 @@ namespace {
 // In pointers. The memory of a larger tree is not kept for the next call.
 constexpr size_t kMaxScratch = 1 << 20;
 
-// The properties of a tensor that a layout contains. They are compared without making Python
+// The properties of tensors that a layout contains. They are compared without making Python
 // objects.
-class Meta {
+class Metadata {
  public:
-  explicit Meta(PyObject* object) : type_(Py_TYPE(object)) {
+  void add(PyObject* object) {
+    types_.push_back(Py_TYPE(object));
     const Now now(object);
-    fields_ = now;
-    sizes_.assign(now.sizes, now.sizes + now.dim);
+    fields_.push_back(now);
+    sizes_.insert(sizes_.end(), now.sizes, now.sizes + now.dim);
   }
 
-  bool describes(PyObject* object) const {
-    if (Py_TYPE(object) != type_) return false;
-    const Now now(object);
-    return now == fields_ &&
-           std::equal(sizes_.begin(), sizes_.end(), now.sizes, now.sizes + now.dim);
+  // Whether object_at(i) has these properties for every i. It may be another object.
+  template <class ObjectAt>
+  bool describes(const ObjectAt& object_at) const {
+    Lookahead lookahead(types_.size(), false, object_at);
+    const int64_t* sizes = sizes_.data();
+    for (size_t i = 0; i < types_.size(); ++i) {
+      lookahead.read(i);
+      PyObject* object = object_at(i);
+      if (Py_TYPE(object) != types_[i]) return false;
+      const Now now(object, fields_[i].keys);
+      if (!(now == fields_[i])) return false;
+      for (int64_t d = 0; d < now.dim; ++d) {
+        if (now.sizes[d] != *sizes++) return false;
+      }
+    }
+    return true;
   }
 
  private:
@@ -41,22 +54,27 @@ class Meta {
     bool is_known = false, requires_grad = false;  // is_known: torch has reported all the others
     uint64_t keys = 0;
     int32_t dtype = 0, device_type = 0, device_index = 0;  // devices: 0 if the keys say the CPU
+    int64_t dim = 0;
     bool operator==(const Fields& other) const {
       return is_known && other.is_known && requires_grad == other.requires_grad &&
              keys == other.keys && dtype == other.dtype && device_type == other.device_type &&
-             device_index == other.device_index;
+             device_index == other.device_index && dim == other.dim;
     }
   };
   // The fields of a tensor and its sizes, which are borrowed.
   struct Now : Fields {
     int64_t* sizes = nullptr;
-    int64_t dim = 0;
-    explicit Now(PyObject* object) {
+    explicit Now(PyObject* object)
+        : Now(object,
+              torch_abi::keys_of(torch_abi::impl_of(object)) & ~torch_abi::api.autograd_keys) {}
+    // Of an object with other keys, only the keys are read.
+    Now(PyObject* object, uint64_t expected_keys) {
       using torch_abi::api;
       const torch_abi::Impl t = torch_abi::impl_of(object);
       const AtenTensorHandle h = torch_abi::handle(t);
-      requires_grad = api.requires_grad(t);
       keys = torch_abi::keys_of(t) & ~api.autograd_keys;
+      if (keys != expected_keys) return;
+      requires_grad = api.requires_grad(t);
       AOTITorchError errors = api.aoti_torch_get_dtype(h, &dtype) |
                               api.aoti_torch_get_sizes(h, &sizes) | api.aoti_torch_get_dim(h, &dim);
       if (keys != api.plain_cpu_keys) {
@@ -67,9 +85,9 @@ class Meta {
       if (!is_known) dim = 0;
     }
   };
-  PyTypeObject* type_;
-  Fields fields_;
-  std::vector<int64_t> sizes_;
+  std::vector<PyTypeObject*> types_;
+  std::vector<Fields> fields_;
+  std::vector<int64_t> sizes_;  // of all tensors
 };
 
 // A module class at the time when it did not override how modules list their tensors. The class is
@@ -115,7 +133,7 @@ struct Class {
 struct Entry {
   Tree tree;
   std::vector<size_t> rows;  // positions in the signature of each tensor's first name
-  std::vector<Meta> metas;   // one per row
+  Metadata metadata;         // of the rows
   std::vector<Class> classes;
   std::vector<py::object> keys;  // owned, so that no other string gets their addresses
   py::object layout;
@@ -152,17 +170,15 @@ py::object weakref_with_cleanup(PyObject* module, bool buffers) {
   return ref;
 }
 
-// A Python list of the tensors of all rows. Creating a list may start the garbage collector, so
-// this takes a reference to each tensor first.
+// A Python list of the tensors of all rows.
 py::list tensors_of(const Tree& tree, const std::vector<size_t>& rows) {
-  std::vector<py::object> tensors;
-  tensors.reserve(rows.size());
-  for (size_t row : rows) {
-    tensors.push_back(py::reinterpret_borrow<py::object>(tree.signature[row]));
-  }
-  py::list out(tensors.size());  // may run Python code that destroys `tree` and `rows`
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    PyList_SET_ITEM(out.ptr(), static_cast<Py_ssize_t>(i), tensors[i].release().ptr());
+  // Python code could destroy `tree`, `rows` and the tensors.
+  const GarbageCollectorDisabled no_collection;
+  py::list out(rows.size());
+  for (size_t i = 0; i < rows.size(); ++i) {
+    PyObject* tensor = tree.signature[rows[i]];
+    Py_INCREF(tensor);
+    PyList_SET_ITEM(out.ptr(), static_cast<Py_ssize_t>(i), tensor);
   }
   return out;
 }
@@ -172,10 +188,7 @@ bool is_valid(const Entry& entry, const Tree& tree) {
   for (const Class& c : entry.classes) {
     if (!c.is_unchanged()) return false;
   }
-  for (size_t i = 0; i < entry.rows.size(); ++i) {
-    if (!entry.metas[i].describes(tree.signature[entry.rows[i]])) return false;
-  }
-  return true;
+  return entry.metadata.describes([&](size_t i) { return tree.signature[entry.rows[i]]; });
 }
 
 // Fills an entry from a tree. A tensor is listed under its first name; its other names are aliases.
@@ -190,7 +203,7 @@ bool make_entry(py::handle module, Tree tree, py::handle make_layout, Entry& ent
     const auto [found, is_new] = row_of.try_emplace(tensor, names_of_row.size());
     if (is_new) {
       entry.rows.push_back(tree.members[m]);
-      entry.metas.emplace_back(tensor);
+      entry.metadata.add(tensor);
       names_of_row.emplace_back();
       if (m < tree.parameters) ++parameters;
     }
@@ -230,6 +243,10 @@ py::object walk(py::handle module, bool buffers, py::handle make_layout) {
     py::list tensors = tensors_of(tree, found->second.rows);
     put_back(tree);
     return py::make_tuple(std::move(layout), std::move(tensors));
+  }
+  if (!has_native_tensors(tree)) {
+    put_back(tree);
+    return py::none();
   }
   const std::vector<py::object> owned = tree.owned();  // Python code runs from here on
   Entry entry;

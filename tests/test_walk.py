@@ -314,6 +314,16 @@ def test_a_change_of_the_model_is_seen_by_the_next_call(backend, change):
     assert list(before) == names and json.dumps(before.to_dict()) == snapshot
 
 
+def test_another_shape_of_any_parameter_is_seen(backend):
+    shapes = [(), (3,), (2, 3), (0,), (1, 2, 1)] * 9
+    model = nn.ParameterList(torch.zeros(shape) for shape in shapes)
+    for position, p in enumerate(model):
+        paramstats.summarize(model)
+        shapes[position] = tuple(size + 1 for size in p.shape)
+        p.data = torch.zeros(shapes[position])
+        assert [entry.shape for entry in paramstats.summarize(model).values()] == shapes
+
+
 def test_summaries_of_an_unchanged_model_share_one_layout(native):
     model = nn.Sequential(Block(1))
     assert layout_of(summarize(model)) is layout_of(summarize(model))
