@@ -464,7 +464,7 @@ def test_the_caches_of_a_layout_are_limited(backend):
     for i in range(100):
         summary = summarize(model, include=f"weight|{i}")
         summary.scalars(key=f"{i}/{{kind}}_{{stat}}/{{name}}")
-    assert len(layout._selections) <= 16 and len(layout_of(summary)._keys) <= 16
+    assert len(layout._selections) <= 16 and len(layout_of(summary).keys) <= 16
 
 
 def test_a_call_leaks_no_reference(native):
