@@ -1,5 +1,5 @@
-// Minimum, maximum and zero count in SIMD lanes. A part of lanes_body.h, which includes it once per
-// SIMD level; kernels_body.h states the rules for its code.
+// Minimum, maximum and zero count in SIMD lanes. A part of kernels_body.h, which includes it once
+// per SIMD level and states the rules for its code.
 //
 // `take(p, v)` adds elements: `p` points to them in memory, `v` contains them converted.
 
