@@ -8,6 +8,7 @@ template <int n>
 struct Vectors {
   static constexpr int kVectors = n;
   static constexpr bool kNaNIsNumber = false;
+  static constexpr bool kHasNonzero = false;  // whether NonzeroExtremes can be used
   template <class S>
   static bool is_nan(S) {  // for dtypes whose NaN becomes a number in load
     return false;
@@ -78,6 +79,7 @@ inline double value_of(typename T::Storage bits) {
 struct BFloat16 : InFloat, Vectors<2> {
   using Storage = uint16_t;
   using Extremes = SignMagnitude<BFloat16, UInt16Lanes, Int16Lanes>;
+  static constexpr bool kHasNonzero = true;
   static void load(const Storage* p, Vector (&v)[2]) {
     const auto pairs = load_as<UInt32Lanes>(p);
     v[0] = as_float(pairs << 16);
@@ -89,6 +91,7 @@ struct BFloat16 : InFloat, Vectors<2> {
 struct Float16 : InFloat, Vectors<2> {
   using Storage = uint16_t;
   using Extremes = SignMagnitude<Float16, UInt16Lanes, Int16Lanes>;
+  static constexpr bool kHasNonzero = true;
 #if defined(PARAMSTATS_LOAD_HALVES)
   static constexpr int element(int k, int l) { return k * kWidth + l; }
   static void load(const Storage* p, Vector (&v)[2]) {

@@ -45,6 +45,9 @@ struct SignMagnitude {
     max_signed = (Signed)v > max_signed ? (Signed)v : max_signed;
     count_without(zeros, v, Unsigned{} + static_cast<typename T::Storage>(kMagnitude));
   }
+  bool has_both_signs() const {
+    return lanes_max(max_bits) > kMagnitude && lanes_max(max_signed) >= 0;
+  }
   void join(const SignMagnitude& other) {
     max_bits = other.max_bits > max_bits ? other.max_bits : max_bits;
     min_bits = other.min_bits < min_bits ? other.min_bits : min_bits;
@@ -65,6 +68,33 @@ struct SignMagnitude {
   double maximum() const {
     const auto bits = lanes_max(max_signed);
     return T::value(bits >= 0 ? static_cast<typename T::Storage>(bits) : lanes_min(min_bits));
+  }
+};
+
+// The extremes of a block of 16-bit floats without zeros, in three instructions instead of six.
+// Needs no minimum of its own if both signs occurred before: the most negative element is the
+// largest unsigned integer. In v - 1, which replaces v, a zero of either sign is the largest
+// integer, unsigned or signed. So the maxima show whether there is one.
+template <class T>
+struct NonzeroExtremes {
+  UInt16Lanes max_bits = {};  // of v - 1, as below
+  Int16Lanes max_signed = (Int16Lanes)(UInt16Lanes{} + 0x8000);
+
+  void take(int, const uint16_t* p, const typename T::Vector (&)[T::kVectors]) {
+    const UInt16Lanes v = load_as<UInt16Lanes>(p) - 1;
+    max_bits = v > max_bits ? v : max_bits;
+    max_signed = (Int16Lanes)v > max_signed ? (Int16Lanes)v : max_signed;
+  }
+  static void exclude(double, int64_t) {}
+  static bool is_nan() { return false; }  // the sums show a NaN
+  bool has_zero() const {
+    return lanes_any((UInt16Lanes)(max_bits == 0xffff) | (UInt16Lanes)(max_signed == 0x7fff));
+  }
+  void add_to(SignMagnitude<T, UInt16Lanes, Int16Lanes>& all) const {
+    const UInt16Lanes bits = max_bits + 1;
+    const Int16Lanes signed_bits = max_signed + 1;
+    all.max_bits = bits > all.max_bits ? bits : all.max_bits;
+    all.max_signed = signed_bits > all.max_signed ? signed_bits : all.max_signed;
   }
 };
 

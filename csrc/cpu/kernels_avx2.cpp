@@ -27,7 +27,8 @@
 
 namespace paramstats::cpu::avx2 {
 constexpr int kVectorBytes = 32;
-constexpr int kUnroll = 2;  // AVX2 has 16 registers, enough for two sets of sums
+constexpr int kUnroll = 2;  // AVX2 has 16 registers, enough for two sets of sums and of extremes
+constexpr int kUnroll16 = 4;
 constexpr int kTileUnroll = 8;
 #include "kernels_body.h"
 }  // namespace paramstats::cpu::avx2

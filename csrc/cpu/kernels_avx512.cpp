@@ -46,6 +46,7 @@
 namespace paramstats::cpu::avx512 {
 constexpr int kVectorBytes = 64;
 constexpr int kUnroll = 4;
+constexpr int kUnroll16 = 4;
 constexpr int kTileUnroll = 8;
 #include "kernels_body.h"
 }  // namespace paramstats::cpu::avx512

@@ -1,9 +1,10 @@
 // The CPU kernels, compiled once per SIMD level. kernels_plain.cpp, kernels_avx2.cpp,
 // kernels_avx512.cpp and kernels_neon.cpp each include this file in their own namespace, with the
-// target's instructions enabled and the constants of the level defined: kVectorBytes; kUnroll, the
-// vectors that have their own sums; kTileUnroll, how often the innermost loop is unrolled. This
-// file has no include guard, no standard headers and no std:: templates: a template instantiated
-// here may use instructions that the rest of the program must not use.
+// target's instructions enabled and the constants of the level defined: kVectorBytes; kUnroll and
+// kUnroll16 (for 16-bit dtypes), the vectors that have their own sums; kTileUnroll, how often the
+// innermost loop is unrolled. This file has no include guard, no standard headers and no std::
+// templates: a template instantiated here may use instructions that the rest of the program must
+// not use.
 //
 // A kernel computes this, within the error bound below (bytes_body.h: integers of 8 bits and bool,
 // exactly):
@@ -23,14 +24,15 @@
 //
 // Error of an accepted float32 block, u = 2^-24: a sum takes at most kInner = 8 additions in a
 // float32 lane and 2 more across lanes before it is widened to float64, where rounding errors are
-// negligible. Including the rounding of d, the error of sum(d) is below 11u sum|d| and the error of
-// sum(d^2) is below 13u sum(d^2). Because |sum d| <= sqrt(n sum(d^2)) / 4, the error of m2 is at
+// negligible (with pivot 0, where d has no rounding: 7, 2, and 2 more across tiles). Including the
+// rounding of d, the error of sum(d) is below 11u sum|d| and the error of sum(d^2) is below
+// 13u sum(d^2). Because |sum d| <= sqrt(n sum(d^2)) / 4, the error of m2 is at
 // most (13 + 2 * 11 / 4) u sum(d^2) <= 18.5u (16/15) m2 = 1.2e-6 m2, and that of the mean is at
 // most 11.4u std = 6.8e-7 std, if all roundings have the same sign. After merging, the error of std
 // and norm is at most 7.5e-7. docs/accuracy.md has the derivation, also for float64 lanes (float64
 // and integers of 32 bits and more).
 
-constexpr int kPrefetchBytes = 16384;  // distance of the prefetch from the current read
+constexpr int kPrefetchBytes = 8192;  // distance of the prefetch from the current read
 
 // clang-format off: each part uses the ones before it.
 #include "lanes_body.h"
@@ -48,12 +50,34 @@ struct Running {
   Moments state;  // without minimum, maximum and zeros of the elements that are in `extremes`
   Extremes<T> extremes;
   typename T::Scalar pivot = 0;
-  bool has_extremes = false;  // whether any element is in `extremes`
+  bool has_extremes = false;     // whether any element is in `extremes`
+  bool expects_nonzero = false;  // whether to use NonzeroExtremes
 };
 
 template <class T>
 inline bool all_same(const typename T::Storage* x, int64_t n, int64_t zeros) {
   return zeros == n || __builtin_memcmp(x, x + 1, (n - 1) * sizeof(x[0])) == 0;
+}
+
+// Sums a block and adds its extremes to `extremes`. A block that has a zero, though none was
+// expected, is in cache and is read again for its extremes.
+template <class T>
+inline BlockSums sums_and_extremes(const typename T::Storage* x, int64_t n, Running<T>& r,
+                                   Extremes<T>& extremes) {
+  if constexpr (T::kHasNonzero) {
+    if (r.expects_nonzero) {
+      NonzeroExtremes<T> nonzero;
+      const BlockSums s = block_sums<T>(x, n, r.pivot, nonzero);
+      r.expects_nonzero = !nonzero.has_zero();
+      if (r.expects_nonzero) {
+        nonzero.add_to(extremes.sets[0]);
+      } else {
+        add_extremes<T>(x, n, extremes);
+      }
+      return s;
+    }
+  }
+  return block_sums<T>(x, n, r.pivot, extremes);
 }
 
 // Summarizes one block around the pivot, and again around the block's own mean if the pivot was too
@@ -64,7 +88,7 @@ inline bool try_block(const typename T::Storage* x, int64_t n, Running<T>& r) {
   constexpr int kTries = 3;
   for (int attempt = 0; attempt < kTries; ++attempt) {
     Extremes<T> extremes = r.extremes;
-    const BlockSums s = block_sums<T>(x, n, r.pivot, extremes);
+    const BlockSums s = sums_and_extremes(x, n, r, extremes);
     Moments out;
     Fit fit = Fit::kUnusable;
     if (s.sum_sq == 0 &&  // a constant: mean and m2 have no rounding
@@ -98,8 +122,8 @@ inline Moments finish(const Running<T>& r) {
   Moments state = r.state;
   if (!r.has_extremes) return state;
   state.zeros += r.extremes.zero_count();
-  typename T::Extremes all = r.extremes.units[0];
-  for (int u = 1; u < kUnits<T>; ++u) all.join(r.extremes.units[u]);
+  typename T::Extremes all = r.extremes.sets[0];
+  for (int s = 1; s < Extremes<T>::kSets; ++s) all.join(r.extremes.sets[s]);
   const double min = all.minimum(), max = all.maximum();
   state.min = min < state.min ? min : state.min;
   state.max = max > state.max ? max : state.max;
@@ -162,6 +186,12 @@ Moments chunk(const void* data, int64_t n) {
     if (size > n - i) size = n - i;
     if (!try_block<T>(x + i, size, running)) {
       summarize_difficult_block<T>(x + i, size, running);
+    }
+    if constexpr (T::kHasNonzero) {
+      const auto& e = running.extremes;
+      if (i == 0 && size < n) {
+        running.expects_nonzero = e.sets[0].has_both_signs() && e.zero_count() == 0;
+      }
     }
   }
   return finish(running);

@@ -44,6 +44,7 @@ inline uint32x4_t add_high_squares(uint32x4_t sums, uint8x16_t v) {
 
 constexpr int kVectorBytes = 16;
 constexpr int kUnroll = 4;
+constexpr int kUnroll16 = 4;
 constexpr int kTileUnroll = 1;
 #include "kernels_body.h"
 }  // namespace paramstats::cpu::neon

@@ -5,6 +5,7 @@
 namespace paramstats::cpu::plain {
 constexpr int kVectorBytes = 16;
 constexpr int kUnroll = 4;
+constexpr int kUnroll16 = 4;
 constexpr int kTileUnroll = 1;
 #include "kernels_body.h"
 }  // namespace paramstats::cpu::plain

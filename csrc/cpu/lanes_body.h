@@ -36,12 +36,6 @@ inline DoubleLanes widened(FloatLanes v) { return PARAMSTATS_WIDENED(v); }
 #endif
 inline DoubleLanes widened(DoubleLanes v) { return v; }
 
-// Squares float32 in float32, as everywhere, so that an overflow shows.
-template <class V>
-inline DoubleLanes widened_squares(V d) {
-  return widened(d * d);
-}
-
 // Counts zeros in lanes.
 #if defined(PARAMSTATS_COUNT_ZEROS_PS)
 inline void count_zeros(Int32Lanes& count, FloatLanes v) { PARAMSTATS_COUNT_ZEROS_PS(count, v); }
@@ -93,17 +87,36 @@ inline double lanes_total(DoubleLanes v) {
   }
   return halves[0];
 }
+
+// The smallest or largest lane. Compares the halves of a wide vector before single lanes.
+template <bool kMax, class S, int kBytes>
+struct Extreme {
+  typedef S Lanes __attribute__((vector_size(kBytes)));
+
+  static S of(Lanes v) {
+    if constexpr (kBytes > 16) {
+      typedef Extreme<kMax, S, kBytes / 2> Half;
+      typename Half::Lanes a[2];
+      __builtin_memcpy(a, &v, sizeof(v));
+      return Half::of(kMax ? (a[0] > a[1] ? a[0] : a[1]) : (a[0] < a[1] ? a[0] : a[1]));
+    } else {
+      S extreme = v[0];
+      for (int l = 1; l < kLanes<Lanes>; ++l) {
+        extreme = (kMax ? v[l] > extreme : v[l] < extreme) ? v[l] : extreme;
+      }
+      return extreme;
+    }
+  }
+};
+template <class S>
+S copy_of(S);  // for decltype, which makes a reference of v[0]
 template <class V>
 inline auto lanes_min(V v) {
-  auto min = v[0];
-  for (int l = 1; l < kLanes<V>; ++l) min = v[l] < min ? v[l] : min;
-  return min;
+  return Extreme<false, decltype(copy_of(v[0])), sizeof(V)>::of(v);
 }
 template <class V>
 inline auto lanes_max(V v) {
-  auto max = v[0];
-  for (int l = 1; l < kLanes<V>; ++l) max = v[l] > max ? v[l] : max;
-  return max;
+  return Extreme<true, decltype(copy_of(v[0])), sizeof(V)>::of(v);
 }
 
 // The arithmetic of a block: float32 lanes for dtypes that float32 represents exactly, float64

@@ -222,6 +222,34 @@ inline void extremes_of_one_sign() {
   check_all("one sign", tensors);
 }
 
+// The CPU kernels count no zeros of 16-bit floats until they find one, and compute no minimum of
+// the magnitudes once both signs occurred. Here the first elements have no zero, and both signs or
+// one.
+inline void rare_elements_after_many_without_zeros() {
+  const int64_t n = kCaseSize;
+  for (DType dtype : {DType::kBFloat16, DType::kFloat16, DType::kFloat32}) {
+    const uint64_t sign = oracle::sign_bit(dtype);
+    const oracle::FloatFormat f = oracle::float_format(dtype);
+    const uint64_t one = static_cast<uint64_t>(f.bias()) << f.mantissa_bits;
+    const uint64_t largest = (sign - 1) ^ (uint64_t{1} << f.mantissa_bits);
+    Tensors tensors;
+    for (int signs : {0, 1, 2}) {  // both, positive, negative
+      for (uint64_t rare : {one, uint64_t{0}, sign, uint64_t{1}, sign | 1, largest, sign | largest,
+                            sign - 1, sign | (sign - 1)}) {
+        for (int64_t at : {int64_t{5}, kBlock, n / 2, n - 14, n - 1}) {
+          tensors.emplace_back(dtype, n, 1);
+          tensors.back().fill([=](int64_t i) {
+            const uint64_t magnitude = one + rng() % 64;
+            return signs == 2 || (signs == 0 && i % 2) ? sign | magnitude : magnitude;
+          });
+          tensors.back().set(1 + at, rare);
+        }
+      }
+    }
+    check_all("rare", tensors);
+  }
+}
+
 // The patterns around infinity, at every kind of position.
 inline void one_nan_or_infinity_at_any_position() {
   for (DType dtype : all_dtypes()) {
@@ -253,6 +281,7 @@ void run_cases() {
   RUN(constants_have_no_variance);
   RUN(zeros_of_both_signs_are_counted);
   RUN(extremes_of_one_sign);
+  RUN(rare_elements_after_many_without_zeros);
   RUN(one_nan_or_infinity_at_any_position);
   RUN(difficult_values);
 }

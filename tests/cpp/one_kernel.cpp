@@ -1,6 +1,6 @@
-// Runs one kernel on one tensor; tools/count_instructions.py counts its instructions. The mean of
-// the elements is near zero, as for most tensors, or with `far` so far from zero that it needs a
-// pivot.
+// Runs one kernel on one tensor; tools/count_instructions.py counts its instructions. As in most
+// tensors, the mean of the elements is near zero and none is zero. With `far`, the mean is so far
+// from zero that it needs a pivot, and some elements are zero.
 //
 //     one_kernel LEVEL DTYPE N near|far
 #include <cstdio>
@@ -17,7 +17,7 @@ int main(int argc, char** argv) {
   const uint64_t sign = oracle::sign_bit(dtype);
   if (oracle::is_float(dtype) && std::strcmp(argv[4], "near") == 0) {
     t.fill([=](int64_t i) {
-      const uint64_t magnitude = oracle::random_bits(dtype, test::rng) & ~sign;
+      const uint64_t magnitude = (oracle::random_bits(dtype, test::rng) & ~sign) | 1;
       return i % 2 ? magnitude | sign : magnitude;
     });
   }
