@@ -64,6 +64,8 @@ PYBIND11_MODULE(_native, m) {
   m.def("merge_rows", &paramstats::merge_rows, "table"_a, "begin"_a, "end"_a);
   m.def("scalars", &paramstats::scalars, "table"_a, "total"_a, "keys"_a, "columns"_a,
         "correction"_a, "grad_scale"_a);
+  m.def("statistic", &paramstats::statistic, "table"_a, "index"_a, "column"_a, "correction"_a,
+        "scale"_a);
   m.def("finalize_row", &paramstats::finalize_row, "table"_a, "index"_a, "correction"_a, "scale"_a);
   m.def("finalize_table", &paramstats::finalize_table, "table"_a, "correction"_a, "grad_scale"_a);
   m.def("threads", &paramstats::torch_threads);

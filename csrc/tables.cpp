@@ -129,14 +129,31 @@ py::dict scalars(const py::bytes& table, const py::bytes& total, const py::dict&
   return out;
 }
 
-py::tuple finalize_row(const py::bytes& table, size_t index, double correction, double scale) {
+namespace {
+
+Values values_of_row(const py::bytes& table, size_t index, double correction, double scale) {
   const cpu::WithDenormals with_denormals;
   const Table t(table);
   if (index >= t.size) {
-    throw py::index_error("paramstats._native.finalize_row: expected one of " +
-                          std::to_string(t.size) + " rows, got " + std::to_string(index));
+    throw py::index_error("paramstats._native: expected one of " + std::to_string(t.size) +
+                          " rows, got " + std::to_string(index));
   }
-  const Values v = values(t.rows[index], correction, scale);
+  return values(t.rows[index], correction, scale);
+}
+
+}  // namespace
+
+double statistic(const py::bytes& table, size_t index, size_t column, double correction,
+                 double scale) {
+  if (column >= kStatistics) {
+    throw py::index_error("paramstats._native.statistic: expected a column from 0 to " +
+                          std::to_string(kStatistics - 1) + ", got " + std::to_string(column));
+  }
+  return values_of_row(table, index, correction, scale).of[column];
+}
+
+py::tuple finalize_row(const py::bytes& table, size_t index, double correction, double scale) {
+  const Values v = values_of_row(table, index, correction, scale);
   // As tuple.__new__(Statistics, values), without the values in another tuple.
   auto out = py::reinterpret_steal<py::tuple>(statistics->tp_alloc(statistics, kStatistics));
   if (!out) throw py::error_already_set();

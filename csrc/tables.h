@@ -14,6 +14,9 @@ pybind11::dict scalars(const pybind11::bytes& table, const pybind11::bytes& tota
 // The class of the results of finalize_row: Statistics in paramstats/_core/moments.py.
 void set_statistics_class(const pybind11::type& type);
 
+double statistic(const pybind11::bytes& table, size_t index, size_t column, double correction,
+                 double scale);
+
 pybind11::tuple finalize_row(const pybind11::bytes& table, size_t index, double correction,
                              double scale);
 

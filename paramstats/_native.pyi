@@ -101,6 +101,9 @@ def scalars(
     `keys` contains, row by row, one key per entry of `columns` (positions in `Statistics`).
     """
 
+def statistic(table: bytes, index: int, column: int, correction: float, scale: float) -> float:
+    """Return the statistic at position `column` of `Statistics`, divided by `scale`."""
+
 def finalize_row(table: bytes, index: int, correction: float, scale: float) -> Statistics:
     """Return the statistics of a row, divided by `scale`, in the order of `Statistics`."""
 

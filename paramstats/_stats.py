@@ -13,6 +13,10 @@ from paramstats._core.moments import ROW, Moments, Statistics
 from paramstats._core.options import STATS, did_you_mean
 from paramstats._core.record import Record
 
+(
+    _COUNT, _MEAN, _STD, _VAR, _NORM, _RMS, _MIN, _MAX, _ABS_MAX,
+    _ZERO_COUNT, _ZERO_FRACTION, _NAN_COUNT, _POS_INF_COUNT, _NEG_INF_COUNT, _NONFINITE_COUNT,
+) = range(len(STATS))  # fmt: skip
 _COUNTS = tuple(stat for stat in STATS if stat.endswith("count"))
 
 
@@ -30,22 +34,20 @@ class TensorStats:
     computed from absolute values. Statistics of a tensor that was not read are NaN.
     """
 
-    __slots__ = ("_correction", "_index", "_scale", "_statistics", "_table")
+    __slots__ = ("_correction", "_index", "_scale", "_table")
 
     def __init__(self, table: bytes, index: int, correction: float, scale: float) -> None:
         self._table = table
         self._index = index  # the row of this tensor
         self._correction = correction
         self._scale = scale  # of the elements in the row; statistics are divided by it
-        self._statistics: Statistics | None = None
 
     def statistics(self) -> Statistics:
         """Return all statistics as a named tuple of floats."""
-        if self._statistics is None:
-            self._statistics = active().finalize_row(
-                self._table, self._index, self._correction, self._scale
-            )
-        return self._statistics
+        return active().finalize_row(self._table, self._index, self._correction, self._scale)
+
+    def _statistic(self, column: int) -> float:
+        return active().statistic(self._table, self._index, column, self._correction, self._scale)
 
     def state(self) -> Moments:
         """Return the counts and moments that the statistics are computed from."""
@@ -82,77 +84,77 @@ class TensorStats:
     @property
     def count(self) -> int:
         """Number of elements."""
-        return int(self.statistics().count)
+        return int(self._statistic(_COUNT))
 
     @property
     def mean(self) -> float:
         """Arithmetic mean."""
-        return self.statistics().mean
+        return self._statistic(_MEAN)
 
     @property
     def std(self) -> float:
         """Standard deviation, with the `correction` passed to `summarize`."""
-        return self.statistics().std
+        return self._statistic(_STD)
 
     @property
     def var(self) -> float:
         """Variance: the square of `std`."""
-        return self.statistics().var
+        return self._statistic(_VAR)
 
     @property
     def norm(self) -> float:
         """L2 norm: the square root of the sum of squares."""
-        return self.statistics().norm
+        return self._statistic(_NORM)
 
     @property
     def rms(self) -> float:
         """Root mean square: norm / sqrt(count)."""
-        return self.statistics().rms
+        return self._statistic(_RMS)
 
     @property
     def min(self) -> float:
         """Smallest element."""
-        return self.statistics().min
+        return self._statistic(_MIN)
 
     @property
     def max(self) -> float:
         """Largest element."""
-        return self.statistics().max
+        return self._statistic(_MAX)
 
     @property
     def abs_max(self) -> float:
         """Largest absolute value."""
-        return self.statistics().abs_max
+        return self._statistic(_ABS_MAX)
 
     @property
     def zero_count(self) -> int:
         """Number of elements that are zero."""
-        return int(self.statistics().zero_count)
+        return int(self._statistic(_ZERO_COUNT))
 
     @property
     def zero_fraction(self) -> float:
         """Share of the elements that are zero, 0 to 1."""
-        return self.statistics().zero_fraction
+        return self._statistic(_ZERO_FRACTION)
 
     @property
     def nan_count(self) -> int:
         """Number of NaN elements."""
-        return int(self.statistics().nan_count)
+        return int(self._statistic(_NAN_COUNT))
 
     @property
     def pos_inf_count(self) -> int:
         """Number of elements that are +infinity."""
-        return int(self.statistics().pos_inf_count)
+        return int(self._statistic(_POS_INF_COUNT))
 
     @property
     def neg_inf_count(self) -> int:
         """Number of elements that are -infinity."""
-        return int(self.statistics().neg_inf_count)
+        return int(self._statistic(_NEG_INF_COUNT))
 
     @property
     def nonfinite_count(self) -> int:
         """Number of elements that are NaN or infinite."""
-        return int(self.statistics().nonfinite_count)
+        return int(self._statistic(_NONFINITE_COUNT))
 
     @property
     def finite(self) -> TensorStats:

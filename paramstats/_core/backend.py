@@ -49,6 +49,7 @@ class Implementation:
     """`(tensors, params, grads) -> (table, rows for reference.fill, transfers)`."""
     merge_rows: Callable[[bytes, int, int], bytes]
     scalars: Callable[[bytes, bytes, dict[Any, None], bytes, float, float], dict[Any, float]]
+    statistic: Callable[[bytes, int, int, float, float], float]
     finalize_row: Callable[[bytes, int, float, float], moments.Statistics]
     finalize_table: Callable[[bytes, float, float], bytes]
     native: Any = None
@@ -172,6 +173,7 @@ def choose(wanted: str | None) -> Implementation:
             cuda.read if cuda else native.read,
             native.merge_rows,
             native.scalars,
+            native.statistic,
             native.finalize_row,
             native.finalize_table,
             native,
@@ -232,6 +234,7 @@ def _reference(missing: str | None) -> Implementation:
         reference.read,
         moments.merge_rows,
         moments.scalars,
+        moments.statistic,
         moments.finalize_row,
         moments.finalize_table,
         missing=missing,

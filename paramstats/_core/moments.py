@@ -228,10 +228,18 @@ def scalars(
     return out
 
 
+def statistic(table: bytes, index: int, column: int, correction: float, scale: float) -> float:
+    """Return the statistic at position `column` of `Statistics`, divided by `scale`."""
+    return float(_last_row(table, index, correction, scale)[column])
+
+
 def finalize_row(table: bytes, index: int, correction: float, scale: float) -> Statistics:
     """Return the statistics of a row, divided by `scale`."""
     return finalize(row(table, index), correction, scale)
 
+
+_last_row = functools.lru_cache(maxsize=1)(finalize_row)
+"""`finalize_row`, for several statistics of one row in succession."""
 
 STATISTICS_ROW = struct.Struct(f"={len(Statistics._fields)}d")
 
