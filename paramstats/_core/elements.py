@@ -10,6 +10,33 @@ from torch import Tensor
 from paramstats._core.layout import is_lazy
 from paramstats._core.torch_private import unwrapped
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+_FLOATS = ("float64", "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
+_INTEGERS = ("int64", "int32", "int16", "int8", "uint8", "bool")
+_REAL = frozenset(getattr(torch, name) for name in (*_FLOATS, *_INTEGERS))
+"""Dtypes that every operator of `packing` supports."""
+
+
+def is_dense(x: Tensor) -> bool:
+    """Return whether `x` is plain, real and contiguous: `elements(x)` would return it as it is.
+
+    Returns False, too, where `check_storage` would raise, and for rare dtypes.
+    """
+    try:
+        return (
+            type(x) in _PLAIN
+            and x.dtype in _REAL
+            and x.layout is torch.strided
+            and x.is_contiguous()
+            and not x.is_neg()
+            and not x.is_nested
+            and (begin := x.storage_offset()) >= 0
+            # Raises for a wrapper of torch.func.
+            and x.untyped_storage().nbytes() >= (begin + x.numel()) * x.itemsize
+        )
+    except Exception:  # whatever a tensor without a storage raises
+        return False
+
 
 def elements(x: Tensor) -> tuple[Tensor, int]:
     """Return a strided tensor of the stored elements, and the number of zeros not stored."""
