@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import difflib
 import itertools
 import re
@@ -118,10 +119,10 @@ class Layout:
                 names,
                 aliases,
                 parameters,
-                tuple(_shape(t) for t in tensors),
-                tuple(t.dtype for t in tensors),
-                tuple(t.device for t in tensors),
-                tuple(t.requires_grad for t in tensors),
+                tuple([_shape(t) for t in tensors]),
+                tuple([t.dtype for t in tensors]),
+                tuple([t.device for t in tensors]),
+                tuple([t.requires_grad for t in tensors]),
                 wrapper_names,
                 is_sharded(source, tensors),
             )
@@ -133,7 +134,10 @@ class Layout:
         A mapping has a new layout at every call. Histories would otherwise keep all of them.
         """
         layout = cls(*fields)
-        return _layouts.setdefault(layout.fields, layout)
+        layout = _layouts.setdefault(layout.fields, layout)
+        if layout not in _recent:
+            _recent.append(layout)
+        return layout
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Layout.shared, self.fields
@@ -272,6 +276,9 @@ class Layout:
 
 _layouts: weakref.WeakValueDictionary[tuple[Any, ...], Layout] = weakref.WeakValueDictionary()
 
+_recent: collections.deque[Layout] = collections.deque(maxlen=8)
+"""Layouts that keep their caches while no summary uses them, between two calls."""
+
 
 def _check_distinct(names: tuple[str, ...], aliases: tuple[tuple[str, ...], ...]) -> None:
     """Raise ValueError if two tensors share a name, e.g. because a module's name has a dot."""
@@ -374,9 +381,11 @@ def is_lazy(tensor: torch.Tensor) -> bool:
 
 def _shape(tensor: torch.Tensor) -> tuple[int, ...] | None:
     """Return the shape, or None for a lazy parameter or a shape that is not made of integers."""
-    if is_lazy(tensor):
-        return None
     try:
+        if type(tensor) in (torch.Tensor, torch.nn.Parameter):
+            return tuple(tensor.shape)
+        if is_lazy(tensor):
+            return None
         return tuple(int(size) for size in tensor.shape)
     except Exception:  # whatever a subclass raises that has no such shape
         return None

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from paramstats._core.states import IN_FLOAT32, exact
 
-MAX_NUMEL = 1 << 11
+MAX_NUMEL = 1 << 12
 """Elements up to which a tensor on a CPU is small. Larger ones are faster alone, which takes a
 fixed number of operators that use SIMD."""
 
@@ -82,20 +82,22 @@ def states_on_cpu(tensors: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
     x = packed.to(torch.float64)
     reduce = functools.partial(torch.segment_reduce, offsets=offsets, axis=0, unsafe=True)
     n = offsets.diff()
-    none = zeros = torch.zeros_like(n)
+    low, high, mean = reduce(x, "min"), reduce(x, "max"), reduce(x, "mean")
+    zeros = none = torch.zeros_like(mean)  # the same bits as the integer 0
     if x.count_nonzero().item() < ends[-1]:
-        zeros = reduce((x == 0).to(torch.float64), "sum").to(torch.int64)
-    low, high = reduce(x, "min"), reduce(x, "max")
-    is_constant = low == high
-    mean = low.where(is_constant, reduce(x, "sum") / n)
+        zeros = reduce((x == 0).to(torch.float64), "sum").to(torch.int64).view(torch.float64)
+    is_wide = packed.dtype not in IN_FLOAT32
+    if is_wide:  # the sum of up to 2^12 equal elements of 24 bits is exact
+        is_constant = low == high
+        mean = low.where(is_constant, mean)
     # The number of each element's tensor. torch.repeat_interleave would start threads.
     owners = torch.zeros_like(packed, dtype=torch.int64)
     owners = owners.index_fill_(0, offsets[1:-1], 1).cumsum(0)
     m2 = reduce(x.sub_(mean.index_select(0, owners)).square_(), "sum")
-    if packed.dtype not in IN_FLOAT32:
+    if is_wide:
         m2 = m2.where(is_constant | (m2 >= n * (_MIN_SPREAD * mean).square()), math.nan)
-    counts = (count.view(torch.float64) for count in (n, zeros, none, none, none))
-    words = torch.stack((*counts, mean, m2, low, high), 1).view(torch.int64)
+    words = torch.stack((n.view(torch.float64), zeros, none, none, none, mean, m2, low, high), 1)
+    words = words.view(torch.int64)
     if math.isfinite(m2.sum().item()):
         return words, []
     return words, m2.isfinite().logical_not_().nonzero().view(-1).tolist()
@@ -111,7 +113,8 @@ def states_on_device(tensors: Sequence[Tensor]) -> Tensor:
     """
     counts = _uploaded([x.numel() for x in tensors], tensors[0].device)
     packed = torch.cat(tensors).to(torch.float64)  # type: ignore[arg-type]
-    columns = torch.arange(max(x.numel() for x in tensors), device=packed.device)
+    width = max(x.numel() for x in tensors)
+    columns = torch.arange(width, dtype=torch.int64, device=packed.device)
     index = (counts.cumsum(0) - counts).unsqueeze(1) + columns
     index = index.clamp_(max=packed.numel() - 1)
     matrix = packed.index_select(0, index.view(-1)).view(index.shape)

@@ -97,7 +97,7 @@ DeferredRows = Sequence[tuple[int, Tensor]]
 def read(
     tensors: list[Tensor], params: bool, grads: bool
 ) -> tuple[bytes, DeferredRows, Sequence[Transfer]]:
-    """Return a table of unread and absent rows, the rows that `fill` must read, and no transfers.
+    """Return a table without states, the rows that `fill` must read, and no transfers.
 
     Args:
         tensors: the tensors.
@@ -105,13 +105,14 @@ def read(
         grads: whether to read their gradients.
     """
     n = len(tensors)
-    deferred_rows = list(enumerate(tensors)) if params else []
     absent = ROW.pack(*unread(ABSENT))
-    table = [ROW.pack(*unread(numel(t))) for t in tensors] + [absent] * n
+    rows = [absent] * n if params else [ROW.pack(*unread(numel(t))) for t in tensors]
+    deferred_rows = list(enumerate(tensors)) if params else []
     if grads:
-        found = ((n + i, gradient(t)) for i, t in enumerate(tensors))
-        deferred_rows += [(row, grad) for row, grad in found if grad is not None]
-    return b"".join(table), deferred_rows, ()
+        deferred_rows += [
+            (row, grad) for row, t in enumerate(tensors, n) if (grad := gradient(t)) is not None
+        ]
+    return b"".join([*rows, absent * n]), deferred_rows, ()
 
 
 @without_modes()
@@ -131,9 +132,10 @@ def fill(
     Raises:
         RuntimeError: a CUDA stream that would be used is being captured into a graph.
     """
-    devices = {tensor.device for _, tensor in deferred_rows}
+    devices = {tensor.device for _, tensor in deferred_rows if not tensor.is_cpu}
     refuse_capture(device.index for device in devices if device.type == "cuda")
-    reader, others = _Reader(table), []
+    reader = _Reader(table)
+    others = []
     first = 0 if params else len(table) // ROW.size // 2
     with torch.no_grad(), threads_that_exist():
         for row, tensor in deferred_rows:
@@ -141,7 +143,7 @@ def fill(
                 reader.write(row, unread(numel(tensor)))
             elif not (is_dense(tensor) and reader.add_small(row, tensor)):
                 others.append((row, tensor))
-        sizes = [numel(tensor) for _, tensor in others if tensor.device.type == "cpu"]
+        sizes = [numel(tensor) for _, tensor in others if tensor.is_cpu]
         with threads_with_denormals(max(sizes, default=0)):
             for row, tensor in others:
                 reader.read(row, tensor)
@@ -186,10 +188,12 @@ class _Reader:
         """Return the state of any tensor, or None if it is not computed or transferred yet."""
         if tensor.device.type == "meta" or is_lazy(tensor):
             return None
-        x, zeros = elements(tensor)
-        check_storage(x)
-        if zeros:
-            self._zeros[row] = zeros
+        x = tensor
+        if not is_dense(tensor):
+            x, zeros = elements(tensor)
+            check_storage(x)
+            if zeros:
+                self._zeros[row] = zeros
         if x.is_complex():
             return of_complex(x)
         if x.device.type in _NO_FLOAT64:

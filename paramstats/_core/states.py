@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 
@@ -128,10 +127,11 @@ def flat(x: Tensor) -> Tensor:
 
 
 def on_cpu(x: Tensor) -> Moments:
-    """Return the state of a strided real tensor on the CPU."""
-    if x.numel() == 0:
-        return Moments()
-    return functools.reduce(merge, map(_chunk, flat(x).split(CHUNK)))
+    """Return the state of a flat real tensor on the CPU."""
+    n = x.numel()
+    if n <= CHUNK:
+        return _chunk(x) if n else Moments()
+    return merge(*map(_chunk, x.split(CHUNK)))
 
 
 def _chunk(x: Tensor) -> Moments:

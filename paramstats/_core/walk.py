@@ -86,16 +86,19 @@ class _Rows:
         self._names: list[list[str]] = []
 
     def add(self, name: str, tensor: Any) -> None:
-        row = self._row_of.setdefault(self._key(tensor), len(self.tensors))
-        if row == len(self.tensors):
+        key = self._key(tensor)
+        row = self._row_of.get(key)
+        if row is None:
+            self._row_of[key] = len(self.tensors)
             self.tensors.append(tensor)
-            self._names.append([])
-        self._names[row].append(name)
+            self._names.append([name])
+        else:
+            self._names[row].append(name)
 
     def add_all(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
         for name, tensor in _checked_pairs(named):
-            _check_name(name)
-            if not isinstance(tensor, torch.Tensor):
+            if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+                _check_name(name)
                 raise _no_tensor(name, tensor, "a module's parameters and buffers are tensors")
             self.add(name, tensor)
 
