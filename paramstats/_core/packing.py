@@ -26,6 +26,9 @@ fixed number of operators that use SIMD."""
 _MAX_PIECE = (1 << 15) - 1
 """Elements read together on a CPU: they fit in its caches, and torch's operators use no threads."""
 
+_MAX_CACHED = 16
+"""Pieces whose layout, of up to 256 KiB, is kept for the next call."""
+
 MAX_NUMEL_DEVICE = 1 << 16
 """Elements up to which a tensor on an accelerator is small."""
 
@@ -69,6 +72,17 @@ class Group:
 # ---- on a CPU -----------------------------------------------------------------------------------
 
 
+@functools.lru_cache(maxsize=_MAX_CACHED)
+def _segments(lengths: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the lengths of tensors, their offsets, and the number of each element's tensor."""
+    ends = array("q", itertools.accumulate(lengths, initial=0))
+    offsets = torch.frombuffer(ends, dtype=torch.int64)
+    owners = torch.zeros(ends[-1], dtype=torch.int64, device="cpu")
+    owners = owners.index_fill_(0, offsets[1:-1], 1).cumsum(0)
+    return offsets.diff(), offsets, owners
+
+
+@torch.inference_mode()  # operators are faster, as there is nothing to track
 def states_on_cpu(tensors: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
     """Compute the states of flat real tensors of one dtype, none of which is empty.
 
@@ -76,23 +90,19 @@ def states_on_cpu(tensors: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
         Rows of `Moments` as int64 words, and which of them are wrong because these operators do
         not suffice: an element is not finite, squares overflow, or the spread is too small.
     """
-    ends = array("q", itertools.accumulate((x.numel() for x in tensors), initial=0))
-    offsets = torch.frombuffer(ends, dtype=torch.int64)
+    n, offsets, owners = _segments(tuple([x.numel() for x in tensors]))
     packed = torch.cat(tensors)  # type: ignore[arg-type]
     x = packed.to(torch.float64)
     reduce = functools.partial(torch.segment_reduce, offsets=offsets, axis=0, unsafe=True)
-    n = offsets.diff()
     low, high, mean = reduce(x, "min"), reduce(x, "max"), reduce(x, "mean")
     zeros = none = torch.zeros_like(mean)  # the same bits as the integer 0
-    if x.count_nonzero().item() < ends[-1]:
-        zeros = reduce((x == 0).to(torch.float64), "sum").to(torch.int64).view(torch.float64)
+    if x.count_nonzero().item() < x.numel():
+        is_zero = torch.logical_not(x, out=torch.empty_like(x))
+        zeros = reduce(is_zero, "sum").to(torch.int64).view(torch.float64)
     is_wide = packed.dtype not in IN_FLOAT32
     if is_wide:  # the sum of up to 2^12 equal elements of 24 bits is exact
         is_constant = low == high
         mean = low.where(is_constant, mean)
-    # The number of each element's tensor. torch.repeat_interleave would start threads.
-    owners = torch.zeros_like(packed, dtype=torch.int64)
-    owners = owners.index_fill_(0, offsets[1:-1], 1).cumsum(0)
     m2 = reduce(x.sub_(mean.index_select(0, owners)).square_(), "sum")
     if is_wide:
         m2 = m2.where(is_constant | (m2 >= n * (_MIN_SPREAD * mean).square()), math.nan)

@@ -7,8 +7,9 @@ the protection that needs it is missing.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -47,11 +48,18 @@ _Undo = list[Callable[[], object]]
 """Functions that restore what was hidden, the last one first; each may be called again."""
 
 
-class _WithoutModes(contextlib.ContextDecorator):
+class _WithoutModes:
     """The context manager and decorator that `without_modes` returns; enters at each call anew."""
 
-    def _recreate_cm(self) -> _WithoutModes:
-        return _WithoutModes()
+    def __call__(self, function: F) -> F:
+        @functools.wraps(function)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            if not _has_mode():
+                return function(*args, **kwargs)
+            with _WithoutModes():
+                return function(*args, **kwargs)
+
+        return wrapper  # type: ignore[return-value]
 
     def __enter__(self) -> None:
         self._undo: _Undo = []
