@@ -17,25 +17,20 @@ _REAL = frozenset(getattr(torch, name) for name in (*_FLOATS, *_INTEGERS))
 """Dtypes that every operator of `packing` supports."""
 
 
-def is_dense(x: Tensor) -> bool:
-    """Return whether `x` is plain, real and contiguous: `elements(x)` would return it as it is.
+def dense_numel(x: Tensor) -> int:
+    """Return the number of elements of a plain, real and contiguous tensor, otherwise -1.
 
-    Returns False, too, where `check_storage` would raise, and for rare dtypes.
+    `elements(x)` would return such a tensor as it is, and `check_storage` would not raise.
     """
     try:
-        return (
-            type(x) in _PLAIN
-            and x.dtype in _REAL
-            and x.layout is torch.strided
-            and x.is_contiguous()
-            and not x.is_neg()
-            and not x.is_nested
-            and (begin := x.storage_offset()) >= 0
-            # Raises for a wrapper of torch.func.
-            and x.untyped_storage().nbytes() >= (begin + x.numel()) * x.itemsize
-        )
+        if type(x) not in _PLAIN or x.dtype not in _REAL or not x.is_contiguous() or x.is_nested:
+            return -1
+        n, begin = x.numel(), x.storage_offset()
+        # Raises for other layouts, and for a wrapper of torch.func.
+        nbytes = x.untyped_storage().nbytes()
+        return n if begin >= 0 and (begin + n) * x.itemsize <= nbytes else -1
     except Exception:  # whatever a tensor without a storage raises
-        return False
+        return -1
 
 
 def elements(x: Tensor) -> tuple[Tensor, int]:

@@ -16,7 +16,7 @@ from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-def
 from paramstats._core.format import one_line_name
 from paramstats._core.shard import is_sharded
 from paramstats._core.torch_private import without_modes
-from paramstats._core.wrapper_names import without_wrappers
+from paramstats._core.wrapper_names import may_have_wrapper, without_wrappers
 
 Patterns = tuple[re.Pattern[str], ...]
 
@@ -112,20 +112,21 @@ class Layout:
 
         Raises ValueError where two tensors have the same name.
         """
-        _check_distinct(names, aliases)
-        names, aliases, wrapper_names = without_wrappers(source, names, aliases)
         with without_modes():
-            return cls.shared(
-                names,
-                aliases,
-                parameters,
+            known = (
                 tuple([_shape(t) for t in tensors]),
                 tuple([t.dtype for t in tensors]),
                 tuple([t.device for t in tensors]),
                 tuple([t.requires_grad for t in tensors]),
-                wrapper_names,
-                is_sharded(source, tensors),
             )
+            sharded = is_sharded(source, tensors)
+        if not may_have_wrapper(source, names):  # a layout of these names was checked before
+            layout = _layouts.get((names, aliases, parameters, *known, (), sharded))
+            if layout is not None:
+                return layout
+        _check_distinct(names, aliases)
+        names, aliases, wrapper_names = without_wrappers(source, names, aliases)
+        return cls.shared(names, aliases, parameters, *known, wrapper_names, sharded)
 
     @classmethod
     def shared(cls, *fields: Any) -> Layout:

@@ -89,11 +89,9 @@ def merge(*states: State) -> Moments:
     """
     if not states:
         return Moments()
-    counts, zeros, nans, pos_infs, neg_infs, means, m2s, lows, highs = zip(*states, strict=True)
-    sums = sum(counts), sum(zeros), sum(nans), sum(pos_infs), sum(neg_infs)
-    finite = counts
-    if any(sums[2:]):
-        finite = tuple(map(finite_count, states))
+    *counts, means, m2s, lows, highs = zip(*states, strict=True)
+    sums = [sum(count) for count in counts]
+    finite = map(finite_count, states) if any(sums[2:]) else counts[0]
     n, mean, m2 = 0, 0.0, 0.0
     for count, other_mean, other_m2 in zip(finite, means, m2s, strict=True):
         if count == 0:
@@ -109,7 +107,7 @@ def merge(*states: State) -> Moments:
             mean += delta * weight
             m2 = m2 + other_m2 + delta * delta * (n * weight)
         n += count
-    return Moments(*sums, mean, m2, min(lows), max(highs))
+    return Moments._make((*sums, mean, m2, min(lows), max(highs)))
 
 
 @with_denormals

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from paramstats._core.states import IN_FLOAT32, exact
 
-MAX_NUMEL = 1 << 12
+MAX_NUMEL = 1 << 11
 """Elements up to which a tensor on a CPU is small. Larger ones are faster alone, which takes a
 fixed number of operators that use SIMD."""
 
@@ -74,7 +74,12 @@ class Group:
 
 @functools.lru_cache(maxsize=_MAX_CACHED)
 def _segments(lengths: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the lengths of tensors, their offsets, and the number of each element's tensor."""
+    """Describe how tensors of these lengths, none of which is 0, are concatenated.
+
+    Returns:
+        The lengths, the offsets, and the number of each element's tensor. `torch.repeat_interleave`
+        would return the last, but start threads.
+    """
     ends = array("q", itertools.accumulate(lengths, initial=0))
     offsets = torch.frombuffer(ends, dtype=torch.int64)
     owners = torch.zeros(ends[-1], dtype=torch.int64, device="cpu")
@@ -100,7 +105,7 @@ def states_on_cpu(tensors: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
         is_zero = torch.logical_not(x, out=torch.empty_like(x))
         zeros = reduce(is_zero, "sum").to(torch.int64).view(torch.float64)
     is_wide = packed.dtype not in IN_FLOAT32
-    if is_wide:  # the sum of up to 2^12 equal elements of 24 bits is exact
+    if is_wide:  # the sum of up to 2^11 equal elements of 24 bits is exact
         is_constant = low == high
         mean = low.where(is_constant, mean)
     m2 = reduce(x.sub_(mean.index_select(0, owners)).square_(), "sum")

@@ -67,9 +67,10 @@ def read_deferred(
 ) -> Rows:
     """Read with torch operators the rows that `backend.read` deferred; see `read_rows`."""
     refuse_shards(deferred_rows, row_name)
-    with without_modes():
-        devices = {tensor.device for _, tensor in deferred_rows if not tensor.is_cpu}
-    backend.explain_cuda(devices)
+    if backend.native is not None:
+        with without_modes():
+            devices = {tensor.device for _, tensor in deferred_rows}
+        backend.explain_cuda(devices)
     table, more, skipped = reference.fill(table, deferred_rows, params)
     return table, (*transfers, *more), skipped
 

@@ -19,12 +19,18 @@ from torch import Tensor
 from paramstats._core import moments
 from paramstats._core.cuda import PinnedMemory, refuse_capture
 from paramstats._core.denormals import threads_with_denormals
-from paramstats._core.elements import check_storage, elements, gradient, is_dense, numel
+from paramstats._core.elements import check_storage, dense_numel, elements, gradient, numel
 from paramstats._core.forked import threads_that_exist
 from paramstats._core.format import one_line_name
 from paramstats._core.layout import is_lazy
 from paramstats._core.moments import ABSENT, ROW, Moments, merge, unread
-from paramstats._core.packing import Group, states_on_cpu, states_on_device
+from paramstats._core.packing import (
+    MAX_NUMEL,
+    MAX_NUMEL_DEVICE,
+    Group,
+    states_on_cpu,
+    states_on_device,
+)
 from paramstats._core.states import exact, flat, from_row, of_complex, on_cpu
 from paramstats._core.torch_private import without_modes
 
@@ -135,16 +141,22 @@ def fill(
     devices = {tensor.device for _, tensor in deferred_rows if not tensor.is_cpu}
     refuse_capture(device.index for device in devices if device.type == "cuda")
     reader = _Reader(table)
-    others = []
+    large, others, most = [], [], 0
     first = 0 if params else len(table) // ROW.size // 2
     with torch.no_grad(), threads_that_exist():
         for row, tensor in deferred_rows:
+            n = dense_numel(tensor)
             if row < first:
                 reader.write(row, unread(numel(tensor)))
-            elif not (is_dense(tensor) and reader.add_small(row, tensor)):
+            elif n > MAX_NUMEL and tensor.is_cpu:
+                large.append((row, tensor))
+                most = max(most, n)
+            elif not reader.add_small(row, tensor, n):
                 others.append((row, tensor))
-        sizes = [numel(tensor) for _, tensor in others if tensor.is_cpu]
-        with threads_with_denormals(max(sizes, default=0)):
+                most = max(most, numel(tensor) if tensor.is_cpu else 0)
+        with threads_with_denormals(most):
+            for row, tensor in large:
+                reader.read_alone(row, tensor.view(-1))
             for row, tensor in others:
                 reader.read(row, tensor)
         transfers = reader.finish()
@@ -175,6 +187,10 @@ class _Reader:
         """Read any tensor, or note why it cannot be read."""
         self._try(row, tensor, self._state)
 
+    def read_alone(self, row: int, x: Tensor) -> None:
+        """Read a flat real tensor, or note why it cannot be read."""
+        self._try(row, x, self._alone)
+
     def _try(self, row: int, x: Tensor, read: Callable[[int, Tensor], Moments | None]) -> None:
         try:
             state = read(row, x)
@@ -188,18 +204,16 @@ class _Reader:
         """Return the state of any tensor, or None if it is not computed or transferred yet."""
         if tensor.device.type == "meta" or is_lazy(tensor):
             return None
-        x = tensor
-        if not is_dense(tensor):
-            x, zeros = elements(tensor)
-            check_storage(x)
-            if zeros:
-                self._zeros[row] = zeros
+        x, zeros = elements(tensor)
+        check_storage(x)
+        if zeros:
+            self._zeros[row] = zeros
         if x.is_complex():
             return of_complex(x)
         if x.device.type in _NO_FLOAT64:
             x = x.cpu()
         x = flat(x)
-        return None if self.add_small(row, x) else self._alone(row, x)
+        return None if self.add_small(row, x, x.numel()) else self._alone(row, x)
 
     def _alone(self, row: int, x: Tensor) -> Moments | None:
         """Return the state of a flat real tensor, or None if it is yet to be transferred."""
@@ -209,8 +223,14 @@ class _Reader:
         self._add_states([row] * len(states), states)
         return None
 
-    def add_small(self, row: int, x: Tensor) -> bool:
-        """Return whether a contiguous tensor is small, and is or will be read with others."""
+    def add_small(self, row: int, x: Tensor, n: int) -> bool:
+        """Return whether a contiguous tensor is small, and is or will be read with others.
+
+        Args:
+            n: the number of its elements, or -1 if it cannot be read with others.
+        """
+        if not 0 < n <= MAX_NUMEL_DEVICE:
+            return False
         is_cpu = x.is_cpu
         key = x.dtype if is_cpu else (x.dtype, x.device)
         group = self._small.get(key)
@@ -218,8 +238,7 @@ class _Reader:
             if not is_cpu and (x.is_meta or x.device.type in _NO_FLOAT64):
                 return False
             group = self._small[key] = Group(is_cpu)
-        n = x.numel()
-        if not 0 < n <= group.max_numel:
+        if n > group.max_numel:
             return False
         if group.numel + n > group.capacity:
             self._read_together(group)
@@ -238,7 +257,7 @@ class _Reader:
                     self._add_states(rows, states_on_device(tensors))
             except Exception:
                 for row, x in zip(rows, tensors, strict=True):
-                    self._try(row, x, self._alone)
+                    self.read_alone(row, x)
 
     def _read_on_cpu(self, rows: Sequence[int], tensors: Sequence[Tensor]) -> None:
         words, failed = states_on_cpu(tensors)
