@@ -48,18 +48,20 @@ _Undo = list[Callable[[], object]]
 """Functions that restore what was hidden, the last one first; each may be called again."""
 
 
-class _WithoutModes:
+class _WithoutModes(contextlib.ContextDecorator):
     """The context manager and decorator that `without_modes` returns; enters at each call anew."""
 
     def __call__(self, function: F) -> F:
+        guarded = super().__call__(function)
+
         @functools.wraps(function)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
-            if not _has_mode():
-                return function(*args, **kwargs)
-            with _WithoutModes():
-                return function(*args, **kwargs)
+            return (guarded if _has_mode() else function)(*args, **kwargs)
 
         return wrapper  # type: ignore[return-value]
+
+    def _recreate_cm(self) -> _WithoutModes:
+        return _WithoutModes()
 
     def __enter__(self) -> None:
         self._undo: _Undo = []
