@@ -7,6 +7,7 @@ here in either backend; the native backend has the same formulae for whole table
 from __future__ import annotations
 
 import math
+import operator
 import struct
 import sys
 from collections.abc import Iterable, Iterator
@@ -231,14 +232,17 @@ def scalars(
     the second half of a table are gradients, which are divided by `grad_scale`.
     """
     values: list[float | None] = []
+    nothing = [None] * len(columns)
+    # For one column, itemgetter returns no tuple.
+    select = operator.itemgetter(*columns) if len(columns) > 1 else None
     for part in (table, total):
         n = len(part) // ROW.size
         for i, state in enumerate(_rows(part, 0, n)):
-            if is_unread(state):  # true for absent rows, too
-                values += [None] * len(columns)
-            else:
-                statistics = _all(state, correction, grad_scale if 2 * i >= n else 1.0)
-                values += [statistics[column] for column in columns]
+            if state[5] != state[5]:  # is_unread, without the cost of a call per row
+                values += nothing
+                continue
+            statistics = _all(state, correction, grad_scale if 2 * i >= n else 1.0)
+            values += select(statistics) if select else [statistics[c] for c in columns]
     return {k: float(v) for k, v in zip(keys, values, strict=True) if v is not None}
 
 
