@@ -93,8 +93,9 @@ def states_on_cpu(tensors: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
     """Compute the states of flat real tensors of one dtype, none of which is empty.
 
     Returns:
-        Rows of `Moments` as int64 words, and which of them are wrong because these operators do
-        not suffice: an element is not finite, squares overflow, or the spread is too small.
+        Rows of `Moments` with the bits of `ROW`, as float64, and which of them are wrong because
+        these operators do not suffice: an element is not finite, squares overflow, or the spread is
+        too small.
     """
     n, none, offsets, owners = _segments(tuple([x.numel() for x in tensors]))
     packed = torch.cat(tensors)  # type: ignore[arg-type]
@@ -114,10 +115,10 @@ def states_on_cpu(tensors: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
         m2 = m2.where(
             is_constant | (m2 >= n.view(torch.int64) * (_MIN_SPREAD * mean).square()), math.nan
         )
-    words = torch.stack((n, zeros, none, none, none, mean, m2, low, high), 1).view(torch.int64)
+    rows = torch.stack((n, zeros, none, none, none, mean, m2, low, high), 1)
     if math.isfinite(m2.sum().item()):
-        return words, []
-    return words, m2.isfinite().logical_not_().nonzero().view(-1).tolist()
+        return rows, []
+    return rows, m2.isfinite().logical_not_().nonzero().view(-1).tolist()
 
 
 # ---- on an accelerator --------------------------------------------------------------------------

@@ -260,9 +260,9 @@ class _Reader:
                     self.read_alone(row, x)
 
     def _read_on_cpu(self, rows: Sequence[int], tensors: Sequence[Tensor]) -> None:
-        words, failed = states_on_cpu(tensors)
-        table = torch.frombuffer(self.table, dtype=torch.int64).view(-1, words.shape[1])
-        table.index_copy_(0, torch.frombuffer(array("q", rows), dtype=torch.int64), words)
+        states, failed = states_on_cpu(tensors)
+        table = torch.frombuffer(self.table, dtype=torch.float64).view(-1, states.shape[1])
+        table.index_copy_(0, torch.frombuffer(array("q", rows), dtype=torch.int64), states)
         for i in failed:
             self.write(rows[i], from_row(exact(tensors[i]).tolist()))
 
