@@ -144,7 +144,7 @@ def test_a_summary_of_a_thousand_small_tensors_needs_few_operators(monkeypatch, 
         paramstats.summarize(tensors)
     called = [event.name for event in profile.events() if event.cpu_parent is None]
     views = called.count("aten::view")
-    assert called.count("aten::cat") == 1
+    assert called.count("aten::segment_reduce") == 5
     assert len(called) - views <= OPERATORS
     assert views < (1000 if len(shape) > 1 else 0) + 20
 

@@ -77,48 +77,39 @@ def _segments(lengths: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]
     """Describe how tensors of these lengths, none of which is 0, are concatenated.
 
     Returns:
-        The lengths as int64 words of a float64 tensor, as many zeros, the offsets, and the number
-        of each element's tensor. `torch.repeat_interleave` would return the last, but use threads.
+        The lengths and as many zeros in float64, the offsets, and the number of each element's
+        tensor. `torch.repeat_interleave` would return the last, but use threads.
     """
     ends = array("q", itertools.accumulate(lengths, initial=0))
     offsets = torch.frombuffer(ends, dtype=torch.int64)
     owners = torch.zeros(ends[-1], dtype=torch.int64, device="cpu")
     owners = owners.index_fill_(0, offsets[1:-1], 1).cumsum(0)
-    n = offsets.diff().view(torch.float64)
+    n = offsets.diff().to(torch.float64)
     return n, torch.zeros_like(n), offsets, owners
 
 
 @torch.inference_mode()  # operators are faster, as there is nothing to track
-def states_on_cpu(tensors: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
-    """Compute the states of flat real tensors of one dtype, none of which is empty.
+def states_on_cpu(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the states of flat real tensors of one dtype as `exact` does, in rows.
 
-    Returns:
-        Rows of `Moments` with the bits of `ROW`, as float64, and which of them are wrong because
-        these operators do not suffice: an element is not finite, squares overflow, or the spread is
-        too small.
+    No tensor may be empty. m2 is NaN or infinite where these operators do not suffice: an element
+    is not finite, squares overflow, or the spread is too small.
     """
     n, none, offsets, owners = _segments(tuple([x.numel() for x in tensors]))
     packed = torch.cat(tensors)  # type: ignore[arg-type]
     x = packed.to(torch.float64)
     reduce = functools.partial(torch.segment_reduce, offsets=offsets, axis=0, unsafe=True)
     low, high, mean = reduce(x, "min"), reduce(x, "max"), reduce(x, "mean")
-    zeros = none  # 0.0 and the integer 0 have the same bits
-    if x.count_nonzero().item() < x.numel():
-        is_zero = torch.logical_not(x, out=torch.empty_like(x))
-        zeros = reduce(is_zero, "sum").to(torch.int64).view(torch.float64)
+    zeros = reduce(torch.eq(x, 0, out=torch.empty_like(x)), "sum")
     is_wide = packed.dtype not in IN_FLOAT32
     if is_wide:  # the sum of up to 2^11 equal elements of 24 bits is exact
         is_constant = low == high
         mean = low.where(is_constant, mean)
     m2 = reduce(x.sub_(mean.index_select(0, owners)).square_(), "sum")
     if is_wide:
-        m2 = m2.where(
-            is_constant | (m2 >= n.view(torch.int64) * (_MIN_SPREAD * mean).square()), math.nan
-        )
-    rows = torch.stack((n, zeros, none, none, none, mean, m2, low, high), 1)
-    if math.isfinite(m2.sum().item()):
-        return rows, []
-    return rows, m2.isfinite().logical_not_().nonzero().view(-1).tolist()
+        least = n * (_MIN_SPREAD * mean).square()
+        m2 = m2.where(is_constant | (m2 >= least), math.nan)
+    return torch.stack((n, zeros, none, none, none, mean, m2, low, high), 1)
 
 
 # ---- on an accelerator --------------------------------------------------------------------------
