@@ -112,14 +112,7 @@ class Layout:
 
         Raises ValueError where two tensors have the same name.
         """
-        with without_modes():
-            known = (
-                tuple([_shape(t) for t in tensors]),
-                tuple([t.dtype for t in tensors]),
-                tuple([t.device for t in tensors]),
-                tuple([t.requires_grad for t in tensors]),
-            )
-            sharded = is_sharded(source, tensors)
+        *known, sharded = _description(source, tensors)
         if not may_have_wrapper(source, names):  # a layout of these names was checked before
             layout = _layouts.get((names, aliases, parameters, *known, (), sharded))
             if layout is not None:
@@ -378,6 +371,18 @@ def compile_patterns(patterns: Any, argument: str) -> Patterns:
 def is_lazy(tensor: torch.Tensor) -> bool:
     """Return whether it is a parameter of a lazy layer that has not seen its first batch."""
     return isinstance(tensor, UninitializedTensorMixin)
+
+
+@without_modes()
+def _description(source: Any, tensors: Sequence[Any]) -> tuple[Any, ...]:
+    """Return shapes, dtypes, devices and requires_grad of tensors, and whether any is sharded."""
+    return (
+        tuple([_shape(t) for t in tensors]),
+        tuple([t.dtype for t in tensors]),
+        tuple([t.device for t in tensors]),
+        tuple([t.requires_grad for t in tensors]),
+        is_sharded(source, tensors),
+    )
 
 
 def _shape(tensor: torch.Tensor) -> tuple[int, ...] | None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from paramstats._core.states import IN_FLOAT32, exact
 
-MAX_NUMEL = 1 << 11
+MAX_NUMEL = 1 << 12
 """Elements up to which a tensor on a CPU is small. Larger ones are faster alone, which takes a
 fixed number of operators that use SIMD."""
 
@@ -88,7 +88,6 @@ def _segments(lengths: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]
     return n, torch.zeros_like(n), offsets, owners
 
 
-@torch.inference_mode()  # operators are faster, as there is nothing to track
 def states_on_cpu(tensors: Sequence[Tensor]) -> Tensor:
     """Return the states of flat real tensors of one dtype as `exact` does, in rows.
 
@@ -102,7 +101,7 @@ def states_on_cpu(tensors: Sequence[Tensor]) -> Tensor:
     low, high, mean = reduce(x, "min"), reduce(x, "max"), reduce(x, "mean")
     zeros = reduce(torch.eq(x, 0, out=torch.empty_like(x)), "sum")
     is_wide = packed.dtype not in IN_FLOAT32
-    if is_wide:  # the sum of up to 2^11 equal elements of 24 bits is exact
+    if is_wide:  # the sum of up to 2^12 equal elements of 24 bits is exact
         is_constant = low == high
         mean = low.where(is_constant, mean)
     m2 = reduce(x.sub_(mean.index_select(0, owners)).square_(), "sum")

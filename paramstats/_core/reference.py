@@ -3,8 +3,8 @@
 The native kernels cannot read every tensor: it may be sparse, complex, quantized, on another device
 or of a subclass with its own operators. Those tensors are read here with either backend.
 
-Small tensors are read together (`packing`), others one by one (`states`). On accelerators, no value
-is looked at before all states are computed, so that one transfer brings them to the CPU.
+Small tensors are read together (`packing`), others one by one (`states`). The states of an
+accelerator's tensors are brought to the CPU by one transfer.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from paramstats._core.elements import check_storage, dense_numel, elements, grad
 from paramstats._core.forked import threads_that_exist
 from paramstats._core.format import one_line_name
 from paramstats._core.layout import is_lazy
-from paramstats._core.moments import ABSENT, ROW, Moments, merge, unread
+from paramstats._core.moments import ABSENT, ROW, Moments, State, merge, unread
 from paramstats._core.packing import (
     MAX_NUMEL,
     MAX_NUMEL_DEVICE,
@@ -36,15 +36,14 @@ from paramstats._core.states import exact, flat, from_row, of_complex, on_cpu
 from paramstats._core.torch_private import without_modes
 
 _DEVICE_CHUNK = 1 << 24
-"""Elements per chunk on an accelerator: fewer launches, at the cost of 128 MiB of float64."""
+"""Elements per chunk on an accelerator, of which temporaries in float64 take 128 MiB each."""
 
 _FEW = 32
 """States up to which Python writes them faster into the table than torch operators do."""
 
+_ABSENT = ROW.pack(*unread(ABSENT))
 _M2 = Moments._fields.index("m2")
-
 _NO_FLOAT64 = frozenset({"mps"})
-
 # ---- transfers ----------------------------------------------------------------------------------
 
 
@@ -94,11 +93,12 @@ class Pending:
     def write(self, table: bytearray) -> None:
         if self._memory is not None:
             self._memory.wait()
-        states: dict[int, Moments] = {}
+        parts: dict[int, list[Moments]] = {}
         for (row, zeros), state in zip(self._rows, self._states.tolist(), strict=True):
-            states[row] = merge(states.get(row, _zeros(zeros)), from_row(state))
-        for row, merged in states.items():
-            ROW.pack_into(table, row * ROW.size, *merged)
+            parts.setdefault(row, [_zeros(zeros)] if zeros else []).append(from_row(state))
+        for row, states in parts.items():
+            state = merge(*states) if len(states) > 1 else states[0]
+            ROW.pack_into(table, row * ROW.size, *state)
 
 
 DeferredRows = Sequence[tuple[int, Tensor]]
@@ -117,14 +117,13 @@ def read(
         grads: whether to read their gradients.
     """
     n = len(tensors)
-    absent = ROW.pack(*unread(ABSENT))
-    rows = [absent] * n if params else [ROW.pack(*unread(numel(t))) for t in tensors]
+    rows = _ABSENT * n if params else b"".join(ROW.pack(*unread(numel(t))) for t in tensors)
     deferred_rows = list(enumerate(tensors)) if params else []
     if grads:
         deferred_rows += [
             (row, grad) for row, t in enumerate(tensors, n) if (grad := gradient(t)) is not None
         ]
-    return b"".join([*rows, absent * n]), deferred_rows, ()
+    return rows + _ABSENT * n, deferred_rows, ()
 
 
 @without_modes()
@@ -145,7 +144,8 @@ def fill(
         RuntimeError: a CUDA stream that would be used is being captured into a graph.
     """
     devices = {tensor.device for _, tensor in deferred_rows if not tensor.is_cpu}
-    refuse_capture(device.index for device in devices if device.type == "cuda")
+    if devices:
+        refuse_capture(device.index for device in devices if device.type == "cuda")
     reader = _Reader(table)
     large, others, most = [], [], 0
     first = 0 if params else len(table) // ROW.size // 2
@@ -186,7 +186,7 @@ class _Reader:
         self._on_device: dict[torch.device, tuple[list[int], list[Tensor]]] = {}
         """Rows and their states on devices; a row may have several."""
 
-    def write(self, row: int, state: Moments) -> None:
+    def write(self, row: int, state: State) -> None:
         ROW.pack_into(self.table, row * ROW.size, *state)
 
     def read(self, row: int, tensor: Tensor) -> None:
@@ -269,20 +269,22 @@ class _Reader:
         states = states_on_cpu(tensors)
         if len(rows) <= _FEW:
             for row, x, state in zip(rows, tensors, states.tolist(), strict=True):
-                self._write_or_repeat(row, x, state)
+                n, zeros, _, _, _, mean, m2, low, high = state
+                if math.isfinite(m2):
+                    self.write(row, (int(n), int(zeros), 0, 0, 0, mean, m2, low, high))
+                else:
+                    self._write_exact(row, x)
             return
         words = states[:, :5].to(torch.int64).view(torch.float64)
         table = torch.frombuffer(self.table, dtype=torch.float64).view(-1, states.shape[1])
         index = torch.frombuffer(array("q", rows), dtype=torch.int64)
         table.index_copy_(0, index, torch.cat((words, states[:, 5:]), 1))
         for i in states[:, _M2].isfinite().logical_not().nonzero().view(-1).tolist():
-            self._write_or_repeat(rows[i], tensors[i], states[i].tolist())
+            self._write_exact(rows[i], tensors[i])
 
-    def _write_or_repeat(self, row: int, x: Tensor, state: Sequence[float]) -> None:
-        """Write a state of `states_on_cpu`, or that of `exact` if its operators do not suffice."""
-        if not math.isfinite(state[_M2]):
-            state = exact(x).tolist()
-        self.write(row, from_row(state))
+    def _write_exact(self, row: int, x: Tensor) -> None:
+        """Write the state of a tensor for which the operators of `states_on_cpu` do not suffice."""
+        self.write(row, from_row(exact(x).tolist()))
 
     def _add_states(self, rows: Sequence[int], states: Tensor) -> None:
         all_rows, all_states = self._on_device.setdefault(states.device, ([], []))

@@ -144,7 +144,7 @@ def children(module: torch.nn.Module) -> list[torch.nn.Module]:
 def refuse_shards(rows: Iterable[tuple[int, Any]], row_name: Callable[[int], str]) -> None:
     """Raise NotImplementedError if any row's tensor, of an unsharded model, is a DTensor."""
     for row, tensor in rows:
-        if is_dtensor(tensor):
+        if tensor.__class__ not in _PLAIN and is_dtensor(tensor):
             raise NotImplementedError(
                 f"paramstats.summarize: expected the gradient of a plain tensor to be plain, got a "
                 f"DTensor placed as {tuple(tensor.placements)} for {row_name(row)!r}; make the "
