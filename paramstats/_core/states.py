@@ -14,7 +14,11 @@ from torch import Tensor
 from paramstats._core.moments import Moments, merge
 
 CHUNK = 1 << 17
-"""Elements per chunk on a CPU, so that temporaries stay in its caches."""
+"""Elements that a checkpoint's reader passes on at a time."""
+
+_PART = 2 * CHUNK
+"""Elements of a large tensor read at a time on a CPU: temporaries stay in its caches, and each
+operator has enough work for several threads."""
 
 _MIN_SUM_OF_SQUARES = 2e-33
 """Below this, a sum of squares in float32 may have lost digits to underflow. Above it, a chunk's
@@ -130,9 +134,9 @@ def flat(x: Tensor) -> Tensor:
 def on_cpu(x: Tensor) -> Moments:
     """Return the state of a flat real tensor on the CPU."""
     n = x.numel()
-    if n <= CHUNK:
+    if n <= _PART:
         return _chunk(x) if n else Moments()
-    return merge(*map(_chunk, x.split(CHUNK)))
+    return merge(*map(_chunk, x.split(_PART)))
 
 
 def _chunk(x: Tensor) -> Moments:
