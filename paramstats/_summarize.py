@@ -146,8 +146,9 @@ def summarize(
         table, transfers, reasons = read_deferred(
             backend, table, deferred_rows, transfers, params, layout.row_name
         )
-        skipped = {layout.row_name(row): reason for row, reason in reasons.items()}
-        warn_once(skipped)
+        if reasons:
+            skipped = {layout.row_name(row): reason for row, reason in reasons.items()}
+            warn_once(skipped)
     fields = (layout, table, options.correction, options.grad_scale, skipped, NO_NAMES, False)
     record = tuple.__new__(Record, fields)  # takes half the time of Record(...)
     return Summary(None, DeferredRecord(record, transfers)) if transfers else Summary(record)

@@ -25,7 +25,7 @@ from torch import nn
 import paramstats
 from paramstats._core import backend as backends
 from paramstats._core import cuda as cuda_module
-from paramstats._core import moments, reference
+from paramstats._core import moments, reference, states
 from tests import oracle
 from tests.conftest import load_backend
 from tests.dtypes import DTYPES
@@ -316,8 +316,8 @@ def test_states_of_torch_operators(cuda, fake, monkeypatch):
     monkeypatch.setattr(reference, "torch", fake.torch)
     before = cuda.pinned()
     tensors = [torch.arange(3.0, dtype=torch.float64), torch.ones(4, dtype=torch.float64)]
-    states = [reference.exact(x) for x in tensors]
-    pending = reference.Pending(torch.device("cuda", 0), [(1, 0), (0, 2)], states)
+    rows = [states.exact(x) for x in tensors]
+    pending = reference.Pending(torch.device("cuda", 0), [(1, 0), (0, 2)], rows)
     assert not pending.ready() and cuda.pinned() == before + 1
     table = bytearray(2 * moments.ROW.size)
     pending.write(table)

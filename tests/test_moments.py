@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paramstats._core import moments, reference
+from paramstats._core import moments, states
 from paramstats._core.moments import (
     ABSENT,
     ROW,
@@ -33,7 +33,7 @@ elements = st.lists(
 def state_of(values: list[float]) -> Moments:
     if not values:
         return Moments()
-    return reference._from_row(reference.exact(torch.tensor(values, dtype=torch.float64)).tolist())
+    return states.from_row(states.exact(torch.tensor(values, dtype=torch.float64)).tolist())
 
 
 @given(elements, elements)

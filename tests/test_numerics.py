@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 
 import paramstats
 from paramstats._core import backend as backends
-from paramstats._core import reference
+from paramstats._core import states
 from paramstats._core.entries import entries
 from paramstats._summary import record_of
 from tests import oracle
 from tests.dtypes import FLOATS, INTEGERS
 from tools.accuracy.bound import state_of
 
-BLOCK, PART, CHUNK = 16384, 4096, reference.CHUNK
+BLOCK, PART, CHUNK = 16384, 4096, states.CHUNK
 SIZES = [0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 127, 129]
 SIZES += [PART - 1, PART, PART + 1, BLOCK, PART + BLOCK - 1, PART + BLOCK, PART + BLOCK + 1]
 CHUNK_SIZES = [CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 77]

@@ -5,13 +5,14 @@ That mode belongs to a thread. Threads that it starts inherit it, and keep it wh
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+
+from paramstats._core.forked import OneThread
 
 F = TypeVar("F", bound=Callable[..., object])
 
@@ -45,21 +46,12 @@ def with_denormals(function: F) -> F:
     return wrapper  # type: ignore[return-value]
 
 
-@contextlib.contextmanager
-def threads_with_denormals(numel: int) -> Iterator[None]:
+def threads_with_denormals(numel: int) -> OneThread:
     """Restrict torch to the calling thread if one of its other threads flushes to zero.
 
     `numel` is that of the largest tensor; few elements need no other threads.
     """
-    if numel <= _SERIAL or not _threads_flush():
-        yield
-        return
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+    return OneThread(numel > _SERIAL and _threads_flush())
 
 
 def _threads_flush() -> bool:

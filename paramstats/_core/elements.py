@@ -10,6 +10,28 @@ from torch import Tensor
 from paramstats._core.layout import is_lazy
 from paramstats._core.torch_private import unwrapped
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+_FLOATS = ("float64", "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
+_INTEGERS = ("int64", "int32", "int16", "int8", "uint8", "bool")
+_REAL = frozenset(getattr(torch, name) for name in (*_FLOATS, *_INTEGERS))
+"""Dtypes that every operator of `packing` supports."""
+
+
+def dense_numel(x: Tensor) -> int:
+    """Return the number of elements of a plain, real and contiguous tensor, otherwise -1.
+
+    `elements(x)` would return such a tensor as it is, and `check_storage` would not raise.
+    """
+    try:
+        if type(x) not in _PLAIN or x.dtype not in _REAL or not x.is_contiguous() or x.is_nested:
+            return -1
+        n, begin = x.numel(), x.storage_offset()
+        # Raises for other layouts, and for a wrapper of torch.func.
+        nbytes = x.untyped_storage().nbytes()
+        return n if begin >= 0 and (begin + n) * x.itemsize <= nbytes else -1
+    except Exception:  # whatever a tensor without a storage raises
+        return -1
+
 
 def elements(x: Tensor) -> tuple[Tensor, int]:
     """Return a strided tensor of the stored elements, and the number of zeros not stored."""

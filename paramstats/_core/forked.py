@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator
 
 import torch
 
@@ -24,18 +22,28 @@ def count() -> int:
     return _forks
 
 
-@contextlib.contextmanager
-def threads_that_exist() -> Iterator[None]:
+class OneThread:
+    """Restrict torch to the calling thread in a `with` block, if a condition holds."""
+
+    __slots__ = ("_is_needed", "_threads")
+
+    def __init__(self, is_needed: bool) -> None:
+        self._is_needed = is_needed and torch.get_num_threads() > 1
+
+    def __enter__(self) -> None:
+        if self._is_needed:
+            self._threads = torch.get_num_threads()
+            torch.set_num_threads(1)
+
+    def __exit__(self, *error: object) -> None:
+        if self._is_needed:
+            torch.set_num_threads(self._threads)
+
+
+def threads_that_exist() -> OneThread:
     """Restrict torch to the calling thread in a child of fork().
 
     The child has none of its parent's threads, and torch's operators on large tensors would wait
     for them forever. Does nothing in other processes.
     """
-    if not _forks or (threads := torch.get_num_threads()) == 1:
-        yield
-        return
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+    return OneThread(_forks > 0)

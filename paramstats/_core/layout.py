@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import difflib
 import itertools
 import re
@@ -15,7 +16,7 @@ from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-def
 from paramstats._core.format import one_line_name
 from paramstats._core.shard import is_sharded
 from paramstats._core.torch_private import without_modes
-from paramstats._core.wrapper_names import without_wrappers
+from paramstats._core.wrapper_names import may_have_wrapper, without_wrappers
 
 Patterns = tuple[re.Pattern[str], ...]
 
@@ -111,20 +112,14 @@ class Layout:
 
         Raises ValueError where two tensors have the same name.
         """
+        *known, sharded = _description(source, tensors)
+        if not may_have_wrapper(source, names):  # a layout of these names was checked before
+            layout = _layouts.get((names, aliases, parameters, *known, (), sharded))
+            if layout is not None:
+                return layout
         _check_distinct(names, aliases)
         names, aliases, wrapper_names = without_wrappers(source, names, aliases)
-        with without_modes():
-            return cls.shared(
-                names,
-                aliases,
-                parameters,
-                tuple(_shape(t) for t in tensors),
-                tuple(t.dtype for t in tensors),
-                tuple(t.device for t in tensors),
-                tuple(t.requires_grad for t in tensors),
-                wrapper_names,
-                is_sharded(source, tensors),
-            )
+        return cls.shared(names, aliases, parameters, *known, wrapper_names, sharded)
 
     @classmethod
     def shared(cls, *fields: Any) -> Layout:
@@ -133,7 +128,10 @@ class Layout:
         A mapping has a new layout at every call. Histories would otherwise keep all of them.
         """
         layout = cls(*fields)
-        return _layouts.setdefault(layout.fields, layout)
+        layout = _layouts.setdefault(layout.fields, layout)
+        if layout not in _recent:
+            _recent.append(layout)
+        return layout
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Layout.shared, self.fields
@@ -272,6 +270,9 @@ class Layout:
 
 _layouts: weakref.WeakValueDictionary[tuple[Any, ...], Layout] = weakref.WeakValueDictionary()
 
+_recent: collections.deque[Layout] = collections.deque(maxlen=8)
+"""Layouts that keep their caches while no summary uses them, between two calls."""
+
 
 def _check_distinct(names: tuple[str, ...], aliases: tuple[tuple[str, ...], ...]) -> None:
     """Raise ValueError if two tensors share a name, e.g. because a module's name has a dot."""
@@ -372,11 +373,25 @@ def is_lazy(tensor: torch.Tensor) -> bool:
     return isinstance(tensor, UninitializedTensorMixin)
 
 
+@without_modes()
+def _description(source: Any, tensors: Sequence[Any]) -> tuple[Any, ...]:
+    """Return shapes, dtypes, devices and requires_grad of tensors, and whether any is sharded."""
+    return (
+        tuple([_shape(t) for t in tensors]),
+        tuple([t.dtype for t in tensors]),
+        tuple([t.device for t in tensors]),
+        tuple([t.requires_grad for t in tensors]),
+        is_sharded(source, tensors),
+    )
+
+
 def _shape(tensor: torch.Tensor) -> tuple[int, ...] | None:
     """Return the shape, or None for a lazy parameter or a shape that is not made of integers."""
-    if is_lazy(tensor):
-        return None
     try:
+        if type(tensor) in (torch.Tensor, torch.nn.Parameter):
+            return tuple(tensor.shape)
+        if is_lazy(tensor):
+            return None
         return tuple(int(size) for size in tensor.shape)
     except Exception:  # whatever a subclass raises that has no such shape
         return None

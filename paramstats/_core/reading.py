@@ -66,10 +66,11 @@ def read_deferred(
     row_name: Callable[[int], str],
 ) -> Rows:
     """Read with torch operators the rows that `backend.read` deferred; see `read_rows`."""
-    refuse_shards((row_name(row), tensor) for row, tensor in deferred_rows)
-    with without_modes():
-        devices = [tensor.device for _, tensor in deferred_rows]
-    backend.explain_cuda(devices)
+    refuse_shards(deferred_rows, row_name)
+    if backend.native is not None:
+        with without_modes():
+            devices = {tensor.device for _, tensor in deferred_rows}
+        backend.explain_cuda(devices)
     table, more, skipped = reference.fill(table, deferred_rows, params)
     return table, (*transfers, *more), skipped
 

@@ -3,160 +3,48 @@
 The native kernels cannot read every tensor: it may be sparse, complex, quantized, on another device
 or of a subclass with its own operators. Those tensors are read here with either backend.
 
-`exact` is the definition of the statistics. On a CPU, `quick` is tried first. On other devices, no
-value is looked at before all states are computed, so that one transfer brings them to the CPU.
+Small tensors are read together (`packing`), others one by one (`states`). The states of an
+accelerator's tensors are brought to the CPU by one transfer.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Sequence
-from typing import Protocol
+from array import array
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from paramstats._core import moments
 from paramstats._core.cuda import PinnedMemory, refuse_capture
 from paramstats._core.denormals import threads_with_denormals
-from paramstats._core.elements import check_storage, elements, gradient, numel
+from paramstats._core.elements import check_storage, dense_numel, elements, gradient, numel
 from paramstats._core.forked import threads_that_exist
 from paramstats._core.format import one_line_name
 from paramstats._core.layout import is_lazy
-from paramstats._core.moments import ABSENT, ROW, Moments, merge, unread
+from paramstats._core.moments import ABSENT, ROW, Moments, State, merge, unread
+from paramstats._core.packing import (
+    MAX_NUMEL,
+    MAX_NUMEL_DEVICE,
+    Group,
+    states_on_cpu,
+    states_on_device,
+)
+from paramstats._core.states import exact, flat, from_row, of_complex, on_cpu
 from paramstats._core.torch_private import without_modes
 
-CHUNK = 1 << 17
-"""Elements per chunk on a CPU, so that temporaries stay in its caches."""
-
 _DEVICE_CHUNK = 1 << 24
-"""Elements per chunk on an accelerator: fewer launches, at the cost of 128 MiB of float64."""
+"""Elements per chunk on an accelerator, of which temporaries in float64 take 128 MiB each."""
 
-_MIN_SUM_OF_SQUARES = 2e-33
-"""Below this, a sum of squares in float32 may have lost digits to underflow. Above it, a chunk's
-rounding errors, of at most 2^-149 each, are less than 1e-7 of the sum."""
+_FEW = 32
+"""States up to which Python writes them faster into the table than torch operators do."""
 
-_MAX_DOT = 512
-"""Elements up to which m2 is one dot product. It is faster than squares and their sum, but it adds
-up all elements in sequence, which loses digits for longer tensors."""
-
-_MIN_SPREAD = {torch.float32: 1e-4, torch.float64: 1e-12}
-"""Ratio std / mean below which the rounding of the mean (6e-8, 1e-16) shows in the std."""
-
-_FAR = 10
-"""Ratio mean / std above which the rounding of the mean is corrected."""
-
-_IN_FLOAT32 = frozenset({torch.float32, torch.bfloat16, torch.float16})
+_ABSENT = ROW.pack(*unread(ABSENT))
+_M2 = Moments._fields.index("m2")
 _NO_FLOAT64 = frozenset({"mps"})
-
-
-# ---- states -------------------------------------------------------------------------------------
-
-
-def exact(x: Tensor) -> Tensor:
-    """Return the state of a flat real tensor, as a float64 row of `Moments` on its device."""
-    x = x.to(torch.float64)
-    finite = x.isfinite()
-    n = finite.sum()
-    values = x.where(finite, 0.0)
-    low = x.where(finite, math.inf).amin()
-    high = x.where(finite, -math.inf).amax()
-    mean = values.sum() / n.clamp(min=1)
-    # If the sum overflows, sum the elements divided by n. The mean of a constant is exact.
-    mean = mean.where(mean.isfinite(), (values / n.clamp(min=1)).sum())
-    mean = low.where(low == high, mean)
-    deviations = (x - mean).where(finite, 0.0)
-    shift = deviations.sum()
-    m2 = deviations.square().sum()
-    # Corrected two-pass algorithm: remove the error from rounding the mean, unless that overflows.
-    correction = shift * (shift / n.clamp(min=1))
-    m2 = (m2 - correction.where(correction.isfinite(), 0.0)).clamp(min=0.0)
-    counts = ((x == 0).sum(), x.isnan().sum(), (x == math.inf).sum(), (x == -math.inf).sum())
-    count = x.new_full((), x.numel())  # torch.tensor(...) would synchronize
-    columns = (count, *counts, mean, m2, low, high)
-    return torch.stack([c.to(torch.float64) for c in columns])
-
-
-def quick(x: Tensor) -> Moments | None:
-    """Return the state of a flat real tensor on a CPU, with as few operators as possible.
-
-    Returns None where the precision or range of these operators does not suffice, or an element is
-    not finite.
-    """
-    in_float32 = x.dtype in _IN_FLOAT32
-    if x.dtype is not torch.float32:
-        x = x.to(torch.float32 if in_float32 else torch.float64)
-    n = x.numel()
-    low, high = (bound.item() for bound in x.aminmax())
-    if not (math.isfinite(low) and math.isfinite(high)):
-        return None
-    zeros = n - int(x.count_nonzero().item())
-    if low == high:
-        return Moments(n, zeros, 0, 0, 0, low, 0.0, low, high)
-    mean = x.sum().item() / n
-    d = x - mean
-    m2 = d.dot(d).item() if n <= _MAX_DOT else d.square_().sum().item()
-    if not math.isfinite(m2):
-        return None
-    if m2 < n * (_MIN_SPREAD[x.dtype] * mean) ** 2 or (in_float32 and m2 < _MIN_SUM_OF_SQUARES):
-        return None
-    if m2 < n * (mean / _FAR) ** 2:  # matters when parts are merged
-        mean += (x - mean).sum().item() / n
-    return Moments(n, zeros, 0, 0, 0, mean, m2, low, high)
-
-
-def _complex(x: Tensor) -> Moments:
-    """Return the state of complex numbers, whose std, norm and zero_fraction are torch's.
-
-    Here, mean is the modulus of the mean, m2 the sum of squared distances from the mean, and min
-    and max are those of the moduli.
-    """
-    x = x.to(torch.complex128)
-    finite = x.isfinite()
-    modulus = x.abs()
-    nans = int((x.real.isnan() | x.imag.isnan()).sum())
-    pos_infs = x.numel() - int(finite.sum()) - nans
-    zeros = x.numel() - int(x.count_nonzero())
-    values = x[finite]
-    out = Moments(x.numel(), zeros, nans, pos_infs, 0)
-    if values.numel() == 0:
-        return out
-    mean = values.mean()
-    m2 = (values - mean).abs().square().sum().item()
-    low, high = (bound.item() for bound in modulus[finite].aminmax())
-    return out._replace(mean=mean.abs().item(), m2=m2, min=low, max=high)
-
-
-def _in_memory_order(x: Tensor) -> Tensor:
-    """Return the elements as a flat tensor in memory order; copies only if the tensor has gaps."""
-    order = sorted(range(x.dim()), key=lambda d: x.stride(d), reverse=True)
-    return x.permute(order).reshape(-1)
-
-
-def _flat(x: Tensor) -> Tensor:
-    return x.view(-1) if x.is_contiguous() else _in_memory_order(x)
-
-
-def _on_cpu(x: Tensor) -> Moments:
-    """Return the state of a strided real tensor on the CPU."""
-    n = x.numel()
-    if n == 0:
-        return Moments()
-    flat = _flat(x)
-    if n <= CHUNK:
-        return _chunk(flat)
-    return functools.reduce(merge, map(_chunk, flat.split(CHUNK)))
-
-
-def _chunk(x: Tensor) -> Moments:
-    return quick(x) or _from_row(exact(x).tolist())
-
-
-def _from_row(row: Sequence[float]) -> Moments:
-    return Moments(*(int(c) for c in row[:5]), *row[5:])
-
-
-# ---- tables of rows -----------------------------------------------------------------------------
+# ---- transfers ----------------------------------------------------------------------------------
 
 
 class Transfer(Protocol):
@@ -183,13 +71,13 @@ class Pending:
     Args:
         device: where they are computed.
         rows: the row of each state, and the number of zeros to add to it; a row may have several.
-        states: float64 rows of `Moments` on the device.
+        states: float64 rows of `Moments` on the device, in one or several tensors.
     """
 
     def __init__(self, device: torch.device, rows: list[tuple[int, int]], states: list[Tensor]):
         self._rows = rows
         self._memory: PinnedMemory | None = None
-        stacked = torch.stack(states)
+        stacked = torch.vstack(states)
         if device.type == "cuda":
             self._memory = PinnedMemory(stacked.nbytes)
             self._states = self._memory.tensor.view(stacked.dtype).view(stacked.shape)
@@ -205,11 +93,12 @@ class Pending:
     def write(self, table: bytearray) -> None:
         if self._memory is not None:
             self._memory.wait()
-        states: dict[int, Moments] = {}
+        parts: dict[int, list[Moments]] = {}
         for (row, zeros), state in zip(self._rows, self._states.tolist(), strict=True):
-            states[row] = merge(states.get(row, _zeros(zeros)), _from_row(state))
-        for row, merged in states.items():
-            ROW.pack_into(table, row * ROW.size, *merged)
+            parts.setdefault(row, [_zeros(zeros)] if zeros else []).append(from_row(state))
+        for row, states in parts.items():
+            state = merge(*states) if len(states) > 1 else states[0]
+            ROW.pack_into(table, row * ROW.size, *state)
 
 
 DeferredRows = Sequence[tuple[int, Tensor]]
@@ -220,7 +109,7 @@ DeferredRows = Sequence[tuple[int, Tensor]]
 def read(
     tensors: list[Tensor], params: bool, grads: bool
 ) -> tuple[bytes, DeferredRows, Sequence[Transfer]]:
-    """Return a table of unread and absent rows, the rows that `fill` must read, and no transfers.
+    """Return a table without states, the rows that `fill` must read, and no transfers.
 
     Args:
         tensors: the tensors.
@@ -228,13 +117,13 @@ def read(
         grads: whether to read their gradients.
     """
     n = len(tensors)
+    rows = _ABSENT * n if params else b"".join(ROW.pack(*unread(numel(t))) for t in tensors)
     deferred_rows = list(enumerate(tensors)) if params else []
-    absent = ROW.pack(*unread(ABSENT))
-    table = [ROW.pack(*unread(numel(t))) for t in tensors] + [absent] * n
     if grads:
-        found = ((n + i, gradient(t)) for i, t in enumerate(tensors))
-        deferred_rows += [(row, grad) for row, grad in found if grad is not None]
-    return b"".join(table), deferred_rows, ()
+        deferred_rows += [
+            (row, grad) for row, t in enumerate(tensors, n) if (grad := gradient(t)) is not None
+        ]
+    return rows + _ABSENT * n, deferred_rows, ()
 
 
 @without_modes()
@@ -254,24 +143,166 @@ def fill(
     Raises:
         RuntimeError: a CUDA stream that would be used is being captured into a graph.
     """
-    devices = {tensor.device for _, tensor in deferred_rows}
-    refuse_capture(device.index for device in devices if device.type == "cuda")
-    out = bytearray(table)
-    skipped: dict[int, str] = {}
-    on_device: OnDevice = {}
-    n = len(table) // ROW.size // 2
-    on_cpu = [numel(tensor) for _, tensor in deferred_rows if tensor.device.type == "cpu"]
-    largest = max(on_cpu, default=0)
-    with torch.no_grad(), threads_that_exist(), threads_with_denormals(largest):
+    devices = {tensor.device for _, tensor in deferred_rows if not tensor.is_cpu}
+    if devices:
+        refuse_capture(device.index for device in devices if device.type == "cuda")
+    reader = _Reader(table)
+    large, others, most = [], [], 0
+    first = 0 if params else len(table) // ROW.size // 2
+    with torch.no_grad(), threads_that_exist():
         for row, tensor in deferred_rows:
+            n = dense_numel(tensor)
+            if row < first:
+                reader.write(row, unread(numel(tensor)))
+            elif n > MAX_NUMEL and tensor.is_cpu:
+                large.append((row, tensor))
+                most = max(most, n)
+            elif not reader.add_small(row, tensor, n):
+                others.append((row, tensor))
+                most = max(most, numel(tensor) if tensor.is_cpu else 0)
+        with threads_with_denormals(most):
+            for row, tensor in large:
+                reader.read_alone(row, tensor.view(-1))
+            for row, tensor in others:
+                reader.read(row, tensor)
+        transfers = reader.finish()
+    return bytes(reader.table), transfers, reader.skipped
+
+
+class _Reader:
+    """Reads tensors into rows of a table.
+
+    Args:
+        table: the table that the backend returned.
+    """
+
+    def __init__(self, table: bytes) -> None:
+        self.table = bytearray(table)
+        self.skipped: dict[int, str] = {}
+        """Why a row could not be read."""
+        self._small: dict[Any, Group] = {}
+        self._zeros: dict[int, int] = {}
+        """The zeros that a tensor has in addition to its elements, by row."""
+        self._on_device: dict[torch.device, tuple[list[int], list[Tensor]]] = {}
+        """Rows and their states on devices; a row may have several."""
+
+    def write(self, row: int, state: State) -> None:
+        ROW.pack_into(self.table, row * ROW.size, *state)
+
+    def read(self, row: int, tensor: Tensor) -> None:
+        """Read any tensor, or note why it cannot be read."""
+        self._try(row, tensor, self._state)
+
+    def read_alone(self, row: int, x: Tensor) -> None:
+        """Read a flat real tensor, or note why it cannot be read."""
+        self._try(row, x, self._alone)
+
+    def _try(self, row: int, x: Tensor, read: Callable[[int, Tensor], Moments | None]) -> None:
+        try:
+            state = read(row, x)
+        except Exception as error:  # a subclass may raise anything; training goes on
+            state = None
+            self.skipped[row] = _reason(error, x)
+            self._zeros.pop(row, None)
+        self.write(row, state or unread(numel(x)))
+
+    def _state(self, row: int, tensor: Tensor) -> Moments | None:
+        """Return the state of any tensor, or None if it is not computed or transferred yet."""
+        if tensor.device.type == "meta" or is_lazy(tensor):
+            return None
+        x, zeros = elements(tensor)
+        check_storage(x)
+        if zeros:
+            self._zeros[row] = zeros
+        if x.is_complex():
+            return of_complex(x)
+        if x.device.type in _NO_FLOAT64:
+            x = x.cpu()
+        x = flat(x)
+        return None if self.add_small(row, x, x.numel()) else self._alone(row, x)
+
+    def _alone(self, row: int, x: Tensor) -> Moments | None:
+        """Return the state of a flat real tensor, or None if it is yet to be transferred."""
+        if x.is_cpu or x.numel() == 0:
+            return on_cpu(x)
+        states = torch.stack([exact(chunk) for chunk in x.split(_DEVICE_CHUNK)])
+        self._add_states([row] * len(states), states)
+        return None
+
+    def add_small(self, row: int, x: Tensor, n: int) -> bool:
+        """Return whether a contiguous tensor is small, and is or will be read with others.
+
+        Args:
+            n: the number of its elements, or -1 if it cannot be read with others.
+        """
+        if not 0 < n <= MAX_NUMEL_DEVICE:
+            return False
+        is_cpu = x.is_cpu
+        key = x.dtype if is_cpu else (x.dtype, x.device)
+        group = self._small.get(key)
+        if group is None:
+            if not is_cpu and (x.is_meta or x.device.type in _NO_FLOAT64):
+                return False
+            group = self._small[key] = Group(is_cpu)
+        if n > group.max_numel:
+            return False
+        if group.numel + n > group.capacity:
+            self._read_together(group)
+        group.rows.append(row)
+        group.tensors.append(x if x.dim() == 1 else x.view(-1))
+        group.numel += n
+        return True
+
+    def _read_together(self, group: Group) -> None:
+        """Read the tensors of a group together, or one by one if that raises."""
+        for rows, tensors in group.take():
             try:
-                state = _state(tensor, row, on_device) if params or row >= n else None
-            except Exception as error:  # a subclass may raise anything; training goes on
-                state = None
-                skipped[row] = _reason(error, tensor)
-            ROW.pack_into(out, row * ROW.size, *(state or unread(numel(tensor))))
-    transfers = tuple(Pending(device, *parts) for device, parts in on_device.items())
-    return bytes(out), transfers, skipped
+                if group.is_cpu:
+                    self._read_on_cpu(rows, tensors)
+                else:
+                    self._add_states(rows, states_on_device(tensors))
+            except Exception:
+                for row, x in zip(rows, tensors, strict=True):
+                    self.read_alone(row, x)
+
+    def _read_on_cpu(self, rows: Sequence[int], tensors: Sequence[Tensor]) -> None:
+        states = states_on_cpu(tensors)
+        if len(rows) <= _FEW:
+            for row, x, state in zip(rows, tensors, states.tolist(), strict=True):
+                n, zeros, _, _, _, mean, m2, low, high = state
+                if math.isfinite(m2):
+                    self.write(row, (int(n), int(zeros), 0, 0, 0, mean, m2, low, high))
+                else:
+                    self._write_exact(row, x)
+            return
+        words = states[:, :5].to(torch.int64).view(torch.float64)
+        table = torch.frombuffer(self.table, dtype=torch.float64).view(-1, states.shape[1])
+        index = torch.frombuffer(array("q", rows), dtype=torch.int64)
+        table.index_copy_(0, index, torch.cat((words, states[:, 5:]), 1))
+        for i in states[:, _M2].isfinite().logical_not().nonzero().view(-1).tolist():
+            self._write_exact(rows[i], tensors[i])
+
+    def _write_exact(self, row: int, x: Tensor) -> None:
+        """Write the state of a tensor for which the operators of `states_on_cpu` do not suffice."""
+        self.write(row, from_row(exact(x).tolist()))
+
+    def _add_states(self, rows: Sequence[int], states: Tensor) -> None:
+        all_rows, all_states = self._on_device.setdefault(states.device, ([], []))
+        all_rows += rows
+        all_states.append(states)
+
+    def finish(self) -> tuple[Transfer, ...]:
+        """Read what was collected, and return the transfers that complete the table."""
+        for group in self._small.values():
+            self._read_together(group)
+        transfers = []
+        for device, (rows, states) in self._on_device.items():
+            zeros = [(row, self._zeros.pop(row, 0)) for row in rows]
+            transfers.append(Pending(device, zeros, states))
+        table = bytes(self.table)
+        for row, count in self._zeros.items():
+            self.write(row, merge(_zeros(count), moments.row(table, row)))
+        return tuple(transfers)
 
 
 def _reason(error: Exception, tensor: Tensor) -> str:
@@ -282,35 +313,6 @@ def _reason(error: Exception, tensor: Tensor) -> str:
             f"pass the values it encodes, or its bytes (.view(torch.uint8))"
         )
     return one_line_name(f"{type(error).__name__}: {error}".splitlines()[0])
-
-
-OnDevice = dict[torch.device, tuple[list[tuple[int, int]], list[Tensor]]]
-
-
-def _state(tensor: Tensor, row: int, on_device: OnDevice) -> Moments:
-    """Return the state of any tensor.
-
-    The states of a tensor on an accelerator are added to `on_device`, and its row is unread so far.
-    """
-    if tensor.device.type == "meta" or is_lazy(tensor):
-        return unread(numel(tensor))
-    x, zeros = elements(tensor)
-    check_storage(x)
-    if x.is_complex():
-        state = _complex(x)
-    elif x.device.type == "cpu":
-        state = _on_cpu(x)
-    elif x.device.type in _NO_FLOAT64:
-        state = _on_cpu(x.cpu())
-    elif x.numel() == 0:
-        state = Moments()
-    else:
-        rows, states = on_device.setdefault(x.device, ([], []))
-        for chunk in _flat(x).split(_DEVICE_CHUNK):
-            rows.append((row, zeros))
-            states.append(exact(chunk))
-        return unread(tensor.numel())
-    return merge(_zeros(zeros), state) if zeros else state
 
 
 def _zeros(count: int) -> Moments:

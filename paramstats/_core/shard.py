@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,10 +109,12 @@ def is_sharded(source: Any, tensors: Iterable[Any]) -> bool:
         if any(isinstance(module, wrappers) for module in _modules(source)):
             return True
     return any(
-        isinstance(tensor, LocalShard)
-        or is_dtensor(tensor)
-        or is_zero_parameter(tensor)
+        is_zero_parameter(tensor)
         or getattr(tensor, "_fsdp_flattened", False)
+        or (
+            tensor.__class__ not in _PLAIN
+            and (isinstance(tensor, LocalShard) or is_dtensor(tensor))
+        )
         for tensor in tensors
     )
 
@@ -139,12 +141,12 @@ def children(module: torch.nn.Module) -> list[torch.nn.Module]:
         return []
 
 
-def refuse_shards(named: Iterable[tuple[str, Any]]) -> None:
-    """Raise NotImplementedError if any tensor of an unsharded model is a DTensor."""
-    for name, tensor in named:
-        if is_dtensor(tensor):
+def refuse_shards(rows: Iterable[tuple[int, Any]], row_name: Callable[[int], str]) -> None:
+    """Raise NotImplementedError if any row's tensor, of an unsharded model, is a DTensor."""
+    for row, tensor in rows:
+        if tensor.__class__ not in _PLAIN and is_dtensor(tensor):
             raise NotImplementedError(
                 f"paramstats.summarize: expected the gradient of a plain tensor to be plain, got a "
-                f"DTensor placed as {tuple(tensor.placements)} for {name!r}; make the parameter a "
-                f"DTensor, too"
+                f"DTensor placed as {tuple(tensor.placements)} for {row_name(row)!r}; make the "
+                f"parameter a DTensor, too"
             )

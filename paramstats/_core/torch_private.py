@@ -7,8 +7,9 @@ the protection that needs it is missing.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -49,6 +50,15 @@ _Undo = list[Callable[[], object]]
 
 class _WithoutModes(contextlib.ContextDecorator):
     """The context manager and decorator that `without_modes` returns; enters at each call anew."""
+
+    def __call__(self, function: F) -> F:
+        guarded = super().__call__(function)
+
+        @functools.wraps(function)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            return (guarded if _has_mode() else function)(*args, **kwargs)
+
+        return wrapper  # type: ignore[return-value]
 
     def _recreate_cm(self) -> _WithoutModes:
         return _WithoutModes()

@@ -83,29 +83,31 @@ class _Rows:
         self.tensors: list[Any] = []
         self._key = key
         self._row_of: dict[Any, int] = {}
-        self._names: list[list[str]] = []
+        self._names: list[str] = []
+        self._aliases: dict[int, list[str]] = {}
 
     def add(self, name: str, tensor: Any) -> None:
         row = self._row_of.setdefault(self._key(tensor), len(self.tensors))
         if row == len(self.tensors):
             self.tensors.append(tensor)
-            self._names.append([])
-        self._names[row].append(name)
+            self._names.append(name)
+        else:
+            self._aliases.setdefault(row, []).append(name)
 
     def add_all(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
         for name, tensor in _checked_pairs(named):
-            _check_name(name)
-            if not isinstance(tensor, torch.Tensor):
+            if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+                _check_name(name)
                 raise _no_tensor(name, tensor, "a module's parameters and buffers are tensors")
             self.add(name, tensor)
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(names[0] for names in self._names)
+        return tuple(self._names)
 
     @property
     def aliases(self) -> tuple[tuple[str, ...], ...]:
-        return tuple(tuple(names[1:]) for names in self._names)
+        return tuple([tuple(self._aliases.get(row, ())) for row in range(len(self._names))])
 
 
 def _is_from_deep_nesting(error: RecursionError) -> bool:

@@ -19,6 +19,11 @@ _WRAPPERS = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel, A
 Names = tuple[str, ...]
 
 
+def may_have_wrapper(source: Any, names: Names) -> bool:
+    """Return whether a module with these names may contain a wrapper such as DDP."""
+    return isinstance(source, torch.nn.Module) and "module." in "\n".join(names)
+
+
 def without_wrappers(
     source: Any, names: Names, aliases: tuple[Names, ...]
 ) -> tuple[Names, tuple[Names, ...], tuple[Names, ...]]:
@@ -41,11 +46,12 @@ def without_wrappers(
         The names, the aliases, and the full names of each tensor, parallel to its name and aliases;
         no full names where nothing was removed.
     """
-    joined = "\n".join((*names, *(name for several in aliases for name in several)))
-    may_have_wrapper = isinstance(source, torch.nn.Module) and "module." in joined
-    if not may_have_wrapper and not any(mark in joined for mark in _MARK_NAMES):
+    every_name = (*names, *(name for several in aliases for name in several))
+    has_wrapper = may_have_wrapper(source, every_name)
+    joined = "\n".join(every_name)
+    if not has_wrapper and not any(mark in joined for mark in _MARK_NAMES):
         return names, aliases, ()
-    prefixes = _wrapper_prefixes(source) if may_have_wrapper else []
+    prefixes = _wrapper_prefixes(source) if has_wrapper else []
 
     def plain(name: str) -> str:
         for prefix in prefixes:

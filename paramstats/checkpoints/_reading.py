@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from paramstats._core.reference import CHUNK
+from paramstats._core.states import CHUNK
 from paramstats.checkpoints._errors import unexpected
 from paramstats.checkpoints._files import Files
 from paramstats.checkpoints._stored_tensors import Part, is_dense, span

@@ -10,7 +10,7 @@ from paramstats._core import moments
 from paramstats._core.backend import active
 from paramstats._core.moments import Moments
 from paramstats._core.reading import read_rows
-from paramstats._core.reference import CHUNK
+from paramstats._core.states import CHUNK
 from paramstats.checkpoints._reading import Piece, block_view
 
 _COMPLEX_CHUNK = 1 << 19

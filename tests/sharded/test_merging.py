@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paramstats._core import reference
+from paramstats._core import states
 from paramstats._core.moments import ABSENT, ROW, Moments, merge, unread
 from paramstats._sharded.merging import (
     DIVERGED,
@@ -40,7 +40,7 @@ def _merged(
 
 
 def _state(x: torch.Tensor) -> Moments:
-    return reference._from_row(reference.exact(x).tolist()) if x.numel() else Moments()
+    return states.from_row(states.exact(x).tolist()) if x.numel() else Moments()
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5, 8, 64])

@@ -6,14 +6,14 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
-from paramstats._core import reference
+from paramstats._core import states
 from tests.dtypes import FLOATS, INTEGERS
 
 _LEAST, _MOST = 1e-140, 1e140
 """The range of float64 elements in docs/accuracy.md: float64 holds their squares and their sums."""
 
 _EDGES = [512, 2048, 4096, 8192, 16384, 4096 + 16384]
-_CHUNKS = [reference.CHUNK, 2 * reference.CHUNK]
+_CHUNKS = [states.CHUNK, 2 * states.CHUNK]
 
 
 # ---- distributions ---------------------------------------------------------------------------
