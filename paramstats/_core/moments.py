@@ -1,11 +1,11 @@
 """`Moments`, the state of a tensor, and its functions; the Python counterpart of csrc/moments.h.
 
-The reference backend merges with it. Statistics that a `Summary` returns one at a time are computed
-here in either backend; the native backend has the same formulae for whole tables.
+The reference backend merges and finalizes with it; the native backend has the same formulae in C++.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 import struct
