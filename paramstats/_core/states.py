@@ -14,7 +14,7 @@ from torch import Tensor
 from paramstats._core.moments import Moments, merge
 
 CHUNK = 1 << 17
-"""Elements that a checkpoint's reader passes on at a time."""
+"""Elements that a checkpoint's reader passes on at a time: a chunk of the native backend."""
 
 _PART = 2 * CHUNK
 """Elements of a large tensor read at a time on a CPU: temporaries stay in its caches, and each

@@ -25,7 +25,7 @@ save."""
 class States:
     """The states of tensors, by row.
 
-    Dense parts are read in order and in the chunks that the backends use. Their states are
+    Dense parts are read in order and in the chunks that the native backend uses. Its states are
     therefore bitwise equal to those of tensors in memory.
     """
 

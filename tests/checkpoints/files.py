@@ -12,6 +12,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from paramstats import Summary
+from paramstats._core.backend import active
 from paramstats._core.moments import ROW
 
 safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
@@ -80,11 +81,24 @@ def safetensors_bytes(header: object, data: bytes = b"") -> bytes:
 
 
 def assert_equal(summary: Summary, expected: Summary) -> None:
-    """Assert bitwise equal statistics and equal properties, in any order."""
+    """Assert equal statistics and properties, in any order.
+
+    The native backend has the same bits in pieces. The reference backend has the same counts,
+    minimum and maximum; the others are within the error bound.
+    """
     assert set(summary) == set(expected)
     for name in expected:
         left, right = summary[name], expected[name]
-        assert ROW.pack(*left.state()) == ROW.pack(*right.state()), name
+        a, b = left.state(), right.state()
+        if active().name == "native":
+            assert ROW.pack(*a) == ROW.pack(*b), name
+        else:
+            assert (*a[:5], a.min, a.max) == pytest.approx(
+                (*b[:5], b.min, b.max), rel=0, nan_ok=True
+            )
+            assert left.norm == pytest.approx(right.norm, rel=2e-6, nan_ok=True)
+            assert left.std == pytest.approx(right.std, rel=2e-6, nan_ok=True)
+            assert left.mean == pytest.approx(right.mean, abs=2e-6 * right.rms, nan_ok=True)
         assert (left.shape, left.dtype) == (right.shape, right.dtype)
         assert left.aliases == right.aliases and left.requires_grad == right.requires_grad
         assert left.grad is None
