@@ -43,6 +43,7 @@ PYBIND11_MODULE(_native, m) {
   m.attr("BLOCK") = paramstats::cpu::kBlock;
   m.attr("CHUNK") = paramstats::cpu::kChunk;
   m.attr("INNER") = paramstats::cpu::kInner;
+  m.attr("TILES_AT_ZERO") = paramstats::cpu::kTilesAtZero;
   m.attr("MAX_SHIFT_SHARE") = paramstats::cpu::kMaxShiftShare;
   m.attr("SERIAL_BYTES") = paramstats::cpu::kSerialBytes;
   m.def("walk", &paramstats::walk, "module"_a, "buffers"_a, "make_layout"_a);

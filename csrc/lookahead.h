@@ -21,7 +21,7 @@ class Lookahead {
   }
 
   // Must be called with i = 0, 1, ..., before tensor i is read.
-  void read(size_t i) {
+  void advance(size_t i) {
     if (n_ > 0) step(i + kSteps * kDistance);
   }
 

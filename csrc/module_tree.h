@@ -30,7 +30,8 @@ struct Tree {
   // For each module, in order: its address, its type, and the key and value of each of its entries.
   // Two walks with the same signature have seen the same tree.
   std::vector<PyObject*> signature;
-  // The number of attributes of each module: it changes if an instance gets an override.
+  // The number of attributes of each module: it changes if an instance gets an override. (Not if
+  // another attribute is deleted at the same time.)
   std::vector<Py_ssize_t> attributes;
   std::vector<size_t> members;  // positions in `signature` of the entries that are not None
   size_t parameters = 0;        // how many of `members` are parameters; the others are buffers

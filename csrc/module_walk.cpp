@@ -37,9 +37,10 @@ class Metadata {
     Lookahead lookahead(types_.size(), false, object_at);
     const int64_t* sizes = sizes_.data();
     for (size_t i = 0; i < types_.size(); ++i) {
-      lookahead.read(i);
+      lookahead.advance(i);
       PyObject* object = object_at(i);
-      if (Py_TYPE(object) != types_[i]) return false;
+      // `types_` is borrowed: another class may have the address of one that was deleted.
+      if (Py_TYPE(object) != types_[i] || !torch_abi::is_tensor(object)) return false;
       const Now now(object, fields_[i].keys);
       if (!(now == fields_[i])) return false;
       for (int64_t d = 0; d < now.dim; ++d) {

@@ -33,7 +33,6 @@ struct Lists {
   std::vector<cpu::TensorView> views;
   std::vector<Moments*> out;
   std::vector<Impl> tensors;
-  int64_t bytes = 0;
 };
 
 // Their memory is reused from call to call: new memory would cost a page fault for each 4 KiB.
@@ -43,6 +42,7 @@ constexpr size_t kMaxUnused = 1 << 16;  // tensors
 // What one call reads, and where it writes the results. Until `run` has returned, no Python code
 // may run that could free the memory of a view.
 struct Work : Lists {
+  int64_t bytes = 0;
   bool with_cuda;
   std::vector<CudaGroup> on_cuda;
   std::vector<std::pair<size_t, Owned>> deferred_rows;  // rows for Python, and their tensors
@@ -51,7 +51,6 @@ struct Work : Lists {
     views.clear();
     out.clear();
     tensors.clear();
-    bytes = 0;
   }
   ~Work() {
     if (views.capacity() <= kMaxUnused) unused_lists = std::move(*this);
@@ -156,7 +155,7 @@ py::tuple read(const py::list& tensors, bool params, bool grads, bool cuda) {
   };
   Lookahead lookahead(n, grads, object_at);
   for (size_t i = 0; i < n; ++i) {
-    lookahead.read(i);
+    lookahead.advance(i);
     PyObject* object = object_at(i);
     const Impl t = unpack(object);
     if (params && !may_be_lazy(object, t)) {

@@ -62,6 +62,16 @@ Values values(const Moments& state, double correction, double scale) {
   return out;
 }
 
+Values values_of_row(const py::bytes& table, size_t index, double correction, double scale) {
+  const cpu::WithDenormals with_denormals;
+  const Table t(table);
+  if (index >= t.size) {
+    throw py::index_error("paramstats._native: expected one of " + std::to_string(t.size) +
+                          " rows, got " + std::to_string(index));
+  }
+  return values(t.rows[index], correction, scale);
+}
+
 }  // namespace
 
 void set_statistics_class(const py::type& type) {
@@ -113,7 +123,9 @@ py::dict scalars(const py::bytes& table, const py::bytes& total, const py::dict&
       Values v;
       if (is_read) v = values(t.rows[row], correction, t.is_gradient(row) ? grad_scale : 1);
       for (Py_ssize_t i = 0; i < n; ++i) {
-        PyDict_Next(out.ptr(), &position, &key, &unset);
+        if (!PyDict_Next(out.ptr(), &position, &key, &unset)) {  // a key with an odd hash
+          throw py::index_error("paramstats._native.scalars: expected keys that do not change");
+        }
         if (!is_read) {
           unread_keys.push_back(py::reinterpret_borrow<py::object>(key));
           continue;
@@ -128,20 +140,6 @@ py::dict scalars(const py::bytes& table, const py::bytes& total, const py::dict&
   }
   return out;
 }
-
-namespace {
-
-Values values_of_row(const py::bytes& table, size_t index, double correction, double scale) {
-  const cpu::WithDenormals with_denormals;
-  const Table t(table);
-  if (index >= t.size) {
-    throw py::index_error("paramstats._native: expected one of " + std::to_string(t.size) +
-                          " rows, got " + std::to_string(index));
-  }
-  return values(t.rows[index], correction, scale);
-}
-
-}  // namespace
 
 double statistic(const py::bytes& table, size_t index, size_t column, double correction,
                  double scale) {

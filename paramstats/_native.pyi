@@ -20,7 +20,9 @@ BLOCK: int
 CHUNK: int
 """Elements that one thread reads at a time."""
 INNER: int
-"""Additions in a float32 lane before it is widened to float64: part of the error bound."""
+"""Elements of a float32 lane that are added up in a tile: part of the error bound."""
+TILES_AT_ZERO: int
+"""Tiles that are added up before they are widened to float64, if the pivot is 0."""
 MAX_SHIFT_SHARE: float
 """Largest accepted sum(d)^2 / n as a share of sum(d^2): part of the error bound."""
 SERIAL_BYTES: int
@@ -85,7 +87,8 @@ def read(
 def merge_rows(table: bytes, begin: int, end: int) -> bytes:
     """Return a table of one tensor: the tensors [begin, end) merged, and their gradients merged.
 
-    Absent and unread rows do not count. The row is unread if none was read, and absent if all are.
+    Absent and unread rows do not count. A result is unread if no row was read, and absent if all
+    rows are. Without tensors, the first row is an empty state and the second is absent.
     """
 
 def scalars(

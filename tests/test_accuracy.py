@@ -63,6 +63,10 @@ def test_the_published_bound_follows_from_the_kernels_constants(native):
     published = bound.bound_of("native", torch.float32)
     a, b = bound.derived(extension.INNER + 2, 3, extension.MAX_SHIFT_SHARE)
     assert published.mean * 0.99 <= a <= published.mean
+    # The formula allows 11 roundings of a sum and 13 of a sum of squares. Pivot 0 does not round d.
+    additions = extension.INNER - 1 + 2
+    at_zero = additions + math.log2(extension.TILES_AT_ZERO)
+    assert max(additions + 1, at_zero) <= 11 and max(additions + 3, at_zero + 1) <= 13
     assert published.std * 0.98 <= b <= published.std == published.norm
 
 

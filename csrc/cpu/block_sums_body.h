@@ -168,9 +168,10 @@ inline BlockSums block_sums(const typename T::Storage* x, int64_t n, typename T:
   int64_t i = 0;
   if (pivot == 0) {
     // d = x has no rounding here, so the bound of the error allows two more additions.
-    for (; i + 4 * kTile <= n; i += 4 * kTile) {
-      LaneSums<T> tiles[4];
-      for (int k = 0; k < 4; ++k) {
+    static_assert(kTilesAtZero == 4);
+    for (; i + kTilesAtZero * kTile <= n; i += kTilesAtZero * kTile) {
+      LaneSums<T> tiles[kTilesAtZero];
+      for (int k = 0; k < kTilesAtZero; ++k) {
         tiles[k] = take_tile<T, false>(x + i + k * kTile, T::kInner, pivots, e);
       }
       sums.add((tiles[0] + tiles[1]) + (tiles[2] + tiles[3]));
@@ -207,6 +208,7 @@ inline BlockSums block_sums(const typename T::Storage* x, int64_t n, typename T:
 // Adds the extremes of a block alone.
 template <class T>
 inline void add_extremes(const typename T::Storage* x, int64_t n, Extremes<T>& extremes) {
+  static_assert(T::kHasNonzero, "whose extremes do not use the converted elements");
   Extremes<T> e = extremes;
   const typename T::Vector unused[T::kVectors] = {};
   int64_t i = 0;

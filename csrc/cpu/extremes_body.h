@@ -45,6 +45,7 @@ struct SignMagnitude {
     max_signed = (Signed)v > max_signed ? (Signed)v : max_signed;
     count_without(zeros, v, Unsigned{} + static_cast<typename T::Storage>(kMagnitude));
   }
+  // Zeros count as positive or negative.
   bool has_both_signs() const {
     return lanes_max(max_bits) > kMagnitude && lanes_max(max_signed) >= 0;
   }

@@ -21,9 +21,11 @@ constexpr int64_t kPart = kBlock / 4;
 // do not depend on the number of threads. Sizes from 64 Ki to 1 Mi elements are equally fast.
 constexpr int64_t kChunk = 8 * kBlock;
 
-// The constants of the error bound (docs/accuracy.md): the number of additions in a float32 lane
-// before it is widened to float64, and the largest accepted sum(d)^2 / n as a share of sum(d^2).
+// The constants of the error bound (docs/accuracy.md): the elements of a float32 lane that are
+// added up in a tile; the tiles that are added up before they are widened to float64, if the pivot
+// is 0; and the largest accepted sum(d)^2 / n as a share of sum(d^2).
 constexpr int kInner = 8;
+constexpr int kTilesAtZero = 4;
 constexpr double kMaxShiftShare = 1.0 / 16;
 
 // Memory for kPart float64 values, one buffer per thread.

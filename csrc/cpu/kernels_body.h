@@ -22,12 +22,12 @@
 // zeros stay in lanes from block to block (for narrow dtypes as the integers in memory) and are
 // reduced at the end of the chunk.
 //
-// Error of an accepted float32 block, u = 2^-24: a sum takes at most kInner = 8 additions in a
-// float32 lane and 2 more across lanes before it is widened to float64, where rounding errors are
-// negligible (with pivot 0, where d has no rounding: 7, 2, and 2 more across tiles). Including the
+// Error of an accepted float32 block, u = 2^-24: a sum takes at most kInner - 1 = 7 additions in a
+// float32 lane and 2 across lanes before it is widened to float64, where rounding errors are
+// negligible. With pivot 0, where d has no rounding, there are 2 more across tiles. Including the
 // rounding of d, the error of sum(d) is below 11u sum|d| and the error of sum(d^2) is below
-// 13u sum(d^2). Because |sum d| <= sqrt(n sum(d^2)) / 4, the error of m2 is at
-// most (13 + 2 * 11 / 4) u sum(d^2) <= 18.5u (16/15) m2 = 1.2e-6 m2, and that of the mean is at
+// 13u sum(d^2). Because |sum d| <= sqrt(n sum(d^2)) / 4, the error of m2 is at most
+// (13 + 2 * 11 / 4) u sum(d^2) <= 18.5u (16/15) m2 = 1.2e-6 m2, and that of the mean is at
 // most 11.4u std = 6.8e-7 std, if all roundings have the same sign. After merging, the error of std
 // and norm is at most 7.5e-7. docs/accuracy.md has the derivation, also for float64 lanes (float64
 // and integers of 32 bits and more).

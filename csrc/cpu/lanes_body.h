@@ -123,7 +123,7 @@ inline auto lanes_max(V v) {
 // lanes for the others. A sum of squares below kMinSquares may have lost digits to underflow: above
 // it, kBlock roundings at the smallest step of float32, 2^-149, are less than 1e-7 of the sum.
 // float64 has no wider dtype as a fallback, so it has no such bound. kInner is the number of
-// additions in a lane before the sums of all vectors are added.
+// elements that are added up in a lane before the sums of all vectors are added.
 struct InFloat {
   static constexpr int kInner = cpu::kInner;
   using Scalar = float;

@@ -43,6 +43,9 @@ def run(seed: int) -> int:
     _same(is_valid, native.scalars, moments.scalars, table, total, keys, columns, *numbers)
     for index in range(min(2 * tensors, 8)):
         _same(is_valid, native.finalize_row, moments.finalize_row, table, index, *numbers)
+        statistics = native.finalize_row(table, index, *numbers)
+        one = native.statistic(table, index, columns[0], *numbers)
+        assert repr(one) == repr(statistics[columns[0]])
     return 2 + min(2 * tensors, 8)
 
 
@@ -99,6 +102,8 @@ def _invalid_arguments(rng: random.Random, native: Any) -> int:
         lambda: native.scalars(rng.randbytes(300), b"", dict.fromkeys("abcd"), b"\0", 1, 1),
         lambda: native.scalars(bytes(144), b"", {"a": 0, 2: 1}, rng.randbytes(1), 1, 1),
         lambda: native.finalize_row(*(rng.choice(junk) for _ in range(4))),
+        lambda: native.statistic(*(rng.choice(junk) for _ in range(5))),
+        lambda: native.statistic(bytes(144), rng.randrange(-1, 4), rng.randrange(-1, 17), 1.0, 1.0),
         lambda: native.finalize_row(rng.randbytes(150), rng.randrange(-1, 4), 1.0, 1.0),
         lambda: native.read(rng.choice(junk), rng.choice(junk), True),
         lambda: native.read([rng.choice(junk) for _ in range(3)], True, True),
