@@ -12,11 +12,12 @@ from paramstats._core.format import dtype_name, number, one_line_name, percent, 
 from paramstats._core.moments import ROW, Moments, Statistics
 from paramstats._core.options import STATS, did_you_mean
 from paramstats._core.record import Record
+from paramstats._core.torch_private import skip_dynamo
 
-(
-    _COUNT, _MEAN, _STD, _VAR, _NORM, _RMS, _MIN, _MAX, _ABS_MAX,
-    _ZERO_COUNT, _ZERO_FRACTION, _NAN_COUNT, _POS_INF_COUNT, _NEG_INF_COUNT, _NONFINITE_COUNT,
-) = range(len(STATS))  # fmt: skip
+_MEAN, _STD, _VAR, _NORM, _RMS, _MIN, _MAX, _ABS_MAX = map(
+    STATS.index, ("mean", "std", "var", "norm", "rms", "min", "max", "abs_max")
+)
+_ZERO_FRACTION = STATS.index("zero_fraction")
 _COUNTS = tuple(stat for stat in STATS if stat.endswith("count"))
 
 
@@ -42,10 +43,12 @@ class TensorStats:
         self._correction = correction
         self._scale = scale  # of the elements in the row; statistics are divided by it
 
+    @skip_dynamo
     def statistics(self) -> Statistics:
         """Return all statistics as a named tuple of floats."""
         return active().finalize_row(self._table, self._index, self._correction, self._scale)
 
+    @skip_dynamo
     def _statistic(self, column: int) -> float:
         return active().statistic(self._table, self._index, column, self._correction, self._scale)
 
@@ -84,7 +87,7 @@ class TensorStats:
     @property
     def count(self) -> int:
         """Number of elements."""
-        return int(self._statistic(_COUNT))
+        return self._state().count
 
     @property
     def mean(self) -> float:
@@ -129,7 +132,7 @@ class TensorStats:
     @property
     def zero_count(self) -> int:
         """Number of elements that are zero."""
-        return int(self._statistic(_ZERO_COUNT))
+        return self._state().zeros
 
     @property
     def zero_fraction(self) -> float:
@@ -139,22 +142,22 @@ class TensorStats:
     @property
     def nan_count(self) -> int:
         """Number of NaN elements."""
-        return int(self._statistic(_NAN_COUNT))
+        return self._state().nans
 
     @property
     def pos_inf_count(self) -> int:
         """Number of elements that are +infinity."""
-        return int(self._statistic(_POS_INF_COUNT))
+        return self._state().pos_infs
 
     @property
     def neg_inf_count(self) -> int:
         """Number of elements that are -infinity."""
-        return int(self._statistic(_NEG_INF_COUNT))
+        return self._state().neg_infs
 
     @property
     def nonfinite_count(self) -> int:
         """Number of elements that are NaN or infinite."""
-        return int(self._statistic(_NONFINITE_COUNT))
+        return self.nan_count + self.pos_inf_count + self.neg_inf_count
 
     @property
     def finite(self) -> TensorStats:
@@ -166,8 +169,7 @@ class TensorStats:
 
     def to_dict(self) -> dict[str, Any]:
         """Return every statistic by name; counts are int, the others float."""
-        values = self.statistics()._asdict()
-        return values | {stat: int(values[stat]) for stat in _COUNTS}
+        return self.statistics()._asdict() | {stat: getattr(self, stat) for stat in _COUNTS}
 
     def __repr__(self) -> str:
         return f"<{self._one_line()}>"
@@ -201,12 +203,12 @@ class TotalStats(TensorStats):
 
     __slots__ = ("_grad",)
 
-    def __init__(self, table: bytes, index: int, correction: float, grad_scale: float) -> None:
-        TensorStats.__init__(self, table, index, correction, 1.0)  # faster than super()
+    def __init__(self, table: bytes, correction: float, grad_scale: float) -> None:
+        """`table` has two rows: one for all parameters and one for all gradients."""
+        TensorStats.__init__(self, table, 0, correction, 1.0)  # faster than super()
         self._grad: TensorStats | None = None
-        grad = index + len(table) // ROW.size // 2
-        if not moments.is_absent(table, grad):
-            self._grad = TensorStats(table, grad, correction, grad_scale)
+        if not moments.is_absent(table, 1):
+            self._grad = TensorStats(table, 1, correction, grad_scale)
 
     @property
     def grad(self) -> TensorStats | None:
@@ -238,49 +240,53 @@ class ParamStats(TotalStats):
     `grad` is None where there is no gradient, which differs from a gradient of zeros.
     """
 
-    __slots__ = ("_layout",)
+    __slots__ = ("_layout", "_row")
 
     def __init__(self, record: Record, row: int) -> None:
-        TotalStats.__init__(self, record.table, row, record.correction, record.grad_scale)
+        table, begin = record.table, row * ROW.size
+        gradient = len(table) // 2 + begin
+        own = table[begin : begin + ROW.size] + table[gradient : gradient + ROW.size]
+        TotalStats.__init__(self, own, record.correction, record.grad_scale)
         self._layout = record.layout
+        self._row = row
 
     @property
     def name(self) -> str:
         """The name of the tensor; for a tied parameter, its first name."""
-        return self._layout.names[self._index]
+        return self._layout.names[self._row]
 
     @property
     def shape(self) -> tuple[int, ...] | None:
         """The shape; None for a lazy parameter that has none yet."""
-        return self._layout.shapes[self._index]
+        return self._layout.shapes[self._row]
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the elements."""
-        return self._layout.dtypes[self._index]
+        return self._layout.dtypes[self._row]
 
     @property
     def device(self) -> torch.device:
         """The device that holds the tensor."""
-        return self._layout.devices[self._index]
+        return self._layout.devices[self._row]
 
     @property
     def requires_grad(self) -> bool:
         """Whether the tensor requires a gradient."""
-        return self._layout.requires_grad[self._index]
+        return self._layout.requires_grad[self._row]
 
     @property
     def aliases(self) -> tuple[str, ...]:
         """The other names of a tied parameter."""
-        return self._layout.aliases[self._index]
+        return self._layout.aliases[self._row]
 
     @property
     def kind(self) -> str:
         """Either "param" or "buffer"."""
-        return self._layout.kind(self._index)
+        return self._layout.kind(self._row)
 
     def _identity(self) -> tuple[object, ...]:
-        return *super()._identity(), self._layout.row(self._index)
+        return *super()._identity(), self._layout.row(self._row)
 
     def to_dict(self) -> dict[str, Any]:
         """Return its properties, its statistics and those of `grad`, as types that JSON knows."""

@@ -54,6 +54,16 @@ def test_a_compiled_step_is_compiled_once(backend, model, read, breaks):
     assert sum(counters["graph_break"].values()) == breaks
 
 
+@pytest.mark.filterwarnings("error")
+def test_statistics_of_an_argument_are_read_without_a_warning(backend, model):
+    def scaled(x, summary):
+        return x * summary.total.norm + summary["0.weight"].std
+
+    torch._dynamo.reset()
+    summary, x = paramstats.summarize(model), torch.ones(2)
+    assert torch.equal(torch.compile(scaled, backend="eager")(x, summary), scaled(x, summary))
+
+
 @pytest.mark.parametrize("change", ["removed", "other arguments"])
 def test_without_the_private_function_skip_dynamo_wraps(monkeypatch, change):
     importlib.import_module("torch._dynamo")  # it needs the private function itself

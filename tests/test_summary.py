@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 import paramstats
+from paramstats._core import moments
 from paramstats._summary import Summary, record_of
 from tests import oracle
 from tests.integrations.deferred import deferred
@@ -39,6 +40,20 @@ def test_a_summary_is_a_read_only_mapping(backend, model):
         summary["0.weight"] = 1  # type: ignore[index]
     with pytest.raises(AttributeError):
         summary["0.weight"].name = "mine"
+
+
+def test_an_entry_does_not_hold_the_states_of_other_tensors(backend):
+    tensors = {str(i): torch.ones(1, requires_grad=True) for i in range(1000)}
+    sum(tensors.values()).backward()
+    entry = summarize(tensors)["3"]
+    assert len(pickle.dumps(entry.grad)) < 1000
+    assert pickle.loads(pickle.dumps(entry.grad)) == entry.grad
+    assert len(entry._table) == 2 * moments.ROW.size
+
+
+def test_counts_are_exact(backend):
+    entry = summarize({"m": torch.empty(2**53 + 1, device="meta")})["m"]
+    assert entry.count == entry.to_dict()["count"] == 2**53 + 1
 
 
 def test_an_entry_has_the_properties_of_its_tensor(backend, model):
