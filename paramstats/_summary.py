@@ -134,7 +134,7 @@ class Summary(Mapping[str, ParamStats]):
         """
         record = self._ready or self._record
         merged = record.merged(0, record.layout.parameters)
-        return TotalStats(merged, 0, record.correction, record.grad_scale)
+        return TotalStats(merged, record.correction, record.grad_scale)
 
     @property
     def skipped(self) -> Mapping[str, str]:
@@ -237,9 +237,8 @@ class Summary(Mapping[str, ParamStats]):
         layout = record.layout
         try:
             keys = layout.keys[key, stats, totals]
-        except (KeyError, TypeError):  # not cached, or a list, which cannot be a key
-            names, columns = checked_stats(stats)
-            keys = layout.make_keys(checked_key(key), names, bool(totals), columns)
+        except (KeyError, TypeError):  # not cached, or stats is a str or a list
+            keys = layout.make_keys(checked_key(key), *checked_stats(stats), bool(totals))
         total = full.merged(0, full.layout.parameters) if totals else b""
         if len(keys.distinct) == len(keys.names):
             return record.scalars(keys.distinct, keys.columns, total)

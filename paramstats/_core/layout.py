@@ -16,7 +16,7 @@ from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-def
 from paramstats._core.format import one_line_name
 from paramstats._core.shard import is_sharded
 from paramstats._core.torch_private import without_modes
-from paramstats._core.wrapper_names import may_have_wrapper, without_wrappers
+from paramstats._core.wrapper_names import is_without_wrappers, without_wrappers
 
 Patterns = tuple[re.Pattern[str], ...]
 
@@ -113,13 +113,16 @@ class Layout:
         Raises ValueError where two tensors have the same name.
         """
         *known, sharded = _description(source, tensors)
-        if not may_have_wrapper(source, names):  # a layout of these names was checked before
+        if is_without_wrappers(names, aliases):  # a layout of these names was checked before
             layout = _layouts.get((names, aliases, parameters, *known, (), sharded))
             if layout is not None:
                 return layout
         _check_distinct(names, aliases)
         names, aliases, wrapper_names = without_wrappers(source, names, aliases)
-        return cls.shared(names, aliases, parameters, *known, wrapper_names, sharded)
+        layout = cls.shared(names, aliases, parameters, *known, wrapper_names, sharded)
+        if len(layout) <= _MAX_RECENT and layout not in _recent:
+            _recent.append(layout)
+        return layout
 
     @classmethod
     def shared(cls, *fields: Any) -> Layout:
@@ -128,10 +131,7 @@ class Layout:
         A mapping has a new layout at every call. Histories would otherwise keep all of them.
         """
         layout = cls(*fields)
-        layout = _layouts.setdefault(layout.fields, layout)
-        if layout not in _recent:
-            _recent.append(layout)
-        return layout
+        return _layouts.setdefault(layout.fields, layout)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Layout.shared, self.fields
@@ -185,12 +185,15 @@ class Layout:
         return "param" if row < self.parameters else "buffer"
 
     def make_keys(
-        self, template: str, stats: tuple[str, ...], totals: bool, columns: bytes
+        self, template: str, stats: tuple[str, ...], columns: bytes, totals: bool
     ) -> Keys:
         """Return the logger keys of all tensors and gradients and, if asked, of the total.
 
         They are cached in `keys`, by `(template, stats, totals)`.
         """
+        cached = self.keys.get((template, stats, totals))
+        if cached is not None:
+            return cached
 
         def some(kind: str, name: str) -> list[str]:
             return [template.format(kind=kind, stat=stat, name=name) for stat in stats]
@@ -270,7 +273,11 @@ class Layout:
 
 _layouts: weakref.WeakValueDictionary[tuple[Any, ...], Layout] = weakref.WeakValueDictionary()
 
-_recent: collections.deque[Layout] = collections.deque(maxlen=8)
+_MAX_RECENT = 2000
+"""Number of tensors up to which a layout is in `_recent`: its keys may take a hundred times as much
+memory as its names."""
+
+_recent: collections.deque[Layout] = collections.deque(maxlen=4)
 """Layouts that keep their caches while no summary uses them, between two calls."""
 
 

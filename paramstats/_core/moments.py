@@ -202,7 +202,8 @@ def is_absent(table: bytes, index: int) -> bool:
 def merge_rows(table: bytes, begin: int, end: int) -> bytes:
     """Return a table of one tensor: the tensors [begin, end) merged, and their gradients merged.
 
-    Absent and unread rows do not count. The row is unread if none was read, and absent if all are.
+    Absent and unread rows do not count. A result is unread if no row was read, and absent if all
+    rows are. Without tensors, the first row is an empty state and the second is absent.
     """
     n = len(table) // ROW.size // 2
     params = _merged(_rows(table, begin, end)) if begin < end else Moments()

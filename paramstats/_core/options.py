@@ -169,7 +169,6 @@ def _number(value: Any, argument: str, condition: str = "", remedy: str = "") ->
     )
 
 
-@functools.lru_cache(maxsize=32)
 @functools.lru_cache(maxsize=16)
 def _columns(stats: tuple[str, ...], function: str) -> bytes:
     for name in stats:

@@ -27,7 +27,7 @@ _MAX_PIECE = (1 << 15) - 1
 """Elements read together on a CPU: they fit in its caches, and torch's operators use no threads."""
 
 _MAX_CACHED = 16
-"""Pieces whose layout, of up to 256 KiB, is kept for the next call."""
+"""Pieces whose layout, of up to about 1 MiB, is kept for the next call."""
 
 MAX_NUMEL_DEVICE = 1 << 16
 """Elements up to which a tensor on an accelerator is small."""
@@ -98,7 +98,10 @@ def states_on_cpu(tensors: Sequence[Tensor]) -> Tensor:
     packed = torch.cat(tensors)  # type: ignore[arg-type]
     x = packed.to(torch.float64)
     reduce = functools.partial(torch.segment_reduce, offsets=offsets, axis=0, unsafe=True)
-    low, high, mean = reduce(x, "min"), reduce(x, "max"), reduce(x, "mean")
+    # scatter_reduce_ finds extremes in half of the time of segment_reduce.
+    low = torch.full_like(n, math.inf).scatter_reduce_(0, owners, x, "amin")
+    high = torch.full_like(n, -math.inf).scatter_reduce_(0, owners, x, "amax")
+    mean = reduce(x, "sum") / n
     zeros = reduce(torch.eq(x, 0, out=torch.empty_like(x)), "sum")
     is_wide = packed.dtype not in IN_FLOAT32
     if is_wide:  # the sum of up to 2^12 equal elements of 24 bits is exact

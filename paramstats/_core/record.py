@@ -83,9 +83,11 @@ class Record(NamedTuple):
 
     def _rows_of(self, tensors: Sequence[int]) -> bytes:
         """Return the rows of these tensors, then those of their gradients."""
-        n, size = len(self.layout), ROW.size
-        rows = (*tensors, *(n + tensor for tensor in tensors))
-        return b"".join(self.table[row * size : (row + 1) * size] for row in rows)
+        table, size = self.table, ROW.size
+        half = len(table) // 2
+        begins = [tensor * size for tensor in tensors]
+        begins += [half + begin for begin in begins]
+        return b"".join([table[begin : begin + size] for begin in begins])
 
 
 class Deferred(Protocol):

@@ -16,7 +16,7 @@ from paramstats._core.moments import Moments, merge
 CHUNK = 1 << 17
 """Elements that a checkpoint's reader passes on at a time: a chunk of the native backend."""
 
-_PART = 2 * CHUNK
+_PART = 4 * CHUNK
 """Elements of a large tensor read at a time on a CPU: temporaries stay in its caches, and each
 operator has enough work for several threads."""
 
@@ -91,11 +91,15 @@ def quick(x: Tensor) -> Moments | None:
     m2 = torch.sub(x, mean, out=buffer).square_().sum().item()
     if not math.isfinite(m2):
         return None
-    if m2 < n * (_MIN_SPREAD[x.dtype] * mean) ** 2 or (in_float32 and m2 < _MIN_SUM_OF_SQUARES):
+    if m2 < n * _square(_MIN_SPREAD[x.dtype] * mean) or (in_float32 and m2 < _MIN_SUM_OF_SQUARES):
         return None
-    if m2 < n * (mean / _FAR) ** 2:  # matters when parts are merged
+    if m2 < n * _square(mean / _FAR):  # matters when parts are merged
         mean += (x - mean).sum().item() / n
     return Moments(n, zeros, 0, 0, 0, mean, m2, low, high)
+
+
+def _square(x: float) -> float:
+    return x * x  # x ** 2 would raise OverflowError instead of returning infinity
 
 
 def of_complex(x: Tensor) -> Moments:

@@ -111,6 +111,7 @@ def _has_mode() -> bool:
             or torch._ops._len_torch_dispatch_stack_pre_dispatch() > 0
             or torch._C._functorch.peek_interpreter_stack() is not None
             or torch._C._is_any_autocast_enabled()
+            or torch.autograd.forward_ad._current_level >= 0
             or flushes_denormals()
         )
     except _MISSING:
@@ -161,6 +162,12 @@ def _without_autocast(undo: _Undo) -> None:
         guard.__enter__()
 
 
+def _without_forward_gradients(undo: _Undo) -> None:
+    """Let operators ignore the tangents of dual tensors, which refuse `out=`."""
+    if torch.autograd.forward_ad._current_level >= 0:
+        _enter(torch.autograd.forward_ad._set_fwd_grad_enabled(False), undo)
+
+
 def _with_denormals(undo: _Undo) -> None:
     if flushes_denormals():
         undo.append(lambda: torch.set_flush_denormal(True))
@@ -178,6 +185,7 @@ _HIDING = (
     _hide_from_function_modes,
     _hide_from_dispatch_modes,
     _without_autocast,
+    _without_forward_gradients,
     _with_denormals,
 )
 

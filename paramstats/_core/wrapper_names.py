@@ -19,9 +19,10 @@ _WRAPPERS = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel, A
 Names = tuple[str, ...]
 
 
-def may_have_wrapper(source: Any, names: Names) -> bool:
-    """Return whether a module with these names may contain a wrapper such as DDP."""
-    return isinstance(source, torch.nn.Module) and "module." in "\n".join(names)
+def is_without_wrappers(names: Names, aliases: tuple[Names, ...]) -> bool:
+    """Return whether `without_wrappers` returns these names as they are, for any source."""
+    every_name = "\n".join((*names, *(name for several in aliases for name in several)))
+    return "module" not in every_name and "_orig_mod" not in every_name
 
 
 def without_wrappers(
@@ -46,12 +47,9 @@ def without_wrappers(
         The names, the aliases, and the full names of each tensor, parallel to its name and aliases;
         no full names where nothing was removed.
     """
-    every_name = (*names, *(name for several in aliases for name in several))
-    has_wrapper = may_have_wrapper(source, every_name)
-    joined = "\n".join(every_name)
-    if not has_wrapper and not any(mark in joined for mark in _MARK_NAMES):
+    if is_without_wrappers(names, aliases):
         return names, aliases, ()
-    prefixes = _wrapper_prefixes(source) if has_wrapper else []
+    prefixes = _wrapper_prefixes(source) if isinstance(source, torch.nn.Module) else []
 
     def plain(name: str) -> str:
         for prefix in prefixes:
