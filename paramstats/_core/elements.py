@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from paramstats._core.layout import is_lazy
+from paramstats._core.shard import PLAIN
 from paramstats._core.torch_private import unwrapped
 
-_PLAIN = (Tensor, torch.nn.Parameter)
 _FLOATS = ("float64", "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
 _INTEGERS = ("int64", "int32", "int16", "int8", "uint8", "bool")
 _REAL = frozenset(getattr(torch, name) for name in (*_FLOATS, *_INTEGERS))
@@ -23,7 +23,7 @@ def dense_numel(x: Tensor) -> int:
     `elements(x)` would return such a tensor as it is, and `check_storage` would not raise.
     """
     try:
-        if type(x) not in _PLAIN or x.dtype not in _REAL or not x.is_contiguous() or x.is_nested:
+        if type(x) not in PLAIN or x.dtype not in _REAL or not x.is_contiguous() or x.is_nested:
             return -1
         n, begin = x.numel(), x.storage_offset()
         # Raises for other layouts, and for a wrapper of torch.func.

@@ -14,7 +14,7 @@ import torch
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 from paramstats._core.format import one_line_name
-from paramstats._core.shard import is_sharded
+from paramstats._core.shard import PLAIN, is_sharded
 from paramstats._core.torch_private import without_modes
 from paramstats._core.wrapper_names import is_without_wrappers, without_wrappers
 
@@ -395,7 +395,7 @@ def _description(source: Any, tensors: Sequence[Any]) -> tuple[Any, ...]:
 def _shape(tensor: torch.Tensor) -> tuple[int, ...] | None:
     """Return the shape, or None for a lazy parameter or a shape that is not made of integers."""
     try:
-        if type(tensor) in (torch.Tensor, torch.nn.Parameter):
+        if type(tensor) in PLAIN:
             return tuple(tensor.shape)
         if is_lazy(tensor):
             return None

@@ -1,9 +1,9 @@
 """Read many small tensors together: a few dozen torch operators for all, instead of for each.
 
-Tensors of one dtype are concatenated, and each operator reduces all of them at once. On a CPU, the
-reductions are `torch.segment_reduce` in float64, which adds up the elements of a tensor one by one:
-its result depends neither on threads nor on the other tensors. On accelerators, the tensors become
-the rows of a padded matrix, of which `exact` computes the states.
+Tensors of one dtype are concatenated, and each operator reduces all of them at once. On a CPU,
+`torch.segment_reduce` adds up the elements of a tensor one by one in float64: the result depends
+neither on threads nor on the other tensors. On accelerators, the tensors become the rows of a
+padded matrix, of which `exact` computes the states.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from paramstats._core.states import IN_FLOAT32, exact
+from paramstats._core.states import IN_FLOAT32, MIN_SPREAD, exact
 
 MAX_NUMEL = 1 << 12
 """Elements up to which a tensor on a CPU is small. Larger ones are faster alone, which takes a
@@ -37,10 +37,6 @@ _MAX_PADDED = 1 << 19
 
 _MAX_HELD = 1 << 22
 """Elements of an accelerator's tensors that are collected before they are read."""
-
-_MIN_SPREAD = 1e-12
-"""Ratio std / mean below which the rounding of the mean to float64 shows in the std."""
-
 
 Piece = tuple[Sequence[int], Sequence[Tensor]]
 """Rows, and their flat tensors, which are read together."""
@@ -109,7 +105,7 @@ def states_on_cpu(tensors: Sequence[Tensor]) -> Tensor:
         mean = low.where(is_constant, mean)
     m2 = reduce(x.sub_(mean.index_select(0, owners)).square_(), "sum")
     if is_wide:
-        least = n * (_MIN_SPREAD * mean).square()
+        least = n * (MIN_SPREAD[x.dtype] * mean).square()
         m2 = m2.where(is_constant | (m2 >= least), math.nan)
     return torch.stack((n, zeros, none, none, none, mean, m2, low, high), 1)
 

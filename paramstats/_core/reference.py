@@ -44,6 +44,7 @@ _FEW = 32
 _ABSENT = ROW.pack(*unread(ABSENT))
 _M2 = Moments._fields.index("m2")
 _NO_FLOAT64 = frozenset({"mps"})
+
 # ---- transfers ----------------------------------------------------------------------------------
 
 

@@ -17,7 +17,7 @@ import torch
 from paramstats._core.torch_private import without_modes
 
 _MAX_NUMBER = 1 << 60
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +91,7 @@ class LocalShard:
 
 
 def is_dtensor(tensor: Any) -> bool:
-    return tensor.__class__ not in _PLAIN and hasattr(tensor, "placements")
+    return tensor.__class__ not in PLAIN and hasattr(tensor, "placements")
 
 
 def is_zero_parameter(tensor: Any) -> bool:
@@ -112,8 +112,7 @@ def is_sharded(source: Any, tensors: Iterable[Any]) -> bool:
         is_zero_parameter(tensor)
         or getattr(tensor, "_fsdp_flattened", False)
         or (
-            tensor.__class__ not in _PLAIN
-            and (isinstance(tensor, LocalShard) or is_dtensor(tensor))
+            tensor.__class__ not in PLAIN and (isinstance(tensor, LocalShard) or is_dtensor(tensor))
         )
         for tensor in tensors
     )
@@ -144,7 +143,7 @@ def children(module: torch.nn.Module) -> list[torch.nn.Module]:
 def refuse_shards(rows: Iterable[tuple[int, Any]], row_name: Callable[[int], str]) -> None:
     """Raise NotImplementedError if any row's tensor, of an unsharded model, is a DTensor."""
     for row, tensor in rows:
-        if tensor.__class__ not in _PLAIN and is_dtensor(tensor):
+        if is_dtensor(tensor):
             raise NotImplementedError(
                 f"paramstats.summarize: expected the gradient of a plain tensor to be plain, got a "
                 f"DTensor placed as {tuple(tensor.placements)} for {row_name(row)!r}; make the "

@@ -24,7 +24,7 @@ _MIN_SUM_OF_SQUARES = 2e-33
 """Below this, a sum of squares in float32 may have lost digits to underflow. Above it, a chunk's
 rounding errors, of at most 2^-149 each, are less than 1e-7 of the sum."""
 
-_MIN_SPREAD = {torch.float32: 1e-4, torch.float64: 1e-12}
+MIN_SPREAD = {torch.float32: 1e-4, torch.float64: 1e-12}
 """Ratio std / mean below which the rounding of the mean (6e-8, 1e-16) shows in the std."""
 
 _FAR = 10
@@ -91,7 +91,7 @@ def quick(x: Tensor) -> Moments | None:
     m2 = torch.sub(x, mean, out=buffer).square_().sum().item()
     if not math.isfinite(m2):
         return None
-    if m2 < n * _square(_MIN_SPREAD[x.dtype] * mean) or (in_float32 and m2 < _MIN_SUM_OF_SQUARES):
+    if m2 < n * _square(MIN_SPREAD[x.dtype] * mean) or (in_float32 and m2 < _MIN_SUM_OF_SQUARES):
         return None
     if m2 < n * _square(mean / _FAR):  # matters when parts are merged
         mean += (x - mean).sum().item() / n
