@@ -11,7 +11,8 @@ import torch
 
 from paramstats._core import walk as python_walk
 from paramstats._core.backend import active
-from paramstats._core.layout import Layout, Patterns
+from paramstats._core.layout import Layout
+from paramstats._core.names import Patterns
 from paramstats._core.options import (
     DEFAULT_CORRECTION,
     DEFAULT_GRAD_SCALE,

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from paramstats import _display as display
 from paramstats._core import moments
-from paramstats._core.layout import Layout, no_such_name
+from paramstats._core.layout import Layout
+from paramstats._core.names import no_such_name
 from paramstats._core.options import (
     STATS,
     Pattern,

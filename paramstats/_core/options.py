@@ -14,8 +14,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from paramstats._core.format import one_line_name
-from paramstats._core.layout import Patterns, compile_patterns
 from paramstats._core.moments import Statistics
+from paramstats._core.names import Patterns, compile_patterns
 from paramstats._core.torch_private import without_modes
 
 Pattern = str | re.Pattern[str]

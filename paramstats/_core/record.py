@@ -9,8 +9,9 @@ from typing import Any, NamedTuple, Protocol
 
 from paramstats._core import moments
 from paramstats._core.backend import active
-from paramstats._core.layout import Layout, Patterns
+from paramstats._core.layout import Layout
 from paramstats._core.moments import ROW, Moments
+from paramstats._core.names import Patterns
 
 NO_NAMES: Mapping[str, str] = MappingProxyType({})
 

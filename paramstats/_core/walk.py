@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from paramstats._core.layout import Patterns, passes
+from paramstats._core.names import Patterns, passes
 from paramstats._core.shard import LocalShard, children
 from paramstats._core.torch_private import without_modes
 

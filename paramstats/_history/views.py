@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from paramstats._core.layout import Layout, no_such_name
+from paramstats._core.layout import Layout
+from paramstats._core.names import no_such_name
 from paramstats._core.optional import import_optional
 from paramstats._core.options import STATS, checked_stats
 from paramstats._history.json_lines import Entry

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 
 from paramstats._core.backend import Implementation
-from paramstats._core.layout import Layout, Patterns
+from paramstats._core.layout import Layout
+from paramstats._core.names import Patterns
 from paramstats._core.options import Options
 from paramstats._core.reading import warn_once
 from paramstats._core.record import Record

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from paramstats._core.format import one_line_name
-from paramstats._core.layout import compile_patterns, passes
+from paramstats._core.names import compile_patterns, passes
 from paramstats._core.options import Pattern
 from paramstats.checkpoints import _distributed as distributed
 from paramstats.checkpoints import _safetensors as safetensors
