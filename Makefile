@@ -14,9 +14,10 @@ ARM64_CXX := aarch64-linux-gnu-g++
 WORKERS ?= 2
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*)
 CXX_FILES := $(NATIVE) $(wildcard tests/cpp/*.* tests/cpp/*/* tests/fake_cuda/*.cpp)
-# The CUDA source compiled as C++ with the CPU implementation of CUDA's runtime in tests/cpp/cuda_shim.
-SHIM := -std=c++17 -Wall -Wextra -Werror -Wno-unknown-pragmas -pthread -I tests/cpp/cuda_shim
-SHIM_SOURCES := tests/cpp/cuda_shim/shim.cpp csrc/cpu/*.cpp -x c++ csrc/cuda/engine.cu
+# The CUDA kernels compiled as C++, on the CPU implementation of CUDA in tests/cpp/cuda_shim. Its
+# functions are exported (-rdynamic), because the engine finds those of a driver at run time.
+SHIM := -std=c++17 -Wall -Wextra -Werror -Wno-unknown-pragmas -pthread -I tests/cpp/cuda_shim -rdynamic
+SHIM_SOURCES := tests/cpp/cuda_shim/*.cpp csrc/cpu/*.cpp csrc/cuda/*.cpp
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-cpp test-cuda-shim test-arm64 wheels test-elsewhere test-everywhere test-huge \

@@ -9,21 +9,11 @@
 #pragma once
 
 #include "chunk.h"
-#include "engine.h"
+#include "table.h"
 
 namespace paramstats::cuda {
 
-constexpr int kMergeThreads = 512;
-
 // ---- find the chunk of a block ---------------------------------------------------------------
-
-// All tensors of a launch, in device memory. first_chunk[t] is the number of chunks of all tensors
-// before tensors[t].
-struct Table {
-  const int64_t* first_chunk;
-  const TensorView* tensors;
-  int count;
-};
 
 // Finds the tensor of a chunk: the last tensor whose first chunk is not after it. A warp compares
 // 32 tensors at a time.
