@@ -30,7 +30,7 @@ def files(*patterns):
 
 
 CUDA_SOURCES = ["csrc/cuda_binding.cpp", "csrc/cuda/engine.cu"]
-SOURCES = [file for file in files("csrc/*.cpp", "csrc/cpu/*.cpp") if file not in CUDA_SOURCES]
+SOURCES = [file for file in files("csrc/*.cpp", "csrc/cpu/*.cpp", "csrc/cuda/*.cpp") if file not in CUDA_SOURCES]
 HEADERS = files("csrc/*.h", "csrc/cpu/*.h", "csrc/cuda/*.h")
 COMPILE_ARGS = ["-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
 COMPILE_ARGS += shlex.split(os.environ.get("PARAMSTATS_CFLAGS", ""))

@@ -28,6 +28,7 @@ using Impl = const void*;
   X(aoti_torch_get_strides)         \
   X(aoti_torch_get_dim)             \
   X(aoti_torch_get_numel)           \
+  X(aoti_torch_is_contiguous)       \
   X(aoti_torch_get_dtype)           \
   X(aoti_torch_get_device_type)     \
   X(aoti_torch_get_device_index)    \
@@ -35,7 +36,7 @@ using Impl = const void*;
   X(aoti_torch_get_storage_size)    \
   X(torch_get_const_data_ptr)       \
   X(aoti_torch__reinterpret_tensor) \
-  X(aoti_torch_new_tensor_handle)   \
+  X(aoti_torch_assign_tensors)      \
   X(aoti_torch_delete_tensor_object) X(torch_parallel_for) X(torch_get_num_threads)
 
 #define PARAMSTATS_CXX(X)                                                       \
@@ -116,28 +117,36 @@ inline int64_t numel(Impl t) {
   return n;
 }
 
-// An at::Tensor on the heap, which owns a reference to its TensorImpl.
+// An at::Tensor: owns a reference to its TensorImpl.
 class Owned {
  public:
   // Another reference to the same tensor.
-  static Owned reference_to(Impl t);
+  static Owned reference_to(Impl t) {
+    Owned owned;
+    api.aoti_torch_assign_tensors(handle(t), handle(owned.tensor_));
+    return owned;
+  }
   // Another tensor with the same storage, sizes and strides. It keeps the storage alive even if
   // the first tensor gets another one.
   static Owned alias_of(Impl t);
 
-  Owned(Owned&& other) noexcept : tensor_(std::exchange(other.tensor_, nullptr)) {}
+  Owned(Owned&& other) noexcept : tensor_(std::exchange(other.tensor_, api.undefined)) {}
   Owned& operator=(Owned&& other) noexcept {
     std::swap(tensor_, other.tensor_);
     return *this;
   }
-  ~Owned();
+  ~Owned() {
+    if (tensor_ == api.undefined) return;
+    const Impl undefined = api.undefined;
+    api.aoti_torch_assign_tensors(handle(undefined), handle(tensor_));
+  }
 
   // The Python object of the tensor. May run Python code.
   pybind11::object object() const;
 
  private:
   Owned() = default;
-  AtenTensorHandle tensor_ = nullptr;
+  Impl tensor_ = api.undefined;
 };
 
 }  // namespace paramstats::torch_abi

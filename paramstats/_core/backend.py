@@ -289,15 +289,9 @@ def _load_native() -> tuple[Any, str | None]:
 
 def _load_cuda(native: Any) -> tuple[CudaBackend | None, str | None]:
     """Return the CUDA backend on top of the native module and None, or None and the reason."""
-    record = _record()
-    if not record.get("cuda"):
-        reason = record.get("cuda_reason") or "it was never built"
-        remedy = "" if torch.version.cuda is None else f". To get it, with nvcc: {_FROM_SOURCE}"
-        return None, f"the CUDA backend is not installed: {reason}{remedy}"
-    try:
-        return CudaBackend(native, importlib.import_module("paramstats._cuda")), None
-    except ImportError as error:
-        return None, f"the CUDA backend does not load ({error}). To get it: {_FROM_SOURCE}"
+    if torch.version.cuda is None:
+        return None, f"torch {torch.__version__} has no CUDA"
+    return CudaBackend(native), None
 
 
 def _set_simd_level(native: Any) -> None:

@@ -1,4 +1,4 @@
-"""Read CUDA tensors with the kernels of `paramstats._cuda`, on torch's streams and memory.
+"""Read CUDA tensors with the kernels of `paramstats._native`, on torch's streams and memory.
 
 A call reads the tensors on the CPU, then enqueues its reads on each device's current stream, and
 does not wait. The kernels write the states to pinned memory. A `Transfer` copies them from there
@@ -23,6 +23,9 @@ from paramstats._core.torch_private import without_modes
 
 T = TypeVar("T")
 
+_ALL_DEVICES = (1 << 64) - 1
+"""The indices of devices, as bits."""
+
 _unfinished: deque[PinnedMemory] = deque()
 """Memory that the kernels may still write to. It must not be freed with its Transfer: torch does
 not know about the kernels and would give it to the next user at once. Memory whose event fails,
@@ -37,18 +40,18 @@ class PinnedMemory:
 
     Args:
         size: bytes.
-        kernels: the module `paramstats._cuda`, if it writes to the memory. None: torch operators
-            do, whose memory torch itself keeps.
+        native: the module `paramstats._native`, if its kernels write to the memory. None: torch
+            operators do, whose memory torch itself keeps.
     """
 
-    def __init__(self, size: int, kernels: Any = None) -> None:
-        if kernels is not None:
+    def __init__(self, size: int, native: Any = None) -> None:
+        if native is not None:
             _drop_finished()
         self.tensor = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)
         self.address = self.tensor.data_ptr()
-        self._kernels = kernels
+        self._native = native
         self._event: torch.cuda.Event | None = None
-        if kernels is not None:
+        if native is not None:
             _unfinished.append(self)
 
     def record(self, stream: torch.Stream) -> None:
@@ -73,13 +76,13 @@ class PinnedMemory:
 
         By default, CUDA treats a query of an event as an error that invalidates the capture.
         """
-        if self._kernels is None:
+        if self._native is None:
             return query()
-        before = self._kernels.exchange_capture_mode(self._kernels.RELAXED_CAPTURE)
+        before = self._native.exchange_capture_mode(self._native.RELAXED_CAPTURE)
         try:
             return query()
         finally:
-            self._kernels.exchange_capture_mode(before)
+            self._native.exchange_capture_mode(before)
 
 
 def _drop_finished() -> None:
@@ -96,104 +99,102 @@ class Transfer:
     """The states of one device's tensors, which may still be being computed.
 
     Args:
-        memory: contains the states first, in the order of `rows`.
-        rows: the row of each state in the table, as int64.
-        kernels: the module `paramstats._cuda`.
+        memory: contains the states first, in the order of the group.
+        group: a `CudaGroup` of `paramstats._native`, which has the rows of the states.
     """
 
-    def __init__(self, memory: PinnedMemory, rows: bytes, kernels: Any) -> None:
+    def __init__(self, memory: PinnedMemory, group: Any) -> None:
         self._memory = memory
-        self._rows = rows
-        self._kernels = kernels
+        self._group = group
 
     def ready(self) -> bool:
         return self._memory.ready()
 
     def write(self, table: bytearray) -> None:
         self._memory.wait()
-        self._kernels.write_rows(table, self._rows, self._memory.address)
+        self._group.write(table, self._memory.address)
+
+
+Rows = tuple[bytes, Sequence[tuple[int, torch.Tensor]], Sequence[Transfer]]
+"""A table, the rows that torch operators must read, and the transfers that complete the table."""
 
 
 class CudaBackend:
     """Starts the reads of CUDA tensors.
 
     Args:
-        native: the module `paramstats._native`, which finds the tensors.
-        kernels: the module `paramstats._cuda`.
-
-    Raises ImportError if the modules do not belong together.
+        native: the module `paramstats._native`.
+        driver: the library of CUDA's driver.
     """
 
-    def __init__(self, native: Any, kernels: Any) -> None:
-        if native.CUDA_VIEW_BYTES != kernels.VIEW_BYTES:
-            raise ImportError(
-                f"it describes a tensor with {kernels.VIEW_BYTES} bytes and paramstats._native "
-                f"with {native.CUDA_VIEW_BYTES}: they were built from different sources"
-            )
+    def __init__(self, native: Any, driver: str = "libcuda.so.1") -> None:
         self._native = native
-        self._kernels = kernels
+        self._driver = driver
         self._errors: dict[int, str] = {}
+        self._usable = _ALL_DEVICES
 
     def error(self, device: int) -> str:
         """Return why the kernels cannot run on a device, or "" if they can."""
         if device not in self._errors:
-            with torch.cuda.device(device):
-                self._errors[device] = self._kernels.check()
+            self._errors[device] = error = self._load(device)
+            if error:
+                self._usable &= ~(1 << device)
         return self._errors[device]
 
-    def read(
-        self, tensors: list[torch.Tensor], params: bool, grads: bool
-    ) -> tuple[bytes, Sequence[tuple[int, torch.Tensor]], Sequence[Transfer]]:
-        """Read tensors on the CPU and start the reads on CUDA devices.
+    def _load(self, device: int) -> str:
+        return self._native.cuda_open(self._driver) or self._native.cuda_load(device, b"")
 
-        Returns:
-            A table, the rows that torch operators must read with their tensors, and the transfers
-            that complete the table.
+    def read(self, tensors: list[torch.Tensor], params: bool, grads: bool) -> Rows:
+        """Read tensors on the CPU and start the reads on CUDA devices.
 
         Raises:
             RuntimeError: a stream that would be used is being captured into a CUDA graph, or CUDA
                 reports an error. A capture stays valid, and no device has done any work.
         """
-        table, deferred_rows, groups = self._native.read(tensors, params, grads, True)
+        table, deferred_rows, groups = self._native.read(tensors, params, grads, self._usable)
         if not groups:
             return table, deferred_rows, ()
-        return table, *self._start(groups, deferred_rows)
+        return self._start(tensors, params, grads, table, deferred_rows, groups)
 
     @without_modes()
     def _start(
-        self, groups: Sequence[Any], deferred_rows: Sequence[tuple[int, torch.Tensor]]
-    ) -> tuple[Sequence[tuple[int, torch.Tensor]], Sequence[Transfer]]:
-        refuse_capture(group.device for group in groups)
-        transfers = []
-        for group in groups:
-            if self.error(group.device):
-                rows = memoryview(group.rows).cast("q")
-                deferred_rows = [*deferred_rows, *zip(rows, group.tensors(), strict=True)]
-            else:
-                transfers.append(self._enqueue(group))
-        return deferred_rows, tuple(transfers)
+        self,
+        tensors: list[torch.Tensor],
+        params: bool,
+        grads: bool,
+        table: bytes,
+        deferred_rows: Sequence[tuple[int, torch.Tensor]],
+        groups: Sequence[Any],
+    ) -> Rows:
+        devices, hold = self._usable, False
+        while groups:
+            refuse_capture(group.device for group in groups)
+            unusable = [group.device for group in groups if self.error(group.device)]
+            if not unusable:
+                transfers = [self._enqueue(group) for group in groups]
+                if not any(group.replaced for group in groups):
+                    return table, deferred_rows, tuple(transfers)
+                hold = True  # another thread has replaced a tensor
+            for device in unusable:
+                devices &= ~(1 << device)
+            table, deferred_rows, groups = self._native.read(tensors, params, grads, devices, hold)
+        return table, deferred_rows, ()
 
     def _enqueue(self, group: Any) -> Transfer:
-        with torch.cuda.device(group.device):
-            stream = torch.cuda.current_stream()
-            if stream.cuda_stream:  # not the default stream
-                for tensor in group.tensors():
-                    tensor.record_stream(stream)
-            views = group.views
-            host_bytes, device_bytes = self._kernels.sizes(views)
-            # Freed at the end of this function: torch's allocator reuses it in stream order.
-            workspace = torch.empty(device_bytes, dtype=torch.uint8, device="cuda")
-            memory = PinnedMemory(host_bytes, self._kernels)
-            error = self._kernels.enqueue(
-                views, memory.address, workspace.data_ptr(), stream.cuda_stream
-            )
-            if error:
-                raise RuntimeError(
-                    f"paramstats.summarize: the CUDA runtime reports {error!r} on "
-                    f"cuda:{group.device}"
-                )
-            memory.record(stream)
-        return Transfer(memory, group.rows, self._kernels)
+        device = torch.device("cuda", group.device)
+        stream = torch.cuda.current_stream(device)
+        if stream.cuda_stream:  # not the default stream
+            for tensor in group.aliases():
+                tensor.record_stream(stream)
+        host_bytes, device_bytes = group.sizes()
+        # Freed at the end of this function: torch's allocator reuses it in stream order.
+        workspace = torch.empty(device_bytes, dtype=torch.uint8, device=device)
+        memory = PinnedMemory(host_bytes, self._native)
+        error = group.enqueue(memory.address, workspace.data_ptr(), stream.cuda_stream)
+        if error:
+            raise RuntimeError(f"paramstats.summarize: {device} reports {error}")
+        memory.record(stream)
+        return Transfer(memory, group)
 
 
 def refuse_capture(devices: Iterable[int]) -> None:
