@@ -1,0 +1,170 @@
+"""Makes the package data of the CUDA kernels: kernels.cu and a cubin for each GPU generation.
+
+    python -m tools.cubins FOLDER      with the NVRTC that wheels use, from the package index
+
+kernels.cu is csrc/cuda/kernels.h with all its includes. NVRTC compiles it at run time for GPUs
+without a cubin. setup.py and tools/wheels.py use this file; it needs neither torch nor a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+ARCHITECTURES = (75, 80, 90, 100, 120)  # their code runs on every GPU from sm_75 to sm_121
+NVRTC_PACKAGE = "nvidia-cuda-nvrtc-cu12==12.9.86"  # CUDA 12 drivers load its cubins; has sm_120
+
+_spec = importlib.util.spec_from_file_location("nvrtc", ROOT / "paramstats/_core/nvrtc.py")
+assert _spec is not None and _spec.loader is not None
+nvrtc = importlib.util.module_from_spec(_spec)  # without importing paramstats, which needs torch
+_spec.loader.exec_module(nvrtc)
+
+
+class Nvcc:
+    """The compiler of the CUDA toolkit, with the interface of `nvrtc.Nvrtc`.
+
+    Args:
+        home: the folder of the toolkit.
+    """
+
+    def __init__(self, home: str) -> None:
+        self._path = str(Path(home) / "bin/nvcc")
+        release = re.search(r"release ([\d.]+)", self._run("--version"))
+        listed = re.findall(r"sm_(\d+)\b", self._run("--list-gpu-code"))
+        self.version = release[1] if release else "of an unknown version"
+        self.architectures = tuple(map(int, listed))
+
+    def __str__(self) -> str:
+        return f"nvcc {self.version}"
+
+    def compile(self, source: str, architecture: int) -> bytes:
+        """Returns the cubin. Raises CompileError, with the output of nvcc."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "kernels.cu")
+            path.write_text(source)
+            cubin = path.with_suffix(".cubin")
+            options = (*nvrtc.OPTIONS, f"--gpu-architecture=sm_{architecture}", "--cubin")
+            self._run(*options, "--output-file", str(cubin), str(path))
+            return cubin.read_bytes()
+
+    def _run(self, *arguments: str) -> str:
+        done = subprocess.run([self._path, *arguments], capture_output=True, text=True)
+        if done.returncode:
+            raise nvrtc.CompileError(f"{self._path} failed\n{done.stdout}{done.stderr}")
+        return done.stdout
+
+
+def flatten(path: Path) -> str:
+    """Returns a source with the files of the project that it includes in place of the includes."""
+    seen = set()
+
+    def lines(path: Path) -> Iterator[str]:
+        seen.add(path)
+        for line in path.read_text().splitlines():
+            include = re.fullmatch(r'#include "(.+)"', line)
+            if include is None:
+                yield from () if line == "#pragma once" else (line,)
+            elif (included := (path.parent / include[1]).resolve()) not in seen:
+                yield from lines(included)
+
+    return "".join(f"{line}\n" for line in lines(path.resolve()))
+
+
+def requested() -> tuple[int, ...]:
+    """Returns the architectures of TORCH_CUDA_ARCH_LIST, or all if it names none by its number."""
+    listed = re.findall(r"(\d+)\.(\d)", os.environ.get("TORCH_CUDA_ARCH_LIST", ""))
+    return tuple(sorted({int(major + minor) for major, minor in listed})) or ARCHITECTURES
+
+
+def find_compiler(home: str | None, torch_has_cuda: bool) -> Any:
+    """Returns the compiler for the cubins, or None if none is needed or found.
+
+    The first of: the NVRTC library of the variable PARAMSTATS_NVRTC; nvcc; the NVRTC of torch.
+
+    Args:
+        home: the folder of the CUDA toolkit.
+        torch_has_cuda: without CUDA in torch, only the variable counts.
+
+    Raises OSError if the library of the variable does not load, and CompileError if nvcc does not
+    run.
+    """
+    if not os.environ.get(nvrtc.VARIABLE):
+        if not torch_has_cuda:
+            return None
+        if home is not None and (Path(home) / "bin/nvcc").exists():
+            return Nvcc(home)
+        with contextlib.suppress(OSError):
+            return nvrtc.find()
+        return None
+    return nvrtc.find()
+
+
+def write(folder: Path, compiler: Any) -> tuple[str, ...]:
+    """Writes kernels.cu and, with a compiler, the cubins of `requested()` into an empty folder.
+
+    Returns:
+        The architectures that the compiler does not know, for example ("sm_120",). The kernels need
+        sm_75.
+
+    Raises CompileError if a cubin cannot be made.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    source = flatten(ROOT / "csrc/cuda/kernels.h")
+    (folder / "kernels.cu").write_text(source)
+    if compiler is None:
+        return ()
+    known = [n for n in requested() if n in compiler.architectures and n >= min(ARCHITECTURES)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        cubins = pool.map(lambda number: compiler.compile(source, number), known)
+        for number, cubin in zip(known, cubins, strict=True):
+            (folder / f"sm_{number}.cubin").write_bytes(cubin)
+    return tuple(f"sm_{number}" for number in requested() if number not in known)
+
+
+def install_nvrtc(folder: Path = ROOT / "build/nvrtc") -> str:
+    """Installs NVRTC_PACKAGE into a folder, unless it is there, and returns the library's path."""
+    folder = folder / NVRTC_PACKAGE.rpartition("=")[2]
+    pattern = "nvidia/cuda_nvrtc/lib/libnvrtc.so.*"
+    if not list(folder.glob(pattern)):
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target"]
+        subprocess.run([*command, str(folder), NVRTC_PACKAGE], check=True)
+    return str(next(folder.glob(pattern)).resolve())
+
+
+def main() -> None:
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.cubins",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("folder", type=Path, help="its content is replaced")
+    folder = parser.parse_args().folder
+    compiler = nvrtc.Nvrtc(install_nvrtc())
+    start = time.process_time()
+    unknown = write(folder, compiler)
+    print(f"{compiler}, {time.process_time() - start:.1f} s of CPU time")
+    for path in sorted(folder.iterdir()):
+        data = path.read_bytes()
+        print(f"{path.name:<14}{len(data):>8} bytes, {len(zlib.compress(data)):>6} compressed")
+    if unknown:
+        sys.exit(f"{compiler} does not know {' '.join(unknown)}")
+
+
+if __name__ == "__main__":
+    main()
