@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,9 @@ class Nvcc:
         self._path = str(Path(home) / "bin/nvcc")
         release = re.search(r"release ([\d.]+)", self._run("--version"))
         listed = re.findall(r"sm_(\d+)\b", self._run("--list-gpu-code"))
-        self.version = release[1] if release else "of an unknown version"
+        if release is None:
+            raise nvrtc.CompileError(f"{self._path} --version names no release")
+        self.version = release[1]
         self.architectures = tuple(map(int, listed))
 
     def __str__(self) -> str:
@@ -90,35 +92,35 @@ def requested() -> tuple[int, ...]:
     return tuple(sorted({int(major + minor) for major, minor in listed})) or ARCHITECTURES
 
 
-def find_compiler(home: str | None, torch_has_cuda: bool) -> Any:
+def find_compiler(home: str | None, torch_cuda: str | None) -> Any:
     """Returns the compiler for the cubins, or None if none is needed or found.
 
-    The first of: the NVRTC library of the variable PARAMSTATS_NVRTC; nvcc; the NVRTC of torch.
+    It is the NVRTC library of the variable PARAMSTATS_NVRTC. If it is not set and torch has CUDA,
+    it is nvcc or, if there is none, the NVRTC that comes with torch. An nvcc of a later major
+    version than torch's CUDA is not used: the driver may not load its cubins. `build` describes the
+    arguments.
 
-    Args:
-        home: the folder of the CUDA toolkit.
-        torch_has_cuda: without CUDA in torch, only the variable counts.
-
-    Raises OSError if the library of the variable does not load, and CompileError if nvcc does not
-    run.
+    Raises OSError if the library of the variable does not load, and CompileError if nvcc fails.
     """
-    if not os.environ.get(nvrtc.VARIABLE):
-        if not torch_has_cuda:
-            return None
-        if home is not None and (Path(home) / "bin/nvcc").exists():
-            return Nvcc(home)
-        with contextlib.suppress(OSError):
-            return nvrtc.find()
+    if os.environ.get(nvrtc.VARIABLE):
+        return nvrtc.find()
+    if torch_cuda is None:
         return None
-    return nvrtc.find()
+    if home is not None and (Path(home) / "bin/nvcc").exists():
+        nvcc = Nvcc(home)
+        if int(nvcc.version.partition(".")[0]) <= int(torch_cuda.partition(".")[0]):
+            return nvcc
+    with contextlib.suppress(OSError):
+        return nvrtc.find()
+    return None
 
 
-def write(folder: Path, compiler: Any) -> tuple[str, ...]:
-    """Writes kernels.cu and, with a compiler, the cubins of `requested()` into an empty folder.
+def write(folder: Path, compiler: Any, architectures: Iterable[int]) -> list[str]:
+    """Replaces the content of a folder by kernels.cu and, with a compiler, the cubins.
 
     Returns:
-        The architectures that the compiler does not know, for example ("sm_120",). The kernels need
-        sm_75.
+        The architectures that the compiler does not know, or that are older than the kernels
+        allow, for example ["sm_70"].
 
     Raises CompileError if a cubin cannot be made.
     """
@@ -127,13 +129,35 @@ def write(folder: Path, compiler: Any) -> tuple[str, ...]:
     source = flatten(ROOT / "csrc/cuda/kernels.h")
     (folder / "kernels.cu").write_text(source)
     if compiler is None:
-        return ()
-    known = [n for n in requested() if n in compiler.architectures and n >= min(ARCHITECTURES)]
+        return []
+    known = [n for n in architectures if n in compiler.architectures and n >= min(ARCHITECTURES)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         cubins = pool.map(lambda number: compiler.compile(source, number), known)
         for number, cubin in zip(known, cubins, strict=True):
             (folder / f"sm_{number}.cubin").write_bytes(cubin)
-    return tuple(f"sm_{number}" for number in requested() if number not in known)
+    return [f"sm_{number}" for number in architectures if number not in known]
+
+
+def build(folder: Path, home: str | None, torch_cuda: str | None) -> tuple[str, str]:
+    """Writes kernels.cu and the cubins of `requested()` for setup.py.
+
+    Args:
+        folder: its content is replaced.
+        home: the folder of the CUDA toolkit, or None.
+        torch_cuda: the CUDA version of torch, for example "13.0", or None.
+
+    Returns:
+        The compiler, for example "nvcc 13.0", or "", and why cubins are missing, or "".
+
+    Raises OSError or CompileError if there is a compiler and it fails. kernels.cu is written then.
+    """
+    write(folder, None, ())
+    compiler = find_compiler(home, torch_cuda)
+    if compiler is None:
+        return "", "neither nvcc nor NVRTC was found" if torch_cuda else "torch has no CUDA"
+    missing = write(folder, compiler, requested())
+    reason = f"{compiler} does not compile them for {', '.join(missing)}" if missing else ""
+    return str(compiler), reason
 
 
 def install_nvrtc(folder: Path = ROOT / "build/nvrtc") -> str:
@@ -157,7 +181,7 @@ def main() -> None:
     folder = parser.parse_args().folder
     compiler = nvrtc.Nvrtc(install_nvrtc())
     start = time.process_time()
-    unknown = write(folder, compiler)
+    unknown = write(folder, compiler, ARCHITECTURES)
     print(f"{compiler}, {time.process_time() - start:.1f} s of CPU time")
     for path in sorted(folder.iterdir()):
         data = path.read_bytes()
