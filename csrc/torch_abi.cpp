@@ -35,9 +35,7 @@ std::vector<Function> functions() {
 
 // Throws if the function of torch's C interface with this name reports an error.
 void check(AOTITorchError error, const char* name) {
-  if (error != AOTI_TORCH_SUCCESS) {
-    throw std::runtime_error(std::string(name) + " of torch reports an error");
-  }
+  if (error != AOTI_TORCH_SUCCESS) throw_error(name);
 }
 
 template <class Value>
@@ -68,6 +66,10 @@ PyTypeObject* class_of(const py::dict& found, const char* name) {
 }
 
 }  // namespace
+
+void throw_error(const char* name) {
+  throw std::runtime_error(std::string(name) + " of torch reports an error");
+}
 
 py::tuple symbols() {
   const auto all = functions();
@@ -106,7 +108,13 @@ void connect(const py::dict& found) {
   api.python_keys = found["python_keys"].cast<uint64_t>();
   api.tensor = class_of(found, "tensor");
   api.parameter = class_of(found, "parameter");
-  api.undefined = *api.grad(impl_of(found["plain"].ptr()));
+  AtenTensorHandle undefined;
+  check(api.aoti_torch_new_uninitialized_tensor(&undefined), "aoti_torch_new_uninitialized_tensor");
+  api.undefined = *reinterpret_cast<Impl*>(undefined);
+  api.aoti_torch_delete_tensor_object(undefined);
+  if (*api.grad(impl_of(found["plain"].ptr())) != api.undefined) {
+    throw std::runtime_error("torch's C++ interface gave another gradient than Tensor.grad");
+  }
 }
 
 py::dict metadata(py::handle tensor) {

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from paramstats._core import images
 from paramstats._core.torch_private import without_modes
 
 T = TypeVar("T")
@@ -130,56 +131,75 @@ class CudaBackend:
     def __init__(self, native: Any, driver: str = "libcuda.so.1") -> None:
         self._native = native
         self._driver = driver
-        self._errors: dict[int, str] = {}
+        self._reasons: dict[int, str] = {}
+        self._origins: dict[int, str] = {}
         self._usable = _ALL_DEVICES
 
-    def error(self, device: int) -> str:
-        """Return why the kernels cannot run on a device, or "" if they can."""
-        if device not in self._errors:
-            self._errors[device] = error = self._load(device)
-            if error:
-                self._usable &= ~(1 << device)
-        return self._errors[device]
+    def reason(self, device: int, wait: bool = False) -> str:
+        """Return why the kernels cannot run on a device, or "" if they can.
 
-    def _load(self, device: int) -> str:
-        return self._native.cuda_open(self._driver) or self._native.cuda_load(device, b"")
+        While they are being compiled, the reason is an `images.NotYet`; with `wait`, this waits.
+        """
+        known = self._reasons.get(device)
+        if known is None:
+            known = self._load(device, wait)
+            if not isinstance(known, images.NotYet):
+                self._reasons[device] = known
+                self._usable &= ~((known != "") << device)
+        return known
 
-    def read(self, tensors: list[torch.Tensor], params: bool, grads: bool) -> Rows:
+    def origin(self, device: int) -> str:
+        """Return where the kernels on a device come from, or "" if none are loaded."""
+        return self._origins.get(device, "")
+
+    def _load(self, device: int, wait: bool) -> str:
+        reason: str = self._native.cuda_open(self._driver)
+        if reason:
+            return reason
+        capability = torch.cuda.get_device_capability(device)
+        found = images.find(capability, wait)
+        if isinstance(found, str):
+            return found
+        reason = self._native.cuda_load(device, found.data)
+        if not reason:
+            self._origins[device] = found.origin
+        return reason and f"{found.origin} does not load: {reason}"
+
+    def read(
+        self, tensors: list[torch.Tensor], params: bool, grads: bool, wait: bool = False
+    ) -> Rows:
         """Read tensors on the CPU and start the reads on CUDA devices.
+
+        Args:
+            tensors: the tensors.
+            params: whether to read the tensors; only their sizes otherwise.
+            grads: whether to read their gradients.
+            wait: wait for kernels that are being compiled. Otherwise torch operators read their
+                tensors meanwhile.
 
         Raises:
             RuntimeError: a stream that would be used is being captured into a CUDA graph, or CUDA
                 reports an error. A capture stays valid, and no device has done any work.
         """
         table, deferred_rows, groups = self._native.read(tensors, params, grads, self._usable)
-        if not groups:
-            return table, deferred_rows, ()
-        return self._start(tensors, params, grads, table, deferred_rows, groups)
-
-    @without_modes()
-    def _start(
-        self,
-        tensors: list[torch.Tensor],
-        params: bool,
-        grads: bool,
-        table: bytes,
-        deferred_rows: Sequence[tuple[int, torch.Tensor]],
-        groups: Sequence[Any],
-    ) -> Rows:
         devices, hold = self._usable, False
         while groups:
-            refuse_capture(group.device for group in groups)
-            unusable = [group.device for group in groups if self.error(group.device)]
+            unusable = self._unusable(groups, wait)
             if not unusable:
                 transfers = [self._enqueue(group) for group in groups]
                 if not any(group.replaced for group in groups):
-                    return table, deferred_rows, tuple(transfers)
+                    return table, deferred_rows, transfers
                 hold = True  # another thread has replaced a tensor
-            for device in unusable:
-                devices &= ~(1 << device)
+            devices &= ~unusable
             table, deferred_rows, groups = self._native.read(tensors, params, grads, devices, hold)
         return table, deferred_rows, ()
 
+    def _unusable(self, groups: Sequence[Any], wait: bool) -> int:
+        """Return the devices, as bits, on which the kernels cannot run."""
+        refuse_capture(group.device for group in groups)
+        return sum(1 << group.device for group in groups if self.reason(group.device, wait))
+
+    @without_modes()
     def _enqueue(self, group: Any) -> Transfer:
         device = torch.device("cuda", group.device)
         stream = torch.cuda.current_stream(device)

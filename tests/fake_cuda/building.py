@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from paramstats._core import cuda
+from paramstats._core import cuda, images
 from paramstats._core.backend import Implementation
 
 _ROOT = Path(__file__).parent.parent.parent
@@ -36,7 +36,8 @@ class FakeTorch:
 
         class Event(fake.Event):
             def record(self, stream: Any) -> None:
-                super().record(stream.cuda_stream)
+                with device(stream.device):
+                    super().record(stream.cuda_stream)
 
         def empty(size: int, *, dtype: Any, device: Any, pin_memory: bool = False) -> torch.Tensor:
             assert dtype == torch.uint8
@@ -47,8 +48,11 @@ class FakeTorch:
         self.empty = empty
         self.cuda = SimpleNamespace(
             device=device,
-            current_stream=lambda device: SimpleNamespace(cuda_stream=fake.stream(device.index)),
+            current_stream=lambda device: SimpleNamespace(
+                cuda_stream=fake.stream(device.index), device=device.index
+            ),
             is_current_stream_capturing=fake.is_capturing,
+            get_device_capability=lambda device: (9, 0),
             Event=Event,
         )
 
@@ -94,6 +98,8 @@ class FakeCuda:
         def record_stream(tensor: torch.Tensor, stream: Any) -> None:
             runtime.record_stream(tensor, stream.cuda_stream)
 
+        image = images.Image(b"not looked at", "the fake")
+        setattr(images, "find", lambda capability, wait: image)
         setattr(cuda, "torch", self.torch)
         setattr(torch.Tensor, "record_stream", record_stream)
         backend = cuda.CudaBackend(native.native, self.driver)

@@ -5,9 +5,11 @@
 // as early as torch's caching allocators would reuse it. Code that reads it too late reads garbage.
 #include <ATen/core/Tensor.h>
 #include <cuda_runtime.h>
+#include <pybind11/functional.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <cstring>
+#include <functional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -166,6 +168,14 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   });
   m.def("capture_invalidated", &cuda_shim::capture_invalidated);
   m.def("run", &cuda_shim::run_all);
+  m.def("fail_next",
+        [](int error, int skip) { cuda_shim::fail_next(static_cast<cudaError_t>(error), skip); });
+  m.def("before_launch", [](std::function<void()> call) {
+    cuda_shim::before_launch = [call = std::move(call)] {
+      const py::gil_scoped_acquire acquire;
+      call();
+    };
+  });
   m.def("pinned", [] { return pinned; });
   m.def("fail", [](bool failed) { device_has_failed = failed; });
   m.def("counts", [] {

@@ -1,5 +1,6 @@
 // The functions of libcuda that csrc/cuda/driver.h names, on top of the shim. The kernels are those
-// of csrc/cuda/kernels.h, compiled for the CPU: a loaded image is not looked at.
+// of csrc/cuda/kernels.h, compiled for the CPU: a loaded image is not looked at, but an empty one
+// is refused.
 #include "../../../csrc/cuda/driver.h"
 
 #include <cuda_runtime.h>
@@ -71,8 +72,10 @@ Result cuCtxPopCurrent_v2(Context*) {
   return kSuccess;
 }
 
-Result cuLibraryLoadData(Library*, const void*, int*, void**, unsigned, int*, void**, unsigned) {
-  return cuda_shim::succeed();
+Result cuLibraryLoadData(Library*, const void* image, int*, void**, unsigned, int*, void**,
+                         unsigned) {
+  const auto* bytes = static_cast<const char*>(image);
+  return bytes != nullptr && *bytes == 0 ? cudaErrorInvalidPtx : cuda_shim::succeed();
 }
 
 Result cuLibraryGetKernel(Kernel* kernel, Library, const char* name) {
