@@ -11,6 +11,7 @@ import dataclasses
 import gc
 import importlib.util
 import pickle
+import re
 import sys
 import threading
 from collections import deque
@@ -384,6 +385,19 @@ def test_a_device_without_kernels(cuda, model, fake, monkeypatch, forced, find, 
     tensors = [*model.parameters(), *(p.grad for p in model.parameters())]
     assert deferred == dict(enumerate(tensors))
     assert all(tensor is tensors[row] for row, tensor in deferred.items())
+
+
+def test_each_call_while_the_kernels_are_loaded_may_fail(cuda, fake):
+    native, skip = load_backend("native").native, 1  # the first call sets the capture mode
+    while True:
+        cuda.fail_next(700, skip)
+        reason = cuda_module.CudaBackend(native, fake.driver).reason(0)
+        if not reason:
+            break
+        assert re.search("^the fake does not load: .*cudaErrorIllegalAddress", reason)
+        skip += 1
+    cuda.fail_next(0, 0)
+    assert skip > 7
 
 
 def test_without_a_driver(cuda, fake, monkeypatch):

@@ -3,37 +3,23 @@
 from __future__ import annotations
 
 import functools
-import importlib
-import json
 import os
 import platform
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from paramstats._core import images, moments, reference, torch_abi
+from paramstats._core import images, loading, moments, reference
 from paramstats._core import walk as python_walk
 from paramstats._core.cuda import CudaBackend
 from paramstats._version import __version__
 
-_PACKAGE = Path(__file__).parent.parent
 _BACKEND_VARIABLE = "PARAMSTATS_BACKEND"
 _SIMD_VARIABLE = "PARAMSTATS_SIMD"
-_FROM_SOURCE = "run pip install --force-reinstall --no-deps . in a checkout"
-if (_PACKAGE.parent / "setup.py").exists():
-    _FROM_SOURCE = (
-        "run pip install --editable . here (this is the source checkout; an installed package is "
-        "imported in other folders)"
-    )
-_REBUILD = (
-    f"{_FROM_SOURCE}, with a C++ compiler, or pip install --force-reinstall --no-deps with a wheel "
-    f"of paramstats for Python {platform.python_version()}"
-)
 
 
 @dataclass(frozen=True)
@@ -254,15 +240,6 @@ def _reference(missing: str | None) -> Implementation:
     )
 
 
-def _record() -> dict[str, Any]:
-    """Return the record that setup.py wrote: what it built, for which torch, and why not."""
-    try:
-        record = json.loads((_PACKAGE / "_build.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return record if isinstance(record, dict) else {}
-
-
 class _Extensions(NamedTuple):
     """The extension modules, or why they are missing."""
 
@@ -273,30 +250,9 @@ class _Extensions(NamedTuple):
 
 
 def _load() -> _Extensions:
-    native, missing = _load_native()
+    native, missing = loading.load()
     cuda, cuda_missing = (None, missing) if native is None else _load_cuda(native)
     return _Extensions(native, missing, cuda, cuda_missing)
-
-
-def _load_native() -> tuple[Any, str | None]:
-    """Return the extension module and None, or None and the reason."""
-    record = _record()
-    if not record.get("native"):
-        reason = record.get("reason") or f"it was never built in {_PACKAGE}"
-        return None, f"the native backend is not installed: {reason}. To get it: {_REBUILD}"
-    try:
-        native = importlib.import_module("paramstats._native")
-    except ImportError as error:
-        if isinstance(error, ModuleNotFoundError):
-            error = ImportError("it was compiled for another version of Python")
-        return None, f"the native backend does not load ({error}). To get it: {_REBUILD}"
-    difference = torch_abi.connect(native)
-    if difference:
-        return None, (
-            f"the native backend cannot be used with torch {torch.__version__}: {difference}. "
-            f"Please report it"
-        )
-    return native, None
 
 
 def _load_cuda(native: Any) -> tuple[CudaBackend | None, str | None]:

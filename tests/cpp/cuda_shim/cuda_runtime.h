@@ -146,6 +146,7 @@ inline unsigned atomicAdd(unsigned* address, unsigned value) {
   X(cudaErrorJitCompilationDisabled, 223)   \
   X(cudaErrorInvalidResourceHandle, 400)    \
   X(cudaErrorNotReady, 600)                 \
+  X(cudaErrorIllegalAddress, 700)           \
   X(cudaErrorLaunchFailure, 719)            \
   X(cudaErrorStreamCaptureUnsupported, 900) \
   X(cudaErrorUnknown, 999)
