@@ -2,7 +2,7 @@
 
     python -m tools.cubins FOLDER      with the NVRTC that wheels use, from the package index
 
-kernels.cu is csrc/cuda/kernels.h with all its includes. NVRTC compiles it at run time for GPUs
+kernels.cu is csrc/cuda/kernels.h with all its includes. At run time, NVRTC compiles it for GPUs
 without a cubin. setup.py and tools/wheels.py use this file; it needs neither torch nor a GPU.
 """
 
@@ -160,14 +160,14 @@ def build(folder: Path, home: str | None, torch_cuda: str | None) -> tuple[str, 
     return str(compiler), reason
 
 
-def install_nvrtc(folder: Path = ROOT / "build/nvrtc") -> str:
-    """Installs NVRTC_PACKAGE into a folder, unless it is there, and returns the library's path."""
-    folder = folder / NVRTC_PACKAGE.rpartition("=")[2]
-    pattern = "nvidia/cuda_nvrtc/lib/libnvrtc.so.*"
-    if not list(folder.glob(pattern)):
+def install_nvrtc(folder: Path | None = None) -> str:
+    """Returns the path of the NVRTC of wheels; pip installs it first, unless it is in `folder`."""
+    folder = folder or ROOT / f"build/nvrtc-{NVRTC_PACKAGE.rpartition('=')[2]}"
+    library = folder.resolve() / "nvidia/cuda_nvrtc/lib/libnvrtc.so.12"
+    if not library.exists():
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target"]
         subprocess.run([*command, str(folder), NVRTC_PACKAGE], check=True)
-    return str(next(folder.glob(pattern)).resolve())
+    return str(library)
 
 
 def main() -> None:
@@ -178,8 +178,10 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("folder", type=Path, help="its content is replaced")
-    folder = parser.parse_args().folder
-    compiler = nvrtc.Nvrtc(install_nvrtc())
+    parser.add_argument("--nvrtc", type=Path, help="where pip installs NVRTC (default: in build)")
+    options = parser.parse_args()
+    folder = options.folder
+    compiler = nvrtc.Nvrtc(install_nvrtc(options.nvrtc))
     start = time.process_time()
     unknown = write(folder, compiler, ARCHITECTURES)
     print(f"{compiler}, {time.process_time() - start:.1f} s of CPU time")

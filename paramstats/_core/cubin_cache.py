@@ -36,9 +36,10 @@ def folder() -> Path | None:
     if chosen is not None:
         return Path(chosen) if chosen else None
     base = os.environ.get("XDG_CACHE_HOME", "")
-    if not os.path.isabs(base):
-        base = os.path.expanduser("~/.cache")  # it stays as it is without a home
-    return Path(base, "paramstats") if os.path.isabs(base) else None
+    if os.path.isabs(base):
+        return Path(base, "paramstats")
+    home = Path(os.path.expanduser("~"))  # it stays "~" if the user has none
+    return home / ".cache/paramstats" if home.is_absolute() and home.is_dir() else None
 
 
 def load(key: str) -> bytes | None:

@@ -61,15 +61,17 @@ def find(capability: tuple[int, int], wait: bool = False) -> Image | str:
         capability: the compute capability of the GPU, for example (9, 0).
         wait: return once the compilation is done.
     """
-    if capability < OLDEST:
-        return "its compute capability {}.{} is below {}.{}".format(*capability, *OLDEST)
-    shipped = _best(_shipped(), capability)
-    if shipped is not None:
-        with contextlib.suppress(OSError):
-            return Image((FOLDER / f"sm_{shipped}.cubin").read_bytes(), f"cubin sm_{shipped}")
-    # Without a lock, which a signal handler that interrupts this function could not take. If two
-    # threads or a handler get here at once, setdefault gives all of them the same object.
-    compilation = _compilations.setdefault(capability, _Compilation(capability))
+    compilation = _compilations.get(capability)
+    if compilation is None:
+        if capability < OLDEST:
+            return "its compute capability {}.{} is below {}.{}".format(*capability, *OLDEST)
+        shipped = _best(_shipped(), capability)
+        if shipped is not None:
+            with contextlib.suppress(OSError):
+                return Image((FOLDER / f"sm_{shipped}.cubin").read_bytes(), f"cubin sm_{shipped}")
+        # Without a lock, which a signal handler that interrupts this function could not take. If
+        # several threads get here at once, setdefault returns the same object to all of them.
+        compilation = _compilations.setdefault(capability, _Compilation(capability))
     return compilation.result(wait)
 
 

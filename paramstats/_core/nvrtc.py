@@ -66,9 +66,9 @@ class Nvrtc:
 
     def __init__(self, path: str, mode: int = ctypes.DEFAULT_MODE) -> None:
         self._library = ctypes.CDLL(path, mode)
-        self._library.nvrtcGetErrorString.restype = ctypes.c_char_p
         major, minor, count = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
         try:
+            self._library.nvrtcGetErrorString.restype = ctypes.c_char_p
             self._call("nvrtcVersion", ctypes.byref(major), ctypes.byref(minor))
             self._call("nvrtcGetNumSupportedArchs", ctypes.byref(count))
             numbers = (ctypes.c_int * count.value)()
