@@ -79,13 +79,10 @@ void small_tensors_merge_in_order() {
       }
       const std::vector<Moments> groups = merge_groups(run(parts));
       const Moments want = groups.size() == 1 ? groups[0] : merge_in_order(groups);
-      for (uint64_t seed = 0; seed < 3; ++seed) {
-        cuda_shim::set_seed(seed);
-        check::at(std::to_string(chunks) + " chunks, the last one of " + std::to_string(last));
-        const Counts counts;
-        CHECK(oracle::same_bits(run({{memory.data(), n, kType}})[0], want), true);
-        counts.check(chunks > 1 ? 2 : 1, 0);
-      }
+      check::at(std::to_string(chunks) + " chunks, the last one of " + std::to_string(last));
+      const Counts counts;
+      CHECK(oracle::same_bits(run({{memory.data(), n, kType}})[0], want), true);
+      counts.check(chunks > 1 ? 2 : 1, 0);
     }
   }
 }
@@ -101,7 +98,7 @@ void large_tensors_merge_in_order() {
     parts.push_back({memory.data() + i, kGroupSize, kType});
   }
   std::vector<Moments> groups = run(parts);
-  for (int64_t chunks : {33 * 32, 1025, 1024, 1023, 64, 33, 32}) {
+  for (int64_t chunks : {33 * 32, 1025, 1024, 64, 33, 32}) {
     const int64_t n = chunks * kChunk, full = chunks / kGroup, rest = n - full * kGroupSize;
     std::fill(memory.begin() + full * kGroupSize, memory.begin() + n, 12345);
     groups.resize(full);
@@ -185,18 +182,19 @@ void every_tensor_finds_its_chunks_and_groups() {
   const auto tiny = [](int64_t t, DType) { return 1 + t % 20; };
   const auto mixed = [](int64_t t, DType dtype) {  // at every place of a table, also the ends
     const int64_t chunk = chunk_size(1, dtype);
-    return t % 7 == 3    ? chunk + t  // two chunks
-           : t % 50 == 0 ? 33 * chunk + 5
-                         : t % 20 + 1;
+    return t % 7 == 3     ? chunk + t  // two chunks
+           : t % 150 == 0 ? 33 * chunk + 5
+                          : t % 20 + 1;
   };
   const auto several = [](int64_t t, DType dtype) { return (2 + t % 3) * chunk_size(1, dtype); };
-  for (int64_t tensors : {1, 2, 3, 31, 32, 33, 34, 126, 127, 128, 168, 169, 170, 171, 172}) {
+  for (int64_t tensors : {1, 2, 3, 31, 32, 33, 34, 126, 127, 128, 168, 169, 170, 171, 172, 1025}) {
     check_table(tensors, tiny);
-    check_table(tensors, mixed);
-    check_table(tensors, several);
   }
-  for (int64_t tensors : {1023, 1024, 1025, 1026}) check_table(tensors, mixed);
-  check_table(10000, tiny);
+  for (int64_t tensors : {1, 2, 3, 33, 34, 128, 169, 170, 172, 1023, 1024}) {
+    check_table(tensors, mixed);
+  }
+  for (int64_t tensors : {2, 33, 170}) check_table(tensors, several);
+  check_table(5000, tiny);
 }
 
 // ---- what is enqueued --------------------------------------------------------------------------
@@ -245,7 +243,7 @@ bool starts_with(const std::string& text, const std::string& start) {
 
 // The driver's functions in the order of their calls; the first one that fails ends a call.
 void an_error_names_its_function_and_nothing_follows_it() {
-  const Tensor small(DType::kFloat32, 10), large(DType::kInt8, 100000);
+  const Tensor small(DType::kFloat32, 10), large(DType::kInt8, cuda::kSmallChunk + 1);
   const struct {
     Views views;
     std::vector<std::string> functions;

@@ -91,7 +91,7 @@ int main() {
   using namespace paramstats::test;
   CHECK(paramstats::cuda::open_driver(nullptr), std::string());  // of this program
   CHECK(paramstats::cuda::load(0, nullptr), std::string());
-  run_cases<8>();
+  run_cases<32>();
   RUN(misleading_samples);
   RUN(number_of_reads_per_chunk);
   run_engine_tests();
