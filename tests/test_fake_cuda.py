@@ -110,7 +110,7 @@ def test_summarize_returns_before_the_device_is_done(cuda, model):
     before = cuda.counts()
     summary = paramstats.summarize(model)
     assert counts_since(cuda, before) == {
-        "launches": 2, "copies": 2, "waits": 0, "allocations": 2, "recorded": 0
+        "launches": 1, "copies": 0, "waits": 0, "allocations": 2, "recorded": 0
     }  # fmt: skip
     assert not summary.ready()
     assert counts_since(cuda, before)["waits"] == 0
@@ -138,7 +138,7 @@ def test_two_devices_and_the_cpu_in_one_model(cuda):
         to_cuda(layers[layer], cuda, device)
     before = cuda.counts()
     summary = paramstats.summarize(nn.Sequential(*layers))
-    assert counts_since(cuda, before)["launches"] == 4 and counts_since(cuda, before)["waits"] == 0
+    assert counts_since(cuda, before)["launches"] == 2 and counts_since(cuda, before)["waits"] == 0
     assert cuda.current_device() == 0
     assert list(summary) == [name for name, _ in expected.named_parameters()]
     for name, p in expected.named_parameters():
@@ -197,7 +197,7 @@ def test_all_dtypes_in_one_launch(cuda):
     tensors |= {f"offset of {name}": t[3:] for name, t in tensors.items()}
     before = cuda.counts()
     summary = paramstats.summarize({name: cuda.to(t, 0) for name, t in tensors.items()})
-    assert counts_since(cuda, before)["launches"] == 2
+    assert counts_since(cuda, before)["launches"] == 1
     for name, t in tensors.items():
         oracle.check(summary[name], t)
 
@@ -254,12 +254,12 @@ def test_graph_capture_raises_and_stays_valid(cuda, device):
     assert paramstats.summarize(model).total.count == 12
 
 
-@pytest.mark.parametrize("call", range(3))
+@pytest.mark.parametrize("call", range(2))
 def test_errors_of_the_driver_are_raised(cuda, model, call):
     to_cuda(model, cuda)
     paramstats.summarize(model).wait()
     cuda.before_launch(lambda: cuda.fail_next(719, call))
-    with pytest.raises(RuntimeError, match="summarize: cuda:0 reports cudaErrorLaunchFailure"):
+    with pytest.raises(RuntimeError, match="summarize: cuda:0 reports cu.*: cudaErrorLaunchFailure"):
         paramstats.summarize(model)
     assert paramstats.summarize(model).total.count == 75
 
@@ -287,7 +287,7 @@ def test_a_failed_call_keeps_the_memory_that_the_device_may_write(cuda, model):
     to_cuda(model, cuda)
     paramstats.summarize(model).wait()
     before = cuda.pinned()
-    cuda.before_launch(lambda: cuda.fail_next(719, 1))
+    cuda.before_launch(lambda: cuda.fail_next(719, 0))
     with pytest.raises(RuntimeError, match="cudaErrorLaunchFailure"):
         paramstats.summarize(model)
     gc.collect()
@@ -361,7 +361,7 @@ def fails_to_load(capability: tuple[int, int], wait: bool) -> images.Image:
 @pytest.mark.parametrize("forced", [False, True])
 @pytest.mark.parametrize(
     ("find", "reason"),
-    [(not_found, "no kernels"), (fails_to_load, "a cubin does not load: cudaErrorInvalidPtx")],
+    [(not_found, "no kernels"), (fails_to_load, "a cubin does not load: cuLibraryLoadData: cudaErrorInvalidKernelImage")],
 )
 def test_a_device_without_kernels(cuda, model, fake, monkeypatch, forced, find, reason):
     """Torch operators read its tensors, with one warning; or an error if native was forced."""
@@ -451,7 +451,7 @@ def test_a_tensor_is_replaced(cuda, fake, monkeypatch, moment, which):
     stats = entry if which == "data" else entry.grad
     assert (stats.mean, stats.std) == (3, 0)
     launches = counts_since(cuda, before)["launches"]
-    assert launches == (4 if moment == "during the launch" else 2)
+    assert launches == (2 if moment == "during the launch" else 1)
 
 
 def test_tensors_are_replaced_while_they_are_read(cuda):

@@ -22,14 +22,15 @@ std::string open_driver(const char* path) {
   return "";
 }
 
-std::string text_of(Result result) {
+std::string text_of(const char* function, Result result) {
   if (result == kSuccess) return "";
   const char *name = nullptr, *text = nullptr;
+  const std::string where = std::string(function) + ": ";
   if (driver.cuGetErrorName(result, &name) != kSuccess ||
-      driver.cuGetErrorString(result, &text) != kSuccess) {
-    return "CUDA error " + std::to_string(result);
+      driver.cuGetErrorString(result, &text) != kSuccess) {  // an error of a newer driver
+    return where + "CUDA error " + std::to_string(result);
   }
-  return std::string(name) + ": " + text;
+  return where + name + ": " + text;
 }
 
 }  // namespace paramstats::cuda

@@ -29,17 +29,19 @@ using Stream = CUstream_st*;
   X(cuGetErrorString, (Result, const char**))                                                      \
   X(cuDeviceGet, (int* device, int ordinal))                                                       \
   X(cuDevicePrimaryCtxRetain, (Context*, int device))                                              \
+  X(cuDevicePrimaryCtxRelease_v2, (int device))                                                    \
   X(cuCtxPushCurrent_v2, (Context))                                                                \
   X(cuCtxPopCurrent_v2, (Context*))                                                                \
   X(cuLibraryLoadData, (Library*, const void* image, int* jit_options, void** jit_values,          \
                         unsigned jit_count, int* options, void** values, unsigned count))          \
+  X(cuLibraryUnload, (Library))                                                                    \
   X(cuLibraryGetKernel, (Kernel*, Library, const char* name))                                      \
   X(cuKernelGetFunction, (Function*, Kernel))                                                      \
   X(cuLaunchKernel,                                                                                \
     (Function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,                \
      unsigned block_y, unsigned block_z, unsigned shared, Stream, void** arguments, void** extra)) \
   X(cuMemcpyHtoDAsync_v2, (DevicePointer, const void*, size_t bytes, Stream))                      \
-  X(cuMemcpyDtoHAsync_v2, (void*, DevicePointer, size_t bytes, Stream))                            \
+  X(cuMemHostGetDevicePointer_v2, (DevicePointer*, void* host, unsigned flags))                    \
   X(cuThreadExchangeStreamCaptureMode, (int* mode))
 
 struct Driver {
@@ -52,7 +54,8 @@ extern Driver driver;
 // Finds the functions in a library, e.g. "libcuda.so.1". Returns why that failed, or "".
 std::string open_driver(const char* path);
 
-// The text of an error, e.g. "CUDA_ERROR_NOT_FOUND: named symbol not found"; "" for kSuccess.
-std::string text_of(Result);
+// The text of an error of a driver function, e.g. "cuLibraryGetKernel: CUDA_ERROR_NOT_FOUND: named
+// symbol not found"; "" for kSuccess.
+std::string text_of(const char* function, Result);
 
 }  // namespace paramstats::cuda

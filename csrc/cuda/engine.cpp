@@ -1,120 +1,184 @@
-// Loads the kernels on a device, and enqueues a call: copies a table of tensors to the device,
-// launches two kernels, copies the results back.
+// Loads the kernels on a device, and enqueues a call: one launch that reads all chunks of all
+// tensors, and a second one if a tensor has several chunks, whose states it merges.
 #include "engine.h"
 
-#include <cstring>
-#include <vector>
+#include <map>
+#include <mutex>
+#include <utility>
 
 #include "driver.h"
 
 namespace paramstats::cuda {
 namespace {
 
-// Byte offsets in host and device memory: first the results, then the table for the kernels. Device
-// memory also has the states of all chunks. All sizes are multiples of 8 bytes.
-struct Offsets {
-  int64_t first_chunk, tensors, states, end;
-  explicit Offsets(int64_t n, int64_t chunks) {
-    first_chunk = n * static_cast<int64_t>(sizeof(Moments));
-    tensors = first_chunk + n * static_cast<int64_t>(sizeof(int64_t));
-    states = tensors + n * static_cast<int64_t>(sizeof(TensorView));
-    end = states + chunks * static_cast<int64_t>(sizeof(Moments));
-  }
-};
-
-int64_t total_chunks(const TensorView* tensors, int64_t n) {
-  int64_t chunks = 0;
-  for (int64_t t = 0; t < n; ++t) chunks += chunk_count(tensors[t]);
-  return chunks;
-}
+// ---- devices -----------------------------------------------------------------------------------
 
 // The kernels in the primary context of one device, which torch uses, too.
-struct Loaded {
+struct Kernels {
   Context context = nullptr;
   Function summarize = nullptr, merge = nullptr;
 };
-std::vector<Loaded> devices;  // by index; entries are never removed
+struct Device {
+  int handle = 0;
+  Kernels kernels;  // if error is empty
+  std::string error;
+};
+std::mutex mutex;               // of `devices`
+std::map<int, Device> devices;  // by ordinal
+
+// Calls a function of the driver. Returns the text of an error from the function that uses this.
+#define PARAMSTATS_TRY(function, ...)                                           \
+  if (const Result result = driver.function(__VA_ARGS__); result != kSuccess) { \
+    return text_of(#function, result);                                          \
+  }
 
 // Makes a context current until the end of the scope. (A thread may have none.)
 class Current {
  public:
-  explicit Current(Context context) : result_(driver.cuCtxPushCurrent_v2(context)) {}
+  std::string push(Context context) {
+    PARAMSTATS_TRY(cuCtxPushCurrent_v2, context)
+    pushed_ = true;
+    return "";
+  }
   ~Current() {
     Context popped;
-    if (result_ == kSuccess) driver.cuCtxPopCurrent_v2(&popped);
+    if (pushed_) driver.cuCtxPopCurrent_v2(&popped);
   }
-  Current(const Current&) = delete;
-  Current& operator=(const Current&) = delete;
-  Result result() const { return result_; }
 
  private:
-  Result result_;
+  bool pushed_ = false;
 };
 
-// Returns the first result that is not kSuccess.
-#define PARAMSTATS_TRY(call) \
-  if (const Result result = (call); result != kSuccess) return result
-
-Result load(int ordinal, const void* image, Loaded& out) {
-  int device;
-  PARAMSTATS_TRY(driver.cuDeviceGet(&device, ordinal));
-  PARAMSTATS_TRY(driver.cuDevicePrimaryCtxRetain(&out.context, device));
-  const Current current(out.context);
-  PARAMSTATS_TRY(current.result());
-  Library library;
-  PARAMSTATS_TRY(
-      driver.cuLibraryLoadData(&library, image, nullptr, nullptr, 0, nullptr, nullptr, 0));
-  const auto find = [library](const char* name, Function* function) {
-    Kernel kernel;
-    PARAMSTATS_TRY(driver.cuLibraryGetKernel(&kernel, library, name));
-    return driver.cuKernelGetFunction(function, kernel);
-  };
-  PARAMSTATS_TRY(find("paramstats_summarize_chunks", &out.summarize));
-  return find("paramstats_merge_chunks", &out.merge);
+std::string find(Library library, const char* name, Function* function) {
+  Kernel kernel;
+  PARAMSTATS_TRY(cuLibraryGetKernel, &kernel, library, name)
+  PARAMSTATS_TRY(cuKernelGetFunction, function, kernel)  // CUDA may load it only now
+  return "";
 }
 
-Result enqueue(const Loaded& kernels, const TensorView* tensors, int64_t n, char* host,
-               DevicePointer device, Stream stream) {
-  const int64_t chunk_total = total_chunks(tensors, n);
-  const Offsets offsets(n, chunk_total);
-  auto* first_chunk = reinterpret_cast<int64_t*>(host + offsets.first_chunk);
-  int64_t chunks = 0;
-  for (int64_t t = 0; t < n; ++t) {
-    first_chunk[t] = chunks;
-    chunks += chunk_count(tensors[t]);
-  }
-  std::memcpy(host + offsets.tensors, tensors, n * sizeof(TensorView));
+std::string load_image(const void* image, Kernels* kernels) {
+  Current current;
+  if (std::string error = current.push(kernels->context); !error.empty()) return error;
+  Library library;
+  PARAMSTATS_TRY(cuLibraryLoadData, &library, image, nullptr, nullptr, 0, nullptr, nullptr, 0)
+  std::string error = find(library, "paramstats_summarize_chunks", &kernels->summarize);
+  if (error.empty()) error = find(library, "paramstats_merge_chunks", &kernels->merge);
+  if (!error.empty()) driver.cuLibraryUnload(library);
+  return error;
+}
 
-  Table table{reinterpret_cast<const int64_t*>(device + offsets.first_chunk),
-              reinterpret_cast<const TensorView*>(device + offsets.tensors), static_cast<int>(n)};
-  DevicePointer states = device + offsets.states, rows = device;
-  void* chunk_arguments[] = {&table, &states};
-  void* merge_arguments[] = {&table, &states, &rows};
-  const Current current(kernels.context);
-  PARAMSTATS_TRY(current.result());
-  PARAMSTATS_TRY(driver.cuMemcpyHtoDAsync_v2(device + offsets.first_chunk,
-                                             host + offsets.first_chunk,
-                                             offsets.states - offsets.first_chunk, stream));
-  if (chunk_total > 0) {
-    PARAMSTATS_TRY(driver.cuLaunchKernel(kernels.summarize, static_cast<unsigned>(chunk_total), 1,
-                                         1, kThreads, 1, 1, 0, stream, chunk_arguments, nullptr));
+// Keeps a reference to the primary context if it succeeds.
+std::string load_on(int ordinal, const void* image, Device* device) {
+  PARAMSTATS_TRY(cuDeviceGet, &device->handle, ordinal)
+  PARAMSTATS_TRY(cuDevicePrimaryCtxRetain, &device->kernels.context, device->handle)
+  std::string error = load_image(image, &device->kernels);
+  if (!error.empty()) driver.cuDevicePrimaryCtxRelease_v2(device->handle);
+  return error;
+}
+
+std::string find_kernels(int ordinal, Kernels* kernels) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = devices.find(ordinal);
+  if (found != devices.end() && found->second.error.empty()) {
+    *kernels = found->second.kernels;
+    return "";
   }
-  PARAMSTATS_TRY(driver.cuLaunchKernel(kernels.merge, static_cast<unsigned>(n), 1, 1, kMergeThreads,
-                                       1, 1, 0, stream, merge_arguments, nullptr));
-  return driver.cuMemcpyDtoHAsync_v2(host, device, offsets.first_chunk, stream);
+  return "expected a device with kernels, got device " + std::to_string(ordinal) + ": " +
+         (found == devices.end() ? "no image was loaded" : found->second.error);
+}
+
+// ---- the plan of a call ------------------------------------------------------------------------
+
+// The chunks and groups of the tensors that were added. A launch has at most 2^31 - 1 blocks.
+struct Plan {
+  static constexpr int64_t kMaxChunks = 0x7fffffff;
+  int64_t tensors = 0, chunks = 0, groups = 0;
+
+  bool add(const TensorView& t) {
+    const int64_t count = chunk_count(t.numel, t.dtype);
+    if (t.numel <= 0 || count > kMaxChunks - chunks) return false;
+    ++tensors;
+    chunks += count;
+    groups += group_count(count);
+    return true;
+  }
+};
+
+// Byte offsets in host memory: results, then entries. In device memory: entries, states, counters.
+// What a call does not need takes no memory. Results, entries and states have multiples of 8 bytes.
+struct Offsets {
+  int64_t entries, host_end;
+  int64_t states, merged, device_end;
+
+  explicit Offsets(int64_t n, const Plan& plan) {
+    const bool merges = plan.groups > 0;
+    states = n > kInlineEntries ? n * static_cast<int64_t>(sizeof(Entry)) : 0;
+    merged = states + (merges ? plan.chunks * static_cast<int64_t>(sizeof(Moments)) : 0);
+    device_end = merged + (merges ? n * static_cast<int64_t>(sizeof(uint32_t)) : 0);
+    entries = n * static_cast<int64_t>(sizeof(Moments));
+    host_end = entries + states;
+  }
+};
+
+std::string enqueue(const Kernels& kernels, const TensorView* tensors, int64_t n, char* host,
+                    DevicePointer device, Stream stream) {
+  Arguments arguments;  // not initialized: 4 KiB
+  const bool is_inline = n <= kInlineEntries;
+  auto* entries = is_inline ? arguments.inline_entries
+                            : reinterpret_cast<Entry*>(host + Offsets(n, Plan()).entries);
+  Plan plan;
+  for (int64_t t = 0; t < n; ++t) {
+    entries[t] =
+        Entry(tensors[t], static_cast<uint32_t>(plan.chunks), static_cast<uint32_t>(plan.groups));
+    if (!plan.add(tensors[t])) {
+      return "expected tensors with elements, of at most " + std::to_string(Plan::kMaxChunks) +
+             " chunks in all, got " + std::to_string(tensors[t].numel) + " elements in tensor " +
+             std::to_string(t) + " after " + std::to_string(plan.chunks) + " chunks";
+    }
+  }
+  const Offsets offsets(n, plan);
+
+  Current current;
+  if (std::string error = current.push(kernels.context); !error.empty()) return error;
+  DevicePointer rows;
+  PARAMSTATS_TRY(cuMemHostGetDevicePointer_v2, &rows, host, 0)
+  arguments.entries = is_inline ? nullptr : reinterpret_cast<const Entry*>(device);
+  arguments.rows = reinterpret_cast<Moments*>(rows);
+  arguments.states = reinterpret_cast<Moments*>(device + offsets.states);
+  arguments.merged = reinterpret_cast<uint32_t*>(device + offsets.merged);
+  arguments.tensors = static_cast<uint32_t>(n);
+  arguments.groups = static_cast<uint32_t>(plan.groups);
+  void* pointers[] = {&arguments};
+  const auto launch = [&](Function function, int64_t blocks, unsigned threads) -> std::string {
+    PARAMSTATS_TRY(cuLaunchKernel, function, static_cast<unsigned>(blocks), 1, 1, threads, 1, 1, 0,
+                   stream, pointers, nullptr)
+    return "";
+  };
+  if (!is_inline) PARAMSTATS_TRY(cuMemcpyHtoDAsync_v2, device, entries, offsets.states, stream)
+  if (std::string error = launch(kernels.summarize, plan.chunks, kThreads); !error.empty()) {
+    return error;
+  }
+  if (plan.groups == 0) return "";
+  constexpr int kWarps = kMergeThreads / 32;
+  return launch(kernels.merge, (plan.groups + kWarps - 1) / kWarps, kMergeThreads);
 }
 
 }  // namespace
 
+// ---- the interface -----------------------------------------------------------------------------
+
 std::string load(int device, const void* image) {
-  Loaded loaded;
+  Device loaded;
   const int mode = exchange_capture_mode(kRelaxedCapture);
-  const Result result = load(device, image, loaded);
+  loaded.error = load_on(device, image, &loaded);
   exchange_capture_mode(mode);
-  if (result != kSuccess) return text_of(result);
-  if (devices.size() <= static_cast<size_t>(device)) devices.resize(device + 1);
-  devices[device] = loaded;
-  return "";
+  std::string error = loaded.error;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto [found, is_first] = devices.try_emplace(device);
+  std::swap(found->second, loaded);
+  // An earlier image is not unloaded, because its kernels may be running.
+  if (!is_first && loaded.error.empty()) driver.cuDevicePrimaryCtxRelease_v2(loaded.handle);
+  return error;
 }
 
 int exchange_capture_mode(int mode) {
@@ -123,14 +187,18 @@ int exchange_capture_mode(int mode) {
 }
 
 Sizes sizes(const TensorView* tensors, int64_t n) {
-  const Offsets offsets(n, total_chunks(tensors, n));
-  return {offsets.states, offsets.end};
+  Plan plan;
+  for (int64_t t = 0; t < n && plan.add(tensors[t]); ++t) continue;
+  const Offsets offsets(n, plan);
+  return {offsets.host_end, offsets.device_end};
 }
 
 std::string enqueue(int device, const TensorView* tensors, int64_t n, void* host,
                     void* device_memory, Stream stream) {
-  return text_of(enqueue(devices.at(device), tensors, n, static_cast<char*>(host),
-                         reinterpret_cast<DevicePointer>(device_memory), stream));
+  Kernels kernels;
+  if (std::string error = find_kernels(device, &kernels); !error.empty()) return error;
+  return enqueue(kernels, tensors, n, static_cast<char*>(host),
+                 reinterpret_cast<DevicePointer>(device_memory), stream);
 }
 
 }  // namespace paramstats::cuda

@@ -9,21 +9,23 @@
 
 namespace paramstats::cuda {
 
-// The memory that a call needs: pinned memory on the host, whose first n Moments become the
-// results, and memory on the device.
+// The memory that a call needs, in bytes: pinned memory on the host, whose first n Moments become
+// the results, and memory on the device, which may be none.
 struct Sizes {
-  int64_t host, device;  // bytes
+  int64_t host, device;
 };
 
-// Loads the kernels, compiled as a cubin, on a device. driver must be open.
+// Loads the kernels, compiled as a cubin, on a device. If a step fails, the device cannot be used
+// until another image is loaded. A second image replaces the first. driver must be open.
 std::string load(int device, const void* image);
 
+// The memory that enqueue needs for n > 0 tensors. Every tensor must have an element.
 Sizes sizes(const TensorView* tensors, int64_t n);
 
-// Enqueues on `stream`: read n > 0 tensors of a device on which the kernels are loaded, and write
-// their states to the first n Moments of `host`. The tensors, `host` and `device_memory` must stay
-// valid until the stream is done, also after an error. May block while the queue of the device is
-// full.
+// Enqueues on `stream` the reading of n > 0 tensors of a device. Their states are written to the
+// first n Moments of `host`, which must be pinned. The tensors, `host` and `device_memory` must
+// stay valid until the stream is done, also after an error. May block while the queue of the device
+// is full.
 std::string enqueue(int device, const TensorView* tensors, int64_t n, void* host,
                     void* device_memory, Stream stream);
 
