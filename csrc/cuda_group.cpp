@@ -12,6 +12,10 @@ namespace py = pybind11;
 
 namespace paramstats {
 
+using torch_abi::api;
+using torch_abi::Impl;
+using torch_abi::Owned;
+
 CudaGroup::CudaGroup(int32_t device, py::list tensors, bool hold)
     : device_(device), tensors_(std::move(tensors)), hold_(hold) {
   const size_t most = 2 * tensors_.size();
@@ -19,10 +23,6 @@ CudaGroup::CudaGroup(int32_t device, py::list tensors, bool hold)
   rows_.reserve(most);
   held_.reserve(hold ? most : tensors_.size());
 }
-
-using torch_abi::api;
-using torch_abi::Impl;
-using torch_abi::Owned;
 
 void CudaGroup::add(Impl t, const cuda::TensorView& view, size_t row) {
   views_.push_back(view);
@@ -38,19 +38,21 @@ cuda::Sizes CudaGroup::sizes() const {
   return cuda::sizes(views_.data(), static_cast<int64_t>(views_.size()));
 }
 
-Impl CudaGroup::tensor_at(size_t row) const {
-  const size_t n = tensors_.size();
-  const auto at = static_cast<Py_ssize_t>(row < n ? row : row - n);
-  const Impl t = torch_abi::impl_of(PyList_GET_ITEM(tensors_.ptr(), at));
-  return row < n ? t : gradient_of(t);
-}
-
-// A gradient that the group holds cannot be freed, so that one at the same address is the same.
+// Whether each tensor still has the memory of its view. (A tensor that was replaced twice may have
+// memory at the same address again. It is then read as it is now, if it has as many elements.) The
+// gradients that the group holds are not freed, so no other tensor has their addresses.
 bool CudaGroup::is_unchanged() const {
   if (hold_) return true;
+  const size_t n = tensors_.size();
+  size_t gradients = 0;
   for (size_t i = 0; i < views_.size(); ++i) {
-    const Impl t = tensor_at(static_cast<size_t>(rows_[i]));
-    if (t == nullptr) return false;
+    const auto row = static_cast<size_t>(rows_[i]);
+    const auto at = static_cast<Py_ssize_t>(row < n ? row : row - n);
+    Impl t = torch_abi::impl_of(PyList_GET_ITEM(tensors_.ptr(), at));
+    if (row >= n) {
+      t = *api.grad(t);
+      if (t != held_[gradients++].impl()) return false;
+    }
     const void* data = nullptr;
     if (api.torch_get_const_data_ptr(torch_abi::handle(t), &data) != AOTI_TORCH_SUCCESS ||
         data != views_[i].data || torch_abi::numel(t) != views_[i].numel) {
@@ -90,10 +92,15 @@ void CudaGroup::write(const py::bytearray& table, uintptr_t host) const {
 }
 
 py::list CudaGroup::aliases() const {
+  const size_t n = tensors_.size();
   std::vector<Owned> kept;  // first all: creating a Python object may run Python code
   kept.reserve(rows_.size());
+  size_t held = 0;
   for (int64_t row : rows_) {
-    if (const Impl t = tensor_at(static_cast<size_t>(row))) kept.push_back(Owned::alias_of(t));
+    const bool is_held = hold_ || row >= static_cast<int64_t>(n);
+    const Impl t = is_held ? held_[held++].impl()
+                           : torch_abi::impl_of(PyList_GET_ITEM(tensors_.ptr(), row));
+    kept.push_back(Owned::alias_of(t));
   }
   py::list objects;
   for (const Owned& tensor : kept) objects.append(tensor.object());

@@ -45,7 +45,6 @@ class CudaGroup {
   pybind11::list aliases() const;
 
  private:
-  torch_abi::Impl tensor_at(size_t row) const;
   bool is_unchanged() const;
 
   int32_t device_;

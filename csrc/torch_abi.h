@@ -147,6 +147,7 @@ class Owned {
     api.aoti_torch_assign_tensors(handle(undefined), handle(tensor_));
   }
 
+  Impl impl() const { return tensor_; }
   // The Python object of the tensor. May run Python code.
   pybind11::object object() const;
 
