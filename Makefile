@@ -14,9 +14,14 @@ ARM64_CXX := aarch64-linux-gnu-g++
 WORKERS ?= 2
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*)
 CXX_FILES := $(NATIVE) $(wildcard tests/cpp/*.* tests/cpp/*/* tests/fake_cuda/*.cpp)
-# The CUDA source compiled as C++ with the CPU implementation of CUDA's runtime in tests/cpp/cuda_shim.
-SHIM := -std=c++17 -Wall -Wextra -Werror -Wno-unknown-pragmas -pthread -I tests/cpp/cuda_shim
-SHIM_SOURCES := tests/cpp/cuda_shim/shim.cpp csrc/cpu/*.cpp -x c++ csrc/cuda/engine.cu
+# The CUDA kernels compiled as C++, on the CPU implementation of CUDA in tests/cpp/cuda_shim. Its
+# functions are exported (-rdynamic), because the engine finds those of a driver at run time.
+# Products are not fused with sums, as in the kernels (times in csrc/portable.h).
+SHIM := -std=c++17 -O2 -Wall -Wextra -Werror -Wno-unknown-pragmas -pthread -ffp-contract=off \
+	-I tests/cpp/cuda_shim
+SHIM_BUILD := build/cpp/shim-$(lastword $(notdir $(CXX)))
+SHIM_SOURCES := $(wildcard tests/cpp/cuda_shim/*.cpp)
+SHIM_TEST := tests/cpp/test_cuda_kernels.cpp tests/cpp/test_cuda_engine.cpp $(wildcard csrc/cuda/*.cpp)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-cpp test-cuda-shim test-arm64 wheels test-elsewhere test-everywhere test-huge \
@@ -54,14 +59,20 @@ test-cpp:  ## run the C++ tests of the state and the kernels, without torch
 	build/cpp/test_kernels
 	build/cpp/test_threads
 
+$(SHIM_BUILD)/%.o: %.cpp $(CXX_FILES)
+	@mkdir -p $(@D)
+	$(CXX) $(SHIM) -c $< -o $@
+
+$(SHIM_BUILD)/test_cuda_shim: $(patsubst %.cpp,$(SHIM_BUILD)/%.o,tests/cpp/test_cuda_shim.cpp $(SHIM_SOURCES))
+	$(CXX) -pthread $^ -o $@
+
+$(SHIM_BUILD)/test_cuda_kernels: $(patsubst %.cpp,$(SHIM_BUILD)/%.o,$(SHIM_TEST) $(SHIM_SOURCES))
+	$(CXX) -pthread -rdynamic $^ -o $@
+
 test-cuda-shim:  ## run the CUDA kernels on the CPU, without a GPU and without nvcc
-	@mkdir -p build/cpp
-	$(CXX) $(SHIM) -O2 tests/cpp/test_cuda_shim.cpp tests/cpp/cuda_shim/shim.cpp \
-		-o build/cpp/test_cuda_shim
-	$(CXX) $(SHIM) -O2 tests/cpp/test_cuda_kernels.cpp $(SHIM_SOURCES) \
-		-o build/cpp/test_cuda_kernels
-	build/cpp/test_cuda_shim
-	build/cpp/test_cuda_kernels
+	@$(MAKE) --no-print-directory --jobs=2 $(SHIM_BUILD)/test_cuda_shim $(SHIM_BUILD)/test_cuda_kernels
+	$(SHIM_BUILD)/test_cuda_shim
+	$(SHIM_BUILD)/test_cuda_kernels
 
 test-arm64:  ## run the C++ tests for arm64, emulated (g++-aarch64-linux-gnu, qemu-user)
 	@mkdir -p build/cpp

@@ -30,7 +30,6 @@ def files(*patterns):
 
 
 SOURCES = files("csrc/*.cpp", "csrc/cpu/*.cpp", "csrc/cuda/*.cpp")
-SOURCES = [source for source in SOURCES if source != "csrc/cuda_binding.cpp"]
 HEADERS = files("csrc/*.h", "csrc/cpu/*.h", "csrc/cuda/*.h")
 COMPILE_ARGS = ["-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
 COMPILE_ARGS += shlex.split(os.environ.get("PARAMSTATS_CFLAGS", ""))

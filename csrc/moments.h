@@ -79,11 +79,11 @@ PARAMSTATS_HD inline Moments merge(const Moments& a, const Moments& b) {
   }
   const double weight = nb / (na + nb);
   const double delta = b.mean - a.mean;
-  out.mean = a.mean + delta * weight;
-  out.m2 = a.m2 + b.m2 + delta * delta * (na * weight);
+  out.mean = a.mean + times(delta, weight);
+  out.m2 = a.m2 + b.m2 + times(times(delta, delta), times(na, weight));
   if (!(is_finite(delta))) {
     // Means of opposite sign near the limit of double: the difference overflows, the mean does not.
-    out.mean = a.mean * (1 - weight) + b.mean * weight;
+    out.mean = times(a.mean, 1 - weight) + times(b.mean, weight);
     out.m2 = kInfinity;
   }
   return out;
@@ -190,7 +190,7 @@ PARAMSTATS_HD inline Fit from_sums(const ShiftedSums& s, int64_t n, double pivot
   }
   if (s.sum_sq < min_squares) return Fit::kUnusable;  // around the mean it is even smaller
   const double shift = s.sum / static_cast<double>(n);
-  const double shift_squares = s.sum * shift;
+  const double shift_squares = times(s.sum, shift);
   if (!(shift_squares <= s.sum_sq * max_shift_share)) return Fit::kFar;
   out.mean = pivot + shift;
   out.m2 = s.sum_sq - shift_squares;

@@ -36,4 +36,14 @@ constexpr double kNaN = __builtin_nan("");
 #endif
 constexpr double kLargest = 1.7976931348623157e308;
 
+// a * b, rounded. CUDA's compilers would fuse a product with a sum, and not all in the same places:
+// the bits of a result would depend on the compiler.
+PARAMSTATS_HD inline double times(double a, double b) {
+#if defined(__CUDA_ARCH__)
+  return __dmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+
 }  // namespace paramstats

@@ -29,17 +29,22 @@ from tools.commands import ROOT, run
 BUILD = ROOT / "build/sanitized"
 CXX = os.environ.get("CXX", "g++")
 
-CPU = [str(path.relative_to(ROOT)) for path in (ROOT / "csrc/cpu").glob("*.cpp")]
-CUDA = [str(path.relative_to(ROOT)) for path in (ROOT / "csrc/cuda").glob("*.cu")]
+
+def sources(folder: str) -> list[str]:
+    """The paths of the C++ sources in a folder of the checkout."""
+    return [str(path.relative_to(ROOT)) for path in (ROOT / folder).glob("*.cpp")]
+
+
+CPU = sources("csrc/cpu")
 SOURCES = {
     "moments": ["tests/cpp/test_moments.cpp"],
     "kernels": ["tests/cpp/test_kernels.cpp", *CPU],
     "threads": ["tests/cpp/test_threads.cpp", *CPU],
     "cuda_kernels": [
         "tests/cpp/test_cuda_kernels.cpp",
-        "tests/cpp/cuda_shim/shim.cpp",
-        *CPU,
-        *CUDA,
+        "tests/cpp/test_cuda_engine.cpp",
+        *sources("tests/cpp/cuda_shim"),
+        *sources("csrc/cuda"),
     ],
 }
 
@@ -101,17 +106,17 @@ def cpp_tests(sanitizer: Sanitizer, *names: str) -> bool:
     flags += ["-D_GLIBCXX_ASSERTIONS", *sanitizer.flags]
 
     def compile_source(source: str) -> str:
-        to = str(folder / f"{Path(source).name}.o")
+        to = str(folder / f"{source.replace('/', '-')}.o")
         run(CXX, *flags, "-Itests/cpp/cuda_shim", "-c", "-x", "c++", source, "-o", to)
         return to
 
-    sources = sorted({source for name in names for source in SOURCES[name]})
+    needed = sorted({source for name in names for source in SOURCES[name]})
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = dict(zip(sources, pool.map(compile_source, sources), strict=True))
+        objects = dict(zip(needed, pool.map(compile_source, needed), strict=True))
     failed = False
     for name in names:
         program = str(folder / name)
-        run(CXX, *flags, *(objects[source] for source in SOURCES[name]), "-o", program)
+        run(CXX, *flags, "-rdynamic", *(objects[file] for file in SOURCES[name]), "-o", program)
         failed |= run_tests([program], sanitizer, f"C++ {name}", cwd=ROOT)
     return failed
 

@@ -18,10 +18,10 @@
 
 #include "block.h"
 #include "elements.h"
+#include "table.h"
 
 namespace paramstats::cuda {
 
-constexpr int kThreads = 128;    // per block that reads a chunk
 constexpr int kBlocksPerSM = 6;  // limits registers to 80 per thread
 
 struct Chunk {

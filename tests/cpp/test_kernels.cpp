@@ -296,6 +296,7 @@ int main() {
   RUN(levels_are_distinct_and_end_with_plain);
   RUN(the_oracle_decodes_known_patterns);
   run_cases<1>();
+  RUN(rare_elements_after_many_without_zeros);
   RUN(sums_of_bytes_are_exact);
   RUN(strided_views);
   RUN(unaligned_addresses);

@@ -40,6 +40,8 @@
 #define __host__
 #define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
+// All threads share the argument, which they cannot change: `const T __grid_constant__ name`.
+#define __grid_constant__ &
 // `used` keeps the compiler from assuming that only the visible code writes to it. The sanitizers
 // add no redzones in a section with such a name, but still find an index beyond an array.
 #define __shared__ static __attribute__((used, section("cuda_shared")))
@@ -63,7 +65,7 @@ extern dim3 blockDim, gridDim;
 
 namespace cuda_shim {
 
-enum Op { kNone, kSyncThreads, kSyncWarp, kBallot, kShflDown, kShflXor };  // in the order of kNames
+enum Op { kNone, kSyncThreads, kSyncWarp, kBallot, kShfl, kShflDown, kShflXor };  // as in kNames
 
 extern int64_t loads;  // number of calls of __ldg
 
@@ -97,6 +99,10 @@ inline unsigned __ballot_sync(unsigned mask, int value) {
   return static_cast<unsigned>(cuda_shim::warp_collective(cuda_shim::kBallot, mask, value != 0));
 }
 template <class T>
+T __shfl_sync(unsigned mask, T value, int lane) {
+  return cuda_shim::shuffle(cuda_shim::kShfl, mask, value, lane);
+}
+template <class T>
 T __shfl_down_sync(unsigned mask, T value, unsigned delta) {
   return cuda_shim::shuffle(cuda_shim::kShflDown, mask, value, delta);
 }
@@ -123,6 +129,11 @@ T __ldg(const T* address) {
   ++cuda_shim::loads;
   return *address;
 }
+template <class T>
+T __ldcg(const T* address) {
+  return *address;
+}
+inline void __threadfence() { cuda_shim::reschedule(); }
 inline unsigned atomicAdd(unsigned* address, unsigned value) {
   cuda_shim::reschedule();
   const unsigned before = *address;
@@ -146,6 +157,8 @@ inline unsigned atomicAdd(unsigned* address, unsigned value) {
   X(cudaErrorJitCompilationDisabled, 223)   \
   X(cudaErrorInvalidResourceHandle, 400)    \
   X(cudaErrorNotReady, 600)                 \
+  X(cudaErrorIllegalAddress, 700)           \
+  X(cudaErrorLaunchFailure, 719)            \
   X(cudaErrorStreamCaptureUnsupported, 900) \
   X(cudaErrorUnknown, 999)
 #define CUDA_SHIM_ENUMERATE(name, number) name = number,
@@ -193,9 +206,24 @@ void run_all();
 // capture_invalidated() is true until the next set_capturing.
 void set_capturing(cudaStream_t stream, bool capturing);
 bool capture_invalidated();
+// Allocates pinned memory, and returns its address for the host. The device has another one
+// (cuMemHostGetDevicePointer), at which kernels can access it while they run; at other times, an
+// access is a segmentation fault. So is an access beyond the last byte.
+void* host_alloc(size_t bytes);
+void host_free(void* host);
+// The address for the device. Memory that host_alloc did not return has the same one on both.
+void* device_pointer(void* host);
+// Makes a device current for this thread, as cudaSetDevice does, and returns the previous one. Is
+// not a runtime call.
+int exchange_device(int device);
+// The references to primary contexts, and the libraries, that are in use (driver.cpp).
+int retained_contexts();
+int loaded_libraries();
 // Lets one runtime call fail without an effect, after `skip` more calls. cudaGetLastError and
 // cudaGetErrorString do not count.
 void fail_next(cudaError_t error, int skip = 0);
+// Is called at the next launch, before it is enqueued, and then forgotten.
+extern std::function<void()> before_launch;
 // The number of runtime calls, and of successful calls of each kind.
 int64_t calls();
 int64_t launches();
@@ -211,13 +239,17 @@ std::tuple<Args...> copy_arguments(void** args, std::index_sequence<I...>) {
   return std::tuple<Args...>(*static_cast<Args*>(args[I])...);
 }
 
+constexpr size_t kParameterBytes = 4096;  // the limit of kernels before CUDA 12.1
+
 }  // namespace cuda_shim
 
 template <class... Args>
 cudaError_t cudaLaunchKernel(void (*kernel)(Args...), dim3 grid, dim3 block, void** args,
                              size_t shared, cudaStream_t stream) {
-  static_assert((std::is_trivially_copyable<Args>::value && ...));
-  auto copy = cuda_shim::copy_arguments<Args...>(args, std::index_sequence_for<Args...>());
+  static_assert((std::is_trivially_copyable<std::decay_t<Args>>::value && ...));
+  static_assert((sizeof(std::decay_t<Args>) + ... + 0) <= cuda_shim::kParameterBytes);
+  auto copy =
+      cuda_shim::copy_arguments<std::decay_t<Args>...>(args, std::index_sequence_for<Args...>());
   return cuda_shim::launch(grid, block, shared, stream,
                            [kernel, copy] { std::apply(kernel, copy); });
 }

@@ -77,6 +77,20 @@ struct CUstream_st {
 namespace cuda_shim {
 namespace {
 
+// ---- pinned memory ----
+
+struct Pinned {  // mapped twice; ends where a page ends, before pages without access
+  char *host, *device;
+  size_t offset, size;  // of the first byte; of the pages
+};
+std::vector<Pinned> pinned;
+
+size_t page_size() { return static_cast<size_t>(sysconf(_SC_PAGESIZE)); }
+
+void set_device_access(int protection) {
+  for (const Pinned& p : pinned) mprotect(p.device, p.size, protection);
+}
+
 // ---- fibers ----
 
 constexpr unsigned kMaxThreads = 1024, kLanes = 32;
@@ -110,8 +124,9 @@ const std::function<void()>* kernel;
 uint64_t random_state = 1;
 
 const char* name(Op op) {
-  constexpr const char* kNames[] = {"nothing",       "__syncthreads",    "__syncwarp",
-                                    "__ballot_sync", "__shfl_down_sync", "__shfl_xor_sync"};
+  constexpr const char* kNames[] = {"nothing",        "__syncthreads", "__syncwarp",
+                                    "__ballot_sync",  "__shfl_sync",   "__shfl_down_sync",
+                                    "__shfl_xor_sync"};
   return kNames[op];
 }
 
@@ -206,7 +221,7 @@ void make_fibers() {
   void* memory = mmap(nullptr, kStack * kMaxThreads, PROT_READ | PROT_WRITE,
                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) die("no memory for stacks");
-  const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+  const size_t page = page_size();
   for (unsigned i = 0; i < kMaxThreads; ++i) {
     char* bottom = static_cast<char*>(memory) + i * kStack;
     mprotect(bottom, page, PROT_NONE);
@@ -241,12 +256,14 @@ void run_kernel(dim3 grid, dim3 block, const std::function<void()>& body) {
   blockDim = block;
   threads = block.x;
   kernel = &body;
+  set_device_access(PROT_READ | PROT_WRITE);
   std::vector<uint32_t> order(grid.x);
   std::iota(order.begin(), order.end(), 0u);
   for (size_t n = order.size(); n > 0; --n) {
     std::swap(order[n - 1], order[draw(static_cast<uint32_t>(n))]);
     run_block(order[n - 1]);
   }
+  set_device_access(PROT_NONE);
 }
 
 // ---- streams ----
@@ -334,8 +351,10 @@ uint64_t warp_collective(Op op, unsigned mask, uint64_t value, unsigned argument
   Fiber* lanes = &self - lane;
   if (!(mask >> lane & 1)) die("%s mask 0x%08x lacks its own lane %u", name(op), mask, lane);
   if (mask & warp.exited) die("%s mask 0x%08x has lanes that have exited", name(op), mask);
-  if (op >= kShflDown) {  // the lane to read: its own if there is no such lane
-    const unsigned from = op == kShflDown ? lane + argument : lane ^ argument;
+  if (op >= kShfl) {  // the lane to read: its own if there is no such lane
+    const unsigned from = op == kShfl       ? argument % kLanes
+                          : op == kShflDown ? lane + argument
+                                            : lane ^ argument;
     argument = from < kLanes ? from : lane;
     if (!(mask >> argument & 1)) die("%s mask 0x%08x reads lane %u", name(op), mask, argument);
   }
@@ -358,7 +377,7 @@ uint64_t warp_collective(Op op, unsigned mask, uint64_t value, unsigned argument
     }
     for (unsigned i = 0; i < kLanes; ++i) {
       if (!(mask >> i & 1)) continue;
-      lanes[i].value = op >= kShflDown ? given[lanes[i].argument] : ballot;
+      lanes[i].value = op >= kShfl ? given[lanes[i].argument] : ballot;
       make_ready(lanes[i]);
     }
     warp.waiting &= ~mask;
@@ -380,6 +399,47 @@ void run_all() {
   for (cudaStream_t stream : streams) advance(stream);
 }
 
+void* host_alloc(size_t bytes) {
+  const size_t page = page_size(), size = (bytes + page - 1) / page * page;
+  const int file = memfd_create("pinned", 0);
+  if (file < 0 || ftruncate(file, static_cast<off_t>(size)) != 0) die("no pinned memory");
+  const auto map = [&](int protection) {
+    void* pages =
+        mmap(nullptr, size + page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (pages == MAP_FAILED) die("no memory for pinned memory");
+    if (size > 0) mmap(pages, size, protection, MAP_SHARED | MAP_FIXED, file, 0);
+    return static_cast<char*>(pages);
+  };
+  pinned.push_back({map(PROT_READ | PROT_WRITE), map(PROT_NONE), size - bytes, size});
+  close(file);
+  return pinned.back().host + pinned.back().offset;
+}
+
+void host_free(void* host) {
+  for (Pinned& p : pinned) {
+    if (p.host + p.offset != host) continue;
+    munmap(p.host, p.size + page_size());
+    munmap(p.device, p.size + page_size());
+    p = pinned.back();
+    pinned.pop_back();
+    return;
+  }
+  die("host_free of memory that host_alloc did not return");
+}
+
+void* device_pointer(void* host) {
+  for (const Pinned& p : pinned) {
+    const auto offset = static_cast<char*>(host) - p.host;
+    if (offset >= 0 && static_cast<size_t>(offset) < p.size) return p.device + offset;
+  }
+  return host;
+}
+
+int exchange_device(int next) {
+  default_streams[next].device = next;
+  return std::exchange(device, next);
+}
+
 void set_capturing(cudaStream_t stream, bool capturing) {
   resolve(stream)->capturing = capturing;
   invalidated = false;
@@ -392,6 +452,7 @@ void fail_next(cudaError_t error, int skip) {
 }
 
 int64_t loads = 0;
+std::function<void()> before_launch;
 
 int64_t calls() { return call_count; }
 int64_t launches() { return launch_count; }
@@ -400,6 +461,7 @@ int64_t synchronizations() { return synchronization_count; }
 
 cudaError_t launch(dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
                    std::function<void()> body) {
+  if (const auto hook = std::exchange(before_launch, nullptr)) hook();
   return call_on(stream, [&](cudaStream_t queue) {
     const bool is_1d = grid.y == 1 && grid.z == 1 && block.y == 1 && block.z == 1;
     if (!is_1d || grid.x < 1 || grid.x > 0x7fffffffu || block.x < 1 || block.x > kMaxThreads ||
@@ -444,7 +506,7 @@ cudaError_t cudaGetDevice(int* result) {
 cudaError_t cudaSetDevice(int wanted) {
   return call([&] {
     if (wanted < 0 || wanted >= kDevices) return cudaErrorInvalidDevice;
-    default_streams[wanted].device = device = wanted;
+    exchange_device(wanted);
     return cudaSuccess;
   });
 }

@@ -1,0 +1,61 @@
+// The functions of CUDA's driver library (libcuda) that the engine calls. They are found at run
+// time: neither the build nor the import of this module needs CUDA.
+#pragma once
+
+#include <cstddef>
+#include <string>
+
+// Incomplete types of the driver's interface; the header cuda.h may be missing.
+struct CUctx_st;
+struct CUlib_st;
+struct CUkern_st;
+struct CUfunc_st;
+struct CUstream_st;
+
+namespace paramstats::cuda {
+
+using Result = int;  // CUresult
+constexpr Result kSuccess = 0;
+using DevicePointer = unsigned long long;
+using Context = CUctx_st*;
+using Library = CUlib_st*;
+using Kernel = CUkern_st*;
+using Function = CUfunc_st*;
+using Stream = CUstream_st*;
+
+// X(symbol, arguments). cuLibrary* and cuKernel* exist since CUDA 12.0.
+#define PARAMSTATS_DRIVER(X)                                                                       \
+  X(cuGetErrorName, (Result, const char**))                                                        \
+  X(cuGetErrorString, (Result, const char**))                                                      \
+  X(cuDeviceGet, (int* device, int ordinal))                                                       \
+  X(cuDevicePrimaryCtxRetain, (Context*, int device))                                              \
+  X(cuDevicePrimaryCtxRelease_v2, (int device))                                                    \
+  X(cuCtxPushCurrent_v2, (Context))                                                                \
+  X(cuCtxPopCurrent_v2, (Context*))                                                                \
+  X(cuLibraryLoadData, (Library*, const void* image, int* jit_options, void** jit_values,          \
+                        unsigned jit_count, int* options, void** values, unsigned count))          \
+  X(cuLibraryUnload, (Library))                                                                    \
+  X(cuLibraryGetKernel, (Kernel*, Library, const char* name))                                      \
+  X(cuKernelGetFunction, (Function*, Kernel))                                                      \
+  X(cuLaunchKernel,                                                                                \
+    (Function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,                \
+     unsigned block_y, unsigned block_z, unsigned shared, Stream, void** arguments, void** extra)) \
+  X(cuMemcpyHtoDAsync_v2, (DevicePointer, const void*, size_t bytes, Stream))                      \
+  X(cuMemHostGetDevicePointer_v2, (DevicePointer*, void* host, unsigned flags))                    \
+  X(cuThreadExchangeStreamCaptureMode, (int* mode))
+
+struct Driver {
+#define PARAMSTATS_FIELD(name, arguments) Result(*name) arguments = nullptr;
+  PARAMSTATS_DRIVER(PARAMSTATS_FIELD)
+#undef PARAMSTATS_FIELD
+};
+extern Driver driver;
+
+// Finds the functions in a library, e.g. "libcuda.so.1". Returns why that failed, or "".
+std::string open_driver(const char* path);
+
+// The text of an error of a driver function, e.g. "cuLibraryGetKernel: CUDA_ERROR_NOT_FOUND: named
+// symbol not found"; "" for kSuccess.
+std::string text_of(const char* function, Result);
+
+}  // namespace paramstats::cuda

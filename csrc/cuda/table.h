@@ -1,0 +1,94 @@
+// The tensors of a call, how they are divided, and the arguments of the kernels; for host and
+// device.
+#pragma once
+
+#include "../dtypes.h"
+#include "../moments.h"
+
+namespace paramstats::cuda {
+
+// A tensor without gaps.
+struct TensorView {
+  const void* data;  // aligned to its elements
+  int64_t numel;
+  DType dtype;
+};
+
+// A tensor with at least one element, as the kernels find it. Data type and size share a word, so
+// that more tensors fit into the arguments of a kernel.
+class Entry {
+ public:
+  Entry() = default;
+  Entry(const TensorView& t, uint32_t first_chunk, uint32_t first_group)
+      : data(t.data),
+        first_chunk(first_chunk),
+        first_group(first_group),
+        packed_(static_cast<uint64_t>(t.dtype) << kNumelBits | static_cast<uint64_t>(t.numel)) {}
+
+  PARAMSTATS_HD int64_t numel() const {
+    return static_cast<int64_t>(packed_ & ((uint64_t{1} << kNumelBits) - 1));
+  }
+  PARAMSTATS_HD DType dtype() const { return static_cast<DType>(packed_ >> kNumelBits); }
+
+  const void* data;
+  uint32_t first_chunk, first_group;  // chunks and groups of all tensors before this one
+
+ private:
+  static constexpr int kNumelBits = 56;
+  uint64_t packed_;
+};
+static_assert(sizeof(Entry) == 24, "kInlineEntries assumes it");
+
+// ---- chunks and groups -------------------------------------------------------------------------
+
+constexpr int kThreads = 128;       // of a block that reads a chunk
+constexpr int kMergeThreads = 128;  // of a block that merges: four independent warps
+
+// Bytes of a tensor that one block reads. They depend on the tensor alone, so that its result does
+// not depend on other tensors. A block needs several microseconds for a large chunk. That would be
+// the time of a whole call with a few small tensors, while most of the device is idle, so those are
+// divided more finely. (The sizes have not been measured yet.)
+constexpr int kLargeChunk = 1 << 17, kSmallChunk = 1 << 15;
+constexpr int64_t kLargeTensor = int64_t{1} << 22;  // bytes
+
+PARAMSTATS_HD constexpr int log2_chunk_bytes(int64_t numel, DType dtype) {
+  return numel >= kLargeTensor >> log2_size(dtype) ? 17 : 15;
+}
+static_assert(kLargeChunk == 1 << log2_chunk_bytes(kLargeTensor, DType::kInt8) &&
+              kSmallChunk == 1 << log2_chunk_bytes(kLargeTensor - 1, DType::kInt8));
+
+PARAMSTATS_HD constexpr int64_t chunk_size(int64_t numel, DType dtype) {  // elements
+  return int64_t{1} << (log2_chunk_bytes(numel, dtype) - log2_size(dtype));
+}
+
+PARAMSTATS_HD constexpr int64_t chunk_count(int64_t numel, DType dtype) {
+  const int shift = log2_chunk_bytes(numel, dtype) - log2_size(dtype);
+  return ((numel - 1) >> shift) + 1;
+}
+
+// A warp merges the states of a group of adjacent chunks of a tensor, one by each thread.
+constexpr int kGroup = 32;
+
+// The groups of a tensor. The state of an only chunk is the result, and there is nothing to merge.
+PARAMSTATS_HD constexpr int64_t group_count(int64_t chunks) {
+  return chunks > 1 ? (chunks + kGroup - 1) / kGroup : 0;
+}
+
+// ---- arguments ---------------------------------------------------------------------------------
+
+constexpr int kArgumentBytes = 4096;  // the limit of drivers before CUDA 12.1 and GPUs before Volta
+constexpr int kInlineEntries = 169;
+
+// The argument of both kernels. Up to kInlineEntries tensors are a part of it and need no copy to
+// the device.
+struct Arguments {
+  const Entry* entries;  // in device memory; null if they are inline
+  Moments* rows;         // results, by tensor, in host memory
+  Moments* states;       // by chunk
+  uint32_t* merged;      // number of merged groups, by tensor
+  uint32_t tensors, groups;
+  Entry inline_entries[kInlineEntries];
+};
+static_assert(sizeof(Arguments) <= kArgumentBytes && sizeof(Entry) + sizeof(Arguments) > 4096);
+
+}  // namespace paramstats::cuda

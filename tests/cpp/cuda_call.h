@@ -1,0 +1,80 @@
+// One call of the CUDA backend on the CPU implementation of CUDA in cuda_shim.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstring>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "../../csrc/cuda/engine.h"
+#include "tensor.h"
+
+namespace paramstats::test {
+
+// A buffer of an exact size, so that any access beyond it is an error. It contains garbage.
+struct DeviceMemory {
+  std::unique_ptr<unsigned char[]> bytes;
+  explicit DeviceMemory(int64_t size) : bytes(new unsigned char[size]) {
+    std::memset(bytes.get(), 0xa5, size);
+  }
+};
+struct PinnedMemory {
+  void* bytes;
+  explicit PinnedMemory(int64_t size) : bytes(cuda_shim::host_alloc(size)) {
+    std::memset(bytes, 0xa5, size);
+  }
+  ~PinnedMemory() { cuda_shim::host_free(bytes); }
+  PinnedMemory(const PinnedMemory&) = delete;
+  PinnedMemory& operator=(const PinnedMemory&) = delete;
+};
+
+// An enqueued call. The views are overwritten before anything runs.
+struct Call {
+  int64_t n;
+  cuda::Sizes sizes;
+  PinnedMemory host;
+  DeviceMemory device;
+  std::string error;
+
+  explicit Call(std::vector<cuda::TensorView> views, int ordinal = 0, cudaStream_t stream = nullptr)
+      : n(static_cast<int64_t>(views.size())),
+        sizes(cuda::sizes(views.data(), n)),
+        host(sizes.host),
+        device(sizes.device) {
+    error = cuda::enqueue(ordinal, views.data(), n, host.bytes, device.bytes.get(),
+                          reinterpret_cast<cuda::Stream>(stream));
+    std::memset(static_cast<void*>(views.data()), 0xa5, n * sizeof(cuda::TensorView));
+  }
+
+  Moments state(int64_t t = 0) const { return static_cast<const Moments*>(host.bytes)[t]; }
+};
+
+inline cuda::TensorView view_of(const Tensor& t) { return {t.data(), t.numel(), t.dtype}; }
+
+inline std::vector<Moments> run(const std::vector<cuda::TensorView>& views) {
+  const Call call(views);
+  CHECK(call.error, std::string());
+  CHECK(cudaStreamSynchronize(nullptr), cudaSuccess);
+  std::vector<Moments> states;
+  for (int64_t t = 0; t < call.n; ++t) states.push_back(call.state(t));
+  return states;
+}
+
+// The states of tensors; those without elements are not read on the device.
+inline std::vector<Moments> cuda_states(const Tensors& tensors) {
+  std::vector<cuda::TensorView> views;
+  for (const Tensor& t : tensors) {
+    if (t.numel() > 0) views.push_back(view_of(t));
+  }
+  const std::vector<Moments> found = views.empty() ? std::vector<Moments>() : run(views);
+  std::vector<Moments> states;
+  size_t next = 0;
+  for (const Tensor& t : tensors) states.push_back(t.numel() > 0 ? found[next++] : Moments());
+  return states;
+}
+
+void run_engine_tests();  // test_cuda_engine.cpp
+
+}  // namespace paramstats::test
