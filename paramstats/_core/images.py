@@ -129,8 +129,8 @@ class _Compilation:
         def compile_source() -> None:
             try:
                 data = compiler.compile(source, architecture)
-                self._result = Image(data, origin)
                 cubin_cache.store(key, data)
+                self._result = Image(data, origin)
             except Exception as error:
                 self._fail(error)
 
