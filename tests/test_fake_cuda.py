@@ -258,7 +258,9 @@ def test_errors_of_the_driver_are_raised(cuda, model):
     to_cuda(model, cuda)
     paramstats.summarize(model).wait()
     cuda.before_launch(lambda: cuda.fail_next(719, 0))
-    with pytest.raises(RuntimeError, match="summarize: cuda:0 reports cu.*: cudaErrorLaunchFailure"):
+    with pytest.raises(
+        RuntimeError, match=r"summarize: cuda:0 reports cu.*: cudaErrorLaunchFailure"
+    ):
         paramstats.summarize(model)
     assert paramstats.summarize(model).total.count == 75
 
@@ -348,19 +350,27 @@ def test_two_threads_wait_for_one_summary(cuda, model, monkeypatch):
     assert norm > 0 and found == [norm] and summary.total.norm == norm
 
 
-def not_found(capability: tuple[int, int], wait: bool) -> str:
+def not_found(*_: Any) -> str:
     return "no kernels"
 
 
-def fails_to_load(capability: tuple[int, int], wait: bool) -> images.Image:
-    """The driver rejects the kernels."""
+def fails_to_load(*_: Any) -> images.Image:
+    """The driver refuses the kernels."""
     return images.Image(b"", "a cubin")
+
+
+def cannot_be_compiled(capability: tuple[int, int], wait: bool, shipped: bool) -> Any:
+    return images.Image(b"", "a cubin") if shipped else "no NVRTC"
 
 
 @pytest.mark.parametrize("forced", [False, True])
 @pytest.mark.parametrize(
     ("find", "reason"),
-    [(not_found, "no kernels"), (fails_to_load, "a cubin does not load: cuLibraryLoadData: cudaErrorInvalidKernelImage")],
+    [
+        (not_found, "no kernels"),
+        (fails_to_load, "a cubin does not load: cuLibraryLoadData: cudaErrorInvalidKernelImage"),
+        (cannot_be_compiled, "a cubin does not load: .*; no NVRTC"),
+    ],
 )
 def test_a_device_without_kernels(cuda, model, fake, monkeypatch, forced, find, reason):
     """Torch operators read its tensors, with one warning; or an error if native was forced."""
@@ -386,14 +396,27 @@ def test_a_device_without_kernels(cuda, model, fake, monkeypatch, forced, find, 
     assert all(tensor is tensors[row] for row, tensor in deferred.items())
 
 
-def test_each_call_while_the_kernels_are_loaded_may_fail(cuda, fake):
+def test_the_kernels_are_compiled_if_the_driver_refuses_the_cubin(cuda, fake, monkeypatch):
+    def find(capability: tuple[int, int], wait: bool, shipped: bool) -> images.Image:
+        return images.Image(b"" if shipped else b"not empty", "a cubin" if shipped else "NVRTC")
+
+    monkeypatch.setattr(images, "find", find)
+    backend = cuda_module.CudaBackend(load_backend("native").native, fake.driver)
+    assert backend.reason(0) == "" and backend.origin(0) == "NVRTC"
+
+
+def test_each_call_while_the_kernels_are_loaded_may_fail(cuda, fake, monkeypatch):
+    image = images.Image(b"not looked at", "the fake")
+    monkeypatch.setattr(images, "find", lambda _, wait, shipped: image if shipped else "no NVRTC")
     native, skip = load_backend("native").native, 1  # the first call sets the capture mode
     while True:
         cuda.fail_next(700, skip)
         reason = cuda_module.CudaBackend(native, fake.driver).reason(0)
         if not reason:
             break
-        assert re.search("^the fake does not load: .*cudaErrorIllegalAddress", reason)
+        assert re.search(
+            "^the fake does not load: cu.*: cudaErrorIllegalAddress.*; no NVRTC", reason
+        )
         skip += 1
     cuda.fail_next(0, 0)
     assert skip > 7

@@ -157,13 +157,18 @@ class CudaBackend:
         if reason:
             return reason
         capability = torch.cuda.get_device_capability(device)
-        found = images.find(capability, wait)
-        if isinstance(found, str):
-            return found
-        reason = self._native.cuda_load(device, found.data)
-        if not reason:
-            self._origins[device] = found.origin
-        return reason and f"{found.origin} does not load: {reason}"
+        for shipped in (True, False):  # what the driver refuses, NVRTC compiles again
+            found = images.find(capability, wait, shipped)
+            if isinstance(found, images.NotYet):
+                return found
+            if isinstance(found, str):
+                return "; ".join(filter(None, (reason, found)))
+            reason = self._native.cuda_load(device, found.data)
+            if not reason:
+                self._origins[device] = found.origin
+                return ""
+            reason = f"{found.origin} does not load: {reason}"
+        return reason
 
     def read(
         self, tensors: list[torch.Tensor], params: bool, grads: bool, wait: bool = False

@@ -50,7 +50,7 @@ def available() -> tuple[str, ...]:
     return tuple(f"sm_{number}" for number in _shipped())
 
 
-def find(capability: tuple[int, int], wait: bool = False) -> Image | str:
+def find(capability: tuple[int, int], wait: bool = False, shipped: bool = True) -> Image | str:
     """Return the kernels for a GPU, or the reason why there are none.
 
     The first call that needs NVRTC starts the compilation and returns `NotYet`, as do the following
@@ -60,15 +60,16 @@ def find(capability: tuple[int, int], wait: bool = False) -> Image | str:
     Args:
         capability: the compute capability of the GPU, for example (9, 0).
         wait: return once the compilation is done.
+        shipped: whether a cubin of the package may be returned.
     """
     compilation = _compilations.get(capability)
     if compilation is None:
         if capability < OLDEST:
             return "its compute capability {}.{} is below {}.{}".format(*capability, *OLDEST)
-        shipped = _best(_shipped(), capability)
-        if shipped is not None:
+        best = _best(_shipped(), capability) if shipped else None
+        if best is not None:
             with contextlib.suppress(OSError):
-                return Image((FOLDER / f"sm_{shipped}.cubin").read_bytes(), f"cubin sm_{shipped}")
+                return Image((FOLDER / f"sm_{best}.cubin").read_bytes(), f"cubin sm_{best}")
         # Without a lock, which a signal handler that interrupts this function could not take. If
         # several threads get here at once, setdefault returns the same object to all of them.
         compilation = _compilations.setdefault(capability, _Compilation(capability))

@@ -99,7 +99,7 @@ class FakeCuda:
             runtime.record_stream(tensor, stream.cuda_stream)
 
         image = images.Image(b"not looked at", "the fake")
-        setattr(images, "find", lambda capability, wait: image)
+        setattr(images, "find", lambda capability, wait, shipped: image)
         setattr(cuda, "torch", self.torch)
         setattr(torch.Tensor, "record_stream", record_stream)
         backend = cuda.CudaBackend(native.native, self.driver)
