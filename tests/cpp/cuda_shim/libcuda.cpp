@@ -1,13 +1,12 @@
 // The functions of libcuda that csrc/cuda/driver.h names, on top of the shim. The kernels are those
 // of csrc/cuda/kernels.h, compiled for the CPU: a loaded image is not looked at.
-#include "../../../csrc/cuda/driver.h"
-
 #include <cuda_runtime.h>
 
 #include <deque>
 #include <string>
 #include <vector>
 
+#include "../../../csrc/cuda/driver.h"
 #include "../../../csrc/cuda/kernels.h"
 
 namespace {
