@@ -58,8 +58,9 @@ std::vector<uint64_t> random_elements(int64_t n) {
   uint64_t state = rng();
   for (int64_t i = 0; i < n; ++i) {
     state = state * 6364136223846793005u + 1442695040888963407u;
-    // The chunks have different means, so that the order of merging changes the last bits.
-    out[i] = (state >> 50) + (i >> 12) * (i >> 12) % 977;
+    // The chunks have different means of more bits than double has. So the order of merging
+    // changes the last bits.
+    out[i] = (state >> 17) + ((i >> 12) * (i >> 12) % 977 << 40);
   }
   return out;
 }
