@@ -19,7 +19,7 @@ struct TensorView {
 class Entry {
  public:
   Entry() = default;
-  Entry(const TensorView& t, uint32_t first_chunk, uint32_t first_group)
+  PARAMSTATS_HD Entry(const TensorView& t, uint32_t first_chunk, uint32_t first_group)
       : data(t.data),
         first_chunk(first_chunk),
         first_group(first_group),
