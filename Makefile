@@ -166,4 +166,5 @@ format: $(VENV)/installed  ## format everything and apply the linters' automatic
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 clean:  ## remove what was built, the environment included
-	rm -rf $(VENV) build dist *.egg-info paramstats/*.so paramstats/_build.json .pytest_cache
+	rm -rf $(VENV) build dist *.egg-info paramstats/*.so paramstats/_build.json paramstats/kernels \
+		.pytest_cache

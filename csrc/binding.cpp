@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include "cpu/engine.h"
+#include "cuda_group.h"
 #include "module_tree.h"
 #include "module_walk.h"
 #include "read.h"
@@ -22,17 +23,6 @@ void connect(const py::dict& found) {
   set_statistics_class(found["statistics"]);
 }
 
-template <class T>
-py::bytes bytes_of(const std::vector<T>& values) {
-  return py::bytes(reinterpret_cast<const char*>(values.data()), values.size() * sizeof(T));
-}
-
-py::list python_tensors(const CudaGroup& group) {
-  py::list tensors(group.tensors.size());
-  for (size_t i = 0; i < group.tensors.size(); ++i) tensors[i] = group.tensors[i].object();
-  return tensors;
-}
-
 }  // namespace
 }  // namespace paramstats
 
@@ -49,19 +39,37 @@ PYBIND11_MODULE(_native, m) {
   m.def("walk", &paramstats::walk, "module"_a, "buffers"_a, "make_layout"_a);
   m.def("cached_layouts", &paramstats::cached_layouts);
   m.def("set_dtensor_class", &paramstats::set_dtensor_class, "type"_a);
-  m.attr("CUDA_VIEW_BYTES") = sizeof(paramstats::cuda::TensorView);
   using paramstats::CudaGroup;
   py::class_<CudaGroup>(m, "CudaGroup")
-      .def_readonly("device", &CudaGroup::device)
-      .def_property_readonly("rows",
-                             [](const CudaGroup& g) { return paramstats::bytes_of(g.rows); })
-      .def_property_readonly("views",
-                             [](const CudaGroup& g) { return paramstats::bytes_of(g.views); })
-      .def("tensors", &paramstats::python_tensors);
+      .def_property_readonly("device", &CudaGroup::device)
+      .def_property_readonly("replaced", &CudaGroup::replaced)
+      .def("sizes",
+           [](const CudaGroup& group) {
+             const auto [host, device] = group.sizes();
+             return py::make_tuple(host, device);
+           })
+      .def("enqueue", &CudaGroup::enqueue, "host"_a, "device_memory"_a, "stream"_a)
+      .def("write", &CudaGroup::write, "table"_a, "host"_a)
+      .def("aliases", &CudaGroup::aliases);
+  m.attr("RELAXED_CAPTURE") = paramstats::cuda::kRelaxedCapture;
+  m.def(
+      "cuda_open",
+      [](const std::string& path) { return paramstats::cuda::open_driver(path.c_str()); },
+      "path"_a);
+  m.def(
+      "cuda_load",
+      [](int device, const py::bytes& image) {
+        const void* data = PyBytes_AS_STRING(image.ptr());
+        const py::gil_scoped_release release;
+        return paramstats::cuda::load(device, data);
+      },
+      "device"_a, "image"_a);
+  m.def("exchange_capture_mode", &paramstats::cuda::exchange_capture_mode, "mode"_a);
   m.def("connect", &paramstats::connect, "found"_a);
   m.def("metadata", &paramstats::torch_abi::metadata, "tensor"_a);
   m.def("alias", &paramstats::torch_abi::alias, "tensor"_a);
-  m.def("read", &paramstats::read, "tensors"_a, "params"_a, "grads"_a, "cuda"_a = false);
+  m.def("read", &paramstats::read, "tensors"_a, "params"_a, "grads"_a, "cuda_devices"_a = 0,
+        "hold"_a = false);
   m.def("merge_rows", &paramstats::merge_rows, "table"_a, "begin"_a, "end"_a);
   m.def("scalars", &paramstats::scalars, "table"_a, "total"_a, "keys"_a, "columns"_a,
         "correction"_a, "grad_scale"_a);

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "cpu/engine.h"
+#include "cuda_group.h"
 #include "lookahead.h"
 #include "moments.h"
 #include "tensor_view.h"
@@ -43,11 +44,14 @@ constexpr size_t kMaxUnused = 1 << 16;  // tensors
 // may run that could free the memory of a view.
 struct Work : Lists {
   int64_t bytes = 0;
-  bool with_cuda;
+  py::list all;  // of the call
+  uint64_t cuda_devices;
+  bool hold;
   std::vector<CudaGroup> on_cuda;
   std::vector<std::pair<size_t, Owned>> deferred_rows;  // rows for Python, and their tensors
 
-  explicit Work(bool cuda) : Lists(std::move(unused_lists)), with_cuda(cuda) {
+  Work(const py::list& list, uint64_t devices, bool hold_storages)
+      : Lists(std::move(unused_lists)), all(list), cuda_devices(devices), hold(hold_storages) {
     views.clear();
     out.clear();
     tensors.clear();
@@ -67,25 +71,24 @@ struct Work : Lists {
         bytes += view->numel * element_size(view->dtype);
         return;
       }
-    } else if (with_cuda && torch_abi::is_plain_cuda(t)) {
-      if (const auto view = native_cuda_view(t)) {
+    } else if (cuda_devices != 0 && torch_abi::is_plain_cuda(t)) {
+      int32_t device = 0;
+      api.aoti_torch_get_device_index(torch_abi::handle(t), &device);
+      const bool wanted = device < 64 && (cuda_devices >> device & 1) != 0;
+      if (const auto view = wanted ? native_cuda_view(t) : std::nullopt) {
         table[row] = view->numel == 0 ? Moments() : unread(view->numel);
-        if (view->numel != 0) add_cuda(t, *view, row);
+        if (view->numel != 0) group_of(device).add(t, *view, row);
         return;
       }
     }
     defer(t, table, row);
   }
 
-  void add_cuda(Impl t, const cuda::TensorView& view, size_t row) {
-    int32_t device = 0;
-    api.aoti_torch_get_device_index(torch_abi::handle(t), &device);
-    auto group = std::find_if(on_cuda.begin(), on_cuda.end(),
-                              [device](const CudaGroup& g) { return g.device == device; });
-    if (group == on_cuda.end()) group = on_cuda.emplace(group, device);
-    group->views.push_back(view);
-    group->rows.push_back(static_cast<int64_t>(row));
-    group->tensors.push_back(Owned::alias_of(t));
+  CudaGroup& group_of(int32_t device) {
+    for (CudaGroup& group : on_cuda) {
+      if (group.device() == device) return group;
+    }
+    return on_cuda.emplace_back(device, all, hold);
   }
 
   // Leaves a row to Python, which reads any kind of tensor.
@@ -133,23 +136,22 @@ Impl unpack(PyObject* object) {
   return torch_abi::impl_of(object);
 }
 
-// tensor.grad if torch would return it without a warning, else null.
+}  // namespace
+
 Impl gradient_of(Impl t) {
   const Impl grad = *api.grad(t);
   if (grad == api.undefined) return nullptr;
   return api.is_leaf(&t) || api.retains_grad(&t) ? grad : nullptr;
 }
 
-}  // namespace
-
-py::tuple read(const py::list& tensors, bool params, bool grads, bool cuda) {
+py::tuple read(const py::list& tensors, bool params, bool grads, uint64_t cuda_devices, bool hold) {
   const size_t n = tensors.size();
   auto rows = py::reinterpret_steal<py::bytes>(
       PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(2 * n * sizeof(Moments))));
   if (!rows) throw py::error_already_set();
   auto* table = reinterpret_cast<Moments*>(PyBytes_AS_STRING(rows.ptr()));
 
-  Work work(cuda);
+  Work work(tensors, cuda_devices, hold);
   const auto object_at = [list = tensors.ptr()](size_t i) {
     return PyList_GET_ITEM(list, static_cast<Py_ssize_t>(i));
   };

@@ -8,26 +8,17 @@
 #include <string>
 #include <vector>
 
-#include "cuda/engine.h"
 #include "torch_abi.h"
 
 namespace paramstats {
 
-// The tensors of one call that are on one CUDA device. paramstats/_core/cuda.py starts the read.
-struct CudaGroup {
-  explicit CudaGroup(int32_t device_index) : device(device_index) {}
-  CudaGroup(CudaGroup&&) = default;
-  CudaGroup& operator=(CudaGroup&&) = default;
+// tensor.grad if torch would return it without a warning, else null.
+torch_abi::Impl gradient_of(torch_abi::Impl t);
 
-  int32_t device;
-  std::vector<cuda::TensorView> views;
-  std::vector<int64_t> rows;
-  std::vector<torch_abi::Owned> tensors;  // aliases, which keep the memory of the views alive
-};
-
-// Returns (table, deferred rows, groups of CUDA tensors); see _native.pyi. Rows of CUDA tensors are
-// unread at first: paramstats/_core/cuda.py fills them in.
-pybind11::tuple read(const pybind11::list& tensors, bool params, bool grads, bool cuda);
+// Returns (table, deferred rows, groups of CUDA tensors); see _native.pyi. Rows in groups are
+// unread until the group has written them.
+pybind11::tuple read(const pybind11::list& tensors, bool params, bool grads, uint64_t cuda_devices,
+                     bool hold);
 
 // The names of the SIMD levels that this CPU supports, fastest first, and the one in use.
 std::vector<std::string> simd_levels();

@@ -29,23 +29,31 @@ bool storage_holds(const cpu::TensorView& view, int64_t first, int64_t bytes) {
          needed <= static_cast<uint64_t>(bytes);
 }
 
-}  // namespace
+constexpr AOTITorchError kOk = AOTI_TORCH_SUCCESS;
 
-std::optional<cpu::TensorView> native_view(Impl t) {
-  constexpr AOTITorchError kOk = AOTI_TORCH_SUCCESS;
-  const AtenTensorHandle h = torch_abi::handle(t);
+// Returns false if the kernels do not support the dtype.
+bool get_dtype(AtenTensorHandle h, DType& out) {
   int32_t number;
   if (api.aoti_torch_get_dtype(h, &number) != kOk || number < 0 ||
       number >= static_cast<int32_t>(std::size(api.dtypes)) || api.dtypes[number] < 0) {
-    return std::nullopt;
+    return false;
   }
+  out = static_cast<DType>(api.dtypes[number]);
+  return true;
+}
+
+}  // namespace
+
+std::optional<cpu::TensorView> native_view(Impl t) {
+  const AtenTensorHandle h = torch_abi::handle(t);
+  DType dtype;
+  if (!get_dtype(h, dtype)) return std::nullopt;
   int64_t *sizes, *strides, dim, first, bytes;
   if (api.aoti_torch_get_dim(h, &dim) != kOk || api.aoti_torch_get_sizes(h, &sizes) != kOk ||
       api.aoti_torch_get_strides(h, &strides) != kOk) {
     return std::nullopt;
   }
-  cpu::TensorView view{
-      nullptr, static_cast<DType>(api.dtypes[number]), 1, static_cast<int>(dim), sizes, strides};
+  cpu::TensorView view{nullptr, dtype, 1, static_cast<int>(dim), sizes, strides};
   for (int64_t d = 0; d < dim; ++d) {
     if (__builtin_mul_overflow(view.numel, sizes[d], &view.numel)) return std::nullopt;
   }
@@ -62,13 +70,30 @@ std::optional<cpu::TensorView> native_view(Impl t) {
 }
 
 std::optional<cuda::TensorView> native_cuda_view(Impl t) {
-  const auto view = native_view(t);
-  if (!view) return std::nullopt;
-  const bool dense =
-      view->numel == 0 || cpu::is_contiguous(*view) || cpu::is_dense(cpu::memory_order(*view));
-  const auto misaligned = reinterpret_cast<uintptr_t>(view->data) % element_size(view->dtype);
-  if (!dense || misaligned != 0) return std::nullopt;
-  return cuda::TensorView{view->data, view->numel, view->dtype};
+  const AtenTensorHandle h = torch_abi::handle(t);
+  cuda::TensorView out{};
+  bool is_contiguous = false;
+  int64_t first, bytes, last;
+  if (api.aoti_torch_is_contiguous(h, &is_contiguous) == kOk && is_contiguous) {
+    if (!get_dtype(h, out.dtype) || api.aoti_torch_get_numel(h, &out.numel) != kOk) {
+      return std::nullopt;
+    }
+    if (out.numel == 0) return out;
+    if (api.aoti_torch_get_storage_offset(h, &first) != kOk ||
+        api.aoti_torch_get_storage_size(h, &bytes) != kOk || first < 0 ||
+        __builtin_add_overflow(first, out.numel, &last) || last > bytes >> log2_size(out.dtype) ||
+        api.torch_get_const_data_ptr(h, &out.data) != kOk) {
+      return std::nullopt;
+    }
+  } else {
+    const auto view = native_view(t);
+    if (!view || !(view->numel == 0 || cpu::is_dense(cpu::memory_order(*view))))
+      return std::nullopt;
+    out = {view->data, view->numel, view->dtype};
+  }
+  const auto misaligned = reinterpret_cast<uintptr_t>(out.data) % element_size(out.dtype);
+  if (misaligned != 0) return std::nullopt;
+  return out;
 }
 
 }  // namespace paramstats

@@ -35,9 +35,7 @@ std::vector<Function> functions() {
 
 // Throws if the function of torch's C interface with this name reports an error.
 void check(AOTITorchError error, const char* name) {
-  if (error != AOTI_TORCH_SUCCESS) {
-    throw std::runtime_error(std::string(name) + " of torch reports an error");
-  }
+  if (error != AOTI_TORCH_SUCCESS) throw_error(name);
 }
 
 template <class Value>
@@ -68,6 +66,10 @@ PyTypeObject* class_of(const py::dict& found, const char* name) {
 }
 
 }  // namespace
+
+void throw_error(const char* name) {
+  throw std::runtime_error(std::string(name) + " of torch reports an error");
+}
 
 py::tuple symbols() {
   const auto all = functions();
@@ -106,7 +108,13 @@ void connect(const py::dict& found) {
   api.python_keys = found["python_keys"].cast<uint64_t>();
   api.tensor = class_of(found, "tensor");
   api.parameter = class_of(found, "parameter");
-  api.undefined = *api.grad(impl_of(found["plain"].ptr()));
+  AtenTensorHandle undefined;
+  check(api.aoti_torch_new_uninitialized_tensor(&undefined), "aoti_torch_new_uninitialized_tensor");
+  api.undefined = *reinterpret_cast<Impl*>(undefined);
+  api.aoti_torch_delete_tensor_object(undefined);
+  if (*api.grad(impl_of(found["plain"].ptr())) != api.undefined) {
+    throw std::runtime_error("torch's C++ interface gave another gradient than Tensor.grad");
+  }
 }
 
 py::dict metadata(py::handle tensor) {
@@ -116,6 +124,7 @@ py::dict metadata(py::handle tensor) {
   all["sizes"] = tuple_of(t, PARAMSTATS_VALUE(t, aoti_torch_get_sizes));
   all["strides"] = tuple_of(t, PARAMSTATS_VALUE(t, aoti_torch_get_strides));
   all["numel"] = PARAMSTATS_VALUE(t, aoti_torch_get_numel);
+  all["is_contiguous"] = PARAMSTATS_VALUE(t, aoti_torch_is_contiguous);
   all["dtype"] = PARAMSTATS_VALUE(t, aoti_torch_get_dtype);
   all["device_type"] = PARAMSTATS_VALUE(t, aoti_torch_get_device_type);
   all["device_index"] = PARAMSTATS_VALUE(t, aoti_torch_get_device_index);
@@ -131,30 +140,21 @@ py::dict metadata(py::handle tensor) {
 
 py::object alias(py::handle tensor) { return Owned::alias_of(plain(tensor, "alias")).object(); }
 
-Owned Owned::reference_to(Impl t) {
-  Owned owned;
-  check(api.aoti_torch_new_tensor_handle(handle(t), &owned.tensor_),
-        "aoti_torch_new_tensor_handle");
-  return owned;
-}
-
 Owned Owned::alias_of(Impl t) {
-  Owned owned;
+  AtenTensorHandle alias;
   constexpr int64_t kMoreOffset = 0;  // is added to that of `t`
   check(api.aoti_torch__reinterpret_tensor(handle(t), PARAMSTATS_VALUE(t, aoti_torch_get_dim),
                                            PARAMSTATS_VALUE(t, aoti_torch_get_sizes),
                                            PARAMSTATS_VALUE(t, aoti_torch_get_strides), kMoreOffset,
-                                           &owned.tensor_),
+                                           &alias),
         "aoti_torch__reinterpret_tensor");
+  Owned owned = reference_to(*reinterpret_cast<Impl*>(alias));
+  api.aoti_torch_delete_tensor_object(alias);
   return owned;
 }
 
-Owned::~Owned() {
-  if (tensor_ != nullptr) api.aoti_torch_delete_tensor_object(tensor_);
-}
-
 py::object Owned::object() const {
-  auto found = py::reinterpret_steal<py::object>(api.wrap(reinterpret_cast<const Impl*>(tensor_)));
+  auto found = py::reinterpret_steal<py::object>(api.wrap(&tensor_));
   if (!found) throw py::error_already_set();
   return found;
 }

@@ -23,19 +23,21 @@ namespace paramstats::torch_abi {
 // The address of a c10::TensorImpl.
 using Impl = const void*;
 
-#define PARAMSTATS_SHIM(X)          \
-  X(aoti_torch_get_sizes)           \
-  X(aoti_torch_get_strides)         \
-  X(aoti_torch_get_dim)             \
-  X(aoti_torch_get_numel)           \
-  X(aoti_torch_get_dtype)           \
-  X(aoti_torch_get_device_type)     \
-  X(aoti_torch_get_device_index)    \
-  X(aoti_torch_get_storage_offset)  \
-  X(aoti_torch_get_storage_size)    \
-  X(torch_get_const_data_ptr)       \
-  X(aoti_torch__reinterpret_tensor) \
-  X(aoti_torch_new_tensor_handle)   \
+#define PARAMSTATS_SHIM(X)               \
+  X(aoti_torch_get_sizes)                \
+  X(aoti_torch_get_strides)              \
+  X(aoti_torch_get_dim)                  \
+  X(aoti_torch_get_numel)                \
+  X(aoti_torch_is_contiguous)            \
+  X(aoti_torch_get_dtype)                \
+  X(aoti_torch_get_device_type)          \
+  X(aoti_torch_get_device_index)         \
+  X(aoti_torch_get_storage_offset)       \
+  X(aoti_torch_get_storage_size)         \
+  X(torch_get_const_data_ptr)            \
+  X(aoti_torch__reinterpret_tensor)      \
+  X(aoti_torch_assign_tensors)           \
+  X(aoti_torch_new_uninitialized_tensor) \
   X(aoti_torch_delete_tensor_object) X(torch_parallel_for) X(torch_get_num_threads)
 
 #define PARAMSTATS_CXX(X)                                                       \
@@ -57,7 +59,7 @@ struct Api {
   // those of tensors whose metadata can be read without running Python code; those of subclasses
   // with operators in Python.
   uint64_t autograd_keys, plain_cpu_keys, plain_cuda_keys, metadata_keys, python_keys;
-  Impl undefined;  // what `grad` points to if there is no gradient
+  Impl undefined;  // that of a tensor that is not defined; what `grad` points to without a gradient
   PyTypeObject *tensor, *parameter;
   int8_t dtypes[128];  // torch's number of a dtype -> DType, or -1
 };
@@ -116,28 +118,42 @@ inline int64_t numel(Impl t) {
   return n;
 }
 
-// An at::Tensor on the heap, which owns a reference to its TensorImpl.
+// Throws an error that names the function of torch's C interface that reported one.
+[[noreturn]] void throw_error(const char* name);
+
+// An at::Tensor: owns a reference to its TensorImpl.
 class Owned {
  public:
   // Another reference to the same tensor.
-  static Owned reference_to(Impl t);
+  static Owned reference_to(Impl t) {
+    Owned owned;
+    if (api.aoti_torch_assign_tensors(handle(t), handle(owned.tensor_)) != AOTI_TORCH_SUCCESS) {
+      throw_error("aoti_torch_assign_tensors");
+    }
+    return owned;
+  }
   // Another tensor with the same storage, sizes and strides. It keeps the storage alive even if
   // the first tensor gets another one.
   static Owned alias_of(Impl t);
 
-  Owned(Owned&& other) noexcept : tensor_(std::exchange(other.tensor_, nullptr)) {}
+  Owned(Owned&& other) noexcept : tensor_(std::exchange(other.tensor_, api.undefined)) {}
   Owned& operator=(Owned&& other) noexcept {
     std::swap(tensor_, other.tensor_);
     return *this;
   }
-  ~Owned();
+  ~Owned() {
+    if (tensor_ == api.undefined) return;
+    const Impl undefined = api.undefined;
+    api.aoti_torch_assign_tensors(handle(undefined), handle(tensor_));
+  }
 
+  Impl impl() const { return tensor_; }
   // The Python object of the tensor. May run Python code.
   pybind11::object object() const;
 
  private:
   Owned() = default;
-  AtenTensorHandle tensor_ = nullptr;
+  Impl tensor_ = api.undefined;
 };
 
 }  // namespace paramstats::torch_abi

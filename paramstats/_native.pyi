@@ -43,20 +43,47 @@ def metadata(tensor: torch.Tensor) -> dict[str, Any]:
 def alias(tensor: torch.Tensor) -> torch.Tensor:
     """Return another tensor with the same storage, sizes and strides as a plain tensor."""
 
-CUDA_VIEW_BYTES: int
-"""The size of a paramstats::cuda::TensorView, which `paramstats._cuda` must agree with."""
+RELAXED_CAPTURE: int
+"""The capture mode that allows this thread to query events while a graph is being captured."""
+
+def cuda_open(path: str) -> str:
+    """Find the functions of CUDA's driver in a library. Return why that failed, or ""."""
+
+def cuda_load(device: int, image: bytes) -> str:
+    """Load compiled kernels (a cubin) on a device. Return why that failed, or "".
+
+    `cuda_open` must have succeeded.
+    """
+
+def exchange_capture_mode(mode: int) -> int:
+    """Set the capture mode of this thread; return the previous one."""
 
 class CudaGroup:
-    """The tensors of one call that the kernels can read on one CUDA device, in order."""
+    """The tensors of one call that the kernels read on one CUDA device.
+
+    It refers to them, or holds their storages (`read(hold=True)`).
+    """
 
     device: int
     """The index of the device."""
-    rows: bytes
-    """Their rows in the table: an array of int64."""
-    views: bytes
-    """Their memory: an array of paramstats::cuda::TensorView."""
+    replaced: bool
+    """Whether another thread replaced a tensor before `enqueue` returned: the results may be wrong.
+    This does not happen if the group holds the storages."""
 
-    def tensors(self) -> list[torch.Tensor]:
+    def sizes(self) -> tuple[int, int]:
+        """Return the bytes of pinned host memory and of device memory that `enqueue` needs."""
+
+    def enqueue(self, host: int, device_memory: int, stream: int) -> str:
+        """Enqueue the reads on a stream (a CUstream). They write the states to the begin of `host`.
+
+        Return an error, or "". Does not wait for the device. Both memories must stay valid until
+        the stream is done, also after an error.
+        """
+
+    def write(self, table: bytearray, host: int) -> None:
+        """Copy the states at `host` to their rows. Raises IndexError if the table is too small."""
+
+    def aliases(self) -> list[torch.Tensor]:
         """Return tensors with the same storages, sizes and strides."""
 
 def walk(
@@ -75,13 +102,17 @@ def set_dtensor_class(type: type[torch.Tensor]) -> None:
     """Tell `walk` which class is DTensor, so that it lists models with DTensors."""
 
 def read(
-    tensors: list[torch.Tensor], params: bool, grads: bool, cuda: bool = False
+    tensors: list[torch.Tensor],
+    params: bool,
+    grads: bool,
+    cuda_devices: int = 0,
+    hold: bool = False,
 ) -> tuple[bytes, tuple[tuple[int, torch.Tensor], ...], tuple[CudaGroup, ...]]:
     """Read tensors and their gradients; return `(table, deferred_rows, groups)`.
 
-    `deferred_rows` are rows that the kernels cannot read, with their tensors. If `cuda`, the CUDA
-    tensors that the kernels can read are in `groups`, whose rows are unread; otherwise they are
-    deferred.
+    `deferred_rows` are rows that the kernels cannot read, with their tensors. The tensors on the
+    CUDA devices whose bits are set in `cuda_devices` are in `groups`, and their rows are unread. If
+    `hold`, the groups hold the storages.
     """
 
 def merge_rows(table: bytes, begin: int, end: int) -> bytes:

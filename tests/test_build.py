@@ -1,6 +1,7 @@
 """Building the native backend, or installing without it: what setup.py leaves and reports.
 
-The builds use a tiny source in place of csrc/, because they test setup.py alone.
+The builds use a tiny source in place of csrc/, and a fake NVRTC, because they test setup.py and
+tools/cubins.py alone.
 """
 
 from __future__ import annotations
@@ -8,10 +9,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import venv
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,8 +22,10 @@ from typing import Any
 import pytest
 import torch
 
+from paramstats._core import nvrtc
+from tests import fake_nvrtc
 from tests.conftest import run_python
-from tools import wheels
+from tools import cubins, wheels
 
 ROOT = Path(__file__).parent.parent
 STUB = """
@@ -32,21 +37,23 @@ PyMODINIT_FUNC PyInit__native() {
   return module;
 }
 """
+KERNELS = '#pragma once\n#include "block.h"\nkernels\n'
+FLAT = "block\nkernels\n"
 
 
 @pytest.fixture
 def checkout(tmp_path):
     """A copy of the checkout with the stub, and with the record of an earlier build."""
     pytest.importorskip("setuptools", reason="setuptools is not installed")
-    shutil.copytree(
-        ROOT / "paramstats",
-        tmp_path / "paramstats",
-        ignore=shutil.ignore_patterns("*.so", "__pycache__"),
-    )
+    ignore = shutil.ignore_patterns("*.so", "__pycache__", "kernels")
+    for name in ("paramstats", "tools"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=ignore)
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
-    (tmp_path / "csrc").mkdir()
+    (tmp_path / "csrc/cuda").mkdir(parents=True)
     (tmp_path / "csrc/binding.cpp").write_text(STUB)
+    (tmp_path / "csrc/cuda/kernels.h").write_text(KERNELS)
+    (tmp_path / "csrc/cuda/block.h").write_text('#pragma once\n#include "kernels.h"\nblock\n')
     (tmp_path / "paramstats/_build.json").write_text('{"native": true}')
     return tmp_path
 
@@ -148,6 +155,138 @@ def test_the_build_finds_the_torch_that_pip_hides(checkout):
     result = subprocess.run(command, cwd=checkout, env=variables, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert record_of(checkout)["native"] is True
+
+
+def kernels_in(package: Path) -> dict[str, str]:
+    return {file.name: file.read_text() for file in (package / "kernels").iterdir()}
+
+
+def compiled(*architectures: int) -> dict[str, str]:
+    """What a build with the fake NVRTC leaves."""
+    made = {f"sm_{n}.cubin": fake_nvrtc.cubin(n, FLAT).decode() for n in architectures}
+    return {"kernels.cu": FLAT, **made}
+
+
+def test_a_torch_without_cuda_needs_no_cubins(checkout):
+    if torch.version.cuda is not None:
+        pytest.skip("this torch has CUDA")
+    (checkout / "build/lib/paramstats/kernels").mkdir(parents=True)
+    (checkout / "build/lib/paramstats/kernels/sm_90.cubin").write_text("of an earlier build")
+    record = build(checkout, PARAMSTATS_STRICT_BUILD="1")
+    assert record["cuda_compiler"] == "" and record["cuda_reason"] == "torch has no CUDA"
+    assert kernels_in(checkout / "build/lib/paramstats") == compiled()
+
+
+def test_the_nvrtc_of_the_variable_compiles_the_cubins(checkout):
+    variables = {nvrtc.VARIABLE: fake_nvrtc.library()}
+    record = build(checkout, **variables)
+    assert record["cuda_compiler"] == "NVRTC 12.9" and record["cuda_reason"] == ""
+    assert kernels_in(checkout / "build/lib/paramstats") == compiled(*cubins.ARCHITECTURES)
+
+    variables["TORCH_CUDA_ARCH_LIST"] = "7.0;9.0 10.1+PTX"
+    record = build(checkout, **variables)
+    assert record["cuda_reason"] == "NVRTC 12.9 does not compile them for sm_70, sm_101"
+    assert kernels_in(checkout / "build/lib/paramstats") == compiled(90)
+
+
+def test_cubins_are_in_the_package_after_a_build_in_place(checkout):
+    variables = {nvrtc.VARIABLE: fake_nvrtc.library(), "TORCH_CUDA_ARCH_LIST": "9.0"}
+    result = run_setup(checkout, "build_ext", "--inplace", **variables)
+    assert result.returncode == 0, result.stderr
+    assert kernels_in(checkout / "paramstats") == compiled(90)
+
+
+def test_a_wheel_contains_its_own_cubins_and_not_those_of_the_checkout(checkout):
+    pytest.importorskip("wheel", reason="wheel is not installed")
+    (checkout / "paramstats/kernels").mkdir()
+    (checkout / "paramstats/kernels/sm_80.cubin").write_text("of a build in place")
+    variables = {nvrtc.VARIABLE: fake_nvrtc.library(), "TORCH_CUDA_ARCH_LIST": "9.0"}
+    result = run_setup(checkout, "bdist_wheel", **variables)
+    assert result.returncode == 0, result.stderr
+    with zipfile.ZipFile(next((checkout / "dist").glob("*.whl"))) as wheel:
+        found = {
+            Path(name).name: wheel.read(name).decode()
+            for name in wheel.namelist()
+            if re.fullmatch(r"paramstats/kernels/.+", name)
+        }
+    assert found == compiled(90)
+
+
+@pytest.mark.parametrize("library", ["fails", "missing"])
+def test_cubins_that_cannot_be_compiled_fail_only_strict_builds(checkout, library):
+    (checkout / "csrc/cuda/kernels.h").write_text("FAIL\n")
+    path = fake_nvrtc.library() if library == "fails" else "/missing.so"
+    record = build(checkout, **{nvrtc.VARIABLE: path})
+    reason = "NVRTC_ERROR_COMPILATION" if library == "fails" else "/missing.so"
+    assert record["native"] is True and reason in record["cuda_reason"]
+    assert kernels_in(checkout / "build/lib/paramstats") == {"kernels.cu": "FAIL\n"}
+
+    strict = {nvrtc.VARIABLE: path, "PARAMSTATS_STRICT_BUILD": "1"}
+    result = run_setup(checkout, "build", **strict)
+    assert result.returncode != 0 and "PARAMSTATS_STRICT_BUILD is set" in result.stderr
+    assert reason in result.stderr
+
+
+FAKE_NVCC = """#!/bin/sh
+case "$*" in
+  --version) echo "Cuda compilation tools, release 12.4, V12.4.131";;
+  --list-gpu-code) printf 'sm_75\\nsm_80\\nsm_90\\n';;
+  *90*) echo "nvcc fatal: no host compiler" >&2; exit 1;;
+  *) while [ $# -gt 1 ]; do [ "$1" = --output-file ] && echo made > "$2"; shift; done;;
+esac
+"""
+
+
+@pytest.fixture
+def toolkit(tmp_path):
+    """A folder with an nvcc 12.4 that knows sm_75 to sm_90 and cannot compile for sm_90."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/nvcc").write_text(FAKE_NVCC)
+    (tmp_path / "bin/nvcc").chmod(0o755)
+    return str(tmp_path)
+
+
+def test_the_order_of_compilers(toolkit, monkeypatch):
+    monkeypatch.delenv(nvrtc.VARIABLE, raising=False)
+    monkeypatch.setattr(cubins.nvrtc, "find", lambda: "the NVRTC of torch")
+    assert cubins.find_compiler(toolkit, None) is None
+    assert str(cubins.find_compiler(toolkit, "12.8")) == "nvcc 12.4"
+    assert str(cubins.find_compiler(toolkit, "13.0")) == "nvcc 12.4"
+    assert cubins.find_compiler(toolkit, "11.8") == "the NVRTC of torch"
+    assert cubins.find_compiler(None, "12.8") == "the NVRTC of torch"
+    assert cubins.find_compiler("/missing", "12.8") == "the NVRTC of torch"
+    monkeypatch.setenv(nvrtc.VARIABLE, "set")
+    assert cubins.find_compiler(toolkit, None) == "the NVRTC of torch"
+
+
+def test_nvcc_compiles_what_it_knows(toolkit, tmp_path):
+    nvcc = cubins.Nvcc(toolkit)
+    folder = tmp_path / "kernels"
+    assert cubins.write(folder, nvcc, (70, 75, 80, 100)) == ["sm_70", "sm_100"]
+    assert (folder / "sm_75.cubin").read_text() == (folder / "sm_80.cubin").read_text() == "made\n"
+    with pytest.raises(cubins.nvrtc.CompileError, match="nvcc failed\nnvcc fatal: no host"):
+        cubins.write(folder, nvcc, (90,))
+
+
+@pytest.mark.parametrize(
+    ("listed", "expected"),
+    [
+        ("", cubins.ARCHITECTURES),
+        ("9.0", (90,)),
+        ("8.0;9.0a+PTX 12.0", (80, 90, 120)),
+        ("Hopper", cubins.ARCHITECTURES),
+    ],
+)
+def test_architectures_can_be_requested(monkeypatch, listed, expected):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", listed)
+    assert cubins.requested() == expected
+
+
+def test_a_flat_source_contains_each_file_once():
+    source = cubins.flatten(ROOT / "csrc/cuda/kernels.h")
+    assert '#include "' not in source and "#pragma once" not in source
+    assert source.count("struct Moments {") == 1
+    assert source.index("struct Moments {") < source.index("paramstats_summarize_chunks(")
 
 
 def test_the_native_backend_can_be_left_out(checkout):

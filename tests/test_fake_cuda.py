@@ -11,6 +11,7 @@ import dataclasses
 import gc
 import importlib.util
 import pickle
+import re
 import sys
 import threading
 from collections import deque
@@ -25,7 +26,7 @@ from torch import nn
 import paramstats
 from paramstats._core import backend as backends
 from paramstats._core import cuda as cuda_module
-from paramstats._core import moments, reference, states
+from paramstats._core import images, moments, reference, states
 from tests import oracle
 from tests.conftest import load_backend
 from tests.dtypes import DTYPES
@@ -109,7 +110,7 @@ def test_summarize_returns_before_the_device_is_done(cuda, model):
     before = cuda.counts()
     summary = paramstats.summarize(model)
     assert counts_since(cuda, before) == {
-        "launches": 2, "copies": 2, "waits": 0, "allocations": 2, "recorded": 0
+        "launches": 1, "copies": 0, "waits": 0, "allocations": 2, "recorded": 0
     }  # fmt: skip
     assert not summary.ready()
     assert counts_since(cuda, before)["waits"] == 0
@@ -129,21 +130,16 @@ def test_a_mode_changes_no_result(cuda, model, condition):
     check(CONDITIONS[condition](lambda: paramstats.summarize(model).wait()), expected)
 
 
-def test_two_devices_and_the_cpu_in_one_model(cuda, fake, monkeypatch):
+def test_two_devices_and_the_cpu_in_one_model(cuda):
     torch.manual_seed(0)
     layers = [nn.Linear(5, 5) for _ in range(4)]
     expected = nn.Sequential(*copy.deepcopy(layers))
     for layer, device in ((0, 1), (1, 0), (3, 1)):
         to_cuda(layers[layer], cuda, device)
-    enqueue, used = fake.kernels.enqueue, []
-    monkeypatch.setattr(
-        fake.kernels, "enqueue",
-        lambda *args: (used.append(cuda.current_device()), enqueue(*args))[1],
-    )  # fmt: skip
     before = cuda.counts()
     summary = paramstats.summarize(nn.Sequential(*layers))
-    assert counts_since(cuda, before)["launches"] == 4 and counts_since(cuda, before)["waits"] == 0
-    assert used == [1, 0] and cuda.current_device() == 0
+    assert counts_since(cuda, before)["launches"] == 2 and counts_since(cuda, before)["waits"] == 0
+    assert cuda.current_device() == 0
     assert list(summary) == [name for name, _ in expected.named_parameters()]
     for name, p in expected.named_parameters():
         oracle.check(summary[name], p)
@@ -201,7 +197,7 @@ def test_all_dtypes_in_one_launch(cuda):
     tensors |= {f"offset of {name}": t[3:] for name, t in tensors.items()}
     before = cuda.counts()
     summary = paramstats.summarize({name: cuda.to(t, 0) for name, t in tensors.items()})
-    assert counts_since(cuda, before)["launches"] == 2
+    assert counts_since(cuda, before)["launches"] == 1
     for name, t in tensors.items():
         oracle.check(summary[name], t)
 
@@ -258,12 +254,12 @@ def test_graph_capture_raises_and_stays_valid(cuda, device):
     assert paramstats.summarize(model).total.count == 12
 
 
-def test_runtime_errors_are_raised(cuda, model, fake, monkeypatch):
+def test_errors_of_the_driver_are_raised(cuda, model):
     to_cuda(model, cuda)
-    with monkeypatch.context() as patch:
-        patch.setattr(fake.kernels, "enqueue", lambda *args: "launch failure")
-        with pytest.raises(RuntimeError, match="runtime reports 'launch failure' on cuda:0"):
-            paramstats.summarize(model)
+    paramstats.summarize(model).wait()
+    cuda.before_launch(lambda: cuda.fail_next(719, 0))
+    with pytest.raises(RuntimeError, match="summarize: cuda:0 reports cu.*: cudaErrorLaunchFailure"):
+        paramstats.summarize(model)
     assert paramstats.summarize(model).total.count == 75
 
 
@@ -286,11 +282,12 @@ def test_permanent_device_error(cuda, model):
     assert paramstats.summarize(model).total.count == 75
 
 
-def test_a_failed_call_keeps_the_memory_that_the_device_may_write(cuda, model, fake, monkeypatch):
+def test_a_failed_call_keeps_the_memory_that_the_device_may_write(cuda, model):
     to_cuda(model, cuda)
-    enqueue, before = fake.kernels.enqueue, cuda.pinned()
-    monkeypatch.setattr(fake.kernels, "enqueue", lambda *args: enqueue(*args) or "launch failure")
-    with pytest.raises(RuntimeError, match="launch failure"):
+    paramstats.summarize(model).wait()
+    before = cuda.pinned()
+    cuda.before_launch(lambda: cuda.fail_next(719, 0))
+    with pytest.raises(RuntimeError, match="cudaErrorLaunchFailure"):
         paramstats.summarize(model)
     gc.collect()
     assert cuda.pinned() == before + 1
@@ -351,11 +348,24 @@ def test_two_threads_wait_for_one_summary(cuda, model, monkeypatch):
     assert norm > 0 and found == [norm] and summary.total.norm == norm
 
 
+def not_found(capability: tuple[int, int], wait: bool) -> str:
+    return "no kernels"
+
+
+def fails_to_load(capability: tuple[int, int], wait: bool) -> images.Image:
+    """The driver rejects the kernels."""
+    return images.Image(b"", "a cubin")
+
+
 @pytest.mark.parametrize("forced", [False, True])
-def test_device_that_the_kernels_were_not_compiled_for(cuda, model, fake, monkeypatch, forced):
+@pytest.mark.parametrize(
+    ("find", "reason"),
+    [(not_found, "no kernels"), (fails_to_load, "a cubin does not load: cuLibraryLoadData: cudaErrorInvalidKernelImage")],
+)
+def test_a_device_without_kernels(cuda, model, fake, monkeypatch, forced, find, reason):
     """Torch operators read its tensors, with one warning; or an error if native was forced."""
-    monkeypatch.setattr(fake.kernels, "check", lambda: "no kernel image")
     chosen = fake.install(load_backend("native"), monkeypatch.setattr)
+    monkeypatch.setattr(images, "find", find)
     monkeypatch.setattr(backends, "_active", dataclasses.replace(chosen, forced=forced))
     monkeypatch.setattr(backends, "_explained", set())
     deferred = {}
@@ -365,23 +375,82 @@ def test_device_that_the_kernels_were_not_compiled_for(cuda, model, fake, monkey
     )  # fmt: skip
     to_cuda(model, cuda)
     if forced:
-        with pytest.raises(RuntimeError, match=r"expected the native backend.*no kernel image"):
+        with pytest.raises(RuntimeError, match=f"expected the native backend.*{reason}"):
             paramstats.summarize(model)
         return
-    with pytest.warns(RuntimeWarning, match="torch operators on cuda:0.*no kernel image"):
+    with pytest.warns(RuntimeWarning, match=f"torch operators on cuda:0.*{reason}"):
         paramstats.summarize(model)
     paramstats.summarize(model)  # a second warning would be an error
     tensors = [*model.parameters(), *(p.grad for p in model.parameters())]
-    assert sorted(deferred) == list(range(8))
-    for row, tensor in enumerate(tensors):
-        alias = deferred[row]
-        assert alias.data_ptr() == tensor.data_ptr() and alias.stride() == tensor.stride()
+    assert deferred == dict(enumerate(tensors))
+    assert all(tensor is tensors[row] for row, tensor in deferred.items())
 
 
-def test_modules_of_different_sources_are_refused(fake, monkeypatch):
-    monkeypatch.setattr(fake.kernels, "VIEW_BYTES", 16)
-    with pytest.raises(ImportError, match=r"with 16 bytes and paramstats\._native with 24"):
-        fake.install(load_backend("native"), monkeypatch.setattr)
+def test_each_call_while_the_kernels_are_loaded_may_fail(cuda, fake):
+    native, skip = load_backend("native").native, 1  # the first call sets the capture mode
+    while True:
+        cuda.fail_next(700, skip)
+        reason = cuda_module.CudaBackend(native, fake.driver).reason(0)
+        if not reason:
+            break
+        assert re.search("^the fake does not load: .*cudaErrorIllegalAddress", reason)
+        skip += 1
+    cuda.fail_next(0, 0)
+    assert skip > 7
+
+
+def test_without_a_driver(cuda, fake, monkeypatch):
+    backend = cuda_module.CudaBackend(load_backend("native").native, "no-such-library.so")
+    assert "no-such-library.so" in backend.reason(0)
+
+
+def test_torch_operators_read_while_the_kernels_are_compiled(cuda, model, fake, monkeypatch):
+    expected = copies(model)
+    chosen = fake.install(load_backend("native"), monkeypatch.setattr)
+    monkeypatch.setattr(backends, "_active", dataclasses.replace(chosen, forced=False))
+    find = images.find
+    monkeypatch.setattr(images, "find", lambda *args: images.NotYet("being compiled"))
+    deferred = []
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            reference, "fill",
+            lambda table, rows, params: (deferred.extend(rows), (table, (), {}))[1],
+        )  # fmt: skip
+        paramstats.summarize(to_cuda(model, cuda))  # a warning would be an error
+    assert len(deferred) == 8
+    monkeypatch.setattr(images, "find", find)
+    check(paramstats.summarize(model), expected)
+
+
+@pytest.mark.parametrize("moment", ["before the launch", "during the launch"])
+@pytest.mark.parametrize("which", ["data", "gradient"])
+def test_a_tensor_is_replaced(cuda, fake, monkeypatch, moment, which):
+    """Another thread replaces it, and the memory that the kernels would read is used by others."""
+    p = nn.Parameter(cuda.to(torch.ones(60), 0))
+    p.grad = cuda.to(torch.ones(60), 0)
+    paramstats.summarize([("p", p)]).wait()
+
+    def replace(*_: Any) -> None:
+        new = cuda.to(torch.full((60,), 3.0), 0)
+        if which == "data":
+            p.data = new
+        else:
+            p.grad = new
+        cuda.run()
+
+    if moment == "during the launch":
+        cuda.before_launch(replace)
+    else:
+        empty = fake.torch.empty
+        monkeypatch.setattr(fake.torch, "empty", lambda *args, **kwargs: (
+            monkeypatch.setattr(fake.torch, "empty", empty), replace(), empty(*args, **kwargs))[2]
+        )  # fmt: skip
+    before = cuda.counts()
+    entry = paramstats.summarize([("p", p)])["p"]
+    stats = entry if which == "data" else entry.grad
+    assert (stats.mean, stats.std) == (3, 0)
+    launches = counts_since(cuda, before)["launches"]
+    assert launches == (2 if moment == "during the launch" else 1)
 
 
 def test_tensors_are_replaced_while_they_are_read(cuda):

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 import paramstats
-from paramstats._core import backend as backends
+from paramstats._core import loading
 
 FORK = """
 import os, signal, sys, torch, paramstats
 from paramstats._core import backend as backends
+from paramstats._core import loading
 torch.set_num_threads(2)
 x = torch.randn(3_000_000)
 tensors = {"x": x, "complex": torch.view_as_complex(x.view(-1, 2))}
@@ -40,7 +41,7 @@ for name in sys.argv[1:]:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_large_model_is_read_in_a_forked_child():
-    names = ["native", "reference"] if backends._load_native()[0] else ["reference"]
+    names = ["native", "reference"] if loading.load()[0] else ["reference"]
     run = subprocess.run([sys.executable, "-c", FORK, *names], timeout=180)
     assert run.returncode == 0
 

@@ -161,6 +161,14 @@ def reference_to_another(address: int) -> Any:
     return keep(GETTER(lambda _, out: original(ctypes.addressof(OTHER_POINTER), out)))
 
 
+def another_tensor(_: int) -> Any:
+    """Return a function that returns a tensor in place of an undefined one."""
+    library = ctypes.PyDLL(torch._C.__file__)
+    new = GETTER(ctypes.cast(library.aoti_torch_new_tensor_handle, c_void_p).value)
+    other = ctypes.addressof(OTHER_POINTER)
+    return keep(ctypes.PYFUNCTYPE(c_int32, c_void_p)(lambda out: new(other, out)))
+
+
 def with_another_offset(address: int) -> Any:
     kind = ctypes.PYFUNCTYPE(c_int32, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_void_p)
     original = kind(address)
@@ -188,7 +196,12 @@ WRONG: dict[str, tuple[Make, str]] = {
     "aoti_torch_get_storage_size": (add(c_int64, -1), "storage_size of a .* is 60, .* gave 59"),
     "torch_get_const_data_ptr": (add(c_uint64, 4), r"data_ptr of a tensor is \d+, .* gave \d+"),
     "aoti_torch__reinterpret_tensor": (with_another_offset, OTHER_MEMORY),
-    "aoti_torch_new_tensor_handle": (reference_to_another, OTHER_GRADIENT),
+    "aoti_torch_is_contiguous": (
+        getter(lambda result: c_bool.from_address(result).__setattr__("value", False)),
+        "is_contiguous of a tensor is True, .* gave False",
+    ),
+    "aoti_torch_assign_tensors": (reference_to_another, OTHER_MEMORY),
+    "aoti_torch_new_uninitialized_tensor": (another_tensor, OTHER_GRADIENT),
     "torch_get_num_threads": (
         lambda _: keep(ctypes.PYFUNCTYPE(c_int32, c_void_p)(add_threads)),
         r"it has \d+ threads, and 1000 by its C interface",
@@ -239,7 +252,7 @@ def test_a_function_with_wrong_results_is_noticed(patch, falls_back, symbol):
 def test_a_function_that_reports_an_error_is_named(patch, falls_back, symbol):
     if symbol == "torch_get_num_threads":
         pytest.skip("1 thread is used, which may be right")
-    arguments = 6 if "reinterpret" in symbol else 2
+    arguments = 6 if "reinterpret" in symbol else 1 if "uninitialized" in symbol else 2
     replace_function(patch, symbol, returning(c_int32, *[c_void_p] * arguments, result=1))
     falls_back(f"^RuntimeError: {symbol} of torch reports an error")
 

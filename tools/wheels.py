@@ -3,12 +3,13 @@
     make wheels                                        for each Python 3.10 to 3.14 on the PATH
     make wheels PYTHONS="python3.12 /path/to/python"   for these
 
-A wheel is for one Python version and every torch from 2.10 on. It is built from the source archive,
-without CUDA, by a Python that has torch. For a Python without torch, an environment is created in
-build/elsewhere. On Linux, the compiler is that of the package ziglang: it compiles for an older
-glibc than that of this system and links its own C++ library. auditwheel gives each wheel its
-platform tag. It fails if the wheel needs a library of torch, or later system libraries than those
-of manylinux_2_28.
+A wheel is for one Python version and every torch from 2.10 on. It is built from the source archive
+by a Python that has torch, with or without CUDA. For a Python without torch, an environment is
+created in build/elsewhere. On Linux, the compiler is that of the package ziglang: it compiles for
+an older glibc than that of this system and links its own C++ library. auditwheel gives each wheel
+its platform tag. It fails if the wheel needs a library of torch, or later system libraries than
+those of manylinux_2_28. Wheels for Linux contain the CUDA kernels as cubins. Those of each wheel
+must be the same bytes as those that this program compiles.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+from tools import cubins
 from tools.commands import ROOT, run
 
 BUILD = ROOT / "build/elsewhere"
@@ -36,7 +38,8 @@ TEST_TOOLS = ["numpy", "pytest", "hypothesis", "safetensors", "rich", "tqdm", "p
 
 IN_SDIST = (
     "csrc/binding.cpp csrc/cpu/kernels_body.h csrc/cuda/kernels.h csrc/moments.h csrc/portable.h "
-    "setup.py pyproject.toml LICENSE README.md paramstats/py.typed tests/oracle.py tests/core.txt"
+    "setup.py pyproject.toml LICENSE README.md paramstats/py.typed tests/oracle.py tests/core.txt "
+    "tools/cubins.py"
 )
 IN_WHEEL = (
     "paramstats/py.typed paramstats/_build.json paramstats/checkpoints/__init__.py "
@@ -93,7 +96,18 @@ def portable_compiler() -> str:
     return str(path)
 
 
-def build_wheel(python: str, sdist: Path) -> Path:
+def build_kernels() -> dict[str, bytes]:
+    """Returns the name and the content of each file of CUDA kernels that wheels must contain."""
+    folder = ROOT / "build/kernels"
+    on_linux = sys.platform == "linux"
+    compiler = cubins.nvrtc.Nvrtc(cubins.install_nvrtc()) if on_linux else None
+    missing = cubins.write(folder, compiler, cubins.ARCHITECTURES if on_linux else ())
+    if missing:
+        sys.exit(f"{compiler} does not know {' '.join(missing)}")
+    return {f"paramstats/kernels/{path.name}": path.read_bytes() for path in folder.iterdir()}
+
+
+def build_wheel(python: str, sdist: Path, kernels: dict[str, bytes]) -> Path:
     """Builds a wheel with that Python into dist and checks what it contains and what it needs."""
     raw = ROOT / "build/wheels"
     shutil.rmtree(raw, ignore_errors=True)
@@ -103,6 +117,8 @@ def build_wheel(python: str, sdist: Path) -> Path:
         *("--wheel-dir", str(raw), str(sdist)),
         CUDA_HOME=os.devnull,
         PARAMSTATS_STRICT_BUILD="1",
+        PARAMSTATS_NVRTC=cubins.install_nvrtc() if on_linux else "",
+        TORCH_CUDA_ARCH_LIST="",
         **({"CXX": portable_compiler()} if on_linux else {}),
     )
     wheel = next(raw.glob("*.whl"))
@@ -113,13 +129,16 @@ def build_wheel(python: str, sdist: Path) -> Path:
         wheel = next((raw / "repaired").glob("*.whl"))
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-    missing = set(IN_WHEEL.split()) - names
+        different = {n for n, data in kernels.items() if n in names and archive.read(n) != data}
+    missing = (set(IN_WHEEL.split()) | set(kernels)) - names
     for pattern in (r"paramstats/_native\..*\.so", r".*\.dist-info/.*LICENSE"):
         if not any(re.fullmatch(pattern, name) for name in names):
             missing.add(pattern)
     extra = [n for n in names if not re.match(r"paramstats/|paramstats-[^/]*\.dist-info/", n)]
-    if missing or extra:
-        sys.exit(f"{wheel.name}: missing {sorted(missing)}, extra {extra}")
+    if missing or extra or different:
+        sys.exit(
+            f"{wheel.name}: missing {sorted(missing)}, extra {extra}, different {sorted(different)}"
+        )
     return Path(shutil.move(wheel, DIST / wheel.name))
 
 
@@ -138,8 +157,9 @@ def main() -> None:
     shutil.rmtree(DIST, ignore_errors=True)
     sdist = build_sdist()
     print(f"{sdist.relative_to(ROOT)}  {sdist.stat().st_size / 1e6:.2f} MB", flush=True)
+    kernels = build_kernels()
     for python in pythons:
-        wheel = build_wheel(with_torch(python), sdist)
+        wheel = build_wheel(with_torch(python), sdist, kernels)
         print(f"{wheel.relative_to(ROOT)}  {wheel.stat().st_size / 1e6:.2f} MB", flush=True)
 
 

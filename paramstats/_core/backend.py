@@ -2,37 +2,24 @@
 
 from __future__ import annotations
 
-import importlib
-import json
+import functools
 import os
 import platform
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from paramstats._core import moments, reference, torch_abi
+from paramstats._core import images, loading, moments, reference
 from paramstats._core import walk as python_walk
 from paramstats._core.cuda import CudaBackend
 from paramstats._version import __version__
 
-_PACKAGE = Path(__file__).parent.parent
 _BACKEND_VARIABLE = "PARAMSTATS_BACKEND"
 _SIMD_VARIABLE = "PARAMSTATS_SIMD"
-_FROM_SOURCE = "run pip install --force-reinstall --no-deps . in a checkout"
-if (_PACKAGE.parent / "setup.py").exists():
-    _FROM_SOURCE = (
-        "run pip install --editable . here (this is the source checkout; an installed package is "
-        "imported in other folders)"
-    )
-_REBUILD = (
-    f"{_FROM_SOURCE}, with a C++ compiler, or pip install --force-reinstall --no-deps with a wheel "
-    f"of paramstats for Python {platform.python_version()}"
-)
 
 
 @dataclass(frozen=True)
@@ -57,37 +44,41 @@ class Implementation:
     missing: str | None = None
     """Why this is not the native backend; None if it is."""
     cuda: CudaBackend | None = None
-    """Starts the CUDA kernels, if their module is installed."""
+    """Starts the CUDA kernels, if torch has CUDA."""
     cuda_missing: str | None = None
-    """Why the CUDA module is not installed; None if it is."""
+    """Why there is no CUDA backend; None if there is."""
     forced: bool = False
     """Whether PARAMSTATS_BACKEND=native forbids the fallback to torch operators."""
 
-    def cuda_error(self, device: torch.device) -> str | None:
-        """Return why the kernels do not read tensors on a CUDA device; None if they do."""
-        if self.cuda is None:
-            return self.cuda_missing
-        reason = self.cuda.error(device.index)
-        return f"the CUDA backend does not run on {device}: {reason}" if reason else None
+    def cuda_reason(self, device: torch.device) -> str | None:
+        """Return why the kernels do not read tensors on a CUDA device; None if they do.
+
+        While they are being compiled, the reason is an `images.NotYet`.
+        """
+        reason = self.cuda.reason(device.index) if self.cuda else self.cuda_missing
+        return reason or None
 
     def explain_cuda(self, devices: Iterable[torch.device]) -> None:
         """Warn, once per device, why CUDA tensors are read with torch operators.
 
+        There is no warning while the kernels are being compiled.
+
         Raises RuntimeError if the native backend is forced.
         """
         for device in {device for device in devices if device.type == "cuda"}:
-            reason = self.cuda_error(device) if self.name == "native" else None
-            if reason and self.forced:
+            reason = self.cuda_reason(device)
+            if reason is None or isinstance(reason, images.NotYet):
+                continue
+            if self.forced:
                 raise RuntimeError(
                     f"paramstats: expected the native backend ({_BACKEND_VARIABLE}=native) for "
                     f"tensors on {device}, but {reason}"
                 )
-            if reason and device not in _explained:
+            if device not in _explained:
                 _explained.add(device)
                 warnings.warn(
                     f"paramstats uses torch operators on {device}: the same results, but slower. "
-                    f"Reason: "
-                    f"{reason}",
+                    f"Reason: {reason}",
                     RuntimeWarning,
                     stacklevel=3,
                 )
@@ -109,8 +100,9 @@ class Backend:
     """Why the native backend is not used, and what to do about it; None if it is."""
     cuda_missing: str | None
     """Why the native backend is not used for CUDA tensors; None if it is."""
-    cuda_architectures: str | None
-    """The GPU architectures that the kernels were compiled for, such as "sm_80 sm_90"."""
+    cuda_kernels: str | None
+    """Where the CUDA kernels come from, such as "cubin sm_90"; before CUDA is initialized, the
+    architectures for which the package has them."""
     cuda_devices: tuple[str, ...]
     """The GPUs that torch sees; their names once CUDA is initialized."""
     torch: str
@@ -122,7 +114,7 @@ class Backend:
         simd = f", {self.simd} kernels" if self.simd else " (torch operators)"
         cuda = "reference (torch operators on the device, one transfer)"
         if self.cuda == "native":
-            cuda = f"native, compiled for {self.cuda_architectures}"
+            cuda = f"native ({self.cuda_kernels})"
         lines = [
             f"paramstats {self.version} on torch {self.torch}, Python {platform.python_version()}",
             f"  CPU tensors   {self.cpu}{simd}, {self.threads} threads",
@@ -167,10 +159,11 @@ def choose(wanted: str | None) -> Implementation:
     native, missing, cuda, cuda_missing = _extensions or _load()
     if native is not None:
         _set_simd_level(native)
+        forced = wanted == "native"
         return Implementation(
             "native",
             native.walk,
-            cuda.read if cuda else native.read,
+            functools.partial(cuda.read, wait=forced) if cuda else native.read,
             native.merge_rows,
             native.scalars,
             native.statistic,
@@ -179,7 +172,7 @@ def choose(wanted: str | None) -> Implementation:
             native,
             cuda=cuda,
             cuda_missing=cuda_missing,
-            forced=wanted == "native",
+            forced=forced,
         )
     if wanted == "native":
         raise RuntimeError(
@@ -208,11 +201,16 @@ def backend() -> Backend:
 
     chosen = active()
     devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    cuda_missing = chosen.cuda_missing
+    cuda_missing, kernels = chosen.cuda_missing, None
+    if chosen.cuda:
+        names = " ".join(images.available())
+        kernels = f"cubins for {names}" if names else "compiled at the first use"
     if devices and torch.cuda.is_initialized():  # else asking would initialize CUDA
+        current = torch.device("cuda", torch.cuda.current_device())
         devices = [torch.cuda.get_device_name(i) for i in range(len(devices))]
-        if chosen.cuda:
-            cuda_missing = chosen.cuda_error(torch.device("cuda", torch.cuda.current_device()))
+        cuda_missing = chosen.cuda_reason(current)
+        if chosen.cuda and not cuda_missing:
+            kernels = chosen.cuda.origin(current.index)
     return Backend(
         cpu=chosen.name,
         cuda="reference" if cuda_missing else "native",
@@ -220,7 +218,7 @@ def backend() -> Backend:
         threads=torch.get_num_threads(),
         missing=chosen.missing,
         cuda_missing=cuda_missing,
-        cuda_architectures=_record().get("cuda_architectures") if chosen.cuda else None,
+        cuda_kernels=kernels,
         cuda_devices=tuple(devices),
         torch=torch.__version__,
         version=__version__,
@@ -242,15 +240,6 @@ def _reference(missing: str | None) -> Implementation:
     )
 
 
-def _record() -> dict[str, Any]:
-    """Return the record that setup.py wrote: what it built, for which torch, and why not."""
-    try:
-        record = json.loads((_PACKAGE / "_build.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return record if isinstance(record, dict) else {}
-
-
 class _Extensions(NamedTuple):
     """The extension modules, or why they are missing."""
 
@@ -261,43 +250,16 @@ class _Extensions(NamedTuple):
 
 
 def _load() -> _Extensions:
-    native, missing = _load_native()
+    native, missing = loading.load()
     cuda, cuda_missing = (None, missing) if native is None else _load_cuda(native)
     return _Extensions(native, missing, cuda, cuda_missing)
 
 
-def _load_native() -> tuple[Any, str | None]:
-    """Return the extension module and None, or None and the reason."""
-    record = _record()
-    if not record.get("native"):
-        reason = record.get("reason") or f"it was never built in {_PACKAGE}"
-        return None, f"the native backend is not installed: {reason}. To get it: {_REBUILD}"
-    try:
-        native = importlib.import_module("paramstats._native")
-    except ImportError as error:
-        if isinstance(error, ModuleNotFoundError):
-            error = ImportError("it was compiled for another version of Python")
-        return None, f"the native backend does not load ({error}). To get it: {_REBUILD}"
-    difference = torch_abi.connect(native)
-    if difference:
-        return None, (
-            f"the native backend cannot be used with torch {torch.__version__}: {difference}. "
-            f"Please report it"
-        )
-    return native, None
-
-
 def _load_cuda(native: Any) -> tuple[CudaBackend | None, str | None]:
     """Return the CUDA backend on top of the native module and None, or None and the reason."""
-    record = _record()
-    if not record.get("cuda"):
-        reason = record.get("cuda_reason") or "it was never built"
-        remedy = "" if torch.version.cuda is None else f". To get it, with nvcc: {_FROM_SOURCE}"
-        return None, f"the CUDA backend is not installed: {reason}{remedy}"
-    try:
-        return CudaBackend(native, importlib.import_module("paramstats._cuda")), None
-    except ImportError as error:
-        return None, f"the CUDA backend does not load ({error}). To get it: {_FROM_SOURCE}"
+    if torch.version.cuda is None:
+        return None, f"torch {torch.__version__} has no CUDA"
+    return CudaBackend(native), None
 
 
 def _set_simd_level(native: Any) -> None:

@@ -1,4 +1,4 @@
-"""Read CUDA tensors with the kernels of `paramstats._cuda`, on torch's streams and memory.
+"""Read CUDA tensors with the kernels of `paramstats._native`, on torch's streams and memory.
 
 A call reads the tensors on the CPU, then enqueues its reads on each device's current stream, and
 does not wait. The kernels write the states to pinned memory. A `Transfer` copies them from there
@@ -19,9 +19,13 @@ from typing import Any, TypeVar
 
 import torch
 
+from paramstats._core import images
 from paramstats._core.torch_private import without_modes
 
 T = TypeVar("T")
+
+_ALL_DEVICES = (1 << 64) - 1
+"""The indices of devices, as bits."""
 
 _unfinished: deque[PinnedMemory] = deque()
 """Memory that the kernels may still write to. It must not be freed with its Transfer: torch does
@@ -37,18 +41,18 @@ class PinnedMemory:
 
     Args:
         size: bytes.
-        kernels: the module `paramstats._cuda`, if it writes to the memory. None: torch operators
-            do, whose memory torch itself keeps.
+        native: the module `paramstats._native`, if its kernels write to the memory. None: torch
+            operators do, whose memory torch itself keeps.
     """
 
-    def __init__(self, size: int, kernels: Any = None) -> None:
-        if kernels is not None:
+    def __init__(self, size: int, native: Any = None) -> None:
+        if native is not None:
             _drop_finished()
         self.tensor = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)
         self.address = self.tensor.data_ptr()
-        self._kernels = kernels
+        self._native = native
         self._event: torch.cuda.Event | None = None
-        if kernels is not None:
+        if native is not None:
             _unfinished.append(self)
 
     def record(self, stream: torch.Stream) -> None:
@@ -73,13 +77,13 @@ class PinnedMemory:
 
         By default, CUDA treats a query of an event as an error that invalidates the capture.
         """
-        if self._kernels is None:
+        if self._native is None:
             return query()
-        before = self._kernels.exchange_capture_mode(self._kernels.RELAXED_CAPTURE)
+        before = self._native.exchange_capture_mode(self._native.RELAXED_CAPTURE)
         try:
             return query()
         finally:
-            self._kernels.exchange_capture_mode(before)
+            self._native.exchange_capture_mode(before)
 
 
 def _drop_finished() -> None:
@@ -96,104 +100,121 @@ class Transfer:
     """The states of one device's tensors, which may still be being computed.
 
     Args:
-        memory: contains the states first, in the order of `rows`.
-        rows: the row of each state in the table, as int64.
-        kernels: the module `paramstats._cuda`.
+        memory: contains the states first, in the order of the group.
+        group: a `CudaGroup` of `paramstats._native`, which has the rows of the states.
     """
 
-    def __init__(self, memory: PinnedMemory, rows: bytes, kernels: Any) -> None:
+    def __init__(self, memory: PinnedMemory, group: Any) -> None:
         self._memory = memory
-        self._rows = rows
-        self._kernels = kernels
+        self._group = group
 
     def ready(self) -> bool:
         return self._memory.ready()
 
     def write(self, table: bytearray) -> None:
         self._memory.wait()
-        self._kernels.write_rows(table, self._rows, self._memory.address)
+        self._group.write(table, self._memory.address)
+
+
+Rows = tuple[bytes, Sequence[tuple[int, torch.Tensor]], Sequence[Transfer]]
+"""A table, the rows that torch operators must read, and the transfers that complete the table."""
 
 
 class CudaBackend:
     """Starts the reads of CUDA tensors.
 
     Args:
-        native: the module `paramstats._native`, which finds the tensors.
-        kernels: the module `paramstats._cuda`.
-
-    Raises ImportError if the modules do not belong together.
+        native: the module `paramstats._native`.
+        driver: the library of CUDA's driver.
     """
 
-    def __init__(self, native: Any, kernels: Any) -> None:
-        if native.CUDA_VIEW_BYTES != kernels.VIEW_BYTES:
-            raise ImportError(
-                f"it describes a tensor with {kernels.VIEW_BYTES} bytes and paramstats._native "
-                f"with {native.CUDA_VIEW_BYTES}: they were built from different sources"
-            )
+    def __init__(self, native: Any, driver: str = "libcuda.so.1") -> None:
         self._native = native
-        self._kernels = kernels
-        self._errors: dict[int, str] = {}
+        self._driver = driver
+        self._reasons: dict[int, str] = {}
+        self._origins: dict[int, str] = {}
+        self._usable = _ALL_DEVICES
 
-    def error(self, device: int) -> str:
-        """Return why the kernels cannot run on a device, or "" if they can."""
-        if device not in self._errors:
-            with torch.cuda.device(device):
-                self._errors[device] = self._kernels.check()
-        return self._errors[device]
+    def reason(self, device: int, wait: bool = False) -> str:
+        """Return why the kernels cannot run on a device, or "" if they can.
+
+        While they are being compiled, the reason is an `images.NotYet`; with `wait`, this waits.
+        """
+        known = self._reasons.get(device)
+        if known is None:
+            known = self._load(device, wait)
+            if not isinstance(known, images.NotYet):
+                self._reasons[device] = known
+                self._usable &= ~((known != "") << device)
+        return known
+
+    def origin(self, device: int) -> str:
+        """Return where the kernels on a device come from, or "" if none are loaded."""
+        return self._origins.get(device, "")
+
+    def _load(self, device: int, wait: bool) -> str:
+        reason: str = self._native.cuda_open(self._driver)
+        if reason:
+            return reason
+        capability = torch.cuda.get_device_capability(device)
+        found = images.find(capability, wait)
+        if isinstance(found, str):
+            return found
+        reason = self._native.cuda_load(device, found.data)
+        if not reason:
+            self._origins[device] = found.origin
+        return reason and f"{found.origin} does not load: {reason}"
 
     def read(
-        self, tensors: list[torch.Tensor], params: bool, grads: bool
-    ) -> tuple[bytes, Sequence[tuple[int, torch.Tensor]], Sequence[Transfer]]:
+        self, tensors: list[torch.Tensor], params: bool, grads: bool, wait: bool = False
+    ) -> Rows:
         """Read tensors on the CPU and start the reads on CUDA devices.
 
-        Returns:
-            A table, the rows that torch operators must read with their tensors, and the transfers
-            that complete the table.
+        Args:
+            tensors: the tensors.
+            params: whether to read the tensors; only their sizes otherwise.
+            grads: whether to read their gradients.
+            wait: wait for kernels that are being compiled. Otherwise torch operators read their
+                tensors meanwhile.
 
         Raises:
             RuntimeError: a stream that would be used is being captured into a CUDA graph, or CUDA
                 reports an error. A capture stays valid, and no device has done any work.
         """
-        table, deferred_rows, groups = self._native.read(tensors, params, grads, True)
-        if not groups:
-            return table, deferred_rows, ()
-        return table, *self._start(groups, deferred_rows)
+        table, deferred_rows, groups = self._native.read(tensors, params, grads, self._usable)
+        devices, hold = self._usable, False
+        while groups:
+            unusable = self._unusable(groups, wait)
+            if not unusable:
+                transfers = [self._enqueue(group) for group in groups]
+                if not any(group.replaced for group in groups):
+                    return table, deferred_rows, transfers
+                hold = True  # another thread has replaced a tensor
+            devices &= ~unusable
+            table, deferred_rows, groups = self._native.read(tensors, params, grads, devices, hold)
+        return table, deferred_rows, ()
+
+    def _unusable(self, groups: Sequence[Any], wait: bool) -> int:
+        """Return the devices, as bits, on which the kernels cannot run."""
+        refuse_capture(group.device for group in groups)
+        return sum(1 << group.device for group in groups if self.reason(group.device, wait))
 
     @without_modes()
-    def _start(
-        self, groups: Sequence[Any], deferred_rows: Sequence[tuple[int, torch.Tensor]]
-    ) -> tuple[Sequence[tuple[int, torch.Tensor]], Sequence[Transfer]]:
-        refuse_capture(group.device for group in groups)
-        transfers = []
-        for group in groups:
-            if self.error(group.device):
-                rows = memoryview(group.rows).cast("q")
-                deferred_rows = [*deferred_rows, *zip(rows, group.tensors(), strict=True)]
-            else:
-                transfers.append(self._enqueue(group))
-        return deferred_rows, tuple(transfers)
-
     def _enqueue(self, group: Any) -> Transfer:
-        with torch.cuda.device(group.device):
-            stream = torch.cuda.current_stream()
-            if stream.cuda_stream:  # not the default stream
-                for tensor in group.tensors():
-                    tensor.record_stream(stream)
-            views = group.views
-            host_bytes, device_bytes = self._kernels.sizes(views)
-            # Freed at the end of this function: torch's allocator reuses it in stream order.
-            workspace = torch.empty(device_bytes, dtype=torch.uint8, device="cuda")
-            memory = PinnedMemory(host_bytes, self._kernels)
-            error = self._kernels.enqueue(
-                views, memory.address, workspace.data_ptr(), stream.cuda_stream
-            )
-            if error:
-                raise RuntimeError(
-                    f"paramstats.summarize: the CUDA runtime reports {error!r} on "
-                    f"cuda:{group.device}"
-                )
-            memory.record(stream)
-        return Transfer(memory, group.rows, self._kernels)
+        device = torch.device("cuda", group.device)
+        stream = torch.cuda.current_stream(device)
+        if stream.cuda_stream:  # not the default stream
+            for tensor in group.aliases():
+                tensor.record_stream(stream)
+        host_bytes, device_bytes = group.sizes()
+        # Freed at the end of this function: torch's allocator reuses it in stream order.
+        workspace = torch.empty(device_bytes, dtype=torch.uint8, device=device)
+        memory = PinnedMemory(host_bytes, self._native)
+        error = group.enqueue(memory.address, workspace.data_ptr(), stream.cuda_stream)
+        if error:
+            raise RuntimeError(f"paramstats.summarize: {device} reports {error}")
+        memory.record(stream)
+        return Transfer(memory, group)
 
 
 def refuse_capture(devices: Iterable[int]) -> None:

@@ -246,6 +246,7 @@ def _check_metadata(native: Any, tensor: Tensor) -> None:
         "sizes": tuple(tensor.shape),
         "strides": tensor.stride(),
         "numel": tensor.numel(),
+        "is_contiguous": tensor.is_contiguous(),
         "dtype": read["dtype"],  # is compared for all dtypes
         "device_type": 0,
         "device_index": -1,

@@ -128,7 +128,7 @@ void each_step_of_loading_can_fail() {
       const std::string want = function + ": cudaErrorNoKernelImageForDevice: an error of the shim";
       cuda_shim::fail_next(cudaErrorNoKernelImageForDevice, skip++);
       check::at(want);
-      CHECK(cuda::load(1, ""), want);
+      CHECK(cuda::load(1, "image"), want);
       CHECK(cuda_shim::retained_contexts(), contexts);
       CHECK(cuda_shim::loaded_libraries(), libraries);
       CHECK(Call({view_of(t)}, 1).error, "expected a device with kernels, got device 1: " + want);
@@ -136,11 +136,15 @@ void each_step_of_loading_can_fail() {
     cuda::Context context;
     CHECK(cuda::driver.cuCtxPopCurrent_v2(&context) == cuda::kSuccess, false);
     for (int images = 0; images < 2; ++images) {
-      CHECK(cuda::load(1, ""), std::string());
+      CHECK(cuda::load(1, "image"), std::string());
       CHECK(cuda_shim::retained_contexts(), contexts + 1);
       CHECK(cuda_shim::loaded_libraries(), ++libraries);
     }
   }
+  CHECK(cuda::load(cuda_shim::kDevices, "image"),
+        std::string("cuDeviceGet: cudaErrorInvalidDevice: an error of the shim"));
+  CHECK(cuda::load(1, "").rfind("cuLibraryLoadData: ", 0), 0u);  // a corrupt image
+  CHECK(cuda::load(1, "image"), std::string());
 }
 
 // Runs after device 1 was loaded.

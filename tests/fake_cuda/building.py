@@ -2,15 +2,13 @@
 
 `paramstats.summarize` then runs the same Python and C++ code as on a GPU, on tensors that report a
 CUDA device. Only `torch.empty` and the few functions of `torch.cuda` that `_core.cuda` uses are
-replaced, and CUDA's runtime by tests/cpp/cuda_shim.
+replaced, and CUDA's driver by tests/cpp/cuda_shim.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.machinery
-import importlib.util
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +16,7 @@ from typing import Any
 
 import torch
 
-from paramstats._core import cuda
+from paramstats._core import cuda, images
 from paramstats._core.backend import Implementation
 
 _ROOT = Path(__file__).parent.parent.parent
@@ -38,17 +36,23 @@ class FakeTorch:
 
         class Event(fake.Event):
             def record(self, stream: Any) -> None:
-                super().record(stream.cuda_stream)
+                with device(stream.device):
+                    super().record(stream.cuda_stream)
 
-        def empty(size: int, *, dtype: Any, device: str, pin_memory: bool = False) -> torch.Tensor:
-            assert (dtype, device) == (torch.uint8, "cpu" if pin_memory else "cuda")
-            return fake.empty(size, pin_memory)
+        def empty(size: int, *, dtype: Any, device: Any, pin_memory: bool = False) -> torch.Tensor:
+            assert dtype == torch.uint8
+            if pin_memory:
+                return fake.empty_pinned(size)
+            return fake.empty(size, device.index)
 
         self.empty = empty
         self.cuda = SimpleNamespace(
             device=device,
-            current_stream=lambda device=None: SimpleNamespace(cuda_stream=fake.stream()),
+            current_stream=lambda device: SimpleNamespace(
+                cuda_stream=fake.stream(device.index), device=device.index
+            ),
             is_current_stream_capturing=fake.is_capturing,
+            get_device_capability=lambda device: (9, 0),
             Event=Event,
         )
 
@@ -57,7 +61,7 @@ class FakeTorch:
 
 
 class FakeCuda:
-    """The fake CUDA as an extension of the installed torch, with the source of `_cuda` as C++.
+    """The fake CUDA as an extension of the installed torch.
 
     Args:
         folder: where to build it.
@@ -66,27 +70,15 @@ class FakeCuda:
     def __init__(self, folder: Path) -> None:
         from torch.utils.cpp_extension import load
 
-        source = folder / "engine.cpp"  # torch would call nvcc for a .cu file
-        source.write_text(f'#include "{_ROOT}/csrc/cuda/engine.cu"\n')
-        sources = [
-            _ROOT / "tests/fake_cuda/fake_cuda.cpp",
-            _ROOT / "tests/cpp/cuda_shim/shim.cpp",
-            _ROOT / "csrc/cuda_binding.cpp",
-            source,
-        ]
+        shim = _ROOT / "tests/cpp/cuda_shim"
         self.runtime = load(
             "paramstats_fake_cuda",
-            [str(path) for path in sources],
-            extra_include_paths=[str(_ROOT / "tests/cpp/cuda_shim"), str(_ROOT / "csrc/cuda")],
+            [str(_ROOT / "tests/fake_cuda/fake_cuda.cpp"), *map(str, shim.glob("*.cpp"))],
+            extra_include_paths=[str(shim)],
             extra_cflags=["-O1", "-w"],
             build_directory=str(folder),
         )
-        # One library, so that both modules use one runtime.
-        loader = importlib.machinery.ExtensionFileLoader("_cuda", self.runtime.__file__)
-        spec = importlib.util.spec_from_loader("_cuda", loader)
-        assert spec is not None
-        self.kernels = importlib.util.module_from_spec(spec)
-        loader.exec_module(self.kernels)
+        self.driver = self.runtime.__file__  # it also has the functions of libcuda
         self.torch = FakeTorch(self.runtime)
 
     def install(
@@ -99,14 +91,16 @@ class FakeCuda:
             setattr: sets an attribute, e.g. until the end of a test.
 
         Returns:
-            The native backend as if its CUDA module had loaded.
+            The native backend as with a CUDA build of torch.
         """
         runtime = self.runtime
 
         def record_stream(tensor: torch.Tensor, stream: Any) -> None:
             runtime.record_stream(tensor, stream.cuda_stream)
 
+        image = images.Image(b"not looked at", "the fake")
+        setattr(images, "find", lambda capability, wait: image)
         setattr(cuda, "torch", self.torch)
         setattr(torch.Tensor, "record_stream", record_stream)
-        backend = cuda.CudaBackend(native.native, self.kernels)
+        backend = cuda.CudaBackend(native.native, self.driver)
         return dataclasses.replace(native, read=backend.read, cuda=backend, cuda_missing=None)

@@ -5,9 +5,11 @@
 // as early as torch's caching allocators would reuse it. Code that reads it too late reads garbage.
 #include <ATen/core/Tensor.h>
 #include <cuda_runtime.h>
+#include <pybind11/functional.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <cstring>
+#include <functional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -82,9 +84,8 @@ void free_block(void* context) {
   // The block itself is leaked: the memory must stay readable.
 }
 
-// Returns a tensor with uninitialized memory on the current device, or pinned memory.
-at::Tensor empty(size_t bytes, bool is_host, caffe2::TypeMeta dtype) {
-  const int device = current_device();
+// Returns a tensor with uninitialized memory on a device, or pinned memory.
+at::Tensor empty(size_t bytes, bool is_host, int device, caffe2::TypeMeta dtype) {
   auto* block = new Block{
       std::vector<unsigned char>(bytes, kGarbage), is_host, device, streams.of(device), {}};
   ++allocations;
@@ -102,9 +103,7 @@ at::Tensor empty(size_t bytes, bool is_host, caffe2::TypeMeta dtype) {
 
 // Copies a CPU tensor to a device, with the same storage, sizes and strides.
 at::Tensor to(const at::Tensor& cpu, int device) {
-  const int before = exchange_device(device);
-  at::Tensor copy = empty(cpu.storage().nbytes(), false, cpu.dtype());
-  cudaSetDevice(before);
+  at::Tensor copy = empty(cpu.storage().nbytes(), false, device, cpu.dtype());
   std::memcpy(copy.storage().mutable_data(), cpu.storage().data(), cpu.storage().nbytes());
   c10::TensorImpl& impl = *copy.unsafeGetTensorImpl();
   impl.set_storage_offset(cpu.storage_offset());
@@ -153,11 +152,14 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("synchronize", &Event::synchronize);
   m.def("current_device", &current_device);
   m.def("exchange_device", &exchange_device);
-  m.def("stream", [] { return reinterpret_cast<uintptr_t>(streams.of(current_device())); });
+  m.def("stream", [](int device) { return reinterpret_cast<uintptr_t>(streams.of(device)); });
   m.def("use_stream", [](int device, int stream) { streams.current[device] = stream; });
   m.def("is_capturing", &is_capturing);
-  m.def("empty", [](size_t bytes, bool pinned) {
-    return empty(bytes, pinned, caffe2::TypeMeta::Make<uint8_t>());
+  m.def("empty", [](size_t bytes, int device) {
+    return empty(bytes, false, device, caffe2::TypeMeta::Make<uint8_t>());
+  });
+  m.def("empty_pinned", [](size_t bytes) {
+    return empty(bytes, true, current_device(), caffe2::TypeMeta::Make<uint8_t>());
   });
   m.def("to", &to);
   m.def("record_stream", &record_stream);
@@ -166,6 +168,14 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   });
   m.def("capture_invalidated", &cuda_shim::capture_invalidated);
   m.def("run", &cuda_shim::run_all);
+  m.def("fail_next",
+        [](int error, int skip) { cuda_shim::fail_next(static_cast<cudaError_t>(error), skip); });
+  m.def("before_launch", [](std::function<void()> call) {
+    cuda_shim::before_launch = [call = std::move(call)] {
+      const py::gil_scoped_acquire acquire;
+      call();
+    };
+  });
   m.def("pinned", [] { return pinned; });
   m.def("fail", [](bool failed) { device_has_failed = failed; });
   m.def("counts", [] {

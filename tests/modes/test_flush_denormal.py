@@ -12,6 +12,7 @@ import torch
 
 import paramstats
 from paramstats._core import backend as backends
+from paramstats._core import loading
 from paramstats.checkpoints import compare_files, summarize_file
 from tests.conftest import run_python
 from tests.modes.conditions import flush_denormal, flushes_subnormals
@@ -42,7 +43,7 @@ def test_float64_is_exact(backend):
 
 def test_large_tensors_on_threads_that_flush(tmp_path):
     """Run in an own process, because torch's threads keep the mode that they were started in."""
-    names = ["native", "reference"] if backends._load_native()[0] else ["reference"]
+    names = ["native", "reference"] if loading.load()[0] else ["reference"]
     done = run_python("-c", CODE, str(tmp_path), *names, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr
 

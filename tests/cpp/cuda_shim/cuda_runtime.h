@@ -160,6 +160,8 @@ inline unsigned atomicAdd(unsigned* address, unsigned value) {
   X(cudaErrorJitCompilationDisabled, 223)   \
   X(cudaErrorInvalidResourceHandle, 400)    \
   X(cudaErrorNotReady, 600)                 \
+  X(cudaErrorIllegalAddress, 700)           \
+  X(cudaErrorLaunchFailure, 719)            \
   X(cudaErrorStreamCaptureUnsupported, 900) \
   X(cudaErrorUnknown, 999)
 #define CUDA_SHIM_ENUMERATE(name, number) name = number,
@@ -223,6 +225,8 @@ int loaded_libraries();
 // Lets one runtime call fail without an effect, after `skip` more calls. cudaGetLastError and
 // cudaGetErrorString do not count.
 void fail_next(cudaError_t error, int skip = 0);
+// Is called at the next launch, before it is enqueued, and then forgotten.
+extern std::function<void()> before_launch;
 // The number of runtime calls, and of successful calls of each kind.
 int64_t calls();
 int64_t launches();

@@ -1,5 +1,6 @@
 // The functions of libcuda that csrc/cuda/driver.h names, on top of the shim. The kernels are those
-// of csrc/cuda/kernels.h, compiled for the CPU: a loaded image is not looked at.
+// of csrc/cuda/kernels.h, compiled for the CPU: a loaded image is not looked at, but an empty one
+// is refused.
 #include <cuda_runtime.h>
 
 #include <deque>
@@ -34,7 +35,7 @@ struct LoadedFunction {
 std::deque<LoadedFunction> functions;  // a handle is the address of one
 
 constexpr int kHandle = 10;  // the handle of device 0; not its ordinal, for which it may be taken
-constexpr Result kInvalidContext = 201, kInvalidHandle = 400, kNotFound = 500;
+constexpr Result kInvalidImage = 200, kInvalidContext = 201, kInvalidHandle = 400, kNotFound = 500;
 
 int retained, libraries;
 thread_local std::vector<int> below;  // the devices that were current before each push
@@ -105,9 +106,10 @@ Result cuCtxPopCurrent_v2(Context*) {
   return kSuccess;
 }
 
-Result cuLibraryLoadData(Library* library, const void*, int*, void**, unsigned, int*, void**,
+Result cuLibraryLoadData(Library* library, const void* image, int*, void**, unsigned, int*, void**,
                          unsigned) {
   return call(kInContext, [&] {
+    if (image != nullptr && *static_cast<const char*>(image) == 0) return kInvalidImage;
     ++libraries;
     *library = reinterpret_cast<Library>(&libraries);
     return kSuccess;

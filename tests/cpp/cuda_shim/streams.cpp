@@ -104,6 +104,8 @@ void fail_next(cudaError_t error, int skip) {
   planned_skip = skip;
 }
 
+std::function<void()> before_launch;
+
 int64_t calls() { return call_count; }
 int64_t launches() { return launch_count; }
 int64_t copies() { return copy_count; }
@@ -111,6 +113,7 @@ int64_t synchronizations() { return synchronization_count; }
 
 cudaError_t launch(dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
                    std::function<void()> body) {
+  if (const auto hook = std::exchange(before_launch, nullptr)) hook();
   return call_on(stream, [&](cudaStream_t queue) {
     const bool is_1d = grid.y == 1 && grid.z == 1 && block.y == 1 && block.z == 1;
     if (!is_1d || grid.x < 1 || grid.x > 0x7fffffffu || block.x < 1 || block.x > kMaxThreads ||

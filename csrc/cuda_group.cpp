@@ -1,0 +1,110 @@
+// The CUDA tensors of one call that the kernels read on one device.
+#include "cuda_group.h"
+
+#include <cstring>
+#include <stdexcept>
+
+#include "moments.h"
+#include "read.h"
+#include "tensor_view.h"
+
+namespace py = pybind11;
+
+namespace paramstats {
+
+using torch_abi::api;
+using torch_abi::Impl;
+using torch_abi::Owned;
+
+CudaGroup::CudaGroup(int32_t device, py::list tensors, bool hold)
+    : device_(device), tensors_(std::move(tensors)), hold_(hold) {
+  const size_t most = 2 * tensors_.size();
+  views_.reserve(most);
+  rows_.reserve(most);
+  held_.reserve(hold ? most : tensors_.size());
+}
+
+void CudaGroup::add(Impl t, const cuda::TensorView& view, size_t row) {
+  views_.push_back(view);
+  rows_.push_back(static_cast<int64_t>(row));
+  if (hold_) {
+    held_.push_back(Owned::alias_of(t));
+  } else if (row >= tensors_.size()) {
+    held_.push_back(Owned::reference_to(t));
+  }
+}
+
+cuda::Sizes CudaGroup::sizes() const {
+  return cuda::sizes(views_.data(), static_cast<int64_t>(views_.size()));
+}
+
+// Whether each tensor still has the memory of its view. (A tensor that was replaced twice may have
+// memory at the same address again. It is then read as it is now, if it has as many elements.) The
+// gradients that the group holds are not freed, so no other tensor has their addresses.
+bool CudaGroup::is_unchanged() const {
+  if (hold_) return true;
+  const size_t n = tensors_.size();
+  size_t gradients = 0;
+  for (size_t i = 0; i < views_.size(); ++i) {
+    const auto row = static_cast<size_t>(rows_[i]);
+    const auto at = static_cast<Py_ssize_t>(row < n ? row : row - n);
+    Impl t = torch_abi::impl_of(PyList_GET_ITEM(tensors_.ptr(), at));
+    if (row >= n) {
+      t = *api.grad(t);
+      if (t != held_[gradients++].impl()) return false;
+    }
+    const void* data = nullptr;
+    if (api.torch_get_const_data_ptr(torch_abi::handle(t), &data) != AOTI_TORCH_SUCCESS ||
+        data != views_[i].data || torch_abi::numel(t) != views_[i].numel) {
+      return false;
+    }
+  }
+  return true;
+}
+
+std::string CudaGroup::enqueue(uintptr_t host, uintptr_t device_memory, uintptr_t stream) {
+  replaced_ = !is_unchanged();
+  if (replaced_) return "";
+  std::string error;
+  {
+    const py::gil_scoped_release release;  // the launch waits while the queue of the device is full
+    error = cuda::enqueue(device_, views_.data(), static_cast<int64_t>(views_.size()),
+                          reinterpret_cast<void*>(host), reinterpret_cast<void*>(device_memory),
+                          reinterpret_cast<cuda::Stream>(stream));
+  }
+  replaced_ = !is_unchanged();
+  held_.clear();
+  tensors_ = py::list();
+  return error;
+}
+
+void CudaGroup::write(const py::bytearray& table, uintptr_t host) const {
+  const auto* states = reinterpret_cast<const Moments*>(host);
+  auto* out = reinterpret_cast<Moments*>(PyByteArray_AS_STRING(table.ptr()));
+  const auto n = PyByteArray_GET_SIZE(table.ptr()) / static_cast<int64_t>(sizeof(Moments));
+  for (size_t i = 0; i < rows_.size(); ++i) {
+    if (rows_[i] >= n) {
+      throw py::index_error("paramstats._native.CudaGroup.write: expected a table of more than " +
+                            std::to_string(rows_[i]) + " rows, got " + std::to_string(n));
+    }
+    std::memcpy(out + rows_[i], states + i, sizeof(Moments));
+  }
+}
+
+py::list CudaGroup::aliases() const {
+  const size_t n = tensors_.size();
+  std::vector<Owned> kept;  // first all: creating a Python object may run Python code
+  kept.reserve(rows_.size());
+  size_t held = 0;
+  for (int64_t row : rows_) {
+    const bool is_held = hold_ || row >= static_cast<int64_t>(n);
+    const Impl t = is_held ? held_[held++].impl()
+                           : torch_abi::impl_of(PyList_GET_ITEM(tensors_.ptr(), row));
+    kept.push_back(Owned::alias_of(t));
+  }
+  py::list objects;
+  for (const Owned& tensor : kept) objects.append(tensor.object());
+  return objects;
+}
+
+}  // namespace paramstats

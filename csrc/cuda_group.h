@@ -1,0 +1,59 @@
+// The CUDA tensors of one call that the kernels read on one device.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "cuda/engine.h"
+#include "torch_abi.h"
+
+namespace paramstats {
+
+// Between the walk and the launch, other threads may run. They may drop a gradient or replace the
+// data of a tensor, and torch may give the memory to others. A group therefore holds what it reads
+// in one of two ways:
+//
+// - It refers to the list of tensors and to each gradient, as torch's own operators do. This takes
+//   40 ns per gradient. `enqueue` compares the memory of each tensor before and after the launch,
+//   and reports a difference: then the call must be repeated.
+// - With `hold`, it has aliases, which also keep the storages alive, in 250 ns per tensor.
+class CudaGroup {
+ public:
+  CudaGroup(int32_t device, pybind11::list tensors, bool hold);
+  CudaGroup(CudaGroup&&) = default;
+  CudaGroup& operator=(CudaGroup&&) = default;
+
+  int32_t device() const { return device_; }
+
+  // Adds a row of the table: of tensor `row`, or of the gradient of tensor `row - N` of N.
+  void add(torch_abi::Impl, const cuda::TensorView&, size_t row);
+
+  cuda::Sizes sizes() const;
+
+  // Enqueues the reads (cuda::enqueue) without the GIL. Returns an error, or "". Sets `replaced` if
+  // another thread has replaced a tensor: then the results may be wrong.
+  std::string enqueue(uintptr_t host, uintptr_t device_memory, uintptr_t stream);
+  bool replaced() const { return replaced_; }
+
+  // Copies the results, which a finished `enqueue` has written to `host`, to their rows of a table.
+  void write(const pybind11::bytearray& table, uintptr_t host) const;
+
+  // The tensors as Python objects: aliases. May run Python code.
+  pybind11::list aliases() const;
+
+ private:
+  bool is_unchanged() const;
+
+  int32_t device_;
+  pybind11::list tensors_;
+  bool hold_;
+  bool replaced_ = false;
+  std::vector<cuda::TensorView> views_;
+  std::vector<int64_t> rows_;
+  std::vector<torch_abi::Owned> held_;
+};
+
+}  // namespace paramstats
