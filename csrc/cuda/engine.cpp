@@ -92,12 +92,11 @@ std::string find_kernels(int ordinal, Kernels* kernels) {
 // The chunks and groups of the tensors that were added. A launch has at most 2^31 - 1 blocks.
 struct Plan {
   static constexpr int64_t kMaxChunks = 0x7fffffff;
-  int64_t tensors = 0, chunks = 0, groups = 0;
+  int64_t chunks = 0, groups = 0;
 
   bool add(const TensorView& t) {
     const int64_t count = chunk_count(t.numel, t.dtype);
     if (t.numel <= 0 || count > kMaxChunks - chunks) return false;
-    ++tensors;
     chunks += count;
     groups += group_count(count);
     return true;
@@ -154,7 +153,9 @@ std::string enqueue(const Kernels& kernels, const TensorView* tensors, int64_t n
                    stream, pointers, nullptr)
     return "";
   };
-  if (!is_inline) PARAMSTATS_TRY(cuMemcpyHtoDAsync_v2, device, entries, offsets.states, stream)
+  if (!is_inline) {
+    PARAMSTATS_TRY(cuMemcpyHtoDAsync_v2, device, entries, offsets.states, stream)
+  }
   if (std::string error = launch(kernels.summarize, plan.chunks, kThreads); !error.empty()) {
     return error;
   }

@@ -75,6 +75,16 @@ inline std::vector<Moments> cuda_states(const Tensors& tensors) {
   return states;
 }
 
+// What a call enqueues.
+struct Counts {
+  int64_t launches = cuda_shim::launches(), copies = cuda_shim::copies();
+  void check(int64_t more_launches, int64_t more_copies) const {
+    CHECK(cuda_shim::launches() - launches, more_launches);
+    CHECK(cuda_shim::copies() - copies, more_copies);
+  }
+};
+
+void run_merge_tests();   // test_cuda_merge.cpp
 void run_engine_tests();  // test_cuda_engine.cpp
 
 }  // namespace paramstats::test

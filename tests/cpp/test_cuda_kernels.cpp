@@ -94,6 +94,7 @@ int main() {
   run_cases<32>();
   RUN(misleading_samples);
   RUN(number_of_reads_per_chunk);
+  run_merge_tests();
   run_engine_tests();
   return check::report("cuda kernels on the CPU");
 }

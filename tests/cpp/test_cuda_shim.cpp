@@ -1,8 +1,7 @@
 // Tests of the CUDA runtime in cuda_shim: what kernels compute on it, that it detects misuse, and
 // that it defers work and reports errors like CUDA.
 //
-//     g++ -std=c++17 -O2 -I tests/cpp/cuda_shim tests/cpp/test_cuda_shim.cpp
-//         tests/cpp/cuda_shim/shim.cpp -o build/test_cuda_shim && build/test_cuda_shim
+//     make test-cuda-shim
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -34,7 +33,7 @@ void run(void (*kernel)(Args...), dim3 grid, dim3 block, Args... args) {
 // ---- results of kernels ----
 
 struct Results {
-  int down, flipped;
+  int down, flipped, seventh;
   unsigned ballot, half;
 };
 
@@ -43,6 +42,7 @@ __global__ void collectives(Results* results, unsigned* runs) {
   Results& r = results[thread];
   r.down = __shfl_down_sync(kAll, thread, 3);
   r.flipped = __shfl_xor_sync(kAll, thread, 5);
+  r.seventh = __shfl_sync(kAll, thread, 7);
   r.ballot = __ballot_sync(kAll, lane % 3 == 0);
   // The halves of a warp diverge and meet again.
   const unsigned mask = lane < 16 ? 0xffffu : 0xffff0000u;
@@ -62,6 +62,7 @@ void collectives_and_atomics() {
     const int lane = t % 32;
     CHECK(results[t].down, lane > 28 ? t : t + 3);
     CHECK(results[t].flipped, t - lane + (lane ^ 5));
+    CHECK(results[t].seventh, t - lane + 7);
     CHECK(results[t].ballot, 0x49249249u);
     CHECK(results[t].half, lane < 16 ? 0xffffu : 3 * 0xffff0000u);
   }
@@ -237,6 +238,36 @@ void work_is_deferred() {
   CHECK(cudaEventDestroy(event), cudaSuccess);
 }
 
+template <class Body>
+bool crashes(Body body) {
+  const pid_t child = fork();
+  if (child == 0) {
+    body();
+    _exit(0);
+  }
+  int status = 0;
+  waitpid(child, &status, 0);
+  return status != 0;
+}
+
+void kernels_access_pinned_memory_at_another_address() {
+  auto* host = static_cast<volatile int*>(cuda_shim::host_alloc(2 * sizeof(int)));
+  auto* device = static_cast<int*>(cuda_shim::device_pointer(const_cast<int*>(host)));
+  CHECK(device != host, true);
+  CHECK(cuda_shim::device_pointer(const_cast<int*>(host) + 1) == device + 1, true);
+  host[1] = 3;
+  run(add, 1, 1, device + 1, 4);
+  CHECK(int{host[1]}, 7);
+  CHECK(crashes([=] { *const_cast<volatile int*>(device) = 1; }), true);  // no kernel runs
+  CHECK(crashes([=] { run(add, 1, 1, device + 2, 1); }), true);           // beyond the end
+  CHECK(crashes([=] { host[2] = 1; }), true);
+  CHECK(crashes([=] { run(add, 1, 1, const_cast<int*>(host), 1); }), true);
+  int other;
+  CHECK(cuda_shim::device_pointer(&other) == &other, true);
+  cuda_shim::host_free(const_cast<int*>(host));
+  CHECK(crashes([=] { run(add, 1, 1, device, 1); }), true);
+}
+
 void errors_are_reported() {
   int x = 0;
   const int64_t launches = cuda_shim::launches();
@@ -278,6 +309,7 @@ int main() {
   RUN(the_seed_sets_the_order_of_threads_and_blocks);
   RUN(misuse_aborts);
   RUN(work_is_deferred);
+  RUN(kernels_access_pinned_memory_at_another_address);
   RUN(errors_are_reported);
   return check::report("cpp cuda shim: kernels, misuse, streams");
 }

@@ -2,20 +2,23 @@
 // the CPU, with one fiber per CUDA thread. It is slow, and it is strict where a GPU is lenient, so
 // that tests find errors that a GPU would hide.
 //
-//     g++ -std=c++17 -I tests/cpp/cuda_shim -x c++ engine.cu test.cpp tests/cpp/cuda_shim/shim.cpp
+//     g++ -std=c++17 -I tests/cpp/cuda_shim -x c++ kernels.cu test.cpp tests/cpp/cuda_shim/*.cpp
 //
-// Blocks run one after the other. The threads of a block switch at collectives and atomics. Both
-// orders are random; set_seed sets the seed. Shared memory contains garbage when a block starts.
-// Misuse that would hang a GPU or give an undefined value aborts with "cuda_shim:
-// deadlock/divergence: ...". Copies and launches run only when the program synchronizes.
+// Blocks run one after the other. The threads of a block switch at collectives, atomics and fences.
+// Both orders are random; set_seed sets the seed. Shared memory contains garbage when a block
+// starts. Misuse that would hang a GPU or give an undefined value aborts with "cuda_shim:
+// deadlock/divergence: ...". Copies and launches run only when the program synchronizes. Kernels
+// access pinned memory at an address of its own, and only while they run.
 //
-// Not detected: races between two collectives (nothing interrupts a thread there); threads that
-// spin; errors in memory order (here every warp collective orders memory, on a GPU only __syncwarp
-// does); errors in the order of the legacy default stream (here nullptr is a stream like any
-// other); reads of uninitialized __shared__ variables in templates (g++ puts them into another
-// section). Not supported: everything that the kernels do not use, e.g. dynamic shared memory,
-// grids and blocks of more than one dimension, and __shared__ in inline functions that are neither
-// static nor in an anonymous namespace.
+// Not detected: races between two collectives (nothing interrupts a thread there) and between
+// blocks (nothing interrupts a block; only the order of blocks and that of the warps of a block
+// vary); threads that spin; errors in memory order, e.g. a missing __threadfence or __ldcg (here
+// every store is visible at once and every warp collective orders memory; on a GPU only __syncwarp
+// and __syncthreads do); errors in the order of the legacy default stream (here nullptr is a stream
+// like any other); reads of uninitialized __shared__ variables in templates (g++ puts them into
+// another section). Not supported: everything that the kernels do not use, e.g. dynamic shared
+// memory, grids and blocks of more than one dimension, and __shared__ in inline functions that are
+// neither static nor in an anonymous namespace.
 #pragma once
 
 #include <cstddef>
@@ -207,8 +210,8 @@ void run_all();
 void set_capturing(cudaStream_t stream, bool capturing);
 bool capture_invalidated();
 // Allocates pinned memory, and returns its address for the host. The device has another one
-// (cuMemHostGetDevicePointer), at which kernels can access it while they run; at other times, an
-// access is a segmentation fault. So is an access beyond the last byte.
+// (cuMemHostGetDevicePointer). While kernels run, only the latter can be accessed, at other times
+// only the former. Every other access, also one beyond the last byte, is a segmentation fault.
 void* host_alloc(size_t bytes);
 void host_free(void* host);
 // The address for the device. Memory that host_alloc did not return has the same one on both.

@@ -1,6 +1,6 @@
 // The functions of libcuda that csrc/cuda/driver.h names, on top of the shim. The kernels are those
-// of csrc/cuda/kernels.h, compiled for the CPU: a loaded image is not looked at, but an
-// empty one is refused.
+// of csrc/cuda/kernels.h, compiled for the CPU: a loaded image is not looked at, but an empty one
+// is refused.
 #include <cuda_runtime.h>
 
 #include <deque>
