@@ -18,7 +18,7 @@ PACKAGE = Path(paramstats.__file__).parent
 MODULES = sorted(
     module.name
     for module in pkgutil.walk_packages([str(PACKAGE)], "paramstats.")
-    if not module.name.endswith(("_native", "_cuda"))
+    if not module.name.endswith("_native")
 )
 
 
