@@ -150,7 +150,8 @@ __device__ inline Moments merge_states(const Moments* states, uint32_t n, uint32
 // Returns whether this warp is the last of a tensor's `groups` warps to call it. Then it may load
 // the states that the others have stored: the fence before the counter makes a warp's stores
 // visible before it is counted, and the fence after it keeps the loads that follow from running
-// ahead of the count. __syncwarp extends both from lane 0, which counts, to the other lanes.
+// ahead of the count. __syncwarp extends both from lane 0, which counts, to the other lanes. The
+// tests on a CPU cannot notice a missing fence.
 __device__ inline bool is_last(uint32_t* merged, uint32_t groups) {
   __threadfence();
   __syncwarp();
