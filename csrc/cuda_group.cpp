@@ -98,8 +98,8 @@ py::list CudaGroup::aliases() const {
   size_t held = 0;
   for (int64_t row : rows_) {
     const bool is_held = hold_ || row >= static_cast<int64_t>(n);
-    const Impl t = is_held ? held_[held++].impl()
-                           : torch_abi::impl_of(PyList_GET_ITEM(tensors_.ptr(), row));
+    const Impl t =
+        is_held ? held_[held++].impl() : torch_abi::impl_of(PyList_GET_ITEM(tensors_.ptr(), row));
     kept.push_back(Owned::alias_of(t));
   }
   py::list objects;
