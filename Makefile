@@ -21,7 +21,7 @@ SHIM := -std=c++17 -O2 -Wall -Wextra -Werror -Wno-unknown-pragmas -pthread -ffp-
 	-I tests/cpp/cuda_shim
 SHIM_BUILD := build/cpp/shim-$(lastword $(notdir $(CXX)))
 SHIM_SOURCES := $(wildcard tests/cpp/cuda_shim/*.cpp)
-SHIM_TEST := $(patsubst %,tests/cpp/test_cuda_%.cpp,kernels merge engine) $(wildcard csrc/cuda/*.cpp)
+SHIM_TEST := $(patsubst %,tests/cpp/test_cuda_%.cpp,kernels elements merge engine) $(wildcard csrc/cuda/*.cpp)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-cpp test-cuda-shim test-arm64 wheels test-elsewhere test-everywhere test-huge \
@@ -127,7 +127,12 @@ count-arm64:
 		-o build/cpp/one_kernel_arm64
 	$(PYTHON) tools/count_instructions.py arm64
 
-cuda-compile:  ## compile the CUDA backend for every architecture; fails on spills (nvcc)
+# Disassembles the kernels, so that their instructions can be counted. nvcc does not have it.
+build/nvdisasm:
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --target $@ \
+		nvidia-cuda-nvdisasm==13.2.86
+
+cuda-compile: build/nvdisasm  ## compile the kernels for every GPU; check registers, instructions (nvcc)
 	$(PYTHON) tools/cuda_compile.py
 
 gpu-check:  ## build, test and measure on a GPU, 8 minutes; writes build/gpu-check
