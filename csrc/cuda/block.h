@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../moments.h"
+#include "packed.h"
 
 namespace paramstats::cuda {
 
@@ -41,6 +42,8 @@ struct Shared {
 template <class L, int kBlock>
 __device__ inline ShiftedSums block_sums(Sums<L> s, Shared<kBlock>& shared) {
   constexpr int kWarps = Shared<kBlock>::kWarps;
+  int thread = threadIdx.x;
+  recompute(thread);  // or the address of a warp's sums would need a register from the start
 #pragma unroll 1
   for (int lanes = 16; lanes > 0; lanes /= 2) {
     Sums<L> other;
@@ -54,7 +57,7 @@ __device__ inline ShiftedSums block_sums(Sums<L> s, Shared<kBlock>& shared) {
   auto* warps = reinterpret_cast<Sums<L>*>(shared.bytes);
   static_assert(sizeof(Sums<L>) * kWarps <= sizeof(shared.bytes), "the sums of all warps fit");
   __syncthreads();  // all threads have read the previous contents
-  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = s;
+  if (thread % 32 == 0) warps[thread / 32] = s;
   __syncthreads();
   Sums<L> all = warps[0];
 #pragma unroll 1

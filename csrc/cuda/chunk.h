@@ -1,23 +1,24 @@
 // Summarizes one chunk with the threads of a block. A part of kernels.h.
 //
-// A block reads its chunk once, with E::kTile loads of 16 bytes in flight per thread, and sums
+// A block reads its chunk once, with E::kLoads loads of 16 bytes in flight per thread, and sums
 // d = x - pivot and d^2. The pivot is the mean of 64 elements spread over the chunk. from_sums
 // accepts it if sum(d)^2 / n <= sum(d^2) / 8. For 64 elements of one distribution this fails three
-// times in a thousand; the chunk is then read again around its own mean.
+// times in a thousand; the chunk is then read again around its own mean. Integers of one byte are
+// summed exactly, and need no pivot.
 //
-// Error of an accepted chunk in float32 lanes, u = 2^-24. The sums of a tile take at most 7
-// additions in a lane and 3 across lanes before they are widened to float64, where rounding errors
-// are negligible. (float64 is used once per 16 elements or more, so that GPUs with slow float64 are
-// still limited by memory.) Including the rounding of d, the error of sum(d) is below 11u sum|d|.
-// The error of S := sum(d^2), whose products are fused with the additions and may underflow, is
-// below 14u S. Because |sum d| <= sqrt(n S / 8) and S <= (8/7) m2, the error of m2 is at most (14 +
-// 11 / sqrt(2)) u S <= 24.9u m2, and that of the mean is at most 11u rms(d) <= 11.8u std = 7.1e-7
-// std. After merging, the error of std and norm is at most 8.9e-7, if all roundings have the same
-// sign: docs/accuracy.md. float64 and integers of 32 bits and more have float64 lanes.
+// Error of an accepted chunk in float32 lanes, u = 2^-24. Loads are added up in tiles of E::kTile.
+// The sums of a tile take at most 7 additions in a lane and 3 across lanes before they are widened
+// to float64, where rounding errors are negligible. (float64 is used once per 16 elements or more,
+// so that GPUs with slow float64 are still limited by memory.) Including the rounding of d, the
+// error of sum(d) is below 11u sum|d|. The error of S := sum(d^2), whose products are fused with
+// the additions but for the first of a lane, and may underflow, is below 14u S. Because |sum d| <=
+// sqrt(n S / 8) and S <= (8/7) m2, the error of m2 is at most (14 + 11 / sqrt(2)) u S <= 24.9u m2,
+// and that of the mean is at most 11u rms(d) <= 11.8u std = 7.1e-7 std. After merging, the error of
+// std and norm is at most 8.9e-7, if all roundings have the same sign: docs/accuracy.md. float64
+// and integers of 32 bits and more have float64 lanes.
 #pragma once
 
-#include "block.h"
-#include "elements.h"
+#include "sums.h"
 #include "table.h"
 
 namespace paramstats::cuda {
@@ -27,121 +28,138 @@ constexpr int kBlocksPerSM = 6;  // limits registers to 80 per thread
 struct Chunk {
   DType dtype;
   const void* data;
-  int n;
+  int n;  // at most kMostElements
+};
+static_assert(kMostElements / kThreads <= 1 << 11 && kMostElements / kThreads + 1 < 1 << 16,
+              "a thread counts zeros in float16, and squares below 2^16 in 32 bits");
+
+// The 16-byte loads of a thread: every kThreads-th vector of the chunk. Before the first vector and
+// after the last one are less than 16 bytes each. Indices in a chunk fit in 32 bits.
+template <class E>
+struct Loads {
+  const uint4* next;
+  int left;  // vectors of the chunk from `next` on
+  Words v[E::kLoads] = {};
+
+  // Loads the next vectors, as far as there are any.
+  __device__ void load() {
+    recompute(next);
+#pragma unroll
+    for (int k = 0; k < E::kLoads; ++k) {
+      if (k * kThreads < left) {
+        const uint4 load = __ldg(next + k * kThreads);
+        v[k] = {{load.x, load.y, load.z, load.w}};
+      }
+    }
+  }
+
+  __device__ bool full() const { return (E::kLoads - 1) * kThreads < left; }
+
+  // Adds all vectors to the sums of a thread, and loads the next ones.
+  template <class State>
+  __device__ void take(State& s, typename E::Lane pivot) {
+#pragma unroll
+    for (int begin = 0; begin < E::kLoads; begin += E::kTile) {
+      Words tile[E::kTile];
+#pragma unroll
+      for (int k = 0; k < E::kTile; ++k) tile[k] = v[begin + k];
+      s.take(tile, pivot);
+    }
+    next += E::kLoads * kThreads;
+    left -= E::kLoads * kThreads;
+    load();
+  }
+
+  // Adds the first vector only.
+  template <class State>
+  __device__ void take_one(State& s, typename E::Lane pivot) {
+    const Words one[1] = {v[0]};
+    s.take(one, pivot);
+    left -= kThreads;
+#pragma unroll
+    for (int k = 1; k < E::kLoads; ++k) v[k - 1] = v[k];
+  }
 };
 
-template <class L>
-__device__ inline void take(typename L::Lane x, typename L::Lane pivot, typename L::Lane& sum,
-                            typename L::Lane& sum_sq, Sums<L>& s) {
-  const typename L::Lane d = x - pivot;
-  sum += d;
-  sum_sq += d * d;  // fused
-  s.min = smaller(s.min, x);
-  s.max = larger(s.max, x);
-  s.zeros += x == 0 ? typename L::Count{1} : typename L::Count{0};
-}
-
-// Adds the elements of kVectors loads.
-template <class E, int kVectors>
-__device__ inline void take_vectors(const Words (&v)[kVectors], typename E::Lane pivot,
-                                    Sums<typename E::Lanes>& s) {
-  using Lane = typename E::Lane;
-  constexpr int kLanes = kPerVector<E> == 16 ? 8 : kPerVector<E> == 2 ? 2 : 4;
-  Lane sum[kLanes] = {}, sum_sq[kLanes] = {};
-#pragma unroll
-  for (int k = 0; k < kVectors; ++k) {
-    Lane x[kPerVector<E>];
-    E::unpack(v[k], x);
-#pragma unroll
-    for (int i = 0; i < kPerVector<E>; ++i) {
-      take(x[i], pivot, sum[i % kLanes], sum_sq[i % kLanes], s);
-    }
-  }
-#pragma unroll
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-#pragma unroll
-    for (int l = 0; l < half; ++l) {
-      sum[l] += sum[l + half];
-      sum_sq[l] += sum_sq[l + half];
-    }
-  }
-  s.sum += sum[0];
-  s.sum_sq += sum_sq[0];
-}
-
-// Sums this thread's elements of a chunk around a pivot. Indices in a chunk fit in 32 bits.
+// The mean of 64 elements, one of each 64th of the chunk; the same in every warp of a block. Their
+// positions are multiples of the golden ratio modulo 1: equal distances could match the row length
+// of a matrix.
 template <class E>
-__device__ inline Sums<typename E::Lanes> thread_sums(const typename E::Storage* x, int n,
-                                                      typename E::Lane pivot) {
-  constexpr int kTile = E::kTile;
-  const int misaligned = static_cast<int>(reinterpret_cast<uint64_t>(x) % 16);
-  int head = (16 - misaligned) % 16 / static_cast<int>(sizeof(typename E::Storage));
-  if (head > n) head = n;
-  const int vectors = (n - head) / kPerVector<E>;
-  const int body = vectors * kPerVector<E>;
-  const auto* v = reinterpret_cast<const uint4*>(x + head);
-
-  Sums<typename E::Lanes> s;
-  s.min = s.max = element<E>(x, 0);
-  int i = threadIdx.x;
-#pragma unroll 1
-  for (; i + (kTile - 1) * kThreads < vectors; i += kTile * kThreads) {
-    Words tile[kTile];
-#pragma unroll
-    for (int k = 0; k < kTile; ++k) {
-      const uint4 load = __ldg(v + i + k * kThreads);
-      tile[k] = {{load.x, load.y, load.z, load.w}};
-    }
-    take_vectors<E, kTile>(tile, pivot, s);
-  }
-#pragma unroll 1
-  for (; i < vectors; i += kThreads) {
-    const uint4 load = __ldg(v + i);
-    const Words one[1] = {{{load.x, load.y, load.z, load.w}}};
-    take_vectors<E, 1>(one, pivot, s);
-  }
-  // Elements before the first vector and after the last one: one per thread.
-  const int edge = threadIdx.x;
-  if (edge < n - body) {
-    typename E::Lane sum = 0, sum_sq = 0;
-    take(element<E>(x, edge < head ? edge : edge + body), pivot, sum, sum_sq, s);
-    s.sum += sum;
-    s.sum_sq += sum_sq;
-  }
-  return s;
-}
-
-// The mean of 64 elements spread over the chunk; the same in every warp of a block. The distances
-// between them vary: equal ones could match the row length of a matrix.
-template <class E>
-__device__ inline typename E::Lane sample_mean(const typename E::Storage* x, int n) {
-  constexpr int kSamples = 64;
-  const int stride = n / kSamples;
+__device__ inline typename E::Lane sample_mean(const typename E::Storage* x, int n, int thread) {
   typename E::Lane sum = 0;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int k = 2 * (threadIdx.x % 32) + half;
-    sum += element<E>(x, stride > 0 ? k * stride + (k * 37 + 11) % stride : k % n);
+    const uint32_t k = 2 * (thread % 32u) + half;
+    const uint32_t position = (k << 26) + ((k + 1) * 0x9e3779b9u >> 6);  // in units of n / 2^32
+    sum += element<E>(x, static_cast<int>(uint64_t{position} * static_cast<uint32_t>(n) >> 32));
   }
+#pragma unroll 1
   for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(kAllLanes, sum, lanes);
-  return sum / kSamples;
+  return times(sum, typename E::Lane(1.0 / 64));
+}
+
+// What a state has besides its counts. It has no default values: they would need registers while a
+// chunk is read.
+struct Summary {
+  int64_t zeros;
+  double mean, m2, min, max;
+};
+
+// Of n elements whose sums are exact integers of less than 2^53.
+__device__ inline Summary exact_summary(const ShiftedSums& s, int n) {
+  const auto sum = static_cast<int64_t>(s.sum), sum_sq = static_cast<int64_t>(s.sum_sq);
+  return {s.zeros, s.sum / n, static_cast<double>(n * sum_sq - sum * sum) / n, s.min, s.max};
 }
 
 // Returns false if the lanes cannot represent the chunk: NaN, infinity, overflow or underflow.
 template <class E>
-__device__ inline bool try_chunk(const void* data, int n, Shared<kThreads>& shared, Moments& out) {
+__device__ inline bool try_chunk(const void* data, int n, Shared<kThreads>& shared, Summary& out) {
   constexpr int kTries = 3;
   constexpr double kMaxShiftShare = 1.0 / 8;
-  const auto* x = static_cast<const typename E::Storage*>(data);
-  auto pivot = sample_mean<E>(x, n);
+  using Storage = typename E::Storage;
+  const auto* x = static_cast<const Storage*>(data);
+  typename E::Lane pivot = 0;
 #pragma unroll 1
-  for (int attempt = 0; attempt < kTries; ++attempt) {
-    const ShiftedSums s = block_sums(thread_sums<E>(x, n, pivot), shared);
-    const Fit fit = from_sums(s, n, pivot, kMaxShiftShare, E::kMinSquares, kLargest, out);
-    if (fit != Fit::kFar) return fit == Fit::kGood;
-    pivot = static_cast<typename E::Lane>(pivot + s.sum / n);
+  for (int attempt = 0;;) {
+    int thread = threadIdx.x;
+    recompute(x);
+    recompute(n);
+    recompute(thread);
+    const int misaligned = static_cast<int>(reinterpret_cast<uint64_t>(x) % 16);
+    const int to_aligned = (16 - misaligned) % 16 / static_cast<int>(sizeof(Storage));
+    const int head = to_aligned < n ? to_aligned : n;
+    const int vectors = (n - head) / kPerVector<E>;
+    const int body = vectors * kPerVector<E>;
+
+    // The sample is loaded after the first vectors, so that the latencies overlap.
+    Loads<E> loads = {reinterpret_cast<const uint4*>(x + head) + thread, vectors - thread};
+    loads.load();
+    typename E::template State<E> sums(load_one<E>(x, 0));
+    if (!E::kExact && attempt == 0) pivot = sample_mean<E>(x, n, thread);
+
+#pragma unroll 1
+    while (loads.full()) loads.take(sums, pivot);
+#pragma unroll 1
+    while (loads.left > 0) loads.take_one(sums, pivot);
+    if (thread < n - body) {  // an element before or after the vectors
+      sums.take_one(load_one<E>(x, thread < head ? thread : thread + body), pivot);
+    }
+
+    const ShiftedSums s = block_sums(sums.sums(), shared);
+    if constexpr (E::kExact) {
+      out = exact_summary(s, n);
+      return true;
+    } else {
+      Moments state;
+      const Fit fit = from_sums(s, n, pivot, kMaxShiftShare, E::kMinSquares, kLargest, state);
+      if (fit == Fit::kGood) {
+        out = {state.zeros, state.mean, state.m2, state.min, state.max};
+        return true;
+      }
+      if (fit == Fit::kUnusable || ++attempt == kTries) return false;
+      pivot = static_cast<typename E::Lane>(pivot + s.sum / n);
+    }
   }
-  return false;
 }
 
 __device__ inline double element_of(DType dtype, const void* data, int64_t i) {
@@ -169,7 +187,7 @@ __device__ inline double element_of(DType dtype, const void* data, int64_t i) {
   return 0;
 }
 
-__device__ inline bool try_chunk_of(const Chunk& chunk, Shared<kThreads>& shared, Moments& out) {
+__device__ inline bool try_chunk_of(const Chunk& chunk, Shared<kThreads>& shared, Summary& out) {
   switch (chunk.dtype) {
     case DType::kFloat64: return try_chunk<Float64>(chunk.data, chunk.n, shared, out);
     case DType::kFloat32: return try_chunk<Float32>(chunk.data, chunk.n, shared, out);
@@ -188,6 +206,18 @@ __device__ inline bool try_chunk_of(const Chunk& chunk, Shared<kThreads>& shared
     case DType::kUInt64: return try_chunk<UInt64>(chunk.data, chunk.n, shared, out);
   }
   return false;
+}
+
+__device__ inline bool try_chunk_of(const Chunk& chunk, Shared<kThreads>& shared, Moments& out) {
+  Summary summary;
+  if (!try_chunk_of(chunk, shared, summary)) return false;
+  out.count = chunk.n;
+  out.zeros = summary.zeros;
+  out.mean = summary.mean;
+  out.m2 = summary.m2;
+  out.min = summary.min;
+  out.max = summary.max;
+  return true;
 }
 
 }  // namespace paramstats::cuda

@@ -21,6 +21,7 @@
 // neither static nor in an anonymous namespace.
 #pragma once
 
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -127,6 +128,115 @@ inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
 inline float __uint_as_float(unsigned x) { return cuda_shim::bits<float>(x); }
 inline unsigned __float_as_uint(float x) { return cuda_shim::bits<unsigned>(x); }
 inline double __longlong_as_double(long long x) { return cuda_shim::bits<double>(x); }
+
+inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+inline double __fma_rn(double a, double b, double c) { return std::fma(a, b, c); }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline double __dmul_rn(double a, double b) { return a * b; }
+
+inline int __dp4a(int a, int b, int c) {
+  for (int i = 0; i < 4; ++i)
+    c += static_cast<int8_t>(a >> 8 * i) * static_cast<int8_t>(b >> 8 * i);
+  return c;
+}
+inline unsigned __dp4a(unsigned a, unsigned b, unsigned c) {
+  for (int i = 0; i < 4; ++i) c += (a >> 8 * i & 0xff) * (b >> 8 * i & 0xff);
+  return c;
+}
+
+namespace cuda_shim {
+
+// Applies a function to both halves of two words, as integers of type T.
+template <class T, class F>
+unsigned per_half(unsigned a, unsigned b, F f) {
+  unsigned result = 0;
+  for (int shift : {0, 16}) {
+    const auto half =
+        static_cast<uint16_t>(f(static_cast<T>(a >> shift), static_cast<T>(b >> shift)));
+    result |= static_cast<unsigned>(half) << shift;
+  }
+  return result;
+}
+
+// The float16 of some bits, and the bits of a value that is a float16.
+inline float half_value(unsigned bits) {
+  const int exponent = static_cast<int>(bits >> 10 & 31), mantissa = static_cast<int>(bits & 1023);
+  const float sign = bits & 0x8000 ? -1.0f : 1.0f;
+  if (exponent == 31) return mantissa ? sign * NAN : sign * INFINITY;
+  if (exponent == 0) return sign * std::ldexp(static_cast<float>(mantissa), -24);
+  return sign * std::ldexp(static_cast<float>(mantissa + 1024), exponent - 25);
+}
+inline uint16_t half_bits(float value) {
+  if (value != value) return 0x7fff;
+  const unsigned sign = std::signbit(value) ? 0x8000 : 0;
+  const float magnitude = std::fabs(value);
+  if (std::isinf(value)) return static_cast<uint16_t>(sign | 0x7c00);
+  if (magnitude < 0x1p-14f)
+    return static_cast<uint16_t>(sign | static_cast<unsigned>(magnitude * 0x1p24f));
+  int exponent;
+  const float fraction = std::frexp(magnitude, &exponent);  // in [1/2, 1)
+  return static_cast<uint16_t>(sign | static_cast<unsigned>(exponent + 14) << 10 |
+                               (static_cast<unsigned>(fraction * 2048) & 1023));
+}
+
+// The instructions that csrc/cuda/packed.h writes in PTX.
+inline unsigned smaller_halves(unsigned a, unsigned b) {
+  return per_half<uint16_t>(a, b, [](uint16_t x, uint16_t y) {
+    const float v = half_value(x), w = half_value(y);
+    return v != v ? y : w != w ? x : v < w || (v == w && std::signbit(v)) ? x : y;
+  });
+}
+inline unsigned larger_halves(unsigned a, unsigned b) {
+  return per_half<uint16_t>(a, b, [](uint16_t x, uint16_t y) {
+    const float v = half_value(x), w = half_value(y);
+    return v != v ? y : w != w ? x : v > w || (v == w && std::signbit(w)) ? x : y;
+  });
+}
+inline unsigned add_halves(unsigned a, unsigned b) {  // of sums that float16 can represent
+  return per_half<uint16_t>(
+      a, b, [](uint16_t x, uint16_t y) { return half_bits(half_value(x) + half_value(y)); });
+}
+inline unsigned zero_halves(unsigned a) {
+  return per_half<uint16_t>(a, 0,
+                            [](uint16_t x, uint16_t) { return half_value(x) == 0 ? 0x3c00 : 0; });
+}
+
+// An 8-bit float with `mantissa_bits`. NaN is what follows the largest mantissa that is a number.
+inline uint16_t half_of_byte(unsigned byte, int mantissa_bits, bool has_infinity) {
+  const int exponent_bits = 7 - mantissa_bits, bias = (1 << (exponent_bits - 1)) - 1;
+  const int ones = (1 << exponent_bits) - 1;
+  const int exponent = static_cast<int>(byte >> mantissa_bits & static_cast<unsigned>(ones));
+  const int mantissa = static_cast<int>(byte & ((1u << mantissa_bits) - 1));
+  const float sign = byte & 0x80 ? -1.0f : 1.0f;
+  if (exponent == ones && has_infinity) return half_bits(mantissa ? NAN : sign * INFINITY);
+  if (exponent == ones && mantissa == (1 << mantissa_bits) - 1) return half_bits(NAN);
+  const int whole = exponent ? mantissa + (1 << mantissa_bits) : mantissa;
+  return half_bits(std::ldexp(sign * static_cast<float>(whole),
+                              (exponent ? exponent : 1) - bias - mantissa_bits));
+}
+inline unsigned halves_of_e4m3(unsigned pair) {
+  return per_half<uint16_t>((pair & 0xff) | (pair & 0xff00) << 8, 0,
+                            [](uint16_t x, uint16_t) { return half_of_byte(x, 3, false); });
+}
+inline unsigned halves_of_e5m2(unsigned pair) {
+  return per_half<uint16_t>((pair & 0xff) | (pair & 0xff00) << 8, 0,
+                            [](uint16_t x, uint16_t) { return half_of_byte(x, 2, true); });
+}
+
+}  // namespace cuda_shim
+
+inline unsigned __vmins2(unsigned a, unsigned b) {
+  return cuda_shim::per_half<int16_t>(a, b, [](int16_t x, int16_t y) { return x < y ? x : y; });
+}
+inline unsigned __vmaxs2(unsigned a, unsigned b) {
+  return cuda_shim::per_half<int16_t>(a, b, [](int16_t x, int16_t y) { return x > y ? x : y; });
+}
+inline unsigned __vminu2(unsigned a, unsigned b) {
+  return cuda_shim::per_half<uint16_t>(a, b, [](uint16_t x, uint16_t y) { return x < y ? x : y; });
+}
+inline unsigned __vmaxu2(unsigned a, unsigned b) {
+  return cuda_shim::per_half<uint16_t>(a, b, [](uint16_t x, uint16_t y) { return x > y ? x : y; });
+}
 template <class T>
 T __ldg(const T* address) {
   ++cuda_shim::loads;
