@@ -42,6 +42,7 @@ SOURCES = {
     "threads": ["tests/cpp/test_threads.cpp", *CPU],
     "cuda_kernels": [
         "tests/cpp/test_cuda_kernels.cpp",
+        "tests/cpp/test_cuda_elements.cpp",
         "tests/cpp/test_cuda_merge.cpp",
         "tests/cpp/test_cuda_engine.cpp",
         *sources("tests/cpp/cuda_shim"),

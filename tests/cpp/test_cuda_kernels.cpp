@@ -17,6 +17,8 @@
 
 namespace paramstats::test {
 
+void run_element_tests();  // test_cuda_elements.cpp
+
 std::vector<Result> summarize(const Tensors& tensors) { return {{"cuda", cuda_states(tensors)}}; }
 
 std::vector<int64_t> boundary_sizes(DType dtype) {
@@ -28,11 +30,12 @@ namespace {
 
 // ---- the pivot ---------------------------------------------------------------------------------
 
-// The pivot is the mean of 64 elements. These are their indices.
+// The pivot is the mean of 64 elements, one of each 64th of a chunk. These are their indices.
 constexpr int64_t kPivotN = cuda::kSmallChunk / 4;  // a chunk of float32, two of float64
 bool is_sampled(int64_t i) {
-  constexpr int64_t kStride = kPivotN / 64;
-  return i % kStride == (i / kStride * 37 + 11) % kStride;
+  const uint64_t k = i / (kPivotN / 64);
+  const uint64_t position = (k << 26) + ((k + 1) * 0x9e3779b9u % (uint64_t{1} << 32) >> 6);
+  return static_cast<uint64_t>(i) == position * kPivotN >> 32;
 }
 
 // Samples that differ from the rest: the chunk must be read again. The bounds are tight because
@@ -94,6 +97,7 @@ int main() {
   run_cases<32>();
   RUN(misleading_samples);
   RUN(number_of_reads_per_chunk);
+  run_element_tests();
   run_merge_tests();
   run_engine_tests();
   return check::report("cuda kernels on the CPU");
