@@ -13,7 +13,7 @@ ARM64_CXX := aarch64-linux-gnu-g++
 # Processes that run the Python tests.
 WORKERS ?= 2
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*)
-CXX_FILES := $(NATIVE) $(wildcard tests/cpp/*.* tests/cpp/*/* tests/fake_cuda/*.cpp)
+CXX_FILES := $(NATIVE) $(wildcard tests/cpp/*.* tests/cpp/*/* tests/fake_cuda/*.cpp tests/fake_device/*.cpp tests/fake_device/*.h)
 # The CUDA kernels compiled as C++, on the CPU implementation of CUDA in tests/cpp/cuda_shim. Its
 # functions are exported (-rdynamic), because the engine finds those of a driver at run time.
 # Products are not fused with sums, as in the kernels (times in csrc/portable.h).
@@ -135,9 +135,9 @@ build/nvdisasm:
 cuda-compile: build/nvdisasm  ## compile the kernels for every GPU; check registers, instructions (nvcc)
 	$(PYTHON) tools/cuda_compile.py
 
-gpu-check:  ## build, test and measure on a GPU, 8 minutes; writes build/gpu-check
+gpu-check:  ## build, test and measure on a GPU, 8 minutes; DRY=1: on a fake GPU; writes build/gpu-check
 	@rm -f $(VENV)/installed  # it builds in place for another torch, so that .venv must build again
-	$(PYTHON) -m benches.gpu_check
+	$(if $(DRY),$(CURDIR)/$(BIN)/python,$(PYTHON)) -m benches.gpu_check $(if $(DRY),--dry-run)
 
 $(VENV)/matrix: $(VENV)/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)" \

@@ -16,8 +16,9 @@ import paramstats
 from benches import checks, hardware, models, timing
 from benches.contestants import Contestant
 from benches.read_only import NoCompilerError, ReadOnly, checksum
+from tests.fake_device import scaled
 
-_TIMING = {"max_time": 0.3, "min_rounds": 3, "min_time": 1e-4}
+_TIMING = {"max_time": scaled(300) / 1e3, "min_rounds": scaled(3), "min_time": 1e-4}
 """Seconds of a timing, and of a round: short calls are timed several at once."""
 
 _COMPILE_SECONDS = {"cpu": 60.0, "cuda": 15.0}

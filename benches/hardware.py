@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import paramstats
+from tests import fake_device
 
 PEERS = ("numpy", "numkong", "polars", "lovely-tensors", "lightning", "wandb")
 
@@ -60,10 +61,14 @@ def _cpu_seconds() -> tuple[float, float] | None:
 
 
 def describe(device: str) -> dict[str, Any]:
-    """Return hardware, versions, backend and date for JSON, without the name of the machine."""
+    """Return hardware, versions, backend and date for JSON, without the name of the machine.
+
+    On the fake device it contains "dry_run", so that benches.report does not publish the numbers.
+    """
     on_gpu = device == "cuda" and torch.cuda.is_available()
     backend = paramstats.backend()  # after CUDA is initialized: it then reports more
     return {
+        **({"dry_run": True} if fake_device.active() else {}),
         "date": datetime.date.today().isoformat(),
         "device": device,
         "hardware": {

@@ -53,17 +53,27 @@ class Outcome:
     reason: str
 
 
-def run(step: Step, remaining: float, log: Path, environment: Mapping[str, str]) -> Outcome:
-    """Run a step within its limit and the remaining seconds; print the end of its output."""
+def run(
+    step: Step, remaining: float, log: Path, environment: Mapping[str, str], mark: str = ""
+) -> Outcome:
+    """Run a step within its limit and the remaining seconds; print the end of its output.
+
+    Args:
+        step: the step.
+        remaining: seconds.
+        log: file to which the output is appended.
+        environment: variables, besides those of the step.
+        mark: begins each line that is printed.
+    """
     limit = min(step.limit, remaining)
     reason = step.missing or (f"{max(remaining, 0):.0f} s left" if limit < _LEAST else None)
     if reason is not None:
-        print(f"== {step.name}: skip, {reason}", flush=True)
+        print(f"{mark}== {step.name}: skip, {reason}", flush=True)
         return Outcome(step.name, "skip", 0.0, reason)
-    print(f"== {step.name} (at most {limit:.0f} s)", flush=True)
+    print(f"{mark}== {step.name} (at most {limit:.0f} s)", flush=True)
     begin = time.monotonic()
     with log.open("ab") as output:
-        output.write(f"\n== {step.name}: {' '.join(step.command)}\n".encode())
+        output.write(f"\n{mark}== {step.name}: {' '.join(step.command)}\n".encode())
         output.flush()
         start = output.tell()
         try:
@@ -90,8 +100,9 @@ def run(step: Step, remaining: float, log: Path, environment: Mapping[str, str])
             outcome = Outcome(step.name, "skip", seconds, step.skip_if)
     lines = _LINES_OF_FAILURE if outcome.result == "FAIL" else step.lines
     for line in text.splitlines()[-lines:]:
-        print(line[:_WIDTH])
-    print(f"== {step.name}: {outcome.result} {outcome.reason} after {seconds:.0f} s", flush=True)
+        print(mark + line[:_WIDTH])
+    result = f"{outcome.result} {outcome.reason} after {seconds:.0f} s"
+    print(f"{mark}== {step.name}: {result}", flush=True)
     return outcome
 
 

@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch import nn
 
+from tests.fake_device import scaled
+
 _BATCH = 32
 _TOKENS = 64
 _GIB = 1 << 30
@@ -44,17 +46,26 @@ def _mlp(widths: list[int], device: torch.device) -> nn.Module:
 def _gpt2(device: torch.device) -> nn.Module:
     """GPT-2 with 124 M parameters in float32; its token embedding is also its output layer."""
     transformers = pytest.importorskip("transformers", reason="for this model")
-    return _after_backward(transformers.GPT2LMHeadModel(transformers.GPT2Config()).to(device))
+    return _after_backward(transformers.GPT2LMHeadModel(gpt2_config()).to(device))
+
+
+def gpt2_config() -> Any:
+    """Return the configuration of GPT-2 with 124 M parameters. Raises ImportError."""
+    import transformers
+
+    return transformers.GPT2Config(
+        vocab_size=scaled(50_257, 120), n_embd=scaled(768, 48), n_layer=scaled(12, 1)
+    )
 
 
 def _llama(device: torch.device) -> nn.Module:
     """A model with Llama's shapes and 134 M parameters in bfloat16."""
     transformers = pytest.importorskip("transformers", reason="for this model")
     config = transformers.LlamaConfig(
-        vocab_size=32_000,
-        hidden_size=768,
-        intermediate_size=2048,
-        num_hidden_layers=12,
+        vocab_size=scaled(32_000, 120),
+        hidden_size=scaled(768, 48),
+        intermediate_size=scaled(2048, 64),
+        num_hidden_layers=scaled(12, 1),
         num_attention_heads=12,
     )
     return _after_backward(transformers.LlamaForCausalLM(config).to(device, torch.bfloat16))
@@ -62,6 +73,7 @@ def _llama(device: torch.device) -> nn.Module:
 
 def many(parameters: int, elements: int, device: torch.device) -> nn.Module:
     """Many small parameters: the overhead per tensor dominates."""
+    parameters = scaled(parameters, 20)
     model = nn.ParameterList(torch.randn(elements, device=device) for _ in range(parameters))
     torch.cat(tuple(model)).sin().sum().backward()
     return model
@@ -69,6 +81,7 @@ def many(parameters: int, elements: int, device: torch.device) -> nn.Module:
 
 def _one_tensor(nbytes: int, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """One parameter without a gradient."""
+    nbytes = scaled(nbytes)
     if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < 3 * nbytes:
         pytest.skip("too little free memory on the GPU")
     return _of(filled(nbytes // dtype.itemsize, dtype, device))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import pickle
 import re
 import statistics
 import sys
@@ -27,28 +28,34 @@ from torch import nn
 import paramstats
 from benches import checks, hardware, models, timing
 from benches.contestants import PARAMSTATS, all_of_them, from_summary
+from tests.fake_device import scaled
 
 Row = dict[str, Any]
 
-_WARM_UP = 5
-_CALLS = {"native": 1000, "reference": 10}
+_WARM_UP = scaled(5, 1)
+_CALLS = {"native": scaled(1000, 2), "reference": scaled(10, 1)}
 """Timed calls by backend. The reference backend launches about 30 kernels per tensor."""
 
 _BUSY_SECONDS = 0.02
+
+_REPEATS = scaled(10, 2)
+"""Calls whose results must have the same bits."""
 
 
 # ---- large tensors: correctness and GPU time ----------------------------------------------------
 
 
+_LARGE = ((2, torch.float32), (2, torch.bfloat16), (1, torch.float8_e4m3fn), (1, torch.int8))
+"""GiB and dtypes."""
+
+
 def smoke(device: torch.device) -> Iterator[Row]:
-    """Check one large tensor of four dtypes, and compare its GPU time with a copy's."""
-    for gib, dtype in (
-        (2, torch.float32),
-        (2, torch.bfloat16),
-        (1, torch.float8_e4m3fn),
-        (1, torch.int8),
-    ):
-        nbytes = gib << (30 if device.type == "cuda" else 16)
+    """Check one large tensor of four dtypes, and compare its GPU time with a copy's.
+
+    Then count the CUDA calls of one call, and compare the bits of several calls.
+    """
+    for gib, dtype in _LARGE:
+        nbytes = scaled(gib << 30) if device.type == "cuda" else gib << 16
         source = {"x": models.filled(nbytes // dtype.itemsize, dtype, device)}
         call = partial(paramstats.summarize, source)
         checks.check(from_summary(call()), checks.expected(source), PARAMSTATS, all_of_them)
@@ -56,18 +63,43 @@ def smoke(device: torch.device) -> Iterator[Row]:
         if device.type == "cuda":
             copy = partial(torch.empty_like(source["x"]).copy_, source["x"])
             seconds, copy_seconds = timing.device_seconds(call), timing.device_seconds(copy)
-            row |= {"device_s": seconds, "share_of_copy": copy_seconds / 2 / seconds}
+            row |= {
+                "device_s": seconds,
+                "copy_s": copy_seconds,
+                "share_of_copy": copy_seconds / 2 / seconds,
+            }
         yield {**row, "kernels_us": count_calls(trace(call, device))["device_us"]}
+    yield contract(device)
+
+
+def contract(device: torch.device) -> Row:
+    """Count the CUDA calls of one call. Raises AssertionError if the bits of two calls differ."""
+    tensors = {str(dtype): models.filled(100_003, dtype, device) for _, dtype in _LARGE}
+    call = partial(paramstats.summarize, tensors)
+    results = {pickle.dumps(call()) for _ in range(_REPEATS)}
+    assert len(results) == 1, f"{_REPEATS} calls gave {len(results)} different results"
+    counts = count_calls(trace(call, device))
+    if device.type == "cuda" and paramstats.backend().cuda == "native":
+        assert 1 <= counts["launches"] <= 2 and counts["waits"] == 0, counts
+    return {"case": f"{_REPEATS} calls gave the same bits", **counts}
 
 
 # ---- small tensors: host time and CUDA calls ----------------------------------------------------
 
 
+_MANY = {
+    "1,000 parameters and their gradients": "tensors_of_16",
+    "1,000 parameters, no gradients": "tensors_of_16",
+    "5,000 parameters and their gradients": "tensors_of_100",
+}
+"""Cases and their models."""
+
+
 def calls(device: torch.device) -> Iterator[Row]:
     """Measure the host time and count the CUDA calls of one call, with each backend."""
     for backend in timing.available_backends(device):
-        for case in ("1,000 parameters and their gradients", "1,000 parameters, no gradients"):
-            model = models.by_name("tensors_of_16", device)
+        for case, name in _MANY.items():
+            model = models.by_name(name, device)
             if "no gradients" in case:
                 model.zero_grad(set_to_none=True)
             row: Row = {"case": case, "backend": backend}
@@ -109,11 +141,13 @@ _REGION = "paramstats: one call"
 
 _KINDS = {
     "launches": re.compile("Launch"),
-    "copies": re.compile("Memcpy.*Async"),
     "waits": re.compile("Synchronize|Memcpy(?!.*Async)|Memset(?!.*Async)|Free(?!Async)"),
     "allocations": re.compile("Malloc|HostAlloc|MemAlloc|MemCreate|HostRegister"),
 }
-"""Names of CUDA functions by what they do."""
+"""Names of CUDA functions by what they do. Of the driver's, the profiler shows only launches."""
+
+_GAP = 1e-3
+"""Seconds before the region, which separate its GPU work from earlier work."""
 
 
 def trace(call: Callable[[], paramstats.Summary], device: torch.device) -> list[dict[str, Any]]:
@@ -125,6 +159,7 @@ def trace(call: Callable[[], paramstats.Summary], device: torch.device) -> list[
     with torch.profiler.profile(activities=activities) as profiler:
         call().wait()
         timing.synchronize(device)
+        time.sleep(_GAP)
         with torch.profiler.record_function(_REGION):
             summary = call()
         summary.wait()
@@ -136,7 +171,10 @@ def trace(call: Callable[[], paramstats.Summary], device: torch.device) -> list[
 
 
 def count_calls(events: Sequence[dict[str, Any]], region: str = _REGION) -> dict[str, Any]:
-    """Count the CUDA calls within a region, and add up the time of the GPU work they queued."""
+    """Count the CUDA calls within a region, and add up the time of the GPU work from then on.
+
+    The profiler does not show which call of the driver's interface has queued a copy.
+    """
     inside = [e for e in events if e.get("name") == region and e.get("cat") == "user_annotation"]
     if len(inside) != 1:
         raise ValueError(f"expected one region '{region}' in the trace, got {len(inside)}")
@@ -147,14 +185,20 @@ def count_calls(events: Sequence[dict[str, Any]], region: str = _REGION) -> dict
         for e in events
         if e.get("cat") in ("cuda_runtime", "cuda_driver") and begin <= float(e["ts"]) < end
     ]
-    correlations = {e["args"].get("correlation") for e in calls}
+    work = [
+        e
+        for e in events
+        if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")
+        and float(e["ts"]) >= begin - _GAP / 2 * 1e6
+    ]
     device_us: Counter[str] = Counter()
-    for e in events:
-        is_device_work = e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")
-        if is_device_work and e["args"].get("correlation") in correlations:
-            device_us[str(e["name"])] += e["dur"]
+    for e in work:
+        device_us[str(e["name"])] += e["dur"]
     names = [str(e["name"]) for e in calls]
-    counts = {kind: sum(map(bool, map(kinds.search, names))) for kind, kinds in _KINDS.items()}
+    counts: dict[str, Any] = {
+        kind: sum(map(bool, map(kinds.search, names))) for kind, kinds in _KINDS.items()
+    }
+    counts["copies"] = sum(e["cat"] == "gpu_memcpy" for e in work)
     return {**counts, "runtime_calls": dict(Counter(names)), "device_us": dict(device_us)}
 
 

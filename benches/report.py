@@ -167,11 +167,15 @@ def main() -> None:
         parser.error("none of the files exists")
     report = combine(files or run_all(options.device, options.repeat))
     tables = render(report)
-    print(tables, end="\n\n")
+    if report.get("dry_run"):
+        print("Numbers of a dry run on a fake device: they measure nothing.")
     for timing in noisy(report):
         print(f"noisy, better measured again: {timing}")
+    print(tables, end="\n\n")  # last, where it is seen
     if options.dry_run:
         return
+    if report.get("dry_run"):
+        sys.exit("benches.report: these are numbers of a dry run, which are not published")
     hardware = report["hardware"]
     name = f"{hardware['gpu'] or hardware['cpu']} {hardware['threads']} threads"
     path = _RESULTS / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.json"

@@ -1,6 +1,6 @@
 """A small input for every path of the CUDA kernels, to be run under compute-sanitizer.
 
-    compute-sanitizer --tool memcheck python -m benches.sanitizer_case
+    compute-sanitizer --tool memcheck python -m benches.sanitizer_case [--small]
 
 Tensors are created on the CPU and copied, so that only kernels of paramstats run. All results are
 checked against the tests' oracle.
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
@@ -56,11 +56,15 @@ def _random(numel: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.randint(-100 if dtype.is_signed else 0, 100, (numel,)).to(dtype)
 
 
-def check(device: torch.device) -> None:
+_OFFSETS = (0, 1, 3)
+"""Elements by which a tensor begins later: other alignments."""
+
+
+def check(device: torch.device, offsets: Sequence[int] = _OFFSETS) -> None:
     """Raise AssertionError if a result is wrong or differs between two calls."""
     on_cpu, on_device = {}, {}
     for name, tensor in tensors():
-        for offset in (0, 1, 3):  # elements; other alignments
+        for offset in offsets:
             key = f"{name}, from {offset}"
             on_cpu[key], on_device[key] = tensor[offset:], tensor.to(device)[offset:]
     summary = paramstats.summarize(on_device)
@@ -81,5 +85,5 @@ def check(device: torch.device) -> None:
 if __name__ == "__main__":
     if not torch.cuda.is_available():
         sys.exit("benches.sanitizer_case: torch finds no CUDA device")
-    check(torch.device("cuda"))
+    check(torch.device("cuda"), _OFFSETS[1:2] if "--small" in sys.argv else _OFFSETS)
     print(f"{paramstats.backend().cuda} backend: all results are right")

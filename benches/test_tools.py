@@ -18,6 +18,7 @@ import torch
 import paramstats
 from benches import (
     checks,
+    gpu_check,
     hardware,
     in_turns,
     limited,
@@ -206,27 +207,58 @@ def test_tools_are_right_and_remove_their_hooks() -> None:
 # ---- GPU tools ----------------------------------------------------------------------------------
 
 
-def _event(cat: str, name: str, ts: float, correlation: int = 0) -> dict[str, Any]:
-    return {"cat": cat, "name": name, "ts": ts, "dur": 1, "args": {"correlation": correlation}}
+def _event(cat: str, name: str, ts: float) -> dict[str, Any]:
+    return {"cat": cat, "name": name, "ts": ts, "dur": 1, "args": {}}
 
 
 def test_cuda_calls_are_counted_within_the_region() -> None:
+    ms = 1e3
     events = [
-        {"cat": "user_annotation", "name": "R", "ts": 10.0, "dur": 10.0},
-        _event("cuda_runtime", "cudaLaunchKernel", 9.0, 1),
-        _event("cuda_driver", "cuLaunchKernelEx", 12.0, 2),
-        _event("cuda_runtime", "cudaLaunchKernelExC_v11060", 13.0, 3),
-        _event("cuda_runtime", "cudaMemcpyAsync", 14.0, 4),
-        _event("cuda_runtime", "cudaHostAlloc", 15.0, 5),
-        _event("cuda_runtime", "cudaStreamSynchronize", 17.0, 6),
-        _event("cuda_runtime", "cudaDeviceSynchronize", 21.0, 7),
-        _event("kernel", "before", 40.0, 1),
-        _event("kernel", "inside", 41.0, 2),
-        _event("kernel", "inside", 42.0, 3),
+        {"cat": "user_annotation", "name": "R", "ts": 10 * ms, "dur": 10 * ms},
+        _event("cuda_runtime", "cudaLaunchKernel", 9 * ms),
+        _event("cuda_driver", "cuLaunchKernelEx", 12 * ms),
+        _event("cuda_runtime", "cudaLaunchKernelExC_v11060", 13 * ms),
+        _event("cuda_runtime", "cudaMemcpyAsync", 14 * ms),
+        _event("cuda_runtime", "cudaHostAlloc", 15 * ms),
+        _event("cuda_runtime", "cudaStreamSynchronize", 17 * ms),
+        _event("cuda_runtime", "cudaDeviceSynchronize", 21 * ms),
+        _event("kernel", "before", 9 * ms),
+        _event("kernel", "after", 41 * ms),
+        _event("kernel", "after", 42 * ms),
+        _event("gpu_memcpy", "Memcpy HtoD (Pinned -> Device)", 43 * ms),
     ]
     counts = on_gpu.count_calls(events, "R")
     assert [counts[kind] for kind in ("launches", "copies", "waits", "allocations")] == [2, 1, 1, 1]
-    assert counts["device_us"] == {"inside": 2}
+    assert counts["device_us"] == {"after": 2, "Memcpy HtoD (Pinned -> Device)": 1}
+
+
+def test_steps_of_the_gpu_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The most important ones first; all programs exist; a step that fails does not end it."""
+    names = [step.name for step in gpu_check.steps(tmp_path, gpu_check.Tools(""))]
+    first_ones = "packages, build, native backend, smoke, CUDA tests, memory, on_gpu, kernel_images"
+    order = [*first_ones.split(", "), "memcheck", "models", "step_cost", "racecheck", "compiled"]
+    assert [name for name in names if name in order] == order
+    for step in gpu_check.steps(tmp_path, gpu_check.Tools("")):
+        for argument in step.command:
+            assert not argument.endswith(".py") or (ROOT / argument).exists()
+    first, *_ = gpu_check.steps(tmp_path, gpu_check.Tools(""))
+    assert first.missing == "nvidia-smi is not installed"
+    ends = [("fails", "exit(3)"), ("works", "print(4)")]
+    made = [limited.Step(name, (sys.executable, "-c", code), 50) for name, code in ends]
+    monkeypatch.setattr(gpu_check, "steps", lambda *unused: made)
+    assert gpu_check.check(tmp_path, 60, os.environ, True) == 1
+    report_ = json.loads((tmp_path / "gpu-check.json").read_text())
+    assert report_["dry_run"] and [o["result"] for o in report_["outcomes"]] == ["FAIL", "pass"]
+
+
+def test_numbers_of_a_dry_run_are_not_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(_run(0.1, 0.0, 1.0, dry_run=True)))
+    monkeypatch.setattr(sys, "argv", ["report", str(path)])
+    with pytest.raises(SystemExit, match="dry run"):
+        report.main()
 
 
 def test_gpu_measurements_run_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ import torch
 
 import paramstats
 from paramstats._core import backend as backends
+from tests.fake_device import scaled
 
 CYCLES_PER_SECOND = 2e9
 """At least the clock rate of any GPU, so that `torch.cuda._sleep` is never too short."""
@@ -50,11 +51,11 @@ def quartiles(values: Sequence[float]) -> tuple[float, float]:
 
 # ---- time on the GPU ----------------------------------------------------------------------------
 
-_ROUNDS = 15
+_ROUNDS = scaled(15, 2)
 _ROUND_SECONDS = 0.01
 """A round contains enough calls to last about this long, so that the events cost little."""
 
-_LEAST_CALLS, _MOST_CALLS = 3, 50
+_LEAST_CALLS, _MOST_CALLS = scaled(3, 1), scaled(50, 1)
 _MOST_SLEEP = 0.05
 
 

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from benches.models import gpt2_config
 from benches.step_cost.tools import Run
+from tests.fake_device import scaled
 
 
 @dataclass(frozen=True)
@@ -49,10 +51,10 @@ def _gpt2(device: torch.device) -> Training:
     import transformers
 
     on_gpu = device.type == "cuda"
-    model: Any = transformers.GPT2LMHeadModel(transformers.GPT2Config())
+    model: Any = transformers.GPT2LMHeadModel(gpt2_config())
     model.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    shape = (16, 512) if on_gpu else (1, 128)
+    shape = (scaled(16), scaled(512, 16)) if on_gpu else (1, 128)
     tokens = torch.randint(model.config.vocab_size, shape, device=device)
 
     def loss() -> Any:
@@ -102,7 +104,7 @@ def _mlp(device: torch.device) -> Training:
 
 
 RECIPES = (
-    Recipe("gpt2", _gpt2, turns=9, steps=1, untimed_steps=1),
+    Recipe("gpt2", _gpt2, turns=scaled(9, 2), steps=1, untimed_steps=1),
     Recipe("resnet", _resnet, turns=11, steps=1, untimed_steps=1),
     Recipe("mlp", _mlp, turns=15, steps=50, untimed_steps=5),
 )
