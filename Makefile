@@ -133,7 +133,7 @@ build/nvdisasm:
 		nvidia-cuda-nvdisasm==13.2.86
 
 cuda-compile: build/nvdisasm  ## compile the kernels for every GPU; check registers, instructions (nvcc)
-	$(PYTHON) tools/cuda_compile.py
+	$(PYTHON) -m tools.cuda_compile
 
 gpu-check:  ## build, test and measure on a GPU, 8 minutes; DRY=1: on a fake GPU; writes build/gpu-check
 	@rm -f $(VENV)/installed  # it builds in place for another torch, so that .venv must build again

@@ -5,14 +5,12 @@
 For each architecture it prints the registers of each kernel, and for each dtype the machine
 instructions (SASS) that a thread executes per 64 bytes in the main loop of a chunk. Fails where a
 kernel uses local memory (stack or spilled registers), where a count is above its limit, where a
-result would depend on the compiler's choice to fuse a product with an addition, or where NVRTC (if
-it is installed) does not compile the device code.
+result would depend on the compiler's choice to fuse a product with an addition, or where the NVRTC
+that makes the cubins of wheels fails or uses local memory.
 """
 
 from __future__ import annotations
 
-import ctypes
-import glob
 import os
 import re
 import shutil
@@ -22,6 +20,8 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
+
+from tools import cubins
 
 ROOT = Path(__file__).parent.parent
 CUDA = ROOT / "csrc/cuda"
@@ -169,35 +169,16 @@ def check_roundings(architecture: int) -> str:
     return f"sm_{architecture:<4} {fixed} fused products{failed}"
 
 
-def load_nvrtc() -> ctypes.CDLL | None:
-    roots = [path for path in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if path]
-    patterns = [f"{root}/lib64/libnvrtc.so*" for root in roots]
-    patterns += [f"{path}/nvidia/*/lib/libnvrtc.so*" for path in sys.path]
-    for path in ["libnvrtc.so", *(p for pattern in patterns for p in sorted(glob.glob(pattern)))]:
-        try:
-            return ctypes.CDLL(path)
-        except OSError:
-            continue
-    return None
-
-
-def check_nvrtc() -> str:
-    library = load_nvrtc()
-    if library is None:
-        return "NVRTC   is not installed"
-    program, size = ctypes.c_void_p(), ctypes.c_size_t()
-    options = [f"-I{path}".encode() for path in (CUDA, CUDA.parent)]
-    options += [b"-std=c++17", b"-arch=compute_90"]
-    arguments = (ctypes.c_char_p * len(options))(*options)
-    source = b'#include "kernels.h"\n'
-    library.nvrtcCreateProgram(ctypes.byref(program), source, b"kernels", 0, None, None)
-    failed = library.nvrtcCompileProgram(program, len(options), arguments)
-    library.nvrtcGetProgramLogSize(program, ctypes.byref(size))
-    log = ctypes.create_string_buffer(size.value)
-    library.nvrtcGetProgramLog(program, log)
-    if failed:
-        return f"NVRTC   does not compile kernels.h  <- FAILED\n{log.value.decode()}"
-    return "NVRTC   compiles kernels.h"
+def check_cubin(architecture: int) -> str:
+    """Compiles as for a wheel. Other compilers than nvcc may need more registers."""
+    compiler = cubins.nvrtc.Nvrtc(cubins.install_nvrtc())
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiler.compile(cubins.flatten(CUDA / "kernels.h"), architecture))
+        file.flush()
+        sass = run(find_nvdisasm(), "-c", file.name)
+    spills = len(re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@\S+\s+)?(?:LDL|STL)\b", sass, re.M))
+    failed = f"  <- {spills} ACCESSES OF LOCAL MEMORY" if spills else ""
+    return f"sm_{architecture:<4} compiled by {compiler}{failed}"
 
 
 def main() -> int:
@@ -208,7 +189,8 @@ def main() -> int:
         results = sorted(pool.map(compile_for, order))
         roundings = pool.map(check_roundings, (OLDEST, 90))  # both kinds of 8-bit floats
         lines = [line for result in results for line in result.lines]
-        lines += [*table_of(results), *roundings, check_nvrtc()]
+        lines += [*table_of(results), *roundings]
+    lines += map(check_cubin, cubins.ARCHITECTURES)
     print("\n".join(lines))
     return int(any("<-" in line for line in lines))
 
