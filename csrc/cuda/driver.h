@@ -7,8 +7,7 @@
 
 // Incomplete types of the driver's interface; the header cuda.h may be missing.
 struct CUctx_st;
-struct CUlib_st;
-struct CUkern_st;
+struct CUmod_st;
 struct CUfunc_st;
 struct CUstream_st;
 
@@ -18,12 +17,12 @@ using Result = int;  // CUresult
 constexpr Result kSuccess = 0;
 using DevicePointer = unsigned long long;
 using Context = CUctx_st*;
-using Library = CUlib_st*;
-using Kernel = CUkern_st*;
+using Module = CUmod_st*;
 using Function = CUfunc_st*;
 using Stream = CUstream_st*;
 
-// X(symbol, arguments). cuLibrary* and cuKernel* exist since CUDA 12.0.
+// X(symbol, arguments). cuModule* loads a cubin on one device. cuLibrary* would load it on all, if
+// CUDA_MODULE_LOADING is EAGER, and fail if there is another kind of GPU.
 #define PARAMSTATS_DRIVER(X)                                                                       \
   X(cuGetErrorName, (Result, const char**))                                                        \
   X(cuGetErrorString, (Result, const char**))                                                      \
@@ -32,11 +31,9 @@ using Stream = CUstream_st*;
   X(cuDevicePrimaryCtxRelease_v2, (int device))                                                    \
   X(cuCtxPushCurrent_v2, (Context))                                                                \
   X(cuCtxPopCurrent_v2, (Context*))                                                                \
-  X(cuLibraryLoadData, (Library*, const void* image, int* jit_options, void** jit_values,          \
-                        unsigned jit_count, int* options, void** values, unsigned count))          \
-  X(cuLibraryUnload, (Library))                                                                    \
-  X(cuLibraryGetKernel, (Kernel*, Library, const char* name))                                      \
-  X(cuKernelGetFunction, (Function*, Kernel))                                                      \
+  X(cuModuleLoadData, (Module*, const void* image))                                                \
+  X(cuModuleUnload, (Module))                                                                      \
+  X(cuModuleGetFunction, (Function*, Module, const char* name))                                    \
   X(cuLaunchKernel,                                                                                \
     (Function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,                \
      unsigned block_y, unsigned block_z, unsigned shared, Stream, void** arguments, void** extra)) \
@@ -54,7 +51,7 @@ extern Driver driver;
 // Finds the functions in a library, e.g. "libcuda.so.1". Returns why that failed, or "".
 std::string open_driver(const char* path);
 
-// The text of an error of a driver function, e.g. "cuLibraryGetKernel: CUDA_ERROR_NOT_FOUND: named
+// The text of an error of a driver function, e.g. "cuModuleGetFunction: CUDA_ERROR_NOT_FOUND: named
 // symbol not found"; "" for kSuccess.
 std::string text_of(const char* function, Result);
 

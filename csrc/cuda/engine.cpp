@@ -49,21 +49,18 @@ class Current {
   bool pushed_ = false;
 };
 
-std::string find(Library library, const char* name, Function* function) {
-  Kernel kernel;
-  PARAMSTATS_TRY(cuLibraryGetKernel, &kernel, library, name)
-  PARAMSTATS_TRY(cuKernelGetFunction, function, kernel)  // CUDA may load it only now
-  return "";
-}
-
 std::string load_image(const void* image, Kernels* kernels) {
   Current current;
   if (std::string error = current.push(kernels->context); !error.empty()) return error;
-  Library library;
-  PARAMSTATS_TRY(cuLibraryLoadData, &library, image, nullptr, nullptr, 0, nullptr, nullptr, 0)
-  std::string error = find(library, "paramstats_summarize_chunks", &kernels->summarize);
-  if (error.empty()) error = find(library, "paramstats_merge_chunks", &kernels->merge);
-  if (!error.empty()) driver.cuLibraryUnload(library);
+  Module module;
+  PARAMSTATS_TRY(cuModuleLoadData, &module, image)
+  const auto find = [module](Function* function, const char* name) -> std::string {
+    PARAMSTATS_TRY(cuModuleGetFunction, function, module, name)  // CUDA may load it only now
+    return "";
+  };
+  std::string error = find(&kernels->summarize, "paramstats_summarize_chunks");
+  if (error.empty()) error = find(&kernels->merge, "paramstats_merge_chunks");
+  if (!error.empty()) driver.cuModuleUnload(module);
   return error;
 }
 

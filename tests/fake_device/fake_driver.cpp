@@ -2,14 +2,12 @@
 // and the error of a device assertion. The library is linked under the name libcuda.so.1, so that
 // dlopen() of that name finds it once it is loaded.
 #define cuGetErrorString shim_get_error_string
-#define cuLibraryGetKernel shim_get_kernel
-#define cuKernelGetFunction shim_get_function
+#define cuModuleGetFunction shim_get_function
 #define cuLaunchKernel shim_launch_kernel
 #define cuMemcpyHtoDAsync_v2 shim_copy_to_device
 #include "../cpp/cuda_shim/libcuda.cpp"
 #undef cuGetErrorString
-#undef cuLibraryGetKernel
-#undef cuKernelGetFunction
+#undef cuModuleGetFunction
 #undef cuLaunchKernel
 #undef cuMemcpyHtoDAsync_v2
 
@@ -21,7 +19,7 @@ namespace {
 
 constexpr Result kAssert = 710;  // CUDA_ERROR_ASSERT
 
-std::map<const void*, std::string> names;  // of kernels and functions
+std::map<Function, std::string> names;
 
 }  // namespace
 
@@ -51,15 +49,9 @@ Result cuGetErrorString(Result error, const char** text) {
   return result;
 }
 
-Result cuLibraryGetKernel(Kernel* kernel, Library library, const char* name) {
-  const Result result = shim_get_kernel(kernel, library, name);
-  names[*kernel] = name;
-  return result;
-}
-
-Result cuKernelGetFunction(Function* function, Kernel kernel) {
-  const Result result = shim_get_function(function, kernel);
-  names[*function] = names[kernel];
+Result cuModuleGetFunction(Function* function, Module module, const char* name) {
+  const Result result = shim_get_function(function, module, name);
+  names[*function] = name;
   return result;
 }
 

@@ -329,9 +329,9 @@ void* device_pointer(void* host);
 // Makes a device current for this thread, as cudaSetDevice does, and returns the previous one. Is
 // not a runtime call.
 int exchange_device(int device);
-// The references to primary contexts, and the libraries, that are in use (driver.cpp).
+// The references to primary contexts, and the modules, that are in use (libcuda.cpp).
 int retained_contexts();
-int loaded_libraries();
+int loaded_modules();
 // Lets one runtime call fail without an effect, after `skip` more calls. cudaGetLastError and
 // cudaGetErrorString do not count.
 void fail_next(cudaError_t error, int skip = 0);

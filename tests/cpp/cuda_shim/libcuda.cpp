@@ -37,7 +37,7 @@ std::deque<LoadedFunction> functions;  // a handle is the address of one
 constexpr int kHandle = 10;  // the handle of device 0; not its ordinal, for which it may be taken
 constexpr Result kInvalidImage = 200, kInvalidContext = 201, kInvalidHandle = 400, kNotFound = 500;
 
-int retained, libraries;
+int retained, modules;
 thread_local std::vector<int> below;  // the devices that were current before each push
 
 // Runs `body` unless fail_next was called. The functions that call it with kInContext fail without
@@ -53,7 +53,7 @@ Result call(Need need, Body&& body) {
 }  // namespace
 
 int cuda_shim::retained_contexts() { return retained; }
-int cuda_shim::loaded_libraries() { return libraries; }
+int cuda_shim::loaded_modules() { return modules; }
 
 extern "C" {
 
@@ -106,39 +106,30 @@ Result cuCtxPopCurrent_v2(Context*) {
   return kSuccess;
 }
 
-Result cuLibraryLoadData(Library* library, const void* image, int*, void**, unsigned, int*, void**,
-                         unsigned) {
+Result cuModuleLoadData(Module* module, const void* image) {
   return call(kInContext, [&] {
     if (image != nullptr && *static_cast<const char*>(image) == 0) return kInvalidImage;
-    ++libraries;
-    *library = reinterpret_cast<Library>(&libraries);
+    ++modules;
+    *module = reinterpret_cast<Module>(&modules);
     return kSuccess;
   });
 }
 
-Result cuLibraryUnload(Library) {
-  --libraries;
+Result cuModuleUnload(Module) {
+  --modules;
   return kSuccess;
 }
 
-Result cuLibraryGetKernel(Kernel* kernel, Library, const char* name) {
+Result cuModuleGetFunction(Function* function, Module, const char* name) {
   return call(kInContext, [&] {
     for (CompiledKernel& compiled : kernels) {
       if (std::string(name) != compiled.name) continue;
-      *kernel = reinterpret_cast<Kernel>(&compiled);
+      functions.push_back({&compiled, cuda_shim::exchange_device(0)});
+      cuda_shim::exchange_device(functions.back().device);
+      *function = reinterpret_cast<Function>(&functions.back());
       return kSuccess;
     }
     return kNotFound;
-  });
-}
-
-Result cuKernelGetFunction(Function* function, Kernel kernel) {
-  return call(kInContext, [&] {
-    const int device = cuda_shim::exchange_device(0);
-    cuda_shim::exchange_device(device);
-    functions.push_back({reinterpret_cast<CompiledKernel*>(kernel), device});
-    *function = reinterpret_cast<Function>(&functions.back());
-    return kSuccess;
   });
 }
 
