@@ -39,8 +39,9 @@ cuda::Sizes CudaGroup::sizes() const {
 }
 
 // Whether each tensor still has the memory of its view. (A tensor that was replaced twice may have
-// memory at the same address again. It is then read as it is now, if it has as many elements.) The
-// gradients that the group holds are not freed, so no other tensor has their addresses.
+// memory at the same address again. It is then read as it is now, if it has the same dtype and as
+// many elements.) The gradients that the group holds are not freed, so no other tensor has their
+// addresses.
 bool CudaGroup::is_unchanged() const {
   if (hold_) return true;
   const size_t n = tensors_.size();
@@ -55,7 +56,8 @@ bool CudaGroup::is_unchanged() const {
     }
     const void* data = nullptr;
     if (api.torch_get_const_data_ptr(torch_abi::handle(t), &data) != AOTI_TORCH_SUCCESS ||
-        data != views_[i].data || torch_abi::numel(t) != views_[i].numel) {
+        data != views_[i].data || torch_abi::numel(t) != views_[i].numel ||
+        dtype_of(t) != views_[i].dtype) {
       return false;
     }
   }
@@ -63,7 +65,7 @@ bool CudaGroup::is_unchanged() const {
 }
 
 std::string CudaGroup::enqueue(uintptr_t host, uintptr_t device_memory, uintptr_t stream) {
-  replaced_ = !is_unchanged();
+  replaced_ = replaced_ || !is_unchanged();
   if (replaced_) return "";
   std::string error;
   {
@@ -91,7 +93,9 @@ void CudaGroup::write(const py::bytearray& table, uintptr_t host) const {
   }
 }
 
-py::list CudaGroup::aliases() const {
+py::list CudaGroup::aliases() {
+  replaced_ = !is_unchanged();
+  if (replaced_) return py::list();
   const size_t n = tensors_.size();
   std::vector<Owned> kept;  // first all: creating a Python object may run Python code
   kept.reserve(rows_.size());

@@ -41,8 +41,9 @@ class CudaGroup {
   // Copies the results, which a finished `enqueue` has written to `host`, to their rows of a table.
   void write(const pybind11::bytearray& table, uintptr_t host) const;
 
-  // The tensors as Python objects: aliases. May run Python code.
-  pybind11::list aliases() const;
+  // The tensors as Python objects: aliases. May run Python code. If another thread has replaced a
+  // tensor, there are none, and `enqueue` will only report it.
+  pybind11::list aliases();
 
  private:
   bool is_unchanged() const;

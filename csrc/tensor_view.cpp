@@ -31,29 +31,27 @@ bool storage_holds(const cpu::TensorView& view, int64_t first, int64_t bytes) {
 
 constexpr AOTITorchError kOk = AOTI_TORCH_SUCCESS;
 
-// Returns false if the kernels do not support the dtype.
-bool get_dtype(AtenTensorHandle h, DType& out) {
-  int32_t number;
-  if (api.aoti_torch_get_dtype(h, &number) != kOk || number < 0 ||
-      number >= static_cast<int32_t>(std::size(api.dtypes)) || api.dtypes[number] < 0) {
-    return false;
-  }
-  out = static_cast<DType>(api.dtypes[number]);
-  return true;
-}
-
 }  // namespace
+
+std::optional<DType> dtype_of(Impl t) {
+  int32_t number;
+  if (api.aoti_torch_get_dtype(torch_abi::handle(t), &number) != kOk || number < 0 ||
+      number >= static_cast<int32_t>(std::size(api.dtypes)) || api.dtypes[number] < 0) {
+    return std::nullopt;
+  }
+  return static_cast<DType>(api.dtypes[number]);
+}
 
 std::optional<cpu::TensorView> native_view(Impl t) {
   const AtenTensorHandle h = torch_abi::handle(t);
-  DType dtype;
-  if (!get_dtype(h, dtype)) return std::nullopt;
+  const auto dtype = dtype_of(t);
+  if (!dtype) return std::nullopt;
   int64_t *sizes, *strides, dim, first, bytes;
   if (api.aoti_torch_get_dim(h, &dim) != kOk || api.aoti_torch_get_sizes(h, &sizes) != kOk ||
       api.aoti_torch_get_strides(h, &strides) != kOk) {
     return std::nullopt;
   }
-  cpu::TensorView view{nullptr, dtype, 1, static_cast<int>(dim), sizes, strides};
+  cpu::TensorView view{nullptr, *dtype, 1, static_cast<int>(dim), sizes, strides};
   for (int64_t d = 0; d < dim; ++d) {
     if (__builtin_mul_overflow(view.numel, sizes[d], &view.numel)) return std::nullopt;
   }
@@ -75,9 +73,9 @@ std::optional<cuda::TensorView> native_cuda_view(Impl t) {
   bool is_contiguous = false;
   int64_t first, bytes, last;
   if (api.aoti_torch_is_contiguous(h, &is_contiguous) == kOk && is_contiguous) {
-    if (!get_dtype(h, out.dtype) || api.aoti_torch_get_numel(h, &out.numel) != kOk) {
-      return std::nullopt;
-    }
+    const auto dtype = dtype_of(t);
+    if (!dtype || api.aoti_torch_get_numel(h, &out.numel) != kOk) return std::nullopt;
+    out.dtype = *dtype;
     if (out.numel == 0) return out;
     if (api.aoti_torch_get_storage_offset(h, &first) != kOk ||
         api.aoti_torch_get_storage_size(h, &bytes) != kOk || first < 0 ||

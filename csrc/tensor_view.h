@@ -9,6 +9,9 @@
 
 namespace paramstats {
 
+// The dtype of a tensor; nullopt if the kernels do not support it.
+std::optional<DType> dtype_of(torch_abi::Impl t);
+
 // The memory of a plain tensor on any device. Returns nullopt if the kernels do not support the
 // dtype, or if the storage is too small for all elements. The view borrows the tensor's sizes and
 // strides.

@@ -84,7 +84,10 @@ class CudaGroup:
         """Copy the states at `host` to their rows. Raises IndexError if the table is too small."""
 
     def aliases(self) -> list[torch.Tensor]:
-        """Return tensors with the same storages, sizes and strides."""
+        """Return tensors with the same storages, sizes and strides, for `record_stream`.
+
+        Return none if another thread has replaced a tensor; `enqueue` then only sets `replaced`.
+        """
 
 def walk(
     module: nn.Module, buffers: bool, make_layout: Callable[..., Any]

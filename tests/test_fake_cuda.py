@@ -293,6 +293,10 @@ def test_a_failed_call_keeps_the_memory_that_the_device_may_write(cuda, model):
         paramstats.summarize(model)
     gc.collect()
     assert cuda.pinned() == before + 1
+    cuda.run()
+    for _ in range(2):
+        paramstats.summarize(model).wait()
+    assert cuda.pinned() == before
 
 
 def test_earlier_summaries_can_be_read_and_freed_during_a_capture(cuda, model):
@@ -308,6 +312,15 @@ def test_earlier_summaries_can_be_read_and_freed_during_a_capture(cuda, model):
     invalidated = cuda.capture_invalidated()
     cuda.set_capturing(0, 2, False)
     assert not invalidated and queried.total.norm == expected
+
+
+def test_another_thread_captures_a_graph(cuda, model):
+    to_cuda(model, cuda)
+    cuda.set_capturing(0, 3, True)
+    summary = paramstats.summarize(model)
+    invalidated = cuda.capture_invalidated()
+    cuda.set_capturing(0, 3, False)
+    assert not invalidated and summary.total.count == 75
 
 
 def test_states_of_torch_operators(cuda, fake, monkeypatch):
@@ -368,7 +381,7 @@ def cannot_be_compiled(capability: tuple[int, int], wait: bool, shipped: bool) -
     ("find", "reason"),
     [
         (not_found, "no kernels"),
-        (fails_to_load, "a cubin does not load: cuLibraryLoadData: cudaErrorInvalidKernelImage"),
+        (fails_to_load, "a cubin does not load: cuModuleLoadData: cudaErrorInvalidKernelImage"),
         (cannot_be_compiled, "a cubin does not load: .*; no NVRTC"),
     ],
 )
@@ -474,6 +487,35 @@ def test_a_tensor_is_replaced(cuda, fake, monkeypatch, moment, which):
     assert (stats.mean, stats.std) == (3, 0)
     launches = counts_since(cuda, before)["launches"]
     assert launches == (2 if moment == "during the launch" else 1)
+
+
+def test_a_tensor_gets_another_dtype_at_the_same_address(cuda, fake, monkeypatch):
+    x = cuda.to(torch.ones(60), 0)
+    empty = fake.torch.empty
+
+    def replace(*args: Any, **kwargs: Any) -> torch.Tensor:
+        x.data = cuda.as_dtype(x, torch.bfloat16)
+        monkeypatch.setattr(fake.torch, "empty", empty)
+        return empty(*args, **kwargs)
+
+    monkeypatch.setattr(fake.torch, "empty", replace)
+    stats = paramstats.summarize({"x": x})["x"]
+    assert (stats.count, stats.zero_count) == (60, 30)
+
+
+def test_a_tensor_moves_to_the_cpu_before_it_is_recorded_on_a_stream(cuda, fake, monkeypatch):
+    p = nn.Parameter(cuda.to(torch.ones(60), 0))
+    current_stream = fake.torch.cuda.current_stream
+
+    def replace(device: torch.device) -> Any:
+        p.data = torch.full((60,), 3.0)
+        return current_stream(device)
+
+    cuda.use_stream(0, 1)
+    monkeypatch.setattr(fake.torch.cuda, "current_stream", replace)
+    before = cuda.counts()
+    assert paramstats.summarize([("p", p)])["p"].mean == 3
+    assert counts_since(cuda, before)["recorded"] == 0
 
 
 def test_tensors_are_replaced_while_they_are_read(cuda):

@@ -46,12 +46,14 @@ class PinnedMemory:
     """
 
     def __init__(self, size: int, native: Any = None) -> None:
-        if native is not None:
-            _drop_finished()
-        self.tensor = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)
-        self.address = self.tensor.data_ptr()
         self._native = native
         self._event: torch.cuda.Event | None = None
+        if native is not None:
+            _drop_finished()
+        self.tensor = self._allow_capture(
+            lambda: torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)
+        )
+        self.address = self.tensor.data_ptr()
         if native is not None:
             _unfinished.append(self)
 
@@ -72,16 +74,17 @@ class PinnedMemory:
         with contextlib.suppress(ValueError):  # it is not in there any more
             _unfinished.remove(self)
 
-    def _allow_capture(self, query: Callable[[], T]) -> T:
-        """Return `query()`, which may run while a stream is being captured into a graph.
+    def _allow_capture(self, call: Callable[[], T]) -> T:
+        """Return `call()`, which may run while a stream is being captured into a graph.
 
-        By default, CUDA treats a query of an event as an error that invalidates the capture.
+        By default, CUDA refuses a query of an event and an allocation of pinned memory, and
+        invalidates the capture, even that of another thread.
         """
         if self._native is None:
-            return query()
+            return call()
         before = self._native.exchange_capture_mode(self._native.RELAXED_CAPTURE)
         try:
-            return query()
+            return call()
         finally:
             self._native.exchange_capture_mode(before)
 
@@ -216,9 +219,11 @@ class CudaBackend:
         workspace = torch.empty(device_bytes, dtype=torch.uint8, device=device)
         memory = PinnedMemory(host_bytes, self._native)
         error = group.enqueue(memory.address, workspace.data_ptr(), stream.cuda_stream)
-        if error:
-            raise RuntimeError(f"paramstats.summarize: {device} reports {error}")
-        memory.record(stream)
+        try:
+            memory.record(stream)
+        finally:
+            if error:
+                raise RuntimeError(f"paramstats.summarize: {device} reports {error}")
         return Transfer(memory, group)
 
 

@@ -111,7 +111,16 @@ at::Tensor to(const at::Tensor& cpu, int device) {
   return copy;
 }
 
+// Another tensor of another dtype, with the same memory and number of elements.
+at::Tensor as_dtype(const at::Tensor& tensor, at::ScalarType dtype) {
+  auto impl = c10::make_intrusive<c10::TensorImpl>(c10::Storage(tensor.storage()), tensor.key_set(),
+                                                   c10::scalarTypeToTypeMeta(dtype));
+  impl->set_sizes_contiguous({tensor.numel()});
+  return at::Tensor(std::move(impl));
+}
+
 void record_stream(const at::Tensor& tensor, uintptr_t stream) {
+  if (!tensor.is_cuda()) throw std::runtime_error("record_stream of a tensor that is not on CUDA");
   auto* block = static_cast<Block*>(tensor.storage().data_ptr().get_context());
   const auto handle = reinterpret_cast<cudaStream_t>(stream);
   if (handle != block->owner) block->recorded.push_back(handle);
@@ -159,9 +168,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     return empty(bytes, false, device, caffe2::TypeMeta::Make<uint8_t>());
   });
   m.def("empty_pinned", [](size_t bytes) {
+    Event().query();  // torch's allocator may do what invalidates a capture by another thread
     return empty(bytes, true, current_device(), caffe2::TypeMeta::Make<uint8_t>());
   });
   m.def("to", &to);
+  m.def("as_dtype", &as_dtype);
   m.def("record_stream", &record_stream);
   m.def("set_capturing", [](int device, int stream, bool capturing) {
     cuda_shim::set_capturing(streams.handles[device][stream], capturing);
