@@ -85,6 +85,13 @@ def test_the_packages_of_nvidia_are_found_the_newest_first(tmp_path):
     assert found(tmp_path) == "NVRTC 12.10"
 
 
+def test_the_working_directory_is_searched_as_python_does(tmp_path):
+    """It is an empty string in `sys.path` of an interactive session."""
+    place(tmp_path / "work", fake_nvrtc.library(9, "libnvrtc.so.12"))
+    change = f"import os; os.chdir({str(tmp_path / 'work')!r}); sys.path = ['']"
+    assert found(tmp_path, change) == "NVRTC 12.9"
+
+
 def test_the_library_that_is_loaded_comes_first(tmp_path):
     """So NVRTC is that of torch, which a driver for this torch can use."""
     place(tmp_path, fake_nvrtc.library(10, "libnvrtc.so.13"), "cu13")
