@@ -11,10 +11,10 @@ std::string open_driver(const char* path) {
   void* library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
   if (library == nullptr) return dlerror();
   Driver found;
-#define PARAMSTATS_FIND(name, arguments)                                                      \
-  found.name = reinterpret_cast<decltype(found.name)>(dlsym(library, #name));                 \
-  if (found.name == nullptr) {                                                                \
-    return std::string(path) + " has no " #name ": it needs a driver for CUDA 12.0 or later"; \
+#define PARAMSTATS_FIND(name, arguments)                                                     \
+  found.name = reinterpret_cast<decltype(found.name)>(dlsym(library, #name));                \
+  if (found.name == nullptr) {                                                               \
+    return std::string(path) + " has no " #name ": install a driver for CUDA 12.0 or later"; \
   }
   PARAMSTATS_DRIVER(PARAMSTATS_FIND)
 #undef PARAMSTATS_FIND
