@@ -103,7 +103,7 @@ def test_without_any_the_error_names_what_was_looked_for(tmp_path):
     message = found(tmp_path)
     if message.startswith("NVRTC 1"):
         pytest.skip(f"the dynamic linker finds {message}")
-    assert message == "NVRTC (libnvrtc.so.13 or libnvrtc.so.12) was not found"
+    assert message.startswith("NVRTC was not found; set PARAMSTATS_NVRTC to the path of libnvrtc")
 
 
 @pytest.fixture(scope="module")

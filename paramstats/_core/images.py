@@ -122,7 +122,10 @@ class _Compilation:
         compiler = nvrtc.find()
         architecture = _best(compiler.architectures, self._capability)
         if architecture is None:
-            raise nvrtc.CompileError(f"{compiler} does not know this compute capability")
+            raise nvrtc.CompileError(
+                f"{compiler} does not know this compute capability; install a newer torch, or set "
+                f"{nvrtc.VARIABLE} to the path of a newer NVRTC"
+            )
         source = (FOLDER / "kernels.cu").read_text()
         key = cubin_cache.key(source, nvrtc.OPTIONS, architecture, compiler.version)
         origin = f"compiled by {compiler} for sm_{architecture}"

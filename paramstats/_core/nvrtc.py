@@ -40,7 +40,8 @@ def find() -> Nvrtc:
     for path, mode in _candidates():
         with contextlib.suppress(OSError):
             return Nvrtc(path, mode)
-    raise OSError(f"NVRTC ({' or '.join(_NAMES)}) was not found")
+    names = " or ".join(_NAMES)
+    raise OSError(f"NVRTC was not found; set {VARIABLE} to the path of {names}, which CUDA has")
 
 
 def _candidates() -> Iterator[tuple[str, int]]:
