@@ -99,6 +99,13 @@ def test_the_library_that_is_loaded_comes_first(tmp_path):
     assert found(tmp_path, loaded) == "NVRTC 12.9"
 
 
+def test_what_the_linker_finds_comes_last(tmp_path):
+    linker = str(Path(fake_nvrtc.library(10, "libnvrtc.so.13")).parent)
+    assert found(tmp_path, LD_LIBRARY_PATH=linker) == "NVRTC 12.10"
+    place(tmp_path, fake_nvrtc.library(9, "libnvrtc.so.12"))
+    assert found(tmp_path, LD_LIBRARY_PATH=linker) == "NVRTC 12.9"
+
+
 def test_without_any_the_error_names_what_was_looked_for(tmp_path):
     message = found(tmp_path)
     if message.startswith("NVRTC 1"):
