@@ -171,7 +171,7 @@ class CudaBackend:
             if not reason:
                 self._origins[device] = found.origin
                 return ""
-            self._refused[device] = f"{found.origin} does not load: {reason}"
+            self._refused[device] = f"the kernels ({found.origin}) do not load: {reason}"
         return self._refused[device]
 
     def read(
