@@ -2,9 +2,10 @@
 
 It consists of the extension `_native` and, if torch has CUDA, of the CUDA kernels, which nvcc or
 NVRTC compiles to cubins. Without a C++ compiler, the package is installed as pure Python. Without
-cubins, the kernels are compiled at run time. The result is written to `paramstats/_build.json`, and
-`paramstats.backend()` reports it. Without torch, the build fails, because pip shows nothing of a
-build that succeeds. docs/install.md lists the environment variables.
+cubins, the kernels are compiled at run time. `paramstats/_build.json` says what was built and why
+something is missing; `paramstats.backend()` reports why the extension is. Without torch, the build
+fails, because pip shows nothing of a build that succeeds. docs/install.md lists the environment
+variables.
 """
 
 import contextlib

@@ -15,7 +15,7 @@ import torch
 
 import paramstats
 from paramstats._core import backend as backends
-from paramstats._core import loading
+from paramstats._core import images, loading
 from tests.conftest import run_python
 
 
@@ -118,6 +118,33 @@ def test_a_missing_native_backend_is_reported_once(unchosen, monkeypatch, tmp_pa
 def test_a_module_built_on_another_torch_loads(native, monkeypatch):
     monkeypatch.setattr(loading, "_build_record", lambda: {"native": True, "torch": "1.2.3"})
     assert loading.load() == (native.native, None)
+
+
+@pytest.mark.parametrize("cubins", [("sm_80", "sm_90"), ()])
+def test_a_torch_with_cuda_on_a_machine_without_a_gpu(
+    native, unchosen, monkeypatch, tmp_path, cubins
+):
+    for name in cubins:
+        (tmp_path / f"{name}.cubin").touch()
+    monkeypatch.setattr(images, "FOLDER", tmp_path)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(backends, "_extensions", None)
+    info = paramstats.backend()
+    kernels = "cubins for sm_80 sm_90" if cubins else "compiled at the first use"
+    assert info.cuda == "native" and info.cuda_missing is None and info.cuda_kernels == kernels
+    assert f"CUDA tensors  native ({kernels}); no device here" in str(info)
+    assert "why not" not in str(info)
+
+
+def test_the_kernels_are_not_for_amd_gpus(native, unchosen, monkeypatch):
+    """A torch for them calls its devices "cuda", too."""
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(backends, "_extensions", None)
+    info = paramstats.backend()
+    assert info.cuda == "reference" and "do not run on AMD GPUs" in info.cuda_missing
 
 
 def test_import_brings_torch_and_nothing_else():

@@ -230,16 +230,19 @@ def test_cubins_that_cannot_be_compiled_fail_only_strict_builds(checkout, librar
 FAKE_NVCC = """#!/bin/sh
 case "$*" in
   --version) echo "Cuda compilation tools, release 12.4, V12.4.131";;
-  --list-gpu-code) printf 'sm_75\\nsm_80\\nsm_90\\n';;
+  --list-gpu-code) printf 'sm_70\\nsm_75\\nsm_80\\nsm_90\\n';;
   *90*) echo "nvcc fatal: no host compiler" >&2; exit 1;;
-  *) while [ $# -gt 1 ]; do [ "$1" = --output-file ] && echo made > "$2"; shift; done;;
+  *) first=$1; while [ $# -gt 1 ]; do [ "$1" = --output-file ] && echo "$first" > "$2"; shift; done
 esac
 """
 
 
 @pytest.fixture
 def toolkit(tmp_path):
-    """A folder with an nvcc 12.4 that knows sm_75 to sm_90 and cannot compile for sm_90."""
+    """A folder with an nvcc 12.4 that knows sm_70 to sm_90 and cannot compile for sm_90.
+
+    Its cubin is the first option.
+    """
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/nvcc").write_text(FAKE_NVCC)
     (tmp_path / "bin/nvcc").chmod(0o755)
@@ -259,11 +262,44 @@ def test_the_order_of_compilers(toolkit, monkeypatch):
     assert cubins.find_compiler(toolkit, None) == "the NVRTC of torch"
 
 
+def test_a_build_without_a_compiler_for_the_kernels_says_so(tmp_path, monkeypatch):
+    def none() -> None:
+        raise OSError("NVRTC was not found")
+
+    monkeypatch.delenv(nvrtc.VARIABLE, raising=False)
+    monkeypatch.setattr(cubins.nvrtc, "find", none)
+    folder = tmp_path / "new/kernels"
+    assert cubins.build(folder, None, "12.8") == ("", "neither nvcc nor NVRTC was found")
+    assert [path.name for path in folder.iterdir()] == ["kernels.cu"]
+
+
+def test_the_nvcc_of_the_toolkit_compiles_the_cubins_if_torch_has_cuda(checkout, toolkit):
+    """As far as setup.py and torch.utils.cpp_extension can tell, this torch has CUDA."""
+    (checkout / "fake").mkdir()
+    (checkout / "fake/sitecustomize.py").write_text(
+        "import torch\ntorch.version.cuda = '12.8'\ntorch._C._cuda_getDeviceCount = lambda: 0\n"
+    )
+    result = run_python(
+        *("setup.py", "build", "--build-lib", "build/lib"),
+        cwd=checkout,
+        CUDA_HOME=toolkit,
+        PYTHONPATH=str(checkout / "fake"),
+        TORCH_CUDA_ARCH_LIST="7.0 7.5 8.0",
+    )
+    assert result.returncode == 0, result.stderr
+    record = record_of(checkout)
+    assert record["cuda_compiler"] == "nvcc 12.4"
+    assert record["cuda_reason"] == "nvcc 12.4 does not compile them for sm_70"
+    made = {"sm_75.cubin": "--std=c++17\n", "sm_80.cubin": "--std=c++17\n"}
+    assert kernels_in(checkout / "build/lib/paramstats") == {"kernels.cu": FLAT, **made}
+
+
 def test_nvcc_compiles_what_it_knows(toolkit, tmp_path):
     nvcc = cubins.Nvcc(toolkit)
     folder = tmp_path / "kernels"
     assert cubins.write(folder, nvcc, (70, 75, 80, 100)) == ["sm_70", "sm_100"]
-    assert (folder / "sm_75.cubin").read_text() == (folder / "sm_80.cubin").read_text() == "made\n"
+    made = {"sm_75.cubin": "--std=c++17\n", "sm_80.cubin": "--std=c++17\n"}
+    assert {path.name: path.read_text() for path in folder.glob("*.cubin")} == made
     with pytest.raises(cubins.nvrtc.CompileError, match="nvcc failed\nnvcc fatal: no host"):
         cubins.write(folder, nvcc, (90,))
 

@@ -381,8 +381,11 @@ def cannot_be_compiled(capability: tuple[int, int], wait: bool, shipped: bool) -
     ("find", "reason"),
     [
         (not_found, "no kernels"),
-        (fails_to_load, "a cubin does not load: cuModuleLoadData: cudaErrorInvalidKernelImage"),
-        (cannot_be_compiled, "a cubin does not load: .*; no NVRTC"),
+        (
+            fails_to_load,
+            r"the kernels \(a cubin\) do not load: cuModuleLoadData: cudaErrorInvalidKernelImage",
+        ),
+        (cannot_be_compiled, r"\(a cubin\) do not load: .*; no NVRTC"),
     ],
 )
 def test_a_device_without_kernels(cuda, model, fake, monkeypatch, forced, find, reason):
@@ -418,6 +421,16 @@ def test_the_kernels_are_compiled_if_the_driver_refuses_the_cubin(cuda, fake, mo
     assert backend.reason(0) == "" and backend.origin(0) == "NVRTC"
 
 
+def test_the_reason_names_both_failures_if_the_second_one_is_later(cuda, fake, monkeypatch):
+    """As `images.find`: once NVRTC was needed, each call returns what it made."""
+    results = [images.Image(b"", "a cubin"), images.NotYet("being compiled"), "no NVRTC"]
+    monkeypatch.setattr(images, "find", lambda *_: results.pop(0))
+    backend = cuda_module.CudaBackend(load_backend("native").native, fake.driver)
+    assert isinstance(backend.reason(0), images.NotYet)
+    for _ in range(2):
+        assert re.search(r"\(a cubin\) do not load: .*; no NVRTC$", backend.reason(0))
+
+
 def test_each_call_while_the_kernels_are_loaded_may_fail(cuda, fake, monkeypatch):
     image = images.Image(b"not looked at", "the fake")
     monkeypatch.setattr(images, "find", lambda _, wait, shipped: image if shipped else "no NVRTC")
@@ -428,7 +441,7 @@ def test_each_call_while_the_kernels_are_loaded_may_fail(cuda, fake, monkeypatch
         if not reason:
             break
         assert re.search(
-            "^the fake does not load: cu.*: cudaErrorIllegalAddress.*; no NVRTC", reason
+            r"\(the fake\) do not load: cu.*: cudaErrorIllegalAddress.*; no NVRTC", reason
         )
         skip += 1
     cuda.fail_next(0, 0)
@@ -456,6 +469,21 @@ def test_torch_operators_read_while_the_kernels_are_compiled(cuda, model, fake, 
     assert len(deferred) == 8
     monkeypatch.setattr(images, "find", find)
     check(paramstats.summarize(model), expected)
+
+
+def test_a_forced_native_backend_waits_until_the_kernels_are_compiled(cuda, model, monkeypatch):
+    expected = copies(model)
+    active, image = backends.active(), images.find((9, 0), True, True)
+    extensions = backends._Extensions(active.native, None, active.cuda, None)
+    monkeypatch.setattr(backends, "_extensions", extensions)
+    monkeypatch.setattr(backends, "_active", backends.choose("native"))
+    monkeypatch.setattr(
+        images, "find",
+        lambda capability, wait, shipped: image if wait else images.NotYet("being compiled"),
+    )  # fmt: skip
+    before = cuda.counts()
+    check(paramstats.summarize(to_cuda(model, cuda)), expected)
+    assert counts_since(cuda, before)["launches"] == 1
 
 
 @pytest.mark.parametrize("moment", ["before the launch", "during the launch"])

@@ -85,6 +85,13 @@ def test_the_packages_of_nvidia_are_found_the_newest_first(tmp_path):
     assert found(tmp_path) == "NVRTC 12.10"
 
 
+def test_the_working_directory_is_searched_as_python_does(tmp_path):
+    """It is an empty string in `sys.path` of an interactive session."""
+    place(tmp_path / "work", fake_nvrtc.library(9, "libnvrtc.so.12"))
+    change = f"import os; os.chdir({str(tmp_path / 'work')!r}); sys.path = ['']"
+    assert found(tmp_path, change) == "NVRTC 12.9"
+
+
 def test_the_library_that_is_loaded_comes_first(tmp_path):
     """So NVRTC is that of torch, which a driver for this torch can use."""
     place(tmp_path, fake_nvrtc.library(10, "libnvrtc.so.13"), "cu13")
@@ -92,11 +99,18 @@ def test_the_library_that_is_loaded_comes_first(tmp_path):
     assert found(tmp_path, loaded) == "NVRTC 12.9"
 
 
+def test_what_the_linker_finds_comes_last(tmp_path):
+    linker = str(Path(fake_nvrtc.library(10, "libnvrtc.so.13")).parent)
+    assert found(tmp_path, LD_LIBRARY_PATH=linker) == "NVRTC 12.10"
+    place(tmp_path, fake_nvrtc.library(9, "libnvrtc.so.12"))
+    assert found(tmp_path, LD_LIBRARY_PATH=linker) == "NVRTC 12.9"
+
+
 def test_without_any_the_error_names_what_was_looked_for(tmp_path):
     message = found(tmp_path)
     if message.startswith("NVRTC 1"):
         pytest.skip(f"the dynamic linker finds {message}")
-    assert message == "NVRTC (libnvrtc.so.13 or libnvrtc.so.12) was not found"
+    assert message.startswith("NVRTC was not found; set PARAMSTATS_NVRTC to the path of libnvrtc")
 
 
 @pytest.fixture(scope="module")

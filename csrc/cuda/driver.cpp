@@ -14,7 +14,7 @@ std::string open_driver(const char* path) {
 #define PARAMSTATS_FIND(name, arguments)                                      \
   found.name = reinterpret_cast<decltype(found.name)>(dlsym(library, #name)); \
   if (found.name == nullptr) {                                                \
-    return std::string(path) + " has no " #name ": the driver is too old";    \
+    return std::string(path) + " has no " #name ": install a newer driver";   \
   }
   PARAMSTATS_DRIVER(PARAMSTATS_FIND)
 #undef PARAMSTATS_FIND

@@ -257,6 +257,8 @@ def _load() -> _Extensions:
 
 def _load_cuda(native: Any) -> tuple[CudaBackend | None, str | None]:
     """Return the CUDA backend on top of the native module and None, or None and the reason."""
+    if torch.version.hip is not None:
+        return None, f"the kernels do not run on AMD GPUs, for which torch {torch.__version__} is"
     if torch.version.cuda is None:
         return None, f"torch {torch.__version__} has no CUDA"
     return CudaBackend(native), None

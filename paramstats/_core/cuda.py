@@ -136,6 +136,8 @@ class CudaBackend:
         self._driver = driver
         self._reasons: dict[int, str] = {}
         self._origins: dict[int, str] = {}
+        self._refused: dict[int, str] = {}
+        """Why the driver did not load an image, by device."""
         self._usable = _ALL_DEVICES
 
     def reason(self, device: int, wait: bool = False) -> str:
@@ -160,18 +162,20 @@ class CudaBackend:
         if reason:
             return reason
         capability = torch.cuda.get_device_capability(device)
-        for shipped in (True, False):  # what the driver refuses, NVRTC compiles again
-            found = images.find(capability, wait, shipped)
+        for _ in range(2):
+            refused = self._refused.get(device)
+            # What the driver refuses, NVRTC compiles again, perhaps until a later call.
+            found = images.find(capability, wait, refused is None)
             if isinstance(found, images.NotYet):
                 return found
             if isinstance(found, str):
-                return "; ".join(filter(None, (reason, found)))
+                return "; ".join(filter(None, (refused, found)))
             reason = self._native.cuda_load(device, found.data)
             if not reason:
                 self._origins[device] = found.origin
                 return ""
-            reason = f"{found.origin} does not load: {reason}"
-        return reason
+            self._refused[device] = f"the kernels ({found.origin}) do not load: {reason}"
+        return self._refused[device]
 
     def read(
         self, tensors: list[torch.Tensor], params: bool, grads: bool, wait: bool = False

@@ -26,7 +26,7 @@ from paramstats._core import cubin_cache, nvrtc
 
 FOLDER = Path(__file__).parent.parent / "kernels"
 OLDEST = (7, 5)
-_TEGRA = (8, 7)  # it does not run code for other GPUs of its major version
+_TEGRA = 87  # this GPU (Jetson Orin) runs only its own code, and others of its major version do not
 _STACK_BYTES = 16 << 20  # NVRTC crashes in a thread with a stack of 64 KiB
 
 
@@ -77,7 +77,9 @@ def find(capability: tuple[int, int], wait: bool = False, shipped: bool = True) 
 
 
 def _shipped() -> list[int]:
-    return sorted(int(path.stem[3:]) for path in FOLDER.glob("sm_[0-9]*.cubin"))
+    return sorted(
+        int(path.stem[3:]) for path in FOLDER.glob("sm_*.cubin") if path.stem[3:].isdigit()
+    )
 
 
 def _best(architectures: Iterable[int], capability: tuple[int, int]) -> int | None:
@@ -86,8 +88,10 @@ def _best(architectures: Iterable[int], capability: tuple[int, int]) -> int | No
     Code runs on GPUs of the same major version and the same or a later minor version.
     """
     major, minor = capability
-    oldest = minor if capability == _TEGRA else 0
-    fitting = [n for n in architectures if 10 * major + oldest <= n <= 10 * major + minor]
+    own = 10 * major + minor
+    fitting = [
+        n for n in architectures if 10 * major <= n <= own and (n == _TEGRA) == (own == _TEGRA)
+    ]
     return max(fitting, default=None)
 
 
@@ -118,7 +122,10 @@ class _Compilation:
         compiler = nvrtc.find()
         architecture = _best(compiler.architectures, self._capability)
         if architecture is None:
-            raise nvrtc.CompileError(f"{compiler} does not know this compute capability")
+            raise nvrtc.CompileError(
+                f"{compiler} does not know this compute capability; install a newer torch, or set "
+                f"{nvrtc.VARIABLE} to the path of a newer NVRTC"
+            )
         source = (FOLDER / "kernels.cu").read_text()
         key = cubin_cache.key(source, nvrtc.OPTIONS, architecture, compiler.version)
         origin = f"compiled by {compiler} for sm_{architecture}"

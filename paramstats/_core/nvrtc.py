@@ -40,7 +40,8 @@ def find() -> Nvrtc:
     for path, mode in _candidates():
         with contextlib.suppress(OSError):
             return Nvrtc(path, mode)
-    raise OSError(f"NVRTC ({' or '.join(_NAMES)}) was not found")
+    names = " or ".join(_NAMES)
+    raise OSError(f"NVRTC was not found; set {VARIABLE} to the path of {names}, which CUDA has")
 
 
 def _candidates() -> Iterator[tuple[str, int]]:
@@ -48,7 +49,7 @@ def _candidates() -> Iterator[tuple[str, int]]:
         yield name, ctypes.DEFAULT_MODE | os.RTLD_NOLOAD
     for name in _NAMES:
         for folder in sys.path:
-            for path in glob.glob(f"{glob.escape(folder)}/nvidia/*/lib/{name}"):
+            for path in glob.glob(os.path.join(glob.escape(folder), "nvidia/*/lib", name)):
                 yield path, ctypes.DEFAULT_MODE
     for name in _NAMES:
         yield name, ctypes.DEFAULT_MODE
@@ -76,12 +77,12 @@ class Nvrtc:
         except (AttributeError, CompileError) as error:
             raise OSError(f"{path} is no usable NVRTC: {error}") from None
         self.version = f"{major.value}.{minor.value}"
-        if (
-            os.sep in path
-        ):  # some versions look for their second library in the system's folders only
+        if os.sep in path:
+            # Some versions look for their second library in the system's folders only. A library
+            # that is loaded is found by its name.
             builtins = f"{os.path.dirname(path)}/libnvrtc-builtins.so.{self.version}"
             with contextlib.suppress(OSError):
-                ctypes.CDLL(builtins)  # a library that is loaded is found by its name
+                ctypes.CDLL(builtins)
         self.architectures = tuple(sorted(numbers))
         """What it compiles for, as `10 * major + minor` of the compute capability."""
 

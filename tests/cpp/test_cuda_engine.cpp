@@ -164,7 +164,7 @@ void a_call_runs_on_its_device() {
 
 void a_driver_without_a_function_is_refused() {
   const std::string missing = cuda::open_driver("libm.so.6");
-  CHECK(missing, std::string("libm.so.6 has no cuGetErrorName: the driver is too old"));
+  CHECK(missing, std::string("libm.so.6 has no cuGetErrorName: install a newer driver"));
   CHECK(cuda::open_driver("libnone.so").find("libnone.so") != std::string::npos, true);
   const Tensor t(DType::kFloat32, 10);
   CHECK(run({view_of(t)}).size(), 1u);  // the driver that was found before is still used
