@@ -119,6 +119,11 @@ def test_cubins_of_desktop_gpus_are_not_used_on_tegra(kernels, monkeypatch):
     assert images.find((8, 7), wait=True).origin == "compiled by NVRTC 12.9 for sm_87"
 
 
+def test_a_cubin_that_cannot_be_read_is_compiled(only_source, kernels):
+    (kernels / "sm_90.cubin").mkdir()
+    assert images.find((9, 0), wait=True).origin == "compiled by NVRTC 12.9 for sm_90"
+
+
 def test_it_compiles_in_the_background_and_once(only_source, gate):
     for _ in range(3):
         reason = images.find((9, 0))
