@@ -173,6 +173,7 @@ std::string load(int device, const void* image) {
   std::string error = loaded.error;
   const std::lock_guard<std::mutex> lock(mutex);
   const auto [found, is_first] = devices.try_emplace(device);
+  if (!is_first && found->second.error.empty() && !error.empty()) return error;
   std::swap(found->second, loaded);
   // An earlier image is not unloaded, because its kernels may be running.
   if (!is_first && loaded.error.empty()) driver.cuDevicePrimaryCtxRelease_v2(loaded.handle);

@@ -15,8 +15,8 @@ struct Sizes {
   int64_t host, device;
 };
 
-// Loads the kernels, compiled as a cubin, on a device. If a step fails, the device cannot be used
-// until another image is loaded. A second image replaces the first. driver must be open.
+// Loads the kernels, compiled as a cubin, on a device. A second image replaces the first, unless it
+// does not load. driver must be open.
 std::string load(int device, const void* image);
 
 // The memory that enqueue needs for n > 0 tensors. Every tensor must have an element.

@@ -149,7 +149,7 @@ class CudaBackend:
         if known is None:
             known = self._load(device, wait)
             if not isinstance(known, images.NotYet):
-                self._reasons[device] = known
+                known = self._reasons.setdefault(device, known)  # another thread may be first
                 self._usable &= ~((known != "") << device)
         return known
 

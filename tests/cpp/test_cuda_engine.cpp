@@ -128,9 +128,10 @@ void each_step_of_loading_can_fail() {
       cuda_shim::fail_next(cudaErrorNoKernelImageForDevice, skip++);
       check::at(want);
       CHECK(cuda::load(1, "image"), want);
-      CHECK(cuda_shim::retained_contexts(), contexts);
+      CHECK(cuda_shim::retained_contexts(), contexts + repetition);
       CHECK(cuda_shim::loaded_modules(), modules);
-      CHECK(Call({view_of(t)}, 1).error, "expected a device with kernels, got device 1: " + want);
+      CHECK(Call({view_of(t)}, 1).error,
+            repetition == 1 ? "" : "expected a device with kernels, got device 1: " + want);
     }
     cuda::Context context;
     CHECK(cuda::driver.cuCtxPopCurrent_v2(&context) == cuda::kSuccess, false);
