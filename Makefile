@@ -135,7 +135,7 @@ build/nvdisasm:
 cuda-compile: build/nvdisasm  ## compile the kernels for every GPU; check registers, instructions (nvcc)
 	$(PYTHON) -m tools.cuda_compile
 
-gpu-check:  ## build, test and measure on a GPU, 8 minutes; DRY=1: on a fake GPU; writes build/gpu-check
+gpu-check:  ## build, test and measure on a GPU, 8 minutes; PYTHON=; DRY=1: on a fake GPU
 	@rm -f $(VENV)/installed  # it builds in place for another torch, so that .venv must build again
 	$(if $(DRY),$(CURDIR)/$(BIN)/python,$(PYTHON)) -m benches.gpu_check $(if $(DRY),--dry-run)
 

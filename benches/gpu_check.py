@@ -6,9 +6,9 @@
 
 It builds in place and needs no network. The Python that runs it needs torch with CUDA, setuptools
 77 or later, ninja, pybind11, pytest, pytest-benchmark, hypothesis, numpy, pandas, scikit-learn and
-transformers. Every step has a time limit; if one fails, the next ones still run. The exit status is
-1 if a step failed. DIR (default: $OUT, or build/gpu-check) receives gpu-check.json, gpu-check.log
-and the results of each step, as soon as the step ends. On any machine,
+transformers. Every step has a time limit; if one fails, the next ones still run, unless they need
+it. The exit status is 1 if a step failed. DIR (default: $OUT, or build/gpu-check) receives gpu-
+check.json, gpu-check.log and the results of each step, as soon as the step ends. On any machine,
 
     python -m benches.report DIR/*.json
 
@@ -200,7 +200,8 @@ def main() -> int:
     out = (options.out or default).resolve()
     if options.list:
         for step in steps(out, Tools(os.environ["PATH"])):
-            print(f"{step.name}, at most {step.limit:.0f} s: {step.missing or ''}")
+            missing = f" (skipped here: {step.missing})" if step.missing else ""
+            print(f"{step.name}, at most {step.limit:.0f} s{missing}")
             print(f"    {' '.join(step.command).strip()}")
         return 0
     found = dict(os.environ)

@@ -118,7 +118,7 @@ class Backend:
         lines = [
             f"paramstats {self.version} on torch {self.torch}, Python {platform.python_version()}",
             f"  CPU tensors   {self.cpu}{simd}, {self.threads} threads",
-            f"  CUDA tensors  {cuda}; {', '.join(self.cuda_devices) or 'no device here'}",
+            f"  CUDA tensors  {', '.join(self.cuda_devices) or 'no device here'}; {cuda}",
         ]
         if self.missing:
             lines.append(f"  why not native: {self.missing}")
