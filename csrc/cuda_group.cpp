@@ -38,11 +38,11 @@ cuda::Sizes CudaGroup::sizes() const {
   return cuda::sizes(views_.data(), static_cast<int64_t>(views_.size()));
 }
 
-// Whether each tensor still has the memory of its view. (A tensor that was replaced twice may have
-// memory at the same address again. It is then read as it is now, if it has the same dtype and as
-// many elements.) The gradients that the group holds are not freed, so no other tensor has their
-// addresses.
-bool CudaGroup::is_unchanged() const {
+// Whether each tensor still has the memory of its view. The gradients that the group holds are not
+// freed, so no other tensor has their addresses. A tensor that was replaced twice may have memory
+// at the same address again. With `fully`, it must also have the same dtype and as many elements:
+// then it was read as it is now.
+bool CudaGroup::is_unchanged(bool fully) const {
   if (hold_) return true;
   const size_t n = tensors_.size();
   size_t gradients = 0;
@@ -54,18 +54,19 @@ bool CudaGroup::is_unchanged() const {
       t = *api.grad(t);
       if (t != held_[gradients++].impl()) return false;
     }
+    const cuda::TensorView& view = views_[i];
     const void* data = nullptr;
     if (api.torch_get_const_data_ptr(torch_abi::handle(t), &data) != AOTI_TORCH_SUCCESS ||
-        data != views_[i].data || torch_abi::numel(t) != views_[i].numel ||
-        dtype_of(t) != views_[i].dtype) {
+        data != view.data) {
       return false;
     }
+    if (fully && (torch_abi::numel(t) != view.numel || dtype_of(t) != view.dtype)) return false;
   }
   return true;
 }
 
 std::string CudaGroup::enqueue(uintptr_t host, uintptr_t device_memory, uintptr_t stream) {
-  replaced_ = replaced_ || !is_unchanged();
+  replaced_ = replaced_ || !is_unchanged(false);
   if (replaced_) return "";
   std::string error;
   {
@@ -74,7 +75,7 @@ std::string CudaGroup::enqueue(uintptr_t host, uintptr_t device_memory, uintptr_
                           reinterpret_cast<void*>(host), reinterpret_cast<void*>(device_memory),
                           reinterpret_cast<cuda::Stream>(stream));
   }
-  replaced_ = !is_unchanged();
+  replaced_ = !is_unchanged(true);
   held_.clear();
   tensors_ = py::list();
   return error;
@@ -94,7 +95,7 @@ void CudaGroup::write(const py::bytearray& table, uintptr_t host) const {
 }
 
 py::list CudaGroup::aliases() {
-  replaced_ = !is_unchanged();
+  replaced_ = !is_unchanged(true);
   if (replaced_) return py::list();
   const size_t n = tensors_.size();
   std::vector<Owned> kept;  // first all: creating a Python object may run Python code

@@ -46,7 +46,7 @@ class CudaGroup {
   pybind11::list aliases();
 
  private:
-  bool is_unchanged() const;
+  bool is_unchanged(bool fully) const;
 
   int32_t device_;
   pybind11::list tensors_;
