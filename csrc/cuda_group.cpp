@@ -2,7 +2,8 @@
 #include "cuda_group.h"
 
 #include <cstring>
-#include <stdexcept>
+#include <string>
+#include <utility>
 
 #include "moments.h"
 #include "read.h"

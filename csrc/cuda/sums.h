@@ -239,7 +239,7 @@ struct ByteState {
   }
 };
 
-// Bytes that are true or false: all follows from the number of the true ones.
+// Bytes that are true or false. Every sum follows from the number of the true ones.
 template <class E>
 struct BoolState {
   uint32_t nonzero = 0;

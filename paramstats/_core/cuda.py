@@ -150,7 +150,8 @@ class CudaBackend:
             known = self._load(device, wait)
             if not isinstance(known, images.NotYet):
                 known = self._reasons.setdefault(device, known)  # another thread may be first
-                self._usable &= ~((known != "") << device)
+                if known:
+                    self._usable &= ~(1 << device)
         return known
 
     def origin(self, device: int) -> str:
@@ -193,18 +194,19 @@ class CudaBackend:
             RuntimeError: a stream that would be used is being captured into a CUDA graph, or CUDA
                 reports an error. A capture stays valid, and no device has done any work.
         """
-        table, deferred_rows, groups = self._native.read(tensors, params, grads, self._usable)
         devices, hold = self._usable, False
-        while groups:
-            unusable = self._unusable(groups, wait)
-            if not unusable:
-                transfers = [self._enqueue(group) for group in groups]
-                if not any(group.replaced for group in groups):
-                    return table, deferred_rows, transfers
-                hold = True  # another thread has replaced a tensor
-            devices &= ~unusable
+        while True:
             table, deferred_rows, groups = self._native.read(tensors, params, grads, devices, hold)
-        return table, deferred_rows, ()
+            if not groups:
+                return table, deferred_rows, ()
+            unusable = self._unusable(groups, wait)
+            if unusable:
+                devices &= ~unusable
+                continue
+            transfers = [self._enqueue(group) for group in groups]
+            if not any(group.replaced for group in groups):
+                return table, deferred_rows, transfers
+            hold = True  # another thread has replaced a tensor: read again
 
     def _unusable(self, groups: Sequence[Any], wait: bool) -> int:
         """Return the devices, as bits, on which the kernels cannot run."""
