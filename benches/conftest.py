@@ -94,7 +94,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     if wanted.type == "cuda" and not torch.cuda.is_available():
         pytest.skip(f"torch {torch.__version__} finds no CUDA device")
     if wanted.type == "cuda":
-        torch.cuda.init()  # paramstats.backend() does not initialize CUDA
+        timing.start_cuda()
     return wanted
 
 

@@ -225,7 +225,7 @@ def main() -> int:
         print(f"benches.on_gpu: torch {torch.__version__} finds no CUDA device", file=sys.stderr)
         return 2
     device = torch.device("cuda")
-    torch.cuda.init()  # paramstats.backend() does not initialize CUDA
+    timing.start_cuda()
     report: dict[str, Any] = {**hardware.describe("cuda"), "parts": {}}
     print(paramstats.backend(), report["hardware"], sep="\n", flush=True)
     failed = False

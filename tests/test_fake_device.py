@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -84,6 +85,7 @@ def test_tensors_streams_events_and_graphs():
 
 
 def test_measurements_of_the_gpu_check_run_and_are_marked(tmp_path):
+    shutil.rmtree(ROOT / "build/fake_device/cache", ignore_errors=True)  # kernels of earlier runs
     path = tmp_path / "smoke.json"
     output = run("-m", "benches.on_gpu", "--only", "smoke", "--json", str(path))
     assert "calls gave the same bits, launches " in output
