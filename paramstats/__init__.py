@@ -20,9 +20,11 @@ from typing import TYPE_CHECKING, Any
 from paramstats._core.backend import Backend, backend
 from paramstats._core.shard import LocalShard
 from paramstats._findings import Finding, FindingCode, Findings, Severity, Thresholds
-from paramstats._stats import ParamStats, TensorStats, TotalStats
+from paramstats._optimizer_stats import OptimizerStats
+from paramstats._stats import ParamStats, TotalStats
 from paramstats._summarize import summarize
 from paramstats._summary import Summary
+from paramstats._tensor_stats import TensorStats
 from paramstats._version import __version__
 from paramstats._watch import Watcher, watch
 
@@ -37,6 +39,7 @@ __all__ = [
     "Findings",
     "History",
     "LocalShard",
+    "OptimizerStats",
     "ParamStats",
     "Severity",
     "Summary",

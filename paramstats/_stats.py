@@ -1,211 +1,46 @@
-"""The statistics of one tensor, of one parameter and of all parameters together."""
+"""The statistics of one parameter, and of all parameters together."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NoReturn
+import math
+from typing import Any
 
 import torch
 
 from paramstats._core import moments
-from paramstats._core.backend import active
-from paramstats._core.format import dtype_name, number, one_line_name, percent, shape
-from paramstats._core.moments import ROW, Moments, Statistics
-from paramstats._core.options import STATS, did_you_mean
+from paramstats._core.format import dtype_name, one_line_name, shape
+from paramstats._core.moments import ROW
+from paramstats._core.optimizer_record import OptimizerRecord
 from paramstats._core.record import Record
-from paramstats._core.torch_private import skip_dynamo
-
-_MEAN, _STD, _VAR, _NORM, _RMS, _MIN, _MAX, _ABS_MAX = map(
-    STATS.index, ("mean", "std", "var", "norm", "rms", "min", "max", "abs_max")
-)
-_ZERO_FRACTION = STATS.index("zero_fraction")
-_COUNTS = tuple(stat for stat in STATS if stat.endswith("count"))
-
-
-class TensorStats:
-    """The statistics of one tensor, over all its elements.
-
-    >>> import torch, paramstats
-    >>> stats = paramstats.summarize({"w": torch.tensor([0.0, 1.0, -1.0, 1.0, -1.0])})["w"]
-    >>> stats.norm, stats.abs_max, stats.zero_count, stats.count
-    (2.0, 1.0, 1, 5)
-
-    The values are what torch gives: a NaN makes mean, norm, min and max NaN; an infinity makes the
-    norm infinite; std of one element is NaN. `finite` has the statistics of the finite elements
-    only. For a complex tensor, mean is the absolute value of the mean; min, max and abs_max are
-    computed from absolute values. Statistics of a tensor that was not read are NaN.
-    """
-
-    __slots__ = ("_correction", "_index", "_scale", "_table")
-
-    def __init__(self, table: bytes, index: int, correction: float, scale: float) -> None:
-        self._table = table
-        self._index = index  # the row of this tensor
-        self._correction = correction
-        self._scale = scale  # of the elements in the row; statistics are divided by it
-
-    @skip_dynamo
-    def statistics(self) -> Statistics:
-        """Return all statistics as a named tuple of floats."""
-        return active().finalize_row(self._table, self._index, self._correction, self._scale)
-
-    @skip_dynamo
-    def _statistic(self, column: int) -> float:
-        return active().statistic(self._table, self._index, column, self._correction, self._scale)
-
-    def state(self) -> Moments:
-        """Return the counts and moments that the statistics are computed from."""
-        return moments.unscaled(self._state(), self._scale)
-
-    def _state(self) -> Moments:
-        return moments.row(self._table, self._index)
-
-    def is_read(self) -> bool:
-        """Return whether the elements were read; otherwise all statistics but `count` are NaN."""
-        return not moments.is_unread(self._state())
-
-    def _identity(self) -> tuple[object, ...]:
-        """Return the key that equality compares. It has bytes, so that NaN equals NaN."""
-        return ROW.pack(*self._state()), self._correction, self._scale
-
-    def __eq__(self, other: object) -> bool:
-        if type(other) is not type(self):
-            return NotImplemented
-        return self._identity() == other._identity()
-
-    def __hash__(self) -> int:
-        return hash(self._identity())
-
-    if not TYPE_CHECKING:  # type checkers should report the names that do not exist
-
-        def __getattr__(self, name: str) -> NoReturn:
-            raise AttributeError(
-                f"'{type(self).__name__}' object has no attribute {name!r}{did_you_mean(name)}",
-                name=name,
-                obj=self,
-            )
-
-    @property
-    def count(self) -> int:
-        """Number of elements."""
-        return self._state().count
-
-    @property
-    def mean(self) -> float:
-        """Arithmetic mean."""
-        return self._statistic(_MEAN)
-
-    @property
-    def std(self) -> float:
-        """Standard deviation, with the `correction` passed to `summarize`."""
-        return self._statistic(_STD)
-
-    @property
-    def var(self) -> float:
-        """Variance: the square of `std`."""
-        return self._statistic(_VAR)
-
-    @property
-    def norm(self) -> float:
-        """L2 norm: the square root of the sum of squares."""
-        return self._statistic(_NORM)
-
-    @property
-    def rms(self) -> float:
-        """Root mean square: norm / sqrt(count)."""
-        return self._statistic(_RMS)
-
-    @property
-    def min(self) -> float:
-        """Smallest element."""
-        return self._statistic(_MIN)
-
-    @property
-    def max(self) -> float:
-        """Largest element."""
-        return self._statistic(_MAX)
-
-    @property
-    def abs_max(self) -> float:
-        """Largest absolute value."""
-        return self._statistic(_ABS_MAX)
-
-    @property
-    def zero_count(self) -> int:
-        """Number of elements that are zero."""
-        return self._state().zeros
-
-    @property
-    def zero_fraction(self) -> float:
-        """Share of the elements that are zero, 0 to 1."""
-        return self._statistic(_ZERO_FRACTION)
-
-    @property
-    def nan_count(self) -> int:
-        """Number of NaN elements."""
-        return self._state().nans
-
-    @property
-    def pos_inf_count(self) -> int:
-        """Number of elements that are +infinity."""
-        return self._state().pos_infs
-
-    @property
-    def neg_inf_count(self) -> int:
-        """Number of elements that are -infinity."""
-        return self._state().neg_infs
-
-    @property
-    def nonfinite_count(self) -> int:
-        """Number of elements that are NaN or infinite."""
-        return self.nan_count + self.pos_inf_count + self.neg_inf_count
-
-    @property
-    def finite(self) -> TensorStats:
-        """The statistics of the finite elements only."""
-        state = self._state()
-        count = moments.finite_count(state)
-        finite = ROW.pack(*state._replace(count=count, nans=0, pos_infs=0, neg_infs=0))
-        return TensorStats(finite, 0, self._correction, self._scale)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return every statistic by name; counts are int, the others float."""
-        return self.statistics()._asdict() | {stat: getattr(self, stat) for stat in _COUNTS}
-
-    def __repr__(self) -> str:
-        return f"<{self._one_line()}>"
-
-    def _one_line(self) -> str:
-        return self._values()
-
-    def _values(self) -> str:
-        """Return the statistics as one line; shorter if all elements are equal."""
-        if not self.is_read():
-            return "no statistics yet"
-        if not self.count:
-            return "empty"
-        if self.zero_fraction == 1:
-            return "all zeros"
-        if self.count > 1 and self.min == self.max and not self.nonfinite_count:
-            return f"all {number(self.mean)}"
-        parts = [
-            f"{stat}={number(getattr(self, stat))}"
-            for stat in ("mean", "std", "norm", "min", "max")
-        ]
-        if self.zero_count:
-            parts.append(f"zero_fraction={percent(self.zero_fraction)}")
-        counts = {"NaN": self.nan_count, "+Inf": self.pos_inf_count, "-Inf": self.neg_inf_count}
-        parts += [f"{what}!={count:,}" for what, count in counts.items() if count]
-        return " ".join(parts)
+from paramstats._core.updates import UPDATE
+from paramstats._optimizer_stats import OptimizerStats
+from paramstats._tensor_stats import TensorStats, values_of
 
 
 class TotalStats(TensorStats):
     """The statistics of all parameters together; `grad` has those of all gradients together."""
 
-    __slots__ = ("_grad",)
+    __slots__ = ("_grad", "_grad_scale", "_optimizer", "_row")
 
-    def __init__(self, table: bytes, correction: float, grad_scale: float) -> None:
-        """`table` has two rows: one for all parameters and one for all gradients."""
+    def __init__(
+        self,
+        table: bytes,
+        correction: float,
+        grad_scale: float,
+        optimizer: OptimizerRecord | None,
+        row: int,
+    ) -> None:
+        """Create the statistics of two rows: one for the parameters and one for the gradients.
+
+        Args:
+            table: the two rows.
+            correction, grad_scale: as in `Record`.
+            optimizer, row: the record of the optimizers, and the row of these parameters in it.
+        """
         TensorStats.__init__(self, table, 0, correction, 1.0)  # faster than super()
+        self._grad_scale = grad_scale
+        self._optimizer = optimizer
+        self._row = row
         self._grad: TensorStats | None = None
         if not moments.is_absent(table, 1):
             self._grad = TensorStats(table, 1, correction, grad_scale)
@@ -215,18 +50,64 @@ class TotalStats(TensorStats):
         """The statistics of the gradient, or None if there is none."""
         return self._grad
 
+    @property
+    def update(self) -> TensorStats | None:
+        """The statistics of dw, the change by the last step; None if it is not known.
+
+        `zero_fraction` is the share of the elements that did not change. See
+        `OptimizerStats.update_method` for how dw was found and how precise it is.
+        """
+        record = self._optimizer
+        if record is None or not record.has(UPDATE, self._row):
+            return None
+        return TensorStats(record.table, record.position(UPDATE, self._row), self._correction, 1.0)
+
+    @property
+    def update_ratio(self) -> float:
+        """The relative size of the last step: the norm of dw divided by that of the parameter.
+
+        NaN if the update is not known, infinite if the parameter is zero.
+        """
+        update = self.update
+        return math.nan if update is None else ratio(update.norm, self.norm)
+
+    @property
+    def optimizer(self) -> OptimizerStats | None:
+        """What the optimizer knows of it; None without `summarize(optimizer=...)`, or if no
+        optimizer has it."""
+        record = self._optimizer
+        if record is None or record.hyperparameters[self._row] is None:
+            return None
+        return OptimizerStats(record, self._row, self, self._correction, self._grad_scale)
+
     def _identity(self) -> tuple[object, ...]:
-        return *super()._identity(), self._grad
+        record = self._optimizer
+        of_optimizer = None if record is None else record.identity(self._row)
+        return *super()._identity(), self._grad, of_optimizer
 
     def to_dict(self) -> dict[str, Any]:
-        """Return every statistic by name, and those of `grad` as a dict or None."""
-        return {
+        """Return every statistic by name, and those of `grad` as a dict or None.
+
+        With `summarize(optimizer=...)`, also `update`, `update_ratio` and `optimizer`.
+        """
+        out = {
             **super().to_dict(),
             "grad": None if self.grad is None else self.grad.to_dict(),
         }
+        if self._optimizer is not None:
+            update, optimizer = self.update, self.optimizer
+            out["update"] = None if update is None else update.to_dict()
+            out["update_ratio"] = self.update_ratio
+            out["optimizer"] = None if optimizer is None else optimizer.to_dict()
+        return out
 
     def _one_line(self) -> str:
-        return self._values() + (f" grad({self._grad._values()})" if self._grad else "")
+        update = self.update
+        return (
+            values_of(self)
+            + (f" grad({values_of(self._grad)})" if self._grad else "")
+            + (f" update({values_of(update)})" if update else "")
+        )
 
 
 class ParamStats(TotalStats):
@@ -240,15 +121,15 @@ class ParamStats(TotalStats):
     `grad` is None where there is no gradient, which differs from a gradient of zeros.
     """
 
-    __slots__ = ("_layout", "_row")
+    __slots__ = ("_layout",)
 
     def __init__(self, record: Record, row: int) -> None:
         table, begin = record.table, row * ROW.size
         gradient = len(table) // 2 + begin
         own = table[begin : begin + ROW.size] + table[gradient : gradient + ROW.size]
-        TotalStats.__init__(self, own, record.correction, record.grad_scale)
+        numbers = record.correction, record.grad_scale
+        TotalStats.__init__(self, own, *numbers, record.optimizer, row)
         self._layout = record.layout
-        self._row = row
 
     @property
     def name(self) -> str:
@@ -305,3 +186,8 @@ class ParamStats(TotalStats):
         count = f" n={self.count:,}" if self.shape is not None and len(self.shape) > 1 else ""
         what = f"{one_line_name(self.name)}: {dtype_name(self.dtype)} {shape(self.shape)}"
         return f"{what}{count}{device} {super()._one_line()}"
+
+
+def ratio(size: float, of: float) -> float:
+    """Return size / of; infinite if only `of` is 0, and NaN if both are."""
+    return size / of if of else (math.inf if size > 0 else math.nan)

@@ -5,23 +5,25 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from paramstats._core import optimizers
 from paramstats._core import walk as python_walk
-from paramstats._core.backend import active
+from paramstats._core.backend import Implementation, active
 from paramstats._core.layout import Layout
 from paramstats._core.names import Patterns
 from paramstats._core.options import (
     DEFAULT_CORRECTION,
     DEFAULT_GRAD_SCALE,
+    Options,
     Pattern,
     Scaler,
     make_options,
     warn_no_match,
 )
-from paramstats._core.reading import DeferredRecord, read_deferred, warn_once
+from paramstats._core.reading import DeferredRecord, read_deferred, read_rows, warn_once
 from paramstats._core.record import NO_NAMES, Record
 from paramstats._core.shard import LocalShard
 from paramstats._core.torch_private import skip_dynamo, without_modes
@@ -53,6 +55,7 @@ def summarize(
     local: bool = False,
     group: dist.ProcessGroup | None = None,
     async_op: bool = False,
+    optimizer: Any = None,
 ) -> Summary:
     """Compute mean, std, norm, zero fraction and more of all tensors and gradients, in one read.
 
@@ -84,6 +87,11 @@ def summarize(
             is collective for any model. This merges the stages of a pipeline.
         async_op: for a sharded model, exchange the statistics in the background. Without effect
             on a model of plain tensors, which exchanges nothing.
+
+        optimizer: a `torch.optim.Optimizer` or several. The entries then also have the statistics
+            of its state and of the last update: `ParamStats.optimizer` and `ParamStats.update`.
+            Call it after `optimizer.step()`, before the learning rate changes and gradients are
+            set to None. `paramstats.watch(optimizer=...)` does this by itself.
 
     Returns:
         A `Summary` in the order of `named_parameters()`. A tied parameter is one entry under its
@@ -140,6 +148,8 @@ def summarize(
         raise
     if options.include is not None or options.exclude:
         layout, tensors = _select(layout, tensors, options.include, options.exclude)
+    if optimizer is not None:
+        return _with_optimizer(backend, options, layout, tensors, params, grads, optimizer)
     # read_rows, without the cost of a call for a model that the backend reads by itself.
     table, deferred_rows, transfers = backend.read(tensors, bool(params), bool(grads))
     skipped: Mapping[str, str] = NO_NAMES
@@ -150,9 +160,42 @@ def summarize(
         if reasons:
             skipped = {layout.row_name(row): reason for row, reason in reasons.items()}
             warn_once(skipped)
-    fields = (layout, table, options.correction, options.grad_scale, skipped, NO_NAMES, False)
+    numbers = options.correction, options.grad_scale
+    fields = (layout, table, *numbers, skipped, NO_NAMES, False, None)
     record = tuple.__new__(Record, fields)  # takes half the time of Record(...)
     return Summary(None, DeferredRecord(record, transfers)) if transfers else Summary(record)
+
+
+def _with_optimizer(
+    backend: Implementation,
+    options: Options,
+    layout: Layout,
+    tensors: list[torch.Tensor],
+    params: bool,
+    grads: bool,
+    optimizer: Any,
+) -> Summary:
+    """Return the summary of these tensors and of what optimizers know of them."""
+    request = optimizers.make_request(optimizer)
+    layout, tensors = request.select(layout, tensors)
+    plan = optimizers.Plan(request, layout, tensors, params, grads)
+    table, transfers, reasons = read_rows(
+        backend, plan.tensors, True, bool(grads), plan.row_name, plan.updates
+    )
+    skipped = {plan.row_name(row): reason for row, reason in reasons.items()}
+    warn_once(skipped)
+
+    def make(table: bytes) -> Record:
+        own, of_optimizers = plan.split(table)
+        numbers = options.correction, options.grad_scale
+        return Record(layout, own, *numbers, skipped, optimizer=of_optimizers)
+
+    record = make(table)
+    return (
+        Summary(None, DeferredRecord(record, transfers, table, make))
+        if transfers
+        else Summary(record)
+    )
 
 
 def _leave_collective(

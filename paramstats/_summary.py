@@ -25,6 +25,7 @@ from paramstats._core.torch_private import skip_dynamo
 from paramstats._findings import Findings, Thresholds
 from paramstats._findings.rules import find
 from paramstats._findings.thresholds import make_thresholds
+from paramstats._optimizer_stats import optimizer_scalars
 from paramstats._stats import ParamStats, TotalStats
 
 if TYPE_CHECKING:
@@ -117,9 +118,9 @@ class Summary(Mapping[str, ParamStats]):
     __hash__ = None  # type: ignore[assignment]  # as every Mapping
 
     def _identity(self) -> tuple[object, ...]:
-        layout, table, correction, grad_scale, *_ = self._record
+        layout, table, correction, grad_scale, *_, optimizer = self._record
         rows = [layout.row(row) for row in range(len(layout))]
-        return rows, layout.parameters, table, correction, grad_scale
+        return rows, layout.parameters, table, correction, grad_scale, optimizer
 
     # ---- beyond the mapping
 
@@ -134,8 +135,11 @@ class Summary(Mapping[str, ParamStats]):
         parameter's mean.
         """
         record = self._ready or self._record
-        merged = record.merged(0, record.layout.parameters)
-        return TotalStats(merged, record.correction, record.grad_scale)
+        n = record.layout.parameters
+        merged, optimizer = record.merged(0, n), record.optimizer
+        if optimizer is not None:
+            optimizer = optimizer.merged([range(n)])
+        return TotalStats(merged, record.correction, record.grad_scale, optimizer, 0)
 
     @property
     def skipped(self) -> Mapping[str, str]:
@@ -217,7 +221,10 @@ class Summary(Mapping[str, ParamStats]):
 
         Args:
             key: a format string with the fields `kind` ("param", "grad" or "buffer"), `stat` and
-                `name`.
+                `name`. With `summarize(optimizer=...)`, `kind` is also "update" or a key of the
+                optimizer's state, such as "exp_avg", and there are `update_ratio/NAME`,
+                `grad_cosine_exp_avg/NAME`, `update_cosine_grad/NAME`, `optimizer_rms/NAME` and
+                `optimizer_eps_fraction/NAME`.
             stats: names of statistics, those that `TensorStats` has.
             totals: whether to add the statistics of `total` and its gradient, under the name
                 "total".
@@ -241,13 +248,19 @@ class Summary(Mapping[str, ParamStats]):
         except (KeyError, TypeError):  # not cached, or stats is a str or a list
             keys = layout.make_keys(checked_key(key), *checked_stats(stats), bool(totals))
         total = full.merged(0, full.layout.parameters) if totals else b""
-        if len(keys.distinct) == len(keys.names):
+        if len(keys.distinct) == len(keys.names) and record.optimizer is None:
             return record.scalars(keys.distinct, keys.columns, total)
         # Equal keys are an error only where both of their values were read.
         by_index = record.scalars(dict.fromkeys(range(len(keys.names))), keys.columns, total)
-        out = {keys.names[index]: value for index, value in by_index.items()}
-        if len(out) != len(by_index):
-            raise duplicate_keys(key, len(out), len(by_index))
+        pairs = [(keys.names[index], value) for index, value in by_index.items()]
+        if record.optimizer is not None:
+            entries: list[tuple[str, TotalStats]] = list(Summary(record).items())
+            entries += [("total", self.total)] if totals else []
+            for name, entry in entries:
+                pairs += optimizer_scalars(entry, name, key, *checked_stats(stats))
+        out = dict(pairs)
+        if len(out) != len(pairs):
+            raise duplicate_keys(key, len(out), len(pairs))
         return out
 
     @skip_dynamo

@@ -29,11 +29,8 @@ class Implementation:
     name: str
     walk: Callable[..., Any]
     """`(module, buffers, make_layout) -> (layout, tensors)`; None: `_core.walk` must list it."""
-    read: Callable[
-        [list[torch.Tensor], bool, bool],
-        tuple[bytes, reference.DeferredRows, Sequence[reference.Transfer]],
-    ]
-    """`(tensors, params, grads) -> (table, rows for reference.fill, transfers)`."""
+    read: Callable[..., tuple[bytes, reference.DeferredRows, Sequence[reference.Transfer]]]
+    """`(tensors, params, grads, *, updates=()) -> (table, rows for Python, transfers)`."""
     merge_rows: Callable[[bytes, int, int], bytes]
     scalars: Callable[[bytes, bytes, dict[Any, None], bytes, float, float], dict[Any, float]]
     statistic: Callable[[bytes, int, int, float, float], float]

@@ -12,6 +12,7 @@ from paramstats._core.backend import active
 from paramstats._core.layout import Layout
 from paramstats._core.moments import ROW, Moments
 from paramstats._core.names import Patterns
+from paramstats._core.optimizer_record import OptimizerRecord, pick
 
 NO_NAMES: Mapping[str, str] = MappingProxyType({})
 
@@ -34,10 +35,16 @@ class Record(NamedTuple):
     """Which ranks differ where all should hold the same values, by name."""
     is_local: bool = False
     """Whether the states cover only this rank's part of a sharded model."""
+    optimizer: OptimizerRecord | None = None
+    """The updates and the optimizers' state, if they were asked for."""
 
     def state(self, row: int) -> Moments:
         """Return the state of a row of the table."""
         return moments.row(self.table, row)
+
+    def packed(self, row: int) -> bytes:
+        """Return a row of the table as bytes."""
+        return self.table[row * ROW.size : (row + 1) * ROW.size]
 
     def merged(self, begin: int, end: int) -> bytes:
         """Return the table of the tensors [begin, end) merged into one; see `merge_rows`."""
@@ -68,6 +75,7 @@ class Record(NamedTuple):
             table=self._rows_of(rows),
             skipped={name: why for name, why in self.skipped.items() if name in names},
             diverged={name: why for name, why in self.diverged.items() if name in names},
+            optimizer=None if self.optimizer is None else self.optimizer.take(rows),
         )
 
     def by_module(self, depth: int) -> Record:
@@ -80,7 +88,8 @@ class Record(NamedTuple):
         rows = (
             table[part] for part in (slice(ROW.size), slice(ROW.size, None)) for table in tables
         )
-        return self._replace(layout=layout, table=b"".join(rows))
+        optimizer = None if self.optimizer is None else self.optimizer.merged(groups)
+        return self._replace(layout=layout, table=b"".join(rows), optimizer=optimizer)
 
     def _rows_of(self, tensors: Sequence[int]) -> bytes:
         """Return the rows of these tensors, then those of their gradients."""
@@ -89,6 +98,32 @@ class Record(NamedTuple):
         begins = [tensor * size for tensor in tensors]
         begins += [half + begin for begin in begins]
         return b"".join([table[begin : begin + size] for begin in begins])
+
+
+def joined(records: Sequence[Record], layout: Layout) -> Record:
+    """Return the record of the tensors of several records, in the order of `layout`.
+
+    Args:
+        records: no two have a tensor in common, and all have an optimizer's part.
+        layout: has the tensors of all of them, perhaps more.
+    """
+    places = {
+        layout.index[name]: (record, row)
+        for record in records
+        for row, name in enumerate(record.layout.names)
+    }
+    in_order = [places[row] for row in sorted(places)]
+    rows = [record.packed(row) for record, row in in_order]
+    rows += [record.packed(len(record.layout) + row) for record, row in in_order]
+    keys = tuple(dict.fromkeys(key for r in records if r.optimizer for key in r.optimizer.keys))
+    of_optimizers = [(r.optimizer, row) for r, row in in_order if r.optimizer is not None]
+    return records[0]._replace(
+        layout=layout.take(sorted(places)),
+        table=b"".join(rows),
+        skipped={name: why for record in records for name, why in record.skipped.items()},
+        diverged={name: why for record in records for name, why in record.diverged.items()},
+        optimizer=pick(of_optimizers, keys),
+    )
 
 
 class Deferred(Protocol):

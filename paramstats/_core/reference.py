@@ -43,7 +43,7 @@ _FEW = 32
 
 _ABSENT = ROW.pack(*unread(ABSENT))
 _M2 = Moments._fields.index("m2")
-_NO_FLOAT64 = frozenset({"mps"})
+NO_FLOAT64 = frozenset({"mps"})
 
 # ---- transfers ----------------------------------------------------------------------------------
 
@@ -108,14 +108,16 @@ DeferredRows = Sequence[tuple[int, Tensor]]
 
 @without_modes()
 def read(
-    tensors: list[Tensor], params: bool, grads: bool
+    tensors: list[Tensor], params: bool, grads: bool, *, updates: Sequence[Any] = ()
 ) -> tuple[bytes, DeferredRows, Sequence[Transfer]]:
-    """Return a table without states, the rows that `fill` must read, and no transfers.
+    """Return a table without states, the rows that Python must read, and no transfers.
 
     Args:
         tensors: the tensors.
         params: whether to read the tensors.
         grads: whether to read their gradients.
+        updates: updates of parameters, each with four rows after those of gradients; only the first
+            of these is among the rows that are returned.
     """
     n = len(tensors)
     rows = _ABSENT * n if params else b"".join(ROW.pack(*unread(numel(t))) for t in tensors)
@@ -124,7 +126,9 @@ def read(
         deferred_rows += [
             (row, grad) for row, t in enumerate(tensors, n) if (grad := gradient(t)) is not None
         ]
-    return rows + _ABSENT * n, deferred_rows, ()
+    if updates:
+        deferred_rows += [(2 * n + 4 * u, tensors[x.param]) for u, x in enumerate(updates)]
+    return rows + _ABSENT * (n + 4 * len(updates)), deferred_rows, ()
 
 
 @without_modes()
@@ -203,7 +207,7 @@ class _Reader:
             state = read(row, x)
         except Exception as error:  # a subclass may raise anything; training goes on
             state = None
-            self.skipped[row] = _reason(error, x)
+            self.skipped[row] = reason_of(error, x)
             self._zeros.pop(row, None)
         self.write(row, state or unread(numel(x)))
 
@@ -217,7 +221,7 @@ class _Reader:
             self._zeros[row] = zeros
         if x.is_complex():
             return of_complex(x)
-        if x.device.type in _NO_FLOAT64:
+        if x.device.type in NO_FLOAT64:
             x = x.cpu()
         x = flat(x)
         return None if self.add_small(row, x, x.numel()) else self._alone(row, x)
@@ -242,7 +246,7 @@ class _Reader:
         key = x.dtype if is_cpu else (x.dtype, x.device)
         group = self._small.get(key)
         if group is None:
-            if not is_cpu and (x.is_meta or x.device.type in _NO_FLOAT64):
+            if not is_cpu and (x.is_meta or x.device.type in NO_FLOAT64):
                 return False
             group = self._small[key] = Group(is_cpu)
         if n > group.max_numel:
@@ -306,7 +310,7 @@ class _Reader:
         return tuple(transfers)
 
 
-def _reason(error: Exception, tensor: Tensor) -> str:
+def reason_of(error: Exception, tensor: Tensor) -> str:
     """Return in one line why a tensor could not be read."""
     if isinstance(error, NotImplementedError) and "not implemented for" in str(error):
         return (

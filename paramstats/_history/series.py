@@ -13,7 +13,8 @@ import numpy.typing as npt
 
 from paramstats._core.moments import NAN, Statistics
 from paramstats._core.options import STATS, did_you_mean
-from paramstats._stats import ParamStats, TensorStats
+from paramstats._stats import ParamStats
+from paramstats._tensor_stats import TensorStats
 
 if TYPE_CHECKING:
     import torch

@@ -1,0 +1,330 @@
+"""Find the state of optimizers by parameter, and what the updates are computed from."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from paramstats._core.elements import gradient
+from paramstats._core.layout import Layout
+from paramstats._core.moments import ABSENT, ROW, Moments, unread
+from paramstats._core.optimizer_record import OptimizerRecord
+from paramstats._core.torch_private import without_modes
+from paramstats._core.updates import DIFFERENCE, FORMULA, NONE, ROWS, Update
+
+MOMENTA = ("exp_avg", "momentum_buffer", "momentum", "exp_moving_average")
+"""Keys of a first moment; the first one that a parameter has is compared with its gradient."""
+
+_VARIANCES = ("max_exp_avg_sq", "exp_avg_sq")
+"""Keys of Adam's second moment; that of AMSGrad is the one that it divides by."""
+
+_WITH_FORMULA = (torch.optim.Adam, torch.optim.AdamW)
+_NO_PARAMETERS: frozenset[int] = frozenset()
+
+
+class Request(NamedTuple):
+    """What `summarize` reads of optimizers.
+
+    Args:
+        optimizers: the optimizers, without wrappers.
+        copies: copies of parameters from before the step, by the id of the parameter.
+        has_stepped: whether the optimizers have just made a step. Parameters without a gradient
+            have then not changed. Otherwise it is not known whether the last step changed them.
+        no_formula: ids of parameters whose update must not be computed from Adam's state.
+        only: ids of the tensors to read; None: all.
+    """
+
+    optimizers: tuple[torch.optim.Optimizer, ...]
+    copies: Mapping[int, Tensor] = MappingProxyType({})
+    has_stepped: bool = False
+    no_formula: frozenset[int] = _NO_PARAMETERS
+    only: frozenset[int] | None = None
+
+    def select(self, layout: Layout, tensors: list[Any]) -> tuple[Layout, list[Any]]:
+        """Return the tensors to read and their layout."""
+        if self.only is None:
+            return layout, tensors
+        rows = [row for row, tensor in enumerate(tensors) if id(tensor) in self.only]
+        return layout.take(rows), [tensors[row] for row in rows]
+
+
+def make_request(optimizer: Any) -> Request:
+    """Return the request for an optimizer or several.
+
+    Raises TypeError for anything else.
+    """
+    if isinstance(optimizer, Request):
+        return optimizer
+    several = [optimizer] if hasattr(optimizer, "param_groups") else optimizer
+    try:
+        found = tuple(dict.fromkeys(map(unwrapped, several)))
+    except TypeError:
+        found = ()
+    if not found or not all(hasattr(one, "param_groups") for one in found):
+        raise TypeError(
+            f"paramstats.summarize: expected a torch.optim.Optimizer or several for optimizer, "
+            f"got {optimizer!r}"
+        )
+    return Request(found)
+
+
+def unwrapped(optimizer: Any) -> Any:
+    """Return the optimizer that a wrapper of accelerate or Lightning calls."""
+    while hasattr(getattr(optimizer, "optimizer", None), "param_groups"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def parameters_of(optimizer: Any) -> list[Tensor]:
+    """Return the parameters of all groups of an optimizer."""
+    return [param for group in optimizer.param_groups for param in group["params"]]
+
+
+def uses_formula(optimizer: Any, group: Mapping[str, Any]) -> bool:
+    """Return whether the update of a group's parameters follows from Adam's state.
+
+    A subclass may compute it differently. A learning rate on a device would have to be waited for.
+    """
+    return type(optimizer) in _WITH_FORMULA and (
+        not isinstance(group["lr"], Tensor) or group["lr"].is_cpu
+    )
+
+
+class Plan:
+    """The tensors to read for a layout's parameters and their optimizers, and where they belong.
+
+    Attributes:
+        tensors: the parameters and buffers, then the tensors of the optimizers' state.
+        updates: the updates, whose operands are rows of a table of `tensors`.
+    """
+
+    @without_modes()
+    def __init__(
+        self, request: Request, layout: Layout, tensors: Sequence[Any], params: bool, grads: bool
+    ) -> None:
+        """Make a plan.
+
+        Args:
+            request: the optimizers.
+            layout, tensors: the parameters and buffers.
+            params, grads: whether their own rows are part of the record.
+
+        Raises:
+            ValueError: the optimizers have none of the parameters.
+        """
+        self._layout, self._reads_params = layout, params
+        self.tensors = list(tensors)
+        self.updates: list[Update] = []
+        self._keys: dict[str, int] = {}
+        self._places: list[tuple[int, int]] = []  # row and key of each tensor of the state
+        self._numbers: list[tuple[int, int, float]] = []
+        self._update_rows: list[int] = []
+        self._unchanged: list[int] = []
+        self._hyperparameters: list[Mapping[str, float] | None] = [None] * len(layout)
+        self._methods = [""] * len(layout)
+        found = self._find(request, {id(tensor): row for row, tensor in enumerate(tensors)})
+        if not found and request.only is None:
+            raise ValueError(
+                "paramstats.summarize: expected an optimizer of these parameters, got one that has "
+                "none of them; pass the model itself, and the optimizer that was created for it"
+            )
+        n = len(self.tensors)
+        for row, group, state, optimizer in found:
+            self._add_update(request, row, group, state, optimizer, n, grads)
+
+    def _find(self, request: Request, rows: dict[int, int]) -> list[tuple[int, Any, Any, Any]]:
+        """List the state of all parameters that are among `rows`, by their id."""
+        found = []
+        for optimizer in request.optimizers:
+            state_of = state_by_parameter(optimizer)
+            for group in optimizer.param_groups:
+                hyperparameters = _numbers_of(group)
+                for param in group["params"]:
+                    row = rows.pop(id(param), None)  # a parameter of two optimizers counts once
+                    if row is None:
+                        continue
+                    self._hyperparameters[row] = hyperparameters
+                    places = {}
+                    for key, value in _tensors_of(state_of.get(param) or {}).items():
+                        place = self._add_state(row, key, value)
+                        if place is not None:
+                            places[key] = place
+                    found.append((row, group, places, optimizer))
+        return found
+
+    def _add_state(self, row: int, key: str, value: Any) -> int | None:
+        """Add an entry of the state; return its position in `tensors` if it is one of them."""
+        number = self._keys.setdefault(key, len(self._keys))
+        if isinstance(value, Tensor):
+            self._places.append((row, number))
+            self.tensors.append(value)
+            return len(self.tensors) - 1
+        self._numbers.append((row, number, float(value)))
+        return None
+
+    def _add_update(
+        self,
+        request: Request,
+        row: int,
+        group: Mapping[str, Any],
+        state: Mapping[str, int],
+        optimizer: Any,
+        n: int,
+        grads: bool,
+    ) -> None:
+        param = self.tensors[row]
+        if gradient(param) is None and request.has_stepped:
+            self._unchanged.append(row)
+            self._methods[row] = "no gradient"
+            return
+
+        def place(keys: Iterable[str]) -> int:
+            places = (state[key] for key in keys if key in state)
+            return next((x for x in places if self.tensors[x].shape == param.shape), -1)
+
+        momentum, variance = place(MOMENTA), place(_VARIANCES)
+        grad = n + row if grads and gradient(param) is not None else -1
+        old, step = request.copies.get(id(param)), state.get("step", -1)
+        beta1, beta2 = _betas(group)
+        eps = group.get("eps")
+        if step < 0 or not (beta2 and isinstance(eps, float)):
+            variance = -1
+        method = NONE
+        if old is not None:
+            method = DIFFERENCE
+        elif (
+            uses_formula(optimizer, group)
+            and id(param) not in request.no_formula
+            and min(momentum, variance) >= 0
+            and gradient(param) is not None
+        ):
+            method = FORMULA
+        if method == NONE and (grad < 0 or max(momentum, variance) < 0):
+            return
+        self._methods[row] = ("", "formula", "copy")[method]
+        decay = group.get("weight_decay", 0.0) if _is_decoupled(optimizer, group) else 0.0
+        numbers_of = (float(group["lr"]), float(decay)) if method == FORMULA else (0.0, 0.0)
+        fields = (row, grad, momentum, variance, step, old, method, *numbers_of)
+        self.updates.append(Update(*fields, beta1, beta2, eps or 0.0, 0.0))
+        self._update_rows.append(row)
+
+    def row_name(self, row: int) -> str:
+        """Return the name of a row of the table, for errors."""
+        n, names = len(self.tensors), self._layout.names
+        if row >= 2 * n:
+            return f"{names[self._update_rows[(row - 2 * n) // len(ROWS)]]} (update)"
+        suffix = " (gradient)" if row >= n else ""
+        row %= n
+        if row < len(names):
+            return names[row] + suffix
+        row, key = self._places[row - len(names)]
+        return f"{names[row]} ({list(self._keys)[key]})"
+
+    def split(self, table: bytes) -> tuple[bytes, OptimizerRecord]:
+        """Return the table of the parameters and buffers, and the record of the optimizers."""
+        size, n, all_of_them = ROW.size, len(self._layout), len(self.tensors)
+
+        def rows(begin: int, end: int) -> bytes:
+            return table[begin * size : end * size]
+
+        own = rows(0, n) if self._reads_params else _unread(table, n)
+        out = bytearray(ROW.pack(*unread(ABSENT)) * (n * (len(ROWS) + len(self._keys))))
+
+        def put(column: int, row: int, state: bytes) -> None:
+            begin = (column * n + row) * size
+            out[begin : begin + size] = state
+
+        for u, row in enumerate(self._update_rows):
+            for k in ROWS:
+                at = 2 * all_of_them + len(ROWS) * u + k
+                put(k, row, rows(at, at + 1))
+        for row in self._unchanged:
+            count = Moments._make(ROW.unpack_from(table, row * size)).count
+            put(0, row, ROW.pack(*_zeros(count)))
+        for at, (row, key) in enumerate(self._places, n):
+            put(len(ROWS) + key, row, rows(at, at + 1))
+        for row, key, value in self._numbers:
+            put(len(ROWS) + key, row, ROW.pack(*_one(value)))
+        fields = (tuple(self._keys), bytes(out), tuple(self._hyperparameters), tuple(self._methods))
+        return own + rows(all_of_them, all_of_them + n), OptimizerRecord(*fields)
+
+
+def state_by_parameter(optimizer: Any) -> Mapping[Any, Any]:
+    """Return the state of an optimizer by parameter; of ZeroRedundancyOptimizer, this rank's."""
+    return getattr(optimizer, "optim", optimizer).state  # type: ignore[no-any-return]
+
+
+def _tensors_of(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the tensors and numbers of a parameter's state by key.
+
+    8-bit states of bitsandbytes are codes: their values replace them.
+    """
+    out: dict[str, Any] = {}
+    for key, value in state.items():
+        if isinstance(value, numbers.Real) or (isinstance(value, Tensor) and value.numel()):
+            out[str(key)] = value
+    for key, codes in list(out.items()):
+        number = key.removeprefix("state")
+        table, scales = f"qmap{number}", f"absmax{number}"
+        if getattr(codes, "dtype", None) == torch.uint8 and {table, scales} <= out.keys():
+            out[key] = _decoded(codes, out.pop(table), out.pop(scales))
+    return out
+
+
+def _decoded(codes: Tensor, table: Tensor, scales: Tensor) -> Tensor:
+    """Return the values of blockwise 8-bit codes: an entry of `table` times the block's scale."""
+    block = -(-codes.numel() // scales.numel())
+    block = 1 << (block - 1).bit_length()  # sizes of blocks are powers of two
+    values = table.float()[codes.flatten().long()]
+    factors = scales.float().repeat_interleave(block)[: codes.numel()]
+    return (values * factors).view(codes.shape)
+
+
+def _numbers_of(group: Mapping[str, Any]) -> dict[str, float]:
+    """Return the numbers among the hyperparameters of a group, without waiting for a device."""
+    out = {}
+    for key, value in group.items():
+        several = value if isinstance(value, (tuple, list)) and key != "params" else (value,)
+        for i, one in enumerate(several, 1):
+            if isinstance(one, Tensor) and one.numel() == 1 and one.is_cpu:
+                one = one.item()
+            if isinstance(one, numbers.Real) and not isinstance(one, bool):
+                name = key if several == (value,) else f"{key.removesuffix('s')}{i}"
+                out[name] = float(one)
+    return out
+
+
+def _betas(group: Mapping[str, Any]) -> tuple[float, float]:
+    try:
+        beta1, beta2 = group["betas"]
+        return float(beta1), float(beta2)
+    except (KeyError, TypeError, ValueError):
+        return 0.0, 0.0
+
+
+def _is_decoupled(optimizer: Any, group: Mapping[str, Any]) -> bool:
+    """Return whether Adam's weight decay is applied to the weight instead of the gradient."""
+    is_adamw = isinstance(optimizer, torch.optim.AdamW)
+    return bool(group.get("decoupled_weight_decay", is_adamw))
+
+
+def _unread(table: bytes, n: int) -> bytes:
+    """Return the first n rows with their counts only."""
+    states = ROW.iter_unpack(table[: n * ROW.size])
+    return b"".join(ROW.pack(*unread(state[0])) for state in states)
+
+
+def _zeros(count: int) -> Moments:
+    return Moments(count, count, 0, 0, 0, 0.0, 0.0, 0.0, 0.0) if count else Moments()
+
+
+def _one(x: float) -> Moments:
+    """Return the state of one number."""
+    if x - x != 0:  # NaN or infinite
+        return Moments(1, 0, int(x != x), int(x > 0), int(x < 0))
+    return Moments(1, int(x == 0), 0, 0, 0, x, 0.0, x, x)

@@ -1,0 +1,195 @@
+"""The statistics of one tensor."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from paramstats._core import moments
+from paramstats._core.backend import active
+from paramstats._core.format import number, percent
+from paramstats._core.moments import ROW, Moments, Statistics
+from paramstats._core.options import STATS, did_you_mean
+from paramstats._core.torch_private import skip_dynamo
+
+_MEAN, _STD, _VAR, _NORM, _RMS, _MIN, _MAX, _ABS_MAX = map(
+    STATS.index, ("mean", "std", "var", "norm", "rms", "min", "max", "abs_max")
+)
+_ZERO_FRACTION = STATS.index("zero_fraction")
+_COUNTS = tuple(stat for stat in STATS if stat.endswith("count"))
+
+
+class TensorStats:
+    """The statistics of one tensor, over all its elements.
+
+    >>> import torch, paramstats
+    >>> stats = paramstats.summarize({"w": torch.tensor([0.0, 1.0, -1.0, 1.0, -1.0])})["w"]
+    >>> stats.norm, stats.abs_max, stats.zero_count, stats.count
+    (2.0, 1.0, 1, 5)
+
+    The values are what torch gives: a NaN makes mean, norm, min and max NaN; an infinity makes the
+    norm infinite; std of one element is NaN. `finite` has the statistics of the finite elements
+    only. For a complex tensor, mean is the absolute value of the mean; min, max and abs_max are
+    computed from absolute values. Statistics of a tensor that was not read are NaN.
+    """
+
+    __slots__ = ("_correction", "_index", "_scale", "_table")
+
+    def __init__(self, table: bytes, index: int, correction: float, scale: float) -> None:
+        self._table = table
+        self._index = index  # the row of this tensor
+        self._correction = correction
+        self._scale = scale  # of the elements in the row; statistics are divided by it
+
+    @skip_dynamo
+    def statistics(self) -> Statistics:
+        """Return all statistics as a named tuple of floats."""
+        return active().finalize_row(self._table, self._index, self._correction, self._scale)
+
+    @skip_dynamo
+    def _statistic(self, column: int) -> float:
+        return active().statistic(self._table, self._index, column, self._correction, self._scale)
+
+    def state(self) -> Moments:
+        """Return the counts and moments that the statistics are computed from."""
+        return moments.unscaled(self._state(), self._scale)
+
+    def _state(self) -> Moments:
+        return moments.row(self._table, self._index)
+
+    def is_read(self) -> bool:
+        """Return whether the elements were read; otherwise all statistics but `count` are NaN."""
+        return not moments.is_unread(self._state())
+
+    def _identity(self) -> tuple[object, ...]:
+        """Return the key that equality compares. It has bytes, so that NaN equals NaN."""
+        return ROW.pack(*self._state()), self._correction, self._scale
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        return self._identity() == other._identity()
+
+    def __hash__(self) -> int:
+        return hash(self._identity())
+
+    if not TYPE_CHECKING:  # type checkers should report the names that do not exist
+
+        def __getattr__(self, name: str) -> NoReturn:
+            raise AttributeError(
+                f"'{type(self).__name__}' object has no attribute {name!r}{did_you_mean(name)}",
+                name=name,
+                obj=self,
+            )
+
+    @property
+    def count(self) -> int:
+        """Number of elements."""
+        return self._state().count
+
+    @property
+    def mean(self) -> float:
+        """Arithmetic mean."""
+        return self._statistic(_MEAN)
+
+    @property
+    def std(self) -> float:
+        """Standard deviation, with the `correction` passed to `summarize`."""
+        return self._statistic(_STD)
+
+    @property
+    def var(self) -> float:
+        """Variance: the square of `std`."""
+        return self._statistic(_VAR)
+
+    @property
+    def norm(self) -> float:
+        """L2 norm: the square root of the sum of squares."""
+        return self._statistic(_NORM)
+
+    @property
+    def rms(self) -> float:
+        """Root mean square: norm / sqrt(count)."""
+        return self._statistic(_RMS)
+
+    @property
+    def min(self) -> float:
+        """Smallest element."""
+        return self._statistic(_MIN)
+
+    @property
+    def max(self) -> float:
+        """Largest element."""
+        return self._statistic(_MAX)
+
+    @property
+    def abs_max(self) -> float:
+        """Largest absolute value."""
+        return self._statistic(_ABS_MAX)
+
+    @property
+    def zero_count(self) -> int:
+        """Number of elements that are zero."""
+        return self._state().zeros
+
+    @property
+    def zero_fraction(self) -> float:
+        """Share of the elements that are zero, 0 to 1."""
+        return self._statistic(_ZERO_FRACTION)
+
+    @property
+    def nan_count(self) -> int:
+        """Number of NaN elements."""
+        return self._state().nans
+
+    @property
+    def pos_inf_count(self) -> int:
+        """Number of elements that are +infinity."""
+        return self._state().pos_infs
+
+    @property
+    def neg_inf_count(self) -> int:
+        """Number of elements that are -infinity."""
+        return self._state().neg_infs
+
+    @property
+    def nonfinite_count(self) -> int:
+        """Number of elements that are NaN or infinite."""
+        return self.nan_count + self.pos_inf_count + self.neg_inf_count
+
+    @property
+    def finite(self) -> TensorStats:
+        """The statistics of the finite elements only."""
+        state = self._state()
+        count = moments.finite_count(state)
+        finite = ROW.pack(*state._replace(count=count, nans=0, pos_infs=0, neg_infs=0))
+        return TensorStats(finite, 0, self._correction, self._scale)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return every statistic by name; counts are int, the others float."""
+        return self.statistics()._asdict() | {stat: getattr(self, stat) for stat in _COUNTS}
+
+    def __repr__(self) -> str:
+        return f"<{self._one_line()}>"
+
+    def _one_line(self) -> str:
+        return values_of(self)
+
+
+def values_of(stats: TensorStats) -> str:
+    """Return the statistics as one line; shorter if all elements are equal."""
+    if not stats.is_read():
+        return "no statistics yet"
+    if not stats.count:
+        return "empty"
+    if stats.zero_fraction == 1:
+        return "all zeros"
+    if stats.count > 1 and stats.min == stats.max and not stats.nonfinite_count:
+        return f"all {number(stats.mean)}"
+    parts = [
+        f"{stat}={number(getattr(stats, stat))}" for stat in ("mean", "std", "norm", "min", "max")
+    ]
+    if stats.zero_count:
+        parts.append(f"zero_fraction={percent(stats.zero_fraction)}")
+    counts = {"NaN": stats.nan_count, "+Inf": stats.pos_inf_count, "-Inf": stats.neg_inf_count}
+    parts += [f"{what}!={count:,}" for what, count in counts.items() if count]
+    return " ".join(parts)
