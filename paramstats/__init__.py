@@ -26,7 +26,8 @@ from paramstats._summarize import summarize
 from paramstats._summary import Summary
 from paramstats._tensor_stats import TensorStats
 from paramstats._version import __version__
-from paramstats._watch import Watcher, watch
+from paramstats._watch import watch
+from paramstats._watcher import Watcher
 
 if TYPE_CHECKING:
     from paramstats import checkpoints, integrations

@@ -188,7 +188,8 @@ def _with_optimizer(
     def make(table: bytes) -> Record:
         own, of_optimizers = plan.split(table)
         numbers = options.correction, options.grad_scale
-        return Record(layout, own, *numbers, skipped, optimizer=of_optimizers)
+        known = of_optimizers if request.optimizers else None
+        return Record(layout, own, *numbers, skipped, optimizer=known)
 
     record = make(table)
     return (
@@ -196,6 +197,24 @@ def _with_optimizer(
         if transfers
         else Summary(record)
     )
+
+
+@without_modes()
+def tensors_of(
+    source: Any,
+    buffers: bool = False,
+    include: Patterns | None = None,
+    exclude: Patterns | None = None,
+) -> tuple[Layout, list[Any]]:
+    """Return the layout and the tensors that `summarize` would read; arguments as there."""
+    patterns = include, exclude or ()
+    if isinstance(source, torch.nn.Module):
+        walked = active().walk(source, bool(buffers), _make_layout)
+        layout, tensors = walked or python_walk.walk(source, buffers, _make_layout)
+    else:
+        layout, tensors = python_walk.walk_named(source, *patterns, _make_layout)
+    layout, rows = layout.select(*patterns)
+    return layout, [tensors[row] for row in rows]
 
 
 def _leave_collective(

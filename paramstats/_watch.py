@@ -2,46 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-import operator
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from paramstats._core.options import (
-    Pattern,
-    Scaler,
-    check_keys,
-    checked_stats,
-    make_options,
-    scale_of,
-)
-from paramstats._core.shard import LocalShard
-from paramstats._core.torch_private import skip_dynamo
-from paramstats._summarize import summarize
-from paramstats._summary import Summary, is_ready_within
+from paramstats._core.optimizers import make_request
+from paramstats._core.options import Pattern, check_keys, checked_stats, make_options
+from paramstats._optimizer_hooks import UpdateMethod, check_optimizers
+from paramstats._watcher import Appendable, Log, Watched, Watcher, has_group, is_first_rank
 
 if TYPE_CHECKING:
     import torch.distributed as dist
 
     from paramstats._history import History
-
-Watched = torch.nn.Module | Mapping[str, torch.Tensor | LocalShard]
-
-
-class Log(Protocol):
-    """A function that takes scalars, such as `wandb.log` or `mlflow.log_metrics`."""
-
-    def __call__(self, scalars: dict[str, float], step: int, /) -> object: ...
-
-
-class Appendable(Protocol):
-    """A store of summaries, such as `History`; `append` must not wait for their statistics."""
-
-    def append(self, step: int, summary: Summary, /) -> object: ...
 
 
 def watch(
@@ -61,8 +37,26 @@ def watch(
     correction: float = 1,
     group: dist.ProcessGroup | None = None,
     async_op: bool = False,
+    optimizer: Any = None,
+    update: UpdateMethod = "auto",
 ) -> Watcher:
-    """Log the statistics of a model while it trains, with one call in the training loop.
+    """Log the statistics of a model while it trains.
+
+    With the optimizer, no call in the training loop is needed:
+
+    >>> import torch, paramstats
+    >>> model = torch.nn.Linear(3, 2)
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> def log(scalars, step):
+    ...     print(step, round(scalars["update_mean/bias"], 6))
+    >>> watcher = paramstats.watch(model, optimizer=optimizer, every=2, log=log)
+    >>> for step in range(4):
+    ...     model(torch.ones(1, 3)).sum().backward()
+    ...     optimizer.step()
+    0 -0.1
+    2 -0.3
+
+    Without it, call `Watcher.step` after backward:
 
     >>> import torch, paramstats
     >>> model = torch.nn.Linear(3, 2)
@@ -89,13 +83,26 @@ def watch(
             with `Watcher.step(step=)`.
         key, stats, totals: what is logged and under which keys; see `Summary.scalars`.
         params, grads, buffers, include, exclude, correction, group, async_op: see `summarize`.
+        optimizer: a `torch.optim.Optimizer` or several. A summary is then taken after each due step
+            of the optimizer, without calls of `Watcher.step`. Its gradients are those that the
+            optimizer used, so after clipping; to see them before, leave `optimizer` out and call
+            `Watcher.step`. It also has the optimizer's state and the update: see `ParamStats`.
+            Steps that a gradient scaler skips do not count. Of several optimizers, each parameter
+            is read at the step of its own; a summary has one step of each.
+        update: how the change of the parameters by a step is found. "formula": from the state of
+            `torch.optim.Adam` or AdamW, exact up to the rounding of the parameter. "copy": from a
+            copy of the parameters during due steps, exact; `Watcher.copy_bytes` is its size.
+            "auto": the formula for float32 and float64 parameters of Adam and AdamW, otherwise a
+            copy. None: not at all. If there is too little memory for a copy, training continues
+            without, and a warning is issued.
 
     Raises:
         FileExistsError: `history` is the path of a file with content.
         TypeError: `source` is neither a module nor a mapping, or `log` is not a function of
             scalars and step.
-        ValueError: `every` is not a whole number > 0, neither `log` nor `history` is given, or an
-            argument that `scalars` or `summarize` would refuse.
+        ValueError: `every` is not a whole number > 0, neither `log` nor `history` is given, an
+            argument that `scalars` or `summarize` would refuse, or an optimizer without a parameter
+            of `source`.
     """
     if not isinstance(source, (torch.nn.Module, Mapping)):
         raise TypeError(
@@ -104,6 +111,13 @@ def watch(
         )
     if isinstance(every, bool) or not isinstance(every, int) or every < 1:
         raise ValueError(f"paramstats.watch: expected a whole number > 0 for every, got {every!r}")
+    if update not in ("auto", "formula", "copy", None):
+        raise ValueError(
+            f"paramstats.watch: expected 'auto', 'formula', 'copy' or None for update, "
+            f"got {update!r}"
+        )
+    optimizers = () if optimizer is None else make_request(optimizer, "watch").optimizers
+    check_optimizers(source, optimizers)
     if log is None and history is None:
         raise ValueError("paramstats.watch: expected log= or history=, got neither")
     _check_log(log)
@@ -131,158 +145,8 @@ def watch(
         "async_op": async_op,
     }
     logging = {"key": key, "stats": stats, "totals": totals}
-    return Watcher(source, log, history, every, reading, logging, opened)
-
-
-class Watcher:
-    """The object that `watch` returns; call its `step` once per optimizer step.
-
-    >>> import torch, paramstats
-    >>> model = torch.nn.Linear(3, 2)
-    >>> with paramstats.watch(model, log=print, stats="norm", include="bias") as watcher:
-    ...     model(torch.ones(1, 3)).sum().backward()
-    ...     watcher.step(step=7)
-    ...     watcher.summary["bias"].grad.max  # doctest: +ELLIPSIS
-    {'param_norm/bias': ..., 'grad_norm/bias': 1.4142135623730951, ...} 7
-    1.0
-
-    Statistics of CPU tensors are logged immediately. Pending statistics from a GPU are logged by
-    the next call of `step`, so that the loop does not wait for them. Loggers see the steps in
-    order. `close`, or the end of a `with` block, logs the last. If an error ends the block, it
-    waits for statistics for a second at most.
-    """
-
-    def __init__(
-        self,
-        source: Watched,
-        log: Log | None,
-        history: Appendable | None,
-        every: int,
-        reading: Mapping[str, Any],
-        logging: Mapping[str, Any],
-        opened: History | None = None,
-    ) -> None:
-        self._source = source
-        self._log = log
-        self._history = history
-        self._every = every
-        self._reading = reading
-        self._logging = logging
-        self._opened = opened
-        self._step = -1
-        self._next = 0
-        self._unlogged: tuple[int, Summary] | None = None
-        self._summary: Summary | None = None
-
-    def __repr__(self) -> str:
-        source = type(self._source).__name__
-        return f"<Watcher of a {source}, every {self._every} steps, at step {self._step}>"
-
-    @property
-    def summary(self) -> Summary | None:
-        """The latest summary; None before the first."""
-        return self._summary
-
-    @property
-    def history(self) -> Appendable | None:
-        """The history that summaries are appended to, if there is one on this rank."""
-        return self._history
-
-    @skip_dynamo
-    def step(
-        self,
-        *,
-        grad_scale: float | Scaler = 1.0,
-        step: int | None = None,
-        optimizer: torch.optim.Optimizer | None = None,
-    ) -> None:
-        """Count a step, and take a summary if one is due.
-
-        Call it after backward, before gradients are unscaled, clipped or used. A call that is not
-        due costs one comparison. For sharded models it is a collective call: make it on every rank.
-
-        Args:
-            grad_scale: the factor that the loss was multiplied by, or the gradient scaler itself.
-                The scaler is asked on due steps only, because that makes the CPU wait for the GPU.
-                Leave it out after `scaler.unscale_`.
-            step: the number of the step; None: the last one plus 1, starting at 0. A number lower
-                than the last, as after a restart, is due.
-            optimizer: the optimizer of these gradients; needed if several share the scaler.
-
-        Raises:
-            ValueError: the scaler has unscaled gradients since its last `update`.
-
-        It also raises what `summarize` and `log` raise. Statistics are passed to `log` only once;
-        the next call continues with the next step.
-        """
-        if self.is_due(step):
-            self.give(self._step, self.take(grad_scale, optimizer))
-        elif self._unlogged is not None:
-            self.flush()
-
-    def is_due(self, step: int | None = None) -> bool:
-        """Count a step and return whether a summary is due.
-
-        `step` calls `is_due`, `take` and `give`. Callbacks that summarize and log at different
-        times call these three methods directly.
-        """
-        last = self._step
-        self._step = step = last + 1 if step is None else operator.index(step)
-        if last <= step < self._next:
-            return False
-        self._next = step - step % self._every + self._every
-        return True
-
-    def take(
-        self, grad_scale: float | Scaler = 1.0, optimizer: torch.optim.Optimizer | None = None
-    ) -> Summary:
-        """Return a summary of the model as it is now; arguments as in `step`."""
-        scale = scale_of(grad_scale, optimizer)
-        return summarize(self._source, grad_scale=scale, **self._reading)
-
-    def give(self, step: int, summary: Summary) -> None:
-        """Append a summary to the history and log it."""
-        self._summary = summary
-        if not _is_first_rank():
-            return
-        if self._history is not None:
-            self._history.append(step, summary)
-        if self._log is not None:
-            unlogged, self._unlogged = self._unlogged, (step, summary)  # kept if logging raises
-            self._send(unlogged)
-            if summary.ready():
-                self.flush()
-
-    def flush(self) -> None:
-        """Wait for what has not been logged yet, and log it."""
-        unlogged, self._unlogged = self._unlogged, None
-        self._send(unlogged)
-
-    def close(self) -> None:
-        """Log what has not been logged yet, and close a history that `watch` has opened."""
-        try:
-            self.flush()
-            if self._summary is not None:
-                with contextlib.suppress(Exception):  # ranks that do not log take part in it, too
-                    self._summary.wait()
-        finally:
-            if self._opened is not None:
-                self._opened.close()
-
-    def __enter__(self) -> Watcher:
-        return self
-
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        # After an error the statistics may never arrive: other ranks may have ended.
-        if kind is None or self._summary is None or is_ready_within(self._summary, 1):
-            self.close()
-        elif self._opened is not None:
-            self._opened.__exit__(kind, error, trace)
-
-    def _send(self, unlogged: tuple[int, Summary] | None) -> None:
-        if unlogged is not None and self._log is not None:
-            step, summary = unlogged
-            self._log(summary.scalars(**self._logging), step)
+    hooked = (optimizers, update)
+    return Watcher(source, log, history, every, reading, logging, opened, *hooked)
 
 
 def check_options(log: Log | None, every: int, history: object, options: dict[str, Any]) -> None:
@@ -327,7 +191,7 @@ def _check_log(log: object) -> None:
 
 def _open_history(path: str | os.PathLike[str]) -> History | None:
     """Open a new file on rank 0, of the default group or of torchrun before there is a group."""
-    if not _is_first_rank() or (not _has_group() and os.environ.get("RANK", "0") != "0"):
+    if not is_first_rank() or (not has_group() and os.environ.get("RANK", "0") != "0"):
         return None
     from paramstats._history import History
 
@@ -339,11 +203,3 @@ def _open_history(path: str | os.PathLike[str]) -> History | None:
             f"exists; pass another path, or, to continue it, "
             f"history=paramstats.History(path, resume=True) and watcher.step(step=number)"
         ) from None
-
-
-def _has_group() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def _is_first_rank() -> bool:
-    return not _has_group() or torch.distributed.get_rank() == 0

@@ -31,7 +31,7 @@ class Request(NamedTuple):
     """What `summarize` reads of optimizers.
 
     Args:
-        optimizers: the optimizers, without wrappers.
+        optimizers: the optimizers, without wrappers; none: only some of the tensors are read.
         copies: copies of parameters from before the step, by the id of the parameter.
         has_stepped: whether the optimizers have just made a step. Parameters without a gradient
             have then not changed. Otherwise it is not known whether the last step changed them.
@@ -53,7 +53,7 @@ class Request(NamedTuple):
         return layout.take(rows), [tensors[row] for row in rows]
 
 
-def make_request(optimizer: Any) -> Request:
+def make_request(optimizer: Any, function: str = "summarize") -> Request:
     """Return the request for an optimizer or several.
 
     Raises TypeError for anything else.
@@ -67,7 +67,7 @@ def make_request(optimizer: Any) -> Request:
         found = ()
     if not found or not all(hasattr(one, "param_groups") for one in found):
         raise TypeError(
-            f"paramstats.summarize: expected a torch.optim.Optimizer or several for optimizer, "
+            f"paramstats.{function}: expected a torch.optim.Optimizer or several for optimizer, "
             f"got {optimizer!r}"
         )
     return Request(found)
@@ -178,7 +178,8 @@ class Plan:
         grads: bool,
     ) -> None:
         param = self.tensors[row]
-        if gradient(param) is None and request.has_stepped:
+        old, has_gradient = request.copies.get(id(param)), gradient(param) is not None
+        if old is None and not has_gradient and request.has_stepped:
             self._unchanged.append(row)
             self._methods[row] = "no gradient"
             return
@@ -188,8 +189,8 @@ class Plan:
             return next((x for x in places if self.tensors[x].shape == param.shape), -1)
 
         momentum, variance = place(MOMENTA), place(_VARIANCES)
-        grad = n + row if grads and gradient(param) is not None else -1
-        old, step = request.copies.get(id(param)), state.get("step", -1)
+        grad = n + row if grads and has_gradient else -1
+        step = state.get("step", -1)
         beta1, beta2 = _betas(group)
         eps = group.get("eps")
         if step < 0 or not (beta2 and isinstance(eps, float)):
@@ -201,7 +202,7 @@ class Plan:
             uses_formula(optimizer, group)
             and id(param) not in request.no_formula
             and min(momentum, variance) >= 0
-            and gradient(param) is not None
+            and has_gradient
         ):
             method = FORMULA
         if method == NONE and (grad < 0 or max(momentum, variance) < 0):

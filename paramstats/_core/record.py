@@ -104,7 +104,7 @@ def joined(records: Sequence[Record], layout: Layout) -> Record:
     """Return the record of the tensors of several records, in the order of `layout`.
 
     Args:
-        records: no two have a tensor in common, and all have an optimizer's part.
+        records: no two have a tensor in common; all know of optimizers, or none does.
         layout: has the tensors of all of them, perhaps more.
     """
     places = {
@@ -122,7 +122,7 @@ def joined(records: Sequence[Record], layout: Layout) -> Record:
         table=b"".join(rows),
         skipped={name: why for record in records for name, why in record.skipped.items()},
         diverged={name: why for record in records for name, why in record.diverged.items()},
-        optimizer=pick(of_optimizers, keys),
+        optimizer=pick(of_optimizers, keys) if of_optimizers else None,
     )
 
 

@@ -124,7 +124,9 @@ def _states(update: Update, tensors: Sequence[Tensor]) -> list[Moments | Tensor]
         if x is not None and x.numel() != w.numel():
             raise ValueError(f"expected operands of {w.numel()} elements, got {x.numel()}")
     step = operand(update.step_row)
-    adam = _Adam(update, update.step if step is None else _number(step))
+    adam = None
+    if v is not None:
+        adam = _Adam(update, update.step if step is None else _number(step))
     rows: list[list[Tensor]] = [[] for _ in ROWS]
     size = _CPU_CHUNK if w.is_cpu else _DEVICE_CHUNK
     for begin in range(0, w.numel(), size):
@@ -170,7 +172,7 @@ class _Adam:
 
 def _chunk(
     method: int,
-    adam: _Adam,
+    adam: _Adam | None,
     w: Tensor,
     old: Tensor | None,
     g: Tensor | None,
@@ -181,17 +183,17 @@ def _chunk(
     w64, *rest = (None if x is None else x.to(torch.float64) for x in (w, old, g, m, v))
     old, g, m, v = rest
     assert w64 is not None
-    root = None if v is None else adam.root(v)
+    root = None if v is None or adam is None else adam.root(v)
     dw, update = None, None
     if method == DIFFERENCE and old is not None:
         dw = w64 - old
         update = exact(dw)
-    elif method == FORMULA and m is not None and root is not None:
+    elif method == FORMULA and adam is not None and m is not None and root is not None:
         dw = adam.update(w64, m, root)
         update = exact(dw)
         update[_ZEROS] = ((w64 - dw).to(w.dtype) == w).sum()
     lag = None
-    if g is not None and root is not None:
+    if adam is not None and g is not None and root is not None:
         lag = _products((g / root.clamp(min=adam.eps)).square())
         lag[_ZEROS] = (root < adam.eps).sum()
     return [

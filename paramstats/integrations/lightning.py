@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from paramstats._core.optional import import_optional
-from paramstats._watch import Appendable, Log, Watcher, check_options, ignore_scalars, watch
+from paramstats._watch import check_options, ignore_scalars, watch
+from paramstats._watcher import Appendable, Log, Watcher
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -42,12 +43,14 @@ class ParamStatsCallback(Callback):
             a multiple of this number.
         log: a function of scalars and step; default: `log_metrics` of all the trainer's loggers.
         history: a `History` or the path of its file, as in `paramstats.watch`.
+        optimizer: also read the optimizers' state and the updates. Summaries are then taken after
+            the optimizers' steps.
         options: the other arguments of `paramstats.watch`: `key`, `stats`, `include`, ...
 
-    Gradients are those of a whole batch, unscaled and not clipped. Names are those of the
-    LightningModule's parameters. If several optimizers step within a batch, the summary is taken at
-    the first step. Use `paramstats.watch` in `training_step` to summarize each optimizer's step, or
-    where you clip gradients yourself.
+    Gradients are those of a whole batch, unscaled, and without `optimizer` not clipped yet. Names
+    are those of the LightningModule's parameters. Of several optimizers, each parameter is read at
+    the step of its own; what is logged has one step of each. Use `paramstats.watch` in
+    `training_step` where you clip gradients yourself.
 
     Raises:
         TypeError, ValueError: as `paramstats.watch`.
@@ -60,15 +63,16 @@ class ParamStatsCallback(Callback):
         *,
         log: Log | None = None,
         history: Appendable | str | os.PathLike[str] | None = None,
+        optimizer: bool = False,
         **options: Any,
     ) -> None:
         super().__init__()
+        self._reads_optimizer = optimizer
         self._log = log
         self._history = history
         self._options: dict[str, Any] = {"every": every, "history": history, **options}
         check_options(log or ignore_scalars, every, history, options)
         self._watcher: Watcher | None = None
-        self._is_taken = False
 
     @property
     def watcher(self) -> Watcher | None:
@@ -84,21 +88,24 @@ class ParamStatsCallback(Callback):
                 "paramstats.ParamStatsCallback: expected a logger, got Trainer(logger=False); "
                 "give log= or history="
             )
+        if self._reads_optimizer:
+            self._watcher = watch(pl_module, log, optimizer=trainer.optimizers, **self._options)
+            self._watcher.number_with(lambda: trainer.global_step)
+            return
         self._watcher = watch(pl_module, log, **self._options)
-
-    def on_train_batch_start(self, *_: Any) -> None:
-        self._is_taken = False
+        if len(trainer.optimizers) > 1:
+            self._watcher.separate(trainer.optimizers)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        if self._is_taken or self._watcher is None:
+        if self._reads_optimizer or self._watcher is None:
             return
-        self._is_taken = True
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
             scaler = 1.0
-        self._watcher.step(grad_scale=scaler, step=trainer.global_step)
+        step = trainer.global_step
+        self._watcher.step(grad_scale=scaler, step=step, optimizer=optimizer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._watcher is not None:

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from paramstats._core.optional import import_optional
 from paramstats._summary import Summary
-from paramstats._watch import Appendable, Log, Watcher, check_options, watch
+from paramstats._watch import check_options, watch
+from paramstats._watcher import Appendable, Log, Watcher
 from paramstats.integrations._after_backward import AfterBackward
 
 if TYPE_CHECKING:
@@ -44,10 +45,12 @@ class ParamStatsCallback(TrainerCallback):
             this number. Steps are numbered from 1, as in the Trainer's own logs.
         log: a function of scalars and step, such as `reporters(trainer)`.
         history: a `History` or the path of its file, as in `paramstats.watch`.
+        optimizer: also read the optimizer's state and the updates. Summaries are then taken after
+            the optimizer's steps.
         options: the other arguments of `paramstats.watch`: `key`, `stats`, `include`, ...
 
-    Gradients are those of a whole batch, averaged over ranks, unscaled and not clipped. Names are
-    those of the model that the Trainer was given.
+    Gradients are those of a whole batch, averaged over ranks, unscaled, and without `optimizer` not
+    clipped yet. Names are those of the model that the Trainer was given.
 
     Raises:
         TypeError, ValueError: as `paramstats.watch`.
@@ -59,8 +62,10 @@ class ParamStatsCallback(TrainerCallback):
         *,
         log: Log | None = None,
         history: Appendable | str | os.PathLike[str] | None = None,
+        optimizer: bool = False,
         **options: Any,
     ) -> None:
+        self._reads_optimizer = optimizer
         self._options: dict[str, Any] = {"log": log, "every": every, "history": history, **options}
         check_options(log, every, history, options)
         self._watcher: Watcher | None = None
@@ -76,13 +81,19 @@ class ParamStatsCallback(TrainerCallback):
     def on_train_begin(
         self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._watcher = watch(kwargs["model"], **self._options)
+        if not self._reads_optimizer:
+            self._watcher = watch(kwargs["model"], **self._options)
+            return
+        self._watcher = watch(kwargs["model"], optimizer=kwargs["optimizer"], **self._options)
+        self._watcher.number_with(lambda: state.global_step + 1)
 
     def on_step_begin(
         self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._unhook()
-        if self._watcher is not None and self._watcher.is_due(state.global_step + 1):
+        if self._reads_optimizer or self._watcher is None:
+            return
+        if self._watcher.is_due(state.global_step + 1):
             self._scaler = getattr(kwargs["optimizer"], "scaler", None)
             self._hooks = AfterBackward(kwargs["model"].parameters(), self._take)
 
@@ -93,7 +104,7 @@ class ParamStatsCallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._watcher is None:
+        if self._reads_optimizer or self._watcher is None:
             return
         is_due, taken = self._hooks is not None, self._taken
         self._unhook()

@@ -43,5 +43,5 @@ def defer_summaries_of_watch(monkeypatch: pytest.MonkeyPatch) -> list[FakeTransf
         transfers.append(transfer)
         return summary
 
-    monkeypatch.setattr(sys.modules["paramstats._watch"], "summarize", deferring)
+    monkeypatch.setattr(sys.modules["paramstats._watcher"], "summarize", deferring)
     return transfers

@@ -1,0 +1,175 @@
+"""Hooks of optimizers, which take a summary at the due steps."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from paramstats._core.layout import Layout
+from paramstats._core.optimizers import Request, parameters_of, uses_formula
+from paramstats._core.torch_private import skip_dynamo, without_modes
+from paramstats._summarize import summarize, tensors_of
+from paramstats._summary import Summary
+
+UpdateMethod = Literal["auto", "formula", "copy"] | None
+
+_PRECISE = (torch.float32, torch.float64)
+"""Dtypes whose updates the formula gives precisely; the rounding of narrower ones is too large."""
+
+
+def check_optimizers(source: Any, optimizers: tuple[Any, ...]) -> None:
+    """Raise ValueError if an optimizer has no parameter of `source`."""
+    known = set(map(id, tensors_of(source)[1])) if optimizers else set()
+    for optimizer in optimizers:
+        if known.isdisjoint(map(id, parameters_of(optimizer))):
+            raise ValueError(
+                "paramstats.watch: expected an optimizer of these parameters, got one that has "
+                "none of them; pass the model itself, and the optimizer created for it"
+            )
+
+
+def tensors_of_step(optimizers: Sequence[Any], i: int, selected: set[int]) -> frozenset[int] | None:
+    """Return the ids of the tensors that are read at a step of one of several optimizers.
+
+    What no optimizer has is read with the first. None: all tensors, if there is one optimizer.
+
+    Args:
+        optimizers: the optimizers, of which `i` makes the step.
+        selected: the ids of the tensors to choose from.
+    """
+    if len(optimizers) == 1:
+        return None
+    owned = [set(map(id, parameters_of(optimizer))) for optimizer in optimizers]
+    return frozenset(owned[i] | (selected.difference(*owned) if i == 0 else set()))
+
+
+class OptimizerHooks:
+    """Takes a summary after each due step of some optimizers, with their state and updates.
+
+    Args:
+        source: the model, or a mapping of names to tensors.
+        optimizers: the optimizers, without wrappers.
+        update: how updates are found; see `paramstats.watch`.
+        reading: the arguments of `summarize`.
+        begin: called before a step with the index of the optimizer; returns whether it is due.
+        add: called with the summary of a due step, and the layout of all tensors.
+    """
+
+    def __init__(
+        self,
+        source: Any,
+        optimizers: tuple[Any, ...],
+        update: UpdateMethod,
+        reading: Mapping[str, Any],
+        begin: Callable[[int], bool],
+        add: Callable[[Summary, Layout], None],
+    ) -> None:
+        self._source = source
+        self._optimizers = optimizers
+        self._update = update
+        self._reading = reading
+        self._begin = begin
+        self._add = add
+        self._request: Request | None = None
+        self._failed = False  # whether there was too little memory for copies
+        self._handles = []
+        for i, optimizer in enumerate(optimizers):
+            before, after = functools.partial(self._before, i), functools.partial(self._after, i)
+            self._handles += [
+                optimizer.register_step_pre_hook(before),
+                optimizer.register_step_post_hook(after),
+            ]
+
+    def remove(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+
+    @skip_dynamo
+    def _before(self, i: int, *_: Any) -> None:
+        """Prepare the summary of a step that is due."""
+        self._request = None
+        if self._begin(i):
+            self._request = self._prepare(i)
+
+    @skip_dynamo
+    def _after(self, i: int, *_: Any) -> None:
+        """Take the summary of a step that is due."""
+        request, self._request = self._request, None
+        if request is not None:
+            summary = summarize(self._source, optimizer=request, **self._reading)
+            self._add(summary, self._tensors()[0])
+
+    @without_modes()
+    def _prepare(self, i: int) -> Request:
+        """Return what to read after the step, with copies of parameters from before it."""
+        selected = self._selected()
+        to_copy = self._to_copy(i, selected)
+        no_formula = selected if self._update is None else map(id, to_copy)
+        copies = self._copies(to_copy)
+        return Request(
+            (self._optimizers[i],),
+            copies,
+            has_stepped=True,
+            no_formula=frozenset(no_formula),
+            only=tensors_of_step(self._optimizers, i, selected),
+        )
+
+    def _selected(self) -> set[int]:
+        """Return the ids of the tensors that `include` and `exclude` select."""
+        return set(map(id, self._tensors()[1]))
+
+    def _tensors(self) -> tuple[Layout, list[Any]]:
+        names = ("buffers", "include", "exclude")
+        return tensors_of(self._source, *(self._reading[name] for name in names))
+
+    def _to_copy(self, i: int, selected: set[int]) -> list[Tensor]:
+        """Return the selected parameters of an optimizer that a due step copies."""
+        optimizer = self._optimizers[i]
+        if self._update in (None, "formula"):
+            return []
+        # Fused optimizers skip a step by themselves where a gradient scaler has found infinities.
+        copies_all = self._update == "copy" or hasattr(optimizer, "found_inf")
+        return [
+            p
+            for group in optimizer.param_groups
+            for p in group["params"]
+            if id(p) in selected
+            and p.requires_grad
+            and (copies_all or p.dtype not in _PRECISE or not uses_formula(optimizer, group))
+        ]
+
+    def copy_bytes(self) -> int:
+        """Return the bytes that the copies of a due step take on this rank."""
+        selected = self._selected()
+        indexes = range(len(self._optimizers))
+        return max(_nbytes(self._to_copy(i, selected)) for i in indexes)
+
+    def _copies(self, params: list[Tensor]) -> dict[int, Tensor]:
+        """Return copies by the id of the parameter; none if there is too little memory."""
+        if self._failed or not params:
+            return {}
+        try:
+            with torch.no_grad():
+                return {id(p): p.detach().clone() for p in params}
+        except (RuntimeError, MemoryError) as error:
+            self._failed = True
+            warnings.warn(
+                f"paramstats.watch: updates are not read any more, because {_nbytes(params):,} "
+                f"bytes of parameters could not be copied; use include= or update='formula'. "
+                f"{type(error).__name__}: {str(error).strip().splitlines()[0]}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return {}
+
+
+def _nbytes(params: list[Tensor]) -> int:
+    """Return the bytes of the elements of parameters that this rank holds."""
+    local = [getattr(p, "_local_tensor", p) for p in params]
+    return sum(p.numel() * p.element_size() for p in local)

@@ -1,0 +1,82 @@
+"""Count the steps of one or several optimizers, and collect the summaries of one round."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+
+from paramstats._core.layout import Layout
+from paramstats._core.record import Record, joined
+from paramstats._summary import Summary, record_of
+
+
+class Rounds:
+    """Numbers the steps of several optimizers, and says which of them are due.
+
+    A round contains at most one step of each optimizer. It ends when an optimizer makes its second
+    step, so the optimizer with the most steps determines the number of rounds. Each optimizer is
+    due at its first step in or after a round whose number is a multiple of `every`.
+
+    Args:
+        every: the distance of due rounds.
+        optimizers: how many optimizers there are.
+        finish: called when a new round begins, before its number is set.
+    """
+
+    def __init__(self, every: int, optimizers: int, finish: Callable[[], None]) -> None:
+        self.number = -1
+        """The number of the current round."""
+        self.every = every
+        self._finish = finish
+        self._all = (1 << optimizers) - 1
+        self._stepped = self._all
+        self._next = [0] * optimizers
+
+    def begin(self, optimizer: int = 0, number: int | None = None) -> bool:
+        """Count a step and return whether it is due.
+
+        Args:
+            optimizer: the index of the optimizer.
+            number: the number of the round, if this is its first step; None: the last one plus 1.
+                A number below the last one, as after a restart, is due for all optimizers.
+        """
+        bit = 1 << optimizer
+        if self._stepped & bit:
+            self._finish()
+            last = self.number
+            self.number = last + 1 if number is None else operator.index(number)
+            self._stepped = bit
+            if self.number < last:
+                self._next = [0] * len(self._next)
+        else:
+            self._stepped |= bit
+        if self.number < self._next[optimizer]:
+            return False
+        self._next[optimizer] = self.number - self.number % self.every + self.every
+        return True
+
+    def is_complete(self) -> bool:
+        """Return whether every optimizer has made a step in the current round."""
+        return self._stepped == self._all
+
+
+class JoinedRecord:
+    """The record of several summaries, no two of which have a tensor in common.
+
+    Args:
+        summaries: the summaries.
+        layout: the layout of all tensors, which determines their order.
+    """
+
+    def __init__(self, summaries: Sequence[Summary], layout: Layout) -> None:
+        self._summaries = tuple(summaries)
+        self._layout = layout
+
+    def record(self) -> Record | None:
+        return None
+
+    def ready(self) -> bool:
+        return all(summary.ready() for summary in self._summaries)
+
+    def result(self) -> Record:
+        return joined([record_of(summary) for summary in self._summaries], self._layout)

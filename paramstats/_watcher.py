@@ -1,0 +1,290 @@
+"""`Watcher`: takes summaries of a model while it trains, for a logger and a history."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from paramstats._core.layout import Layout
+from paramstats._core.optimizers import Request, make_request, unwrapped
+from paramstats._core.options import Scaler, scale_of
+from paramstats._core.shard import LocalShard
+from paramstats._core.torch_private import skip_dynamo
+from paramstats._optimizer_hooks import OptimizerHooks, UpdateMethod, tensors_of_step
+from paramstats._rounds import JoinedRecord, Rounds
+from paramstats._summarize import summarize, tensors_of
+from paramstats._summary import Summary, is_ready_within
+
+if TYPE_CHECKING:
+    from paramstats._history import History
+
+Watched = torch.nn.Module | Mapping[str, torch.Tensor | LocalShard]
+
+
+class Log(Protocol):
+    """A function that takes scalars, such as `wandb.log` or `mlflow.log_metrics`."""
+
+    def __call__(self, scalars: dict[str, float], step: int, /) -> object: ...
+
+
+class Appendable(Protocol):
+    """A store of summaries, such as `History`; `append` must not wait for their statistics."""
+
+    def append(self, step: int, summary: Summary, /) -> object: ...
+
+
+class Watcher:
+    """The object that `watch` returns.
+
+    Without `watch(optimizer=...)`, call its `step` once per optimizer step.
+
+    >>> import torch, paramstats
+    >>> model = torch.nn.Linear(3, 2)
+    >>> with paramstats.watch(model, log=print, stats="norm", include="bias") as watcher:
+    ...     model(torch.ones(1, 3)).sum().backward()
+    ...     watcher.step(step=7)
+    ...     watcher.summary["bias"].grad.max  # doctest: +ELLIPSIS
+    {'param_norm/bias': ..., 'grad_norm/bias': 1.4142135623730951, ...} 7
+    1.0
+
+    Statistics of CPU tensors are logged immediately. Pending statistics from a GPU are logged by
+    the next call of `step`, so that the loop does not wait for them. Loggers see the steps in
+    order. `close`, or the end of a `with` block, logs the last. If an error ends the block, it
+    waits for statistics for a second at most.
+    """
+
+    def __init__(
+        self,
+        source: Watched,
+        log: Log | None,
+        history: Appendable | None,
+        every: int,
+        reading: Mapping[str, Any],
+        logging: Mapping[str, Any],
+        opened: History | None = None,
+        optimizers: tuple[torch.optim.Optimizer, ...] = (),
+        update: UpdateMethod = "auto",
+    ) -> None:
+        self._source = source
+        self._log = log
+        self._history = history
+        self._reading = reading
+        self._logging = logging
+        self._opened = opened
+        self._number: Callable[[], int] | None = None
+        self._rounds = Rounds(every, max(1, len(optimizers)), self._finish)
+        self._parts: list[Summary] = []
+        self._layout: Layout | None = None
+        self._unlogged: tuple[int, Summary] | None = None
+        self._summary: Summary | None = None
+        self._separate: tuple[torch.optim.Optimizer, ...] = ()
+        self._hooks: OptimizerHooks | None = None
+        if optimizers:
+            hooked = (self._begin, self._add)
+            self._hooks = OptimizerHooks(source, optimizers, update, reading, *hooked)
+
+    def __repr__(self) -> str:
+        source, rounds = type(self._source).__name__, self._rounds
+        return f"<Watcher of a {source}, every {rounds.every} steps, at step {rounds.number}>"
+
+    @property
+    def copy_bytes(self) -> int:
+        """The memory that copies of parameters take during a due step, in bytes on this rank.
+
+        0 where updates are computed from Adam's state, or not at all; see `watch(update=...)`.
+        """
+        return 0 if self._hooks is None else self._hooks.copy_bytes()
+
+    @property
+    def summary(self) -> Summary | None:
+        """The latest summary; None before the first.
+
+        With several optimizers, it has the parameters of those that have made this step.
+        """
+        return self._joined() if self._parts else self._summary
+
+    @property
+    def history(self) -> Appendable | None:
+        """The history that summaries are appended to, if there is one on this rank."""
+        return self._history
+
+    @skip_dynamo
+    def step(
+        self,
+        *,
+        grad_scale: float | Scaler = 1.0,
+        step: int | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> None:
+        """Count a step, and take a summary if one is due.
+
+        Call it after backward, before gradients are unscaled, clipped or used. A call that is not
+        due costs one comparison. For sharded models it is a collective call: make it on every rank.
+
+        Args:
+            grad_scale: the factor that the loss was multiplied by, or the gradient scaler itself.
+                The scaler is asked on due steps only, because that makes the CPU wait for the GPU.
+                Leave it out after `scaler.unscale_`.
+            step: the number of the step; None: the last one plus 1, starting at 0. A number lower
+                than the last, as after a restart, is due.
+            optimizer: the optimizer of these gradients; needed after `separate`, or if several
+                optimizers share the scaler.
+
+        Raises:
+            RuntimeError: `watch` was given the optimizer, whose steps are watched.
+            ValueError: the scaler has unscaled gradients since its last `update`.
+
+        It also raises what `summarize` and `log` raise. Statistics are passed to `log` only once;
+        the next call continues with the next step.
+        """
+        if self._hooks is not None:
+            raise RuntimeError(
+                "paramstats.Watcher.step: expected a watcher without optimizer, got one that "
+                "watches the steps of its optimizer; remove this call, or optimizer= of watch"
+            )
+        if self._separate:
+            self._step_of(self._separate.index(unwrapped(optimizer)), grad_scale, step)
+        elif self.is_due(step):
+            self.give(self._rounds.number, self.take(grad_scale, optimizer))
+        elif self._unlogged is not None:
+            self.flush()
+
+    def is_due(self, step: int | None = None) -> bool:
+        """Count a step and return whether a summary is due.
+
+        `step` calls `is_due`, `take` and `give`. Callbacks that summarize and log at different
+        times call these three methods directly.
+        """
+        return self._rounds.begin(0, step)
+
+    def take(
+        self, grad_scale: float | Scaler = 1.0, optimizer: torch.optim.Optimizer | None = None
+    ) -> Summary:
+        """Return a summary of the model as it is now; arguments as in `step`."""
+        scale = scale_of(grad_scale, optimizer)
+        return summarize(self._source, grad_scale=scale, **self._reading)
+
+    def number_with(self, number: Callable[[], int]) -> None:
+        """Number the steps of optimizers with a function, which returns that of the next step.
+
+        Trainers count steps, too, and continue to count after a restart.
+        """
+        self._number = number
+
+    def separate(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        """Read the parameters of several optimizers each at a step of its own.
+
+        The gradients of the others may be old then, as in the training of a GAN. Call `step` before
+        the step of each optimizer, and give it the optimizer. What is logged has one step of each.
+        """
+        self._separate = make_request(optimizers, "Watcher.separate").optimizers
+        self._rounds = Rounds(self._rounds.every, len(self._separate), self._finish)
+
+    def _step_of(self, i: int, grad_scale: float | Scaler, step: int | None) -> None:
+        """Count a step of one of the separate optimizers, and read its parameters if it is due."""
+        self.flush()
+        if self._rounds.begin(i, step):
+            scale = scale_of(grad_scale, self._separate[i])
+            names = ("buffers", "include", "exclude")
+            selection = [self._reading[name] for name in names]
+            layout, tensors = tensors_of(self._source, *selection)
+            only = tensors_of_step(self._separate, i, set(map(id, tensors)))
+            request = Request((), only=only)
+            reading = {**self._reading, "optimizer": request, "grad_scale": scale}
+            self._add(summarize(self._source, **reading), layout)
+
+    def _begin(self, optimizer: int) -> bool:
+        """Count a step of an optimizer and return whether a summary is due."""
+        if self._unlogged is not None:
+            self.flush()
+        return self._rounds.begin(optimizer, None if self._number is None else self._number())
+
+    def _add(self, summary: Summary, layout: Layout) -> None:
+        """Add the summary of a due step of an optimizer, and finish the step if it is the last.
+
+        Args:
+            summary: of the optimizer's parameters, if there are several optimizers.
+            layout: of all parameters.
+        """
+        self._parts.append(summary)
+        self._layout = layout
+        if self._rounds.is_complete():
+            self._finish()
+
+    def _finish(self) -> None:
+        """Log what the optimizers have done in this step."""
+        if self._parts:
+            summary = self._joined()
+            self._parts.clear()
+            self.give(self._rounds.number, summary)
+
+    def _joined(self) -> Summary:
+        if len(self._parts) == 1:
+            return self._parts[0]
+        assert self._layout is not None
+        record = JoinedRecord(self._parts, self._layout)
+        return Summary(record.result()) if record.ready() else Summary(None, record)
+
+    def give(self, step: int, summary: Summary) -> None:
+        """Append a summary to the history and log it."""
+        self._summary = summary
+        if not is_first_rank():
+            return
+        if self._history is not None:
+            self._history.append(step, summary)
+        if self._log is not None:
+            unlogged, self._unlogged = self._unlogged, (step, summary)  # kept if logging raises
+            self._send(unlogged)
+            if summary.ready():
+                self.flush()
+
+    def flush(self) -> None:
+        """Wait for what has not been logged yet, and log it."""
+        unlogged, self._unlogged = self._unlogged, None
+        self._send(unlogged)
+
+    def close(self) -> None:
+        """Log what has not been logged yet, and close a history that `watch` has opened.
+
+        Steps of the optimizer are not watched any more.
+        """
+        if self._hooks is not None:
+            self._hooks.remove()
+        try:
+            self._finish()
+            self.flush()
+            if self._summary is not None:
+                with contextlib.suppress(Exception):  # ranks that do not log take part in it, too
+                    self._summary.wait()
+        finally:
+            if self._opened is not None:
+                self._opened.close()
+
+    def __enter__(self) -> Watcher:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        # After an error the statistics may never arrive: other ranks may have ended.
+        if kind is None or self._summary is None or is_ready_within(self._summary, 1):
+            self.close()
+        else:
+            if self._hooks is not None:
+                self._hooks.remove()
+            if self._opened is not None:
+                self._opened.__exit__(kind, error, trace)
+
+    def _send(self, unlogged: tuple[int, Summary] | None) -> None:
+        if unlogged is not None and self._log is not None:
+            step, summary = unlogged
+            self._log(summary.scalars(**self._logging), step)
+
+
+def has_group() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def is_first_rank() -> bool:
+    return not has_group() or torch.distributed.get_rank() == 0
