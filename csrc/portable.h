@@ -17,8 +17,11 @@ typedef unsigned long long uint64_t;
 
 #if defined(__CUDACC__)
 #define PARAMSTATS_HD __host__ __device__
+#define PARAMSTATS_INLINE __host__ __device__ __forceinline__
 #else
 #define PARAMSTATS_HD
+// For templates that the CPU kernels use: no copy of them may be compiled for a SIMD level.
+#define PARAMSTATS_INLINE inline __attribute__((always_inline))
 #endif
 
 // Infinity, NaN and the largest finite value of double. Device code cannot call the functions of

@@ -72,13 +72,13 @@ PARAMSTATS_HD inline StepConstants<T> step_constants(const Hyperparameters& h, d
 
 // dw of an element. `root` is sqrt(v). (m / root is of moderate size where m * lr may underflow.)
 template <class T>
-PARAMSTATS_HD inline T formula(T w, T m, T root, const StepConstants<T>& k) {
+PARAMSTATS_INLINE T formula(T w, T m, T root, const StepConstants<T>& k) {
   return -(times(k.of_weight, w) + times(k.of_moment, m / (root + k.eps)));
 }
 
 // The lag of an element is bc2 times the square of this.
 template <class T>
-PARAMSTATS_HD inline T lag_root(T g, T v, T root, const StepConstants<T>& k) {
+PARAMSTATS_INLINE T lag_root(T g, T v, T root, const StepConstants<T>& k) {
   return g / (v < k.least_variance ? k.least_root : root);
 }
 
@@ -104,7 +104,7 @@ PARAMSTATS_HD constexpr int digits_of(double) { return 53; }
 // was lost in rounding. False if dw is not finite. kDType is that of w, whose elements T
 // represents exactly. No rounding here: it compares dw with half the distance to the next value.
 template <DType kDType, class T>
-PARAMSTATS_HD inline bool is_lost(T w, T dw) {
+PARAMSTATS_INLINE bool is_lost(T w, T dw) {
   constexpr Precision p = precision_of(kDType);
   constexpr int kDigits = digits_of(T());
   if constexpr (p.digits >= kDigits) {
