@@ -17,8 +17,11 @@ typedef unsigned long long uint64_t;
 
 #if defined(__CUDACC__)
 #define PARAMSTATS_HD __host__ __device__
+#define PARAMSTATS_INLINE __host__ __device__ __forceinline__
 #else
 #define PARAMSTATS_HD
+// For templates that the CPU kernels use: no copy of them may be compiled for a SIMD level.
+#define PARAMSTATS_INLINE inline __attribute__((always_inline))
 #endif
 
 // Infinity, NaN and the largest finite value of double. Device code cannot call the functions of
@@ -43,6 +46,50 @@ PARAMSTATS_HD inline double times(double a, double b) {
   return __dmul_rn(a, b);
 #else
   return a * b;
+#endif
+}
+PARAMSTATS_HD inline float times(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return __fmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+
+PARAMSTATS_HD inline uint32_t bits_of(float x) {
+#if defined(__CUDA_ARCH__)
+  return __float_as_uint(x);
+#else
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, sizeof(x));
+  return bits;
+#endif
+}
+PARAMSTATS_HD inline uint64_t bits_of(double x) {
+#if defined(__CUDA_ARCH__)
+  return static_cast<uint64_t>(__double_as_longlong(x));
+#else
+  uint64_t bits;
+  __builtin_memcpy(&bits, &x, sizeof(x));
+  return bits;
+#endif
+}
+PARAMSTATS_HD inline float from_bits(uint32_t bits) {
+#if defined(__CUDA_ARCH__)
+  return __uint_as_float(bits);
+#else
+  float x;
+  __builtin_memcpy(&x, &bits, sizeof(x));
+  return x;
+#endif
+}
+PARAMSTATS_HD inline double from_bits(uint64_t bits) {
+#if defined(__CUDA_ARCH__)
+  return __longlong_as_double(static_cast<int64_t>(bits));
+#else
+  double x;
+  __builtin_memcpy(&x, &bits, sizeof(x));
+  return x;
 #endif
 }
 

@@ -5,11 +5,13 @@
 #include <utility>
 
 #include "cpu/engine.h"
+#include "cpu/strides.h"
 #include "cuda_group.h"
 #include "lookahead.h"
 #include "moments.h"
 #include "tensor_view.h"
 #include "thread_pool.h"
+#include "update_arguments.h"
 
 namespace py = pybind11;
 
@@ -33,12 +35,18 @@ constexpr int64_t kBytesToReleasePerTensor = 64 << 10;  // the cost is less than
 struct Lists {
   std::vector<cpu::TensorView> views;
   std::vector<Moments*> out;
-  std::vector<Impl> tensors;
+  std::vector<Impl> tensors;  // of the views, then the other operands of updates
 };
 
 // Their memory is reused from call to call: new memory would cost a page fault for each 4 KiB.
 thread_local Lists unused_lists;
 constexpr size_t kMaxUnused = 1 << 16;  // tensors
+
+// Whether a tensor may be a lazy parameter: an instance of a subclass without elements. (numel is
+// read only of plain tensors: other classes may compute it with Python code.)
+bool may_be_lazy(PyObject* object, Impl t) {
+  return !torch_abi::is_exact_tensor(object) && torch_abi::is_plain(t) && torch_abi::numel(t) == 0;
+}
 
 // What one call reads, and where it writes the results. Until `run` has returned, no Python code
 // may run that could free the memory of a view.
@@ -49,6 +57,7 @@ struct Work : Lists {
   bool hold;
   std::vector<CudaGroup> on_cuda;
   std::vector<std::pair<size_t, Owned>> deferred_rows;  // rows for Python, and their tensors
+  std::vector<cpu::Update> updates;
 
   Work(const py::list& list, uint64_t devices, bool hold_storages)
       : Lists(std::move(unused_lists)), all(list), cuda_devices(devices), hold(hold_storages) {
@@ -97,19 +106,116 @@ struct Work : Lists {
     deferred_rows.emplace_back(row, Owned::reference_to(t));
   }
 
+  // Adds the updates of the call, after all its tensors.
+  void add_updates(const std::vector<UpdateArguments>& all_updates, Moments* table) {
+    const size_t n = all.size();
+    std::vector<size_t> positions(2 * n, cpu::kNoTensor);  // of the rows' views
+    for (size_t i = 0; i < out.size(); ++i) positions[out[i] - table] = i;
+    for (size_t u = 0; u < all_updates.size(); ++u) {
+      const UpdateArguments& arguments = all_updates[u];
+      Moments* const rows = table + 2 * n + kUpdateRows * u;
+      if (add_update(arguments, positions, rows)) continue;
+      std::fill_n(rows, kUpdateRows, unread(0));
+      deferred_rows.emplace_back(rows - table, Owned::reference_to(tensor_at(arguments.param)));
+    }
+  }
+
+  // Returns false if Python must read the update.
+  bool add_update(const UpdateArguments& arguments, const std::vector<size_t>& positions,
+                  Moments* rows) {
+    Operands operands{*this, positions};
+    cpu::UpdateOperands& u = operands.update.operands;
+    const bool added =
+        operands.add(arguments.param, 0, u.param) && operands.add(arguments.grad, 1, u.grad) &&
+        operands.add(arguments.momentum, 2, u.momentum) &&
+        operands.add(arguments.variance, 3, u.variance) && operands.add(arguments.old, u.old);
+    const auto step = operands.step(arguments);
+    if (!added || !step) return false;
+    u.method = arguments.method;
+    u.in_float = step_constants<float>(arguments.hyperparameters, *step);
+    u.in_double = step_constants<double>(arguments.hyperparameters, *step);
+    operands.update.rows = rows;
+    updates.push_back(operands.update);
+    return true;
+  }
+
+  // The tensor of a row; null if there is no such gradient.
+  Impl tensor_at(size_t row) const {
+    const size_t n = all.size();
+    const auto i = static_cast<Py_ssize_t>(row < n ? row : row - n);
+    const Impl t = torch_abi::impl_of(PyList_GET_ITEM(all.ptr(), i));
+    return row < n ? t : gradient_of(t);
+  }
+
+  bool is_lazy(size_t row) const {
+    if (row >= all.size()) return false;
+    PyObject* object = PyList_GET_ITEM(all.ptr(), static_cast<Py_ssize_t>(row));
+    return may_be_lazy(object, torch_abi::impl_of(object));
+  }
+
+  // Collects the operands of one update.
+  struct Operands {
+    Work& work;
+    const std::vector<size_t>& positions;
+    cpu::Update update = {{}, 0, {kNone, kNone, kNone, kNone}, nullptr};
+    std::optional<cpu::TensorView> first = {};
+    static constexpr size_t kNone = cpu::kNoTensor;
+
+    // Adds the tensor of a row, which may be missing. Returns false if the kernels cannot read it.
+    bool add(size_t row, size_t index, cpu::Operand& operand) {
+      if (row == kNoRow) return true;
+      update.tensors[index] = positions[row];
+      if (positions[row] != kNone) return add_view(work.views[positions[row]], operand);
+      if (work.is_lazy(row)) return false;
+      return add(work.tensor_at(row), operand);
+    }
+    bool add(Impl t, cpu::Operand& operand) {
+      if (t == nullptr) return true;
+      if (!torch_abi::is_plain_cpu(t)) return false;
+      const auto view = native_view(t);
+      if (!view || !add_view(*view, operand)) return false;
+      work.tensors.push_back(t);
+      work.bytes += view->numel * element_size(view->dtype);
+      return true;
+    }
+    bool add_view(const cpu::TensorView& view, cpu::Operand& operand) {
+      if (view.dtype > DType::kFloat16) return false;
+      if (!first) {
+        first = view;
+        update.numel = view.numel;
+        if (view.ndim > 0 && !cpu::is_dense(cpu::memory_order(view))) return false;
+      }
+      static constexpr char kEmpty = 0;
+      operand = {view.numel == 0 ? &kEmpty : view.data, view.dtype};
+      return cpu::have_same_layout(*first, view);
+    }
+
+    // The step, if it is known on the CPU.
+    std::optional<double> step(const UpdateArguments& arguments) const {
+      if (arguments.step_row == kNoRow) return arguments.step;
+      const Impl t = work.tensor_at(arguments.step_row);
+      if (t == nullptr || !torch_abi::is_plain_cpu(t)) return std::nullopt;
+      const auto view = native_view(t);
+      if (!view || view->numel != 1) return std::nullopt;
+      const Moments state = kernels->chunk[static_cast<int>(view->dtype)](view->data, 1);
+      return finite_count(state) == 1 ? state.mean : kNaN;
+    }
+  };
+
   void run() {
-    if (bytes < cpu::kSerialBytes) return cpu::summarize(views, out, *kernels, nullptr);
+    if (bytes < cpu::kSerialBytes) return cpu::summarize(views, out, *kernels, nullptr, updates);
     const auto n = static_cast<int64_t>(views.size());
     if (bytes < std::max(kBytesToRelease, n * kBytesToReleasePerTensor)) {
-      return cpu::summarize(views, out, *kernels, torch_pool);
+      return cpu::summarize(views, out, *kernels, torch_pool, updates);
     }
     std::vector<Owned> kept;
     kept.reserve(tensors.size());
     for (Impl t : tensors) kept.push_back(Owned::alias_of(t));
-    cpu::summarize(views, out, *kernels, [](int64_t tasks, cpu::Task task, void* context) {
+    const auto pool = [](int64_t tasks, cpu::Task task, void* context) {
       const py::gil_scoped_release release;
       torch_pool(tasks, task, context);
-    });
+    };
+    cpu::summarize(views, out, *kernels, pool, updates);
   }
 
   // Empty tuples, the usual result here and for groups, are shared and take no memory.
@@ -121,12 +227,6 @@ struct Work : Lists {
     return rows;
   }
 };
-
-// Whether a tensor may be a lazy parameter: an instance of a subclass without elements. (numel is
-// read only of plain tensors: other classes may compute it with Python code.)
-bool may_be_lazy(PyObject* object, Impl t) {
-  return !torch_abi::is_exact_tensor(object) && torch_abi::is_plain(t) && torch_abi::numel(t) == 0;
-}
 
 Impl unpack(PyObject* object) {
   if (!torch_abi::is_tensor(object)) {
@@ -144,10 +244,13 @@ Impl gradient_of(Impl t) {
   return api.is_leaf(&t) || api.retains_grad(&t) ? grad : nullptr;
 }
 
-py::tuple read(const py::list& tensors, bool params, bool grads, uint64_t cuda_devices, bool hold) {
+py::tuple read(const py::list& tensors, bool params, bool grads, uint64_t cuda_devices, bool hold,
+               const py::tuple& updates) {
   const size_t n = tensors.size();
+  const size_t n_rows = 2 * n + kUpdateRows * updates.size();
+  const std::vector<UpdateArguments> update_list = update_arguments(updates, n);
   auto rows = py::reinterpret_steal<py::bytes>(
-      PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(2 * n * sizeof(Moments))));
+      PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(n_rows * sizeof(Moments))));
   if (!rows) throw py::error_already_set();
   auto* table = reinterpret_cast<Moments*>(PyBytes_AS_STRING(rows.ptr()));
 
@@ -173,6 +276,7 @@ py::tuple read(const py::list& tensors, bool params, bool grads, uint64_t cuda_d
       table[n + i] = unread(kAbsent);
     }
   }
+  if (!update_list.empty()) work.add_updates(update_list, table);
   work.run();
   py::tuple groups(work.on_cuda.size());
   for (size_t i = 0; i < groups.size(); ++i) groups[i] = py::cast(std::move(work.on_cuda[i]));

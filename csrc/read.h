@@ -1,5 +1,6 @@
 // Reads tensors into a table: a bytes object of 2 N Moments for N tensors, first the states of the
-// tensors, then those of their gradients (count == kAbsent if there is no gradient).
+// tensors, then those of their gradients (count == kAbsent if there is no gradient). The rows of
+// updates follow.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -18,7 +19,7 @@ torch_abi::Impl gradient_of(torch_abi::Impl t);
 // Returns (table, deferred rows, groups of CUDA tensors); see _native.pyi. Rows in groups are
 // unread until the group has written them.
 pybind11::tuple read(const pybind11::list& tensors, bool params, bool grads, uint64_t cuda_devices,
-                     bool hold);
+                     bool hold, const pybind11::tuple& updates);
 
 // The names of the SIMD levels that this CPU supports, fastest first, and the one in use.
 std::vector<std::string> simd_levels();

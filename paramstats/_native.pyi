@@ -110,12 +110,29 @@ def read(
     grads: bool,
     cuda_devices: int = 0,
     hold: bool = False,
+    updates: tuple[tuple[Any, ...], ...] = (),
 ) -> tuple[bytes, tuple[tuple[int, torch.Tensor], ...], tuple[CudaGroup, ...]]:
     """Read tensors and their gradients; return `(table, deferred_rows, groups)`.
 
     `deferred_rows` are rows that the kernels cannot read, with their tensors. The tensors on the
     CUDA devices whose bits are set in `cuda_devices` are in `groups`, and their rows are unread. If
     `hold`, the groups hold the storages.
+
+    Each of `updates` adds four rows at the end of the table, in the order of UpdateRow in
+    csrc/updates.h: the state of the update dw, and the products g * m, dw * g and
+    g^2 / max(v / bc2, eps^2). A row is absent if one of its operands is missing. An update that the
+    kernels cannot read is in `deferred_rows` once, with its first row and the parameter, and its
+    rows are unread. An update is a tuple of these fields:
+
+    - param, grad, momentum, variance: rows of the table, or -1 if there is none. Their tensors are
+      read as operands, also where `params` or `grads` is false.
+    - step_row: the row of a tensor whose only element is the step; -1: `step` is the step.
+    - old: the parameter before the step, or None.
+    - method: 0: dw is not known; 1: dw is computed by the formula of Adam and AdamW, and `zeros`
+      counts the elements that the update did not change; 2: dw is the parameter minus `old`.
+    - lr, decay, beta1, beta2, eps, step: floats. `decay` is 0 unless the weight decay is decoupled.
+
+    Raises ValueError if a row is out of range, or if an operand that the method needs is missing.
     """
 
 def merge_rows(table: bytes, begin: int, end: int) -> bytes:

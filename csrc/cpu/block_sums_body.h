@@ -26,6 +26,28 @@ constexpr int kGroup = kUnits<T> * T::kVectors;
 template <class T>
 constexpr int kUnit = T::kVectors * T::kWidth;  // elements
 
+// Converts n elements to S.
+template <class T, class S>
+inline void convert(const typename T::Storage* x, int64_t n, S* out) {
+  int64_t i = 0;
+  typename T::Vector v[T::kVectors];
+  for (; i + kUnit<T> <= n; i += kUnit<T>) {
+    T::load(x + i, v);
+    for (int k = 0; k < T::kVectors; ++k) {
+      for (int l = 0; l < T::kWidth; ++l) {
+        const int e = T::element(k, l);
+        out[i + e] = T::is_nan(element_at(x + i + e)) ? static_cast<S>(kNaN) : v[k][l];
+      }
+    }
+  }
+  if (i == n) return;
+  typename T::Storage padded[kUnit<T>] = {};
+  S converted[kUnit<T>];
+  __builtin_memcpy(padded, x + i, (n - i) * sizeof(x[0]));
+  convert<T>(padded, kUnit<T>, converted);
+  __builtin_memcpy(out + i, converted, (n - i) * sizeof(out[0]));
+}
+
 // Minimum, maximum and zeros of the elements so far, one set per unit. Narrow dtypes have one set
 // only, because integer operations take one cycle.
 template <class T>

@@ -88,6 +88,14 @@ struct BFloat16 : InFloat, Vectors<2> {
   static double value(Storage bits) { return value_of<BFloat16>(bits); }
 };
 
+// For conversion alone: its vectors have the order of memory.
+struct OrderedBFloat16 : InFloat, Vectors<1> {
+  using Storage = uint16_t;
+  static void load(const Storage* p, Vector (&v)[1]) {
+    v[0] = as_float(load_converted<UInt32Lanes>(p) << 16);
+  }
+};
+
 struct Float16 : InFloat, Vectors<2> {
   using Storage = uint16_t;
   using Extremes = SignMagnitude<Float16, UInt16Lanes, Int16Lanes>;

@@ -22,6 +22,7 @@ constexpr int64_t kGather = 2 * kPart;
 // Thread-local instead of on the stack, which is too small on some threads.
 alignas(64) thread_local char gather_buffer[kGather * 8];
 alignas(64) thread_local double part_buffer[kPart];
+alignas(64) thread_local double update_buffer[7 * kUpdateBlock];
 
 int64_t chunk_count(int64_t numel) { return (numel + kChunk - 1) / kChunk; }
 
@@ -67,54 +68,190 @@ void summarize_on_this_thread(const std::vector<TensorView>& tensors,
 // The fixed cost of a call of a kernel, as the number of elements that it reads in that time.
 constexpr int64_t kCallCost = 1024;
 
-// A chunk of all tensors.
-struct Position {
-  size_t tensor = 0;
-  int64_t chunk = 0;
-  size_t state = 0;  // of this chunk or, if its tensor has only one, of the next one with a state
-  bool operator<(const Position& other) const {
-    return tensor < other.tensor || (tensor == other.tensor && chunk < other.chunk);
+// The tensors with gaps of a call, in order.
+struct Gaps {
+  explicit Gaps(const std::vector<TensorView>& tensors) {
+    for (size_t t = 0; t < tensors.size(); ++t) {
+      std::vector<Dim> storage;
+      if (dims_with_gaps(tensors[t], storage)) all.emplace_back(t, std::move(storage));
+    }
   }
-};
-
-// The data that all threads share. A tensor with several chunks has an element of `states` for
-// each.
-struct Job {
-  const std::vector<TensorView>& tensors;
-  const std::vector<Moments*>& out;
-  const Kernels& kernels;
-  // Of each task: a run of chunks that takes about as long as one chunk of kChunk elements.
-  std::vector<Position> begin;
-  std::vector<Moments> states;
-  std::vector<std::pair<size_t, std::vector<Dim>>> gaps;  // of tensors with gaps, in order
-
   const std::vector<Dim>* dims(size_t tensor) const {
     const auto found =
-        std::lower_bound(gaps.begin(), gaps.end(), tensor,
+        std::lower_bound(all.begin(), all.end(), tensor,
                          [](const auto& entry, size_t t) { return entry.first < t; });
-    return found != gaps.end() && found->first == tensor ? &found->second : nullptr;
+    return found != all.end() && found->first == tensor ? &found->second : nullptr;
+  }
+  std::vector<std::pair<size_t, std::vector<Dim>>> all;
+};
+
+// What a job reads: items of `numel` elements, all of whose states are computed chunk by chunk.
+// Here each tensor is an item and has one state.
+struct TensorItems {
+  const std::vector<TensorView>& tensors;
+  const std::vector<Moments*>& rows;
+  const Kernels& kernels;
+  const Gaps gaps{tensors};
+
+  size_t size() const { return tensors.size(); }
+  int64_t numel(size_t i) const { return tensors[i].numel; }
+  static constexpr size_t states(size_t) { return 1; }
+  Moments& out(size_t i, size_t) const { return *rows[i]; }
+  template <class To>
+  void read(size_t i, int64_t chunk, const To& to) const {
+    to(0) = read_chunk(tensors[i], gaps.dims(i), chunk, kernels);
   }
 };
 
-void run_task(int64_t i, void* context) {
-  Job& job = *static_cast<Job*>(context);
-  const WithDenormals with_denormals;
-  for (Position at = job.begin[i]; at < job.begin[i + 1];) {
-    const TensorView& t = job.tensors[at.tensor];
-    const int64_t chunks = chunk_count(t.numel);
-    if (chunks == 0) {
-      *job.out[at.tensor] = Moments();
-    } else {
-      Moments& state = chunks == 1 ? *job.out[at.tensor] : job.states[at.state++];
-      state = read_chunk(t, job.dims(at.tensor), at.chunk, job.kernels);
+// Each update and the tensors that it reads are an item, as is each of the other tensors.
+struct UpdateItems {
+  struct Item {
+    std::array<size_t, 4> tensors;
+    size_t n_tensors;
+    const Update* update;  // or null
+  };
+  const TensorItems one;
+  std::vector<Item> items;
+
+  UpdateItems(const std::vector<TensorView>& tensors, const std::vector<Moments*>& rows,
+              const std::vector<Update>& updates, const Kernels& kernels)
+      : one{tensors, rows, kernels} {
+    std::vector<bool> taken(tensors.size());
+    for (const Update& update : updates) {
+      Item item{{}, 0, &update};
+      for (size_t t : update.tensors) {
+        if (t == kNoTensor || taken[t] || tensors[t].numel != update.numel) continue;
+        taken[t] = true;
+        item.tensors[item.n_tensors++] = t;
+      }
+      items.push_back(item);
     }
-    if (++at.chunk >= chunks) at = {at.tensor + 1, 0, at.state};
+    for (size_t t = 0; t < tensors.size(); ++t) {
+      if (!taken[t]) items.push_back({{t}, 1, nullptr});
+    }
+  }
+  size_t size() const { return items.size(); }
+  int64_t numel(size_t i) const {
+    const Item& item = items[i];
+    return item.update ? item.update->numel : one.tensors[item.tensors[0]].numel;
+  }
+  size_t states(size_t i) const {
+    return items[i].n_tensors + (items[i].update ? size_t{kUpdateRows} : 0);
+  }
+  Moments& out(size_t i, size_t state) const {
+    const Item& item = items[i];
+    return state < item.n_tensors ? *one.rows[item.tensors[state]]
+                                  : item.update->rows[state - item.n_tensors];
+  }
+  template <class To>
+  void read(size_t i, int64_t chunk, const To& to) const {
+    const Item& item = items[i];
+    for (size_t k = 0; k < item.n_tensors; ++k) {
+      one.read(item.tensors[k], chunk, [&](size_t) -> Moments& { return to(k); });
+    }
+    if (item.update == nullptr) return;
+    const int64_t begin = chunk * kChunk, rest = item.update->numel - begin;
+    one.kernels.update(item.update->operands, begin, rest < kChunk ? rest : kChunk,
+                       &to(item.n_tensors));
+  }
+};
+
+// A chunk of all items.
+struct Position {
+  size_t item = 0;
+  int64_t chunk = 0;
+  size_t state = 0;  // of this chunk or, if its item has only one, of the next one with states
+  bool operator<(const Position& other) const {
+    return item < other.item || (item == other.item && chunk < other.chunk);
+  }
+};
+
+// The data that all threads share. An item with several chunks has elements of `states` for each.
+template <class Items>
+struct Job {
+  const Items& items;
+  // Of each task: a run of chunks that takes about as long as one chunk of kChunk elements.
+  std::vector<Position> begin = {Position()};
+  std::vector<Moments> states = {};
+
+  explicit Job(const Items& all) : items(all) {
+    int64_t in_task = 0;
+    size_t n_states = 0;
+    for (size_t i = 0; i < items.size(); ++i) {
+      const int64_t numel = items.numel(i), chunks = chunk_count(numel);
+      for (int64_t c = 0; c < chunks; ++c) {
+        if (chunks > 1) n_states += items.states(i);
+        const int64_t n = numel - c * kChunk < kChunk ? numel - c * kChunk : kChunk;
+        in_task += (kCallCost + n) * static_cast<int64_t>(items.states(i));
+        if (in_task < kChunk) continue;
+        begin.push_back(c + 1 < chunks ? Position{i, c + 1, n_states}
+                                       : Position{i + 1, 0, n_states});
+        in_task = 0;
+      }
+    }
+    const Position end{items.size(), 0, n_states};
+    if (begin.back() < end) begin.push_back(end);
+    states.resize(n_states);
+  }
+
+  static void run_task(int64_t i, void* context) {
+    Job& job = *static_cast<Job*>(context);
+    const Items& items = job.items;
+    const WithDenormals with_denormals;
+    for (Position at = job.begin[i]; at < job.begin[i + 1];) {
+      const int64_t chunks = chunk_count(items.numel(at.item));
+      const auto out = [&](size_t s) -> Moments& { return items.out(at.item, s); };
+      const auto state = [&](size_t s) -> Moments& { return job.states[at.state + s]; };
+      if (chunks == 0) {
+        for (size_t s = 0; s < items.states(at.item); ++s) out(s) = Moments();
+      } else if (chunks == 1) {
+        items.read(at.item, 0, out);
+      } else {
+        items.read(at.item, at.chunk, state);
+        at.state += items.states(at.item);
+      }
+      if (++at.chunk >= chunks) at = {at.item + 1, 0, at.state};
+    }
+  }
+
+  void run(Pool pool) {
+    const auto tasks = static_cast<int64_t>(begin.size()) - 1;
+    if (pool == nullptr) {
+      for (int64_t i = 0; i < tasks; ++i) run_task(i, this);
+    } else {
+      pool(tasks, run_task, this);
+    }
+    const Moments* state = states.data();
+    const Moments* const end = state + states.size();
+    for (size_t i = 0; state != end; ++i) {
+      const int64_t chunks = chunk_count(items.numel(i));
+      if (chunks < 2) continue;
+      const size_t n = items.states(i);
+      for (size_t s = 0; s < n; ++s) items.out(i, s) = state[s];
+      state += n;
+      for (int64_t c = 1; c < chunks; ++c, state += n) {
+        for (size_t s = 0; s < n; ++s) items.out(i, s) = merge(items.out(i, s), state[s]);
+      }
+    }
+  }
+};
+
+// Marks the rows that have no operands.
+void mark_absent(const Update& update) {
+  const UpdateOperands& u = update.operands;
+  const bool has_update = u.method != UpdateMethod::kNone, has_grad = u.grad.data != nullptr;
+  const bool has[kUpdateRows] = {has_update, has_grad && u.momentum.data, has_update && has_grad,
+                                 has_grad && u.variance.data};
+  for (int row = 0; row < kUpdateRows; ++row) {
+    if (!has[row]) update.rows[row] = unread(kAbsent);
   }
 }
 
 }  // namespace
 
 double* scratch() { return part_buffer; }
+
+double* update_scratch() { return update_buffer; }
 
 int64_t total_bytes(const std::vector<TensorView>& tensors) {
   int64_t bytes = 0;
@@ -123,38 +260,20 @@ int64_t total_bytes(const std::vector<TensorView>& tensors) {
 }
 
 void summarize(const std::vector<TensorView>& tensors, const std::vector<Moments*>& out,
-               const Kernels& kernels, Pool pool) {
+               const Kernels& kernels, Pool pool, const std::vector<Update>& updates) {
   const WithDenormals with_denormals;
-  if (pool == nullptr || total_bytes(tensors) < kSerialBytes) {
-    return summarize_on_this_thread(tensors, out, kernels);
-  }
-  Job job{tensors, out, kernels, {Position()}, {}, {}};
-  int64_t in_task = 0;
-  size_t states = 0;
-  for (size_t t = 0; t < tensors.size(); ++t) {
-    std::vector<Dim> storage;
-    if (dims_with_gaps(tensors[t], storage)) job.gaps.emplace_back(t, std::move(storage));
-    const int64_t numel = tensors[t].numel, chunks = chunk_count(numel);
-    for (int64_t c = 0; c < chunks; ++c) {
-      if (chunks > 1) ++states;
-      in_task += kCallCost + (numel - c * kChunk < kChunk ? numel - c * kChunk : kChunk);
-      if (in_task < kChunk) continue;
-      job.begin.push_back(c + 1 < chunks ? Position{t, c + 1, states} : Position{t + 1, 0, states});
-      in_task = 0;
-    }
-  }
-  const Position end{tensors.size(), 0, states};
-  if (job.begin.back() < end) job.begin.push_back(end);
-  job.states.resize(states);
-
-  pool(static_cast<int64_t>(job.begin.size()) - 1, run_task, &job);
-
-  auto state = job.states.begin();
-  for (size_t t = 0; state != job.states.end(); ++t) {
-    const int64_t chunks = chunk_count(tensors[t].numel);
-    if (chunks < 2) continue;
-    *out[t] = *state++;
-    for (int64_t c = 1; c < chunks; ++c) *out[t] = merge(*out[t], *state++);
+  int64_t bytes = total_bytes(tensors);
+  for (const Update& u : updates) bytes += u.numel * kUpdateRows * int64_t{sizeof(float)};
+  if (bytes < kSerialBytes) pool = nullptr;
+  if (!updates.empty()) {
+    const UpdateItems items(tensors, out, updates, kernels);
+    Job<UpdateItems>(items).run(pool);
+    for (const Update& update : updates) mark_absent(update);
+  } else if (pool == nullptr) {
+    summarize_on_this_thread(tensors, out, kernels);
+  } else {
+    const TensorItems items{tensors, out, kernels};
+    Job<TensorItems>(items).run(pool);
   }
 }
 

@@ -4,6 +4,7 @@
 // a thread pool.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <vector>
 
@@ -24,6 +25,17 @@ struct TensorView {
   const int64_t* strides;
 };
 
+constexpr size_t kNoTensor = SIZE_MAX;
+
+// An update: its operands have `numel` elements each. `tensors` are the positions in the call's
+// list of tensors that have the memory of operands, or kNoTensor.
+struct Update {
+  UpdateOperands operands;
+  int64_t numel;
+  std::array<size_t, 4> tensors;
+  Moments* rows;  // kUpdateRows of them
+};
+
 // A pool calls task(i, context) once for every i in [0, n), in any order and on any threads, and
 // returns after the last call has returned. Tasks do not throw.
 using Task = void (*)(int64_t i, void* context);
@@ -34,11 +46,13 @@ constexpr int64_t kSerialBytes = 1 << 20;
 
 int64_t total_bytes(const std::vector<TensorView>& tensors);
 
-// Writes the state of tensors[i] to *out[i]. The result is bitwise the same for any pool, and does
+// Writes the state of tensors[i] to *out[i], and the rows of each update; rows whose operands are
+// missing are absent. A chunk of an update is computed right after those of its tensors are read,
+// so that it is in the cache. The result is bitwise the same for any pool, and does
 // not depend on the other tensors of the call. Throws nothing but std::bad_alloc, and only before
 // it reads any element. Does not use sizes and strides after it has called the pool.
 void summarize(const std::vector<TensorView>& tensors, const std::vector<Moments*>& out,
-               const Kernels& kernels, Pool pool);
+               const Kernels& kernels, Pool pool, const std::vector<Update>& updates = {});
 
 // The kernels of each SIMD level that this CPU supports, fastest first. Never empty.
 const std::vector<const Kernels*>& available_kernels();

@@ -5,6 +5,7 @@
 
 #include "../dtypes.h"
 #include "../moments.h"
+#include "../updates.h"
 
 namespace paramstats::cpu {
 
@@ -35,9 +36,33 @@ double* scratch();
 // more.)
 using ChunkKernel = Moments (*)(const void* data, int64_t n);
 
+// Elements of an update that are computed at a time, in buffers that stay in L1 and L2.
+constexpr int64_t kUpdateBlock = 4096;
+
+// Memory for 7 kUpdateBlock float64 values, one buffer per thread.
+double* update_scratch();
+
+// Contiguous elements of float64, float32, bfloat16 or float16; null: there is no such operand.
+struct Operand {
+  const void* data = nullptr;
+  DType dtype = DType::kFloat32;
+};
+
+struct UpdateOperands {
+  Operand param, old, grad, momentum, variance;
+  UpdateMethod method = UpdateMethod::kNone;
+  StepConstants<float> in_float = {};
+  StepConstants<double> in_double = {};
+};
+
+// Computes the rows of n <= kChunk elements of an update from element `begin` on. A row has no
+// meaning if one of its operands is missing.
+using UpdateKernel = void (*)(const UpdateOperands&, int64_t begin, int64_t n, Moments* rows);
+
 struct Kernels {
   const char* name;
   ChunkKernel chunk[kDTypes];  // indexed by DType
+  UpdateKernel update;
 };
 
 namespace plain {

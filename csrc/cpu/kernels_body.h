@@ -135,19 +135,7 @@ inline Moments finish(const Running<T>& r) {
 template <class T>
 void summarize_difficult_part(const typename T::Storage* x, int64_t n, Running<T>& r) {
   double* const values = scratch();
-  for (int64_t i = 0; i < n; i += kUnit<T>) {
-    const int64_t size = n - i < kUnit<T> ? n - i : kUnit<T>;
-    typename T::Storage padded[kUnit<T>] = {};
-    __builtin_memcpy(padded, x + i, size * sizeof(x[0]));
-    typename T::Vector v[T::kVectors];
-    T::load(padded, v);
-    for (int k = 0; k < T::kVectors; ++k) {
-      for (int l = 0; l < T::kWidth; ++l) {
-        const int e = T::element(k, l);
-        if (e < size) values[i + e] = T::is_nan(padded[e]) ? kNaN : v[k][l];
-      }
-    }
-  }
+  convert<T>(x, n, values);
   if constexpr (sizeof(typename T::Scalar) == 4) {
     Running<Native<double, InDouble>> wide;
     wide.pivot = values[0];
@@ -197,6 +185,8 @@ Moments chunk(const void* data, int64_t n) {
   return finish(running);
 }
 
+#include "updates_body.h"
+
 const Kernels kKernels = {PARAMSTATS_LEVEL_NAME,
                           {
                               chunk<Native<double, InDouble>>,
@@ -214,4 +204,5 @@ const Kernels kKernels = {PARAMSTATS_LEVEL_NAME,
                               chunk<Integer32<uint32_t, UInt32Lanes>>,
                               chunk<Native<int64_t, InDouble>>,
                               chunk<Native<uint64_t, InDouble>>,
-                          }};
+                          },
+                          chunk_of_update};

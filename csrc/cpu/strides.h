@@ -57,6 +57,16 @@ inline bool is_dense(const std::vector<Dim>& dims) {
   return dims.empty() || (dims.size() == 1 && dims[0].stride == 1);
 }
 
+// Whether the elements of two tensors without gaps have the same order in memory. (`ndim` is 0 for
+// contiguous tensors, whose shapes may differ.)
+inline bool have_same_layout(const TensorView& a, const TensorView& b) {
+  if (a.numel != b.numel || a.ndim != b.ndim) return false;
+  for (int d = 0; d < a.ndim; ++d) {
+    if (a.sizes[d] != b.sizes[d] || a.strides[d] != b.strides[d]) return false;
+  }
+  return true;
+}
+
 // Copies elements [begin, begin + n) of `dims`, the result of memory_order, to `to`.
 template <class T>
 void gather(const void* data, const std::vector<Dim>& dims, int64_t begin, int64_t n, void* to) {
