@@ -57,7 +57,7 @@ def read_rows(
     if not of_updates:
         table, deferred_rows, transfers = backend.read(tensors, params, grads)
     else:
-        table, deferred_rows, transfers = backend.read(tensors, params, grads, updates=of_updates)
+        table, deferred_rows, transfers = backend.read(tensors, params, grads, updates=tuple(of_updates))
     if not deferred_rows:
         return table, transfers, _NO_REASONS
     n = 2 * len(tensors)
