@@ -192,8 +192,8 @@ class Plan:
         grad = n + row if grads and has_gradient else -1
         step = state.get("step", -1)
         beta1, beta2 = _betas(group)
-        eps = group.get("eps")
-        if step < 0 or not (beta2 and isinstance(eps, float)):
+        eps = float(group["eps"]) if isinstance(group.get("eps"), numbers.Real) else 0.0
+        if step < 0 or not beta2 or "eps" not in group:
             variance = -1
         method = NONE
         if old is not None:
@@ -211,7 +211,7 @@ class Plan:
         decay = group.get("weight_decay", 0.0) if _is_decoupled(optimizer, group) else 0.0
         numbers_of = (float(group["lr"]), float(decay)) if method == FORMULA else (0.0, 0.0)
         fields = (row, grad, momentum, variance, step, old, method, *numbers_of)
-        self.updates.append(Update(*fields, beta1, beta2, eps or 0.0, 0.0))
+        self.updates.append(Update(*fields, beta1, beta2, eps, 0.0))
         self._update_rows.append(row)
 
     def row_name(self, row: int) -> str:
