@@ -139,7 +139,7 @@ def summarize(
             from paramstats import _sharded
 
             select = functools.partial(_select, include=options.include, exclude=options.exclude)
-            call = _sharded.Call(backend, options, params, grads, buffers, group, select)
+            call = _sharded.Call(backend, options, params, grads, buffers, group, select, optimizer)
             with without_modes():
                 return _sharded.summarize(call, source, layout, tensors)
     except BaseException as error:

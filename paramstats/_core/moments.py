@@ -73,6 +73,15 @@ def unread(count: int) -> Moments:
     return Moments(count, 0, 0, 0, 0, NAN, NAN, NAN, NAN)
 
 
+def constant(count: int, x: float) -> Moments:
+    """Return the state of elements that are all equal to `x`."""
+    if count == 0:
+        return Moments()
+    if x - x != 0:  # NaN or infinite
+        return Moments(count, 0, *(count * (x != x), count * (x > 0), count * (x < 0)))
+    return Moments(count, count * (x == 0), 0, 0, 0, x, 0.0, x, x)
+
+
 def is_unread(a: State) -> bool:
     """Return whether the elements were not read; true for absent rows, too."""
     return a[5] != a[5]  # the mean is NaN

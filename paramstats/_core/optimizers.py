@@ -12,7 +12,7 @@ from torch import Tensor
 
 from paramstats._core.elements import gradient
 from paramstats._core.layout import Layout
-from paramstats._core.moments import ABSENT, ROW, Moments, unread
+from paramstats._core.moments import ABSENT, ROW, Moments, constant, unread
 from paramstats._core.optimizer_record import OptimizerRecord
 from paramstats._core.torch_private import without_modes
 from paramstats._core.updates import DIFFERENCE, FORMULA, NONE, ROWS, Update
@@ -101,6 +101,12 @@ class Plan:
     Attributes:
         tensors: the parameters and buffers, then the tensors of the optimizers' state.
         updates: the updates, whose operands are rows of a table of `tensors`.
+        keys: the keys of the state, in columns 0, 1, ...
+        places: the parameter and the column of each tensor of the state.
+        numbers: the parameter, the column and the value of each number of the state.
+        update_rows: the parameter of each update.
+        unchanged: the parameters that the last step did not change.
+        hyperparameters, methods: as in `OptimizerRecord`. Parameters of a group share a mapping.
     """
 
     @without_modes()
@@ -120,13 +126,13 @@ class Plan:
         self._layout, self._reads_params = layout, params
         self.tensors = list(tensors)
         self.updates: list[Update] = []
-        self._keys: dict[str, int] = {}
-        self._places: list[tuple[int, int]] = []  # row and key of each tensor of the state
-        self._numbers: list[tuple[int, int, float]] = []
-        self._update_rows: list[int] = []
-        self._unchanged: list[int] = []
-        self._hyperparameters: list[Mapping[str, float] | None] = [None] * len(layout)
-        self._methods = [""] * len(layout)
+        self._columns: dict[str, int] = {}
+        self.places: list[tuple[int, int]] = []
+        self.numbers: list[tuple[int, int, float]] = []
+        self.update_rows: list[int] = []
+        self.unchanged: list[int] = []
+        self.hyperparameters: list[Mapping[str, float] | None] = [None] * len(layout)
+        self.methods = [""] * len(layout)
         found = self._find(request, {id(tensor): row for row, tensor in enumerate(tensors)})
         if not found and request.only is None:
             raise ValueError(
@@ -148,7 +154,7 @@ class Plan:
                     row = rows.pop(id(param), None)  # a parameter of two optimizers counts once
                     if row is None:
                         continue
-                    self._hyperparameters[row] = hyperparameters
+                    self.hyperparameters[row] = hyperparameters
                     places = {}
                     for key, value in _tensors_of(state_of.get(param) or {}).items():
                         place = self._add_state(row, key, value)
@@ -159,12 +165,12 @@ class Plan:
 
     def _add_state(self, row: int, key: str, value: Any) -> int | None:
         """Add an entry of the state; return its position in `tensors` if it is one of them."""
-        number = self._keys.setdefault(key, len(self._keys))
+        number = self._columns.setdefault(key, len(self._columns))
         if isinstance(value, Tensor):
-            self._places.append((row, number))
+            self.places.append((row, number))
             self.tensors.append(value)
             return len(self.tensors) - 1
-        self._numbers.append((row, number, float(value)))
+        self.numbers.append((row, number, float(value)))
         return None
 
     def _add_update(
@@ -180,8 +186,8 @@ class Plan:
         param = self.tensors[row]
         old, has_gradient = request.copies.get(id(param)), gradient(param) is not None
         if old is None and not has_gradient and request.has_stepped:
-            self._unchanged.append(row)
-            self._methods[row] = "no gradient"
+            self.unchanged.append(row)
+            self.methods[row] = "no gradient"
             return
 
         def place(keys: Iterable[str]) -> int:
@@ -207,24 +213,28 @@ class Plan:
             method = FORMULA
         if method == NONE and (grad < 0 or max(momentum, variance) < 0):
             return
-        self._methods[row] = ("", "formula", "copy")[method]
+        self.methods[row] = ("", "formula", "copy")[method]
         decay = group.get("weight_decay", 0.0) if _is_decoupled(optimizer, group) else 0.0
         numbers_of = (float(group["lr"]), float(decay)) if method == FORMULA else (0.0, 0.0)
         fields = (row, grad, momentum, variance, step, old, method, *numbers_of)
         self.updates.append(Update(*fields, beta1, beta2, eps, 0.0))
-        self._update_rows.append(row)
+        self.update_rows.append(row)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return tuple(self._columns)
 
     def row_name(self, row: int) -> str:
         """Return the name of a row of the table, for errors."""
         n, names = len(self.tensors), self._layout.names
         if row >= 2 * n:
-            return f"{names[self._update_rows[(row - 2 * n) // len(ROWS)]]} (update)"
+            return f"{names[self.update_rows[(row - 2 * n) // len(ROWS)]]} (update)"
         suffix = " (gradient)" if row >= n else ""
         row %= n
         if row < len(names):
             return names[row] + suffix
-        row, key = self._places[row - len(names)]
-        return f"{names[row]} ({list(self._keys)[key]})"
+        row, key = self.places[row - len(names)]
+        return f"{names[row]} ({self.keys[key]})"
 
     def split(self, table: bytes) -> tuple[bytes, OptimizerRecord]:
         """Return the table of the parameters and buffers, and the record of the optimizers."""
@@ -234,24 +244,24 @@ class Plan:
             return table[begin * size : end * size]
 
         own = rows(0, n) if self._reads_params else _unread(table, n)
-        out = bytearray(ROW.pack(*unread(ABSENT)) * (n * (len(ROWS) + len(self._keys))))
+        out = bytearray(ROW.pack(*unread(ABSENT)) * (n * (len(ROWS) + len(self.keys))))
 
         def put(column: int, row: int, state: bytes) -> None:
             begin = (column * n + row) * size
             out[begin : begin + size] = state
 
-        for u, row in enumerate(self._update_rows):
+        for u, row in enumerate(self.update_rows):
             for k in ROWS:
                 at = 2 * all_of_them + len(ROWS) * u + k
                 put(k, row, rows(at, at + 1))
-        for row in self._unchanged:
+        for row in self.unchanged:
             count = Moments._make(ROW.unpack_from(table, row * size)).count
-            put(0, row, ROW.pack(*_zeros(count)))
-        for at, (row, key) in enumerate(self._places, n):
+            put(0, row, ROW.pack(*constant(count, 0.0)))
+        for at, (row, key) in enumerate(self.places, n):
             put(len(ROWS) + key, row, rows(at, at + 1))
-        for row, key, value in self._numbers:
-            put(len(ROWS) + key, row, ROW.pack(*_one(value)))
-        fields = (tuple(self._keys), bytes(out), tuple(self._hyperparameters), tuple(self._methods))
+        for row, key, value in self.numbers:
+            put(len(ROWS) + key, row, ROW.pack(*constant(1, value)))
+        fields = (self.keys, bytes(out), tuple(self.hyperparameters), tuple(self.methods))
         return own + rows(all_of_them, all_of_them + n), OptimizerRecord(*fields)
 
 
@@ -318,14 +328,3 @@ def _unread(table: bytes, n: int) -> bytes:
     """Return the first n rows with their counts only."""
     states = ROW.iter_unpack(table[: n * ROW.size])
     return b"".join(ROW.pack(*unread(state[0])) for state in states)
-
-
-def _zeros(count: int) -> Moments:
-    return Moments(count, count, 0, 0, 0, 0.0, 0.0, 0.0, 0.0) if count else Moments()
-
-
-def _one(x: float) -> Moments:
-    """Return the state of one number."""
-    if x - x != 0:  # NaN or infinite
-        return Moments(1, 0, int(x != x), int(x > 0), int(x < 0))
-    return Moments(1, int(x == 0), 0, 0, 0, x, 0.0, x, x)

@@ -24,7 +24,7 @@ from paramstats._core.elements import check_storage, dense_numel, elements, grad
 from paramstats._core.forked import threads_that_exist
 from paramstats._core.format import one_line_name
 from paramstats._core.layout import is_lazy
-from paramstats._core.moments import ABSENT, ROW, Moments, State, merge, unread
+from paramstats._core.moments import ABSENT, ROW, Moments, State, constant, merge, unread
 from paramstats._core.packing import (
     MAX_NUMEL,
     MAX_NUMEL_DEVICE,
@@ -96,7 +96,7 @@ class Pending:
             self._memory.wait()
         parts: dict[int, list[Moments]] = {}
         for (row, zeros), state in zip(self._rows, self._states.tolist(), strict=True):
-            parts.setdefault(row, [_zeros(zeros)] if zeros else []).append(from_row(state))
+            parts.setdefault(row, [constant(zeros, 0.0)] if zeros else []).append(from_row(state))
         for row, states in parts.items():
             state = merge(*states) if len(states) > 1 else states[0]
             ROW.pack_into(table, row * ROW.size, *state)
@@ -306,7 +306,7 @@ class _Reader:
             transfers.append(Pending(device, zeros, states))
         table = bytes(self.table)
         for row, count in self._zeros.items():
-            self.write(row, merge(_zeros(count), moments.row(table, row)))
+            self.write(row, merge(constant(count, 0.0), moments.row(table, row)))
         return tuple(transfers)
 
 
@@ -318,7 +318,3 @@ def reason_of(error: Exception, tensor: Tensor) -> str:
             f"pass the values it encodes, or its bytes (.view(torch.uint8))"
         )
     return one_line_name(f"{type(error).__name__}: {error}".splitlines()[0])
-
-
-def _zeros(count: int) -> Moments:
-    return Moments(count, count, 0, 0, 0, 0.0, 0.0, 0.0, 0.0) if count else Moments()

@@ -8,7 +8,7 @@ the reference backend, and where the native backend cannot.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -61,6 +61,27 @@ class Update(NamedTuple):
     beta2: float
     eps: float
     step: float
+
+    def operands(self) -> tuple[int, ...]:
+        """Return the rows of all operands; -1 where there is none."""
+        return self.param, self.grad, self.momentum, self.variance, self.step_row
+
+    def with_operands(self, rows: Iterable[int]) -> Update:
+        """Return this update with other rows, in the order of `operands`."""
+        param, grad, momentum, variance, step_row = rows
+        return self._replace(
+            param=param, grad=grad, momentum=momentum, variance=variance, step_row=step_row
+        )
+
+    def has_rows(self) -> tuple[bool, bool, bool, bool]:
+        """Return which rows are not absent."""
+        has_grad, has_update = self.grad >= 0, self.method != NONE
+        return (
+            has_update,
+            has_grad and self.momentum >= 0,
+            has_grad and has_update,
+            has_grad and self.variance >= 0,
+        )
 
 
 @without_modes()
@@ -137,18 +158,8 @@ def _states(update: Update, tensors: Sequence[Tensor]) -> list[Moments | Tensor]
                 row.append(state)
     if not w.numel():
         empty = torch.tensor([[*Moments()]], dtype=torch.float64, device="cpu")
-        has = _has_rows(update.method, g, m, v)
-        rows = [[empty[0]] if has_row else [] for has_row in has]
+        rows = [[empty[0]] if has_row else [] for has_row in update.has_rows()]
     return [torch.stack(row) if row else unread(ABSENT) for row in rows]
-
-
-def _has_rows(method: int, g: object, m: object, v: object) -> tuple[bool, bool, bool, bool]:
-    return (
-        method != NONE,
-        g is not None and m is not None,
-        g is not None and method != NONE,
-        g is not None and v is not None,
-    )
 
 
 class _Adam:

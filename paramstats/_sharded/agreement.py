@@ -15,6 +15,7 @@ from paramstats._core.elements import numel
 from paramstats._core.layout import Layout
 from paramstats._core.shard import LocalShard
 from paramstats._sharded.merging import hash_word
+from paramstats._sharded.parts import Parts, union_of
 
 
 class Content(NamedTuple):
@@ -22,13 +23,14 @@ class Content(NamedTuple):
 
     layout: Layout
     numels: tuple[int, ...]
+    parts: Parts
 
 
 _Digest = tuple[tuple[int, ...], bytes]
 _digests: weakref.WeakKeyDictionary[Layout, _Digest] = weakref.WeakKeyDictionary()
 
 
-def content_of(layout: Layout, tensors: Sequence[Any]) -> tuple[Content, bytes]:
+def content_of(layout: Layout, tensors: Sequence[Any], parts: Parts) -> tuple[Content, bytes]:
     """Return a rank's content and its SHA-256; cached, because hashing takes milliseconds.
 
     The numbers of devices are not hashed, because they differ between ranks.
@@ -41,7 +43,9 @@ def content_of(layout: Layout, tensors: Sequence[Any]) -> tuple[Content, bytes]:
         digest = _sha256((*fields, device_types, requires_grad, wrapper_names, numels))
         found = _digests[layout] = (numels, digest)
     numels, digest = found
-    return Content(layout, numels), digest
+    if parts.groups is not None:
+        digest = _sha256((digest, *parts))
+    return Content(layout, numels, parts), digest
 
 
 @functools.lru_cache(maxsize=64)
@@ -75,10 +79,11 @@ class Agreement(NamedTuple):
 
     id: int
     layout: Layout
+    parts: Parts
     numels: Tensor
-    """Elements of each whole tensor, then the same again for the gradients."""
+    """Elements of each whole tensor, then the same again for the gradients, then of the parts."""
     positions: Tensor
-    """The row of each of this rank's tensors and gradients."""
+    """The row of each of this rank's tensors, gradients and parts."""
 
 
 class _Source(NamedTuple):
@@ -92,7 +97,7 @@ class _Source(NamedTuple):
 def agree(
     digests: Sequence[bytes],
     contents: dict[bytes, Content],
-    layout: Layout,
+    own: Content,
     global_ranks: Sequence[int],
 ) -> Agreement:
     """Return the union: the first rank's tensors in their order, then what other ranks add.
@@ -100,7 +105,7 @@ def agree(
     Args:
         digests: the digest of each rank's content.
         contents: the contents by digest.
-        layout: this rank's layout.
+        own: this rank's content.
         global_ranks: the ranks' numbers in the default group, for errors.
 
     Raises:
@@ -131,21 +136,27 @@ def agree(
                     f"{alias!r} tied to {name!r} on rank {global_ranks[source.rank]} and not on "
                     f"rank {global_ranks[first[alias].rank]}; tie it on all ranks"
                 )
-    union = layout if len(senders) == 1 else _union(first, layout)
-    own_rows = [union.index[name] for name in layout.names]
+    union = own.layout if len(senders) == 1 else _union(first, own.layout)
+    own_rows = [union.index[name] for name in own.layout.names]
     n = len(union)
     numels = [first[name].content.numels[first[name].row] for name in union.names]
+    several = [(contents[digest].layout, contents[digest].parts) for digest in senders]
+    parts = union_of(union, several)
+    numels += numels + [part.numel for part in parts.rows]
+    own_rows += [n + row for row in own_rows]
+    own_rows += [2 * n + i for i in parts.indexes(union, own.layout, own.parts)]
     return Agreement(
         hash_word(list(digests)),
         union,
-        torch.tensor(numels * 2, dtype=torch.int64, device="cpu"),
-        torch.tensor(own_rows + [n + row for row in own_rows], dtype=torch.int64, device="cpu"),
+        parts,
+        torch.tensor(numels, dtype=torch.int64, device="cpu"),
+        torch.tensor(own_rows, dtype=torch.int64, device="cpu"),
     )
 
 
 def _description(source: _Source) -> dict[str, object]:
     """Return what tensors of one name have in common on all ranks."""
-    (layout, numels), row, _ = source
+    (layout, numels, _), row, _ = source
     return {
         "shape": layout.shapes[row],
         "number of elements": numels[row],

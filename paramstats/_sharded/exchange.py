@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from paramstats._core.moments import ABSENT, ROW, Moments, merge
+from paramstats._core.moments import ABSENT, ROW, Moments, merge, unread
 from paramstats._core.record import Record
 from paramstats._sharded.agreement import Agreement, Arguments, agree, check_arguments
 from paramstats._sharded.collectives import Ranks
@@ -38,6 +38,7 @@ from paramstats._sharded.merging import (
     decode_status,
     hash_word,
     merge_rows,
+    packed_words,
 )
 from paramstats._sharded.partial import Plan, make_plan
 
@@ -191,7 +192,7 @@ class Exchange:
         digests = [struct.pack("=4q", *h[_DIGEST]) for h in headers]
         contents = self._contents(digests, local.digest, local.content)
         with _refuses():
-            agreement = agree(digests, contents, local.layout, self._ranks.global_ranks)
+            agreement = agree(digests, contents, local.content, self._ranks.global_ranks)
         # Ranks may clear at different times. If one has no agreement any more, all agree again.
         if len(self._agreements) >= _MAX_REMEMBERED:
             self._agreements.clear()
@@ -262,8 +263,7 @@ class Exchange:
                 diverged[layout.row_name(row)] = reason
         for row, state in whole.items():
             merged[row, 0] = 0 if state.count == int(agreement.numels[row]) else INCOMPLETE
-            words = struct.unpack("=9q", ROW.pack(*state))
-            merged[row, 1:] = torch.tensor(words, dtype=torch.int64, device="cpu")
+            merged[row, 1:] = packed_words(state)
         return diverged
 
     def _record(
@@ -273,12 +273,19 @@ class Exchange:
         global_ranks = self._ranks.global_ranks
         skipped: dict[str, str] = {}
         incomplete = []
+        first_part = 2 * len(layout)
         for row in merged[:, 0].nonzero().flatten().tolist():
-            name = layout.row_name(row)
+            name = agreement.parts.row_name(layout, row)
             status = decode_status(int(merged[row, 0]))
             rank, other = (global_ranks[number] for number in (status.rank, status.other))
             if status.bits & INCOMPLETE:
-                incomplete.append((name, int(merged[row, 1]), int(agreement.numels[row])))
+                count, numel = int(merged[row, 1]), int(agreement.numels[row])
+                if row < first_part:
+                    incomplete.append((name, count, numel))
+                else:
+                    got = "none" if count == ABSENT else count
+                    skipped[name] = f"the ranks together have {got} of its {numel} elements"
+                    merged[row, 1:] = packed_words(unread(numel))
             if status.bits & DIVERGED:
                 diverged[name] = f"rank {rank} differs from rank {other}"
             if status.bits & UNREADABLE:
@@ -295,4 +302,6 @@ class Exchange:
             )
         states = merged[:, 1:].contiguous()
         table = ctypes.string_at(states.data_ptr(), states.numel() * 8)
-        return Record(layout, table, skipped=skipped, diverged=diverged)
+        own, parts = table[: first_part * ROW.size], table[first_part * ROW.size :]
+        of_optimizers = agreement.parts.record(layout, parts)
+        return Record(layout, own, skipped=skipped, diverged=diverged, optimizer=of_optimizers)

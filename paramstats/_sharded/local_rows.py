@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,17 +14,20 @@ from paramstats._core.elements import numel
 from paramstats._core.layout import Layout
 from paramstats._core.moments import ABSENT, ROW, Moments, unread
 from paramstats._core.reading import Rows, read_rows
+from paramstats._core.record import Record
+from paramstats._core.updates import ROWS, Update
 from paramstats._sharded import partial
 from paramstats._sharded.agreement import content_of
 from paramstats._sharded.collectives import Ranks
 from paramstats._sharded.local_shards import LocalShards
 from paramstats._sharded.merging import WORDS
+from paramstats._sharded.parts import LocalParts, Parts
 
 _ABSENT = ROW.pack(*unread(ABSENT))
 
 
 class LocalRows:
-    """The states of this rank's shards: a row per tensor, then a row per gradient.
+    """The states of this rank's shards: a row per tensor, then per gradient, then per part.
 
     An error while reading is not raised but kept in `error`, because the other ranks already wait
     for this one. The exchange raises it after all ranks know about it.
@@ -37,20 +40,30 @@ class LocalRows:
         rows: Sequence[Any],
         shards: LocalShards,
         params: bool,
+        optimizers: LocalParts | None = None,
     ) -> None:
         self.layout = layout
         self.error: Exception | None = None
         self.skipped: dict[str, str] = {}
         """Why a shard could not be read, by the name of its row."""
         self.backend = f"{backend.name} {backend.native.simd_level() if backend.native else ''}"
-        self.content, self.digest = content_of(layout, rows)
+        parts = Parts() if optimizers is None else optimizers.parts
+        self.content, self.digest = content_of(layout, rows, parts)
+        self._updates = [] if optimizers is None else optimizers.updates
+        self._first_part = 2 * len(layout)
         self._backend = backend
         self._shards = shards
         self._table = bytearray(_ABSENT * len(shards.tensors))
-        self._pending: tuple[list[int], Rows] | None = None
+        self._pending: tuple[dict[int, int], Rows] | None = None
         self._partial_specs: dict[partial.Label, partial.PartialSpec] = {}
         self._partial_values: dict[partial.Label, Tensor] = {}
         self._try(lambda: self._read_all(params))
+        if optimizers is not None:
+            for part, state in optimizers.states.items():
+                self._put(self._first_part + part, state)
+            for part, reason in optimizers.reasons.items():
+                count = optimizers.states[part].count
+                self._put_unread(self._first_part + part, count, reason)
         self.partial_specs: partial.PartialSpecs = tuple(sorted(self._partial_specs.items()))
 
     @classmethod
@@ -71,10 +84,15 @@ class LocalRows:
         out[:, 1:] = _words(self._table)
         return out
 
-    def table(self) -> bytes:
-        """Wait for transfers from GPUs and return the states, without shard indexes."""
+    def record(self) -> Record:
+        """Wait for transfers from GPUs and return the record of this rank's shards."""
         self._wait()
-        return bytes(self._table)
+        table, end = bytes(self._table), self._first_part * ROW.size
+        of_optimizers = self.content.parts.record(self.layout, table[end:])
+        skipped = self.skipped
+        return Record(
+            self.layout, table[:end], skipped=skipped, is_local=True, optimizer=of_optimizers
+        )
 
     def reduce_partials(self, plan: partial.Plan, ranks: Ranks) -> list[Moments]:
         """Reduce the ranks' partial tensors and return the state of each slot of the plan."""
@@ -91,27 +109,50 @@ class LocalRows:
 
     def _read_all(self, params: bool) -> None:
         """Read all shards; of partial tensors, keep a copy of the values."""
-        rows, tensors = [], []
-        n = len(self.layout)
-        numels = self.content.numels * 2
+        numels = [*self.content.numels * 2, *(part.numel for part in self.content.parts.rows)]
+        operands = {row for update, _ in self._updates for row in update.operands()}
+        rows: list[int] = []
+        targets: dict[int, int] = {}
         for row, x in enumerate(self._shards.tensors):
             if x is None:
                 continue
-            if row < n and not params:
-                self._put_unread(row, numel(x))
-            elif row in self._shards.reductions:
-                reason = self._keep_values(row, x, self._shards.reductions[row])
-                self._put_unread(row, numel(x), reason)
-            elif x.is_complex() and numel(x) != numels[row]:
-                self._put_unread(row, numel(x), "shards of a complex tensor cannot be merged")
-            else:
+            is_read = self._can_read(row, x, params, numels[row])
+            if is_read or row in operands:
+                if is_read:
+                    targets[len(rows)] = row
                 rows.append(row)
-                tensors.append(x)
-        if rows:
-            read = read_rows(
-                self._backend, tensors, True, False, lambda i: self.layout.row_name(rows[i])
-            )
-            self._pending = rows, read
+        if not rows:
+            return
+        positions = {row: i for i, row in enumerate(rows)} | {-1: -1}
+        updates: list[Update] = []
+        for update, part in self._updates:
+            first = 2 * len(rows) + len(ROWS) * len(updates)
+            targets.update((first + k, self._first_part + part + k) for k in ROWS)
+            updates.append(update.with_operands(positions[row] for row in update.operands()))
+
+        def row_name(i: int) -> str:
+            return self._row_name(rows[i] if i < len(rows) else targets[i])
+
+        tensors = [self._shards.tensors[row] for row in rows]
+        read = read_rows(self._backend, tensors, True, False, row_name, updates)
+        self._pending = targets, read
+
+    def _can_read(self, row: int, x: Tensor, params: bool, whole: int) -> bool:
+        """Return whether to read a shard of a tensor of `whole` elements.
+
+        Otherwise, write a state that has only a number of elements.
+        """
+        reason = None
+        if row < len(self.layout) and not params:
+            pass
+        elif row in self._shards.reductions:
+            reason = self._keep_values(row, x, self._shards.reductions[row])
+        elif x.is_complex() and numel(x) != whole:
+            reason = "shards of a complex tensor cannot be merged"
+        else:
+            return True
+        self._put_unread(row, numel(x), reason)
+        return False
 
     def _keep_values(self, row: int, x: Tensor, reduction: partial.Reduction | str) -> str | None:
         """Copy the values of a partial tensor. Return a reason if it cannot be reduced."""
@@ -137,21 +178,31 @@ class LocalRows:
         """Wait for transfers from GPUs and write all states into the table."""
         if self._pending is None:
             return
-        rows, (table, transfers, reasons) = self._pending
+        targets, (table, transfers, reasons) = self._pending
         self._pending = None
         table = reference.finished(table, transfers)
-        states = _words(bytearray(table))[: len(rows)]
-        _words(self._table)[torch.tensor(rows, dtype=torch.int64, device="cpu")] = states
-        for i, reason in reasons.items():
-            self._put_unread(rows[i], moments.row(table, i).count, reason)
+        words = _words(bytearray(table))
+        _words(self._table)[_index(targets.values())] = words[_index(targets)]
+        for source in reasons.keys() & targets.keys():
+            self._put_unread(targets[source], moments.row(table, source).count, reasons[source])
 
     def _put_unread(self, row: int, count: int, reason: str | None = None) -> None:
         """Write a state that has only a number of elements; a reason marks it as unreadable."""
         state = unread(count)
         if reason is not None:
             state = state._replace(zeros=1)
-            self.skipped[self.layout.row_name(row)] = reason
+            self.skipped[self._row_name(row)] = reason
+        self._put(row, state)
+
+    def _put(self, row: int, state: Moments) -> None:
         ROW.pack_into(self._table, row * ROW.size, *state)
+
+    def _row_name(self, row: int) -> str:
+        return self.content.parts.row_name(self.layout, row)
+
+
+def _index(rows: Iterable[int]) -> Tensor:
+    return torch.tensor(list(rows), dtype=torch.int64, device="cpu")
 
 
 def _words(table: bytearray) -> Tensor:

@@ -30,10 +30,10 @@ _placements: weakref.WeakKeyDictionary[Layout, _Placements] = weakref.WeakKeyDic
 
 
 class LocalShards:
-    """This rank's shards of all tensors, then those of their gradients.
+    """This rank's shards of all tensors, then those of their gradients, then parts of optimizers.
 
     Attributes:
-        tensors: the local elements; None for a gradient that is None.
+        tensors: the local elements; None for a gradient that is None, or a part that is not read.
         indexes: the index of each shard. Replicas of a shard have the same index.
         reductions: how partial tensors are reduced, by row; a str says why one cannot be.
     """
@@ -48,27 +48,29 @@ class LocalShards:
             self._known.clear()
         for x in rows:
             if hasattr(x, "_spec"):
-                self._add_dtensor(x)
+                self.add_dtensor(x)
             elif isinstance(x, LocalShard):
-                self._add(x.tensor, x.index)
+                self.add(x.tensor, x.index)
             else:
-                self._add(x, 0)
+                self.add(x, 0)
         for row, x in enumerate(rows):
             grad = _gradient(x) if grads else None
             if hasattr(grad, "_spec"):
-                self._add_dtensor(grad)
+                self.add_dtensor(grad)
             else:
-                self._add(grad, self.indexes[row])
+                self.add(grad, self.indexes[row])
 
-    def _add_dtensor(self, x: Any) -> None:
+    def add_dtensor(self, x: Any) -> None:
+        """Add this rank's shard of a DTensor."""
         placement = self._known.get(id(x._spec))
         if placement is None or placement.spec() is not x._spec:
             placement = self._known[id(x._spec)] = _placement_of(x._spec)
         if placement.reduction is not None:
             self.reductions[len(self.tensors)] = placement.reduction
-        self._add(x._local_tensor, placement.shard_index)
+        self.add(x._local_tensor, placement.shard_index)
 
-    def _add(self, tensor: Tensor | None, index: int) -> None:
+    def add(self, tensor: Tensor | None, index: int) -> None:
+        """Add a shard."""
         self.tensors.append(tensor)
         self.indexes.append(index)
 

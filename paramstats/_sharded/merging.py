@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from paramstats._core.moments import ABSENT, ROW, unread
+from paramstats._core.moments import ABSENT, ROW, State, unread
 
 WORDS = 1 + ROW.size // 8
 """Words of a row."""
@@ -51,6 +51,11 @@ def decode_status(word: int) -> Status:
 def hash_word(value: object) -> int:
     """Return an odd 64-bit hash of `repr(value)`, equal on all ranks and never 0."""
     return int(struct.unpack("=q", hashlib.sha256(repr(value).encode()).digest()[:8])[0]) | 1
+
+
+def packed_words(state: State) -> Tensor:
+    """Return a state as int64 words."""
+    return torch.frombuffer(bytearray(ROW.pack(*state)), dtype=torch.int64)
 
 
 def merge_rows(rows: Tensor, numels: Tensor, compare: bool) -> Tensor:
@@ -120,8 +125,7 @@ def _first(condition: Tensor) -> Tensor:
 
 
 def _unread_states(counts: Tensor) -> Tensor:
-    state = torch.frombuffer(bytearray(ROW.pack(*unread(0))), dtype=torch.int64)
-    states = state.repeat(len(counts), 1)
+    states = packed_words(unread(0)).repeat(len(counts), 1)
     states[:, _COUNT] = counts
     return states
 

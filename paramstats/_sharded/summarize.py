@@ -2,7 +2,7 @@
 
 Each rank reads its own shards, and an exchange merges their states. The modules in order of use:
 wrappers (find the shards of FSDP and ZeRO-3), local_shards (which elements are on this rank),
-local_rows (read them), exchange (collective calls), merging.
+parts (of optimizers), local_rows (read them), exchange (collective calls), merging.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ import torch.distributed as dist
 from paramstats._core.backend import Implementation
 from paramstats._core.layout import Layout
 from paramstats._core.names import Patterns
+from paramstats._core.optimizers import make_request
 from paramstats._core.options import Options
 from paramstats._core.reading import warn_once
-from paramstats._core.record import Record
 from paramstats._sharded.agreement import Arguments
 from paramstats._sharded.groups import background_of, exchange_of
 from paramstats._sharded.local_rows import LocalRows
 from paramstats._sharded.local_shards import LocalShards
+from paramstats._sharded.parts import LocalParts
 from paramstats._sharded.wrappers import find_shards
 from paramstats._summary import Summary
 
@@ -38,6 +39,7 @@ class Call(NamedTuple):
     buffers: bool
     group: dist.ProcessGroup | None
     select: Callable[[Layout, list[Any]], tuple[Layout, list[Any]]]
+    optimizer: Any
 
 
 def summarize(call: Call, source: Any, layout: Layout, tensors: list[Any]) -> Summary:
@@ -53,7 +55,7 @@ def summarize(call: Call, source: Any, layout: Layout, tensors: list[Any]) -> Su
         rows = _read(call, source, layout, tensors)
         if rows.error is not None:
             raise rows.error
-        record = Record(rows.layout, rows.table(), skipped=rows.skipped, is_local=True)
+        record = rows.record()
     else:
         try:
             rows = _read(call, source, layout, tensors)
@@ -92,10 +94,16 @@ def _texts(patterns: Patterns) -> list[str]:
 def _read(call: Call, source: Any, layout: Layout, tensors: list[Any]) -> LocalRows:
     """Read this rank's shards of the tensors, and of their gradients."""
     layout, tensors = call.select(*find_shards(source, layout, tensors))
+    request = None if call.optimizer is None else make_request(call.optimizer)
+    if request is not None:
+        layout, tensors = request.select(layout, tensors)
     native = call.backend.native
     if native is not None and "torch.distributed.tensor" in sys.modules:
         native.set_dtensor_class(sys.modules["torch.distributed.tensor"].DTensor)
     shards = LocalShards(layout, tensors, call.grads)
+    optimizers = None
+    if request is not None:
+        optimizers = LocalParts(request, layout, tensors, shards, call.grads)
     if call.options.local:
         shards.reductions.clear()  # read this rank's values of partial tensors as they are
         tensors = list[Any](shards.tensors[: len(tensors)])
@@ -103,4 +111,4 @@ def _read(call: Call, source: Any, layout: Layout, tensors: list[Any]) -> LocalR
         local = zip(shapes, tensors, strict=True)
         shapes = tuple(None if shape is None else tuple(x.shape) for shape, x in local)
         layout = Layout.shared(names, aliases, parameters, shapes, *rest)
-    return LocalRows(call.backend, layout, tensors, shards, call.params)
+    return LocalRows(call.backend, layout, tensors, shards, call.params, optimizers)
