@@ -13,8 +13,8 @@ from torch import Tensor
 from paramstats._core.layout import Layout
 from paramstats._core.optimizers import Request, parameters_of, uses_formula
 from paramstats._core.torch_private import skip_dynamo, without_modes
+from paramstats._rounds import Rounds
 from paramstats._summarize import summarize, tensors_of
-from paramstats._summary import Summary
 
 UpdateMethod = Literal["auto", "formula", "copy"] | None
 
@@ -57,7 +57,7 @@ class OptimizerHooks:
         update: how updates are found; see `paramstats.watch`.
         reading: the arguments of `summarize`.
         begin: called before a step with the index of the optimizer; returns whether it is due.
-        add: called with the summary of a due step, and the layout of all tensors.
+        rounds: gets the summaries of due steps.
     """
 
     def __init__(
@@ -67,15 +67,15 @@ class OptimizerHooks:
         update: UpdateMethod,
         reading: Mapping[str, Any],
         begin: Callable[[int], bool],
-        add: Callable[[Summary, Layout], None],
+        rounds: Rounds,
     ) -> None:
         self._source = source
         self._optimizers = optimizers
         self._update = update
         self._reading = reading
         self._begin = begin
-        self._add = add
-        self._request: Request | None = None
+        self._rounds = rounds
+        self._requests: list[Request | None] = [None] * len(optimizers)
         self._failed = False  # whether there was too little memory for copies
         self._handles = []
         for i, optimizer in enumerate(optimizers):
@@ -93,17 +93,21 @@ class OptimizerHooks:
     @skip_dynamo
     def _before(self, i: int, *_: Any) -> None:
         """Prepare the summary of a step that is due."""
-        self._request = None
+        self._requests[i] = None
         if self._begin(i):
-            self._request = self._prepare(i)
+            if _skips(self._optimizers[i]):
+                self._rounds.postpone(i)
+            else:
+                self._requests[i] = self._prepare(i)
 
     @skip_dynamo
     def _after(self, i: int, *_: Any) -> None:
         """Take the summary of a step that is due."""
-        request, self._request = self._request, None
+        request = self._requests[i]
         if request is not None:
+            self._requests[i] = None
             summary = summarize(self._source, optimizer=request, **self._reading)
-            self._add(summary, self._tensors()[0])
+            self._rounds.add(summary, self._tensors()[0])
 
     @without_modes()
     def _prepare(self, i: int) -> Request:
@@ -133,15 +137,17 @@ class OptimizerHooks:
         optimizer = self._optimizers[i]
         if self._update in (None, "formula"):
             return []
-        # Fused optimizers skip a step by themselves where a gradient scaler has found infinities.
-        copies_all = self._update == "copy" or hasattr(optimizer, "found_inf")
         return [
             p
             for group in optimizer.param_groups
             for p in group["params"]
             if id(p) in selected
             and p.requires_grad
-            and (copies_all or p.dtype not in _PRECISE or not uses_formula(optimizer, group))
+            and (
+                self._update == "copy"
+                or p.dtype not in _PRECISE
+                or not uses_formula(optimizer, group)
+            )
         ]
 
     def copy_bytes(self) -> int:
@@ -167,6 +173,15 @@ class OptimizerHooks:
                 stacklevel=2,
             )
             return {}
+
+
+def _skips(optimizer: Any) -> bool:
+    """Return whether a fused optimizer skips this step, because a gradient scaler found infinities.
+
+    This waits for a GPU. The scaler itself skips the steps of other optimizers.
+    """
+    found_inf = getattr(optimizer, "found_inf", None)
+    return found_inf is not None and bool(found_inf)
 
 
 def _nbytes(params: list[Tensor]) -> int:

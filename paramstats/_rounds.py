@@ -20,17 +20,20 @@ class Rounds:
     Args:
         every: the distance of due rounds.
         optimizers: how many optimizers there are.
-        finish: called when a new round begins, before its number is set.
+        give: called with the number and the summary of a due round, when all optimizers have made
+            their step or the next round begins.
     """
 
-    def __init__(self, every: int, optimizers: int, finish: Callable[[], None]) -> None:
+    def __init__(self, every: int, optimizers: int, give: Callable[[int, Summary], None]) -> None:
         self.number = -1
         """The number of the current round."""
         self.every = every
-        self._finish = finish
+        self._give = give
         self._all = (1 << optimizers) - 1
         self._stepped = self._all
         self._next = [0] * optimizers
+        self._parts: list[Summary] = []
+        self._layout: Layout | None = None
 
     def begin(self, optimizer: int = 0, number: int | None = None) -> bool:
         """Count a step and return whether it is due.
@@ -42,7 +45,8 @@ class Rounds:
         """
         bit = 1 << optimizer
         if self._stepped & bit:
-            self._finish()
+            if self._parts:
+                self.finish()
             last = self.number
             self.number = last + 1 if number is None else operator.index(number)
             self._stepped = bit
@@ -55,9 +59,36 @@ class Rounds:
         self._next[optimizer] = self.number - self.number % self.every + self.every
         return True
 
-    def is_complete(self) -> bool:
-        """Return whether every optimizer has made a step in the current round."""
-        return self._stepped == self._all
+    def postpone(self, optimizer: int) -> None:
+        """Make the next step of an optimizer due instead of this one."""
+        self._next[optimizer] = self.number
+
+    def add(self, summary: Summary, layout: Layout) -> None:
+        """Add the summary of a due step, and finish the round if it is the last one.
+
+        Args:
+            summary: of the optimizer's parameters, if there are several optimizers.
+            layout: of all parameters.
+        """
+        self._parts.append(summary)
+        self._layout = layout
+        if self._stepped == self._all:
+            self.finish()
+
+    def summary(self) -> Summary | None:
+        """Return the summary of the due steps in the current round, if it is not finished."""
+        if len(self._parts) < 2:
+            return self._parts[0] if self._parts else None
+        assert self._layout is not None
+        record = JoinedRecord(self._parts, self._layout)
+        return Summary(record.result()) if record.ready() else Summary(None, record)
+
+    def finish(self) -> None:
+        """Give away the summary of the current round, if there is one."""
+        summary = self.summary()
+        if summary is not None:
+            self._parts.clear()
+            self._give(self.number, summary)
 
 
 class JoinedRecord:

@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from paramstats._core.layout import Layout
 from paramstats._core.optimizers import Request, make_request, unwrapped
 from paramstats._core.options import Scaler, scale_of
 from paramstats._core.shard import LocalShard
 from paramstats._core.torch_private import skip_dynamo
 from paramstats._optimizer_hooks import OptimizerHooks, UpdateMethod, tensors_of_step
-from paramstats._rounds import JoinedRecord, Rounds
+from paramstats._rounds import Rounds
 from paramstats._summarize import summarize, tensors_of
 from paramstats._summary import Summary, is_ready_within
 
@@ -75,15 +74,13 @@ class Watcher:
         self._logging = logging
         self._opened = opened
         self._number: Callable[[], int] | None = None
-        self._rounds = Rounds(every, max(1, len(optimizers)), self._finish)
-        self._parts: list[Summary] = []
-        self._layout: Layout | None = None
+        self._rounds = Rounds(every, max(1, len(optimizers)), self.give)
         self._unlogged: tuple[int, Summary] | None = None
         self._summary: Summary | None = None
         self._separate: tuple[torch.optim.Optimizer, ...] = ()
         self._hooks: OptimizerHooks | None = None
         if optimizers:
-            hooked = (self._begin, self._add)
+            hooked = (self._begin, self._rounds)
             self._hooks = OptimizerHooks(source, optimizers, update, reading, *hooked)
 
     def __repr__(self) -> str:
@@ -104,7 +101,8 @@ class Watcher:
 
         With several optimizers, it has the parameters of those that have made this step.
         """
-        return self._joined() if self._parts else self._summary
+        unfinished = self._rounds.summary()
+        return self._summary if unfinished is None else unfinished
 
     @property
     def history(self) -> Appendable | None:
@@ -181,7 +179,7 @@ class Watcher:
         the step of each optimizer, and give it the optimizer. What is logged has one step of each.
         """
         self._separate = make_request(optimizers, "Watcher.separate").optimizers
-        self._rounds = Rounds(self._rounds.every, len(self._separate), self._finish)
+        self._rounds = Rounds(self._rounds.every, len(self._separate), self.give)
 
     def _step_of(self, i: int, grad_scale: float | Scaler, step: int | None) -> None:
         """Count a step of one of the separate optimizers, and read its parameters if it is due."""
@@ -194,39 +192,13 @@ class Watcher:
             only = tensors_of_step(self._separate, i, set(map(id, tensors)))
             request = Request((), only=only)
             reading = {**self._reading, "optimizer": request, "grad_scale": scale}
-            self._add(summarize(self._source, **reading), layout)
+            self._rounds.add(summarize(self._source, **reading), layout)
 
     def _begin(self, optimizer: int) -> bool:
         """Count a step of an optimizer and return whether a summary is due."""
         if self._unlogged is not None:
             self.flush()
         return self._rounds.begin(optimizer, None if self._number is None else self._number())
-
-    def _add(self, summary: Summary, layout: Layout) -> None:
-        """Add the summary of a due step of an optimizer, and finish the step if it is the last.
-
-        Args:
-            summary: of the optimizer's parameters, if there are several optimizers.
-            layout: of all parameters.
-        """
-        self._parts.append(summary)
-        self._layout = layout
-        if self._rounds.is_complete():
-            self._finish()
-
-    def _finish(self) -> None:
-        """Log what the optimizers have done in this step."""
-        if self._parts:
-            summary = self._joined()
-            self._parts.clear()
-            self.give(self._rounds.number, summary)
-
-    def _joined(self) -> Summary:
-        if len(self._parts) == 1:
-            return self._parts[0]
-        assert self._layout is not None
-        record = JoinedRecord(self._parts, self._layout)
-        return Summary(record.result()) if record.ready() else Summary(None, record)
 
     def give(self, step: int, summary: Summary) -> None:
         """Append a summary to the history and log it."""
@@ -254,7 +226,7 @@ class Watcher:
         if self._hooks is not None:
             self._hooks.remove()
         try:
-            self._finish()
+            self._rounds.finish()
             self.flush()
             if self._summary is not None:
                 with contextlib.suppress(Exception):  # ranks that do not log take part in it, too

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import paramstats
-from tests.integrations.training import Logged, digits, network, scalars_of, snapshot
+from tests.integrations.training import Logged, StepTruth, digits, network, scalars_of, snapshot
 
 lightning = pytest.importorskip("lightning.pytorch", reason="lightning is not installed")
 integration = importlib.import_module("paramstats.integrations.lightning")
@@ -100,23 +100,98 @@ def test_all_loggers_of_the_trainer_get_the_scalars_by_default(tmp_path):
         assert {e.step: e.value for e in events.Scalars(key)} == single
 
 
-def test_manual_optimization_with_two_optimizers(tmp_path):
-    class Manual(Module):
-        automatic_optimization = False
+class Gan(lightning.LightningModule):
+    """A generator and a discriminator; each backward leaves stale gradients in the other."""
 
-        def training_step(self, batch, number):
-            for optimizer in self.optimizers():
-                optimizer.zero_grad()
-                self.manual_backward(super().training_step(batch, number))
-                optimizer.step()
+    automatic_optimization = False
 
-        def configure_optimizers(self):
-            return [torch.optim.SGD(layer.parameters(), lr=0.1) for layer in self.net[::2]]
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.gen, self.disc = nn.Linear(4, 64), nn.Linear(64, 2)
+        self.snapshots = {}
 
-    module, logged = Manual(), Logged()
-    trainer = fit(module, tmp_path, ParamStatsCallback(every=4, log=logged), batches=5)
+    def training_step(self, batch, number):
+        for_gen, for_disc = self.optimizers()
+        images, noise = batch[0], torch.randn(len(batch[0]), 4)
+        for_disc.zero_grad()
+        fake = self.disc(self.gen(noise).detach())
+        real = self.disc(images)
+        self.manual_backward((nn.functional.softplus(fake) + nn.functional.softplus(-real)).mean())
+        for_disc.step()
+        for_gen.zero_grad()
+        self.manual_backward(nn.functional.softplus(-self.disc(self.gen(noise))).mean())
+        for_gen.step()
+
+    def configure_optimizers(self):
+        optimizers = [
+            torch.optim.AdamW(self.gen.parameters(), lr=0.01),
+            torch.optim.SGD(self.disc.parameters(), lr=0.1, momentum=0.9),
+        ]
+        self.truth = StepTruth(self, *optimizers)
+        return optimizers
+
+    def on_before_optimizer_step(self, optimizer):
+        own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        copies = snapshot(self)
+        kept = self.snapshots.setdefault(self.trainer.global_step // 2 * 2, copies)
+        kept |= {name: copies[name] for name, p in self.named_parameters() if id(p) in own}
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("optimizer", [False, True])
+def test_each_optimizer_of_a_gan_is_read_at_its_own_step(backend, tmp_path, optimizer, mixed):
+    module, logged = Gan(), Logged()
+    plugins = [mixed_precision(growth_interval=2)] if mixed else []
+    callback = ParamStatsCallback(every=4, log=logged, optimizer=optimizer)
+    trainer = fit(module, tmp_path, callback, batches=5, plugins=plugins)
     assert trainer.global_step == 10
-    logged.check({step: module.snapshots[step] for step in (0, 4, 8)})
+    if optimizer:
+        module.truth.check(logged, {0: 0, 4: 2, 8: 4})
+    else:
+        logged.check({step: module.snapshots[step] for step in (0, 4, 8)})
+
+
+class Stepping(Module):
+    """Has the truth of its steps. Its loss is infinite when `global_step` is in `overflows`."""
+
+    def __init__(self, *arguments, overflows=(), **options):
+        super().__init__(*arguments, **options)
+        self.overflows = overflows
+
+    def training_step(self, batch, number):
+        loss = super().training_step(batch, number)
+        return loss * float("inf") if self.trainer.global_step in self.overflows else loss
+
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        self.truth = StepTruth(self, optimizer)
+        return optimizer
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_state_and_updates_are_logged_after_clipping(backend, tmp_path, mixed):
+    """Lightning calls backward in a closure inside the optimizer's step."""
+    module, logged = Stepping(momentum=0.9), Logged()
+    plugins = [mixed_precision(growth_interval=2)] if mixed else []
+    options = {"accumulate_grad_batches": 2, "gradient_clip_val": 1e-3, "plugins": plugins}
+    callback = ParamStatsCallback(every=2, log=logged, optimizer=True)
+    fit(module, tmp_path, callback, **options)
+    module.truth.check(logged, {0: 0, 2: 2})
+    assert callback.watcher.summary.total.grad.norm == pytest.approx(1e-3, rel=1e-3)
+    assert logged[2]["update_norm/total"] == callback.watcher.summary.total.update.norm
+
+
+@pytest.mark.parametrize("options", [{"make": torch.optim.Adam, "fused": True}, {}])
+def test_steps_that_the_scaler_skips_are_not_logged(backend, tmp_path, options):
+    """A fused optimizer unscales and skips in its own kernel, so its hooks run all the same."""
+    module, logged = Stepping(overflows=(0, 3, 5), **options), Logged()
+    callback = ParamStatsCallback(every=3, log=logged, optimizer=True)
+    fit(module, tmp_path, callback, plugins=[mixed_precision()])
+    numbers = {1: 1, 4: 4, 6: 6}
+    if not options:  # the hooks did not see steps 0, 3 and 5
+        numbers = {1: 0, 4: 2, 6: 3}
+    module.truth.check(logged, numbers)
 
 
 def test_an_optimizer_with_several_evaluations_is_logged_once_per_step(tmp_path):
