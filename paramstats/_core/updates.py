@@ -243,7 +243,7 @@ def cosine(products: Moments, norm: float, other_norm: float, scale: float = 1.0
     if products.nans or not (0 < norm < math.inf and 0 < other_norm < math.inf):
         return math.nan
     value = products.mean * products.count / scale / norm / other_norm
-    return max(-1.0, min(1.0, value))
+    return max(-1.0, min(1.0, value)) if math.isfinite(value) else math.nan  # NaN if unread
 
 
 def root_mean(products: Moments, scale: float = 1.0) -> float:
