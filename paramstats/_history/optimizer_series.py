@@ -76,7 +76,7 @@ class OptimizerSeries:
     @property
     def update_method(self) -> list[str | None]:
         """How the update was found at every step; see `OptimizerStats.update_method`."""
-        return [one and one.update_method for one in self._stats]
+        return [None if one is None else one.update_method for one in self._stats]
 
     def cosine(self, a: str, b: str) -> Array:
         """Return the cosine of two tensors at every step; see `OptimizerStats.cosine`.

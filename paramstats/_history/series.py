@@ -16,8 +16,6 @@ from paramstats._stats import ParamStats
 if TYPE_CHECKING:
     import torch
 
-Bools = npt.NDArray[np.bool_]
-
 
 class TotalSeries(TensorSeries):
     """The statistics of all parameters together; `grad` has those of all gradients together."""
@@ -72,7 +70,9 @@ class ParamSeries(TotalSeries):
         """
         states = np.array(list(map(_finite_state, self._stats)), dtype=np.float64)
         is_known = np.array([_is_update_known(stats) for stats in self._stats], dtype=bool)
-        return min_update_ratio(*states.reshape(-1, 3).T, is_known)
+        ratio = min_update_ratio(*states.reshape(-1, 3).T)
+        ratio[is_known] = NAN
+        return ratio
 
     @property
     def name(self) -> str:
@@ -108,8 +108,8 @@ class ParamSeries(TotalSeries):
         return f"<ParamSeries of {self.name!r}, {len(self)} steps>"
 
 
-def min_update_ratio(count: Array, mean: Array, m2: Array, is_update_known: Bools) -> Array:
-    """Return `ParamSeries.min_update_ratio` from states; the last axis is the steps.
+def min_update_ratio(count: Array, mean: Array, m2: Array) -> Array:
+    """Return the bound of `ParamSeries.min_update_ratio`; the last axis is the steps.
 
     The states are NaN where the tensor is missing, was not read or is not all finite.
     """
@@ -127,7 +127,6 @@ def min_update_ratio(count: Array, mean: Array, m2: Array, is_update_known: Bool
         change = np.hypot(np.sqrt(count[..., 1:]) * np.diff(mean), np.diff(spread))
         is_known = (count[..., 1:] == count[..., :-1]) & (norm > 0)
         ratio[..., 1:] = np.where(is_known, change / norm, NAN)
-    ratio[is_update_known] = NAN
     return ratio
 
 

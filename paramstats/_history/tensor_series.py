@@ -16,6 +16,7 @@ from paramstats._core.options import STATS, did_you_mean
 from paramstats._tensor_stats import TensorStats
 
 Array = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
 
 _UNKNOWN = Statistics(*[NAN] * len(STATS))
 
