@@ -15,6 +15,7 @@ from paramstats._core.updates import (
     ROWS,
     UPDATE_GRAD,
     cosine,
+    eps_fraction,
     root_mean,
 )
 from paramstats._tensor_stats import TensorStats
@@ -146,8 +147,7 @@ class OptimizerStats:
     @property
     def eps_fraction(self) -> float:
         """Share of the elements with sqrt(v) < eps, whose updates Adam's eps makes smaller."""
-        lag = self._record.state(LAG, self._row)
-        return lag.zeros / lag.count if lag.count > 0 else math.nan
+        return eps_fraction(self._record.state(LAG, self._row))
 
     def has(self, row: int) -> bool:
         """Return whether a row of `updates.ROWS` was computed."""

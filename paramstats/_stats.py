@@ -12,7 +12,7 @@ from paramstats._core.format import dtype_name, one_line_name, shape
 from paramstats._core.moments import ROW
 from paramstats._core.optimizer_record import OptimizerRecord
 from paramstats._core.record import Record
-from paramstats._core.updates import UPDATE
+from paramstats._core.updates import UPDATE, ratio
 from paramstats._optimizer_stats import OptimizerStats
 from paramstats._tensor_stats import TensorStats, values_of
 
@@ -186,8 +186,3 @@ class ParamStats(TotalStats):
         count = f" n={self.count:,}" if self.shape is not None and len(self.shape) > 1 else ""
         what = f"{one_line_name(self.name)}: {dtype_name(self.dtype)} {shape(self.shape)}"
         return f"{what}{count}{device} {super()._one_line()}"
-
-
-def ratio(size: float, of: float) -> float:
-    """Return size / of; infinite if only `of` is 0, and NaN if both are."""
-    return size / of if of else (math.inf if size > 0 else math.nan)

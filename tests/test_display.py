@@ -206,7 +206,7 @@ def test_frozen_parameters_can_be_left_out(backend, blocks):
         ({"sort_by": "size"}, "expected sort_by to be name or one of count, .* got 'size'"),
         ({"sort_by": "stddev"}, ".* got 'stddev'; did you mean 'std'"),
         ({"sort_by": 1}, "expected sort_by to be a str, got 1"),
-        ({"kind": "grads"}, "expected kind to be 'param', 'grad', 'buffer' or None, got 'grads'"),
+        ({"kind": "grads"}, "expected kind to be 'param', 'grad', 'update', 'buffer' or None, got"),
         ({"limit": -1}, "expected limit to be a whole number of 0 or more, got -1"),
     ],
 )

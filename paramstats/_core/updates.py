@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from paramstats._core.elements import check_storage, elements, gradient, numel
-from paramstats._core.moments import ABSENT, ROW, Moments, merge, unread
+from paramstats._core.moments import ABSENT, ROW, Moments, is_unread, merge, unread
 from paramstats._core.reference import NO_FLOAT64, Pending, Transfer, reason_of
 from paramstats._core.states import exact, from_row
 from paramstats._core.torch_private import without_modes
@@ -254,7 +254,7 @@ def cosine(products: Moments, norm: float, other_norm: float, scale: float = 1.0
     if products.nans or not (0 < norm < math.inf and 0 < other_norm < math.inf):
         return math.nan
     value = products.mean * products.count / scale / norm / other_norm
-    return max(-1.0, min(1.0, value))
+    return max(-1.0, min(1.0, value)) if math.isfinite(value) else math.nan  # NaN if unread
 
 
 def root_mean(products: Moments, scale: float = 1.0) -> float:
@@ -262,3 +262,13 @@ def root_mean(products: Moments, scale: float = 1.0) -> float:
     if products.nans or not products.count:
         return math.nan
     return math.sqrt(products.mean) / scale
+
+
+def eps_fraction(lag: Moments) -> float:
+    """Return the share of the elements with sqrt(v) < eps from a row of `LAG`."""
+    return math.nan if is_unread(lag) or not lag.count else lag.zeros / lag.count
+
+
+def ratio(size: float, of: float) -> float:
+    """Return size / of; infinite if only `of` is 0, and NaN if both are."""
+    return size / of if of else (math.inf if size > 0 else math.nan)

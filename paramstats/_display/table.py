@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from paramstats._core import moments
-from paramstats._core.entries import Entry, entries, is_read
+from paramstats._core.backend import active
+from paramstats._core.entries import Entry, entries, is_read, states
 from paramstats._core.format import number, one_line_name, percent, shape
 from paramstats._core.moments import Statistics
 from paramstats._core.options import STATS
 from paramstats._core.record import Record
-from paramstats._display.order import Order, order
+from paramstats._core.updates import ratio
+from paramstats._display.order import UPDATE_RATIO, Order, heading, known_kinds, order
 from paramstats._display.tree import Node, outline
 from paramstats._findings import Finding, Findings, Severity, Thresholds
 from paramstats._findings.rules import find
@@ -21,7 +23,6 @@ from paramstats._findings.rules import find
 _COLUMNS = ("mean", "std", "norm", "zero_fraction")
 _COLUMNS_OF_ONE_KIND = ("mean", "std", "norm", "min", "max", "zero_fraction")
 _COUNT, _NORM = STATS.index("count"), STATS.index("norm")
-_GRAD = "grad."
 UNREMARKABLE = ("0%", "none", "frozen", "buffer", "-")
 """Cells that are displayed dimmed."""
 
@@ -71,15 +72,16 @@ def table(
     trainable: bool = False,
 ) -> Table:
     """Return the content of `Summary.table`, which documents the arguments."""
-    if kind not in (None, "param", "grad", "buffer"):
+    if kind not in (None, "param", "grad", "update", "buffer"):
         raise ValueError(
-            f"paramstats.table: expected kind to be 'param', 'grad', 'buffer' or None, got {kind!r}"
+            f"paramstats.table: expected kind to be 'param', 'grad', 'update', 'buffer' or None, "
+            f"got {kind!r}"
         )
     if limit is not None and (not isinstance(limit, int) or limit < 0):
         raise ValueError(
             f"paramstats.table: expected limit to be a whole number of 0 or more, got {limit!r}"
         )
-    wanted = order(sort_by, kind)
+    wanted = order(sort_by, kind, known_kinds(record))
     every = entries(record)
     findings = find(record, Thresholds(), every).at_least(Severity.WARNING)
     shown, frozen = _select(record, every, kind, trainable)
@@ -90,16 +92,10 @@ def table(
     findings = Findings(
         finding for finding in findings if finding.name in names and kind in (None, finding.source)
     )
-    headings = ["shape", *(_COLUMNS if kind is None else _COLUMNS_OF_ONE_KIND)]
-    if kind == "grad":
-        headings[1:] = [_GRAD + column for column in _COLUMNS_OF_ONE_KIND]
-    elif kind is None and any(entry.grad is not None for entry in rows):
-        headings += [_GRAD + column for column in _COLUMNS]
-    kept = None
-    if wanted and wanted.stat != "name":
-        kept = f"{_GRAD}{wanted.stat}" if wanted.of_grad else wanted.stat
-        if kept not in headings:
-            headings.append(kept)
+    headings = _headings(rows, kind)
+    kept = wanted.heading if wanted else None
+    if kept is not None and kept not in headings:
+        headings.append(kept)
     builder = _Builder(record, rows, headings, kind, findings)
     lines = [*builder.body(wanted, limit)]
     if frozen:
@@ -108,10 +104,30 @@ def table(
     return Table(headings, lines, findings, _notes(record, findings), kept)
 
 
+def _headings(rows: Sequence[Entry], kind: str | None) -> list[str]:
+    """Return the headings of the columns of a table of this kind."""
+    if kind is not None:
+        of = kind if kind in ("grad", "update") else "param"
+        ratios = [UPDATE_RATIO] if kind == "update" else []
+        return ["shape", *(heading(column, of) for column in _COLUMNS_OF_ONE_KIND), *ratios]
+    headings = ["shape", *_COLUMNS]
+    if any(entry.grad is not None for entry in rows):
+        headings += [heading(column, "grad") for column in _COLUMNS]
+    updates = [entry.update for entry in rows if entry.update is not None]
+    if updates:
+        headings.append(UPDATE_RATIO)
+        if any(update.zero_count > 0 for update in updates):
+            headings.append(heading("zero_fraction", "update"))
+    return headings
+
+
 def _select(
     record: Record, every: Sequence[Entry], kind: str | None, trainable: bool
 ) -> tuple[Sequence[int], int]:
-    """Return the rows that a table shows, and how many frozen ones a gradient table omits."""
+    """Return the rows that a table shows, and how many frozen ones are left out.
+
+    A table of gradients or updates leaves out the frozen parameters that have none.
+    """
     layout, n = record.layout, len(record.layout)
     rows: Sequence[int] = range(n)
     if kind is not None:
@@ -119,15 +135,32 @@ def _select(
     if trainable:
         rows = [row for row in rows if layout.requires_grad[row]]
     frozen = 0
-    if kind == "grad":
+    if kind in ("grad", "update"):
         total = len(rows)
-        rows = [row for row in rows if layout.requires_grad[row] or every[row].grad is not None]
+        rows = [row for row in rows if layout.requires_grad[row] or every[row].of(kind)]
         frozen = total - len(rows)
     return rows, frozen
 
 
+class _Columns(NamedTuple):
+    """Neighboring columns of one kind."""
+
+    kind: str
+    """See `Entry.of`; or "update_ratio", which is one column."""
+    stats: list[tuple[int, Callable[[float], str]]]
+    """The position of each statistic in `Statistics`, and the function that formats it."""
+
+
+def _grouped(headings: Sequence[str]) -> list[_Columns]:
+    """Return the columns with these headings."""
+    pairs = [(h, h) if h == UPDATE_RATIO else h.rpartition(".")[::2] for h in headings]
+    groups = itertools.groupby(pairs, lambda pair: pair[0] or "param")
+    return [_Columns(kind, [_column(stat) for _, stat in group]) for kind, group in groups]
+
+
 def _column(stat: str) -> tuple[int, Callable[[float], str]]:
-    """Return the position of a statistic in `Statistics`, and the function that formats it."""
+    if stat == UPDATE_RATIO:
+        return -1, number
     text: Callable[[float], str] = percent if stat == "zero_fraction" else number
     return STATS.index(stat), "{:,.0f}".format if stat.endswith("count") else text
 
@@ -146,11 +179,12 @@ class _Builder:
         self.record = record
         self.rows = rows
         self.kind = kind
-        # Neighboring columns of the tensor or of its gradient, without that of the shape.
-        self.groups = [
-            (of_grad, [_column(heading.removeprefix(_GRAD)) for heading in group])
-            for of_grad, group in itertools.groupby(headings[1:], lambda h: h.startswith(_GRAD))
-        ]
+        self.groups = _grouped(headings[1:])  # without that of the shape
+        # What is merged for blocks and the total: twice, as merge_rows expects gradients, too.
+        merging = {"param", *(columns.kind for columns in self.groups)}
+        if UPDATE_RATIO in merging:
+            merging = merging - {UPDATE_RATIO} | {"update"}
+        self.tables = {one: 2 * states(record, one) for one in merging}
         self.no_cells = [""] * len(headings)
         self.findings: dict[str, list[Finding]] = {}
         for finding in findings:
@@ -170,7 +204,7 @@ class _Builder:
             missing = "none" if entry.requires_grad else "frozen"
             if entry.kind == "buffer":
                 missing = "buffer"
-            cells = self._cells(shape(entry.shape), entry.value, entry.grad, missing)
+            cells = self._cells(shape(entry.shape), entry.of, missing)
             findings = self.findings.get(entry.name, ())
             yield Line("tensor", node.depth, label, entry.name, cells, findings)
             for alias in entry.aliases:
@@ -202,31 +236,44 @@ class _Builder:
 
     def _merged(self, begin: int, end: int) -> tuple[str, ...]:
         """Return the cells of the tensors [begin, end) merged into one."""
-        record = self.record
-        merged = record.merged(begin, end)
-        value = moments.finalize_row(merged, 0, record.correction, 1)
-        grad = None
-        if not moments.is_absent(merged, 1):
-            grad = moments.finalize_row(merged, 1, record.correction, record.grad_scale)
-        counted = grad if self.kind == "grad" else value
+        record, found = self.record, {}
+        for kind, table in self.tables.items():
+            merged, row = active().merge_rows(table, begin, end), int(kind != "param")
+            if not moments.is_absent(merged, row):
+                scale = record.grad_scale if kind == "grad" else 1
+                found[kind] = moments.finalize_row(merged, row, record.correction, scale)
+        counted = found.get(self.kind if self.kind in ("grad", "update") else "param")
         count = 0 if counted is None else counted.count
-        return self._cells(f"{count:,.0f}", value, grad, "")
+        return self._cells(f"{count:,.0f}", found.get, "")
 
     def _cells(
-        self, size: str, value: Statistics, grad: Statistics | None, missing_norm: str
+        self, size: str, of: Callable[[str], Statistics | None], missing_norm: str
     ) -> tuple[str, ...]:
+        """Return the cells of a line.
+
+        Args:
+            size: the cell of the shape.
+            of: returns the statistics of a kind.
+            missing_norm: the text for the norm of what is missing.
+        """
         cells = [size]
-        for of_grad, columns in self.groups:
-            statistics = grad if of_grad else value
+        for kind, columns in self.groups:
+            statistics = of("update" if kind == UPDATE_RATIO else kind)
             if statistics is None:
                 cells += [missing_norm if position == _NORM else "" for position, _ in columns]
-            elif is_read(statistics):
-                cells += [text(statistics[position]) for position, text in columns]
-            else:
+            elif not is_read(statistics):
                 cells += [
                     text(statistics.count) if position == _COUNT else "-"
                     for position, text in columns
                 ]
+            elif kind == UPDATE_RATIO:
+                value = of("param")
+                if value is None or not is_read(value):
+                    cells.append("-")
+                else:
+                    cells.append(number(ratio(statistics.norm, value.norm)))
+            else:
+                cells += [text(statistics[position]) for position, text in columns]
         return tuple(cells)  # unlike a list, it costs the garbage collector nothing
 
 

@@ -22,12 +22,18 @@ _DROP_ORDER = (
     "zero_fraction",
     "grad.min",
     "grad.max",
+    "update.min",
+    "update.max",
     "min",
     "max",
+    "update.mean",
+    "update.std",
     "grad.std",
     "mean",
     "std",
+    "update.zero_fraction",
     "shape",
+    "update_ratio",
 )
 """The order in which columns are left out if the width is too small."""
 

@@ -14,6 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from paramstats._core.format import one_line_name
+
 WIDTH = 9.0
 """Inches: 900 pixels at matplotlib's default resolution, the width of a README."""
 
@@ -36,7 +38,17 @@ _TITLES = {
     "min": "minimum",
     "max": "maximum",
 }
-_MAGNITUDES = {"norm", "rms", "std", "var", "abs_max", "min_update_ratio"}
+_KINDS = {"grad": "gradient", "param": "parameter"}
+_DERIVED_TITLES = {
+    "min_update_ratio": "minimum update ratio since the previous entry",
+    "update_ratio": "update ratio",
+    "optimizer_rms": "gradients relative to Adam's second moment, root mean square",
+    "optimizer_eps_fraction": "share of elements with a second moment below Adam's eps",
+}
+_MAGNITUDES = {
+    *("norm", "rms", "std", "var", "abs_max"),
+    *("min_update_ratio", "update_ratio", "optimizer_rms"),
+}
 
 
 class NotebookFigure(Figure):
@@ -61,10 +73,12 @@ def figure_of(ax: Axes) -> Figure:
 
 def title(stat: str, kind: str) -> str:
     """Return the title of a plot, such as "gradient L2 norm"."""
-    if stat == "min_update_ratio":
-        return "minimum update ratio since the previous entry"
-    statistic = _TITLES.get(stat, stat.replace("_", " "))
-    return f"{'gradient' if kind == 'grad' else 'parameter'} {statistic}"
+    if stat in _DERIVED_TITLES:
+        return _DERIVED_TITLES[stat]
+    if "_cosine_" in stat:
+        a, b = (_KINDS.get(one, one) for one in stat.split("_cosine_"))
+        return f"cosine of {a} and {b}"
+    return f"{_KINDS.get(kind, one_line_name(kind))} {_TITLES.get(stat, stat.replace('_', ' '))}"
 
 
 def is_magnitude(stat: str) -> bool:

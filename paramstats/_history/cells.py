@@ -8,14 +8,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from paramstats._core.backend import active
+from paramstats._core.derived import derived, derived_names
+from paramstats._core.entries import column_kinds, column_name, finalized, statistics
+from paramstats._core.entries import states as rows_of
 from paramstats._core.layout import Layout
 from paramstats._core.moments import ABSENT, NAN, ROW, Moments, unread
 from paramstats._core.options import STATS
 from paramstats._core.record import Record
-from paramstats._history.series import Array, TotalSeries, min_update_ratio
-
-Bools = npt.NDArray[np.bool_]
+from paramstats._history.series import TotalSeries, min_update_ratio
+from paramstats._history.tensor_series import Array, Bools
 
 _STATE = np.dtype([(name, "<i8" if i < 5 else "<f8") for i, name in enumerate(Moments._fields)])
 """The dtype of a row of a record's table; see `moments.ROW`."""
@@ -29,13 +30,13 @@ class Cells(NamedTuple):
     steps: npt.NDArray[np.int64]
     names: Sequence[str]
     stat: str
-    """A name in `STATS`, or "min_update_ratio", for which `kind` has no meaning."""
+    """A name in `STATS`; or "min_update_ratio" or a name in `DERIVED`, which ignore `kind`."""
     kind: str
-    """Either "grad" for the gradients, or "param" for the tensors themselves."""
+    """What the statistic is of: "grad", "param", "update" or a key of the optimizer's state."""
     values: Array
     """An array of shape (tensors, steps); NaN for missing and unread tensors."""
     is_nonfinite: Bools
-    """Whether each tensor or gradient has NaN or infinite elements at each step."""
+    """Whether each tensor of the kind has NaN or infinite elements at each step."""
 
     def is_empty(self) -> bool:
         """Return whether there is nothing to draw."""
@@ -50,59 +51,88 @@ def collect(
     kind: str,
 ) -> Cells:
     """Return the statistic `stat` of the tensors `names`, from one record per step; see `Cells`."""
-    is_ratio = stat == "min_update_ratio"
-    half = 1 if kind == "grad" and not is_ratio else 0
-    moments = np.empty((3 if is_ratio else 1, len(names), len(records)))
+    is_bound = stat == "min_update_ratio"
+    if is_bound:
+        kind = "param"
+    elif stat not in STATS:  # of two tensors: the one whose elements are marked
+        kind = "update" if stat.startswith("update") else "grad"
+    moments = np.empty((3 if is_bound else 1, len(names), len(records)))
     is_nonfinite = np.empty((len(names), len(records)), bool)
-    for i, (record, states) in enumerate(_selected(records, names)):
-        own = states[half]
+    is_update_known = np.zeros((len(names), len(records)), bool)
+    for i, (record, rows) in enumerate(_rows(records, names)):
+        own = _selected(record, kind, rows)
         is_nonfinite[:, i] = own["nans"] + own["pos_infs"] + own["neg_infs"] > 0
-        if is_ratio:
+        if is_bound:
             moments[:, :, i] = own["count"], own["mean"], own["m2"]
-        else:
-            column = _statistics(states.tobytes(), record)[half, :, STATS.index(stat)]
+            is_update_known[:, i] = ~np.isnan(_selected(record, "update", rows)["mean"])
+        elif stat in STATS:
+            column = _values(finalized(own.tobytes(), record, kind))[:, STATS.index(stat)]
             moments[0, :, i] = np.where(np.isnan(own["mean"]), NAN, column)
-    if is_ratio:
+        else:
+            moments[0, :, i] = np.array([*derived(record, stat), NAN])[rows]
+    if is_bound:
         moments[:, is_nonfinite] = NAN
-    values = min_update_ratio(*moments) if is_ratio else moments[0]
+    values = min_update_ratio(*moments) if is_bound else moments[0]
+    values[is_update_known] = NAN
     return Cells(steps, names, stat, kind, values, is_nonfinite)
 
 
 def with_total(cells: Cells, total: TotalSeries) -> Cells:
     """Return the cells with one more row, that of all parameters together."""
-    series = total.grad if cells.kind == "grad" else total
+    series: Any = total
+    if cells.kind in ("grad", "update"):
+        series = getattr(total, cells.kind)
+    elif cells.kind != "param":
+        series = total.optimizer.state[cells.kind]
+    stat = cells.stat
+    if stat in STATS:
+        values = getattr(series, stat)
+    elif "_cosine_" in stat:
+        values = total.optimizer.cosine(*stat.split("_cosine_"))
+    elif stat.startswith("optimizer_"):
+        values = getattr(total.optimizer, stat.removeprefix("optimizer_"))
+    else:
+        values = getattr(total, stat)
     return cells._replace(
         names=[*cells.names, "total"],
-        values=np.vstack([cells.values, getattr(series, cells.stat)]),
+        values=np.vstack([cells.values, values]),
         is_nonfinite=np.vstack([cells.is_nonfinite, series.nonfinite_count > 0]),
     )
 
 
-def table_of(records: Sequence[Record], columns: Sequence[int]) -> Array:
-    """Return a row per record and tensor: its statistics, then those of its gradient.
+def columns_of(records: Sequence[Record], stats: Sequence[str]) -> dict[str, Array]:
+    """Return columns with a value per record and tensor, by the names of `Summary.to_pandas`."""
+    kinds = dict.fromkeys(("param", "grad"))
+    kinds |= dict.fromkeys(kind for record in records for kind in column_kinds(record))
+    out: dict[str, Array] = {}
+    for kind in kinds:
+        tables = [_values(statistics(record, kind)) for record in records]
+        table = np.concatenate([np.empty((0, len(STATS))), *tables])
+        for stat in stats:
+            out.setdefault(column_name(stat, kind), table[:, STATS.index(stat)])
+    for name in dict.fromkeys(name for record in records for name in derived_names(record)):
+        out[name] = np.concatenate([derived(record, name) for record in records])
+    return out
 
-    `columns` are positions in `STATS`.
-    """
-    tables = [_statistics(record.table, record)[:, :, list(columns)] for record in records]
-    return np.concatenate([np.empty((0, 2 * len(columns))), *map(np.hstack, map(tuple, tables))])
+
+def _values(rows: bytes) -> Array:
+    """Return float64 rows of statistics as an array of shape (rows, statistics)."""
+    return np.frombuffer(rows).reshape(-1, len(STATS))
 
 
-def _statistics(table: bytes, record: Record) -> Array:
-    """Return the statistics of a table of states as (tensors or gradients, rows, statistics)."""
-    made = active().finalize_table(table, record.correction, record.grad_scale)
-    return np.frombuffer(made).reshape(2, -1, len(STATS))
+def _selected(record: Record, kind: str, rows: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+    """Return the states of some rows of a kind; the row after the last is absent."""
+    return np.frombuffer(rows_of(record, kind) + _ABSENT_ROW, _STATE)[rows]
 
 
-def _selected(
+def _rows(
     records: Sequence[Record], names: Sequence[str]
-) -> Iterator[tuple[Record, npt.NDArray[Any]]]:
-    """Yield each record and the states of `names` in it, of shape (tensors or gradients, names)."""
+) -> Iterator[tuple[Record, npt.NDArray[np.int64]]]:
+    """Yield each record and the rows of `names` in it; the row after the last is a missing one."""
     rows: dict[Layout, npt.NDArray[np.int64]] = {}
     for record in records:
-        layout, n = record.layout, len(record.layout)
+        layout = record.layout
         if layout not in rows:
-            found = [layout.index.get(name) for name in names]
-            tensors = [2 * n if row is None else row for row in found]
-            gradients = [2 * n if row is None else n + row for row in found]
-            rows[layout] = np.array([tensors, gradients], dtype=np.int64)
-        yield record, np.frombuffer(record.table + _ABSENT_ROW, _STATE)[rows[layout]]
+            found = [layout.index.get(name, len(layout)) for name in names]
+            rows[layout] = np.array(found, dtype=np.int64)
+        yield record, rows[layout]

@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from paramstats._core.derived import DERIVED
+from paramstats._core.entries import column_kinds
+from paramstats._core.options import STATS
 from paramstats._history import cells, heatmap, line_plot
 from paramstats._history.json_lines import Entry
 from paramstats._history.selection import Names, check_plot, choose
@@ -16,6 +19,9 @@ from paramstats._summary import layout_of, record_of
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+
+_NAMES = {"grad": "gradients", "param": "statistics", "update": "updates"}
 
 
 def draw(
@@ -37,13 +43,13 @@ def draw(
     """
     if not entries:
         raise ValueError(f"{function}: expected entries, got an empty history")
-    check_plot(function, stat, kind)
+    records = [record_of(entry.summary) for entry in entries]
+    check_plot(function, stat, kind, dict.fromkeys(k for r in records for k in column_kinds(r)))
     layouts = list(dict.fromkeys(layout_of(entry.summary) for entry in entries))
     chosen = choose(function, names, layouts)
     has_total = "total" in chosen and not any("total" in layout.index for layout in layouts)
     tensors = chosen[:-1] if has_total else chosen
     steps = np.array([entry.step for entry in entries], dtype=np.int64)
-    records = [record_of(entry.summary) for entry in entries]
     data = cells.collect(steps, records, tensors, stat, kind)
     is_heatmap = len(chosen) > max_lines
     if has_total and not is_heatmap:
@@ -52,7 +58,16 @@ def draw(
         total = TotalSeries(steps, [entry.summary.total for entry in entries])
         data = cells.with_total(data, total)
     if data.is_empty():
-        what = "gradients" if kind == "grad" else "statistics"
-        remedy = "; kind='param' draws the tensors themselves" if kind == "grad" else ""
+        what = stat if stat not in STATS else _NAMES.get(kind, f"statistics of {kind}")
+        remedy = _remedy(stat, kind)
         raise ValueError(f"{function}: expected {what}, got none at any step{remedy}")
     return heatmap.draw_heatmap(data, ax) if is_heatmap else line_plot.draw_lines(data, ax)
+
+
+def _remedy(stat: str, kind: str) -> str:
+    """Return what to do if there is nothing to draw."""
+    if stat in DERIVED or (stat in STATS and kind == "update"):
+        return "; summarize(model, optimizer=optimizer) reads updates and the optimizer's state"
+    if stat == "min_update_ratio":
+        return "; stat='update_ratio' draws the exact ratio, where it is known"
+    return "; kind='param' draws the tensors themselves" if kind == "grad" else ""

@@ -13,10 +13,11 @@ from matplotlib.colors import ListedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from paramstats._core.options import STATS
 from paramstats._history import axes
-from paramstats._history.cells import Bools, Cells
+from paramstats._history.cells import Cells
 from paramstats._history.labels import label_capacity, shortened
-from paramstats._history.series import Array
+from paramstats._history.tensor_series import Array, Bools
 
 MAX_COLUMNS = 900
 """Maximum number of columns. With more entries, neighboring ones share a column."""
@@ -72,7 +73,7 @@ def draw_heatmap(data: Cells, ax: Axes | None) -> Figure:
         bar_axes = ax.inset_axes((1 + wide, 0, wide, 1))  # a separate Axes would shrink this one
         bar = ax.figure.colorbar(mesh, cax=bar_axes, extend=extend, extendfrac=high)
         bar.ax.tick_params(labelsize=axes.SMALL)
-    missing = "no gradient" if kind == "grad" and stat != "min_update_ratio" else "not known"
+    missing = "no gradient" if kind == "grad" and stat in STATS else "not known"
     meanings = {_MISSING: missing, _ZERO: "zero", _NONFINITE: "NaN or Inf"}
     patches = [
         Patch(facecolor=SPECIAL_COLORS[code], edgecolor="#616e7c", linewidth=0.5, label=meaning)
@@ -82,7 +83,8 @@ def draw_heatmap(data: Cells, ax: Axes | None) -> Figure:
     if patches:
         axes.add_legend(ax, patches)
     axes.format_axes(ax, edges[0], edges[-1])
-    ax.set_title(axes.title(stat, kind) + (", magnitude" if stat in _SIGNED else ""), loc="left")
+    note = ", magnitude" if stat in _SIGNED or "_cosine_" in stat else ""
+    ax.set_title(axes.title(stat, kind) + note, loc="left")
     _label_rows(ax, names)
     return axes.figure_of(ax)
 

@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from paramstats._history import axes
 from paramstats._history.cells import Cells
 from paramstats._history.labels import label_lines
-from paramstats._history.series import Array
+from paramstats._history.tensor_series import Array
 
 _COLORS = (
     *("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#616e7c"),  # Okabe and Ito, grey

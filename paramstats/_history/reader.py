@@ -20,6 +20,7 @@ from paramstats._core.denormals import with_denormals
 from paramstats._core.layout import Layout
 from paramstats._history import json_lines
 from paramstats._history.json_lines import HEADER, Entry
+from paramstats._history.state_columns import expect
 
 _MAX_HEADER_BYTES = 4096
 """Limit, because a file of another kind may have no newline."""
@@ -96,7 +97,7 @@ class Reader:
         if not line.endswith(b"\n"):
             raise ValueError("no newline")
         content = json.loads(line)
-        json_lines.expect(type(content) is dict, "an object", content)
+        expect(type(content) is dict, "an object", content)
         if "names" in content:
             return json_lines.parse_layout(content)
         if self.layout is None:

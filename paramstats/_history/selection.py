@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
+from paramstats._core.derived import DERIVED
 from paramstats._core.layout import Layout
 from paramstats._core.options import STATS, Pattern, did_you_mean
 
@@ -12,15 +13,18 @@ Names = Pattern | Iterable[Pattern]
 _NAMES = "names, or regular expressions that match some"
 
 
-def check_plot(function: str, stat: str, kind: str) -> None:
-    """Raise ValueError if `stat` or `kind` is unknown."""
-    if stat not in STATS and stat != "min_update_ratio":
-        known = ", ".join((*STATS, "min_update_ratio"))
+def check_plot(function: str, stat: str, kind: str, known: Iterable[str]) -> None:
+    """Raise ValueError if `stat` or `kind` is unknown; `known` are kinds that the history has."""
+    stats = (*STATS, *DERIVED, "min_update_ratio")
+    if stat not in stats:
         raise ValueError(
-            f"{function}: expected stat to be one of {known}, got {stat!r}{did_you_mean(stat)}"
+            f"{function}: expected stat to be one of {', '.join(stats)}, got {stat!r}"
+            f"{did_you_mean(stat)}"
         )
-    if kind not in ("grad", "param"):
-        raise ValueError(f"{function}: expected 'grad' or 'param' for kind, got {kind!r}")
+    kinds = dict.fromkeys(("grad", "param", "update", *known))
+    if kind not in kinds:
+        *most, last = map(repr, kinds)
+        raise ValueError(f"{function}: expected {', '.join(most)} or {last} for kind, got {kind!r}")
 
 
 def choose(function: str, names: Names | None, layouts: Sequence[Layout]) -> list[str]:

@@ -1,103 +1,20 @@
-"""The statistics of one tensor over a history: arrays where a summary has numbers.
-
-Imported when a history is first asked for arrays, because `import paramstats` must not need numpy.
-"""
+"""The statistics of one parameter, and of all parameters together, over a history."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from paramstats._core.moments import NAN, Statistics
-from paramstats._core.options import STATS, did_you_mean
+from paramstats._core.moments import NAN
+from paramstats._history.optimizer_series import OptimizerSeries
+from paramstats._history.tensor_series import Array, TensorSeries
 from paramstats._stats import ParamStats
-from paramstats._tensor_stats import TensorStats
 
 if TYPE_CHECKING:
     import torch
-
-Array = npt.NDArray[np.float64]
-
-_UNKNOWN = Statistics(*[NAN] * len(STATS))
-
-
-class _Statistic:
-    """A statistic at every step, under the name that it has in `TensorStats`."""
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self._column = STATS.index(name)
-
-    def __get__(self, series: TensorSeries | None, owner: type) -> Array:
-        if series is None:
-            return self  # type: ignore[return-value]  # looked up in the class, by help()
-        return series._statistics()[:, self._column].copy()
-
-
-class TensorSeries:
-    """The statistics of one tensor at every step, each as a float64 array of the length of `steps`.
-
-    >>> import torch, paramstats
-    >>> history = paramstats.History()
-    >>> for step in range(3):
-    ...     history.append(step, paramstats.summarize({"w": torch.full((4,), float(step))}))
-    >>> history["w"].norm
-    array([0., 2., 4.])
-
-    Steps without such a tensor are NaN.
-    """
-
-    __slots__ = ("_stats", "_table", "steps")
-
-    count = _Statistic()
-    mean = _Statistic()
-    std = _Statistic()
-    var = _Statistic()
-    norm = _Statistic()
-    rms = _Statistic()
-    min = _Statistic()
-    max = _Statistic()
-    abs_max = _Statistic()
-    zero_count = _Statistic()
-    zero_fraction = _Statistic()
-    nan_count = _Statistic()
-    pos_inf_count = _Statistic()
-    neg_inf_count = _Statistic()
-    nonfinite_count = _Statistic()
-
-    def __init__(self, steps: npt.NDArray[np.int64], stats: Sequence[TensorStats | None]) -> None:
-        self.steps = steps
-        self._stats: Sequence[Any] = stats
-        self._table: Array | None = None
-
-    def _statistics(self) -> Array:
-        """Return all statistics as an array of shape (steps, statistics)."""
-        if self._table is None:
-            rows = [_UNKNOWN if stats is None else stats.statistics() for stats in self._stats]
-            self._table = np.array(rows, dtype=np.float64).reshape(-1, len(STATS))
-        return self._table
-
-    @property
-    def finite(self) -> TensorSeries:
-        """The statistics of the finite elements only."""
-        return TensorSeries(self.steps, [stats and stats.finite for stats in self._stats])
-
-    def __len__(self) -> int:
-        return len(self.steps)
-
-    def __repr__(self) -> str:
-        return f"<{type(self).__name__} of {len(self)} steps>"
-
-    if not TYPE_CHECKING:  # type checkers should report the names that do not exist
-
-        def __getattr__(self, name: str) -> NoReturn:
-            raise AttributeError(
-                f"'{type(self).__name__}' object has no attribute {name!r}{did_you_mean(name)}",
-                name=name,
-                obj=self,
-            )
 
 
 class TotalSeries(TensorSeries):
@@ -109,6 +26,21 @@ class TotalSeries(TensorSeries):
     def grad(self) -> TensorSeries:
         """The statistics of the gradient; NaN at steps without one."""
         return TensorSeries(self.steps, [stats and stats.grad for stats in self._stats])
+
+    @property
+    def update(self) -> TensorSeries:
+        """The statistics of the update by the optimizer's last step; NaN where it is not known."""
+        return TensorSeries(self.steps, [stats and stats.update for stats in self._stats])
+
+    @property
+    def update_ratio(self) -> Array:
+        """The norm of the update divided by that of the parameter; NaN where it is not known."""
+        return np.array([NAN if stats is None else stats.update_ratio for stats in self._stats])
+
+    @property
+    def optimizer(self) -> OptimizerSeries:
+        """What the optimizer knows of it; NaN at steps without `summarize(optimizer=...)`."""
+        return OptimizerSeries(self.steps, [stats and stats.optimizer for stats in self._stats])
 
 
 class ParamSeries(TotalSeries):
@@ -132,12 +64,15 @@ class ParamSeries(TotalSeries):
         not see a change that keeps mean and spread, such as two swapped elements.
 
         NaN at the first step, if the number of elements changed, if w0 is zero, and if either
-        tensor is missing, was not read or has NaN or infinite elements. A history that has dropped
-        entries compares the remaining ones. Values below 1e-5 are within rounding error for float32
-        and shorter dtypes.
+        tensor is missing, was not read or has NaN or infinite elements. Also NaN where the update
+        itself is known: see `update_ratio`. A history that has dropped entries compares the
+        remaining ones. Values below 1e-5 are within rounding error for float32 and shorter dtypes.
         """
         states = np.array(list(map(_finite_state, self._stats)), dtype=np.float64)
-        return min_update_ratio(*states.reshape(-1, 3).T)
+        is_known = np.array([_is_update_known(stats) for stats in self._stats], dtype=bool)
+        ratio = min_update_ratio(*states.reshape(-1, 3).T)
+        ratio[is_known] = NAN
+        return ratio
 
     @property
     def name(self) -> str:
@@ -174,7 +109,7 @@ class ParamSeries(TotalSeries):
 
 
 def min_update_ratio(count: Array, mean: Array, m2: Array) -> Array:
-    """Return `ParamSeries.min_update_ratio` from states; the last axis is the steps.
+    """Return the bound of `ParamSeries.min_update_ratio`; the last axis is the steps.
 
     The states are NaN where the tensor is missing, was not read or is not all finite.
     """
@@ -201,3 +136,8 @@ def _finite_state(entry: ParamStats | None) -> tuple[float, float, float]:
         return NAN, NAN, NAN
     state = entry.state()
     return state.count, state.mean, state.m2
+
+
+def _is_update_known(entry: ParamStats | None) -> bool:
+    update = None if entry is None else entry.update
+    return update is not None and update.is_read()

@@ -6,12 +6,15 @@ import math
 import sys
 
 from paramstats._core.layout import Layout
-from paramstats._core.moments import ROW
+from paramstats._core.optimizer_record import OptimizerRecord
 from paramstats._history.json_lines import Entry
-from paramstats._summary import Summary, layout_of
+from paramstats._summary import Summary, layout_of, record_of
 
 _ENTRY_BYTES = 400
 """Size of an entry without its table of states: the Summary, the Entry and their numbers."""
+
+_NUMBER_BYTES = 64
+"""Size of a hyperparameter: the number, and the name if it was made for one summary."""
 
 _LAYOUT_ROW_BYTES = 256
 """Size of a tensor in a layout without its name and shape: seven tuple items, an index item."""
@@ -35,7 +38,7 @@ class ThinnedEntries:
         self.entries: list[Entry] = []
         self._max_bytes = max_bytes
         self._spacing = 1
-        self._layouts: dict[Layout, int] = {}  # bytes of an entry, by its layout
+        self._layouts: set[Layout] = set()  # those that are counted
         self._measured = (0, 0)  # serial of the last entry that is counted; bytes
 
     def copy(self) -> ThinnedEntries:
@@ -74,18 +77,16 @@ class ThinnedEntries:
             first -= 1  # it was kept only as the latest
         counted, size = self._measured
         for dropped in entries[first:]:
-            size -= _entry_bytes(layout_of(dropped.summary))
-        own = self._layouts.get(layout)
-        if own is None:
-            own = _entry_bytes(layout)
+            size -= _entry_bytes(dropped.summary)
+        size += _entry_bytes(summary)
+        if layout not in self._layouts:
             size += _layout_bytes(layout)
-        size += own
         entries[first:] = [entry]
         if counted != last or size > self._max_bytes:  # `last` may be of an interrupted call
             self._thin()
         else:
             self._measured = (last + 1, size)
-            self._layouts[layout] = own
+            self._layouts.add(layout)
         return entry
 
     @property
@@ -109,16 +110,16 @@ class ThinnedEntries:
             self._spacing *= 2
             kept, size = self._spaced()
         self.entries[:] = kept
-        layouts = {layout_of(entry.summary) for entry in kept}
-        self._layouts = {layout: _entry_bytes(layout) for layout in layouts}
+        self._layouts = {layout_of(entry.summary) for entry in kept}
         self._measured = (kept[-1].serial, size)
 
     def _spaced(self) -> tuple[list[Entry], int]:
         """Return the entries to keep at the present spacing, and their size."""
         kept = [entry for entry in self.entries[:-1] if entry.number % self._spacing == 0]
         kept.append(self.entries[-1])
-        layouts = [layout_of(entry.summary) for entry in kept]
-        return kept, sum(map(_entry_bytes, layouts)) + sum(map(_layout_bytes, set(layouts)))
+        summaries = [entry.summary for entry in kept]
+        layouts = set(map(layout_of, summaries))
+        return kept, sum(map(_entry_bytes, summaries)) + sum(map(_layout_bytes, layouts))
 
 
 def _interpolated_number(before: Entry, after: Entry, step: int) -> int:
@@ -127,8 +128,17 @@ def _interpolated_number(before: Entry, after: Entry, step: int) -> int:
     return before.number + round((after.number - before.number) * share)
 
 
-def _entry_bytes(layout: Layout) -> int:
-    return 2 * len(layout) * ROW.size + _ENTRY_BYTES
+def _entry_bytes(summary: Summary) -> int:
+    record = record_of(summary)
+    size = len(record.table) + _ENTRY_BYTES
+    return size if record.optimizer is None else size + _optimizer_bytes(record.optimizer)
+
+
+def _optimizer_bytes(record: OptimizerRecord) -> int:
+    """Return the size of an optimizer's part; the groups of one entry share nothing with others."""
+    groups = {id(group): group for group in record.hyperparameters if group is not None}
+    of_groups = sum(sys.getsizeof(group) + _NUMBER_BYTES * len(group) for group in groups.values())
+    return len(record.table) + 16 * len(record.methods) + of_groups + _ENTRY_BYTES
 
 
 def _layout_bytes(layout: Layout) -> int:

@@ -84,19 +84,20 @@ class Views:
 
         Args:
             stats: names of statistics. Columns of gradients begin with `grad_`; they are NaN where
-                there is no gradient.
+                there is no gradient. With `summarize(optimizer=...)`, there are also columns of
+                updates (`update_`), of the optimizer's state (such as `exp_avg_`), and those of
+                `Summary.to_pandas` that need two tensors, such as `update_ratio`.
         """
         frames = import_optional("pandas", "History.to_pandas")
-        chosen, positions = checked_stats(stats, "History.to_pandas")
-        from paramstats._history.cells import table_of
+        chosen, _ = checked_stats(stats, "History.to_pandas")
+        from paramstats._history.cells import columns_of
 
         entries = self._entries()
         names = [name for entry in entries for name in entry.summary]
         steps = _steps(entries).repeat([len(entry.summary) for entry in entries])
         frame: pandas.DataFrame = frames.DataFrame(
-            table_of([record_of(entry.summary) for entry in entries], positions),
+            columns_of([record_of(entry.summary) for entry in entries], chosen),
             index=frames.MultiIndex.from_arrays((steps, names), names=("step", "name")),
-            columns=[*chosen, *(f"grad_{name}" for name in chosen)],
         )
         return frame
 
@@ -124,8 +125,12 @@ class Views:
             names: one or several names, or regular expressions to search in the names. "total" is
                 all parameters together. None: all tensors. With more than twenty selected tensors
                 (ten if None), a `heatmap` without the total is drawn.
-            stat: a statistic of `TensorStats`, or "min_update_ratio", which ignores `kind`.
-            kind: "grad" for gradients, "param" for the tensors themselves.
+            stat: a statistic of `TensorStats`. Others ignore `kind`: "update_ratio",
+                "optimizer_rms", "optimizer_eps_fraction", "update_cosine_grad" and, with the key of
+                the momentum, "grad_cosine_exp_avg", which need `summarize(optimizer=...)`; and
+                "min_update_ratio".
+            kind: "grad" for gradients, "param" for the tensors themselves; with an optimizer also
+                "update", or a key of the optimizer's state, such as "exp_avg".
             ax: matplotlib axes to draw in. None: a new figure, which a notebook displays.
 
         Returns:

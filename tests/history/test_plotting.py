@@ -370,7 +370,7 @@ NAMES = "expected names, or regular expressions that match some"
     [
         ({"stat": "median"}, "expected stat to be one of count,.*min_update_ratio, got 'median'$"),
         ({"stat": "zeros"}, "got 'zeros'; did you mean 'zero_count' or 'zero_fraction'"),
-        ({"kind": "buffer"}, "expected 'grad' or 'param' for kind, got 'buffer'"),
+        ({"kind": "buffer"}, "expected 'grad', 'param' or 'update' for kind, got 'buffer'"),
         ({"names": "nothing"}, f"{NAMES}, got 'nothing', which matches none of 1 names"),
         ({"names": ["w", "("]}, rf"{NAMES}, got '\('"),
         ({"names": 3}, f"{NAMES}, got 3"),

@@ -1,0 +1,94 @@
+"""Numbers that are derived from two tensors, for all tensors of a record.
+
+They have the names of `Summary.scalars`, and the values of `ParamStats` and `OptimizerStats`.
+"""
+
+from __future__ import annotations
+
+from paramstats._core.entries import statistics
+from paramstats._core.moments import NAN, STATISTICS_ROW, Moments, Statistics
+from paramstats._core.optimizer_record import OptimizerRecord
+from paramstats._core.optimizers import MOMENTA
+from paramstats._core.record import Record
+from paramstats._core.updates import (
+    GRAD_MOMENTUM,
+    LAG,
+    UPDATE_GRAD,
+    cosine,
+    eps_fraction,
+    ratio,
+    root_mean,
+)
+
+_RATIO, _RMS, _EPS_FRACTION = "update_ratio", "optimizer_rms", "optimizer_eps_fraction"
+_UPDATE_GRAD, _GRAD_MOMENTUM = "update_cosine_grad", "grad_cosine_"
+
+DERIVED = (
+    _RATIO,
+    _UPDATE_GRAD,
+    *(_GRAD_MOMENTUM + key for key in MOMENTA),
+    _RMS,
+    _EPS_FRACTION,
+)
+"""The names of all derived numbers."""
+
+
+def derived_names(record: Record) -> tuple[str, ...]:
+    """Return the names of the derived numbers that a tensor of a record may have."""
+    if record.optimizer is None:
+        return ()
+    missing = {_GRAD_MOMENTUM + key for key in set(MOMENTA) - set(record.optimizer.keys)}
+    return tuple(name for name in DERIVED if name not in missing)
+
+
+def derived(record: Record, name: str) -> list[float]:
+    """Return a derived number of each tensor; NaN where it is not known."""
+    optimizer = record.optimizer
+    if optimizer is None:
+        return [NAN] * len(record.layout)
+    if name == _RATIO:
+        pairs = zip(_decoded(record, "update"), _decoded(record, "param"), strict=True)
+        return [ratio(update.norm, param.norm) for update, param in pairs]
+    if name == _RMS:
+        return [root_mean(lag, record.grad_scale) for lag in _column(record, optimizer, LAG)]
+    if name == _EPS_FRACTION:
+        return [eps_fraction(lag) for lag in _column(record, optimizer, LAG)]
+    if name == _UPDATE_GRAD:
+        return _cosines(record, optimizer, UPDATE_GRAD, "update")
+    return _with_momentum(record, optimizer, name.removeprefix(_GRAD_MOMENTUM))
+
+
+def _cosines(record: Record, optimizer: OptimizerRecord, column: int, kind: str) -> list[float]:
+    """Return the cosines of gradients with the tensors of a kind."""
+    rows = zip(
+        _column(record, optimizer, column),
+        _decoded(record, "grad"),
+        _decoded(record, kind),
+        strict=True,
+    )
+    return [
+        cosine(products, grad.norm, other.norm, record.grad_scale)
+        if products.count == grad.count == other.count
+        else NAN
+        for products, grad, other in rows
+    ]
+
+
+def _with_momentum(record: Record, optimizer: OptimizerRecord, key: str) -> list[float]:
+    """Return the cosines of gradients with a momentum, where it is the first one of its tensor."""
+    out = _cosines(record, optimizer, GRAD_MOMENTUM, key)
+    params = _decoded(record, "param")
+    for other in MOMENTA[: MOMENTA.index(key)]:
+        for row, (param, state) in enumerate(zip(params, _decoded(record, other), strict=True)):
+            if state.count == param.count:
+                out[row] = NAN
+    return out
+
+
+def _column(record: Record, optimizer: OptimizerRecord, column: int) -> list[Moments]:
+    return [optimizer.state(column, row) for row in range(len(record.layout))]
+
+
+def _decoded(record: Record, kind: str) -> list[Statistics]:
+    """Return the statistics of all tensors; NaN where there are none."""
+    return list(map(Statistics._make, STATISTICS_ROW.iter_unpack(statistics(record, kind))))

@@ -1,0 +1,117 @@
+"""Write what a record knows of optimizers as a JSON object; parse and check such an object."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from itertools import starmap
+from typing import Any
+
+from paramstats._core.moments import ABSENT, NAN, ROW, Moments, unread
+from paramstats._core.optimizer_record import OptimizerRecord
+from paramstats._core.updates import ROWS
+from paramstats._history.state_columns import (
+    COUNTS,
+    Check,
+    expect,
+    from_columns,
+    is_complex_state,
+    list_of,
+    to_columns,
+)
+
+_UPDATES = ("update", "grad_momentum", "update_grad", "lag")
+"""The names of `updates.ROWS` in files."""
+
+_UNUSED_BY_PRODUCTS = (*COUNTS, "m2", "min", "max")
+"""Columns that are zeros in rows of products, as a rule."""
+
+_STRING_OR_WORD = re.compile(r'"(?:[^"\\]|\\.)*"|NaN|Infinity')
+_JSON_WORDS = {"NaN": "null", "Infinity": "1e999"}
+
+
+def optimizer_text(record: OptimizerRecord, counts: list[int]) -> str:
+    """Return the JSON object for a record; `counts` are the numbers of elements of its tensors."""
+    columns: list[Any] = []
+    for column in range(len(ROWS) + len(record.keys)):
+        begin, end = (record.position(column + i, 0) * ROW.size for i in (0, 1))
+        rows = list(ROW.iter_unpack(record.table[begin:end]))
+        is_absent = all(row[0] == ABSENT for row in rows)
+        columns.append(None if is_absent else to_columns(rows, counts, _defaults(column)))
+    groups = {id(group): group for group in record.hyperparameters if group is not None}
+    numbers = {group: number for number, group in enumerate(groups)}
+    updates = zip(_UPDATES, columns, strict=False)
+    content = {
+        "groups": list(map(dict, groups.values())),
+        "group": [numbers.get(id(group)) for group in record.hyperparameters],
+        "methods": record.methods,
+        "updates": {name: of_row for name, of_row in updates if of_row is not None},
+        "state": dict(zip(record.keys, columns[len(ROWS) :], strict=True)),
+    }
+    text = json.dumps(content, separators=(",", ":"))
+    if "NaN" in text or "Infinity" in text:  # not within strings, which are keys of optimizers
+        text = _STRING_OR_WORD.sub(lambda match: _JSON_WORDS.get(match[0], match[0]), text)
+    return text
+
+
+def parse_optimizer(content: Any, counts: list[int]) -> OptimizerRecord:
+    """Return the record in a parsed object; raises an error if a value is not valid.
+
+    Args:
+        content: the object.
+        counts: the numbers of elements of the tensors.
+    """
+    expect(type(content) is dict, "an object for optimizer", content)
+    updates, state = content["updates"], content["state"]
+    for name, columns in (("updates", updates), ("state", state)):
+        expect(type(columns) is dict, f"columns by name for {name}", columns)
+    n, table = len(counts), []
+    for column, of_row in enumerate((*map(updates.get, _UPDATES), *state.values())):
+        states = [unread(ABSENT)] * n
+        if of_row is not None:
+            check = _CHECKS[min(column, len(ROWS))]
+            states = from_columns(of_row, counts, ABSENT, [check] * n, _defaults(column))
+        table += states
+    groups = [_group(group) for group in list_of(dict, content["groups"], "groups")]
+    numbers = list_of(object, content["group"], "group", n)
+    is_number = [x is None or (type(x) is int and 0 <= x < len(groups)) for x in numbers]
+    expect(all(is_number), "the number of a group or null", numbers)
+    return OptimizerRecord(
+        tuple(map(sys.intern, state)),
+        b"".join(starmap(ROW.pack, table)),
+        tuple(None if x is None else groups[x] for x in numbers),
+        tuple(map(sys.intern, list_of(str, content["methods"], "methods", n))),
+    )
+
+
+def _group(group: dict[str, Any]) -> dict[str, float]:
+    expect(
+        all(x is None or type(x) in (int, float) for x in group.values()),
+        "numbers for hyperparameters",
+        group,
+    )
+    return {sys.intern(key): NAN if x is None else float(x) for key, x in group.items()}
+
+
+def _defaults(column: int) -> tuple[str, ...]:
+    """Return the columns of a row's state that are zeros by default."""
+    return _UNUSED_BY_PRODUCTS if 0 < column < len(ROWS) else COUNTS
+
+
+def _is_update(a: Moments) -> bool:
+    """Return whether an update or products may have this state.
+
+    An element may count as a zero and as not finite: a parameter that is infinite does not change.
+    """
+    _, zeros, *others = a[:5]
+    counted = min(a[1:5]) >= 0 and max(zeros, sum(others)) <= max(a.count, 0)
+    return counted and not a.m2 < 0
+
+
+def _is_lag(a: Moments) -> bool:
+    return _is_update(a) and not a.mean < 0
+
+
+# A tensor of the state may be complex.
+_CHECKS: tuple[Check, ...] = (_is_update, _is_update, _is_update, _is_lag, is_complex_state)
