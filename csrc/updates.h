@@ -70,16 +70,21 @@ PARAMSTATS_HD inline StepConstants<T> step_constants(const Hyperparameters& h, d
   return out;
 }
 
-// dw of an element. `root` is sqrt(v). (m / root is of moderate size where m * lr may underflow.)
-template <class T>
-PARAMSTATS_INLINE T formula(T w, T m, T root, const StepConstants<T>& k) {
+// dw of an element, or of SIMD lanes. `root` is sqrt(v). (m / root is of moderate size where m * lr
+// may underflow.)
+template <class V, class T>
+PARAMSTATS_INLINE V formula(const V& w, const V& m, const V& root, const StepConstants<T>& k) {
+#if defined(__CUDA_ARCH__)
   return -(times(k.of_weight, w) + times(k.of_moment, m / (root + k.eps)));
+#else
+  return -(k.of_weight * w + k.of_moment * (m / (root + k.eps)));
+#endif
 }
 
 // The lag of an element is bc2 times the square of this.
-template <class T>
-PARAMSTATS_INLINE T lag_root(T g, T v, T root, const StepConstants<T>& k) {
-  return g / (v < k.least_variance ? k.least_root : root);
+template <class V, class T>
+PARAMSTATS_INLINE V lag_root(const V& g, const V& v, const V& root, const StepConstants<T>& k) {
+  return g / (v < k.least_variance ? V() + k.least_root : root);
 }
 
 // The bits of a float dtype, as far as rounding to it needs them.
