@@ -105,6 +105,12 @@ PARAMSTATS_HD constexpr Precision precision_of(DType dtype) {
 PARAMSTATS_HD constexpr int digits_of(float) { return 24; }
 PARAMSTATS_HD constexpr int digits_of(double) { return 53; }
 
+// Whether w - dw, rounded to T, is w again; of SIMD lanes: a mask. False if dw is not finite.
+template <class V>
+PARAMSTATS_INLINE auto is_lost_in_own_precision(const V& w, const V& dw) {
+  return (w - dw) - w == 0;
+}
+
 // Whether w - dw, rounded to the dtype of w (to nearest, ties to even), is w again: then the update
 // was lost in rounding. False if dw is not finite. kDType is that of w, whose elements T
 // represents exactly. No rounding here: it compares dw with half the distance to the next value.
@@ -113,7 +119,7 @@ PARAMSTATS_INLINE bool is_lost(T w, T dw) {
   constexpr Precision p = precision_of(kDType);
   constexpr int kDigits = digits_of(T());
   if constexpr (p.digits >= kDigits) {
-    return (w - dw) - w == 0;
+    return is_lost_in_own_precision(w, dw);
   } else {
     using Bits = decltype(bits_of(w));
     constexpr T kLeast = static_cast<T>(p.least_normal);

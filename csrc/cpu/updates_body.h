@@ -99,6 +99,7 @@ template <class L>
 struct UpdateLanes {
   LaneProducts<L> grad_momentum, update_grad, lag;
   typename L::Mask small_variances = {};
+  typename L::Mask lost = {};  // if the parameter has the dtype of the lanes
 };
 
 // What a block computes. Loops without branches keep the sums in registers.
@@ -123,6 +124,7 @@ inline __attribute__((always_inline)) void take_operands(const BlockOperands<S>&
     const V w = load_as<V>(in.param + i);
     if constexpr (R::kMethod == UpdateMethod::kFormula) {
       update = formula(w, load_as<V>(in.momentum + i), root, k);
+      out.lost -= (typename L::Mask)is_lost_in_own_precision(w, update);
     } else {
       update = w - load_as<V>(in.old + i);
     }
@@ -150,13 +152,44 @@ inline const S* padded(const S* x, int64_t begin, int64_t n, double padding, S (
   return out;
 }
 
+// Elements between two groups of prefetches.
+constexpr int kPrefetched = 64;
+
+// The memory that will be read next. The divider limits the loop below, so that the memory is idle.
+struct NextOperand {
+  const char* data;  // null: nothing to prefetch
+  int64_t size;      // of an element
+};
+inline NextOperand next_of(const Operand& operand, int64_t begin, int64_t ahead) {
+  const int64_t size = element_size(operand.dtype);
+  if (ahead == 0 || operand.data == nullptr) return {nullptr, size};
+  return {static_cast<const char*>(operand.data) + begin * size, size};
+}
+struct NextOperands {
+  NextOperand of[5];
+
+  void prefetch(int64_t i) const {
+    for (const auto& operand : of) {
+      if (operand.data == nullptr) continue;
+      const char* const begin = operand.data + i * operand.size;
+      for (int64_t b = 0; b < kPrefetched * operand.size; b += 64)
+        __builtin_prefetch(begin + b, 0, 2);
+    }
+  }
+};
+
 // Computes n elements. Writes dw.
 template <class R, class L, class S>
 __attribute__((noinline)) UpdateLanes<L> take_block(const BlockOperands<S> in, int64_t n,
-                                                    const StepConstants<S> k, S* dw) {
+                                                    const StepConstants<S> k, S* dw,
+                                                    const NextOperands& next) {
   constexpr int kWidth = L::kWidth;
   UpdateLanes<L> lanes;
   int64_t i = 0;
+  for (; i + kPrefetched <= n; i += kPrefetched) {
+    next.prefetch(i);
+    for (int j = 0; j < kPrefetched; j += kWidth) take_operands<R>(in, i + j, k, dw, lanes);
+  }
   for (; i + kWidth <= n; i += kWidth) take_operands<R>(in, i, k, dw, lanes);
   if (i < n) {
     const int64_t rest = n - i;
@@ -165,7 +198,9 @@ __attribute__((noinline)) UpdateLanes<L> take_block(const BlockOperands<S> in, i
         padded(in.param, i, rest, 0, last[0]), padded(in.old, i, rest, 0, last[1]),
         padded(in.grad, i, rest, 0, last[2]), padded(in.momentum, i, rest, 0, last[3]),
         padded(in.variance, i, rest, kInfinity, last[4])};
+    const auto lost = lanes.lost;
     take_operands<R>(at_end, 0, k, last_dw, lanes);
+    for (int64_t l = rest; l < kWidth; ++l) lanes.lost[l] = lost[l];
     __builtin_memcpy(dw + i, last_dw, rest * sizeof(S));
   }
   return lanes;
@@ -173,21 +208,21 @@ __attribute__((noinline)) UpdateLanes<L> take_block(const BlockOperands<S> in, i
 
 template <UpdateMethod kMethod, class L, class S>
 inline UpdateLanes<L> take_block_of(const BlockOperands<S>& in, int64_t n,
-                                    const StepConstants<S>& k, S* dw) {
+                                    const StepConstants<S>& k, S* dw, const NextOperands& next) {
   constexpr bool kFormula = kMethod == UpdateMethod::kFormula;
   const bool has_momentum = in.momentum != nullptr, has_variance = in.variance != nullptr;
   if (in.grad == nullptr) {
     if constexpr (kMethod == UpdateMethod::kNone) return {};
-    return take_block<Rows<kMethod, false, false, kFormula>, L>(in, n, k, dw);
+    return take_block<Rows<kMethod, false, false, kFormula>, L>(in, n, k, dw, next);
   }
   if (kFormula || (has_momentum && has_variance)) {
-    return take_block<Rows<kMethod, true, true, true>, L>(in, n, k, dw);
+    return take_block<Rows<kMethod, true, true, true>, L>(in, n, k, dw, next);
   }
   if constexpr (!kFormula) {
-    if (has_momentum) return take_block<Rows<kMethod, true, true, false>, L>(in, n, k, dw);
-    if (has_variance) return take_block<Rows<kMethod, true, false, true>, L>(in, n, k, dw);
+    if (has_momentum) return take_block<Rows<kMethod, true, true, false>, L>(in, n, k, dw, next);
+    if (has_variance) return take_block<Rows<kMethod, true, false, true>, L>(in, n, k, dw, next);
     if (kMethod != UpdateMethod::kNone) {
-      return take_block<Rows<kMethod, true, false, false>, L>(in, n, k, dw);
+      return take_block<Rows<kMethod, true, false, false>, L>(in, n, k, dw, next);
     }
   }
   return {};
@@ -206,13 +241,14 @@ inline int64_t count_lost(const S* w, const S* dw, int64_t n) {
   for (int64_t i = 0; i < n; ++i) lost += is_lost<kDType>(w[i], dw[i]);
   return lost;
 }
+
+// How many elements of a parameter of another dtype than S did not change.
 template <class S>
 inline int64_t count_lost(DType dtype, const S* w, const S* dw, int64_t n) {
   switch (dtype) {
-    case DType::kFloat64: return count_lost<DType::kFloat64>(w, dw, n);
-    case DType::kFloat32: return count_lost<DType::kFloat32>(w, dw, n);
     case DType::kBFloat16: return count_lost<DType::kBFloat16>(w, dw, n);
-    default: return count_lost<DType::kFloat16>(w, dw, n);
+    case DType::kFloat16: return count_lost<DType::kFloat16>(w, dw, n);
+    default: return count_lost<DType::kFloat32>(w, dw, n);
   }
 }
 
@@ -220,7 +256,7 @@ inline int64_t count_lost(DType dtype, const S* w, const S* dw, int64_t n) {
 // it was, if the lanes are float32 and something is not finite.
 template <class L, class S>
 inline bool try_update_block(const UpdateOperands& u, const StepConstants<S>& k, int64_t begin,
-                             int64_t n, UpdateSums& out) {
+                             int64_t n, int64_t ahead, UpdateSums& out) {
   S* const buffers = reinterpret_cast<S*>(update_scratch());
   const BlockOperands<S> in = {load_operand(u.param, begin, n, buffers),
                                load_operand(u.old, begin, n, buffers + kUpdateBlock),
@@ -228,17 +264,23 @@ inline bool try_update_block(const UpdateOperands& u, const StepConstants<S>& k,
                                load_operand(u.momentum, begin, n, buffers + 3 * kUpdateBlock),
                                load_operand(u.variance, begin, n, buffers + 4 * kUpdateBlock)};
   S* const dw = buffers + 5 * kUpdateBlock;
+  const NextOperands next = {
+      {next_of(u.param, begin + ahead, ahead), next_of(u.old, begin + ahead, ahead),
+       next_of(u.grad, begin + ahead, ahead), next_of(u.momentum, begin + ahead, ahead),
+       next_of(u.variance, begin + ahead, ahead)}};
   UpdateLanes<L> lanes;
   Moments update;
   if (u.method == UpdateMethod::kNone) {
-    lanes = take_block_of<UpdateMethod::kNone, L>(in, n, k, dw);
+    lanes = take_block_of<UpdateMethod::kNone, L>(in, n, k, dw, next);
   } else if (u.method == UpdateMethod::kDifference) {
-    lanes = take_block_of<UpdateMethod::kDifference, L>(in, n, k, dw);
+    lanes = take_block_of<UpdateMethod::kDifference, L>(in, n, k, dw, next);
     update = chunk<Native<S, L>>(dw, n);
   } else {
-    lanes = take_block_of<UpdateMethod::kFormula, L>(in, n, k, dw);
+    lanes = take_block_of<UpdateMethod::kFormula, L>(in, n, k, dw, next);
     update = chunk<Native<S, L>>(dw, n);
-    update.zeros = count_lost(u.param.dtype, in.param, dw, n);
+    const bool has_own_dtype = element_size(u.param.dtype) == sizeof(S);
+    update.zeros =
+        has_own_dtype ? lanes_sum(lanes.lost) : count_lost(u.param.dtype, in.param, dw, n);
   }
   const Products grad_momentum = lanes.grad_momentum.total();
   const Products update_grad = lanes.update_grad.total(), lag = lanes.lag.total();
@@ -259,17 +301,20 @@ inline bool is_double(const Operand& operand) {
 }
 
 inline Moments row_of(const Products& products, int64_t n, double factor, int64_t zeros) {
-  return row_of_products(n, products.not_finite, products.sum * factor, zeros);
+  // With constants that are not finite, the padding of the last vector is not finite either.
+  const int64_t not_finite = products.not_finite < n ? products.not_finite : n;
+  return row_of_products(n, not_finite, products.sum * factor, zeros);
 }
 
-void chunk_of_update(const UpdateOperands& u, int64_t begin, int64_t n, Moments* rows) {
+void chunk_of_update(const UpdateOperands& u, int64_t begin, int64_t n, int64_t ahead,
+                     Moments* rows) {
   const bool has_double = is_double(u.param) || is_double(u.old) || is_double(u.grad) ||
                           is_double(u.momentum) || is_double(u.variance);
   UpdateSums sums;
   for (int64_t i = 0; i < n; i += kUpdateBlock) {
     const int64_t size = n - i < kUpdateBlock ? n - i : kUpdateBlock;
-    if (has_double || !try_update_block<InFloat>(u, u.in_float, begin + i, size, sums)) {
-      try_update_block<InDouble>(u, u.in_double, begin + i, size, sums);
+    if (has_double || !try_update_block<InFloat>(u, u.in_float, begin + i, size, ahead, sums)) {
+      try_update_block<InDouble>(u, u.in_double, begin + i, size, ahead, sums);
     }
   }
   rows[kUpdate] = sums.update;
