@@ -70,16 +70,21 @@ PARAMSTATS_HD inline StepConstants<T> step_constants(const Hyperparameters& h, d
   return out;
 }
 
-// dw of an element. `root` is sqrt(v). (m / root is of moderate size where m * lr may underflow.)
-template <class T>
-PARAMSTATS_INLINE T formula(T w, T m, T root, const StepConstants<T>& k) {
+// dw of an element, or of SIMD lanes. `root` is sqrt(v). (m / root is of moderate size where m * lr
+// may underflow.)
+template <class V, class T>
+PARAMSTATS_INLINE V formula(const V& w, const V& m, const V& root, const StepConstants<T>& k) {
+#if defined(__CUDA_ARCH__)
   return -(times(k.of_weight, w) + times(k.of_moment, m / (root + k.eps)));
+#else
+  return -(k.of_weight * w + k.of_moment * (m / (root + k.eps)));
+#endif
 }
 
 // The lag of an element is bc2 times the square of this.
-template <class T>
-PARAMSTATS_INLINE T lag_root(T g, T v, T root, const StepConstants<T>& k) {
-  return g / (v < k.least_variance ? k.least_root : root);
+template <class V, class T>
+PARAMSTATS_INLINE V lag_root(const V& g, const V& v, const V& root, const StepConstants<T>& k) {
+  return g / (v < k.least_variance ? V() + k.least_root : root);
 }
 
 // The bits of a float dtype, as far as rounding to it needs them.
@@ -100,6 +105,12 @@ PARAMSTATS_HD constexpr Precision precision_of(DType dtype) {
 PARAMSTATS_HD constexpr int digits_of(float) { return 24; }
 PARAMSTATS_HD constexpr int digits_of(double) { return 53; }
 
+// Whether w - dw, rounded to T, is w again; of SIMD lanes: a mask. False if dw is not finite.
+template <class V>
+PARAMSTATS_INLINE auto is_lost_in_own_precision(const V& w, const V& dw) {
+  return (w - dw) - w == 0;
+}
+
 // Whether w - dw, rounded to the dtype of w (to nearest, ties to even), is w again: then the update
 // was lost in rounding. False if dw is not finite. kDType is that of w, whose elements T
 // represents exactly. No rounding here: it compares dw with half the distance to the next value.
@@ -108,7 +119,7 @@ PARAMSTATS_INLINE bool is_lost(T w, T dw) {
   constexpr Precision p = precision_of(kDType);
   constexpr int kDigits = digits_of(T());
   if constexpr (p.digits >= kDigits) {
-    return (w - dw) - w == 0;
+    return is_lost_in_own_precision(w, dw);
   } else {
     using Bits = decltype(bits_of(w));
     constexpr T kLeast = static_cast<T>(p.least_normal);

@@ -2,10 +2,6 @@
 // order of their index.
 #include "engine.h"
 
-#if defined(__x86_64__)
-#include <cpuid.h>
-#endif
-
 #include <algorithm>
 #include <utility>
 
@@ -93,12 +89,13 @@ struct TensorItems {
   const Kernels& kernels;
   const Gaps gaps{tensors};
 
+  static constexpr int64_t chunks_per_task() { return 1; }
   size_t size() const { return tensors.size(); }
   int64_t numel(size_t i) const { return tensors[i].numel; }
   static constexpr size_t states(size_t) { return 1; }
   Moments& out(size_t i, size_t) const { return *rows[i]; }
   template <class To>
-  void read(size_t i, int64_t chunk, const To& to) const {
+  void read(size_t i, int64_t chunk, bool, const To& to) const {
     to(0) = read_chunk(tensors[i], gaps.dims(i), chunk, kernels);
   }
 };
@@ -130,6 +127,7 @@ struct UpdateItems {
       if (!taken[t]) items.push_back({{t}, 1, nullptr});
     }
   }
+  int64_t chunks_per_task() const { return 24; }
   size_t size() const { return items.size(); }
   int64_t numel(size_t i) const {
     const Item& item = items[i];
@@ -144,15 +142,15 @@ struct UpdateItems {
                                   : item.update->rows[state - item.n_tensors];
   }
   template <class To>
-  void read(size_t i, int64_t chunk, const To& to) const {
+  void read(size_t i, int64_t chunk, bool reads_next, const To& to) const {
     const Item& item = items[i];
     for (size_t k = 0; k < item.n_tensors; ++k) {
-      one.read(item.tensors[k], chunk, [&](size_t) -> Moments& { return to(k); });
+      one.read(item.tensors[k], chunk, reads_next, [&](size_t) -> Moments& { return to(k); });
     }
     if (item.update == nullptr) return;
     const int64_t begin = chunk * kChunk, rest = item.update->numel - begin;
     one.kernels.update(item.update->operands, begin, rest < kChunk ? rest : kChunk,
-                       &to(item.n_tensors));
+                       reads_next ? kChunk : 0, &to(item.n_tensors));
   }
 };
 
@@ -175,6 +173,7 @@ struct Job {
   std::vector<Moments> states = {};
 
   explicit Job(const Items& all) : items(all) {
+    const int64_t least = kChunk * items.chunks_per_task();
     int64_t in_task = 0;
     size_t n_states = 0;
     for (size_t i = 0; i < items.size(); ++i) {
@@ -183,7 +182,7 @@ struct Job {
         if (chunks > 1) n_states += items.states(i);
         const int64_t n = numel - c * kChunk < kChunk ? numel - c * kChunk : kChunk;
         in_task += (kCallCost + n) * static_cast<int64_t>(items.states(i));
-        if (in_task < kChunk) continue;
+        if (in_task < least) continue;
         begin.push_back(c + 1 < chunks ? Position{i, c + 1, n_states}
                                        : Position{i + 1, 0, n_states});
         in_task = 0;
@@ -205,9 +204,11 @@ struct Job {
       if (chunks == 0) {
         for (size_t s = 0; s < items.states(at.item); ++s) out(s) = Moments();
       } else if (chunks == 1) {
-        items.read(at.item, 0, out);
+        items.read(at.item, 0, false, out);
       } else {
-        items.read(at.item, at.chunk, state);
+        const bool reads_next =
+            at.chunk + 1 < chunks && Position{at.item, at.chunk + 1, 0} < job.begin[i + 1];
+        items.read(at.item, at.chunk, reads_next, state);
         at.state += items.states(at.item);
       }
       if (++at.chunk >= chunks) at = {at.item + 1, 0, at.state};
@@ -275,52 +276,6 @@ void summarize(const std::vector<TensorView>& tensors, const std::vector<Moments
     const TensorItems items{tensors, out, kernels};
     Job<TensorItems>(items).run(pool);
   }
-}
-
-#if defined(__x86_64__)
-namespace {
-
-// The sets of instructions that the CPU and the operating system support and the kernels need.
-// (__builtin_cpu_supports reports none if zig has compiled this.)
-struct Features {
-  bool avx2 = false, avx512 = false;
-};
-
-Features features_of_cpu() {
-  Features features;
-  unsigned a, b, c, d;
-  constexpr unsigned kFma = 1 << 12, kSavesState = 1 << 27, kF16c = 1 << 29;
-  constexpr unsigned kFirst = kFma | kSavesState | kF16c;
-  if (!__get_cpuid(1, &a, &b, &c, &d) || (c & kFirst) != kFirst) return features;
-  unsigned saved, high;  // the registers that the operating system saves
-  __asm__("xgetbv" : "=a"(saved), "=d"(high) : "c"(0));
-  constexpr unsigned kSavesAvx = 0x06, kSavesAvx512 = 0xe6;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return features;
-  constexpr unsigned kAvx2 = 1 << 5;
-  constexpr unsigned kAvx512 = 1 << 16 | 1 << 17 | 1 << 30 | 1u << 31;  // F, DQ, BW, VL
-  features.avx2 = (b & kAvx2) != 0 && (saved & kSavesAvx) == kSavesAvx;
-  features.avx512 =
-      features.avx2 && (b & kAvx512) == kAvx512 && (saved & kSavesAvx512) == kSavesAvx512;
-  return features;
-}
-
-}  // namespace
-#endif
-
-const std::vector<const Kernels*>& available_kernels() {
-  static const std::vector<const Kernels*> available = [] {
-    std::vector<const Kernels*> found;
-#if defined(__x86_64__)
-    const Features features = features_of_cpu();
-    if (features.avx512) found.push_back(&avx512::kKernels);
-    if (features.avx2) found.push_back(&avx2::kKernels);
-#elif defined(__aarch64__)
-    found.push_back(&neon::kKernels);
-#endif
-    found.push_back(&plain::kKernels);
-    return found;
-  }();
-  return available;
 }
 
 }  // namespace paramstats::cpu

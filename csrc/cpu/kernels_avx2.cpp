@@ -1,5 +1,7 @@
 // The kernels for AVX2. Compiled on every x86-64 machine, used if the CPU supports AVX2.
 #if defined(__x86_64__)
+// Templates of updates.h have parameters that are vectors, but no copy of them is called.
+#pragma GCC diagnostic ignored "-Wpsabi"
 #include <immintrin.h>
 
 #include "kernels.h"
@@ -14,9 +16,12 @@
 #define PARAMSTATS_MAX_PS(v, m) ((FloatLanes)_mm256_max_ps((__m256)(v), (__m256)(m)))
 #define PARAMSTATS_MIN_PD(v, m) ((DoubleLanes)_mm256_min_pd((__m256d)(v), (__m256d)(m)))
 #define PARAMSTATS_MAX_PD(v, m) ((DoubleLanes)_mm256_max_pd((__m256d)(v), (__m256d)(m)))
-#define PARAMSTATS_WIDENED(v)                                          \
-  ((DoubleLanes)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)(v))) + \
-   (DoubleLanes)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)(v), 1)))
+#define PARAMSTATS_SQRT_PS(v) ((FloatLanes)_mm256_sqrt_ps((__m256)(v)))
+#define PARAMSTATS_SQRT_PD(v) ((DoubleLanes)_mm256_sqrt_pd((__m256d)(v)))
+#define PARAMSTATS_LOW_DOUBLES(v) \
+  ((DoubleLanes)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)(v))))
+#define PARAMSTATS_HIGH_DOUBLES(v) \
+  ((DoubleLanes)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)(v), 1)))
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)

@@ -1,5 +1,7 @@
 // The kernels for AVX-512. Compiled on every x86-64 machine, used if the CPU supports AVX-512.
 #if defined(__x86_64__)
+// Templates of updates.h have parameters that are vectors, but no copy of them is called.
+#pragma GCC diagnostic ignored "-Wpsabi"
 #include <immintrin.h>
 
 #include "kernels.h"
@@ -17,9 +19,12 @@
 #define PARAMSTATS_MAX_PS(v, m) ((FloatLanes)_mm512_maskz_max_ps(0xffff, (__m512)(v), (__m512)(m)))
 #define PARAMSTATS_MIN_PD(v, m) ((DoubleLanes)_mm512_maskz_min_pd(0xff, (__m512d)(v), (__m512d)(m)))
 #define PARAMSTATS_MAX_PD(v, m) ((DoubleLanes)_mm512_maskz_max_pd(0xff, (__m512d)(v), (__m512d)(m)))
-#define PARAMSTATS_WIDENED(v)                                                                     \
-  ((DoubleLanes)_mm512_maskz_cvtps_pd(0xff, _mm512_maskz_extractf32x8_ps(0xff, (__m512)(v), 0)) + \
-   (DoubleLanes)_mm512_maskz_cvtps_pd(0xff, _mm512_maskz_extractf32x8_ps(0xff, (__m512)(v), 1)))
+#define PARAMSTATS_SQRT_PS(v) ((FloatLanes)_mm512_maskz_sqrt_ps(0xffff, (__m512)(v)))
+#define PARAMSTATS_SQRT_PD(v) ((DoubleLanes)_mm512_maskz_sqrt_pd(0xff, (__m512d)(v)))
+#define PARAMSTATS_LOW_DOUBLES(v) \
+  ((DoubleLanes)_mm512_maskz_cvtps_pd(0xff, _mm512_maskz_extractf32x8_ps(0xff, (__m512)(v), 0)))
+#define PARAMSTATS_HIGH_DOUBLES(v) \
+  ((DoubleLanes)_mm512_maskz_cvtps_pd(0xff, _mm512_maskz_extractf32x8_ps(0xff, (__m512)(v), 1)))
 #define PARAMSTATS_COUNT_ZEROS_PS(count, v)                                                   \
   count = (Int32Lanes)_mm512_mask_sub_epi32(                                                  \
       (__m512i)(count), _mm512_testn_epi32_mask((__m512i)(v), _mm512_set1_epi32(0x7fffffff)), \

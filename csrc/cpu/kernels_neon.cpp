@@ -13,9 +13,10 @@
 #define PARAMSTATS_MAX_PS(v, m) ((FloatLanes)vmaxq_f32((float32x4_t)(v), (float32x4_t)(m)))
 #define PARAMSTATS_MIN_PD(v, m) ((DoubleLanes)vminq_f64((float64x2_t)(v), (float64x2_t)(m)))
 #define PARAMSTATS_MAX_PD(v, m) ((DoubleLanes)vmaxq_f64((float64x2_t)(v), (float64x2_t)(m)))
-#define PARAMSTATS_WIDENED(v)                                  \
-  ((DoubleLanes)vcvt_f64_f32(vget_low_f32((float32x4_t)(v))) + \
-   (DoubleLanes)vcvt_high_f64_f32((float32x4_t)(v)))
+#define PARAMSTATS_SQRT_PS(v) ((FloatLanes)vsqrtq_f32((float32x4_t)(v)))
+#define PARAMSTATS_SQRT_PD(v) ((DoubleLanes)vsqrtq_f64((float64x2_t)(v)))
+#define PARAMSTATS_LOW_DOUBLES(v) ((DoubleLanes)vcvt_f64_f32(vget_low_f32((float32x4_t)(v))))
+#define PARAMSTATS_HIGH_DOUBLES(v) ((DoubleLanes)vcvt_high_f64_f32((float32x4_t)(v)))
 #define PARAMSTATS_ADD_BYTES(sum, squares, v)                                         \
   sum = (UInt16Lanes)vpadalq_u8((uint16x8_t)(sum), (uint8x16_t)(v));                  \
   squares[0] = (UInt32Lanes)add_low_squares((uint32x4_t)squares[0], (uint8x16_t)(v)); \

@@ -21,19 +21,23 @@ inline FloatLanes smaller(FloatLanes v, FloatLanes m) { return v < m ? v : m; }
 inline FloatLanes larger(FloatLanes v, FloatLanes m) { return v > m ? v : m; }
 inline DoubleLanes smaller(DoubleLanes v, DoubleLanes m) { return v < m ? v : m; }
 inline DoubleLanes larger(DoubleLanes v, DoubleLanes m) { return v > m ? v : m; }
-inline DoubleLanes widened(FloatLanes v) {
+template <int kHalf>
+inline DoubleLanes doubles(FloatLanes v) {
   HalfFloatLanes halves[2];
   __builtin_memcpy(halves, &v, sizeof(v));
-  return __builtin_convertvector(halves[0], DoubleLanes) +
-         __builtin_convertvector(halves[1], DoubleLanes);
+  return __builtin_convertvector(halves[kHalf], DoubleLanes);
 }
 #else
 inline FloatLanes smaller(FloatLanes v, FloatLanes m) { return PARAMSTATS_MIN_PS(v, m); }
 inline FloatLanes larger(FloatLanes v, FloatLanes m) { return PARAMSTATS_MAX_PS(v, m); }
 inline DoubleLanes smaller(DoubleLanes v, DoubleLanes m) { return PARAMSTATS_MIN_PD(v, m); }
 inline DoubleLanes larger(DoubleLanes v, DoubleLanes m) { return PARAMSTATS_MAX_PD(v, m); }
-inline DoubleLanes widened(FloatLanes v) { return PARAMSTATS_WIDENED(v); }
+template <int kHalf>
+inline DoubleLanes doubles(FloatLanes v) {
+  return kHalf == 0 ? PARAMSTATS_LOW_DOUBLES(v) : PARAMSTATS_HIGH_DOUBLES(v);
+}
 #endif
+inline DoubleLanes widened(FloatLanes v) { return doubles<0>(v) + doubles<1>(v); }
 inline DoubleLanes widened(DoubleLanes v) { return v; }
 
 // Counts zeros in lanes.

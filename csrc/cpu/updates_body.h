@@ -38,59 +38,195 @@ inline const S* load_operand(const Operand& operand, int64_t begin, int64_t n, S
   }
 }
 
-template <class S>
-struct LanesFor;
-template <>
-struct LanesFor<float> {
-  using Type = InFloat;
-};
-template <>
-struct LanesFor<double> {
-  using Type = InDouble;
-};
+inline FloatLanes root_of(FloatLanes v) {
+#if defined(PARAMSTATS_SQRT_PS)
+  return PARAMSTATS_SQRT_PS(v);
+#else
+  for (int l = 0; l < kLanes<FloatLanes>; ++l) v[l] = __builtin_sqrtf(v[l]);
+  return v;
+#endif
+}
+inline DoubleLanes root_of(DoubleLanes v) {
+#if defined(PARAMSTATS_SQRT_PD)
+  return PARAMSTATS_SQRT_PD(v);
+#else
+  for (int l = 0; l < kLanes<DoubleLanes>; ++l) v[l] = __builtin_sqrt(v[l]);
+  return v;
+#endif
+}
 
 // A sum of products. A float32 block is only used if its sums are finite, so that only float64
 // products need to be checked one by one.
 struct Products {
   double sum = 0;
   int64_t not_finite = 0;
+
+  void add(const Products& other) {
+    sum += other.sum;
+    not_finite += other.not_finite;
+  }
 };
 
-template <class S>
-inline Products dot(const S* a, const S* b, int64_t n) {
-  constexpr int kWidth = InDouble::kWidth, kUnrolled = 4;
-  DoubleLanes sums[kUnrolled] = {};
-  Int64Lanes finite = {};
-  int64_t i = 0;
-  for (; i + kUnrolled * kWidth <= n; i += kUnrolled * kWidth) {
-#pragma GCC unroll 4
-    for (int k = 0; k < kUnrolled; ++k) {
-      const auto x = load_converted<DoubleLanes>(a + i + k * kWidth);
-      const auto y = load_converted<DoubleLanes>(b + i + k * kWidth);
-      if constexpr (sizeof(S) == 4) {
-        sums[k] += x * y;
-      } else {
-        const DoubleLanes product = x * y;
-        const auto is_finite = (Int64Lanes)(product - product == 0);
-        sums[k] += (DoubleLanes)((Int64Lanes)product & is_finite);
-        finite -= is_finite;
-      }
+// Products in float64 lanes, where those of two float32 are exact.
+template <class L>
+struct LaneProducts;
+template <>
+struct LaneProducts<InFloat> {
+  DoubleLanes sums[2] = {};
+
+  void add(FloatLanes a, FloatLanes b) {
+    sums[0] += doubles<0>(a) * doubles<0>(b);
+    sums[1] += doubles<1>(a) * doubles<1>(b);
+  }
+  Products total() const { return {lanes_total(sums[0] + sums[1]), 0}; }
+};
+template <>
+struct LaneProducts<InDouble> {
+  DoubleLanes sum = {};
+  Int64Lanes not_finite = {};
+
+  void add(DoubleLanes a, DoubleLanes b) {
+    const DoubleLanes product = a * b;
+    const auto wrong = (Int64Lanes)(product - product != 0);
+    sum += (DoubleLanes)((Int64Lanes)product & ~wrong);
+    not_finite -= wrong;
+  }
+  Products total() const { return {lanes_total(sum), lanes_sum(not_finite)}; }
+};
+
+// The sums of the vectors of a block.
+template <class L>
+struct UpdateLanes {
+  LaneProducts<L> grad_momentum, update_grad, lag;
+  typename L::Mask small_variances = {};
+  typename L::Mask lost = {};  // if the parameter has the dtype of the lanes
+};
+
+// What a block computes. Loops without branches keep the sums in registers.
+template <UpdateMethod kMethod_, bool kGrad_, bool kMomentum_, bool kVariance_>
+struct Rows {
+  static constexpr UpdateMethod kMethod = kMethod_;
+  static constexpr bool kGrad = kGrad_, kMomentum = kMomentum_, kVariance = kVariance_;
+};
+
+// Adds one vector from element i on.
+template <class R, class L, class S>
+inline __attribute__((always_inline)) void take_operands(const BlockOperands<S>& in, int64_t i,
+                                                         const StepConstants<S>& k, S* dw,
+                                                         UpdateLanes<L>& out) {
+  using V = typename L::Vector;
+  V v = {}, root = {}, update = {};
+  if constexpr (R::kVariance) {
+    v = load_as<V>(in.variance + i);
+    root = root_of(v);
+  }
+  if constexpr (R::kMethod != UpdateMethod::kNone) {
+    const V w = load_as<V>(in.param + i);
+    if constexpr (R::kMethod == UpdateMethod::kFormula) {
+      update = formula(w, load_as<V>(in.momentum + i), root, k);
+      out.lost -= (typename L::Mask)is_lost_in_own_precision(w, update);
+    } else {
+      update = w - load_as<V>(in.old + i);
+    }
+    __builtin_memcpy(dw + i, &update, sizeof(update));
+  }
+  if constexpr (R::kGrad) {
+    const V g = load_as<V>(in.grad + i);
+    if constexpr (R::kMethod != UpdateMethod::kNone) out.update_grad.add(update, g);
+    if constexpr (R::kMomentum) out.grad_momentum.add(g, load_as<V>(in.momentum + i));
+    if constexpr (R::kVariance) {
+      const V q = lag_root(g, v, root, k);
+      out.lag.add(q, q);
+      out.small_variances -= (typename L::Mask)(v < k.least_variance);
     }
   }
-  Products out;
-  out.sum = lanes_total((sums[0] + sums[1]) + (sums[2] + sums[3]));
-  out.not_finite = sizeof(S) == 4 ? 0 : i - lanes_sum(finite);
-  for (; i < n; ++i) {
-    const double product = static_cast<double>(a[i]) * static_cast<double>(b[i]);
-    const bool is_number = sizeof(S) == 4 || is_finite(product);
-    out.sum += is_number ? product : 0;
-    out.not_finite += !is_number;
-  }
+}
+
+// The n elements of an operand from `begin` on, padded to a vector with elements that change no
+// sum.
+template <class S, int kWidth>
+inline const S* padded(const S* x, int64_t begin, int64_t n, double padding, S (&out)[kWidth]) {
+  if (x == nullptr) return nullptr;
+  for (int i = 0; i < kWidth; ++i) out[i] = static_cast<S>(padding);
+  __builtin_memcpy(out, x + begin, n * sizeof(S));
   return out;
 }
 
-inline float root_of(float x) { return __builtin_sqrtf(x); }
-inline double root_of(double x) { return __builtin_sqrt(x); }
+// Elements between two groups of prefetches.
+constexpr int kPrefetched = 64;
+
+// The memory that will be read next. The divider limits the loop below, so that the memory is idle.
+struct NextOperand {
+  const char* data;  // null: nothing to prefetch
+  int64_t size;      // of an element
+};
+inline NextOperand next_of(const Operand& operand, int64_t begin, int64_t ahead) {
+  const int64_t size = element_size(operand.dtype);
+  if (ahead == 0 || operand.data == nullptr) return {nullptr, size};
+  return {static_cast<const char*>(operand.data) + begin * size, size};
+}
+struct NextOperands {
+  NextOperand of[5];
+
+  void prefetch(int64_t i) const {
+    for (const auto& operand : of) {
+      if (operand.data == nullptr) continue;
+      const char* const begin = operand.data + i * operand.size;
+      for (int64_t b = 0; b < kPrefetched * operand.size; b += 64)
+        __builtin_prefetch(begin + b, 0, 2);
+    }
+  }
+};
+
+// Computes n elements. Writes dw.
+template <class R, class L, class S>
+__attribute__((noinline)) UpdateLanes<L> take_block(const BlockOperands<S> in, int64_t n,
+                                                    const StepConstants<S> k, S* dw,
+                                                    const NextOperands& next) {
+  constexpr int kWidth = L::kWidth;
+  UpdateLanes<L> lanes;
+  int64_t i = 0;
+  for (; i + kPrefetched <= n; i += kPrefetched) {
+    next.prefetch(i);
+    for (int j = 0; j < kPrefetched; j += kWidth) take_operands<R>(in, i + j, k, dw, lanes);
+  }
+  for (; i + kWidth <= n; i += kWidth) take_operands<R>(in, i, k, dw, lanes);
+  if (i < n) {
+    const int64_t rest = n - i;
+    S last[5][kWidth], last_dw[kWidth] = {};
+    const BlockOperands<S> at_end = {
+        padded(in.param, i, rest, 0, last[0]), padded(in.old, i, rest, 0, last[1]),
+        padded(in.grad, i, rest, 0, last[2]), padded(in.momentum, i, rest, 0, last[3]),
+        padded(in.variance, i, rest, kInfinity, last[4])};
+    const auto lost = lanes.lost;
+    take_operands<R>(at_end, 0, k, last_dw, lanes);
+    for (int64_t l = rest; l < kWidth; ++l) lanes.lost[l] = lost[l];
+    __builtin_memcpy(dw + i, last_dw, rest * sizeof(S));
+  }
+  return lanes;
+}
+
+template <UpdateMethod kMethod, class L, class S>
+inline UpdateLanes<L> take_block_of(const BlockOperands<S>& in, int64_t n,
+                                    const StepConstants<S>& k, S* dw, const NextOperands& next) {
+  constexpr bool kFormula = kMethod == UpdateMethod::kFormula;
+  const bool has_momentum = in.momentum != nullptr, has_variance = in.variance != nullptr;
+  if (in.grad == nullptr) {
+    if constexpr (kMethod == UpdateMethod::kNone) return {};
+    return take_block<Rows<kMethod, false, false, kFormula>, L>(in, n, k, dw, next);
+  }
+  if (kFormula || (has_momentum && has_variance)) {
+    return take_block<Rows<kMethod, true, true, true>, L>(in, n, k, dw, next);
+  }
+  if constexpr (!kFormula) {
+    if (has_momentum) return take_block<Rows<kMethod, true, true, false>, L>(in, n, k, dw, next);
+    if (has_variance) return take_block<Rows<kMethod, true, false, true>, L>(in, n, k, dw, next);
+    if (kMethod != UpdateMethod::kNone) {
+      return take_block<Rows<kMethod, true, false, false>, L>(in, n, k, dw, next);
+    }
+  }
+  return {};
+}
 
 // The sums of the blocks of a chunk.
 struct UpdateSums {
@@ -99,11 +235,6 @@ struct UpdateSums {
   int64_t small_variances = 0;
 };
 
-inline void add(Products& sum, const Products& products) {
-  sum.sum += products.sum;
-  sum.not_finite += products.not_finite;
-}
-
 template <DType kDType, class S>
 inline int64_t count_lost(const S* w, const S* dw, int64_t n) {
   int32_t lost = 0;
@@ -111,21 +242,21 @@ inline int64_t count_lost(const S* w, const S* dw, int64_t n) {
   return lost;
 }
 
+// How many elements of a parameter of another dtype than S did not change.
 template <class S>
 inline int64_t count_lost(DType dtype, const S* w, const S* dw, int64_t n) {
   switch (dtype) {
-    case DType::kFloat64: return count_lost<DType::kFloat64>(w, dw, n);
-    case DType::kFloat32: return count_lost<DType::kFloat32>(w, dw, n);
     case DType::kBFloat16: return count_lost<DType::kBFloat16>(w, dw, n);
-    default: return count_lost<DType::kFloat16>(w, dw, n);
+    case DType::kFloat16: return count_lost<DType::kFloat16>(w, dw, n);
+    default: return count_lost<DType::kFloat32>(w, dw, n);
   }
 }
 
-// Computes a block of n <= kUpdateBlock elements in S. Returns false, and leaves `out` as it was,
-// if S is float and something is not finite.
-template <class S>
+// Computes a block of n <= kUpdateBlock elements in the lanes L. Returns false, and leaves `out` as
+// it was, if the lanes are float32 and something is not finite.
+template <class L, class S>
 inline bool try_update_block(const UpdateOperands& u, const StepConstants<S>& k, int64_t begin,
-                             int64_t n, UpdateSums& out) {
+                             int64_t n, int64_t ahead, UpdateSums& out) {
   S* const buffers = reinterpret_cast<S*>(update_scratch());
   const BlockOperands<S> in = {load_operand(u.param, begin, n, buffers),
                                load_operand(u.old, begin, n, buffers + kUpdateBlock),
@@ -133,46 +264,35 @@ inline bool try_update_block(const UpdateOperands& u, const StepConstants<S>& k,
                                load_operand(u.momentum, begin, n, buffers + 3 * kUpdateBlock),
                                load_operand(u.variance, begin, n, buffers + 4 * kUpdateBlock)};
   S* const dw = buffers + 5 * kUpdateBlock;
-  S* const roots = buffers + 6 * kUpdateBlock;
-
-  UpdateSums sums;
-  if (in.variance != nullptr) {
-    for (int64_t i = 0; i < n; ++i) roots[i] = root_of(in.variance[i]);
-  }
-  if (u.method == UpdateMethod::kFormula) {
-    for (int64_t i = 0; i < n; ++i) dw[i] = formula(in.param[i], in.momentum[i], roots[i], k);
+  const NextOperands next = {
+      {next_of(u.param, begin + ahead, ahead), next_of(u.old, begin + ahead, ahead),
+       next_of(u.grad, begin + ahead, ahead), next_of(u.momentum, begin + ahead, ahead),
+       next_of(u.variance, begin + ahead, ahead)}};
+  UpdateLanes<L> lanes;
+  Moments update;
+  if (u.method == UpdateMethod::kNone) {
+    lanes = take_block_of<UpdateMethod::kNone, L>(in, n, k, dw, next);
   } else if (u.method == UpdateMethod::kDifference) {
-    for (int64_t i = 0; i < n; ++i) dw[i] = in.param[i] - in.old[i];
+    lanes = take_block_of<UpdateMethod::kDifference, L>(in, n, k, dw, next);
+    update = chunk<Native<S, L>>(dw, n);
+  } else {
+    lanes = take_block_of<UpdateMethod::kFormula, L>(in, n, k, dw, next);
+    update = chunk<Native<S, L>>(dw, n);
+    const bool has_own_dtype = element_size(u.param.dtype) == sizeof(S);
+    update.zeros =
+        has_own_dtype ? lanes_sum(lanes.lost) : count_lost(u.param.dtype, in.param, dw, n);
   }
-  if (u.method != UpdateMethod::kNone) {
-    sums.update = chunk<Native<S, typename LanesFor<S>::Type>>(dw, n);
-    if (u.method == UpdateMethod::kFormula) {
-      sums.update.zeros = count_lost(u.param.dtype, in.param, dw, n);
-    }
-    if (in.grad != nullptr) sums.update_grad = dot(dw, in.grad, n);
-  }
-  if (in.grad != nullptr && in.momentum != nullptr) {
-    sums.grad_momentum = dot(in.grad, in.momentum, n);
-  }
-  if (in.grad != nullptr && in.variance != nullptr) {
-    int32_t small = 0;
-    for (int64_t i = 0; i < n; ++i) {
-      small += in.variance[i] < k.least_variance;
-      roots[i] = lag_root(in.grad[i], in.variance[i], roots[i], k);
-    }
-    sums.lag = dot(roots, roots, n);
-    sums.small_variances = small;
-  }
-  if (sizeof(S) == 4 &&
-      (finite_count(sums.update) != sums.update.count ||
-       !is_finite(sums.update_grad.sum + sums.grad_momentum.sum + sums.lag.sum))) {
+  const Products grad_momentum = lanes.grad_momentum.total();
+  const Products update_grad = lanes.update_grad.total(), lag = lanes.lag.total();
+  if (sizeof(S) == 4 && (finite_count(update) != update.count ||
+                         !is_finite(grad_momentum.sum + update_grad.sum + lag.sum))) {
     return false;
   }
-  out.update = merge(out.update, sums.update);
-  add(out.update_grad, sums.update_grad);
-  add(out.grad_momentum, sums.grad_momentum);
-  add(out.lag, sums.lag);
-  out.small_variances += sums.small_variances;
+  out.update = merge(out.update, update);
+  out.grad_momentum.add(grad_momentum);
+  out.update_grad.add(update_grad);
+  out.lag.add(lag);
+  out.small_variances += lanes_sum(lanes.small_variances);
   return true;
 }
 
@@ -181,17 +301,20 @@ inline bool is_double(const Operand& operand) {
 }
 
 inline Moments row_of(const Products& products, int64_t n, double factor, int64_t zeros) {
-  return row_of_products(n, products.not_finite, products.sum * factor, zeros);
+  // With constants that are not finite, the padding of the last vector is not finite either.
+  const int64_t not_finite = products.not_finite < n ? products.not_finite : n;
+  return row_of_products(n, not_finite, products.sum * factor, zeros);
 }
 
-void chunk_of_update(const UpdateOperands& u, int64_t begin, int64_t n, Moments* rows) {
+void chunk_of_update(const UpdateOperands& u, int64_t begin, int64_t n, int64_t ahead,
+                     Moments* rows) {
   const bool has_double = is_double(u.param) || is_double(u.old) || is_double(u.grad) ||
                           is_double(u.momentum) || is_double(u.variance);
   UpdateSums sums;
   for (int64_t i = 0; i < n; i += kUpdateBlock) {
     const int64_t size = n - i < kUpdateBlock ? n - i : kUpdateBlock;
-    if (has_double || !try_update_block(u, u.in_float, begin + i, size, sums)) {
-      try_update_block(u, u.in_double, begin + i, size, sums);
+    if (has_double || !try_update_block<InFloat>(u, u.in_float, begin + i, size, ahead, sums)) {
+      try_update_block<InDouble>(u, u.in_double, begin + i, size, ahead, sums);
     }
   }
   rows[kUpdate] = sums.update;
