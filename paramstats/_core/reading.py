@@ -57,7 +57,9 @@ def read_rows(
     if not of_updates:
         table, deferred_rows, transfers = backend.read(tensors, params, grads)
     else:
-        table, deferred_rows, transfers = backend.read(tensors, params, grads, updates=tuple(of_updates))
+        table, deferred_rows, transfers = backend.read(
+            tensors, params, grads, updates=tuple(of_updates)
+        )
     if not deferred_rows:
         return table, transfers, _NO_REASONS
     n = 2 * len(tensors)

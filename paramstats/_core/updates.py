@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from paramstats._core.elements import check_storage, elements, gradient, numel
-from paramstats._core.moments import ABSENT, ROW, Moments, merge, unread
+from paramstats._core.moments import ABSENT, ROW, Moments, is_unread, merge, unread
 from paramstats._core.reference import NO_FLOAT64, Pending, Transfer, reason_of
 from paramstats._core.states import exact, from_row
 from paramstats._core.torch_private import without_modes
@@ -251,7 +251,11 @@ def cosine(products: Moments, norm: float, other_norm: float, scale: float = 1.0
         norm, other_norm: the norms of the tensors.
         scale: the factor that the products contain and the norms do not.
     """
-    if products.nans or not (0 < norm < math.inf and 0 < other_norm < math.inf):
+    if (
+        is_unread(products)
+        or products.nans
+        or not (0 < norm < math.inf and 0 < other_norm < math.inf)
+    ):
         return math.nan
     value = products.mean * products.count / scale / norm / other_norm
     return max(-1.0, min(1.0, value))
