@@ -266,7 +266,8 @@ class LocalParts:
         grad = gradient(param) if update.grad >= 0 else None
         refused = tuple(ROWS) if reason else ()
         if grad is not None and not reason and not _is_placed_as(grad, param, local):
-            reason = f"the gradient has the placements {_placements(grad)}, the parameter others"
+            placements = [tuple(getattr(x, "placements", ())) for x in (grad, param)]
+            reason = "the gradient is placed as {}, the parameter as {}".format(*placements)
             refused = (GRAD_MOMENTUM, UPDATE_GRAD, LAG)
         for k, is_computed in enumerate(update.has_rows()):
             if is_computed and k in refused:
@@ -299,7 +300,3 @@ def _is_placed_as(x: Any, param: Any, local: Tensor) -> bool:
     return spec is expected or (
         spec.placements == expected.placements and spec.mesh == expected.mesh
     )
-
-
-def _placements(x: Any) -> str:
-    return str(tuple(getattr(x, "placements", ())))
