@@ -23,8 +23,18 @@ _PRECISE = (torch.float32, torch.float64)
 
 
 def check_optimizers(source: Any, optimizers: tuple[Any, ...]) -> None:
-    """Raise ValueError if an optimizer has no parameter of `source`."""
-    known = set(map(id, tensors_of(source)[1])) if optimizers else set()
+    """Raise ValueError if an optimizer has no parameter of `source`.
+
+    Raises NotImplementedError if the updates of such a model are not read.
+    """
+    if not optimizers:
+        return
+    layout, tensors = tensors_of(source)
+    if layout.is_sharded:
+        from paramstats import _sharded
+
+        _sharded.check_optimizers(source, layout, tensors)
+    known = set(map(id, tensors))
     for optimizer in optimizers:
         if known.isdisjoint(map(id, parameters_of(optimizer))):
             raise ValueError(

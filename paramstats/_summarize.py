@@ -206,13 +206,20 @@ def tensors_of(
     include: Patterns | None = None,
     exclude: Patterns | None = None,
 ) -> tuple[Layout, list[Any]]:
-    """Return the layout and the tensors that `summarize` would read; arguments as there."""
+    """Return the layout and the tensors that `summarize` would read; arguments as there.
+
+    They are as optimizers have them: no gathered parameters of `fully_shard`.
+    """
     patterns = include, exclude or ()
     if isinstance(source, torch.nn.Module):
         walked = active().walk(source, bool(buffers), _make_layout)
         layout, tensors = walked or python_walk.walk(source, buffers, _make_layout)
     else:
         layout, tensors = python_walk.walk_named(source, *patterns, _make_layout)
+    if layout.is_sharded:
+        from paramstats import _sharded
+
+        tensors = _sharded.tensors_of_optimizers(source, tensors)
     layout, rows = layout.select(*patterns)
     return layout, [tensors[row] for row in rows]
 

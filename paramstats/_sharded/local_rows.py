@@ -50,6 +50,7 @@ class LocalRows:
         parts = Parts() if optimizers is None else optimizers.parts
         self.content, self.digest = content_of(layout, rows, parts)
         self._updates = [] if optimizers is None else optimizers.updates
+        self._known = {} if optimizers is None else optimizers.states
         self._first_part = 2 * len(layout)
         self._backend = backend
         self._shards = shards
@@ -58,12 +59,10 @@ class LocalRows:
         self._partial_specs: dict[partial.Label, partial.PartialSpec] = {}
         self._partial_values: dict[partial.Label, Tensor] = {}
         self._try(lambda: self._read_all(params))
-        if optimizers is not None:
-            for part, state in optimizers.states.items():
-                self._put(self._first_part + part, state)
-            for part, reason in optimizers.reasons.items():
-                count = optimizers.states[part].count
-                self._put_unread(self._first_part + part, count, reason)
+        for part, state in self._known.items():
+            self._put(self._first_part + part, state)
+        for part, reason in ({} if optimizers is None else optimizers.reasons).items():
+            self._put_unread(self._first_part + part, self._known[part].count, reason)
         self.partial_specs: partial.PartialSpecs = tuple(sorted(self._partial_specs.items()))
 
     @classmethod
@@ -127,7 +126,9 @@ class LocalRows:
         updates: list[Update] = []
         for update, part in self._updates:
             first = 2 * len(rows) + len(ROWS) * len(updates)
-            targets.update((first + k, self._first_part + part + k) for k in ROWS)
+            for k in ROWS:
+                if part + k not in self._known:
+                    targets[first + k] = self._first_part + part + k
             updates.append(update.with_operands(positions[row] for row in update.operands()))
 
         def row_name(i: int) -> str:

@@ -101,6 +101,17 @@ class Parts(NamedTuple):
         return OptimizerRecord(keys, bytes(out), hyperparameters, tuple(methods))
 
 
+def refuse_slices(layout: Layout, tensors: Sequence[Any]) -> None:
+    """Raise NotImplementedError if a tensor is a `LocalShard`, also in FSDP1 or ZeRO-3."""
+    for name, x in zip(layout.names, tensors, strict=True):
+        if isinstance(x, LocalShard):
+            raise NotImplementedError(
+                f"paramstats: expected plain tensors or DTensors with optimizer=, got a LocalShard "
+                f"or a parameter of FSDP1 or ZeRO-3 for {name!r}; leave out optimizer=, or shard "
+                f"the model with fully_shard (FSDP2)"
+            )
+
+
 def union_of(layout: Layout, several: Sequence[tuple[Layout, Parts]]) -> Parts:
     """Return the parts of several ranks in the layout of all tensors.
 
@@ -154,13 +165,7 @@ class LocalParts:
             NotImplementedError: a tensor is a `LocalShard`, also in a wrapper of FSDP1 or ZeRO-3.
             ValueError: the optimizers have none of the parameters.
         """
-        for name, x in zip(layout.names, tensors, strict=True):
-            if isinstance(x, LocalShard):
-                raise NotImplementedError(
-                    f"paramstats.summarize: expected plain tensors or DTensors with optimizer=, "
-                    f"got the slice of a tensor that FSDP1, ZeRO-3 or LocalShard describes for "
-                    f"{name!r}; leave out optimizer=, or shard the model with fully_shard (FSDP2)"
-                )
+        refuse_slices(layout, tensors)
         self.updates: list[tuple[Update, int]] = []
         self.states: dict[int, Moments] = {}
         self.reasons: dict[int, str] = {}
@@ -261,7 +266,8 @@ class LocalParts:
         grad = gradient(param) if update.grad >= 0 else None
         refused = tuple(ROWS) if reason else ()
         if grad is not None and not reason and not _is_placed_as(grad, param, local):
-            reason = f"the gradient has the placements {_placements(grad)}, the parameter others"
+            placements = [tuple(getattr(x, "placements", ())) for x in (grad, param)]
+            reason = "the gradient is placed as {}, the parameter as {}".format(*placements)
             refused = (GRAD_MOMENTUM, UPDATE_GRAD, LAG)
         for k, is_computed in enumerate(update.has_rows()):
             if is_computed and k in refused:
@@ -294,7 +300,3 @@ def _is_placed_as(x: Any, param: Any, local: Tensor) -> bool:
     return spec is expected or (
         spec.placements == expected.placements and spec.mesh == expected.mesh
     )
-
-
-def _placements(x: Any) -> str:
-    return str(tuple(getattr(x, "placements", ())))

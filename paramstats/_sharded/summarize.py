@@ -17,14 +17,14 @@ import torch.distributed as dist
 from paramstats._core.backend import Implementation
 from paramstats._core.layout import Layout
 from paramstats._core.names import Patterns
-from paramstats._core.optimizers import make_request
+from paramstats._core.optimizers import Request, make_request
 from paramstats._core.options import Options
 from paramstats._core.reading import warn_once
 from paramstats._sharded.agreement import Arguments
 from paramstats._sharded.groups import background_of, exchange_of
 from paramstats._sharded.local_rows import LocalRows
 from paramstats._sharded.local_shards import LocalShards
-from paramstats._sharded.parts import LocalParts
+from paramstats._sharded.parts import LocalParts, refuse_slices
 from paramstats._sharded.wrappers import find_shards
 from paramstats._summary import Summary
 
@@ -91,18 +91,21 @@ def _texts(patterns: Patterns) -> list[str]:
     return [p.pattern if p.flags == default else repr(p) for p in patterns]
 
 
+def check_optimizers(source: Any, layout: Layout, tensors: list[Any]) -> None:
+    """Raise NotImplementedError if optimizers of these tensors are not supported."""
+    refuse_slices(*find_shards(source, layout, tensors))
+
+
 def _read(call: Call, source: Any, layout: Layout, tensors: list[Any]) -> LocalRows:
     """Read this rank's shards of the tensors, and of their gradients."""
-    layout, tensors = call.select(*find_shards(source, layout, tensors))
-    request = None if call.optimizer is None else make_request(call.optimizer)
-    if request is not None:
-        layout, tensors = request.select(layout, tensors)
+    request = Request(()) if call.optimizer is None else make_request(call.optimizer)
+    layout, tensors = call.select(*find_shards(source, layout, tensors, request.only))
     native = call.backend.native
     if native is not None and "torch.distributed.tensor" in sys.modules:
         native.set_dtensor_class(sys.modules["torch.distributed.tensor"].DTensor)
     shards = LocalShards(layout, tensors, call.grads)
     optimizers = None
-    if request is not None:
+    if request.optimizers:
         optimizers = LocalParts(request, layout, tensors, shards, call.grads)
     if call.options.local:
         shards.reductions.clear()  # read this rank's values of partial tensors as they are

@@ -7,7 +7,7 @@ of their private attributes are in this file.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
@@ -28,12 +28,35 @@ class _Shard(NamedTuple):
 _Replacements = dict[int, list[_Shard]]  # by the address of the tensor in the model
 
 
-def find_shards(source: Any, layout: Layout, tensors: list[Any]) -> tuple[Layout, list[Any]]:
+def tensors_of_optimizers(source: Any, tensors: list[Any]) -> list[Any]:
+    """Return the tensors with those that optimizers have in place of gathered parameters."""
+    gathered: _Replacements = {}
+    if isinstance(source, nn.Module) and "torch.distributed.fsdp" in sys.modules:
+        from torch.distributed.fsdp import FSDPModule
+
+        for module in source.modules():
+            if isinstance(module, FSDPModule):
+                gathered.update(_fsdp2_shards(module))
+    return [gathered[id(x)][0].tensor if id(x) in gathered else x for x in tensors]
+
+
+def find_shards(
+    source: Any, layout: Layout, tensors: list[Any], only: Container[int] | None = None
+) -> tuple[Layout, list[Any]]:
     """Return the layout and tensors with shards in place of what wrappers put into a model.
 
     Each tensor is then a plain tensor, a DTensor or a `LocalShard`. Raises NotImplementedError if
     FSDP flattened a parameter and `source` does not tell its place in the whole.
+
+    Args:
+        source: the model, mapping or pairs.
+        layout, tensors: the tensors of `source`.
+        only: the ids of the tensors to return, as optimizers have them; None: all.
     """
+    if only is not None:
+        known = tensors_of_optimizers(source, tensors)
+        rows = [row for row, x in enumerate(known) if id(x) in only]
+        layout, tensors = layout.take(rows), [tensors[row] for row in rows]
     replaced: _Replacements = {}
     if isinstance(source, nn.Module) and "torch.distributed.fsdp" in sys.modules:
         from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel

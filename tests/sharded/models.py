@@ -12,7 +12,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
 
 import paramstats
 from paramstats._summary import record_of
@@ -48,6 +54,26 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + self.scale * self.down(torch.relu(self.up(self.norm(x))))
+
+
+def tensor_parallel(mesh) -> Transformer:
+    """Return a model with tensor parallelism, whose norms have partial gradients."""
+    model = Transformer(tied=False, words=14)
+    for block in model.blocks:
+        del block.scale  # SequenceParallel does not mix plain parameters with DTensors
+        block.scale = 1.0
+        plan = {
+            "norm": SequenceParallel(),
+            "up": ColwiseParallel(input_layouts=Shard(1)),
+            "down": RowwiseParallel(output_layouts=Shard(1)),
+        }
+        parallelize_module(block, mesh, plan)
+    plan = {
+        "embedding": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
+        "norm": SequenceParallel(),
+        "head": ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate()),
+    }
+    return parallelize_module(model, mesh, plan)
 
 
 def tokens(words: int = 13) -> torch.Tensor:

@@ -7,17 +7,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor.parallel import (
-    ColwiseParallel,
-    RowwiseParallel,
-    SequenceParallel,
-    parallelize_module,
-)
+from torch.distributed.tensor import DTensor
 
 import paramstats
 from paramstats._core import backend as backends
-from tests.sharded.models import Transformer, backward, check, tokens
+from tests.sharded.models import Transformer, backward, check, tensor_parallel, tokens
 from tests.sharded.ranks import on_ranks, run_on_ranks
 
 
@@ -115,28 +109,9 @@ def test_plain_parameters_among_dtensors():
     check(paramstats.summarize(model), dict(model.named_parameters()))
 
 
-def _tensor_parallel(mesh) -> Transformer:
-    model = Transformer(tied=False, words=14)
-    for block in model.blocks:
-        del block.scale  # SequenceParallel does not mix plain parameters with DTensors
-        block.scale = 1.0
-        plan = {
-            "norm": SequenceParallel(),
-            "up": ColwiseParallel(input_layouts=Shard(1)),
-            "down": RowwiseParallel(output_layouts=Shard(1)),
-        }
-        parallelize_module(block, mesh, plan)
-    plan = {
-        "embedding": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
-        "norm": SequenceParallel(),
-        "head": ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate()),
-    }
-    return parallelize_module(model, mesh, plan)
-
-
 @on_ranks(2)
 def test_tensor_parallelism_with_partial_gradients():
-    model = _tensor_parallel(init_device_mesh("cpu", (2,)))
+    model = tensor_parallel(init_device_mesh("cpu", (2,)))
     backward(model, tokens(14))
     assert any(x.is_partial() for p in model.parameters() for x in p.grad.placements)
     check(paramstats.summarize(model), dict(model.named_parameters()))
@@ -145,7 +120,7 @@ def test_tensor_parallelism_with_partial_gradients():
 @on_ranks(4)
 def test_tensor_parallelism_within_fully_shard():
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
-    model = _fully_shard(_tensor_parallel(mesh["tp"]), mesh["dp"])
+    model = _fully_shard(tensor_parallel(mesh["tp"]), mesh["dp"])
     assert "_StridedShard" in {type(x).__name__ for p in model.parameters() for x in p.placements}
     backward(model, tokens(14))
     check(paramstats.summarize(model), dict(model.named_parameters()))
