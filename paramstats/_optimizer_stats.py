@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from paramstats._core.backend import active
+from paramstats._core.moments import ROW
 from paramstats._core.optimizer_record import OptimizerRecord
 from paramstats._core.optimizers import MOMENTA
 from paramstats._core.updates import (
     GRAD_MOMENTUM,
     LAG,
     ROWS,
+    UPDATE,
     UPDATE_GRAD,
     cosine,
     eps_fraction,
@@ -58,13 +62,16 @@ class OptimizerStats:
     @property
     def state(self) -> Mapping[str, TensorStats]:
         """The statistics of every tensor and number in the state, by key, such as "exp_avg"."""
+        found = {key: self._state_of(key) for key in self._record.keys}
+        return MappingProxyType({key: x for key, x in found.items() if x is not None})
+
+    def _state_of(self, key: str) -> TensorStats | None:
+        """Return the statistics of one tensor of the state."""
         record, row = self._record, self._row
-        found = {}
-        for column, key in enumerate(record.keys, len(ROWS)):
-            if record.has(column, row):
-                index = record.position(column, row)
-                found[key] = TensorStats(record.table, index, self._correction, 1.0)
-        return MappingProxyType(found)
+        column = record.column(key)
+        if column is None or not record.has(column, row):
+            return None
+        return TensorStats(record.table, record.position(column, row), self._correction, 1.0)
 
     @property
     def hyperparameters(self) -> Mapping[str, float]:
@@ -84,7 +91,7 @@ class OptimizerStats:
     @property
     def step(self) -> int | None:
         """How many steps were made with this parameter; None if the optimizer does not count."""
-        step = self.state.get("step")
+        step = self._state_of("step")
         return None if step is None or not step.is_read() else round(step.mean)
 
     @property
@@ -113,9 +120,9 @@ class OptimizerStats:
             column, other = UPDATE_GRAD, self._of.update
         elif len(names) == 2 and "grad" in names and (names - {"grad"}) & set(MOMENTA):
             (key,) = names - {"grad"}
-            column, other = GRAD_MOMENTUM, self.state.get(key)
-            if self.momentum != key:
-                other = None
+            column, other = GRAD_MOMENTUM, None
+            if self.momentum == key:
+                other = self._state_of(key)
         else:
             raise ValueError(
                 f"paramstats.OptimizerStats.cosine: expected 'update' and 'grad', or 'grad' and "
@@ -129,9 +136,11 @@ class OptimizerStats:
     @property
     def momentum(self) -> str | None:
         """The key of the state that is compared with the gradient; None if there is none."""
-        count = self._of.count
-        state = self.state
-        return next((key for key in MOMENTA if key in state and state[key].count == count), None)
+        for key in MOMENTA:
+            state = self._state_of(key)
+            if state is not None and state.count == self._of.count:
+                return key
+        return None
 
     @property
     def rms(self) -> float:
@@ -148,10 +157,6 @@ class OptimizerStats:
     def eps_fraction(self) -> float:
         """Share of the elements with sqrt(v) < eps, whose updates Adam's eps makes smaller."""
         return eps_fraction(self._record.state(LAG, self._row))
-
-    def has(self, row: int) -> bool:
-        """Return whether a row of `updates.ROWS` was computed."""
-        return self._record.has(row, self._row)
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as types that JSON knows."""
@@ -171,41 +176,53 @@ class OptimizerStats:
 
 
 def optimizer_scalars(
-    of: TotalStats, name: str, key: str, stats: Sequence[str], columns: bytes
+    record: OptimizerRecord,
+    entries: Sequence[TotalStats],
+    names: tuple[str, ...],
+    correction: float,
+    key: str,
+    stats: tuple[str, ...],
+    columns: bytes,
 ) -> list[tuple[str, float]]:
-    """Return the logger keys and values of what the optimizer knows of one entry of a summary.
+    """Return the logger keys and values of what optimizers know of the entries of a summary.
 
     Args:
-        of, name: the entry.
+        record, correction: of the entries.
+        entries, names: the entries in the order of the record's rows, and their names.
         key, stats: as in `Summary.scalars`.
         columns: the positions of `stats` in `Statistics`.
     """
     out: list[tuple[str, float]] = []
+    size = len(names) * ROW.size
+    indexes: dict[Any, None] = dict.fromkeys(range(len(names) * len(stats)))
+    for column, kind in [(UPDATE, "update"), *enumerate(record.keys, len(ROWS))]:
+        if kind != "step":
+            table = record.table[column * size : (column + 1) * size]
+            values = active().scalars(table, b"", indexes, columns, correction, 1.0)
+            keys = _keys(key, kind, stats, names)
+            out += [(keys[index], value) for index, value in values.items()]
 
-    def add(kind: str, stat: str, value: float) -> None:
-        out.append((key.format(kind=kind, stat=stat, name=name), value))
+    def add(kind: str, stat: str, row: int, value: float) -> None:
+        out.append((_keys(key, kind, (stat,), names)[row], value))
 
-    def add_all(kind: str, tensor: TensorStats) -> None:
-        if tensor.is_read():
-            values = tensor.statistics()
-            for stat, column in zip(stats, columns, strict=True):
-                add(kind, stat, values[column])
-
-    optimizer, update = of.optimizer, of.update
-    if update is not None:
-        add_all("update", update)
-        add("update", "ratio", of.update_ratio)
-    if optimizer is None:
-        return out
-    for state_key, tensor in optimizer.state.items():
-        if state_key != "step":
-            add_all(state_key, tensor)
-    if optimizer.has(UPDATE_GRAD):
-        add("update", "cosine_grad", optimizer.cosine("update", "grad"))
-    momentum = optimizer.momentum
-    if momentum is not None and optimizer.has(GRAD_MOMENTUM):
-        add("grad", f"cosine_{momentum}", optimizer.cosine("grad", momentum))
-    if optimizer.has(LAG):
-        add("optimizer", "rms", optimizer.rms)
-        add("optimizer", "eps_fraction", optimizer.eps_fraction)
+    for row, entry in enumerate(entries):
+        if record.has(UPDATE, row):
+            add("update", "ratio", row, entry.update_ratio)
+        optimizer = entry.optimizer
+        if optimizer is None:
+            continue
+        if record.has(UPDATE_GRAD, row):
+            add("update", "cosine_grad", row, optimizer.cosine("update", "grad"))
+        momentum = optimizer.momentum
+        if momentum is not None and record.has(GRAD_MOMENTUM, row):
+            add("grad", f"cosine_{momentum}", row, optimizer.cosine("grad", momentum))
+        if record.has(LAG, row):
+            add("optimizer", "rms", row, optimizer.rms)
+            add("optimizer", "eps_fraction", row, optimizer.eps_fraction)
     return out
+
+
+@functools.lru_cache(maxsize=64)
+def _keys(key: str, kind: str, stats: tuple[str, ...], names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the logger keys of a kind, by name and statistic."""
+    return tuple(key.format(kind=kind, stat=stat, name=name) for name in names for stat in stats)

@@ -254,10 +254,13 @@ class Summary(Mapping[str, ParamStats]):
         by_index = record.scalars(dict.fromkeys(range(len(keys.names))), keys.columns, total)
         pairs = [(keys.names[index], value) for index, value in by_index.items()]
         if record.optimizer is not None:
-            entries: list[tuple[str, TotalStats]] = list(Summary(record).items())
-            entries += [("total", self.total)] if totals else []
-            for name, entry in entries:
-                pairs += optimizer_scalars(entry, name, key, *checked_stats(stats))
+            options = record.correction, key, *checked_stats(stats)
+            entries = [ParamStats(record, row) for row in range(len(layout))]
+            pairs += optimizer_scalars(record.optimizer, entries, layout.names, *options)
+            if totals and full.optimizer is not None:
+                merged = full.optimizer.merged([range(full.layout.parameters)])
+                entry = TotalStats(total, record.correction, record.grad_scale, merged, 0)
+                pairs += optimizer_scalars(merged, [entry], ("total",), *options)
         out = dict(pairs)
         if len(out) != len(pairs):
             raise duplicate_keys(key, len(out), len(pairs))

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import paramstats
 from tests.integrations.deferred import defer_summaries_of_watch
-from tests.integrations.training import Logged, loss, network, scalars_of, snapshot
+from tests.integrations.training import Logged, StepTruth, loss, network, scalars_of, snapshot
 
 
 @pytest.fixture
@@ -182,6 +182,44 @@ def test_deferred_statistics_of_every_step_are_logged_in_order(model, transfers)
             watcher.step()
             assert list(logged) == list(range(step))
     assert list(logged) == [0, 1, 2, 3]
+
+
+def test_deferred_statistics_of_optimizers_are_logged_at_the_next_step(transfers):
+    model, logged = network(), Logged()
+    optimizers = [torch.optim.Adam(layer.parameters()) for layer in model[::2]]
+    truth = StepTruth(model, *optimizers)
+    loss(model, 0).backward()
+    with paramstats.watch(model, logged, every=1, optimizer=optimizers) as watcher:
+        for n in range(2):
+            for optimizer in optimizers:
+                optimizer.step()
+            assert list(logged) == list(range(n)), "the loop waited"
+        optimizers[0].step()
+        truth.check(logged, {0: 0, 1: 1})
+        assert [t.waits for t in transfers] == [1, 1, 1, 1, 0]
+        assert list(watcher.summary) == ["0.weight", "0.bias"]
+    assert list(logged) == [0, 1, 2] and "update_norm/0.bias" in logged[2]
+    optimizers[0].step()
+    assert len(transfers) == 5, "the hooks are still there"
+
+
+def test_the_optimizer_of_accelerate_is_watched():
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    truth, logged = StepTruth(model, optimizer), Logged()
+    prepared, accelerated = accelerator.prepare(model, optimizer)
+    with paramstats.watch(prepared, logged, every=2, optimizer=accelerated) as watcher:
+        for batch in range(10):
+            with accelerator.accumulate(prepared):
+                accelerator.backward(loss(prepared, batch))
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(prepared.parameters(), 1e-3)
+                accelerated.step()
+                accelerated.zero_grad()
+    truth.check(logged, {0: 0, 2: 2, 4: 4})
+    assert watcher.summary.total.grad.norm == pytest.approx(1e-3, rel=1e-3)
 
 
 @pytest.mark.parametrize("is_ready", [False, True])

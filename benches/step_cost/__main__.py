@@ -39,7 +39,8 @@ from benches.timing import quartiles, synchronize
 def check(training: Training, tools: Sequence[Tool]) -> None:
     """Raise AssertionError if a tool's statistics are wrong or incomplete."""
     with ExitStack() as stack:
-        attached = [(tool, stack.enter_context(tool.attached(training.model))) for tool in tools]
+        model, optimizer = training.model, training.optimizer
+        attached = [(tool, stack.enter_context(tool.attached(model, optimizer))) for tool in tools]
         training.backward()
         results = [(tool, run()) for tool, run in attached]
     expected = checks.expected(tensors(training.model))
@@ -51,7 +52,7 @@ def check(training: Training, tools: Sequence[Tool]) -> None:
 def timed(training: Training, tool: Tool, recipe: Recipe) -> float:
     """Return the seconds per step in one turn with a tool."""
     device = next(training.model.parameters()).device
-    with tool.attached(training.model) as run:
+    with tool.attached(training.model, training.optimizer) as run:
         for _ in range(recipe.untimed_steps):
             training.step(run)
         synchronize(device)

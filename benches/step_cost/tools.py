@@ -31,8 +31,8 @@ from benches.contestants import (
 Run = Callable[[], Any]
 """What a tool does in each step, between the backward pass and the optimizer's step."""
 
-Attached = Callable[[nn.Module], AbstractContextManager[Run]]
-"""Attaches a tool to a model; hooks are removed when the context ends."""
+Attached = Callable[[nn.Module, torch.optim.Optimizer], AbstractContextManager[Run]]
+"""Attaches a tool to a model and its optimizer; hooks are removed when the context ends."""
 
 
 @dataclass(frozen=True)
@@ -57,14 +57,14 @@ def called(function: Callable[[nn.Module], Any]) -> Attached:
     """Make a tool of a function that needs no hooks."""
 
     @contextmanager
-    def attached(model: nn.Module) -> Iterator[Run]:
+    def attached(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[Run]:
         yield lambda: function(model)
 
     return attached
 
 
 @contextmanager
-def _hooks(model: nn.Module) -> Iterator[Run]:
+def _hooks(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[Run]:
     """Summarize each gradient right after its accumulation, when it may still be in the cache."""
     summaries: list[paramstats.Summary] = []
 
@@ -89,7 +89,7 @@ def _hooks(model: nn.Module) -> Iterator[Run]:
 
 
 @contextmanager
-def _read_one_step_later(model: nn.Module) -> Iterator[Run]:
+def _read_one_step_later(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[Run]:
     """Read the statistics of the previous step, so that the host does not wait for the GPU."""
     last: list[paramstats.Summary] = []
 
@@ -99,6 +99,13 @@ def _read_one_step_later(model: nn.Module) -> Iterator[Run]:
             last.pop(0).scalars()
 
     yield run
+
+
+@contextmanager
+def _watch(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[Run]:
+    """Read parameters, gradients, the optimizer's state and the updates after each step."""
+    with paramstats.watch(model, lambda scalars, step: None, every=1, optimizer=optimizer):
+        yield lambda: None
 
 
 def _lightning(stack: ExitStack) -> Tool:
@@ -127,7 +134,7 @@ def _wandb(stack: ExitStack) -> Tool:
     stack.callback(run.finish)
 
     @contextmanager
-    def attached(model: nn.Module) -> Iterator[Run]:
+    def attached(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[Run]:
         run.watch(model, log="all", log_freq=1, idx=0)
         try:
             yield lambda: run.log({"step": 1})
@@ -160,6 +167,7 @@ def available(stack: ExitStack, device: torch.device) -> tuple[list[Tool], dict[
             from_scalars,
             _each_gradient,
         ),
+        Tool("paramstats_optimizer", "paramstats, with state and updates", _watch),
         Tool(
             "item_loop",
             "`.item()` loop",

@@ -81,6 +81,8 @@ class ParamStatsCallback(TrainerCallback):
     def on_train_begin(
         self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if self._watcher is not None:  # an earlier training may have failed; its hooks are removed
+            self._watcher.close()
         if not self._reads_optimizer:
             self._watcher = watch(kwargs["model"], **self._options)
             return

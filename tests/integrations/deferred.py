@@ -30,7 +30,11 @@ def deferred(summary: Summary) -> tuple[Summary, FakeTransfer]:
     record = record_of(summary)
     transfer = FakeTransfer(record.table)
     unfinished = record._replace(table=bytes(len(record.table)))
-    return Summary(None, DeferredRecord(unfinished, [transfer])), transfer
+    known = record.optimizer
+    if known is not None:
+        unfinished = unfinished._replace(optimizer=known._replace(table=bytes(len(known.table))))
+    arguments = unfinished, [transfer], None, lambda table: record._replace(table=table)
+    return Summary(None, DeferredRecord(*arguments)), transfer
 
 
 def defer_summaries_of_watch(monkeypatch: pytest.MonkeyPatch) -> list[FakeTransfer]:
@@ -43,5 +47,6 @@ def defer_summaries_of_watch(monkeypatch: pytest.MonkeyPatch) -> list[FakeTransf
         transfers.append(transfer)
         return summary
 
-    monkeypatch.setattr(sys.modules["paramstats._watcher"], "summarize", deferring)
+    for module in ("paramstats._watcher", "paramstats._optimizer_hooks"):
+        monkeypatch.setattr(sys.modules[module], "summarize", deferring)
     return transfers

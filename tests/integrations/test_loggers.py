@@ -13,7 +13,7 @@ import torch
 
 import paramstats
 from tests.integrations.deferred import defer_summaries_of_watch
-from tests.integrations.training import network
+from tests.integrations.training import loss, network
 from tests.test_docs import run_page
 
 wandb = pytest.importorskip("wandb", reason="wandb is not installed")
@@ -129,6 +129,42 @@ def test_wandb_calls_without_a_step_lose_nothing(folder, monkeypatch):
     rows = [row for row in rows_of_wandb(folder) if "step" in row]
     assert [row["step"] for row in rows] == [0, 2, 4]
     assert all(statistics_in(row) == expected for row in rows)
+
+
+def test_loggers_get_state_and_updates(folder, monkeypatch):
+    import mlflow
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from torch.utils.tensorboard import SummaryWriter
+
+    defer_summaries_of_watch(monkeypatch)
+    model, writer = network(), SummaryWriter("runs")
+    optimizer = torch.optim.AdamW(model.parameters())
+
+    def log(scalars: dict[str, float], step: int) -> None:
+        wandb.log(scalars, step=step)
+        mlflow.log_metrics(scalars, step)
+        for key, value in scalars.items():
+            writer.add_scalar(key, value, step)
+
+    with (
+        wandb.init(),
+        mlflow.start_run() as run,
+        paramstats.watch(model, log, optimizer=optimizer, every=2, stats="norm") as watcher,
+    ):
+        for step in range(4):
+            loss(model, step).backward()
+            optimizer.step()
+    writer.close()
+    expected = watcher.summary.scalars(stats="norm")
+    kinds = "update_norm", "update_ratio", "exp_avg_norm", "grad_cosine_exp_avg", "optimizer_rms"
+    assert {f"{kind}/0.weight" for kind in kinds} < expected.keys()
+    row = rows_of_wandb(folder)[-1]
+    assert {key: row[key] for key in expected} == expected and row["_step"] == 2
+    assert mlflow.MlflowClient().get_run(run.info.run_id).data.metrics == expected
+    events = EventAccumulator("runs").Reload()
+    for key, value in expected.items():
+        steps = {e.step: e.value for e in events.Scalars(key)}
+        assert list(steps) == [0, 2] and steps[2] == torch.tensor(value).item()
 
 
 def test_wandb_through_transformers(folder, monkeypatch):

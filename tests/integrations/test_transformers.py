@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 import paramstats
-from tests.integrations.training import Logged, snapshot
+from tests.integrations.deferred import defer_summaries_of_watch
+from tests.integrations.training import Logged, StepTruth, snapshot
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("accelerate", reason="accelerate is not installed")
@@ -113,6 +114,72 @@ def test_accumulated_gradients_are_logged_unscaled_and_before_clipping(
         assert norm == pytest.approx(max_grad_norm, rel=1e-3), "clipping was not active"
     if kind is ScalingTrainer:
         assert trainer.scaler.get_scale() > 1024.0, "the scale did not change"
+
+
+def with_truth(kind):
+    """Return a Trainer that knows the truth of its optimizer's steps."""
+
+    class WithTruth(kind):
+        def create_optimizer(self, *args, **kwargs):
+            optimizer = super().create_optimizer(*args, **kwargs)
+            self.truth = StepTruth(self.model, optimizer)
+            return optimizer
+
+    return WithTruth
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (Trainer, {"optim": "adamw_torch", "weight_decay": 0.1}),
+        (Trainer, {"optim": "adafactor"}),
+        (ScalingTrainer, {"optim": "sgd", "optim_args": "momentum=0.9"}),
+    ],
+)
+def test_state_and_updates_are_logged_after_clipping(tmp_path, monkeypatch, kind, options):
+    if kind is ScalingTrainer:
+        import accelerate
+
+        monkeypatch.setattr(accelerate.Accelerator, "mixed_precision", "fp16")
+    transfers = defer_summaries_of_watch(monkeypatch) if kind is ScalingTrainer else []
+    logged = Logged()
+    callback = ParamStatsCallback(every=2, log=logged, optimizer=True)
+    trainer = trainer_of(
+        tmp_path, gpt2(n_layer=1), callback, kind=with_truth(kind),
+        gradient_accumulation_steps=2, max_grad_norm=1e-3, **options,
+    )  # fmt: skip
+    trainer.train()
+    trainer.truth.check(logged, {1: 0, 2: 1, 4: 3})
+    assert callback.watcher.summary.total.grad.norm == pytest.approx(1e-3, rel=1e-3)
+    assert [t.waits for t in transfers] == [1] * len(transfers)
+
+
+def test_a_resumed_training_continues_its_history(tmp_path):
+    path, options = tmp_path / "run.jsonl", {"save_strategy": "steps", "save_steps": 3}
+    for last, checkpoint in [(3, None), (7, str(tmp_path / "checkpoint-3"))]:
+        history = paramstats.History(path, resume=True)
+        callback = ParamStatsCallback(every=2, history=history, optimizer=True)
+        trainer = trainer_of(tmp_path, gpt2(n_layer=1), callback, max_steps=last, **options)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        history.close()
+    assert list(paramstats.History.load(path).steps) == [1, 2, 4, 6]
+    assert callback.watcher.summary["transformer.ln_f.bias"].optimizer.step == 6
+
+
+def test_a_training_after_one_that_failed_is_logged_once(tmp_path):
+    class Fails(Trainer):
+        def training_step(self, *args, **kwargs):
+            if self.state.global_step == 2:
+                raise OSError("the data is gone")
+            return super().training_step(*args, **kwargs)
+
+    logged = []
+    callback = ParamStatsCallback(1, log=lambda _, step: logged.append(step), optimizer=True)
+    trainer = trainer_of(tmp_path, gpt2(n_layer=1), callback, kind=Fails)
+    for _ in range(2):
+        with pytest.raises(OSError, match="the data is gone"):
+            trainer.train()
+    assert logged == [1, 2, 1, 2]
 
 
 def test_an_accumulation_cut_short_by_the_end_of_an_epoch_is_logged(tmp_path):
