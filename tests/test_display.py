@@ -205,6 +205,8 @@ def test_frozen_parameters_can_be_left_out(backend, blocks):
     [
         ({"sort_by": "size"}, "expected sort_by to be name or one of count, .* got 'size'"),
         ({"sort_by": "stddev"}, ".* got 'stddev'; did you mean 'std'"),
+        ({"sort_by": "exp_avg.norm"}, ".* got 'exp_avg.norm'"),
+        ({"sort_by": "update.step"}, ".* got 'update.step'"),
         ({"sort_by": 1}, "expected sort_by to be a str, got 1"),
         ({"kind": "grads"}, "expected kind to be 'param', 'grad', 'update', 'buffer' or None, got"),
         ({"limit": -1}, "expected limit to be a whole number of 0 or more, got -1"),
@@ -213,6 +215,107 @@ def test_frozen_parameters_can_be_left_out(backend, blocks):
 def test_invalid_arguments(model, arguments, words):
     with pytest.raises((ValueError, TypeError), match=f"^paramstats.table: {words}"):
         summarize(model).table(**arguments)
+
+
+# ---- updates and the optimizer's state
+
+
+@pytest.fixture
+def stepped(backend, blocks) -> tuple[dict[str, torch.Tensor], Summary]:
+    """Return the updates of the first step of AdamW in float64, and the summary after it."""
+    blocks["0.bias"].requires_grad_(False)
+    blocks["0.bias"].grad = None
+    blocks["2.weight"].data[:2] = 1e9  # a change by 0.1 is lost in rounding
+    trained = {name: x for name, x in blocks.items() if x.requires_grad}
+    optimizer = torch.optim.AdamW(trained.values(), lr=0.1, weight_decay=0)
+    grads = {name: x.grad.double() for name, x in trained.items()}
+    optimizer.step()
+    updates = {name: -0.1 * g / (g.abs() + 1e-8) for name, g in grads.items()}
+    return updates, summarize(blocks, optimizer=optimizer)
+
+
+def cell(table: str, name: str, heading: str) -> str:
+    """Return the cell below a heading that occurs once; "" if there is none."""
+    head, _, *lines = table.splitlines()
+    end = head.index(heading) + len(heading)
+    (line,) = (line for line in lines if line.split()[0] == name)
+    return line[:end].split()[-1] if line[end - 1 : end].strip() else ""
+
+
+def test_updates_have_columns(stepped, blocks):
+    updates, summary = stepped
+    table = summary.table()
+    assert table.splitlines()[0].split()[10:12] == ["update_ratio", "update.zero_fraction"]
+    for name, update in updates.items():
+        ratio = (update.norm() / blocks[name].double().norm()).item()
+        found = cell(summary.table(sort_by="name"), name, "update_ratio")
+        assert float(found) == pytest.approx(ratio, rel=1e-3)
+    assert cell(table, "0.weight", "update_ratio") == formats.number(
+        summary["0.weight"].update_ratio
+    )
+    assert cell(table, "2.weight", "update.zero_fraction") == "40%"
+    assert cell(table, "2.bias", "update.zero_fraction") == "0%"
+    assert cell(table, "0.bias", "update_ratio") == "", "it is frozen"
+    block = [name for name in updates if name.startswith("1.0.")]
+    changes, params = torch.cat([updates[n] for n in block]), torch.cat([blocks[n] for n in block])
+    ratio = (changes.norm() / params.double().norm()).item()
+    assert float(cell(table, "1.0", "update_ratio")) == pytest.approx(ratio, rel=1e-3)
+    total = math.sqrt(sum(x.square().sum().item() for x in updates.values()))
+    norm = math.sqrt(sum(x.double().square().sum().item() for x in blocks.values()))
+    assert float(cell(table, "total", "update_ratio")) == pytest.approx(total / norm, rel=1e-3)
+    assert [cells(row)[-1] for row in html_rows(summary)][-1] == "2.1%", "2 of 95 elements"
+    blocks["2.weight"].data[:2] = 1
+    fewer = summarize(blocks, optimizer=torch.optim.SGD(blocks.values())).table()
+    assert "update" not in fewer, "without an update"
+
+
+def test_a_table_of_updates(stepped):
+    updates, summary = stepped
+    table = summary.table(kind="update")
+    columns = ("mean", "std", "norm", "min", "max", "zero_fraction")
+    headings = ["shape", *(f"update.{column}" for column in columns), "update_ratio"]
+    assert table.splitlines()[0].split()[1:9] == headings
+    assert "... 1 frozen" in table and "0.bias" not in table
+    assert cell(table, "total", "shape") == str(sum(x.numel() for x in updates.values()))
+    for name in ("0.weight", "2.weight"):
+        for column, function in (("norm", torch.norm), ("max", torch.max), ("mean", torch.mean)):
+            expected = function(updates[name]).item()
+            assert float(cell(table, name, f"update.{column}")) == pytest.approx(expected, rel=1e-3)
+    assert summary.table(kind="update", sort_by="norm") == summary.table(
+        kind="update", sort_by="update.norm"
+    )
+
+
+@pytest.mark.parametrize(
+    ("sort_by", "heading"),
+    [
+        ("update.norm", "update.norm"),
+        ("update_norm", "update.norm"),
+        ("update_ratio", "update_ratio"),
+        ("-update_ratio", "update_ratio"),
+        ("exp_avg.norm", "exp_avg.norm"),
+        ("exp_avg_sq.max", "exp_avg_sq.max"),
+        ("-exp_avg_sq_max", "exp_avg_sq.max"),
+    ],
+)
+def test_rows_are_sorted_by_what_the_optimizer_knows(stepped, blocks, sort_by, heading):
+    updates, summary = stepped
+    values = {
+        "update.norm": lambda n: updates[n].norm(),
+        "update_ratio": lambda n: updates[n].norm() / blocks[n].double().norm(),
+        "exp_avg.norm": lambda n: 0.1 * blocks[n].grad.double().norm(),
+        "exp_avg_sq.max": lambda n: 0.001 * blocks[n].grad.double().square().max(),
+    }
+    value = values[heading]
+    found = summary.table(sort_by=sort_by)
+    expected = sorted(updates, key=value, reverse=not sort_by.startswith("-"))
+    assert names(found)[-1] == "0.bias", "it has none"
+    if heading != "update.norm":  # all are 0.1 sqrt(5) up to rounding
+        assert names(found)[:-1] == expected
+    for name in expected:
+        assert float(cell(found, name, heading)) == pytest.approx(value(name).item(), rel=1e-3)
+    narrow = summary.table(width=50, sort_by=sort_by)
+    assert heading in narrow.splitlines()[0] and "no room for" in narrow
 
 
 # ---- findings and colors

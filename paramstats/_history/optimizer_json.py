@@ -10,7 +10,7 @@ from typing import Any
 
 from paramstats._core.moments import ABSENT, NAN, ROW, Moments, unread
 from paramstats._core.optimizer_record import OptimizerRecord
-from paramstats._core.updates import ROWS
+from paramstats._core.updates import ROWS, UPDATE
 from paramstats._history.state_columns import (
     COUNTS,
     Check,
@@ -24,8 +24,8 @@ from paramstats._history.state_columns import (
 _UPDATES = ("update", "grad_momentum", "update_grad", "lag")
 """The names of `updates.ROWS` in files."""
 
-_UNUSED_BY_PRODUCTS = (*COUNTS, "m2", "min", "max")
-"""Columns that are zeros in rows of products, as a rule."""
+_UNUSED = (0.0, 0.0, 0.0)
+"""m2, min and max of products, which have no meaning; other numbers after merging."""
 
 _STRING_OR_WORD = re.compile(r'"(?:[^"\\]|\\.)*"|NaN|Infinity')
 _JSON_WORDS = {"NaN": "null", "Infinity": "1e999"}
@@ -37,6 +37,8 @@ def optimizer_text(record: OptimizerRecord, counts: list[int]) -> str:
     for column in range(len(ROWS) + len(record.keys)):
         begin, end = (record.position(column + i, 0) * ROW.size for i in (0, 1))
         rows = list(ROW.iter_unpack(record.table[begin:end]))
+        if _is_products(column) and all(row[6:] == _UNUSED or row[5] != row[5] for row in rows):
+            rows = [(*row[:6], *_UNUSED) for row in rows]
         is_absent = all(row[0] == ABSENT for row in rows)
         columns.append(None if is_absent else to_columns(rows, counts, _defaults(column)))
     groups = {id(group): group for group in record.hyperparameters if group is not None}
@@ -72,6 +74,8 @@ def parse_optimizer(content: Any, counts: list[int]) -> OptimizerRecord:
         if of_row is not None:
             check = _CHECKS[min(column, len(ROWS))]
             states = from_columns(of_row, counts, ABSENT, [check] * n, _defaults(column))
+            if _is_products(column):
+                states = [unread(x.count) if x.mean != x.mean else x for x in states]
         table += states
     groups = [_group(group) for group in list_of(dict, content["groups"], "groups")]
     numbers = list_of(object, content["group"], "group", n)
@@ -94,9 +98,13 @@ def _group(group: dict[str, Any]) -> dict[str, float]:
     return {sys.intern(key): NAN if x is None else float(x) for key, x in group.items()}
 
 
+def _is_products(column: int) -> bool:
+    return column in ROWS and column != UPDATE
+
+
 def _defaults(column: int) -> tuple[str, ...]:
-    """Return the columns of a row's state that are zeros by default."""
-    return _UNUSED_BY_PRODUCTS if 0 < column < len(ROWS) else COUNTS
+    """Return the columns of states that are zeros by default."""
+    return (*COUNTS, "m2", "min", "max") if _is_products(column) else COUNTS
 
 
 def _is_update(a: Moments) -> bool:
