@@ -102,7 +102,9 @@ class OptimizerStats:
         from a copy of the parameter before the step. It is exact. "no gradient": the parameter had
         no gradient, so that it did not change.
         """
-        return self._record.methods[self._row] or None if self._of.update is not None else None
+        update = self._of.update
+        is_known = update is not None and update.is_read()
+        return self._record.methods[self._row] if is_known else None
 
     def cosine(self, a: str, b: str) -> float:
         """Return the cosine of the angle between two tensors, from -1 to 1.

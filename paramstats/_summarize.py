@@ -183,7 +183,7 @@ def _with_optimizer(
         backend, plan.tensors, True, bool(grads), plan.row_name, plan.updates
     )
     skipped = {plan.row_name(row): reason for row, reason in reasons.items()}
-    warn_once(skipped)
+    warn_once(skipped, stacklevel=4)
 
     def make(table: bytes) -> Record:
         own, of_optimizers = plan.split(table)

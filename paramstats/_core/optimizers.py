@@ -155,30 +155,28 @@ class Plan:
                     if row is None:
                         continue
                     self.hyperparameters[row] = hyperparameters
-                    places = {}
+                    places: dict[str, int | float] = {}
                     for key, value in _tensors_of(state_of.get(param) or {}).items():
-                        place = self._add_state(row, key, value)
-                        if place is not None:
-                            places[key] = place
+                        places[key] = self._add_state(row, key, value)
                     found.append((row, group, places, optimizer))
         return found
 
-    def _add_state(self, row: int, key: str, value: Any) -> int | None:
-        """Add an entry of the state; return its position in `tensors` if it is one of them."""
+    def _add_state(self, row: int, key: str, value: Any) -> int | float:
+        """Add an entry of the state; return its position in `tensors`, or a number as a float."""
         number = self._columns.setdefault(key, len(self._columns))
         if isinstance(value, Tensor):
             self.places.append((row, number))
             self.tensors.append(value)
             return len(self.tensors) - 1
         self.numbers.append((row, number, float(value)))
-        return None
+        return float(value)
 
     def _add_update(
         self,
         request: Request,
         row: int,
         group: Mapping[str, Any],
-        state: Mapping[str, int],
+        state: Mapping[str, int | float],
         optimizer: Any,
         n: int,
         grads: bool,
@@ -191,15 +189,16 @@ class Plan:
             return
 
         def place(keys: Iterable[str]) -> int:
-            places = (state[key] for key in keys if key in state)
+            places = (x for key in keys if isinstance(x := state.get(key), int))
             return next((x for x in places if self.tensors[x].shape == param.shape), -1)
 
         momentum, variance = place(MOMENTA), place(_VARIANCES)
         grad = n + row if grads and has_gradient else -1
-        step = state.get("step", -1)
+        step = state.get("step", 0.0)
+        steps = (step, 0.0) if isinstance(step, int) else (-1, step)
         beta1, beta2 = _betas(group)
         eps = float(group["eps"]) if isinstance(group.get("eps"), numbers.Real) else 0.0
-        if step < 0 or not beta2 or "eps" not in group:
+        if not (step and beta2) or "eps" not in group:
             variance = -1
         method = NONE
         if old is not None:
@@ -216,8 +215,9 @@ class Plan:
         self.methods[row] = ("", "formula", "copy")[method]
         decay = group.get("weight_decay", 0.0) if _is_decoupled(optimizer, group) else 0.0
         numbers_of = (float(group["lr"]), float(decay)) if method == FORMULA else (0.0, 0.0)
-        fields = (row, grad, momentum, variance, step, old, method, *numbers_of)
-        self.updates.append(Update(*fields, beta1, beta2, eps, 0.0))
+        step_row, step = steps
+        fields = (row, grad, momentum, variance, step_row, old, method, *numbers_of)
+        self.updates.append(Update(*fields, beta1, beta2, eps, step))
         self.update_rows.append(row)
 
     @property
