@@ -92,7 +92,7 @@ class OptimizerStats:
     def step(self) -> int | None:
         """How many steps were made with this parameter; None if the optimizer does not count."""
         step = self._state_of("step")
-        return None if step is None or not step.is_read() else round(step.mean)
+        return round(step.mean) if step is not None and math.isfinite(step.mean) else None
 
     @property
     def update_method(self) -> str | None:

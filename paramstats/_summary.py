@@ -291,6 +291,11 @@ class Summary(Mapping[str, ParamStats]):
     def to_pandas(self) -> pandas.DataFrame:
         """Return a DataFrame with a row per tensor; columns of gradients begin with `grad_`.
 
+        With `summarize(optimizer=...)`, there are also columns of the update (`update_`) and of
+        each key of the optimizer's state but the step (such as `exp_avg_`), and `update_ratio`,
+        `update_cosine_grad`, `grad_cosine_exp_avg` (or another momentum), `optimizer_rms` and
+        `optimizer_eps_fraction`. They are NaN where something is not known.
+
         For a sharded model, its `attrs` hold what `to_dict` adds.
         """
         frame = display.frame(self._record)
@@ -353,15 +358,19 @@ class Summary(Mapping[str, ParamStats]):
         of a block or the total is its number of elements. Findings of severity WARNING and above
         are shown next to their tensor.
 
+        Where updates are known, there is a column for `update_ratio`, and if some elements did not
+        change, one for `update.zero_fraction`.
+
         Args:
             width: the number of columns to fit in. Columns are left out and long names are
                 shortened where necessary. None: the width of the terminal; unlimited if standard
                 output is not a terminal.
-            sort_by: a statistic, such as "norm" or "grad.norm": the largest first, after NaN.
+            sort_by: a statistic, such as "norm", "grad.norm", "update.norm" or "update_ratio", or
+                one of the optimizer's state, such as "exp_avg.norm": the largest first, after NaN.
                 "-norm": the smallest first. "name": by name. None: the order of the model.
             limit: show at most this many tensors.
-            kind: show only the statistics of "param", "grad" or "buffer", with min and max. "grad"
-                leaves out frozen parameters.
+            kind: show only the statistics of "param", "grad", "update" or "buffer", with min and
+                max. "grad" and "update" leave out frozen parameters.
             trainable: show only parameters that require a gradient.
             color: add escape codes for a terminal (needs rich). `print(summary)` adds them on a
                 terminal; `rich.print(summary)` always does.

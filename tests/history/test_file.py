@@ -293,6 +293,20 @@ def layout_and_entry() -> tuple[dict, dict]:
     )
 
 
+def optimizer_content() -> dict:
+    """Return what an entry has about an optimizer of the first of its two tensors."""
+    row = {"count": [4, -1], "mean": [0.5, None]}
+    state = {**row, "m2": [0.0, None], "min": [0.5, None], "max": [0.5, None]}
+    step = {name: [1, None] for name in state} | {"count": [1, -1], "m2": [0, None]}
+    return {
+        "groups": [{"lr": 0.1}],
+        "group": [0, None],
+        "methods": ["formula", ""],
+        "updates": {"update": state, **dict.fromkeys(("grad_momentum", "update_grad", "lag"), row)},
+        "state": {"exp_avg": state, "step": step},
+    }
+
+
 def write_lines(path, *lines) -> None:
     texts = [json.dumps(line) for line in ({"paramstats": "history", "version": 1}, *lines)]
     path.write_text("".join(f"{text}\n" for text in texts))
@@ -305,7 +319,15 @@ def use_everything(history: History) -> None:
     for name in history.names:
         assert len(history[name].norm) == len(history[name].grad.finite.std) == len(history)
         assert len(history[name].min_update_ratio) == len(history)
+        assert len(history[name].update.norm) == len(history[name].update_ratio) == len(history)
+        optimizer = history[name].optimizer
+        for series in optimizer.state.values():
+            assert len(series.norm) == len(history)
+        arrays = [optimizer.step, optimizer.lr, optimizer.rms, optimizer.eps_fraction]
+        arrays += [optimizer.cosine("grad", "exp_avg"), optimizer.cosine("grad", "update")]
+        assert {len(array) for array in arrays} == {len(history)}
     assert len(history.total.grad.mean) == len(history.steps)
+    assert len(history.total.optimizer.rms) == len(history.steps)
     repr(history)
 
 
@@ -387,7 +409,9 @@ REPLACEMENTS = [
 @given(st.data())
 def test_random_values_are_refused_or_usable(tmp_path, data):
     path = tmp_path / "run.jsonl"
-    write_lines(path, *layout_and_entry(), {**layout_and_entry()[1], "step": 4, "number": 1})
+    layout, entry = layout_and_entry()
+    known = {**entry, "step": 4, "number": 1, "optimizer": optimizer_content()}
+    write_lines(path, layout, entry, known)
     header, *lines = path.read_text().splitlines(keepends=True)
     for _ in range(data.draw(st.integers(1, 2))):
         i = data.draw(st.integers(0, 2))

@@ -141,7 +141,9 @@ def test_columns_of_data_frames(trained):
         assert one["exp_avg_sq_max"] == pytest.approx(of[5].exp_avg_sq.max().item(), rel=1e-9)
     for name in UNKNOWN:
         rows = frame.xs(name, level="name")
-        assert rows["norm"].notna().all() and rows.filter(regex="update|exp|opt").isna().all(None)
+        assert rows["norm"].notna().all() and rows.filter(regex="update|exp|opt").isna().all(
+            axis=None
+        )
     csv = history._entries()[5].summary.to_pandas().to_csv()
     assert "update_ratio" in csv.splitlines()[0] and "step" not in csv.splitlines()[0]
 
@@ -186,6 +188,16 @@ def test_rows_that_were_not_read_give_nan(model):
         assert math.isnan(value)
     line = summary.table(width=300).splitlines()[2]
     assert line.split()[-1] == "-", "the ratio"
+
+
+@pytest.mark.parametrize("step", [math.nan, math.inf])
+def test_a_step_that_is_no_number_is_unknown(model, step):
+    optimizer = torch.optim.AdamW(model.parameters())
+    optimizer.step()
+    optimizer.state[model[0].weight]["step"] = step
+    history = History()
+    history.append(0, summarize(model, optimizer=optimizer))
+    assert np.isnan(history["0.weight"].optimizer.step).all()
 
 
 # ---- plots
