@@ -40,6 +40,7 @@ SOURCES = {
     "moments": ["tests/cpp/test_moments.cpp"],
     "kernels": ["tests/cpp/test_kernels.cpp", *CPU],
     "threads": ["tests/cpp/test_threads.cpp", *CPU],
+    "updates": ["tests/cpp/test_updates.cpp", *CPU],
     "cuda_kernels": [
         "tests/cpp/test_cuda_kernels.cpp",
         "tests/cpp/test_cuda_elements.cpp",

@@ -89,13 +89,12 @@ struct TensorItems {
   const Kernels& kernels;
   const Gaps gaps{tensors};
 
-  static constexpr int64_t chunks_per_task() { return 1; }
   size_t size() const { return tensors.size(); }
   int64_t numel(size_t i) const { return tensors[i].numel; }
   static constexpr size_t states(size_t) { return 1; }
   Moments& out(size_t i, size_t) const { return *rows[i]; }
   template <class To>
-  void read(size_t i, int64_t chunk, bool, const To& to) const {
+  void read(size_t i, int64_t chunk, const To& to) const {
     to(0) = read_chunk(tensors[i], gaps.dims(i), chunk, kernels);
   }
 };
@@ -127,7 +126,6 @@ struct UpdateItems {
       if (!taken[t]) items.push_back({{t}, 1, nullptr});
     }
   }
-  int64_t chunks_per_task() const { return 24; }
   size_t size() const { return items.size(); }
   int64_t numel(size_t i) const {
     const Item& item = items[i];
@@ -142,15 +140,15 @@ struct UpdateItems {
                                   : item.update->rows[state - item.n_tensors];
   }
   template <class To>
-  void read(size_t i, int64_t chunk, bool reads_next, const To& to) const {
+  void read(size_t i, int64_t chunk, const To& to) const {
     const Item& item = items[i];
     for (size_t k = 0; k < item.n_tensors; ++k) {
-      one.read(item.tensors[k], chunk, reads_next, [&](size_t) -> Moments& { return to(k); });
+      one.read(item.tensors[k], chunk, [&](size_t) -> Moments& { return to(k); });
     }
     if (item.update == nullptr) return;
     const int64_t begin = chunk * kChunk, rest = item.update->numel - begin;
     one.kernels.update(item.update->operands, begin, rest < kChunk ? rest : kChunk,
-                       reads_next ? kChunk : 0, &to(item.n_tensors));
+                       &to(item.n_tensors));
   }
 };
 
@@ -173,7 +171,6 @@ struct Job {
   std::vector<Moments> states = {};
 
   explicit Job(const Items& all) : items(all) {
-    const int64_t least = kChunk * items.chunks_per_task();
     int64_t in_task = 0;
     size_t n_states = 0;
     for (size_t i = 0; i < items.size(); ++i) {
@@ -182,7 +179,7 @@ struct Job {
         if (chunks > 1) n_states += items.states(i);
         const int64_t n = numel - c * kChunk < kChunk ? numel - c * kChunk : kChunk;
         in_task += (kCallCost + n) * static_cast<int64_t>(items.states(i));
-        if (in_task < least) continue;
+        if (in_task < kChunk) continue;
         begin.push_back(c + 1 < chunks ? Position{i, c + 1, n_states}
                                        : Position{i + 1, 0, n_states});
         in_task = 0;
@@ -204,11 +201,9 @@ struct Job {
       if (chunks == 0) {
         for (size_t s = 0; s < items.states(at.item); ++s) out(s) = Moments();
       } else if (chunks == 1) {
-        items.read(at.item, 0, false, out);
+        items.read(at.item, 0, out);
       } else {
-        const bool reads_next =
-            at.chunk + 1 < chunks && Position{at.item, at.chunk + 1, 0} < job.begin[i + 1];
-        items.read(at.item, at.chunk, reads_next, state);
+        items.read(at.item, at.chunk, state);
         at.state += items.states(at.item);
       }
       if (++at.chunk >= chunks) at = {at.item + 1, 0, at.state};

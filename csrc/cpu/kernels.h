@@ -56,10 +56,8 @@ struct UpdateOperands {
 };
 
 // Computes the rows of n <= kChunk elements of an update from element `begin` on. A row has no
-// meaning if one of its operands is missing. Prefetches the n elements that follow `ahead` elements
-// later, unless `ahead` is 0.
-using UpdateKernel = void (*)(const UpdateOperands&, int64_t begin, int64_t n, int64_t ahead,
-                              Moments* rows);
+// meaning if one of its operands is missing.
+using UpdateKernel = void (*)(const UpdateOperands&, int64_t begin, int64_t n, Moments* rows);
 
 struct Kernels {
   const char* name;

@@ -152,44 +152,13 @@ inline const S* padded(const S* x, int64_t begin, int64_t n, double padding, S (
   return out;
 }
 
-// Elements between two groups of prefetches.
-constexpr int kPrefetched = 64;
-
-// The memory that will be read next. The divider limits the loop below, so that the memory is idle.
-struct NextOperand {
-  const char* data;  // null: nothing to prefetch
-  int64_t size;      // of an element
-};
-inline NextOperand next_of(const Operand& operand, int64_t begin, int64_t ahead) {
-  const int64_t size = element_size(operand.dtype);
-  if (ahead == 0 || operand.data == nullptr) return {nullptr, size};
-  return {static_cast<const char*>(operand.data) + begin * size, size};
-}
-struct NextOperands {
-  NextOperand of[5];
-
-  void prefetch(int64_t i) const {
-    for (const auto& operand : of) {
-      if (operand.data == nullptr) continue;
-      const char* const begin = operand.data + i * operand.size;
-      for (int64_t b = 0; b < kPrefetched * operand.size; b += 64)
-        __builtin_prefetch(begin + b, 0, 2);
-    }
-  }
-};
-
 // Computes n elements. Writes dw.
 template <class R, class L, class S>
 __attribute__((noinline)) UpdateLanes<L> take_block(const BlockOperands<S> in, int64_t n,
-                                                    const StepConstants<S> k, S* dw,
-                                                    const NextOperands& next) {
+                                                    const StepConstants<S> k, S* dw) {
   constexpr int kWidth = L::kWidth;
   UpdateLanes<L> lanes;
   int64_t i = 0;
-  for (; i + kPrefetched <= n; i += kPrefetched) {
-    next.prefetch(i);
-    for (int j = 0; j < kPrefetched; j += kWidth) take_operands<R>(in, i + j, k, dw, lanes);
-  }
   for (; i + kWidth <= n; i += kWidth) take_operands<R>(in, i, k, dw, lanes);
   if (i < n) {
     const int64_t rest = n - i;
@@ -208,21 +177,21 @@ __attribute__((noinline)) UpdateLanes<L> take_block(const BlockOperands<S> in, i
 
 template <UpdateMethod kMethod, class L, class S>
 inline UpdateLanes<L> take_block_of(const BlockOperands<S>& in, int64_t n,
-                                    const StepConstants<S>& k, S* dw, const NextOperands& next) {
+                                    const StepConstants<S>& k, S* dw) {
   constexpr bool kFormula = kMethod == UpdateMethod::kFormula;
   const bool has_momentum = in.momentum != nullptr, has_variance = in.variance != nullptr;
   if (in.grad == nullptr) {
     if constexpr (kMethod == UpdateMethod::kNone) return {};
-    return take_block<Rows<kMethod, false, false, kFormula>, L>(in, n, k, dw, next);
+    return take_block<Rows<kMethod, false, false, kFormula>, L>(in, n, k, dw);
   }
   if (kFormula || (has_momentum && has_variance)) {
-    return take_block<Rows<kMethod, true, true, true>, L>(in, n, k, dw, next);
+    return take_block<Rows<kMethod, true, true, true>, L>(in, n, k, dw);
   }
   if constexpr (!kFormula) {
-    if (has_momentum) return take_block<Rows<kMethod, true, true, false>, L>(in, n, k, dw, next);
-    if (has_variance) return take_block<Rows<kMethod, true, false, true>, L>(in, n, k, dw, next);
+    if (has_momentum) return take_block<Rows<kMethod, true, true, false>, L>(in, n, k, dw);
+    if (has_variance) return take_block<Rows<kMethod, true, false, true>, L>(in, n, k, dw);
     if (kMethod != UpdateMethod::kNone) {
-      return take_block<Rows<kMethod, true, false, false>, L>(in, n, k, dw, next);
+      return take_block<Rows<kMethod, true, false, false>, L>(in, n, k, dw);
     }
   }
   return {};
@@ -256,7 +225,7 @@ inline int64_t count_lost(DType dtype, const S* w, const S* dw, int64_t n) {
 // it was, if the lanes are float32 and something is not finite.
 template <class L, class S>
 inline bool try_update_block(const UpdateOperands& u, const StepConstants<S>& k, int64_t begin,
-                             int64_t n, int64_t ahead, UpdateSums& out) {
+                             int64_t n, UpdateSums& out) {
   S* const buffers = reinterpret_cast<S*>(update_scratch());
   const BlockOperands<S> in = {load_operand(u.param, begin, n, buffers),
                                load_operand(u.old, begin, n, buffers + kUpdateBlock),
@@ -264,19 +233,15 @@ inline bool try_update_block(const UpdateOperands& u, const StepConstants<S>& k,
                                load_operand(u.momentum, begin, n, buffers + 3 * kUpdateBlock),
                                load_operand(u.variance, begin, n, buffers + 4 * kUpdateBlock)};
   S* const dw = buffers + 5 * kUpdateBlock;
-  const NextOperands next = {
-      {next_of(u.param, begin + ahead, ahead), next_of(u.old, begin + ahead, ahead),
-       next_of(u.grad, begin + ahead, ahead), next_of(u.momentum, begin + ahead, ahead),
-       next_of(u.variance, begin + ahead, ahead)}};
   UpdateLanes<L> lanes;
   Moments update;
   if (u.method == UpdateMethod::kNone) {
-    lanes = take_block_of<UpdateMethod::kNone, L>(in, n, k, dw, next);
+    lanes = take_block_of<UpdateMethod::kNone, L>(in, n, k, dw);
   } else if (u.method == UpdateMethod::kDifference) {
-    lanes = take_block_of<UpdateMethod::kDifference, L>(in, n, k, dw, next);
+    lanes = take_block_of<UpdateMethod::kDifference, L>(in, n, k, dw);
     update = chunk<Native<S, L>>(dw, n);
   } else {
-    lanes = take_block_of<UpdateMethod::kFormula, L>(in, n, k, dw, next);
+    lanes = take_block_of<UpdateMethod::kFormula, L>(in, n, k, dw);
     update = chunk<Native<S, L>>(dw, n);
     const bool has_own_dtype = element_size(u.param.dtype) == sizeof(S);
     update.zeros =
@@ -306,15 +271,14 @@ inline Moments row_of(const Products& products, int64_t n, double factor, int64_
   return row_of_products(n, not_finite, products.sum * factor, zeros);
 }
 
-void chunk_of_update(const UpdateOperands& u, int64_t begin, int64_t n, int64_t ahead,
-                     Moments* rows) {
+void chunk_of_update(const UpdateOperands& u, int64_t begin, int64_t n, Moments* rows) {
   const bool has_double = is_double(u.param) || is_double(u.old) || is_double(u.grad) ||
                           is_double(u.momentum) || is_double(u.variance);
   UpdateSums sums;
   for (int64_t i = 0; i < n; i += kUpdateBlock) {
     const int64_t size = n - i < kUpdateBlock ? n - i : kUpdateBlock;
-    if (has_double || !try_update_block<InFloat>(u, u.in_float, begin + i, size, ahead, sums)) {
-      try_update_block<InDouble>(u, u.in_double, begin + i, size, ahead, sums);
+    if (has_double || !try_update_block<InFloat>(u, u.in_float, begin + i, size, sums)) {
+      try_update_block<InDouble>(u, u.in_double, begin + i, size, sums);
     }
   }
   rows[kUpdate] = sums.update;
