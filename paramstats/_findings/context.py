@@ -6,9 +6,11 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from paramstats._core.entries import Entry
-from paramstats._core.moments import Statistics
+from paramstats._core.backend import active
+from paramstats._core.entries import Entry, is_read
+from paramstats._core.moments import ROW, STATISTICS_ROW, Statistics
 from paramstats._core.record import Record
+from paramstats._core.updates import UPDATE
 from paramstats._findings.thresholds import Thresholds
 
 
@@ -18,6 +20,8 @@ class Context(NamedTuple):
     record: Record
     entries: Sequence[Entry]
     """All tensors of the record."""
+    updates: Sequence[Statistics | None]
+    """The last update of each entry; None where it is not known."""
     weights: Sequence[Entry]
     """Those that `is_weight` defines."""
     thresholds: Thresholds
@@ -27,7 +31,10 @@ class Context(NamedTuple):
     """Whether any tensor requires a gradient. In a state_dict, none does."""
     has_gradients: bool
     has_zero_gates: bool
-    """Whether a zero parameter that gets a gradient, such as LoRA B, blocks other gradients."""
+    """Whether a zero parameter that gets a gradient, such as LoRA B, blocks other gradients.
+
+    After a step, whether one did so before it.
+    """
 
 
 def make_context(record: Record, thresholds: Thresholds, every: Sequence[Entry]) -> Context:
@@ -35,16 +42,32 @@ def make_context(record: Record, thresholds: Thresholds, every: Sequence[Entry])
     weights = [entry for entry in every if is_weight(entry)]
     gradients = (entry.grad for entry in weights if entry.grad is not None)
     norms = sorted(grad.norm for grad in gradients if 0 < grad.norm < math.inf)
+    updates = _updates(record)
     return Context(
         record,
         every,
+        updates,
         weights,
         thresholds,
         median_grad_norm=norms[len(norms) // 2] if norms else math.nan,
         has_trainable=any(entry.requires_grad for entry in every),
         has_gradients=any(entry.grad is not None for entry in every),
-        has_zero_gates=any(is_zero_with_gradient(e) and not is_additive(e) for e in every),
+        has_zero_gates=any(
+            (is_zero_with_gradient(entry) or _was_zero(entry, update)) and not is_additive(entry)
+            for entry, update in zip(every, updates, strict=True)
+        ),
     )
+
+
+def _updates(record: Record) -> list[Statistics | None]:
+    """Return the statistics of the last update of each tensor of a record."""
+    n, optimizer = len(record.layout), record.optimizer
+    if optimizer is None:
+        return [None] * n
+    begin, end = (optimizer.position(UPDATE, row) * ROW.size for row in (0, n))
+    table = active().finalize_table(optimizer.table[begin:end], record.correction, 1.0)
+    rows = map(Statistics._make, STATISTICS_ROW.iter_unpack(table))
+    return [row if is_read(row) else None for row in rows]
 
 
 def is_weight(entry: Entry) -> bool:
@@ -65,6 +88,18 @@ def is_zero_with_gradient(entry: Entry) -> bool:
     Examples are LoRA B, and a last layer or a normalization weight that is initialized to zero.
     """
     return entry.value.zero_fraction == 1 and entry.grad is not None and entry.grad.norm > 0
+
+
+def _was_zero(entry: Entry, update: Statistics | None) -> bool:
+    """Return whether all elements were zero before the last step: the update equals the tensor.
+
+    The update of a bfloat16 parameter may be known with the parameter's precision only.
+    """
+    if update is None or entry.grad is None or not entry.value.norm > 0:
+        return False
+    value = entry.value
+    pairs = (value.norm, update.norm), (value.min, update.min), (value.max, update.max)
+    return all(math.isclose(a, b, rel_tol=0.01) for a, b in pairs)
 
 
 def is_additive(entry: Entry) -> bool:

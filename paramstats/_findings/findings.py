@@ -11,7 +11,7 @@ from typing import Literal
 
 from paramstats._core.format import one_line_name
 
-Source = Literal["param", "grad", "buffer"]
+Source = Literal["param", "grad", "update", "buffer"]
 
 _MAX_NAMES = 10
 """Names shown per group. After a NaN in the loss, for example, every gradient has a finding."""
@@ -67,6 +67,16 @@ class FindingCode(str, enum.Enum):
     SPARSE_WEIGHT = "sparse weight"
     #: The elements of a weight are unusually large.
     HUGE_WEIGHT = "huge weight"
+    #: A step changes a weight by much of its size.
+    LARGE_UPDATE = "large update"
+    #: Rounding removes the update of most elements of a weight.
+    LOST_UPDATE = "lost update"
+    #: A parameter gets a gradient, and no optimizer has it.
+    FORGOTTEN_PARAMETER = "not in the optimizer"
+    #: Gradients have grown faster than Adam's second moment follows.
+    LAGGING_VARIANCE = "second moment lags"
+    #: Most gradients are smaller than Adam's eps.
+    BELOW_EPS = "gradients below eps"
 
 
 @dataclass(frozen=True, repr=False)
@@ -88,7 +98,7 @@ class Finding:
     name: str
     """The name of the parameter or buffer."""
     source: Source
-    """Whether the finding is about the parameter ("param"), its gradient or a buffer."""
+    """What the finding is about: the parameter ("param"), its gradient, its update or a buffer."""
     value: float
     """The number that was compared with the threshold; NaN if the rule compares no number."""
     threshold: float

@@ -114,9 +114,14 @@ def compare_with_other_layers(context: Context) -> Iterator[Finding]:
 
 
 def compare_with_weights(context: Context) -> Iterator[Finding]:
-    """Report gradients that are much larger or smaller than their weight."""
+    """Report gradients that are much larger or smaller than their weight.
+
+    The ratio only suggests what an update may do. Where the update is known, other rules check it.
+    """
     limits = context.thresholds
-    for entry in context.weights:
+    for entry, update in zip(context.entries, context.updates, strict=True):
+        if update is not None or not is_weight(entry):
+            continue
         grad, weight_norm = entry.grad, entry.value.norm
         if grad is None or not (0 < grad.norm < math.inf and 0 < weight_norm < math.inf):
             continue

@@ -22,6 +22,12 @@ from paramstats._findings.parameters import (
     weight_values,
 )
 from paramstats._findings.thresholds import Thresholds
+from paramstats._findings.updates import (
+    adam_state,
+    forgotten_parameters,
+    large_updates,
+    lost_updates,
+)
 
 _RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (
     nonfinite_parameters,
@@ -33,6 +39,10 @@ _RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (
     compare_with_weights,
     weight_values,
     half_precision_ranges,
+    forgotten_parameters,
+    large_updates,
+    lost_updates,
+    adam_state,
 )
 
 

@@ -1,0 +1,248 @@
+"""Rules about optimizers: the last update and Adam's state, known with `optimizer=...`.
+
+The size of an update is compared with a weight only, as `is_weight` defines it. A bias may start at
+zero, and the key bias of attention is moved by rounding errors alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+
+from paramstats._core import moments
+from paramstats._core.entries import Entry
+from paramstats._core.format import dtype_name, number
+from paramstats._core.moments import Moments, Statistics
+from paramstats._core.optimizer_record import OptimizerRecord
+from paramstats._core.updates import LAG, ROWS, root_mean
+from paramstats._findings.context import Context, is_weight
+from paramstats._findings.findings import Finding, FindingCode, Severity
+
+_VARIANCES = ("max_exp_avg_sq", "exp_avg_sq")
+"""Keys of Adam's second moment."""
+
+_SMALL_STEP = 0.1
+"""Adam's steps are not large, whatever a new weight is, if they are this fraction of the weight."""
+
+
+def forgotten_parameters(context: Context) -> Iterator[Finding]:
+    """Report parameters with a gradient that no optimizer has, if optimizers have others."""
+    optimizer = context.record.optimizer
+    if optimizer is None or all(numbers is None for numbers in optimizer.hyperparameters):
+        return
+    trainable = [
+        (entry, numbers is None)
+        for entry, numbers in zip(context.entries, optimizer.hyperparameters, strict=True)
+        if entry.requires_grad and entry.grad is not None
+    ]
+    forgotten = [entry for entry, is_forgotten in trainable if is_forgotten]
+    is_most = 2 * len(forgotten) > len(trainable)
+    # Then it is likely on purpose, as when only the last layer is trained.
+    severity = Severity.INFO if is_most else Severity.WARNING
+    code, nan = FindingCode.FORGOTTEN_PARAMETER, math.nan
+    message = "has a gradient, is in no optimizer"
+    advice = (
+        "The parameter never changes. Add it to the optimizer, pass all optimizers to paramstats, "
+        "or freeze it with requires_grad_(False), which saves the time of its gradient."
+    )
+    for entry in forgotten:
+        yield Finding(severity, code, entry.name, "param", nan, nan, message, advice)
+
+
+def large_updates(context: Context) -> Iterator[Finding]:
+    """Report updates that are large compared with their weight and with a usual initialization.
+
+    A weight that starts at zero is as large as its first update, so the weight alone is no measure.
+    Later, a weight has grown with its updates. Adam moves an element by up to the learning rate, so
+    that is compared as well.
+    """
+    limit = context.thresholds.largest_update_ratio
+    code = FindingCode.LARGE_UPDATE
+    advice = (
+        "A step replaces a large part of the weight. Lower the learning rate. A usual learning "
+        "rate of AdamW is 1e-3 for small models and 1e-4 for large ones."
+    )
+    for step in _steps(context):
+        weight, norm, usual_norm = step.entry.value, step.update.norm, _usual_norm(step.entry)
+        if not weight.norm < math.inf or "history_size" in step.hyperparameters:
+            continue  # LBFGS makes several steps in one
+        ratio = norm / max(weight.norm, usual_norm)
+        of = "the weight" if weight.norm >= usual_norm else "a new weight of this shape"
+        message = f"norm {number(norm)}, {number(ratio)} times that of {of}{step.lr_in_words()}"
+        if not ratio > limit and step.is_adam() and _SMALL_STEP * weight.rms < step.lr:
+            ratio = step.lr / (usual_norm / math.sqrt(weight.count))
+            message = f"lr {number(step.lr)}, {number(ratio)} times the std of a new weight"
+        if ratio > limit:
+            name = step.entry.name
+            yield Finding(Severity.WARNING, code, name, "update", ratio, limit, message, advice)
+
+
+def lost_updates(context: Context) -> Iterator[Finding]:
+    """Report weights most of whose elements have a gradient and do not change.
+
+    It is a warning if most elements of all weights are lost. A single weight may have converged.
+    """
+    limit = context.thresholds.lost_updates
+    lost = [(step, share) for step in _steps(context) if (share := _lost(step)) is not None]
+    total = sum(_with_gradient(step) for step, _ in lost)
+    is_most = sum(share * _with_gradient(step) for step, share in lost) > limit * total
+    for step, share in lost:
+        if not share > limit:
+            continue
+        severity = Severity.WARNING if is_most else Severity.INFO
+        if torch.finfo(step.entry.dtype).bits >= 32:
+            advice = (
+                "The updates are so small that rounding removes them. Raise the learning rate, use "
+                "Adam, which rescales small gradients, or check why the gradients are so small."
+            )
+        else:
+            advice = (
+                "The updates are smaller than the dtype can add to the weight, so rounding removes "
+                "them. Keep the weights in float32 and use torch.autocast, use an optimizer with "
+                "float32 master weights or stochastic rounding, or raise the learning rate."
+            )
+        if step.lr < 0.1 * step.hyperparameters.get("initial_lr", math.nan):
+            severity = Severity.INFO
+            advice = f"The scheduler has lowered the learning rate. {advice}"
+        dtype, name = dtype_name(step.entry.dtype), step.entry.name
+        what = f"elements with a gradient did not change, {dtype}{step.lr_in_words()}"
+        message = f"{100 * share:.4g}% of the {what}"
+        code = FindingCode.LOST_UPDATE
+        yield Finding(severity, code, name, "update", share, limit, message, advice)
+
+
+def adam_state(context: Context) -> Iterator[Finding]:
+    """Report weights whose gradients outgrow Adam's second moment, or are below Adam's eps."""
+    limits, optimizer = context.thresholds, context.record.optimizer
+    if optimizer is None:
+        return
+    for row, entry in enumerate(context.entries):
+        lag = optimizer.state(LAG, row)
+        if not lag.count > 0 or moments.is_unread(lag) or not is_weight(entry):
+            continue
+        rms = root_mean(lag, context.record.grad_scale)
+        if rms > limits.largest_lag:
+            code, limit = FindingCode.LAGGING_VARIANCE, limits.largest_lag
+            message = f"gradients are {number(rms)} times the root of the second moment"
+            advice = (
+                "Gradients have grown faster than Adam's second moment, so the steps are too "
+                "large, which often precedes a spike of the loss. Clip gradients, lower beta2 or "
+                "the learning rate if the loss spikes."
+            )
+            name = entry.name
+            yield Finding(Severity.INFO, code, name, "grad", rms, limit, message, advice)
+        never = _never_had_gradient(optimizer, row)
+        below = (lag.zeros / lag.count - never) / (1 - never) if never < 1 else 0.0
+        if below > limits.below_eps:
+            code, limit = FindingCode.BELOW_EPS, limits.below_eps
+            eps = (optimizer.hyperparameters[row] or {}).get("eps", math.nan)
+            message = f"{100 * below:.4g}% of the elements below eps {number(eps)}"
+            advice = (
+                "Gradients are smaller than Adam's eps, which makes the updates smaller. Check why "
+                "they are so small: a scaled loss or vanishing gradients. If they should be, lower "
+                "eps. At the end of a training, this is expected."
+            )
+            yield Finding(Severity.INFO, code, entry.name, "grad", below, limit, message, advice)
+
+
+class _Step(NamedTuple):
+    """The last update of a weight."""
+
+    row: int
+    entry: Entry
+    update: Statistics
+    optimizer: OptimizerRecord
+
+    @property
+    def hyperparameters(self) -> Mapping[str, float]:
+        return self.optimizer.hyperparameters[self.row] or {}
+
+    @property
+    def lr(self) -> float:
+        """The learning rate; NaN if it is not known."""
+        return self.hyperparameters.get("lr", math.nan)
+
+    def lr_in_words(self) -> str:
+        return f", lr {number(self.lr)}" if self.lr >= 0 else ""
+
+    def is_adam(self) -> bool:
+        """Return whether it is the update of `torch.optim.Adam` or AdamW, and eps is small."""
+        lag = self.optimizer.state(LAG, self.row)
+        return self.optimizer.methods[self.row] == "formula" and 2 * lag.zeros < lag.count
+
+
+def _steps(context: Context) -> Iterator[_Step]:
+    """Yield the update of every weight whose update is known and finite."""
+    optimizer = context.record.optimizer
+    if optimizer is not None:
+        for row, (entry, update) in enumerate(zip(context.entries, context.updates, strict=True)):
+            if update is not None and not update.nonfinite_count and is_weight(entry):
+                yield _Step(row, entry, update, optimizer)
+
+
+def _usual_norm(entry: Entry) -> float:
+    """Return the norm of a new weight of this shape.
+
+    Its elements have the std 1 / sqrt(fan), where fan is the smaller one of fan-in and fan-out:
+    stacked weights and those of transposed layers have them in another order.
+    """
+    assert entry.shape is not None  # as is_weight says
+    return math.sqrt(max(entry.shape[0], math.prod(entry.shape[1:])))
+
+
+def _with_gradient(step: _Step) -> float:
+    """Return the number of elements whose gradient is not zero."""
+    grad = step.entry.grad
+    return 0.0 if grad is None else grad.count - grad.zero_count
+
+
+def _lost(step: _Step) -> float | None:
+    """Return the share of the elements with a gradient that did not change.
+
+    None if there are none, or if they are not lost.
+    """
+    grad = step.entry.grad
+    if grad is None or grad.nonfinite_count or not _with_gradient(step) or step.lr == 0:
+        return None
+    if _keeps_precision(step):
+        return None
+    return max(0.0, step.update.zero_count - grad.zero_count) / _with_gradient(step)
+
+
+def _keeps_precision(step: _Step) -> bool:
+    """Return whether unchanged elements of a low-precision weight are no lost updates.
+
+    True if the optimizer rounds stochastically, or if its state has the weight in a higher
+    precision or the rounding errors (Kahan summation: "kahan_comp", "compensation").
+    """
+    dtype, optimizer, row = torch.finfo(step.entry.dtype), step.optimizer, step.row
+    if dtype.bits >= 32 or optimizer.methods[row] == "formula":  # torch.optim does neither
+        return False
+    weight, update = step.entry.value, step.update
+    for column, key in enumerate(optimizer.keys, len(ROWS)):
+        state = optimizer.state(column, row)
+        if state.count == update.count and (
+            "comp" in key or math.isclose(_rms(state), weight.rms, rel_tol=0.01)
+        ):
+            return True
+    # Rounding to nearest lets only those elements change that are far smaller than the others,
+    # and by little. Stochastic rounding changes elements of all sizes, by the dtype's steps.
+    changed = update.count - update.zero_count
+    return bool(changed and update.norm / math.sqrt(changed) > 0.25 * dtype.eps * weight.rms)
+
+
+def _rms(state: Moments) -> float:
+    return math.hypot(math.sqrt(state.m2 / state.count), state.mean) if state.count > 0 else 0.0
+
+
+def _never_had_gradient(optimizer: OptimizerRecord, row: int) -> float:
+    """Return the share of elements whose second moment is zero, such as rows of an embedding."""
+    for key in _VARIANCES:
+        column = optimizer.column(key)
+        if column is not None and optimizer.has(column, row):
+            variance = optimizer.state(column, row)
+            return variance.zeros / variance.count if variance.count else 0.0
+    return 0.0
