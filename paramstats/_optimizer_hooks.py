@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from paramstats._core.layout import Layout
 from paramstats._core.optimizers import Request, parameters_of, uses_formula
@@ -66,8 +67,7 @@ class OptimizerHooks:
         optimizers: the optimizers, without wrappers.
         update: how updates are found; see `paramstats.watch`.
         reading: the arguments of `summarize`.
-        begin: called before a step with the index of the optimizer; returns whether it is due.
-        rounds: gets the summaries of due steps.
+        rounds: says which steps are due, and gets their summaries.
     """
 
     def __init__(
@@ -76,48 +76,62 @@ class OptimizerHooks:
         optimizers: tuple[Any, ...],
         update: UpdateMethod,
         reading: Mapping[str, Any],
-        begin: Callable[[int], bool],
         rounds: Rounds,
     ) -> None:
         self._source = source
         self._optimizers = optimizers
         self._update = update
         self._reading = reading
-        self._begin = begin
         self._rounds = rounds
+        self.before_next: Callable[[], None] | None = None
+        """Called once, at the beginning of the next step, whether it is due or not."""
         self._requests: list[Request | None] = [None] * len(optimizers)
         self._failed = False  # whether there was too little memory for copies
-        self._handles = []
-        for i, optimizer in enumerate(optimizers):
-            before, after = functools.partial(self._before, i), functools.partial(self._after, i)
-            self._handles += [
-                optimizer.register_step_pre_hook(before),
-                optimizer.register_step_post_hook(after),
-            ]
+        self._before_step = [
+            optimizer.register_step_pre_hook(functools.partial(self._before, i))
+            for i, optimizer in enumerate(optimizers)
+        ]
+        # Hooks of due steps only, to keep the others fast. An optimizer cannot lose a hook while it
+        # calls its hooks, so that these are removed before the next step.
+        self._after_step: list[RemovableHandle | None] = [None] * len(optimizers)
 
     def remove(self) -> None:
         """Remove the hooks."""
-        for handle in self._handles:
-            handle.remove()
+        for handle in (*self._before_step, *self._after_step):
+            if handle is not None:
+                handle.remove()
 
     @skip_dynamo
     def _before(self, i: int, *_: Any) -> None:
         """Prepare the summary of a step that is due."""
-        self._requests[i] = None
-        if self._begin(i):
-            if _skips(self._optimizers[i]):
+        handle = self._after_step[i]
+        if handle is not None:
+            handle.remove()
+            self._after_step[i] = None
+        if self.before_next is not None:
+            call, self.before_next = self.before_next, None
+            call()
+        if self._rounds.begin(i):
+            optimizer = self._optimizers[i]
+            if _skips(optimizer):
                 self._rounds.postpone(i)
-            else:
-                self._requests[i] = self._prepare(i)
+                return
+            self._requests[i] = self._prepare(i)
+            after = functools.partial(self._after, i)
+            self._after_step[i] = optimizer.register_step_post_hook(after)
 
     @skip_dynamo
     def _after(self, i: int, *_: Any) -> None:
         """Take the summary of a step that is due."""
-        request = self._requests[i]
-        if request is not None:
-            self._requests[i] = None
+        request, self._requests[i] = self._requests[i], None
+        if request is None:
+            return
+        handle, self._after_step[i] = self._after_step[i], None  # a log may call Watcher.close
+        try:
             summary = summarize(self._source, optimizer=request, **self._reading)
             self._rounds.add(summary, self._tensors()[0])
+        finally:
+            self._after_step[i] = handle
 
     @without_modes()
     def _prepare(self, i: int) -> Request:

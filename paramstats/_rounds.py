@@ -28,6 +28,8 @@ class Rounds:
         self.number = -1
         """The number of the current round."""
         self.every = every
+        self.number_with: Callable[[], int] | None = None
+        """Returns the number of a new round; None: rounds are numbered from 0."""
         self._give = give
         self._all = (1 << optimizers) - 1
         self._stepped = self._all
@@ -40,18 +42,22 @@ class Rounds:
 
         Args:
             optimizer: the index of the optimizer.
-            number: the number of the round, if this is its first step; None: the last one plus 1.
-                A number below the last one, as after a restart, is due for all optimizers.
+            number: the number of the round, if this is its first step; None: see `number_with`. A
+                number below the last one, as after a restart, is due for all optimizers.
         """
         bit = 1 << optimizer
         if self._stepped & bit:
             if self._parts:
                 self.finish()
-            last = self.number
-            self.number = last + 1 if number is None else operator.index(number)
+            if number is None and self.number_with is not None:
+                number = self.number_with()
+            if number is None:
+                self.number += 1
+            else:
+                last, self.number = self.number, operator.index(number)
+                if self.number < last:
+                    self._next = [0] * len(self._next)
             self._stepped = bit
-            if self.number < last:
-                self._next = [0] * len(self._next)
         else:
             self._stepped |= bit
         if self.number < self._next[optimizer]:

@@ -73,15 +73,13 @@ class Watcher:
         self._reading = reading
         self._logging = logging
         self._opened = opened
-        self._number: Callable[[], int] | None = None
         self._rounds = Rounds(every, max(1, len(optimizers)), self.give)
         self._unlogged: tuple[int, Summary] | None = None
         self._summary: Summary | None = None
         self._separate: tuple[torch.optim.Optimizer, ...] = ()
         self._hooks: OptimizerHooks | None = None
         if optimizers:
-            hooked = (self._begin, self._rounds)
-            self._hooks = OptimizerHooks(source, optimizers, update, reading, *hooked)
+            self._hooks = OptimizerHooks(source, optimizers, update, reading, self._rounds)
 
     def __repr__(self) -> str:
         source, rounds = type(self._source).__name__, self._rounds
@@ -170,7 +168,7 @@ class Watcher:
 
         Trainers count steps, too, and continue to count after a restart.
         """
-        self._number = number
+        self._rounds.number_with = number
 
     def separate(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         """Read the parameters of several optimizers each at a step of its own.
@@ -194,12 +192,6 @@ class Watcher:
             reading = {**self._reading, "optimizer": request, "grad_scale": scale}
             self._rounds.add(summarize(self._source, **reading), layout)
 
-    def _begin(self, optimizer: int) -> bool:
-        """Count a step of an optimizer and return whether a summary is due."""
-        if self._unlogged is not None:
-            self.flush()
-        return self._rounds.begin(optimizer, None if self._number is None else self._number())
-
     def give(self, step: int, summary: Summary) -> None:
         """Append a summary to the history and log it."""
         self._summary = summary
@@ -212,6 +204,8 @@ class Watcher:
             self._send(unlogged)
             if summary.ready():
                 self.flush()
+            elif self._hooks is not None:
+                self._hooks.before_next = self.flush
 
     def flush(self) -> None:
         """Wait for what has not been logged yet, and log it."""

@@ -203,6 +203,22 @@ def test_deferred_statistics_of_optimizers_are_logged_at_the_next_step(transfers
     assert len(transfers) == 5, "the hooks are still there"
 
 
+def test_a_log_may_close_the_watcher():
+    """torch raises an error if a hook of an optimizer is removed while its hooks are called."""
+    model, logged = network(), []
+
+    def log(scalars: dict[str, float], step: int) -> None:
+        logged.append(step)
+        watcher.close()
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    watcher = paramstats.watch(model, log, every=1, optimizer=optimizer)
+    for batch in range(2):
+        loss(model, batch).backward()
+        optimizer.step()
+    assert logged == [0]
+
+
 def test_the_optimizer_of_accelerate_is_watched():
     accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
     accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
