@@ -203,6 +203,16 @@ def test_a_step_that_is_no_number_is_unknown(model, step):
 # ---- plots
 
 
+def test_plots_of_the_bound_leave_out_steps_with_the_exact_one(trained):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    history, truths = trained
+    names = [*truths[0]]
+    lines = history.plot(names, stat="min_update_ratio").axes[0].lines
+    for name, line in zip(names, lines, strict=True):
+        np.testing.assert_array_equal(line.get_ydata(), history[name].min_update_ratio)
+        assert np.isfinite(line.get_ydata()).sum() == len(WITHOUT)
+
+
 @pytest.mark.parametrize("stat", ["norm", "zero_fraction"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_plots_of_a_kind(trained, stat, kind):
