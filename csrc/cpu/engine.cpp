@@ -142,13 +142,14 @@ struct UpdateItems {
   template <class To>
   void read(size_t i, int64_t chunk, const To& to) const {
     const Item& item = items[i];
+    if (item.update != nullptr) {  // first, so that its arithmetic overlaps with the memory's time
+      const int64_t begin = chunk * kChunk, rest = item.update->numel - begin;
+      one.kernels.update(item.update->operands, begin, rest < kChunk ? rest : kChunk,
+                         &to(item.n_tensors));
+    }
     for (size_t k = 0; k < item.n_tensors; ++k) {
       one.read(item.tensors[k], chunk, [&](size_t) -> Moments& { return to(k); });
     }
-    if (item.update == nullptr) return;
-    const int64_t begin = chunk * kChunk, rest = item.update->numel - begin;
-    one.kernels.update(item.update->operands, begin, rest < kChunk ? rest : kChunk,
-                       &to(item.n_tensors));
   }
 };
 
