@@ -108,22 +108,27 @@ class LocalRows:
 
     def _read_all(self, params: bool) -> None:
         """Read all shards; of partial tensors, keep a copy of the values."""
-        numels = [*self.content.numels * 2, *(part.numel for part in self.content.parts.rows)]
         operands = {row for update, _ in self._updates for row in update.operands()}
+        only_operands = []
+        reductions, known = self._shards.reductions, len(self.layout) if not params else 0
         rows: list[int] = []
-        targets: dict[int, int] = {}
         for row, x in enumerate(self._shards.tensors):
             if x is None:
                 continue
-            is_read = self._can_read(row, x, params, numels[row])
-            if is_read or row in operands:
-                if is_read:
-                    targets[len(rows)] = row
-                rows.append(row)
+            is_special = row < known or row in reductions or x.is_complex()
+            if is_special and not self._can_read(row, x, params):
+                if row not in operands:
+                    continue
+                only_operands.append(len(rows))
+            rows.append(row)
         if not rows:
             return
-        positions = {row: i for i, row in enumerate(rows)} | {-1: -1}
+        targets = dict(enumerate(rows))
         updates: list[Update] = []
+        if self._updates:
+            positions = {row: i for i, row in targets.items()} | {-1: -1}
+            for i in only_operands:
+                del targets[i]
         for update, part in self._updates:
             first = 2 * len(rows) + len(ROWS) * len(updates)
             for k in ROWS:
@@ -137,21 +142,22 @@ class LocalRows:
         tensors = [self._shards.tensors[row] for row in rows]
         read = read_rows(self._backend, tensors, True, False, row_name, updates)
         self._pending = targets, read
+        self._updates = []  # which hold copies of parameters
 
-    def _can_read(self, row: int, x: Tensor, params: bool, whole: int) -> bool:
-        """Return whether to read a shard of a tensor of `whole` elements.
-
-        Otherwise, write a state that has only a number of elements.
-        """
-        reason = None
-        if row < len(self.layout) and not params:
+    def _can_read(self, row: int, x: Tensor, params: bool) -> bool:
+        """Return whether to read a shard; otherwise, write a state that has only its size."""
+        n, reason = len(self.layout), None
+        if row < n and not params:
             pass
         elif row in self._shards.reductions:
             reason = self._keep_values(row, x, self._shards.reductions[row])
-        elif x.is_complex() and numel(x) != whole:
-            reason = "shards of a complex tensor cannot be merged"
         else:
-            return True
+            part = row - 2 * n
+            content = self.content
+            whole = content.numels[row % n] if part < 0 else content.parts.rows[part].numel
+            if numel(x) == whole:
+                return True
+            reason = "shards of a complex tensor cannot be merged"
         self._put_unread(row, numel(x), reason)
         return False
 
@@ -203,7 +209,7 @@ class LocalRows:
 
 
 def _index(rows: Iterable[int]) -> Tensor:
-    return torch.tensor(list(rows), dtype=torch.int64, device="cpu")
+    return torch.tensor([*rows], dtype=torch.int64, device="cpu")
 
 
 def _words(table: bytearray) -> Tensor:

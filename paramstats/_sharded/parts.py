@@ -245,9 +245,9 @@ class LocalParts:
             param, local = self._tensors[row], self._shards.tensors[row]
             assert local is not None
             part = len(self._rows)
+            size, index = numel(param), self._shards.indexes[row]
             for key in _UPDATE_KEYS:
-                place = self._shards.indexes[row]
-                self._add(Part(row, _UPDATE, key, numel(param)), None, place)
+                self._add(Part(row, _UPDATE, key, size), None, index)
             if row in unchanged:
                 self.states[part + UPDATE] = constant(numel(local), 0.0)
             elif row in updates:
