@@ -213,10 +213,12 @@ def test_a_log_may_close_the_watcher():
 
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     watcher = paramstats.watch(model, log, every=1, optimizer=optimizer)
+    other = Logged()
+    paramstats.watch(model, other, every=1, optimizer=optimizer)
     for batch in range(2):
         loss(model, batch).backward()
         optimizer.step()
-    assert logged == [0]
+    assert logged == [0] and list(other) == [0, 1]
 
 
 def test_the_optimizer_of_accelerate_is_watched():
