@@ -323,6 +323,17 @@ def test_float32_updates_that_rounding_removes(backend, digits):
     assert "Raise the learning rate" in summary.findings()[0].advice
 
 
+def test_updates_of_one_weight_that_rounding_removes_are_information(digits):
+    """It may have converged, or its gradients may be small for another reason."""
+    model = mlp()
+    slow = {"params": [model[2].weight], "lr": 1e-9}
+    others = [p for p in model.parameters() if p is not model[2].weight]
+    optimizer = torch.optim.SGD([slow, {"params": others}], lr=0.05)
+    (summary,) = train(model, digits, 1, optimizer)
+    assert found(summary) == {}
+    assert found(summary, Severity.INFO) == {FindingCode.LOST_UPDATE: ["2.weight"]}
+
+
 def test_gradients_that_outgrow_the_second_moment(backend, digits):
     model, last = mlp(), 200
     optimizer = adamw(model.parameters(), lr=1e-3)
