@@ -451,6 +451,10 @@ def test_replicas_that_differ():
     assert (finding.code, finding.severity) == (FindingCode.DIVERGED_REPLICAS, Severity.ERROR)
     assert (finding.name, finding.source) == ("w", "grad")
     assert finding.message == "ranks 1 and 3 differ" and "! replicas differ" in summary.table()
+    summary = Summary(record._replace(diverged={"w (exp_avg)": "ranks 1 and 3 differ"}))
+    (finding,) = summary.filter("w").findings()
+    assert (finding.name, finding.source) == ("w", "param")
+    assert finding.message == "exp_avg: ranks 1 and 3 differ"
 
 
 # ---- thresholds

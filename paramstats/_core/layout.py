@@ -222,17 +222,7 @@ class Layout:
 
     def take(self, rows: Sequence[int]) -> Layout:
         """Return the layout of these rows, which must be in ascending order."""
-        return Layout.shared(
-            tuple(self.names[row] for row in rows),
-            tuple(self.aliases[row] for row in rows),
-            sum(row < self.parameters for row in rows),
-            tuple(self.shapes[row] for row in rows),
-            tuple(self.dtypes[row] for row in rows),
-            tuple(self.devices[row] for row in rows),
-            tuple(self.requires_grad[row] for row in rows),
-            tuple(self.wrapper_names[row] for row in rows) if self.wrapper_names else (),
-            self.is_sharded,
-        )
+        return joined([(self, row) for row in rows])
 
     def by_module(self, depth: int) -> tuple[Layout, list[list[int]]]:
         """Return a layout with one row per module at `depth`, and the rows merged into each.
@@ -261,6 +251,25 @@ class Layout:
             grouped = (layout, [groups[group] for group in in_order])
             _remember(self._groups, depth, grouped)
         return grouped
+
+
+def joined(rows: Sequence[tuple[Layout, int]]) -> Layout:
+    """Return the layout of rows of several layouts, of which parameters come first."""
+    layouts = [layout for layout, _ in rows]
+    has_wrappers = any(layout.wrapper_names for layout in layouts)
+    return Layout.shared(
+        tuple(layout.names[row] for layout, row in rows),
+        tuple(layout.aliases[row] for layout, row in rows),
+        sum(row < layout.parameters for layout, row in rows),
+        tuple(layout.shapes[row] for layout, row in rows),
+        tuple(layout.dtypes[row] for layout, row in rows),
+        tuple(layout.devices[row] for layout, row in rows),
+        tuple(layout.requires_grad[row] for layout, row in rows),
+        tuple(layout.wrapper_names[row] if layout.wrapper_names else () for layout, row in rows)
+        if has_wrappers
+        else (),
+        any(layout.is_sharded for layout in layouts),
+    )
 
 
 _layouts: weakref.WeakValueDictionary[tuple[Any, ...], Layout] = weakref.WeakValueDictionary()

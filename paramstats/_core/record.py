@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 from paramstats._core import moments
 from paramstats._core.backend import active
 from paramstats._core.layout import Layout
+from paramstats._core.layout import joined as joined_layout
 from paramstats._core.moments import ROW, Moments
 from paramstats._core.names import Patterns
 from paramstats._core.optimizer_record import OptimizerRecord, pick
@@ -30,7 +31,7 @@ class Record(NamedTuple):
     correction: float = 1.0
     grad_scale: float = 1.0
     skipped: Mapping[str, str] = NO_NAMES
-    """Why a tensor could not be read, by name; "NAME (gradient)" for a gradient."""
+    """Why a tensor could not be read, by name; "NAME (gradient)" for a gradient, and so on."""
     diverged: Mapping[str, str] = NO_NAMES
     """Which ranks differ where all should hold the same values, by name."""
     is_local: bool = False
@@ -69,12 +70,21 @@ class Record(NamedTuple):
     def take(self, rows: Sequence[int], layout: Layout | None = None) -> Record:
         """Return the record of these tensors, in ascending order; `layout` is theirs if known."""
         layout = self.layout.take(rows) if layout is None else layout
-        names = {layout.row_name(row) for row in range(2 * len(layout))}
+        names = set(layout.names)
+
+        def selected(reasons: Mapping[str, str]) -> dict[str, str]:
+            # "NAME (gradient)", "NAME (exp_avg)" and so on stay with NAME.
+            return {
+                row: why
+                for row, why in reasons.items()
+                if row in names or row.rpartition(" (")[0] in names
+            }
+
         return self._replace(
             layout=layout,
             table=self._rows_of(rows),
-            skipped={name: why for name, why in self.skipped.items() if name in names},
-            diverged={name: why for name, why in self.diverged.items() if name in names},
+            skipped=selected(self.skipped),
+            diverged=selected(self.diverged),
             optimizer=None if self.optimizer is None else self.optimizer.take(rows),
         )
 
@@ -100,26 +110,27 @@ class Record(NamedTuple):
         return b"".join([table[begin : begin + size] for begin in begins])
 
 
-def joined(records: Sequence[Record], layout: Layout) -> Record:
-    """Return the record of the tensors of several records, in the order of `layout`.
+def joined(records: Sequence[Record], order: Layout) -> Record:
+    """Return the record of the tensors of several records.
 
     Args:
         records: no two have a tensor in common; all know of optimizers, or none does.
-        layout: has the tensors of all of them, perhaps more.
+        order: its tensors come in its order, others after them, parameters before buffers.
     """
-    places = {
-        layout.index[name]: (record, row)
-        for record in records
-        for row, name in enumerate(record.layout.names)
-    }
-    in_order = [places[row] for row in sorted(places)]
-    rows = [record.packed(row) for record, row in in_order]
-    rows += [record.packed(len(record.layout) + row) for record, row in in_order]
+
+    def place(of: tuple[Record, int]) -> tuple[bool, int]:
+        layout, row = of[0].layout, of[1]
+        return row >= layout.parameters, order.index.get(layout.names[row], len(order))
+
+    rows = [(record, row) for record in records for row in range(len(record.layout))]
+    rows.sort(key=place)
+    states = [record.packed(row) for record, row in rows]
+    states += [record.packed(len(record.layout) + row) for record, row in rows]
     keys = tuple(dict.fromkeys(key for r in records if r.optimizer for key in r.optimizer.keys))
-    of_optimizers = [(r.optimizer, row) for r, row in in_order if r.optimizer is not None]
+    of_optimizers = [(r.optimizer, row) for r, row in rows if r.optimizer is not None]
     return records[0]._replace(
-        layout=layout.take(sorted(places)),
-        table=b"".join(rows),
+        layout=joined_layout([(record.layout, row) for record, row in rows]),
+        table=b"".join(states),
         skipped={name: why for record in records for name, why in record.skipped.items()},
         diverged={name: why for record in records for name, why in record.diverged.items()},
         optimizer=pick(of_optimizers, keys) if of_optimizers else None,

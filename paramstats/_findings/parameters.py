@@ -48,10 +48,15 @@ def diverged_replicas(context: Context) -> Iterator[Finding]:
         "Replicas should be equal on all ranks. A rank missed an update, started from other "
         "values, or has faulty memory. Load the same checkpoint on all ranks."
     )
+    names = set(context.record.layout.names)
     for row_name, ranks in context.record.diverged.items():
-        message = one_line_name(ranks)
-        name = row_name.removesuffix(" (gradient)")
-        source: Source = "param" if name == row_name else "grad"
+        name, _, what = row_name.rpartition(" (")
+        if row_name in names or name not in names:
+            name, what = row_name, ""
+        source: Source = "grad" if what == "gradient)" else "param"
+        # Of the optimizer's state, such as "exp_avg: rank 1 differs from rank 0".
+        message = f"{what[:-1]}: {ranks}" if source == "param" and what else ranks
+        message = one_line_name(message)
         yield Finding(Severity.ERROR, code, name, source, math.nan, math.nan, message, advice)
 
 
