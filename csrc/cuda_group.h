@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cuda/engine.h"
@@ -16,9 +17,9 @@ namespace paramstats {
 // data of a tensor, and torch may give the memory to others. A group therefore holds what it reads
 // in one of two ways:
 //
-// - It refers to the list of tensors and to each gradient, as torch's own operators do. `enqueue`
-//   compares the memory of each tensor before and after the launch, and reports a difference: then
-//   the call must be repeated.
+// - It refers to the list of tensors, to each gradient and to the operands of updates, as torch's
+//   own operators do. `enqueue` compares the memory of each tensor before and after the launch, and
+//   reports a difference: then the call must be repeated.
 // - With `hold`, it has aliases, which also keep the storages alive. To make one takes about 200
 // ns.
 class CudaGroup {
@@ -31,6 +32,11 @@ class CudaGroup {
 
   // Adds a row of the table: of tensor `row`, or of the gradient of tensor `row - N` of N.
   void add(torch_abi::Impl, const cuda::TensorView&, size_t row);
+
+  // Adds an update, after all tensors. `operands` are all tensors that it reads. Its rows begin
+  // with `row` of the table.
+  using Operands = std::vector<std::pair<torch_abi::Impl, cuda::TensorView>>;
+  void add(const cuda::UpdateView&, const Operands& operands, size_t row);
 
   cuda::Sizes sizes() const;
 
@@ -47,6 +53,7 @@ class CudaGroup {
   pybind11::list aliases();
 
  private:
+  cuda::Inputs inputs() const;
   bool is_unchanged(bool fully) const;
 
   int32_t device_;
@@ -54,8 +61,10 @@ class CudaGroup {
   bool hold_;
   bool replaced_ = false;
   std::vector<cuda::TensorView> views_;
-  std::vector<int64_t> rows_;
+  std::vector<cuda::UpdateView> updates_;
+  std::vector<int64_t> rows_;  // of the views, then those of the updates
   std::vector<torch_abi::Owned> held_;
+  std::vector<std::pair<torch_abi::Owned, cuda::TensorView>> operands_;  // of the updates
 };
 
 }  // namespace paramstats

@@ -65,6 +65,29 @@ __device__ inline ShiftedSums block_sums(Sums<L> s, Shared<kBlock>& shared) {
   return {all.sum, all.sum_sq, all.min, all.max, static_cast<int64_t>(all.zeros)};
 }
 
+// Adds kN values of all threads in a fixed order. Every thread gets the results.
+template <int kN, int kBlock>
+__device__ inline void block_add(double (&x)[kN], Shared<kBlock>& shared) {
+#pragma unroll 1
+  for (int lanes = 16; lanes > 0; lanes /= 2) {
+#pragma unroll
+    for (int k = 0; k < kN; ++k) x[k] += __shfl_xor_sync(kAllLanes, x[k], lanes);
+  }
+  static_assert(sizeof(x) * Shared<kBlock>::kWarps <= sizeof(shared.bytes));
+  __syncthreads();  // all threads have read the previous contents
+#pragma unroll
+  for (int k = 0; k < kN; ++k) {
+    if (threadIdx.x % 32 == 0) shared.bytes[threadIdx.x / 32 * kN + k] = x[k];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int k = 0; k < kN; ++k) {
+    x[k] = shared.bytes[k];
+#pragma unroll 1
+    for (int w = 1; w < Shared<kBlock>::kWarps; ++w) x[k] += shared.bytes[w * kN + k];
+  }
+}
+
 // The state of the lane that is `lanes_up` above this one.
 __device__ inline Moments from_lane(const Moments& a, int lanes_up) {
   Moments b;

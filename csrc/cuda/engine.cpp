@@ -1,5 +1,6 @@
-// Loads the kernels on a device, and enqueues a call: one launch that reads all chunks of all
-// tensors, and a second one if a tensor has several chunks, whose states it merges.
+// Loads the kernels on a device, and enqueues a call: a launch that reads all chunks of all
+// tensors, one for the chunks of updates if there are any, and one that merges the states of chunks
+// if a tensor or an update has several.
 #include "engine.h"
 
 #include <map>
@@ -16,7 +17,7 @@ namespace {
 // The kernels in the primary context of one device, which torch uses, too.
 struct Kernels {
   Context context = nullptr;
-  Function summarize = nullptr, merge = nullptr;
+  Function summarize = nullptr, update = nullptr, merge = nullptr;
 };
 struct Device {
   int handle = 0;
@@ -59,6 +60,7 @@ std::string load_image(const void* image, Kernels* kernels) {
     return "";
   };
   std::string error = find(&kernels->summarize, "paramstats_summarize_chunks");
+  if (error.empty()) error = find(&kernels->update, "paramstats_update_chunks");
   if (error.empty()) error = find(&kernels->merge, "paramstats_merge_chunks");
   if (!error.empty()) driver.cuModuleUnload(module);
   return error;
@@ -86,53 +88,104 @@ std::string find_kernels(int ordinal, Kernels* kernels) {
 
 // ---- the plan of a call ------------------------------------------------------------------------
 
-// The chunks and groups of the tensors that were added. A launch has at most 2^31 - 1 blocks.
+// The entries that were added, and their chunks and groups. A launch has at most 2^31 - 1 blocks.
 struct Plan {
   static constexpr int64_t kMaxChunks = 0x7fffffff;
-  int64_t chunks = 0, groups = 0;
+  int64_t entries = 0, chunks = 0, groups = 0;
+  int64_t updates = 0, tensor_chunks = 0, update_chunks = 0;
 
-  bool add(const TensorView& t) {
+  // Adds a tensor, or a row of an update, and writes its entry unless `out` is null.
+  bool add(const TensorView& t, Entry* out) {
     const int64_t count = chunk_count(t.numel, t.dtype);
     if (t.numel <= 0 || count > kMaxChunks - chunks) return false;
+    if (out != nullptr) {
+      out[entries] = Entry(t, static_cast<uint32_t>(chunks), static_cast<uint32_t>(groups));
+    }
+    ++entries;
     chunks += count;
     groups += group_count(count);
     return true;
   }
+
+  // Adds an update after all tensors.
+  bool add(const UpdateView& u, Entry* out, UpdateEntry* updates_out) {
+    if (updates_out != nullptr) {
+      updates_out[updates] = {u, static_cast<uint32_t>(update_chunks),
+                              static_cast<uint32_t>(entries)};
+    }
+    for (int row = 0; row < kUpdateRows; ++row) {
+      if (!u.has(static_cast<UpdateRow>(row))) continue;
+      if (!add({nullptr, u.numel, kUpdateRowDType}, out)) return false;
+    }
+    ++updates;
+    update_chunks += chunk_count(u.numel, kUpdateRowDType);
+    return true;
+  }
+
+  // Adds everything, up to what cannot be read, for which it returns an error.
+  std::string add(const Inputs& inputs, Entry* out, UpdateEntry* updates_out) {
+    const auto refuse = [this](int64_t numel, const char* kind, int64_t index) {
+      return "expected tensors with elements, of at most " + std::to_string(kMaxChunks) +
+             " chunks in all, got " + std::to_string(numel) + " elements in " + kind + " " +
+             std::to_string(index) + " after " + std::to_string(chunks) + " chunks";
+    };
+    for (int64_t t = 0; t < inputs.n; ++t) {
+      const TensorView& view = inputs.tensors[t];
+      if (!add(view, out)) return refuse(view.numel, "tensor", t);
+    }
+    tensor_chunks = chunks;
+    for (int64_t u = 0; u < inputs.n_updates; ++u) {
+      const UpdateView& view = inputs.updates[u];
+      if (!add(view, out, updates_out)) return refuse(view.numel, "update", u);
+    }
+    return "";
+  }
 };
 
-// Byte offsets in host memory: results, then entries. In device memory: entries, states, counters.
-// What a call does not need takes no memory. Results, entries and states have multiples of 8 bytes.
+// Byte offsets in host memory: results, then the table, which are the entries of tensors and rows,
+// and those of updates. In device memory: the table, states, counters. What a call does not need
+// takes no memory. Everything has multiples of 8 bytes.
 struct Offsets {
-  int64_t entries, host_end;
+  int64_t table, updates, host_end;
   int64_t states, merged, device_end;
 
-  explicit Offsets(int64_t n, const Plan& plan) {
+  Offsets(int64_t entries, int64_t n_updates, const Plan& plan) {
     const bool merges = plan.groups > 0;
-    states = n > kInlineEntries ? n * static_cast<int64_t>(sizeof(Entry)) : 0;
+    updates = is_inline(entries, n_updates) ? 0 : entries * static_cast<int64_t>(sizeof(Entry));
+    states = updates + n_updates * static_cast<int64_t>(sizeof(UpdateEntry));
     merged = states + (merges ? plan.chunks * static_cast<int64_t>(sizeof(Moments)) : 0);
-    device_end = merged + (merges ? n * static_cast<int64_t>(sizeof(uint32_t)) : 0);
-    entries = n * static_cast<int64_t>(sizeof(Moments));
-    host_end = entries + states;
+    device_end = merged + (merges ? entries * static_cast<int64_t>(sizeof(uint32_t)) : 0);
+    table = entries * static_cast<int64_t>(sizeof(Moments));
+    host_end = table + states;
+  }
+
+  static bool is_inline(int64_t entries, int64_t n_updates) {
+    return n_updates == 0 && entries <= kInlineEntries;
   }
 };
 
-std::string enqueue(const Kernels& kernels, const TensorView* tensors, int64_t n, char* host,
-                    DevicePointer device, Stream stream) {
-  Arguments arguments;  // not initialized: 4 KiB
-  const bool is_inline = n <= kInlineEntries;
-  auto* entries = is_inline ? arguments.inline_entries
-                            : reinterpret_cast<Entry*>(host + Offsets(n, Plan()).entries);
-  Plan plan;
-  for (int64_t t = 0; t < n; ++t) {
-    entries[t] =
-        Entry(tensors[t], static_cast<uint32_t>(plan.chunks), static_cast<uint32_t>(plan.groups));
-    if (!plan.add(tensors[t])) {
-      return "expected tensors with elements, of at most " + std::to_string(Plan::kMaxChunks) +
-             " chunks in all, got " + std::to_string(tensors[t].numel) + " elements in tensor " +
-             std::to_string(t) + " after " + std::to_string(plan.chunks) + " chunks";
+int64_t count_entries(const Inputs& inputs) {
+  int64_t entries = inputs.n;
+  for (int64_t u = 0; u < inputs.n_updates; ++u) {
+    for (int row = 0; row < kUpdateRows; ++row) {
+      entries += inputs.updates[u].has(static_cast<UpdateRow>(row));
     }
   }
-  const Offsets offsets(n, plan);
+  return entries;
+}
+
+std::string enqueue(const Kernels& kernels, const Inputs& inputs, char* host, DevicePointer device,
+                    Stream stream) {
+  Arguments arguments;  // not initialized: 4 KiB
+  const int64_t size = count_entries(inputs);
+  const bool is_inline = Offsets::is_inline(size, inputs.n_updates);
+  const Offsets on_host(size, inputs.n_updates, Plan());
+  auto* entries =
+      is_inline ? arguments.inline_entries : reinterpret_cast<Entry*>(host + on_host.table);
+  auto* updates = reinterpret_cast<UpdateEntry*>(host + on_host.table + on_host.updates);
+  Plan plan;
+  if (std::string error = plan.add(inputs, entries, updates); !error.empty()) return error;
+  const Offsets offsets(size, inputs.n_updates, plan);
 
   Current current;
   if (std::string error = current.push(kernels.context); !error.empty()) return error;
@@ -142,23 +195,27 @@ std::string enqueue(const Kernels& kernels, const TensorView* tensors, int64_t n
   arguments.rows = reinterpret_cast<Moments*>(rows);
   arguments.states = reinterpret_cast<Moments*>(device + offsets.states);
   arguments.merged = reinterpret_cast<uint32_t*>(device + offsets.merged);
-  arguments.tensors = static_cast<uint32_t>(n);
+  arguments.size = static_cast<uint32_t>(size);
   arguments.groups = static_cast<uint32_t>(plan.groups);
-  void* pointers[] = {&arguments};
-  const auto launch = [&](Function function, int64_t blocks, unsigned threads) -> std::string {
+  UpdateTable update_arguments{arguments, reinterpret_cast<UpdateEntry*>(device + offsets.updates),
+                               static_cast<uint32_t>(inputs.n_updates)};
+  const auto launch = [stream](Function function, int64_t blocks, unsigned threads,
+                               void* argument) -> std::string {
+    if (blocks == 0) return "";
     PARAMSTATS_TRY(cuLaunchKernel, function, static_cast<unsigned>(blocks), 1, 1, threads, 1, 1, 0,
-                   stream, pointers, nullptr)
+                   stream, &argument, nullptr)
     return "";
   };
   if (!is_inline) {
-    PARAMSTATS_TRY(cuMemcpyHtoDAsync_v2, device, entries, offsets.states, stream)
+    PARAMSTATS_TRY(cuMemcpyHtoDAsync_v2, device, host + offsets.table, offsets.states, stream)
   }
-  if (std::string error = launch(kernels.summarize, plan.chunks, kThreads); !error.empty()) {
-    return error;
+  std::string error = launch(kernels.summarize, plan.tensor_chunks, kThreads, &arguments);
+  if (error.empty()) {
+    error = launch(kernels.update, plan.update_chunks, kThreads, &update_arguments);
   }
-  if (plan.groups == 0) return "";
+  if (!error.empty()) return error;
   constexpr int kWarps = kMergeThreads / 32;
-  return launch(kernels.merge, (plan.groups + kWarps - 1) / kWarps, kMergeThreads);
+  return launch(kernels.merge, (plan.groups + kWarps - 1) / kWarps, kMergeThreads, &arguments);
 }
 
 }  // namespace
@@ -185,18 +242,18 @@ int exchange_capture_mode(int mode) {
   return mode;
 }
 
-Sizes sizes(const TensorView* tensors, int64_t n) {
+Sizes sizes(const Inputs& inputs) {
   Plan plan;
-  for (int64_t t = 0; t < n && plan.add(tensors[t]); ++t) continue;
-  const Offsets offsets(n, plan);
+  plan.add(inputs, nullptr, nullptr);
+  const Offsets offsets(count_entries(inputs), inputs.n_updates, plan);
   return {offsets.host_end, offsets.device_end};
 }
 
-std::string enqueue(int device, const TensorView* tensors, int64_t n, void* host,
-                    void* device_memory, Stream stream) {
+std::string enqueue(int device, const Inputs& inputs, void* host, void* device_memory,
+                    Stream stream) {
   Kernels kernels;
   if (std::string error = find_kernels(device, &kernels); !error.empty()) return error;
-  return enqueue(kernels, tensors, n, static_cast<char*>(host),
+  return enqueue(kernels, inputs, static_cast<char*>(host),
                  reinterpret_cast<DevicePointer>(device_memory), stream);
 }
 

@@ -9,8 +9,17 @@
 
 namespace paramstats::cuda {
 
-// The memory that a call needs, in bytes: pinned memory on the host, whose first n Moments become
-// the results, and memory on the device, which may be none.
+// What a call reads on one device. Every tensor and update must have an element. The results are
+// the states of the tensors, then the rows of each update, without those that it does not have.
+struct Inputs {
+  const TensorView* tensors;
+  int64_t n;
+  const UpdateView* updates = nullptr;
+  int64_t n_updates = 0;
+};
+
+// The memory that a call needs, in bytes: pinned memory on the host, which begins with the results,
+// and memory on the device, which may be none.
 struct Sizes {
   int64_t host, device;
 };
@@ -19,15 +28,15 @@ struct Sizes {
 // does not load. driver must be open.
 std::string load(int device, const void* image);
 
-// The memory that enqueue needs for n > 0 tensors. Every tensor must have an element.
-Sizes sizes(const TensorView* tensors, int64_t n);
+// The memory that enqueue needs. There must be a tensor or a row of an update.
+Sizes sizes(const Inputs& inputs);
 
-// Enqueues on `stream` the reading of n > 0 tensors of a device. Their states are written to the
-// first n Moments of `host`, which must be pinned. The tensors, `host` and `device_memory` must
-// stay valid until the stream is done, also after an error. May block while the queue of the device
-// is full.
-std::string enqueue(int device, const TensorView* tensors, int64_t n, void* host,
-                    void* device_memory, Stream stream);
+// Enqueues on `stream` the reading of tensors and updates of a device. Their results are written to
+// the begin of `host`, which must be pinned. The tensors, `host` and `device_memory` must stay
+// valid until the stream is done, also after an error. May block while the queue of the device is
+// full.
+std::string enqueue(int device, const Inputs& inputs, void* host, void* device_memory,
+                    Stream stream);
 
 // Sets the capture mode of this thread (a CUstreamCaptureMode) and returns the previous one.
 int exchange_capture_mode(int mode);

@@ -10,42 +10,20 @@
 // depend on the other tensors.
 #pragma once
 
+#include "access.h"
 #include "chunk.h"
 #include "table.h"
+#include "update.h"
 
 namespace paramstats::cuda {
 
-// ---- find the tensor of a block or a warp ------------------------------------------------------
-
-// With __grid_constant__, the address of the argument is that of the constant memory it is passed
-// in. (Without, the compiler would copy it to local memory.)
-__device__ inline const Entry* entries_of(const Arguments& arguments) {
-  return arguments.entries != nullptr ? arguments.entries : arguments.inline_entries;
-}
-
-// Finds the last tensor whose `kFirst` is not after `index`: the one with this chunk or group,
-// because tensors without groups are followed by one with the same first group. A warp compares 32
-// tensors at a time.
-template <uint32_t Entry::* kFirst>
-__device__ inline uint32_t find_tensor(const Arguments& arguments, uint32_t index) {
-  const Entry* entries = entries_of(arguments);
-  const uint32_t lane = threadIdx.x % 32;
-  uint32_t begin = 0, end = arguments.tensors;
-  while (end - begin > 1) {
-    const uint32_t step = (end - begin + 31) / 32;
-    const uint32_t at = begin + lane * step;
-    const bool before = at < end && entries[at].*kFirst <= index;
-    const int last = __popc(__ballot_sync(kAllLanes, before)) - 1;
-    begin += last * step;
-    end = begin + step < end ? begin + step : end;
-  }
-  return begin;
-}
+// ---- summarize one chunk -----------------------------------------------------------------------
 
 // The chunk that this block reads. Lane 0 also sets *target, where the state is written.
 __device__ inline Chunk own_chunk(const Arguments& arguments, Moments** target) {
-  const uint32_t t = find_tensor<&Entry::first_chunk>(arguments, blockIdx.x);
-  const Entry tensor = entries_of(arguments)[t];
+  const Entry* entries = entries_of(arguments);
+  const uint32_t t = find_entry<&Entry::first_chunk>(entries, arguments.size, blockIdx.x);
+  const Entry tensor = entries[t];
   const DType dtype = tensor.dtype();
   const int log2_bytes = log2_chunk_bytes(tensor.numel(), dtype);
   const int64_t size = chunk_size(tensor.numel(), dtype);
@@ -59,48 +37,6 @@ __device__ inline Chunk own_chunk(const Arguments& arguments, Moments** target) 
   return {dtype, static_cast<const char*>(tensor.data) + (index << log2_bytes),
           static_cast<int>(remaining < size ? remaining : size)};
 }
-
-// ---- states in memory --------------------------------------------------------------------------
-
-// Stores lane 0's state with two instructions of its warp. A row is in host memory, and nine
-// stores by one thread would be nine small transfers.
-__device__ inline void store(Moments* to, const Moments& state) {
-  const int64_t counts[] = {state.count, state.zeros, state.nans, state.pos_infs, state.neg_infs};
-  const double values[] = {state.mean, state.m2, state.min, state.max};
-  const int lane = threadIdx.x % 32;
-  int64_t count = 0;
-  double value = 0;
-#pragma unroll
-  for (int k = 0; k < 5; ++k) {
-    const int64_t of_lane_0 = __shfl_sync(kAllLanes, counts[k], 0);
-    if (lane == k) count = of_lane_0;
-  }
-#pragma unroll
-  for (int k = 0; k < 4; ++k) {
-    const double of_lane_0 = __shfl_sync(kAllLanes, values[k], 0);
-    if (lane == k) value = of_lane_0;
-  }
-  if (lane < 5) (&to->count)[lane] = count;
-  if (lane < 4) (&to->mean)[lane] = value;
-}
-
-// Loads a state past the first-level cache, which may contain its value from before another warp
-// of this launch changed it.
-__device__ inline Moments load(const Moments* from) {
-  Moments state;
-  state.count = __ldcg(&from->count);
-  state.zeros = __ldcg(&from->zeros);
-  state.nans = __ldcg(&from->nans);
-  state.pos_infs = __ldcg(&from->pos_infs);
-  state.neg_infs = __ldcg(&from->neg_infs);
-  state.mean = __ldcg(&from->mean);
-  state.m2 = __ldcg(&from->m2);
-  state.min = __ldcg(&from->min);
-  state.max = __ldcg(&from->max);
-  return state;
-}
-
-// ---- summarize one chunk -----------------------------------------------------------------------
 
 // Summarizes this block's chunk element by element in float64: for NaN, infinities, and values
 // whose squares float32 cannot represent. It is not inlined and finds its chunk again, so that the
@@ -127,6 +63,15 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
   if (!try_chunk_of(chunk, shared, state)) return exact_chunk(arguments, shared, &target);
   __syncwarp();
   if (threadIdx.x < 32) store(target, state);
+}
+
+// One block per chunk of an update.
+extern "C" __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
+    paramstats_update_chunks(const UpdateTable __grid_constant__ arguments) {
+  __shared__ Shared<kThreads> shared;
+  __shared__ UpdateChunk chunk;
+  own_chunk(arguments, chunk);
+  if (!try_update(chunk, shared)) exact_update(chunk, shared);
 }
 
 // ---- merge the states of a tensor's chunks -----------------------------------------------------
@@ -167,8 +112,9 @@ extern "C" __global__ void __launch_bounds__(kMergeThreads)
     paramstats_merge_chunks(const Arguments __grid_constant__ arguments) {
   const uint32_t group = blockIdx.x * (kMergeThreads / 32) + threadIdx.x / 32;
   if (group >= arguments.groups) return;
-  const uint32_t t = find_tensor<&Entry::first_group>(arguments, group);
-  const Entry tensor = entries_of(arguments)[t];
+  const Entry* entries = entries_of(arguments);
+  const uint32_t t = find_entry<&Entry::first_group>(entries, arguments.size, group);
+  const Entry tensor = entries[t];
   const auto chunks = static_cast<uint32_t>(chunk_count(tensor.numel(), tensor.dtype()));
   const auto groups = static_cast<uint32_t>(group_count(chunks));
   const uint32_t first = (group - tensor.first_group) * kGroup;

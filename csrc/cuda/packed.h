@@ -12,7 +12,6 @@ namespace paramstats::cuda {
 // roundings: `fused` has one, and `times` is never fused with what follows.
 __device__ inline float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 __device__ inline double fused(double a, double b, double c) { return __fma_rn(a, b, c); }
-__device__ inline float times(float a, float b) { return __fmul_rn(a, b); }
 using paramstats::times;
 
 #if defined(__CUDACC__)

@@ -1,9 +1,10 @@
-// The tensors of a call, how they are divided, and the arguments of the kernels; for host and
-// device.
+// The tensors and updates of a call, how they are divided, and the arguments of the kernels; for
+// host and device.
 #pragma once
 
 #include "../dtypes.h"
 #include "../moments.h"
+#include "../updates.h"
 
 namespace paramstats::cuda {
 
@@ -38,6 +39,54 @@ class Entry {
   uint64_t packed_;
 };
 static_assert(sizeof(Entry) == 24, "kInlineEntries assumes it");
+
+// ---- updates -----------------------------------------------------------------------------------
+
+// The tensors of an update.
+enum Operand { kWeight, kGrad, kMomentum, kVariance, kOld, kOperands };
+
+// An element of memory, or all of them, without gaps. data is null if there is none.
+struct Array {
+  const void* data = nullptr;  // aligned to its elements
+  DType dtype = DType::kFloat32;
+};
+
+// The update of a parameter (updates.h). Its operands are float64, float32, bfloat16 or float16,
+// and have the same number of elements in the same order.
+struct UpdateView {
+  Array operands[kOperands];
+  Array step_tensor;  // one element of any dtype that contains the step; if none, `step` is it
+  UpdateMethod method;
+  int64_t numel;
+  Hyperparameters hyperparameters;
+  double step;
+
+  PARAMSTATS_HD bool has(Operand k) const { return operands[k].data != nullptr; }
+
+  // Whether a row can be computed. An update has only these rows in a table.
+  PARAMSTATS_HD bool has(UpdateRow row) const {
+    const bool has_change =
+        (method == UpdateMethod::kDifference && has(kWeight) && has(kOld)) ||
+        (method == UpdateMethod::kFormula && has(kWeight) && has(kMomentum) && has(kVariance));
+    switch (row) {
+      case kUpdate: return has_change;
+      case kGradMomentum: return has(kGrad) && has(kMomentum);
+      case kUpdateGrad: return has_change && has(kGrad);
+      default: return has(kGrad) && has(kVariance);
+    }
+  }
+};
+
+// An update with at least one element, as the kernels find it. Its rows are entries without data in
+// the table of the tensors, so that their states are merged as those of tensors.
+struct UpdateEntry {
+  UpdateView view;
+  uint32_t first_chunk;  // chunks of all updates before this one
+  uint32_t first_row;    // the entry of its first row
+};
+
+// Updates are divided into chunks as if their elements were float64.
+constexpr DType kUpdateRowDType = DType::kFloat64;
 
 // ---- chunks and groups -------------------------------------------------------------------------
 
@@ -79,16 +128,26 @@ PARAMSTATS_HD constexpr int64_t group_count(int64_t chunks) {
 constexpr int kArgumentBytes = 4096;  // the limit of drivers before CUDA 12.1 and GPUs before Volta
 constexpr int kInlineEntries = 169;
 
-// The argument of both kernels. Up to kInlineEntries tensors are a part of it and need no copy to
-// the device.
-struct Arguments {
+struct Table {
   const Entry* entries;  // in device memory; null if they are inline
-  Moments* rows;         // results, by tensor, in host memory
+  Moments* rows;         // results, by entry, in host memory
   Moments* states;       // by chunk
-  uint32_t* merged;      // number of merged groups, by tensor
-  uint32_t tensors, groups;
+  uint32_t* merged;      // number of merged groups, by entry
+  uint32_t size;         // entries: tensors, then rows of updates
+  uint32_t groups;
+};
+
+// The argument of the kernels that read tensors and merge. Up to kInlineEntries tensors, without
+// updates, are a part of it and need no copy to the device.
+struct Arguments : Table {
   Entry inline_entries[kInlineEntries];
 };
 static_assert(sizeof(Arguments) <= kArgumentBytes && sizeof(Entry) + sizeof(Arguments) > 4096);
+
+// The argument of the kernel that reads updates.
+struct UpdateTable : Table {
+  const UpdateEntry* updates;  // in device memory, as the entries
+  uint32_t n;
+};
 
 }  // namespace paramstats::cuda

@@ -179,7 +179,12 @@ class CudaBackend:
         return self._refused[device]
 
     def read(
-        self, tensors: list[torch.Tensor], params: bool, grads: bool, wait: bool = False
+        self,
+        tensors: list[torch.Tensor],
+        params: bool,
+        grads: bool,
+        wait: bool = False,
+        updates: Sequence[tuple[Any, ...]] = (),
     ) -> Rows:
         """Read tensors on the CPU and start the reads on CUDA devices.
 
@@ -189,14 +194,17 @@ class CudaBackend:
             grads: whether to read their gradients.
             wait: wait for kernels that are being compiled. Otherwise torch operators read their
                 tensors meanwhile.
+            updates: see `_core.updates.Update`; each has four more rows.
 
         Raises:
             RuntimeError: a stream that would be used is being captured into a CUDA graph, or CUDA
                 reports an error. A capture stays valid, and no device has done any work.
         """
-        devices, hold = self._usable, False
+        devices, hold, all_updates = self._usable, False, tuple(updates)
         while True:
-            table, deferred_rows, groups = self._native.read(tensors, params, grads, devices, hold)
+            table, deferred_rows, groups = self._native.read(
+                tensors, params, grads, devices, hold, all_updates
+            )
             if not groups:
                 return table, deferred_rows, ()
             unusable = self._unusable(groups, wait)

@@ -30,22 +30,27 @@ struct PinnedMemory {
   PinnedMemory& operator=(const PinnedMemory&) = delete;
 };
 
+using Views = std::vector<cuda::TensorView>;
+using Updates = std::vector<cuda::UpdateView>;
+
+inline cuda::Inputs inputs_of(const Views& views, const Updates& updates) {
+  return {views.data(), static_cast<int64_t>(views.size()), updates.data(),
+          static_cast<int64_t>(updates.size())};
+}
+
 // An enqueued call. The views are overwritten before anything runs.
 struct Call {
-  int64_t n;
   cuda::Sizes sizes;
   PinnedMemory host;
   DeviceMemory device;
   std::string error;
 
-  explicit Call(std::vector<cuda::TensorView> views, int ordinal = 0, cudaStream_t stream = nullptr)
-      : n(static_cast<int64_t>(views.size())),
-        sizes(cuda::sizes(views.data(), n)),
-        host(sizes.host),
-        device(sizes.device) {
-    error = cuda::enqueue(ordinal, views.data(), n, host.bytes, device.bytes.get(),
+  explicit Call(Views views, int ordinal = 0, cudaStream_t stream = nullptr, Updates updates = {})
+      : sizes(cuda::sizes(inputs_of(views, updates))), host(sizes.host), device(sizes.device) {
+    error = cuda::enqueue(ordinal, inputs_of(views, updates), host.bytes, device.bytes.get(),
                           reinterpret_cast<cuda::Stream>(stream));
-    std::memset(static_cast<void*>(views.data()), 0xa5, n * sizeof(cuda::TensorView));
+    std::memset(static_cast<void*>(views.data()), 0xa5, views.size() * sizeof(views[0]));
+    std::memset(static_cast<void*>(updates.data()), 0xa5, updates.size() * sizeof(updates[0]));
   }
 
   Moments state(int64_t t = 0) const { return static_cast<const Moments*>(host.bytes)[t]; }
@@ -53,12 +58,17 @@ struct Call {
 
 inline cuda::TensorView view_of(const Tensor& t) { return {t.data(), t.numel(), t.dtype}; }
 
-inline std::vector<Moments> run(const std::vector<cuda::TensorView>& views) {
-  const Call call(views);
+// The results of a call: the states of the tensors, then the rows that each update has.
+inline std::vector<Moments> run(const Views& views, const Updates& updates = {}) {
+  size_t rows = views.size();
+  for (const cuda::UpdateView& u : updates) {
+    for (int k = 0; k < kUpdateRows; ++k) rows += u.has(static_cast<UpdateRow>(k));
+  }
+  const Call call(views, 0, nullptr, updates);
   CHECK(call.error, std::string());
   CHECK(cudaStreamSynchronize(nullptr), cudaSuccess);
   std::vector<Moments> states;
-  for (int64_t t = 0; t < call.n; ++t) states.push_back(call.state(t));
+  for (size_t t = 0; t < rows; ++t) states.push_back(call.state(static_cast<int64_t>(t)));
   return states;
 }
 
@@ -86,5 +96,6 @@ struct Counts {
 
 void run_merge_tests();   // test_cuda_merge.cpp
 void run_engine_tests();  // test_cuda_engine.cpp
+void run_update_tests();  // test_cuda_updates.cpp
 
 }  // namespace paramstats::test

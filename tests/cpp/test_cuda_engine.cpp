@@ -12,7 +12,6 @@ namespace {
 
 using cuda::chunk_count;
 using cuda::TensorView;
-using Views = std::vector<TensorView>;
 
 // ---- what is enqueued --------------------------------------------------------------------------
 
@@ -40,7 +39,7 @@ void concurrent_calls_are_independent() {
 void memory_is_needed_only_for_what_is_used() {
   const auto check = [](int64_t n, const TensorView& view, int64_t host, int64_t device) {
     const Views views(n, view);
-    const cuda::Sizes sizes = cuda::sizes(views.data(), n);
+    const cuda::Sizes sizes = cuda::sizes({views.data(), n});
     check::at(std::to_string(n) + " of " + std::to_string(view.numel));
     CHECK(sizes.host, host);
     CHECK(sizes.device, device);
@@ -105,7 +104,7 @@ void tensors_that_the_kernels_cannot_read() {
     CHECK(chunk_count(views[0].numel, DType::kInt8), 0x7ffffffe + more);
   }
   PinnedMemory host(1000);
-  const std::string error = cuda::enqueue(0, views.data(), 2, host.bytes, nullptr, nullptr);
+  const std::string error = cuda::enqueue(0, {views.data(), 2}, host.bytes, nullptr, nullptr);
   CHECK(error,
         std::string("expected tensors with elements, of at most 2147483647 chunks in all, got 10 "
                     "elements in tensor 1 after 2147483647 chunks"));
@@ -113,9 +112,9 @@ void tensors_that_the_kernels_cannot_read() {
 }
 
 void each_step_of_loading_can_fail() {
-  const std::string functions[] = {"cuDeviceGet",         "cuDevicePrimaryCtxRetain",
-                                   "cuCtxPushCurrent_v2", "cuModuleLoadData",
-                                   "cuModuleGetFunction", "cuModuleGetFunction"};
+  const std::string functions[] = {
+      "cuDeviceGet",         "cuDevicePrimaryCtxRetain", "cuCtxPushCurrent_v2", "cuModuleLoadData",
+      "cuModuleGetFunction", "cuModuleGetFunction",      "cuModuleGetFunction"};
   const Tensor t(DType::kFloat32, 10);
   CHECK(Call({view_of(t)}, 1).error,
         std::string("expected a device with kernels, got device 1: no image was loaded"));

@@ -100,5 +100,6 @@ int main() {
   run_element_tests();
   run_merge_tests();
   run_engine_tests();
+  run_update_tests();
   return check::report("cuda kernels on the CPU");
 }

@@ -14,7 +14,6 @@ namespace {
 using cuda::chunk_count;
 using cuda::chunk_size;
 using cuda::TensorView;
-using Views = std::vector<TensorView>;
 
 constexpr int kGroup = cuda::kGroup;
 

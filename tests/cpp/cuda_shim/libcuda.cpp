@@ -25,6 +25,7 @@ struct CompiledKernel {
     return cudaLaunchKernel(kernel, grid, block, arguments, shared, stream);          \
   }
 CompiledKernel kernels[] = {{"paramstats_summarize_chunks", LAUNCH(paramstats_summarize_chunks)},
+                            {"paramstats_update_chunks", LAUNCH(paramstats_update_chunks)},
                             {"paramstats_merge_chunks", LAUNCH(paramstats_merge_chunks)}};
 
 // A kernel in the context of a device.
