@@ -47,10 +47,10 @@ constexpr int64_t kSerialBytes = 1 << 20;
 int64_t total_bytes(const std::vector<TensorView>& tensors);
 
 // Writes the state of tensors[i] to *out[i], and the rows of each update; rows whose operands are
-// missing are absent. A chunk of an update is computed right after those of its tensors are read,
-// so that it is in the cache. The result is bitwise the same for any pool, and does
-// not depend on the other tensors of the call. Throws nothing but std::bad_alloc, and only before
-// it reads any element. Does not use sizes and strides after it has called the pool.
+// missing are absent. A chunk of an update is computed right before those of its tensors are read,
+// which are then in the cache. The result is bitwise the same for any pool, and does not depend on
+// the other tensors of the call. Throws nothing but std::bad_alloc, and only before it reads any
+// element. Does not use sizes and strides after it has called the pool.
 void summarize(const std::vector<TensorView>& tensors, const std::vector<Moments*>& out,
                const Kernels& kernels, Pool pool, const std::vector<Update>& updates = {});
 

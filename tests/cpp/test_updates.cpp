@@ -115,7 +115,8 @@ void variances_at_the_threshold() {
     o.variance.fill([&](int64_t i) { return threshold + i % 3 - 1; });
     check_update("threshold", o);
     for (const Kernels* kernels : available_kernels()) {
-      CHECK(states_of(o, *kernels).rows[kLag].zeros, 333);
+      const States got = states_of(o, *kernels);
+      CHECK(got.rows[kLag].zeros, 333);
     }
   }
 }
