@@ -70,21 +70,25 @@ PARAMSTATS_HD inline StepConstants<T> step_constants(const Hyperparameters& h, d
   return out;
 }
 
-// dw of an element, or of SIMD lanes. `root` is sqrt(v). (m / root is of moderate size where m * lr
-// may underflow.)
+// The functions of elements or SIMD lanes write their results to references: clang does not let
+// code for AVX call a function for any CPU that returns a vector of AVX, even if it is inlined.
+
+// dw of an element. `root` is sqrt(v). (m / root is of moderate size where m * lr may underflow.)
 template <class V, class T>
-PARAMSTATS_INLINE V formula(const V& w, const V& m, const V& root, const StepConstants<T>& k) {
+PARAMSTATS_INLINE void formula(const V& w, const V& m, const V& root, const StepConstants<T>& k,
+                               V& dw) {
 #if defined(__CUDA_ARCH__)
-  return -(times(k.of_weight, w) + times(k.of_moment, m / (root + k.eps)));
+  dw = -(times(k.of_weight, w) + times(k.of_moment, m / (root + k.eps)));
 #else
-  return -(k.of_weight * w + k.of_moment * (m / (root + k.eps)));
+  dw = -(k.of_weight * w + k.of_moment * (m / (root + k.eps)));
 #endif
 }
 
-// The lag of an element is bc2 times the square of this.
+// The lag of an element is bc2 times the square of `out`.
 template <class V, class T>
-PARAMSTATS_INLINE V lag_root(const V& g, const V& v, const V& root, const StepConstants<T>& k) {
-  return g / (v < k.least_variance ? V() + k.least_root : root);
+PARAMSTATS_INLINE void lag_root(const V& g, const V& v, const V& root, const StepConstants<T>& k,
+                                V& out) {
+  out = g / (v < k.least_variance ? V() + k.least_root : root);
 }
 
 // The bits of a float dtype, as far as rounding to it needs them.
@@ -106,9 +110,9 @@ PARAMSTATS_HD constexpr int digits_of(float) { return 24; }
 PARAMSTATS_HD constexpr int digits_of(double) { return 53; }
 
 // Whether w - dw, rounded to T, is w again; of SIMD lanes: a mask. False if dw is not finite.
-template <class V>
-PARAMSTATS_INLINE auto is_lost_in_own_precision(const V& w, const V& dw) {
-  return (w - dw) - w == 0;
+template <class V, class Mask>
+PARAMSTATS_INLINE void is_lost_in_own_precision(const V& w, const V& dw, Mask& out) {
+  out = (Mask)((w - dw) - w == 0);
 }
 
 // Whether w - dw, rounded to the dtype of w (to nearest, ties to even), is w again: then the update
@@ -119,7 +123,9 @@ PARAMSTATS_INLINE bool is_lost(T w, T dw) {
   constexpr Precision p = precision_of(kDType);
   constexpr int kDigits = digits_of(T());
   if constexpr (p.digits >= kDigits) {
-    return is_lost_in_own_precision(w, dw);
+    bool is_lost;
+    is_lost_in_own_precision(w, dw, is_lost);
+    return is_lost;
   } else {
     using Bits = decltype(bits_of(w));
     constexpr T kLeast = static_cast<T>(p.least_normal);

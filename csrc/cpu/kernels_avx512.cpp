@@ -1,7 +1,5 @@
 // The kernels for AVX-512. Compiled on every x86-64 machine, used if the CPU supports AVX-512.
 #if defined(__x86_64__)
-// Templates of updates.h have parameters that are vectors, but no copy of them is called.
-#pragma GCC diagnostic ignored "-Wpsabi"
 #include <immintrin.h>
 
 #include "kernels.h"

@@ -123,8 +123,10 @@ inline __attribute__((always_inline)) void take_operands(const BlockOperands<S>&
   if constexpr (R::kMethod != UpdateMethod::kNone) {
     const V w = load_as<V>(in.param + i);
     if constexpr (R::kMethod == UpdateMethod::kFormula) {
-      update = formula(w, load_as<V>(in.momentum + i), root, k);
-      out.lost -= (typename L::Mask)is_lost_in_own_precision(w, update);
+      typename L::Mask lost;
+      formula(w, load_as<V>(in.momentum + i), root, k, update);
+      is_lost_in_own_precision(w, update, lost);
+      out.lost -= lost;
     } else {
       update = w - load_as<V>(in.old + i);
     }
@@ -135,7 +137,8 @@ inline __attribute__((always_inline)) void take_operands(const BlockOperands<S>&
     if constexpr (R::kMethod != UpdateMethod::kNone) out.update_grad.add(update, g);
     if constexpr (R::kMomentum) out.grad_momentum.add(g, load_as<V>(in.momentum + i));
     if constexpr (R::kVariance) {
-      const V q = lag_root(g, v, root, k);
+      V q;
+      lag_root(g, v, root, k, q);
       out.lag.add(q, q);
       out.small_variances -= (typename L::Mask)(v < k.least_variance);
     }

@@ -69,8 +69,11 @@ __device__ inline void own_chunk(const UpdateTable& arguments, UpdateChunk& chun
 template <class T>
 __device__ inline T change_of(UpdateMethod method, const T (&x)[kOperands], T root,
                               const StepConstants<T>& constants) {
-  return method == UpdateMethod::kDifference ? x[kWeight] - x[kOld]
-                                             : formula(x[kWeight], x[kMomentum], root, constants);
+  T change = x[kWeight] - x[kOld];
+  if (method != UpdateMethod::kDifference) {
+    formula(x[kWeight], x[kMomentum], root, constants, change);
+  }
+  return change;
 }
 
 // Whether an element of the parameter did not change.
@@ -110,8 +113,9 @@ struct UpdateSums {
       products[kUpdateGrad] = fused(double{dw}, grad, products[kUpdateGrad]);
     }
     products[kGradMomentum] = fused(grad, double{x[kMomentum]}, products[kGradMomentum]);
-    const double lag = lag_root(x[kGrad], x[kVariance], root, chunk.constants);
-    products[kLag] = fused(lag, lag, products[kLag]);
+    float lag;
+    lag_root(x[kGrad], x[kVariance], root, chunk.constants, lag);
+    products[kLag] = fused(double{lag}, double{lag}, products[kLag]);
     products[kUpdate] += x[kVariance] < chunk.constants.least_variance ? 1 : 0;
   }
 };
@@ -246,7 +250,8 @@ __device__ __noinline__ void exact_update(const UpdateChunk& chunk, Shared<kThre
           value = times(value, x[kGrad]);
         }
       } else if (row == kLag) {
-        const double lag = lag_root(x[kGrad], x[kVariance], root, constants);
+        double lag;
+        lag_root(x[kGrad], x[kVariance], root, constants, lag);
         value = times(times(lag, lag), constants.bc2);
         zeros += x[kVariance] < constants.least_variance;
       }
