@@ -42,7 +42,18 @@ struct StepConstants {
   T least_variance;             // v / bc2 < eps^2 exactly if v < least_variance
   T least_root;                 // the root of least_variance
   double bc2;                   // the factor of the squares of lag_root()
+  bool fit;                     // whether none of them underflows or overflows in T
 };
+
+// Sums of squares below it may be those of elements that lost digits in float32.
+constexpr double kMinUpdateSquares = 1e-70;
+
+// Whether x neither underflows nor overflows in T.
+PARAMSTATS_HD inline bool fits(double, double) { return true; }
+PARAMSTATS_HD inline bool fits(double x, float) {
+  const double size = x < 0 ? -x : x;
+  return !(size > 0 && size < 0x1p-126) && !(size >= 0x1p128 && size <= kLargest);
+}
 
 PARAMSTATS_HD inline double rounded_up(double x, double) { return x; }
 
@@ -61,12 +72,15 @@ template <class T>
 PARAMSTATS_HD inline StepConstants<T> step_constants(const Hyperparameters& h, double step) {
   const double bc1 = 1 - pow(h.beta1, step), bc2 = 1 - pow(h.beta2, step);
   const double a = times(h.lr, h.decay), root = sqrt(bc2);
+  const double of_weight = a / (1 - a), of_moment = times(h.lr / bc1, root) / (1 - a);
+  const double eps = times(h.eps, root);
   StepConstants<T> out;
-  out.of_weight = static_cast<T>(a / (1 - a));
-  out.of_moment = static_cast<T>(times(h.lr / bc1, root) / (1 - a));
-  out.eps = out.least_root = static_cast<T>(times(h.eps, root));
+  out.of_weight = static_cast<T>(of_weight);
+  out.of_moment = static_cast<T>(of_moment);
+  out.eps = out.least_root = static_cast<T>(eps);
   out.least_variance = rounded_up(times(times(h.eps, h.eps), bc2), T());
   out.bc2 = bc2;
+  out.fit = fits(of_weight, T()) && fits(of_moment, T()) && fits(eps, T());
   return out;
 }
 

@@ -4,8 +4,8 @@
 // Elements are read in blocks of kUpdateBlock. Their arithmetic is float32 if all operands are
 // float32 or narrower: dw, g / sqrt(v) and sqrt(v) are written to buffers in the cache, and the
 // kernel of float32 summarizes dw. Products are summed in float64 lanes, where those of two float32
-// are exact. A block that has anything which is not finite is computed again in float64, like every
-// block with an operand of float64.
+// are exact. A block that has anything which is not finite or too small for float32 is computed
+// again in float64, like every block with an operand of float64.
 
 // The operands of a block, all of the dtype S. Null: there is none.
 template <class S>
@@ -224,8 +224,10 @@ inline int64_t count_lost(DType dtype, const S* w, const S* dw, int64_t n) {
   }
 }
 
+inline bool is_tiny(double squares) { return squares > 0 && squares < kMinUpdateSquares; }
+
 // Computes a block of n <= kUpdateBlock elements in the lanes L. Returns false, and leaves `out` as
-// it was, if the lanes are float32 and something is not finite.
+// it was, if the lanes are float32 and cannot represent the results.
 template <class L, class S>
 inline bool try_update_block(const UpdateOperands& u, const StepConstants<S>& k, int64_t begin,
                              int64_t n, UpdateSums& out) {
@@ -252,8 +254,10 @@ inline bool try_update_block(const UpdateOperands& u, const StepConstants<S>& k,
   }
   const Products grad_momentum = lanes.grad_momentum.total();
   const Products update_grad = lanes.update_grad.total(), lag = lanes.lag.total();
-  if (sizeof(S) == 4 && (finite_count(update) != update.count ||
-                         !is_finite(grad_momentum.sum + update_grad.sum + lag.sum))) {
+  const double squares = update.m2 + update.count * update.mean * update.mean;
+  if (sizeof(S) == 4 &&
+      (finite_count(update) != update.count || is_tiny(squares) ||
+       !is_finite(grad_momentum.sum + update_grad.sum + lag.sum) || is_tiny(lag.sum))) {
     return false;
   }
   out.update = merge(out.update, update);
@@ -277,10 +281,11 @@ inline Moments row_of(const Products& products, int64_t n, double factor, int64_
 void chunk_of_update(const UpdateOperands& u, int64_t begin, int64_t n, Moments* rows) {
   const bool has_double = is_double(u.param) || is_double(u.old) || is_double(u.grad) ||
                           is_double(u.momentum) || is_double(u.variance);
+  const bool fits_float = !has_double && u.in_float.fit;
   UpdateSums sums;
   for (int64_t i = 0; i < n; i += kUpdateBlock) {
     const int64_t size = n - i < kUpdateBlock ? n - i : kUpdateBlock;
-    if (has_double || !try_update_block<InFloat>(u, u.in_float, begin + i, size, sums)) {
+    if (!fits_float || !try_update_block<InFloat>(u, u.in_float, begin + i, size, sums)) {
       try_update_block<InDouble>(u, u.in_double, begin + i, size, sums);
     }
   }

@@ -154,7 +154,7 @@ __device__ inline void load_element(const UpdateChunk& chunk, int i, float (&x)[
 // Returns false if float32 cannot represent the chunk: a float64 operand, NaN, infinity, overflow
 // or underflow.
 __device__ inline bool try_update(const UpdateChunk& chunk, Shared<kThreads>& shared) {
-  constexpr double kMinSquares = 1e-70;  // below it, dw may be subnormal
+  if (!chunk.constants.fit) return false;
   bool in_fours = true;
 #pragma unroll
   for (int k = 0; k < kOperands; ++k) {
@@ -197,13 +197,14 @@ __device__ inline bool try_update(const UpdateChunk& chunk, Shared<kThreads>& sh
   block_add(products, shared);
   Moments state;
   if (chunk.targets[kUpdate] != nullptr &&
-      from_sums(s, chunk.n, pivot, 1, kMinSquares, kLargest, state) != Fit::kGood) {
+      from_sums(s, chunk.n, pivot, 1, kMinUpdateSquares, kLargest, state) != Fit::kGood) {
     return false;
   }
 #pragma unroll
   for (int row = kUpdate + 1; row < kUpdateRows; ++row) {
     if (chunk.targets[row] != nullptr && !is_finite(products[row])) return false;
   }
+  if (products[kLag] > 0 && products[kLag] < kMinUpdateSquares) return false;
   if (threadIdx.x >= 32) return true;
   if (chunk.targets[kUpdate] != nullptr) store(chunk.targets[kUpdate], state);
 #pragma unroll

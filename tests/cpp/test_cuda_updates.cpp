@@ -336,6 +336,15 @@ void tiny_and_distant_elements() {
     const Moments unchanged = run({}, {update.view()})[kUpdate];
     CHECK(unchanged.zeros, 3 * kChunk);
   }
+  Operands small(kFormula, {F32, F32, F32, F32, kNone}, 2 * kChunk);
+  small.fill(kWeight, [](int64_t) { return 0; });
+  small.step.lr = 1e-41;
+  check::at("a learning rate below those of float32");
+  small.check();
+  small.fill(kGrad, [](int64_t) { return 1e-30 * noise(); });
+  small.fill(kVariance, [](int64_t) { return 1e20; });
+  check::at("quotients below those of float32");
+  small.check();
 }
 
 // A chunk is read element by element only if it must be.

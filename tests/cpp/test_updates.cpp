@@ -78,6 +78,8 @@ void difficult_values() {
       {"products underflow", 1, 1e-30, 1e-30, 1e-38},
       {"subnormals", 1e-40, 1e-40, 1e-41, 1e-45},
       {"lag overflows", 1, 1e38, 1, 0},
+      {"lag underflows", 1, 1e-30, 1, 1e20},
+      {"update underflows", 0, 1e-3, 1e-37, 1},
       {"NaN weight", kNaN, 1, 1, 1},
       {"NaN gradient", 1, kNaN, 1, 1},
       {"NaN momentum", 1, 1, kNaN, 1},
@@ -193,6 +195,7 @@ void known_updates_are_lost() {
       {DType::kFloat16, 0x1p-24, 0x1p-25, false},
       {DType::kFloat32, 1, 0x1p-24, true},
       {DType::kFloat32, 1, 0x1.1p-24, false},
+      {DType::kFloat32, 1, 0x1.8001p-140, true},  // float32 has no such learning rate
       {DType::kFloat64, 1, 0x1p-53, true},
       {DType::kFloat64, 1, 0x1.1p-53, false},
   };
@@ -230,10 +233,9 @@ void unaligned_addresses() {
         std::vector<Moments> rows(kUpdateRows);
         cpu::Update update = o.update(rows.data());
         update.tensors.fill(cpu::kNoTensor);
-        update.operands.param.data = shifted[0].data() + 1;
-        update.operands.grad.data = shifted[1].data() + 1;
-        update.operands.momentum.data = shifted[2].data() + 1;
-        update.operands.variance.data = shifted[3].data() + 1;
+        cpu::UpdateOperands& in = update.operands;
+        cpu::Operand* const operands[] = {&in.param, &in.grad, &in.momentum, &in.variance};
+        for (int k = 0; k < 4; ++k) operands[k]->data = shifted[k].data() + 1;
         cpu::summarize({}, {}, *kernels, nullptr, {update});
         const States want = states_of(o, *kernels);
         for (int row = 0; row < kUpdateRows; ++row) {
