@@ -66,7 +66,8 @@ class TotalStats(TensorStats):
     def update_ratio(self) -> float:
         """The relative size of the last step: the norm of dw divided by that of the parameter.
 
-        NaN if the update is not known, infinite if the parameter is zero.
+        The parameter is that after the step. NaN if the update is not known, infinite if the
+        parameter is zero.
         """
         update = self.update
         return math.nan if update is None else ratio(update.norm, self.norm)

@@ -87,7 +87,6 @@ def summarize(
             is collective for any model. This merges the stages of a pipeline.
         async_op: for a sharded model, exchange the statistics in the background. Without effect
             on a model of plain tensors, which exchanges nothing.
-
         optimizer: a `torch.optim.Optimizer` or several. The entries then also have the statistics
             of its state and of the last update: `ParamStats.optimizer` and `ParamStats.update`.
             Call it after `optimizer.step()`, before the learning rate changes and gradients are

@@ -75,7 +75,7 @@ def watch(
             `mlflow.log_metrics` and the `log_metrics` of Lightning's loggers can be passed as they
             are. In a distributed run only rank 0 of the default group calls it.
         every: summarize at the first call of `Watcher.step`, then at the first call at or after
-            each multiple of this number.
+            each multiple of this number. With `optimizer`, steps of the optimizer are counted.
         history: a `History`, whose `append(step, summary)` is called on rank 0 before anything is
             logged; or the path of a new file, which is opened as `History(path)` on rank 0. Before
             the process group exists, the rank is that of torchrun (RANK). Pass
