@@ -224,8 +224,9 @@ class Summary(Mapping[str, ParamStats]):
                 `name`. With `summarize(optimizer=...)`, `kind` is also "update" or a key of the
                 optimizer's state, such as "exp_avg", and there are `update_ratio/NAME`,
                 `grad_cosine_exp_avg/NAME`, `update_cosine_grad/NAME`, `optimizer_rms/NAME` and
-                `optimizer_eps_fraction/NAME`.
-            stats: names of statistics, those that `TensorStats` has.
+                `optimizer_eps_fraction/NAME`. Their `kind` is the part before the first "_".
+            stats: names of statistics, those that `TensorStats` has. The five keys above are
+                always included.
             totals: whether to add the statistics of `total` and its gradient, under the name
                 "total".
             depth: merge the tensors of each module into one value, where module names are cut to
