@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import functools
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from types import FrameType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from paramstats._core.layout import Layout
-from paramstats._core.optimizers import Request, parameters_of, uses_formula
+from paramstats._core.optimizers import (
+    Request,
+    numbers_of,
+    parameters_of,
+    uses_formula,
+    without_gradient,
+)
 from paramstats._core.torch_private import skip_dynamo, without_modes
 from paramstats._rounds import Rounds
 from paramstats._summarize import summarize, tensors_of
@@ -86,6 +95,7 @@ class OptimizerHooks:
         self.before_next: Callable[[], None] | None = None
         """Called once, at the beginning of the next step, whether it is due or not."""
         self._requests: list[Request | None] = [None] * len(optimizers)
+        self._may_nest = list(map(_may_nest, optimizers))
         self._failed = False  # whether there was too little memory for copies
         self._before_step = [
             optimizer.register_step_pre_hook(functools.partial(self._before, i))
@@ -104,10 +114,12 @@ class OptimizerHooks:
     @skip_dynamo
     def _before(self, i: int, *_: Any) -> None:
         """Prepare the summary of a step that is due."""
+        if self._may_nest[i] and _is_nested(self._optimizers[i]):
+            return
         handle = self._after_step[i]
         if handle is not None:
             handle.remove()
-            self._after_step[i] = None
+            self._after_step[i] = self._requests[i] = None  # the step may have raised
         if self.before_next is not None:
             call, self.before_next = self.before_next, None
             call()
@@ -118,11 +130,15 @@ class OptimizerHooks:
                 return
             self._requests[i] = self._prepare(i)
             after = functools.partial(self._after, i)
-            self._after_step[i] = optimizer.register_step_post_hook(after)
+            self._after_step[i] = handle = optimizer.register_step_post_hook(after)
+            # Other hooks may change the learning rate or set gradients to None.
+            handle.hooks_dict_ref().move_to_end(handle.id, last=False)
 
     @skip_dynamo
     def _after(self, i: int, *_: Any) -> None:
         """Take the summary of a step that is due."""
+        if self._may_nest[i] and _is_nested(self._optimizers[i]):
+            return
         request, self._requests[i] = self._requests[i], None
         if request is None:
             return
@@ -143,7 +159,7 @@ class OptimizerHooks:
         return Request(
             (self._optimizers[i],),
             copies,
-            has_stepped=True,
+            idle=without_gradient(self._optimizers[i]),
             no_formula=frozenset(no_formula),
             only=tensors_of_step(self._optimizers, i, selected),
         )
@@ -161,18 +177,18 @@ class OptimizerHooks:
         optimizer = self._optimizers[i]
         if self._update in (None, "formula"):
             return []
-        return [
-            p
-            for group in optimizer.param_groups
-            for p in group["params"]
-            if id(p) in selected
-            and p.requires_grad
-            and (
-                self._update == "copy"
-                or p.dtype not in _PRECISE
-                or not uses_formula(optimizer, group)
-            )
-        ]
+        out = []
+        for group in optimizer.param_groups:
+            has_formula = uses_formula(optimizer, group, numbers_of(group))
+            out += [
+                p
+                for p in group["params"]
+                if id(p) in selected
+                and (p.requires_grad or p.grad is not None)
+                and (self._update == "copy" or p.dtype not in _PRECISE or not has_formula)
+                and not is_lazy(p)
+            ]
+        return out
 
     def copy_bytes(self) -> int:
         """Return the bytes that the copies of a due step take on this rank."""
@@ -197,6 +213,25 @@ class OptimizerHooks:
                 stacklevel=2,
             )
             return {}
+
+
+def _may_nest(optimizer: Any) -> bool:
+    """Return whether the optimizer's step may call the step of a base class, which has hooks, too.
+
+    Torch then calls the hooks for both.
+    """
+    return sum("step" in vars(kind) for kind in type(optimizer).__mro__[:-1]) > 2
+
+
+def _is_nested(optimizer: Any) -> bool:
+    """Return whether a step of the optimizer is called by another one; called by a hook."""
+    code = getattr(type(optimizer).step, "__code__", None)
+    frame: FrameType | None = sys._getframe(1)
+    found = 0
+    while frame is not None:
+        found += frame.f_code is code and frame.f_locals.get("self") is optimizer
+        frame = frame.f_back
+    return found > 1
 
 
 def _skips(optimizer: Any) -> bool:

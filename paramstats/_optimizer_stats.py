@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from paramstats._stats import TotalStats
 
 
+_NOT_LOGGED = frozenset({"step", "param", "grad", "update"})
+"""Keys of the state without scalars: the number of the step, and names of other kinds."""
+
+
 class OptimizerStats:
     """The state of a parameter's optimizer, its hyperparameters, and products with the gradient.
 
@@ -197,12 +201,12 @@ def optimizer_scalars(
     out: list[tuple[str, float]] = []
     size = len(names) * ROW.size
     indexes: dict[Any, None] = dict.fromkeys(range(len(names) * len(stats)))
-    for column, kind in [(UPDATE, "update"), *enumerate(record.keys, len(ROWS))]:
-        if kind != "step":
-            table = record.table[column * size : (column + 1) * size]
-            values = active().scalars(table, b"", indexes, columns, correction, 1.0)
-            keys = _keys(key, kind, stats, names)
-            out += [(keys[index], value) for index, value in values.items()]
+    of_state = [pair for pair in enumerate(record.keys, len(ROWS)) if pair[1] not in _NOT_LOGGED]
+    for column, kind in [(UPDATE, "update"), *of_state]:
+        table = record.table[column * size : (column + 1) * size]
+        values = active().scalars(table, b"", indexes, columns, correction, 1.0)
+        keys = _keys(key, kind, stats, names)
+        out += [(keys[index], value) for index, value in values.items()]
 
     def add(kind: str, stat: str, row: int, value: float) -> None:
         out.append((_keys(key, kind, (stat,), names)[row], value))

@@ -87,7 +87,8 @@ def watch(
             of the optimizer, without calls of `Watcher.step`. Its gradients are those that the
             optimizer used, so after clipping; to see them before, leave `optimizer` out and call
             `Watcher.step`. It also has the optimizer's state and the update: see `ParamStats`.
-            Steps that a gradient scaler skips do not count. Of several optimizers, each parameter
+            Steps that a gradient scaler skips do not count, except those of fused optimizers, after
+            which the next step is due instead. Of several optimizers, each parameter
             is read at the step of its own; a summary has one step of each.
         update: how the change of the parameters by a step is found. "formula": from the state of
             `torch.optim.Adam` or AdamW, exact up to the rounding of the parameter. "copy": from a

@@ -33,15 +33,15 @@ class Request(NamedTuple):
     Args:
         optimizers: the optimizers, without wrappers; none: only some of the tensors are read.
         copies: copies of parameters from before the step, by the id of the parameter.
-        has_stepped: whether the optimizers have just made a step. Parameters without a gradient
-            have then not changed. Otherwise it is not known whether the last step changed them.
+        idle: ids of the parameters that had no gradient before the step that the optimizers have
+            just made. None: it is not known which parameters the last step changed.
         no_formula: ids of parameters whose update must not be computed from Adam's state.
         only: ids of the tensors to read; None: all.
     """
 
     optimizers: tuple[torch.optim.Optimizer, ...]
     copies: Mapping[int, Tensor] = MappingProxyType({})
-    has_stepped: bool = False
+    idle: frozenset[int] | None = None
     no_formula: frozenset[int] = _NO_PARAMETERS
     only: frozenset[int] | None = None
 
@@ -74,8 +74,13 @@ def make_request(optimizer: Any, function: str = "summarize") -> Request:
 
 
 def unwrapped(optimizer: Any) -> Any:
-    """Return the optimizer that a wrapper of accelerate or Lightning calls."""
-    while hasattr(getattr(optimizer, "optimizer", None), "param_groups"):
+    """Return the optimizer that a wrapper of accelerate or Lightning calls.
+
+    A wrapper whose own steps have hooks, such as Lookahead, may change the parameters itself.
+    """
+    while hasattr(getattr(optimizer, "optimizer", None), "param_groups") and not getattr(
+        getattr(type(optimizer), "step", None), "hooked", False
+    ):
         optimizer = optimizer.optimizer
     return optimizer
 
@@ -85,13 +90,22 @@ def parameters_of(optimizer: Any) -> list[Tensor]:
     return [param for group in optimizer.param_groups for param in group["params"]]
 
 
-def uses_formula(optimizer: Any, group: Mapping[str, Any]) -> bool:
+def without_gradient(optimizer: Any) -> frozenset[int]:
+    """Return the ids of the parameters of an optimizer that have no gradient; see `Request`."""
+    return frozenset(id(param) for param in parameters_of(optimizer) if param.grad is None)
+
+
+def uses_formula(optimizer: Any, group: Mapping[str, Any], known: Mapping[str, float]) -> bool:
     """Return whether the update of a group's parameters follows from Adam's state.
 
-    A subclass may compute it differently. A learning rate on a device would have to be waited for.
+    `known` has the group's `numbers_of`: a number on a device would have to be waited for.
+    A subclass may compute the update differently. The formula divides by 1 - lr * weight decay,
+    so a small divisor would make the rounding errors of the parameter large.
     """
-    return type(optimizer) in _WITH_FORMULA and (
-        not isinstance(group["lr"], Tensor) or group["lr"].is_cpu
+    return (
+        type(optimizer) in _WITH_FORMULA
+        and {"lr", "beta1", "beta2", "eps", "weight_decay"} <= known.keys()
+        and known["lr"] * _decay(optimizer, group, known) <= 0.5
     )
 
 
@@ -134,7 +148,7 @@ class Plan:
         self.hyperparameters: list[Mapping[str, float] | None] = [None] * len(layout)
         self.methods = [""] * len(layout)
         found = self._find(request, {id(tensor): row for row, tensor in enumerate(tensors)})
-        if not found and request.only is None:
+        if not found and request.only is None and request.idle is None:
             raise ValueError(
                 "paramstats.summarize: expected an optimizer of these parameters, got one that has "
                 "none of them; pass the model itself, and the optimizer that was created for it"
@@ -149,7 +163,7 @@ class Plan:
         for optimizer in request.optimizers:
             state_of = state_by_parameter(optimizer)
             for group in optimizer.param_groups:
-                hyperparameters = _numbers_of(group)
+                hyperparameters = numbers_of(group)
                 for param in group["params"]:
                     row = rows.pop(id(param), None)  # a parameter of two optimizers counts once
                     if row is None:
@@ -183,7 +197,7 @@ class Plan:
     ) -> None:
         param = self.tensors[row]
         old, has_gradient = request.copies.get(id(param)), gradient(param) is not None
-        if old is None and not has_gradient and request.has_stepped:
+        if old is None and not has_gradient and id(param) in (request.idle or ()):
             self.unchanged.append(row)
             self.methods[row] = "no gradient"
             return
@@ -196,15 +210,14 @@ class Plan:
         grad = n + row if grads and has_gradient else -1
         step = state.get("step", 0.0)
         steps = (step, 0.0) if isinstance(step, int) else (-1, step)
-        beta1, beta2 = _betas(group)
-        eps = float(group["eps"]) if isinstance(group.get("eps"), numbers.Real) else 0.0
-        if not (step and beta2) or "eps" not in group:
+        known = self.hyperparameters[row] or {}
+        if not step or not {"beta2", "eps"} <= known.keys():
             variance = -1
         method = NONE
         if old is not None:
             method = DIFFERENCE
         elif (
-            uses_formula(optimizer, group)
+            uses_formula(optimizer, group, known)
             and id(param) not in request.no_formula
             and min(momentum, variance) >= 0
             and has_gradient
@@ -213,11 +226,11 @@ class Plan:
         if method == NONE and (grad < 0 or max(momentum, variance) < 0):
             return
         self.methods[row] = ("", "formula", "copy")[method]
-        decay = group.get("weight_decay", 0.0) if _is_decoupled(optimizer, group) else 0.0
-        numbers_of = (float(group["lr"]), float(decay)) if method == FORMULA else (0.0, 0.0)
         step_row, step = steps
-        fields = (row, grad, momentum, variance, step_row, old, method, *numbers_of)
-        self.updates.append(Update(*fields, beta1, beta2, eps, step))
+        decay = _decay(optimizer, group, known)
+        lr, beta1, beta2, eps = (known.get(key, 0.0) for key in ("lr", "beta1", "beta2", "eps"))
+        operands = row, grad, momentum, variance, step_row, old, method
+        self.updates.append(Update(*operands, lr, decay, beta1, beta2, eps, step))
         self.update_rows.append(row)
 
     @property
@@ -296,7 +309,7 @@ def _decoded(codes: Tensor, table: Tensor, scales: Tensor) -> Tensor:
     return (values * factors).view(codes.shape)
 
 
-def _numbers_of(group: Mapping[str, Any]) -> dict[str, float]:
+def numbers_of(group: Mapping[str, Any]) -> dict[str, float]:
     """Return the numbers among the hyperparameters of a group, without waiting for a device."""
     out = {}
     for key, value in group.items():
@@ -305,23 +318,17 @@ def _numbers_of(group: Mapping[str, Any]) -> dict[str, float]:
             if isinstance(one, Tensor) and one.numel() == 1 and one.is_cpu:
                 one = one.item()
             if isinstance(one, numbers.Real) and not isinstance(one, bool):
-                name = key if several == (value,) else f"{key.removesuffix('s')}{i}"
+                stem = key if key == "eps" else key.removesuffix("s")
+                name = key if several == (value,) else f"{stem}{i}"
                 out[name] = float(one)
     return out
 
 
-def _betas(group: Mapping[str, Any]) -> tuple[float, float]:
-    try:
-        beta1, beta2 = group["betas"]
-        return float(beta1), float(beta2)
-    except (KeyError, TypeError, ValueError):
-        return 0.0, 0.0
-
-
-def _is_decoupled(optimizer: Any, group: Mapping[str, Any]) -> bool:
-    """Return whether Adam's weight decay is applied to the weight instead of the gradient."""
+def _decay(optimizer: Any, group: Mapping[str, Any], known: Mapping[str, float]) -> float:
+    """Return the weight decay that is applied to the weight instead of the gradient."""
     is_adamw = isinstance(optimizer, torch.optim.AdamW)
-    return bool(group.get("decoupled_weight_decay", is_adamw))
+    is_decoupled = group.get("decoupled_weight_decay", is_adamw)
+    return known.get("weight_decay", 0.0) if is_decoupled else 0.0
 
 
 def _unread(table: bytes, n: int) -> bytes:

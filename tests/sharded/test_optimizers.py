@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import paramstats
 from paramstats._core import backend as backends
-from paramstats._core.optimizers import Request
+from paramstats._core.optimizers import Request, without_gradient
 from paramstats._summary import record_of
 from tests import oracle
 from tests.sharded.models import (
@@ -132,7 +132,7 @@ def _train_and_check(kind: str, dtype: torch.dtype, backend: str) -> None:
             assert summary["norm.bias"].optimizer.step == 3
             later = paramstats.summarize(model, optimizer=optimizer, async_op=True)
             assert later == summary
-        request = Request((optimizer,), copies, has_stepped=True)
+        request = Request((optimizer,), copies, idle=without_gradient(optimizer))
         summary = paramstats.summarize(model, optimizer=request)
         check_optimizer(summary, model, optimizer, old, "copy")
         only_grads = paramstats.summarize(model, params=False, optimizer=request)
@@ -208,7 +208,7 @@ def test_local_statistics_are_those_of_the_parts():
     model = fully_shard(Transformer(), mesh=init_device_mesh("cpu", (3,)))
     optimizer = OPTIMIZERS["sgd"](model.parameters())
     _, copies = train(model, optimizer)
-    request = Request((optimizer,), copies, has_stepped=True)
+    request = Request((optimizer,), copies, idle=without_gradient(optimizer))
     summaries = []
 
     def summarize():
@@ -238,7 +238,7 @@ def test_one_collective_call_also_if_gradients_change():
     for name in (None, "norm.bias", "norm.weight"):
         for p in model.parameters():
             p.grad = None if p is named(model).get(name) else p.detach().clone()
-        request = Request((optimizer,), has_stepped=True)
+        request = Request((optimizer,), idle=without_gradient(optimizer))
         if name is None:
             paramstats.summarize(model, optimizer=request)  # the ranks agree
         summaries = []
