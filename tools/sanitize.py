@@ -46,6 +46,7 @@ SOURCES = {
         "tests/cpp/test_cuda_elements.cpp",
         "tests/cpp/test_cuda_merge.cpp",
         "tests/cpp/test_cuda_engine.cpp",
+        "tests/cpp/test_cuda_updates.cpp",
         *sources("tests/cpp/cuda_shim"),
         *sources("csrc/cuda"),
     ],
