@@ -178,7 +178,10 @@ class OptimizerStats:
         }
 
     def __repr__(self) -> str:
-        return f"<OptimizerStats of {', '.join(self.state)}>"
+        numbers = {"lr": self.hyperparameters.get("lr"), "step": self.step}
+        known = [f"{name}={value:g}" for name, value in numbers.items() if value is not None]
+        keys = [key for key in self.state if key != "step"]
+        return f"<OptimizerStats {' '.join(known)} state: {', '.join(keys) or 'none'}>"
 
 
 def optimizer_scalars(

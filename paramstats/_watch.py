@@ -117,6 +117,11 @@ def watch(
             f"paramstats.watch: expected 'auto', 'formula', 'copy' or None for update, "
             f"got {update!r}"
         )
+    if update != "auto" and optimizer is None:
+        raise ValueError(
+            f"paramstats.watch: expected an optimizer for update={update!r}, got none; pass "
+            f"optimizer="
+        )
     optimizers = () if optimizer is None else make_request(optimizer, "watch").optimizers
     check_optimizers(source, optimizers)
     if log is None and history is None:

@@ -392,3 +392,18 @@ def test_a_model_without_any_parameter_of_the_optimizer_is_refused():
             )
         with pytest.raises(TypeError, match=f"^paramstats.{call.__name__}: .*torch.optim.Optim"):
             call(network(), optimizer=[1], **({} if "s" in call.__name__[0] else {"log": ignore}))
+
+
+def test_arguments_that_would_have_no_effect_are_refused():
+    model = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="expected an optimizer for update='copy', got none"):
+        paramstats.watch(model, print, update="copy")
+
+
+def test_the_repr_shows_learning_rate_step_and_state():
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    entry = paramstats.summarize(model, optimizer=optimizer)["bias"]
+    assert repr(entry.optimizer) == "<OptimizerStats lr=0.01 step=1 state: exp_avg, exp_avg_sq>"

@@ -61,10 +61,8 @@ def large_updates(context: Context) -> Iterator[Finding]:
     """
     limit = context.thresholds.largest_update_ratio
     code = FindingCode.LARGE_UPDATE
-    advice = (
-        "A step replaces a large part of the weight. Lower the learning rate. A usual learning "
-        "rate of AdamW is 1e-3 for small models and 1e-4 for large ones."
-    )
+    advice = "A step replaces a large part of the weight. Lower the learning rate."
+    usual = " A usual learning rate of AdamW is 1e-3 for small models and 1e-4 for large ones."
     for step in _steps(context):
         weight, norm, usual_norm = step.entry.value, step.update.norm, _usual_norm(step.entry)
         if not weight.norm < math.inf or "history_size" in step.hyperparameters:
@@ -77,7 +75,8 @@ def large_updates(context: Context) -> Iterator[Finding]:
             message = f"lr {number(step.lr)}, {number(ratio)} times the std of a new weight"
         if ratio > limit:
             name = step.entry.name
-            yield Finding(Severity.WARNING, code, name, "update", ratio, limit, message, advice)
+            text = advice + usual * step.is_adam()
+            yield Finding(Severity.WARNING, code, name, "update", ratio, limit, message, text)
 
 
 def lost_updates(context: Context) -> Iterator[Finding]:

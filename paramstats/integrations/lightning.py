@@ -67,6 +67,11 @@ class ParamStatsCallback(Callback):
         **options: Any,
     ) -> None:
         super().__init__()
+        if not isinstance(optimizer, bool):
+            raise TypeError(
+                "paramstats.ParamStatsCallback: expected True or False for optimizer, got "
+                f"{type(optimizer).__name__}; the trainer's optimizers are used"
+            )
         self._reads_optimizer = optimizer
         self._log = log
         self._history = history

@@ -65,6 +65,11 @@ class ParamStatsCallback(TrainerCallback):
         optimizer: bool = False,
         **options: Any,
     ) -> None:
+        if not isinstance(optimizer, bool):
+            raise TypeError(
+                "paramstats.ParamStatsCallback: expected True or False for optimizer, got "
+                f"{type(optimizer).__name__}; the trainer's optimizers are used"
+            )
         self._reads_optimizer = optimizer
         self._options: dict[str, Any] = {"log": log, "every": every, "history": history, **options}
         check_options(log, every, history, options)

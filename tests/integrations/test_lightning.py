@@ -274,3 +274,8 @@ def test_without_lightning_the_import_names_what_to_install(monkeypatch):
     message = r"ParamStatsCallback needs lightning: pip install lightning"
     with pytest.raises(ImportError, match=message):
         importlib.import_module("paramstats.integrations.lightning")
+
+
+def test_an_optimizer_instead_of_a_bool_is_refused():
+    with pytest.raises(TypeError, match="expected True or False for optimizer, got SGD"):
+        ParamStatsCallback(optimizer=torch.optim.SGD([torch.zeros(1)], lr=0.1))
