@@ -47,9 +47,9 @@ UpdateArguments convert(const py::handle& object, size_t n) {
   const auto number = [&](Field field) { return fields[field].cast<double>(); };
   UpdateArguments out{row_at(fields, kParam, n),
                       row_at(fields, kGrad, 2 * n),
-                      row_at(fields, kMomentum, 2 * n),
-                      row_at(fields, kVariance, 2 * n),
-                      row_at(fields, kStepRow, 2 * n),
+                      row_at(fields, kMomentum, n),
+                      row_at(fields, kVariance, n),
+                      row_at(fields, kStepRow, n),
                       nullptr,
                       static_cast<UpdateMethod>(fields[kMethod].cast<int32_t>()),
                       {number(kLr), number(kDecay), number(kBeta1), number(kBeta2), number(kEps)},

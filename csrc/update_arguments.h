@@ -13,7 +13,8 @@ namespace paramstats {
 constexpr size_t kNoRow = SIZE_MAX;
 
 struct UpdateArguments {
-  // Rows of the table, or kNoRow. `step` is the row of a tensor with one element.
+  // Rows of the table, or kNoRow; all but `grad` are rows of tensors, which are there.
+  // `step_row` is that of a tensor with one element.
   size_t param, grad, momentum, variance, step_row;
   torch_abi::Impl old;  // null unless the method is kDifference
   UpdateMethod method;

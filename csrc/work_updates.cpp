@@ -75,7 +75,7 @@ struct Work::Operands {
 
   // Adds a tensor on the device that has the step.
   bool add_step(Impl t, cuda::Array& step) {
-    const auto view = t == nullptr ? std::nullopt : view_on_device(t);
+    const auto view = view_on_device(t);
     if (!view || view->numel != 1) return false;
     step = {view->data, view->dtype};
     return true;
@@ -85,7 +85,7 @@ struct Work::Operands {
   std::optional<double> step(const UpdateArguments& arguments) const {
     if (arguments.step_row == kNoRow) return arguments.step;
     const Impl t = work.tensor_at(arguments.step_row);
-    if (t == nullptr || !torch_abi::is_plain_cpu(t)) return std::nullopt;
+    if (!torch_abi::is_plain_cpu(t)) return std::nullopt;
     const auto view = native_view(t);
     if (!view || view->numel != 1) return std::nullopt;
     const Moments state = kernels->chunk[static_cast<int>(view->dtype)](view->data, 1);

@@ -124,8 +124,8 @@ def read(
     kernels cannot read is in `deferred_rows` once, with its first row and the parameter, and its
     rows are unread. An update is a tuple of these fields:
 
-    - param, grad, momentum, variance: rows of the table, or -1 if there is none. Their tensors are
-      read as operands, also where `params` or `grads` is false.
+    - param, grad, momentum, variance: rows of the table, or -1 if there is none; all but `grad` are
+      rows of tensors. They are read as operands, also where `params` or `grads` is false.
     - step_row: the row of a tensor whose only element is the step; -1: `step` is the step.
     - old: the parameter before the step, or None.
     - method: 0: dw is not known; 1: dw is computed by the formula of Adam and AdamW, and `zeros`

@@ -202,9 +202,10 @@ def _chunk(
     elif method == FORMULA and adam is not None and m is not None and root is not None:
         dw = adam.update(w64, m, root)
         update = exact(dw)
-        update[_ZEROS] = ((w64 - dw).to(w.dtype) == w).sum()
+        update[_ZEROS] = (dw.isfinite() & ((w64 - dw).to(w.dtype) == w)).sum()
     lag = None
-    if adam is not None and g is not None and root is not None:
+    if adam is not None and g is not None and v is not None:
+        root = adam.root(v.clamp(min=0))
         lag = _products((g / root.clamp(min=adam.eps)).square())
         lag[_ZEROS] = (root < adam.eps).sum()
     return [
