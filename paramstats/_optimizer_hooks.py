@@ -15,13 +15,13 @@ from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from paramstats._core.layout import Layout
-from paramstats._core.optimizers import (
-    Request,
+from paramstats._core.optimizer_state import (
     numbers_of,
     parameters_of,
     uses_formula,
     without_gradient,
 )
+from paramstats._core.optimizers import Request
 from paramstats._core.torch_private import skip_dynamo, without_modes
 from paramstats._rounds import Rounds
 from paramstats._summarize import summarize, tensors_of

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from paramstats._core.optimizers import Request, make_request, unwrapped
+from paramstats._core.optimizer_state import unwrapped
+from paramstats._core.optimizers import Request, make_request
 from paramstats._core.options import Scaler, scale_of
 from paramstats._core.shard import LocalShard
 from paramstats._core.torch_private import skip_dynamo

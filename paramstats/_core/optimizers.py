@@ -1,8 +1,7 @@
-"""Find the state of optimizers by parameter, and what the updates are computed from."""
+"""`Plan`: which tensors of optimizers are read, and what the updates are computed from."""
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -14,6 +13,14 @@ from paramstats._core.elements import gradient
 from paramstats._core.layout import Layout
 from paramstats._core.moments import ABSENT, ROW, Moments, constant, unread
 from paramstats._core.optimizer_record import OptimizerRecord
+from paramstats._core.optimizer_state import (
+    decoupled_decay,
+    entries_of,
+    numbers_of,
+    state_by_parameter,
+    unwrapped,
+    uses_formula,
+)
 from paramstats._core.torch_private import without_modes
 from paramstats._core.updates import DIFFERENCE, FORMULA, NONE, ROWS, Update
 
@@ -23,7 +30,6 @@ MOMENTA = ("exp_avg", "momentum_buffer", "momentum", "exp_moving_average")
 _VARIANCES = ("max_exp_avg_sq", "exp_avg_sq")
 """Keys of Adam's second moment; that of AMSGrad is the one that it divides by."""
 
-_WITH_FORMULA = (torch.optim.Adam, torch.optim.AdamW)
 _NO_PARAMETERS: frozenset[int] = frozenset()
 
 
@@ -71,42 +77,6 @@ def make_request(optimizer: Any, function: str = "summarize") -> Request:
             f"got {optimizer!r}"
         )
     return Request(found)
-
-
-def unwrapped(optimizer: Any) -> Any:
-    """Return the optimizer that a wrapper of accelerate or Lightning calls.
-
-    A wrapper whose own steps have hooks, such as Lookahead, may change the parameters itself.
-    """
-    while hasattr(getattr(optimizer, "optimizer", None), "param_groups") and not getattr(
-        getattr(type(optimizer), "step", None), "hooked", False
-    ):
-        optimizer = optimizer.optimizer
-    return optimizer
-
-
-def parameters_of(optimizer: Any) -> list[Tensor]:
-    """Return the parameters of all groups of an optimizer."""
-    return [param for group in optimizer.param_groups for param in group["params"]]
-
-
-def without_gradient(optimizer: Any) -> frozenset[int]:
-    """Return the ids of the parameters of an optimizer that have no gradient; see `Request`."""
-    return frozenset(id(param) for param in parameters_of(optimizer) if param.grad is None)
-
-
-def uses_formula(optimizer: Any, group: Mapping[str, Any], known: Mapping[str, float]) -> bool:
-    """Return whether the update of a group's parameters follows from Adam's state.
-
-    `known` has the group's `numbers_of`: a number on a device would have to be waited for.
-    A subclass may compute the update differently. The formula divides by 1 - lr * weight decay,
-    so a small divisor would make the rounding errors of the parameter large.
-    """
-    return (
-        type(optimizer) in _WITH_FORMULA
-        and {"lr", "beta1", "beta2", "eps", "weight_decay"} <= known.keys()
-        and known["lr"] * _decay(optimizer, group, known) <= 0.5
-    )
 
 
 class Plan:
@@ -170,7 +140,7 @@ class Plan:
                         continue
                     self.hyperparameters[row] = hyperparameters
                     places: dict[str, int | float] = {}
-                    for key, value in _tensors_of(state_of.get(param) or {}).items():
+                    for key, value in entries_of(state_of.get(param) or {}).items():
                         places[key] = self._add_state(row, key, value)
                     found.append((row, group, places, optimizer))
         return found
@@ -227,7 +197,7 @@ class Plan:
             return
         self.methods[row] = ("", "formula", "copy")[method]
         step_row, step = steps
-        decay = _decay(optimizer, group, known)
+        decay = decoupled_decay(optimizer, group, known)
         lr, beta1, beta2, eps = (known.get(key, 0.0) for key in ("lr", "beta1", "beta2", "eps"))
         operands = row, grad, momentum, variance, step_row, old, method
         self.updates.append(Update(*operands, lr, decay, beta1, beta2, eps, step))
@@ -276,59 +246,6 @@ class Plan:
             put(len(ROWS) + key, row, ROW.pack(*constant(1, value)))
         fields = (self.keys, bytes(out), tuple(self.hyperparameters), tuple(self.methods))
         return own + rows(all_of_them, all_of_them + n), OptimizerRecord(*fields)
-
-
-def state_by_parameter(optimizer: Any) -> Mapping[Any, Any]:
-    """Return the state of an optimizer by parameter; of ZeroRedundancyOptimizer, this rank's."""
-    return getattr(optimizer, "optim", optimizer).state  # type: ignore[no-any-return]
-
-
-def _tensors_of(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the tensors and numbers of a parameter's state by key.
-
-    8-bit states of bitsandbytes are codes: their values replace them.
-    """
-    out: dict[str, Any] = {}
-    for key, value in state.items():
-        if isinstance(value, numbers.Real) or (isinstance(value, Tensor) and value.numel()):
-            out[str(key)] = value
-    for key, codes in list(out.items()):
-        number = key.removeprefix("state")
-        table, scales = f"qmap{number}", f"absmax{number}"
-        if getattr(codes, "dtype", None) == torch.uint8 and {table, scales} <= out.keys():
-            out[key] = _decoded(codes, out.pop(table), out.pop(scales))
-    return out
-
-
-def _decoded(codes: Tensor, table: Tensor, scales: Tensor) -> Tensor:
-    """Return the values of blockwise 8-bit codes: an entry of `table` times the block's scale."""
-    block = -(-codes.numel() // scales.numel())
-    block = 1 << (block - 1).bit_length()  # sizes of blocks are powers of two
-    values = table.float()[codes.flatten().long()]
-    factors = scales.float().repeat_interleave(block)[: codes.numel()]
-    return (values * factors).view(codes.shape)
-
-
-def numbers_of(group: Mapping[str, Any]) -> dict[str, float]:
-    """Return the numbers among the hyperparameters of a group, without waiting for a device."""
-    out = {}
-    for key, value in group.items():
-        several = value if isinstance(value, (tuple, list)) and key != "params" else (value,)
-        for i, one in enumerate(several, 1):
-            if isinstance(one, Tensor) and one.numel() == 1 and one.is_cpu:
-                one = one.item()
-            if isinstance(one, numbers.Real) and not isinstance(one, bool):
-                stem = key if key == "eps" else key.removesuffix("s")
-                name = key if several == (value,) else f"{stem}{i}"
-                out[name] = float(one)
-    return out
-
-
-def _decay(optimizer: Any, group: Mapping[str, Any], known: Mapping[str, float]) -> float:
-    """Return the weight decay that is applied to the weight instead of the gradient."""
-    is_adamw = isinstance(optimizer, torch.optim.AdamW)
-    is_decoupled = group.get("decoupled_weight_decay", is_adamw)
-    return known.get("weight_decay", 0.0) if is_decoupled else 0.0
 
 
 def _unread(table: bytes, n: int) -> bytes:

@@ -19,7 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import paramstats
 from paramstats._core import backend as backends
-from paramstats._core.optimizers import Request, without_gradient
+from paramstats._core.optimizer_state import without_gradient
+from paramstats._core.optimizers import Request
 from paramstats._summary import record_of
 from tests import oracle
 from tests.sharded.models import (
