@@ -366,7 +366,7 @@ def test_an_empty_source_gives_an_empty_summary(backend):
         (3, "got int"),
         ("run.safetensors", "got str; .* paramstats.checkpoints.summarize_file"),
         (Path("run.pt"), "got pathlib.*; .* paramstats.checkpoints.summarize_file"),
-        (torch.optim.SGD([torch.ones(1)]), r"got torch.optim.sgd.SGD; pass the model"),
+        (torch.optim.SGD([torch.ones(1)]), "SGD; pass the model, and this as optimizer="),
         (types.SimpleNamespace(model=torch.nn.ReLU()), "SimpleNamespace; pass its model: source"),
         (torch.ones(3), "got torch.Tensor; for one tensor pass {'name': tensor}"),
         ([torch.ones(3)], r"expected \(name, tensor\) pairs, got torch.Tensor at position 0"),

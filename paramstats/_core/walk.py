@@ -176,7 +176,7 @@ def _pairs(source: Any) -> Iterator[tuple[Any, Any]]:
         if isinstance(source, torch.Tensor):
             hint = "; for one tensor pass {'name': tensor}"
         elif isinstance(source, torch.optim.Optimizer):
-            hint = "; pass the model"
+            hint = "; pass the model, and this as optimizer="
         elif isinstance(source, (str, bytes, os.PathLike)):
             hint = "; for a checkpoint call paramstats.checkpoints.summarize_file(path)"
         elif is_trainer:

@@ -260,4 +260,7 @@ def optimizers(check: Checker) -> str:
     names = {id(p): name for name, p in model.named_parameters()}
     check({f"{names[id(p)]}.{key}": value for p, state in optimizer.state.items()
           for key, value in state.items()})  # fmt: skip
-    return "an optimizer is refused; pass a mapping of names to the tensors of its state"
+    return (
+        "an optimizer is refused as the source; `summarize(model, optimizer=optimizer)` reads its "
+        "state"
+    )
