@@ -2,13 +2,13 @@
 // optimizer, and read the memory once. Device code only, without includes that NVRTC does not have.
 //
 // Every tensor is divided into chunks (table.h). `summarize_chunks` runs one block per chunk of all
-// tensors of a launch, and `update_chunks` one per chunk of all updates, if there are any. The state
-// of a tensor with one chunk is written to its row at once, as are the rows of such an update.
-// Otherwise `merge_chunks` merges the states of its chunks: a warp per group of 32 chunks, and for
-// more groups the last of these warps merges the states of the groups. States are merged in the
-// order of their index, and an integer counter alone decides which warp is the last. So results do
-// not depend on the order of blocks and warps: they are bitwise the same on every run, and do not
-// depend on the other tensors.
+// tensors of a launch, and `update_chunks` one per chunk of all updates, if there are any. The
+// state of a tensor with one chunk is written to its row at once, as are the rows of such an
+// update. Otherwise `merge_chunks` merges the states of its chunks: a warp per group of 32 chunks,
+// and for more groups the last of these warps merges the states of the groups. States are merged in
+// the order of their index, and an integer counter alone decides which warp is the last. So results
+// do not depend on the order of blocks and warps: they are bitwise the same on every run, and do
+// not depend on the other tensors.
 #pragma once
 
 #include "access.h"
