@@ -49,8 +49,13 @@ struct Call {
       : sizes(cuda::sizes(inputs_of(views, updates))), host(sizes.host), device(sizes.device) {
     error = cuda::enqueue(ordinal, inputs_of(views, updates), host.bytes, device.bytes.get(),
                           reinterpret_cast<cuda::Stream>(stream));
-    std::memset(static_cast<void*>(views.data()), 0xa5, views.size() * sizeof(views[0]));
-    std::memset(static_cast<void*>(updates.data()), 0xa5, updates.size() * sizeof(updates[0]));
+    overwrite(views);
+    overwrite(updates);
+  }
+
+  template <class T>
+  static void overwrite(std::vector<T>& all) {
+    if (!all.empty()) std::memset(static_cast<void*>(all.data()), 0xa5, all.size() * sizeof(T));
   }
 
   Moments state(int64_t t = 0) const { return static_cast<const Moments*>(host.bytes)[t]; }
