@@ -21,7 +21,7 @@ from paramstats._core.optimizer_state import (
     uses_formula,
     without_gradient,
 )
-from paramstats._core.optimizers import Request
+from paramstats._core.optimizers import Request, no_parameters
 from paramstats._core.torch_private import skip_dynamo, without_modes
 from paramstats._rounds import Rounds
 from paramstats._summarize import summarize, tensors_of
@@ -47,10 +47,12 @@ def check_optimizers(source: Any, optimizers: tuple[Any, ...]) -> None:
     known = set(map(id, tensors))
     for optimizer in optimizers:
         if known.isdisjoint(map(id, parameters_of(optimizer))):
-            raise ValueError(
-                "paramstats.watch: expected an optimizer of these parameters, got one that has "
-                "none of them; pass the model itself, and the optimizer created for it"
-            )
+            raise no_parameters("watch")
+
+
+def selected_tensors(source: Any, reading: Mapping[str, Any]) -> tuple[Layout, list[Any]]:
+    """Return the layout and the tensors that `summarize(source, **reading)` would read."""
+    return tensors_of(source, *(reading[name] for name in ("buffers", "include", "exclude")))
 
 
 def tensors_of_step(optimizers: Sequence[Any], i: int, selected: set[int]) -> frozenset[int] | None:
@@ -145,7 +147,7 @@ class OptimizerHooks:
         handle, self._after_step[i] = self._after_step[i], None  # a log may call Watcher.close
         try:
             summary = summarize(self._source, optimizer=request, **self._reading)
-            self._rounds.add(summary, self._tensors()[0])
+            self._rounds.add(summary, selected_tensors(self._source, self._reading)[0])
         finally:
             self._after_step[i] = handle
 
@@ -166,11 +168,7 @@ class OptimizerHooks:
 
     def _selected(self) -> set[int]:
         """Return the ids of the tensors that `include` and `exclude` select."""
-        return set(map(id, self._tensors()[1]))
-
-    def _tensors(self) -> tuple[Layout, list[Any]]:
-        names = ("buffers", "include", "exclude")
-        return tensors_of(self._source, *(self._reading[name] for name in names))
+        return set(map(id, selected_tensors(self._source, self._reading)[1]))
 
     def _to_copy(self, i: int, selected: set[int]) -> list[Tensor]:
         """Return the selected parameters of an optimizer that a due step copies."""

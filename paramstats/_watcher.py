@@ -13,9 +13,14 @@ from paramstats._core.optimizers import Request, make_request
 from paramstats._core.options import Scaler, scale_of
 from paramstats._core.shard import LocalShard
 from paramstats._core.torch_private import skip_dynamo
-from paramstats._optimizer_hooks import OptimizerHooks, UpdateMethod, tensors_of_step
+from paramstats._optimizer_hooks import (
+    OptimizerHooks,
+    UpdateMethod,
+    selected_tensors,
+    tensors_of_step,
+)
 from paramstats._rounds import Rounds
-from paramstats._summarize import summarize, tensors_of
+from paramstats._summarize import summarize
 from paramstats._summary import Summary, is_ready_within
 
 if TYPE_CHECKING:
@@ -185,9 +190,7 @@ class Watcher:
         self.flush()
         if self._rounds.begin(i, step):
             scale = scale_of(grad_scale, self._separate[i])
-            names = ("buffers", "include", "exclude")
-            selection = [self._reading[name] for name in names]
-            layout, tensors = tensors_of(self._source, *selection)
+            layout, tensors = selected_tensors(self._source, self._reading)
             only = tensors_of_step(self._separate, i, set(map(id, tensors)))
             request = Request((), only=only)
             reading = {**self._reading, "optimizer": request, "grad_scale": scale}

@@ -6,8 +6,8 @@ import warnings
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
-from paramstats._core.layout import is_lazy
 from paramstats._core.shard import PLAIN
 from paramstats._core.torch_private import unwrapped
 

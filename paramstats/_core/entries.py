@@ -14,11 +14,10 @@ from typing import Literal, NamedTuple
 import torch
 
 from paramstats._core.backend import active
-from paramstats._core.moments import ABSENT, ROW, STATISTICS_ROW, Statistics, unread
+from paramstats._core.moments import ABSENT_ROW, ROW, STATISTICS_ROW, Statistics
 from paramstats._core.record import Record
 from paramstats._core.updates import UPDATE, ratio
 
-_ABSENT_ROW = ROW.pack(*unread(ABSENT))
 _NO_STATE: Mapping[str, Statistics] = MappingProxyType({})
 
 
@@ -111,7 +110,7 @@ def states(record: Record, kind: str) -> bytes:
     if optimizer is not None:
         column = UPDATE if kind == "update" else optimizer.column(kind)
     if optimizer is None or column is None:
-        return _ABSENT_ROW * len(record.layout)
+        return ABSENT_ROW * len(record.layout)
     begin = optimizer.position(column, 0) * ROW.size
     return optimizer.table[begin : begin + half]
 

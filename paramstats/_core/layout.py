@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
+from torch.nn.parameter import is_lazy
 
 from paramstats._core.names import Patterns, passes
 from paramstats._core.shard import PLAIN, is_sharded
@@ -299,11 +299,6 @@ def _remember(cache: dict[Any, Any], key: Any, value: Any) -> None:
     if len(cache) >= _MAX_CACHED:
         cache.clear()
     cache[key] = value
-
-
-def is_lazy(tensor: torch.Tensor) -> bool:
-    """Return whether it is a parameter of a lazy layer that has not seen its first batch."""
-    return isinstance(tensor, UninitializedTensorMixin)
 
 
 @without_modes()

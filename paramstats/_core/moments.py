@@ -82,6 +82,10 @@ def constant(count: int, x: float) -> Moments:
     return Moments(count, count * (x == 0), 0, 0, 0, x, 0.0, x, x)
 
 
+ABSENT_ROW = ROW.pack(*unread(ABSENT))
+"""The row of a tensor that does not exist."""
+
+
 def is_unread(a: State) -> bool:
     """Return whether the elements were not read; true for absent rows, too."""
     return a[5] != a[5]  # the mean is NaN

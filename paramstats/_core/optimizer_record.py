@@ -8,10 +8,8 @@ from typing import NamedTuple
 
 from paramstats._core import moments
 from paramstats._core.backend import active
-from paramstats._core.moments import ABSENT, ROW, Moments, unread
+from paramstats._core.moments import ABSENT_ROW, ROW, Moments
 from paramstats._core.updates import ROWS
-
-_ABSENT = ROW.pack(*unread(ABSENT))
 
 
 class OptimizerRecord(NamedTuple):
@@ -93,7 +91,7 @@ def pick(places: Sequence[tuple[OptimizerRecord, int]], keys: tuple[str, ...]) -
             of_record: int | None = number
             if not same and number >= len(ROWS):
                 of_record = record.column(keys[number - len(ROWS)])
-            column.append(_ABSENT if of_record is None else record.packed(of_record, row))
+            column.append(ABSENT_ROW if of_record is None else record.packed(of_record, row))
     return OptimizerRecord(
         keys,
         b"".join(itertools.chain.from_iterable(columns)),

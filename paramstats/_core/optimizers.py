@@ -11,7 +11,7 @@ from torch import Tensor
 
 from paramstats._core.elements import gradient
 from paramstats._core.layout import Layout
-from paramstats._core.moments import ABSENT, ROW, Moments, constant, unread
+from paramstats._core.moments import ABSENT_ROW, ROW, Moments, constant, unread
 from paramstats._core.optimizer_record import OptimizerRecord
 from paramstats._core.optimizer_state import (
     decoupled_decay,
@@ -27,7 +27,7 @@ from paramstats._core.updates import DIFFERENCE, FORMULA, NONE, ROWS, Update
 MOMENTA = ("exp_avg", "momentum_buffer", "momentum", "exp_moving_average")
 """Keys of a first moment; the first one that a parameter has is compared with its gradient."""
 
-_VARIANCES = ("max_exp_avg_sq", "exp_avg_sq")
+VARIANCES = ("max_exp_avg_sq", "exp_avg_sq")
 """Keys of Adam's second moment; that of AMSGrad is the one that it divides by."""
 
 _NO_PARAMETERS: frozenset[int] = frozenset()
@@ -79,6 +79,14 @@ def make_request(optimizer: Any, function: str = "summarize") -> Request:
     return Request(found)
 
 
+def no_parameters(function: str) -> ValueError:
+    """Return the error for an optimizer that has no parameter of the source."""
+    return ValueError(
+        f"paramstats.{function}: expected an optimizer of these parameters, got one that has none "
+        f"of them; pass the model itself, and the optimizer that was created for it"
+    )
+
+
 class Plan:
     """The tensors to read for a layout's parameters and their optimizers, and where they belong.
 
@@ -119,10 +127,7 @@ class Plan:
         self.methods = [""] * len(layout)
         found = self._find(request, {id(tensor): row for row, tensor in enumerate(tensors)})
         if not found and request.only is None and request.idle is None:
-            raise ValueError(
-                "paramstats.summarize: expected an optimizer of these parameters, got one that has "
-                "none of them; pass the model itself, and the optimizer that was created for it"
-            )
+            raise no_parameters("summarize")
         n = len(self.tensors)
         for row, group, state, optimizer in found:
             self._add_update(request, row, group, state, optimizer, n, grads)
@@ -176,10 +181,9 @@ class Plan:
             places = (x for key in keys if isinstance(x := state.get(key), int))
             return next((x for x in places if self.tensors[x].shape == param.shape), -1)
 
-        momentum, variance = place(MOMENTA), place(_VARIANCES)
+        momentum, variance = place(MOMENTA), place(VARIANCES)
         grad = n + row if grads and has_gradient else -1
         step = state.get("step", 0.0)
-        steps = (step, 0.0) if isinstance(step, int) else (-1, step)
         known = self.hyperparameters[row] or {}
         if not step or not {"beta2", "eps"} <= known.keys():
             variance = -1
@@ -196,7 +200,7 @@ class Plan:
         if method == NONE and (grad < 0 or max(momentum, variance) < 0):
             return
         self.methods[row] = ("", "formula", "copy")[method]
-        step_row, step = steps
+        step_row, step = (step, 0.0) if isinstance(step, int) else (-1, step)
         decay = decoupled_decay(optimizer, group, known)
         lr, beta1, beta2, eps = (known.get(key, 0.0) for key in ("lr", "beta1", "beta2", "eps"))
         operands = row, grad, momentum, variance, step_row, old, method
@@ -227,7 +231,7 @@ class Plan:
             return table[begin * size : end * size]
 
         own = rows(0, n) if self._reads_params else _unread(table, n)
-        out = bytearray(ROW.pack(*unread(ABSENT)) * (n * (len(ROWS) + len(self.keys))))
+        out = bytearray(ABSENT_ROW * (n * (len(ROWS) + len(self.keys))))
 
         def put(column: int, row: int, state: bytes) -> None:
             begin = (column * n + row) * size

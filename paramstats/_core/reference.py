@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from paramstats._core import moments
 from paramstats._core.cuda import PinnedMemory, refuse_capture
@@ -23,8 +24,7 @@ from paramstats._core.denormals import threads_with_denormals
 from paramstats._core.elements import check_storage, dense_numel, elements, gradient, numel
 from paramstats._core.forked import threads_that_exist
 from paramstats._core.format import one_line_name
-from paramstats._core.layout import is_lazy
-from paramstats._core.moments import ABSENT, ROW, Moments, State, constant, merge, unread
+from paramstats._core.moments import ABSENT_ROW, ROW, Moments, State, constant, merge, unread
 from paramstats._core.packing import (
     MAX_NUMEL,
     MAX_NUMEL_DEVICE,
@@ -41,7 +41,6 @@ _DEVICE_CHUNK = 1 << 24
 _FEW = 32
 """States up to which Python writes them faster into the table than torch operators do."""
 
-_ABSENT = ROW.pack(*unread(ABSENT))
 _M2 = Moments._fields.index("m2")
 NO_FLOAT64 = frozenset({"mps"})
 
@@ -120,7 +119,7 @@ def read(
             of these is among the rows that are returned.
     """
     n = len(tensors)
-    rows = _ABSENT * n if params else b"".join(ROW.pack(*unread(numel(t))) for t in tensors)
+    rows = ABSENT_ROW * n if params else b"".join(ROW.pack(*unread(numel(t))) for t in tensors)
     deferred_rows = list(enumerate(tensors)) if params else []
     if grads:
         deferred_rows += [
@@ -128,7 +127,7 @@ def read(
         ]
     if updates:
         deferred_rows += [(2 * n + 4 * u, tensors[x.param]) for u, x in enumerate(updates)]
-    return rows + _ABSENT * (n + 4 * len(updates)), deferred_rows, ()
+    return rows + ABSENT_ROW * (n + 4 * len(updates)), deferred_rows, ()
 
 
 @without_modes()

@@ -252,11 +252,7 @@ def cosine(products: Moments, norm: float, other_norm: float, scale: float = 1.0
         norm, other_norm: the norms of the tensors.
         scale: the factor that the products contain and the norms do not.
     """
-    if (
-        is_unread(products)
-        or products.nans
-        or not (0 < norm < math.inf and 0 < other_norm < math.inf)
-    ):
+    if products.nans or not (0 < norm < math.inf and 0 < other_norm < math.inf):
         return math.nan
     value = products.mean * products.count / scale / norm / other_norm
     return max(-1.0, min(1.0, value)) if math.isfinite(value) else math.nan  # NaN if unread

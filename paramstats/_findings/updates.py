@@ -17,12 +17,10 @@ from paramstats._core.entries import Entry
 from paramstats._core.format import dtype_name, number
 from paramstats._core.moments import Moments, Statistics
 from paramstats._core.optimizer_record import OptimizerRecord
+from paramstats._core.optimizers import VARIANCES
 from paramstats._core.updates import LAG, ROWS, root_mean
 from paramstats._findings.context import Context, is_weight
 from paramstats._findings.findings import Finding, FindingCode, Severity
-
-_VARIANCES = ("max_exp_avg_sq", "exp_avg_sq")
-"""Keys of Adam's second moment."""
 
 _SMALL_STEP = 0.1
 """Adam's steps are not large, whatever a new weight is, if they are this fraction of the weight."""
@@ -239,7 +237,7 @@ def _rms(state: Moments) -> float:
 
 def _never_had_gradient(optimizer: OptimizerRecord, row: int) -> float:
     """Return the share of elements whose second moment is zero, such as rows of an embedding."""
-    for key in _VARIANCES:
+    for key in VARIANCES:
         column = optimizer.column(key)
         if column is not None and optimizer.has(column, row):
             variance = optimizer.state(column, row)

@@ -12,7 +12,7 @@ from paramstats._core.derived import derived, derived_names
 from paramstats._core.entries import column_kinds, column_name, finalized, statistics
 from paramstats._core.entries import states as rows_of
 from paramstats._core.layout import Layout
-from paramstats._core.moments import ABSENT, NAN, ROW, Moments, unread
+from paramstats._core.moments import ABSENT_ROW, NAN, Moments
 from paramstats._core.options import STATS
 from paramstats._core.record import Record
 from paramstats._history.series import TotalSeries, min_update_ratio
@@ -20,8 +20,6 @@ from paramstats._history.tensor_series import Array, Bools
 
 _STATE = np.dtype([(name, "<i8" if i < 5 else "<f8") for i, name in enumerate(Moments._fields)])
 """The dtype of a row of a record's table; see `moments.ROW`."""
-
-_ABSENT_ROW = ROW.pack(*unread(ABSENT))
 
 
 class Cells(NamedTuple):
@@ -122,7 +120,7 @@ def _values(rows: bytes) -> Array:
 
 def _selected(record: Record, kind: str, rows: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
     """Return the states of some rows of a kind; the row after the last is absent."""
-    return np.frombuffer(rows_of(record, kind) + _ABSENT_ROW, _STATE)[rows]
+    return np.frombuffer(rows_of(record, kind) + ABSENT_ROW, _STATE)[rows]
 
 
 def _rows(

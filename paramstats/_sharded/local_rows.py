@@ -12,7 +12,7 @@ from paramstats._core import moments, reference
 from paramstats._core.backend import Implementation
 from paramstats._core.elements import numel
 from paramstats._core.layout import Layout
-from paramstats._core.moments import ABSENT, ROW, Moments, unread
+from paramstats._core.moments import ABSENT_ROW, ROW, Moments, unread
 from paramstats._core.reading import Rows, read_rows
 from paramstats._core.record import Record
 from paramstats._core.updates import ROWS, Update
@@ -22,8 +22,6 @@ from paramstats._sharded.collectives import Ranks
 from paramstats._sharded.local_shards import LocalShards
 from paramstats._sharded.merging import WORDS
 from paramstats._sharded.parts import LocalParts, Parts
-
-_ABSENT = ROW.pack(*unread(ABSENT))
 
 
 class LocalRows:
@@ -54,7 +52,7 @@ class LocalRows:
         self._first_part = 2 * len(layout)
         self._backend = backend
         self._shards = shards
-        self._table = bytearray(_ABSENT * len(shards.tensors))
+        self._table = bytearray(ABSENT_ROW * len(shards.tensors))
         self._pending: tuple[dict[int, int], Rows] | None = None
         self._partial_specs: dict[partial.Label, partial.PartialSpec] = {}
         self._partial_values: dict[partial.Label, Tensor] = {}

@@ -14,7 +14,7 @@ from torch import Tensor
 from paramstats._core import moments
 from paramstats._core.elements import gradient, numel
 from paramstats._core.layout import Layout
-from paramstats._core.moments import ABSENT, ROW, Moments, constant, finalize, unread
+from paramstats._core.moments import ABSENT_ROW, ROW, Moments, constant, finalize, unread
 from paramstats._core.optimizer_record import OptimizerRecord
 from paramstats._core.optimizers import Plan, Request
 from paramstats._core.shard import LocalShard
@@ -83,7 +83,7 @@ class Parts(NamedTuple):
         keys = tuple(dict.fromkeys(part.key for part in self.rows if part.kind == _STATE))
         columns = {(_UPDATE, key): k for k, key in enumerate(_UPDATE_KEYS)}
         columns |= {(_STATE, key): k for k, key in enumerate(keys, len(ROWS))}
-        out = bytearray(ROW.pack(*unread(ABSENT)) * (n * len(columns)))
+        out = bytearray(ABSENT_ROW * (n * len(columns)))
         methods = [""] * n
         of_groups: dict[int, dict[str, float]] = {}
         for at, (row, kind, key, _) in enumerate(self.rows):

@@ -12,7 +12,7 @@ import torch
 from paramstats._core.denormals import threads_with_denormals
 from paramstats._core.format import one_line_name
 from paramstats._core.layout import Layout
-from paramstats._core.moments import ABSENT, ROW, unread
+from paramstats._core.moments import ABSENT_ROW, ROW, unread
 from paramstats._core.options import Pattern
 from paramstats._core.record import Record
 from paramstats._core.torch_private import without_modes
@@ -118,4 +118,4 @@ def _read(
         ROW.pack(*(unread(math.prod(t.shape)) if t.name in skipped else state))
         for t, state in zip(tensors, states.states, strict=True)
     ]
-    return b"".join(rows) + ROW.pack(*unread(ABSENT)) * len(tensors), skipped
+    return b"".join(rows) + ABSENT_ROW * len(tensors), skipped
