@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from paramstats._core.backend import active
-from paramstats._core.moments import ROW
-from paramstats._core.optimizer_record import OptimizerRecord
-from paramstats._core.optimizers import MOMENTA
+from paramstats._core.optimizer_record import MOMENTA, OptimizerRecord
 from paramstats._core.updates import (
     GRAD_MOMENTUM,
     LAG,
-    ROWS,
-    UPDATE,
     UPDATE_GRAD,
     cosine,
     eps_fraction,
@@ -26,10 +20,6 @@ from paramstats._tensor_stats import TensorStats
 
 if TYPE_CHECKING:
     from paramstats._stats import TotalStats
-
-
-_NOT_LOGGED = frozenset({"step", "param", "grad", "update"})
-"""Keys of the state without scalars: the number of the step, and names of other kinds."""
 
 
 class OptimizerStats:
@@ -142,11 +132,7 @@ class OptimizerStats:
     @property
     def momentum(self) -> str | None:
         """The key of the state that is compared with the gradient; None if there is none."""
-        for key in MOMENTA:
-            state = self._state_of(key)
-            if state is not None and state.count == self._of.count:
-                return key
-        return None
+        return self._record.momentum(self._row, self._of.count)
 
     @property
     def rms(self) -> float:
@@ -182,56 +168,3 @@ class OptimizerStats:
         known = [f"{name}={value:g}" for name, value in numbers.items() if value is not None]
         keys = [key for key in self.state if key != "step"]
         return f"<OptimizerStats {' '.join(known)} state: {', '.join(keys) or 'none'}>"
-
-
-def optimizer_scalars(
-    record: OptimizerRecord,
-    entries: Sequence[TotalStats],
-    names: tuple[str, ...],
-    correction: float,
-    key: str,
-    stats: tuple[str, ...],
-    columns: bytes,
-) -> list[tuple[str, float]]:
-    """Return the logger keys and values of what optimizers know of the entries of a summary.
-
-    Args:
-        record, correction: of the entries.
-        entries, names: the entries in the order of the record's rows, and their names.
-        key, stats: as in `Summary.scalars`.
-        columns: the positions of `stats` in `Statistics`.
-    """
-    out: list[tuple[str, float]] = []
-    size = len(names) * ROW.size
-    indexes: dict[Any, None] = dict.fromkeys(range(len(names) * len(stats)))
-    of_state = [pair for pair in enumerate(record.keys, len(ROWS)) if pair[1] not in _NOT_LOGGED]
-    for column, kind in [(UPDATE, "update"), *of_state]:
-        table = record.table[column * size : (column + 1) * size]
-        values = active().scalars(table, b"", indexes, columns, correction, 1.0)
-        keys = _keys(key, kind, stats, names)
-        out += [(keys[index], value) for index, value in values.items()]
-
-    def add(kind: str, stat: str, row: int, value: float) -> None:
-        out.append((_keys(key, kind, (stat,), names)[row], value))
-
-    for row, entry in enumerate(entries):
-        if record.has(UPDATE, row):
-            add("update", "ratio", row, entry.update_ratio)
-        optimizer = entry.optimizer
-        if optimizer is None:
-            continue
-        if record.has(UPDATE_GRAD, row):
-            add("update", "cosine_grad", row, optimizer.cosine("update", "grad"))
-        momentum = optimizer.momentum
-        if momentum is not None and record.has(GRAD_MOMENTUM, row):
-            add("grad", f"cosine_{momentum}", row, optimizer.cosine("grad", momentum))
-        if record.has(LAG, row):
-            add("optimizer", "rms", row, optimizer.rms)
-            add("optimizer", "eps_fraction", row, optimizer.eps_fraction)
-    return out
-
-
-@functools.lru_cache(maxsize=64)
-def _keys(key: str, kind: str, stats: tuple[str, ...], names: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the logger keys of a kind, by name and statistic."""
-    return tuple(key.format(kind=kind, stat=stat, name=name) for name in names for stat in stats)

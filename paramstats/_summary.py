@@ -14,9 +14,6 @@ from paramstats._core.names import no_such_name
 from paramstats._core.options import (
     STATS,
     Pattern,
-    checked_key,
-    checked_stats,
-    duplicate_keys,
     make_options,
     warn_no_match,
 )
@@ -25,7 +22,7 @@ from paramstats._core.torch_private import skip_dynamo
 from paramstats._findings import Findings, Thresholds
 from paramstats._findings.rules import find
 from paramstats._findings.thresholds import make_thresholds
-from paramstats._optimizer_stats import optimizer_scalars
+from paramstats._scalars import scalars
 from paramstats._stats import ParamStats, TotalStats
 
 if TYPE_CHECKING:
@@ -135,10 +132,8 @@ class Summary(Mapping[str, ParamStats]):
         parameter's mean.
         """
         record = self._ready or self._record
-        n = record.layout.parameters
-        merged, optimizer = record.merged(0, n), record.optimizer
-        if optimizer is not None:
-            optimizer = optimizer.merged([range(n)])
+        merged = record.merged(0, record.layout.parameters)
+        optimizer = None if record.optimizer is None else record.total().optimizer
         return TotalStats(merged, record.correction, record.grad_scale, optimizer, 0)
 
     @property
@@ -241,31 +236,7 @@ class Summary(Mapping[str, ParamStats]):
                 f"paramstats.scalars: expected depth to be a whole number of 1 or more, "
                 f"got {depth!r}"
             )
-        full = self._record
-        record = full if depth is None else full.by_module(depth)
-        layout = record.layout
-        try:
-            keys = layout.keys[key, stats, totals]
-        except (KeyError, TypeError):  # not cached, or stats is a str or a list
-            keys = layout.make_keys(checked_key(key), *checked_stats(stats), bool(totals))
-        total = full.merged(0, full.layout.parameters) if totals else b""
-        if len(keys.distinct) == len(keys.names) and record.optimizer is None:
-            return record.scalars(keys.distinct, keys.columns, total)
-        # Equal keys are an error only where both of their values were read.
-        by_index = record.scalars(dict.fromkeys(range(len(keys.names))), keys.columns, total)
-        pairs = [(keys.names[index], value) for index, value in by_index.items()]
-        if record.optimizer is not None:
-            options = record.correction, key, *checked_stats(stats)
-            entries = [ParamStats(record, row) for row in range(len(layout))]
-            pairs += optimizer_scalars(record.optimizer, entries, layout.names, *options)
-            if totals and full.optimizer is not None:
-                merged = full.optimizer.merged([range(full.layout.parameters)])
-                entry = TotalStats(total, record.correction, record.grad_scale, merged, 0)
-                pairs += optimizer_scalars(merged, [entry], ("total",), *options)
-        out = dict(pairs)
-        if len(out) != len(pairs):
-            raise duplicate_keys(key, len(out), len(pairs))
-        return out
+        return scalars(self._record, key, stats, totals, depth)
 
     @skip_dynamo
     def to_dict(self) -> dict[str, Any]:

@@ -5,14 +5,16 @@ They have the names of `Summary.scalars`, and the values of `ParamStats` and `Op
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from paramstats._core.entries import statistics
 from paramstats._core.moments import NAN, STATISTICS_ROW, Moments, Statistics
-from paramstats._core.optimizer_record import OptimizerRecord
-from paramstats._core.optimizers import MOMENTA
+from paramstats._core.optimizer_record import MOMENTA, OptimizerRecord
 from paramstats._core.record import Record
 from paramstats._core.updates import (
     GRAD_MOMENTUM,
     LAG,
+    UPDATE,
     UPDATE_GRAD,
     cosine,
     eps_fraction,
@@ -41,21 +43,32 @@ def derived_names(record: Record) -> tuple[str, ...]:
     return tuple(name for name in DERIVED if name not in missing)
 
 
-def derived(record: Record, name: str) -> list[float]:
-    """Return a derived number of each tensor; NaN where it is not known."""
+def derived(record: Record, name: str) -> list[float | None]:
+    """Return a derived number of each tensor; None where what it is computed from was not read."""
     optimizer = record.optimizer
     if optimizer is None:
-        return [NAN] * len(record.layout)
+        return [None] * len(record.layout)
+    column = {_RATIO: UPDATE, _UPDATE_GRAD: UPDATE_GRAD}.get(name, LAG)
+    if name.startswith(_GRAD_MOMENTUM):
+        column = GRAD_MOMENTUM
+    is_known = [optimizer.has(column, row) for row in range(len(record.layout))]
+    values: Iterable[float]
     if name == _RATIO:
         pairs = zip(_decoded(record, "update"), _decoded(record, "param"), strict=True)
-        return [ratio(update.norm, param.norm) for update, param in pairs]
-    if name == _RMS:
-        return [root_mean(lag, record.grad_scale) for lag in _column(record, optimizer, LAG)]
-    if name == _EPS_FRACTION:
-        return [eps_fraction(lag) for lag in _column(record, optimizer, LAG)]
-    if name == _UPDATE_GRAD:
-        return _cosines(record, optimizer, UPDATE_GRAD, "update")
-    return _with_momentum(record, optimizer, name.removeprefix(_GRAD_MOMENTUM))
+        values = [ratio(update.norm, param.norm) for update, param in pairs]
+    elif name == _RMS:
+        values = [root_mean(lag, record.grad_scale) for lag in _column(record, optimizer, LAG)]
+    elif name == _EPS_FRACTION:
+        values = map(eps_fraction, _column(record, optimizer, LAG))
+    elif name == _UPDATE_GRAD:
+        values = _cosines(record, optimizer, UPDATE_GRAD, "update")
+    else:
+        key = name.removeprefix(_GRAD_MOMENTUM)
+        counts = [int(param.count) for param in _decoded(record, "param")]
+        own = [optimizer.momentum(row, count) == key for row, count in enumerate(counts)]
+        is_known = [a and b for a, b in zip(is_known, own, strict=True)]
+        values = _cosines(record, optimizer, GRAD_MOMENTUM, key)
+    return [value if known else None for value, known in zip(values, is_known, strict=True)]
 
 
 def _cosines(record: Record, optimizer: OptimizerRecord, column: int, kind: str) -> list[float]:
@@ -72,17 +85,6 @@ def _cosines(record: Record, optimizer: OptimizerRecord, column: int, kind: str)
         else NAN
         for products, grad, other in rows
     ]
-
-
-def _with_momentum(record: Record, optimizer: OptimizerRecord, key: str) -> list[float]:
-    """Return the cosines of gradients with a momentum, where it is the first one of its tensor."""
-    out = _cosines(record, optimizer, GRAD_MOMENTUM, key)
-    params = _decoded(record, "param")
-    for other in MOMENTA[: MOMENTA.index(key)]:
-        for row, (param, state) in enumerate(zip(params, _decoded(record, other), strict=True)):
-            if state.count == param.count:
-                out[row] = NAN
-    return out
 
 
 def _column(record: Record, optimizer: OptimizerRecord, column: int) -> list[Moments]:

@@ -11,6 +11,9 @@ from paramstats._core.backend import active
 from paramstats._core.moments import ABSENT_ROW, ROW, Moments
 from paramstats._core.updates import ROWS
 
+MOMENTA = ("exp_avg", "momentum_buffer", "momentum", "exp_moving_average")
+"""Keys of a first moment; the first one that a parameter has is compared with its gradient."""
+
 
 class OptimizerRecord(NamedTuple):
     """What a record knows of the optimizers of its tensors.
@@ -47,6 +50,14 @@ class OptimizerRecord(NamedTuple):
     def has(self, column: int, row: int) -> bool:
         """Return whether a row of a column is not absent."""
         return not moments.is_absent(self.table, self.position(column, row))
+
+    def momentum(self, row: int, count: int) -> str | None:
+        """Return the key of the momentum of a parameter of `count` elements; None without one."""
+        for key in MOMENTA:
+            column = self.column(key)
+            if column is not None and self.state(column, row).count == count:
+                return key
+        return None
 
     def take(self, rows: Sequence[int]) -> OptimizerRecord:
         """Return the record of these parameters."""

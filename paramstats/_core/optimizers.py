@@ -12,7 +12,7 @@ from torch import Tensor
 from paramstats._core.elements import gradient
 from paramstats._core.layout import Layout
 from paramstats._core.moments import ABSENT_ROW, ROW, Moments, constant, unread
-from paramstats._core.optimizer_record import OptimizerRecord
+from paramstats._core.optimizer_record import MOMENTA, OptimizerRecord
 from paramstats._core.optimizer_state import (
     decoupled_decay,
     entries_of,
@@ -23,9 +23,6 @@ from paramstats._core.optimizer_state import (
 )
 from paramstats._core.torch_private import without_modes
 from paramstats._core.updates import DIFFERENCE, FORMULA, NONE, ROWS, Update
-
-MOMENTA = ("exp_avg", "momentum_buffer", "momentum", "exp_moving_average")
-"""Keys of a first moment; the first one that a parameter has is compared with its gradient."""
 
 VARIANCES = ("max_exp_avg_sq", "exp_avg_sq")
 """Keys of Adam's second moment; that of AMSGrad is the one that it divides by."""

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
+import torch
+
 from paramstats._core import moments
 from paramstats._core.backend import active
 from paramstats._core.layout import Layout
@@ -14,6 +16,9 @@ from paramstats._core.layout import joined as joined_layout
 from paramstats._core.moments import ROW, Moments
 from paramstats._core.names import Patterns
 from paramstats._core.optimizer_record import OptimizerRecord, pick
+
+_CPU = torch.device("cpu")
+_TOTAL = Layout(("total",), ((),), 1, (None,), (torch.float32,), (_CPU,), (False,))
 
 NO_NAMES: Mapping[str, str] = MappingProxyType({})
 
@@ -50,6 +55,13 @@ class Record(NamedTuple):
     def merged(self, begin: int, end: int) -> bytes:
         """Return the table of the tensors [begin, end) merged into one; see `merge_rows`."""
         return active().merge_rows(self.table, begin, end)
+
+    def total(self) -> Record:
+        """Return a record with one row, "total", merged from all parameters."""
+        n, optimizer = self.layout.parameters, self.optimizer
+        if optimizer is not None:
+            optimizer = optimizer.merged([range(n)])
+        return self._replace(layout=_TOTAL, table=self.merged(0, n), optimizer=optimizer)
 
     def scalars(self, keys: dict[Any, None], columns: bytes, total: bytes) -> dict[Any, float]:
         """Return `{key: statistic}` of all rows that were read; see `moments.scalars`.

@@ -39,6 +39,6 @@ def frame(record: Record) -> pandas.DataFrame:
             is_whole = stat.endswith("count") and not (column != column).any()  # NaN: missing
             columns.setdefault(column_name(stat, kind), column.astype(int) if is_whole else column)
     for name in derived_names(record):
-        columns[name] = derived(record, name)
+        columns[name] = numpy.array(derived(record, name), numpy.float64)
     made: pandas.DataFrame = frames.DataFrame(columns, index=layout.names)
     return made.rename_axis("name")

@@ -67,7 +67,7 @@ def collect(
             column = _values(finalized(own.tobytes(), record, kind))[:, STATS.index(stat)]
             moments[0, :, i] = np.where(np.isnan(own["mean"]), NAN, column)
         else:
-            moments[0, :, i] = np.array([*derived(record, stat), NAN])[rows]
+            moments[0, :, i] = np.array([*derived(record, stat), NAN], np.float64)[rows]
     if is_bound:
         moments[:, is_nonfinite] = NAN
     values = min_update_ratio(*moments) if is_bound else moments[0]
@@ -109,7 +109,7 @@ def columns_of(records: Sequence[Record], stats: Sequence[str]) -> dict[str, Arr
         for stat in stats:
             out.setdefault(column_name(stat, kind), table[:, STATS.index(stat)])
     for name in dict.fromkeys(name for record in records for name in derived_names(record)):
-        out[name] = np.concatenate([derived(record, name) for record in records])
+        out[name] = np.concatenate([np.array(derived(r, name), np.float64) for r in records])
     return out
 
 
