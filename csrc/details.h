@@ -1,0 +1,99 @@
+// What can be read of a tensor in addition to its Moments: its distribution, the state of each of
+// its rows (the indices of dimension 0), and which rows are zero. For host and device.
+//
+// paramstats/_core/details.py describes the packed format in which Python gets them.
+#pragma once
+
+#include "dtypes.h"
+#include "moments.h"
+
+namespace paramstats {
+
+// ---- the distribution --------------------------------------------------------------------------
+
+// The sums of powers of the deviations from the mean, of the finite elements. (Pebay: "Formulas for
+// robust, one-pass parallel computation of covariances and arbitrary-order statistical moments",
+// SAND2008-6212, 2008.)
+struct HigherMoments {
+  int64_t n = 0;
+  double mean = 0;
+  double m2 = 0, m3 = 0, m4 = 0;  // sums of (x - mean)^k
+  double abs_mean = 0;
+};
+
+// Equations 2.1, 3.1 and 3.2 of the paper, for two disjoint parts.
+PARAMSTATS_HD inline HigherMoments merge(const HigherMoments& a, const HigherMoments& b) {
+  if (a.n == 0) return b;
+  if (b.n == 0) return a;
+  const double na = static_cast<double>(a.n), nb = static_cast<double>(b.n), n = na + nb;
+  const double wa = na / n, wb = nb / n, delta = b.mean - a.mean, d2 = times(delta, delta);
+  const double ab = times(na, wb);  // na nb / n
+  HigherMoments out;
+  out.n = a.n + b.n;
+  out.mean = a.mean + times(delta, wb);
+  out.m2 = a.m2 + b.m2 + times(d2, ab);
+  out.m3 = a.m3 + b.m3 + times(times(times(d2, delta), ab), wa - wb) +
+           times(times(3, delta), times(wa, b.m2) - times(wb, a.m2));
+  out.m4 = a.m4 + b.m4 +
+           times(times(times(d2, d2), ab), times(wa, wa) - times(wa, wb) + times(wb, wb)) +
+           times(times(6, d2), times(times(wa, wa), b.m2) + times(times(wb, wb), a.m2)) +
+           times(times(4, delta), times(wa, b.m3) - times(wb, a.m3));
+  out.abs_mean = a.abs_mean + times(b.abs_mean - a.abs_mean, wb);
+  return out;
+}
+
+// The formats that elements can be converted to with a scale per block (OCP Microscaling Formats
+// Specification 1.0): a power of two, such that the largest element of a block has the exponent
+// kMaxExponent of the format.
+enum MxFormat { kFloat4E2M1, kMxFloat8E4M3FN, kMxFloat8E5M2, kMxFormats };
+constexpr int kMxBlock = 32;  // adjacent elements
+constexpr int kMxMaxExponent[kMxFormats] = {2, 8, 15};
+// Elements of at most this size, divided by the scale, become 0: half of the smallest subnormal.
+constexpr double kMxFlushed[kMxFormats] = {0x1p-2, 0x1p-10, 0x1p-17};
+// Elements from this size on, divided by the scale, would be rounded above the largest number.
+// (464 is between two numbers, and is rounded to the even one, 448.)
+constexpr double kMxSaturated[kMxFormats] = {7, 0x1.d000000000001p8, 61440};
+
+struct MxCounts {
+  int64_t underflow = 0, overflow = 0;
+};
+
+// Counts by sign and binary exponent: bin k counts the elements with 2^(first + k) <= |x| <
+// 2^(first + k + 1), subnormal ones included. All dtypes but float64 have exponents in the narrow
+// range.
+struct ExponentRange {
+  int first, bins;  // bins of each sign
+};
+constexpr ExponentRange kNarrow = {-149, 149 + 128}, kWide = {-1074, 1074 + 1024};
+
+PARAMSTATS_HD constexpr ExponentRange exponents_of(DType dtype) {
+  return dtype == DType::kFloat64 ? kWide : kNarrow;
+}
+
+// The begin of a packed distribution. 2 `bins` counts follow: of negative elements, then of
+// positive ones, without empty bins at both ends.
+struct DistributionHead {
+  int64_t first = 0, bins = 0;
+  HigherMoments moments;
+  MxCounts mx[kMxFormats];
+};
+static_assert(sizeof(DistributionHead) == 8 * 14, "struct =3q5d6q");
+
+// ---- rows --------------------------------------------------------------------------------------
+
+// The state of a row. The statistics are those of its finite elements.
+struct RowState {
+  double mean = 0, m2 = 0, abs_max = 0;
+  int64_t zeros = 0, nonfinite = 0;
+  uint64_t hash = 0;  // of all elements and their places in the row; a sum over elements
+};
+static_assert(sizeof(RowState) == 48, "struct =3d2qQ");
+
+struct RowsHead {
+  int64_t rows, row_numel;
+};
+
+// What a call reads of a tensor in addition to its Moments.
+constexpr uint8_t kReadDistribution = 1, kReadRows = 2;
+
+}  // namespace paramstats
