@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,8 @@ import torch
 from paramstats._core import optimizers
 from paramstats._core import walk as python_walk
 from paramstats._core.backend import Implementation, active
+from paramstats._core.detail_options import DetailOptions, Selection
+from paramstats._core.details import Details
 from paramstats._core.layout import Layout
 from paramstats._core.names import Patterns
 from paramstats._core.options import (
@@ -23,7 +26,13 @@ from paramstats._core.options import (
     make_options,
     warn_no_match,
 )
-from paramstats._core.reading import DeferredRecord, read_deferred, read_rows, warn_once
+from paramstats._core.reading import (
+    DeferredRecord,
+    read_deferred,
+    read_rows,
+    reasons_by_name,
+    warn_once,
+)
 from paramstats._core.record import NO_NAMES, Record
 from paramstats._core.shard import LocalShard
 from paramstats._core.torch_private import skip_dynamo, without_modes
@@ -56,6 +65,8 @@ def summarize(
     group: dist.ProcessGroup | None = None,
     async_op: bool = False,
     optimizer: Any = None,
+    distribution: Selection = False,
+    rows: Selection = False,
 ) -> Summary:
     """Compute mean, std, norm, zero fraction and more of all tensors and gradients, in one read.
 
@@ -91,6 +102,12 @@ def summarize(
             of its state and of the last update: `ParamStats.optimizer` and `ParamStats.update`.
             Call it after `optimizer.step()`, before the learning rate changes and gradients are
             set to None. `paramstats.watch(optimizer=...)` does this by itself.
+        distribution: True, or regular expressions as in `include`: also read how the elements of
+            these tensors and of their gradients are distributed. See `TensorStats.histogram`,
+            `quantile`, `skewness`, `kurtosis` and `abs_mean`.
+        rows: True, or regular expressions: also read the statistics of every index of dimension 0
+            of these tensors and of their gradients: units, channels, experts or tokens. See
+            `TensorStats.rows`. They take 48 bytes of memory per index.
 
     Returns:
         A `Summary` in the order of `named_parameters()`. A tied parameter is one entry under its
@@ -125,7 +142,15 @@ def summarize(
     try:
         backend = active()
         options = make_options(
-            include, exclude, correction, grad_scale, local, group is not None, async_op
+            include,
+            exclude,
+            correction,
+            grad_scale,
+            local,
+            group is not None,
+            async_op,
+            distribution,
+            rows,
         )
         if isinstance(source, torch.nn.Module):
             walked = backend.walk(source, bool(buffers), _make_layout)
@@ -150,17 +175,24 @@ def summarize(
     if optimizer is not None:
         return _with_optimizer(backend, options, layout, tensors, params, grads, optimizer)
     # read_rows, without the cost of a call for a model that the backend reads by itself.
-    table, deferred_rows, transfers = backend.read(tensors, bool(params), bool(grads))
+    if options.details is None:
+        flags = b""
+        table, deferred_rows, transfers, details = backend.read(tensors, bool(params), bool(grads))
+    else:
+        flags = _flags(options.details, layout)
+        table, deferred_rows, transfers, details = backend.read(
+            tensors, bool(params), bool(grads), details=flags
+        )
     skipped: Mapping[str, str] = NO_NAMES
     if deferred_rows:
-        table, transfers, reasons = read_deferred(
-            backend, table, deferred_rows, transfers, params, layout.row_name
+        table, transfers, reasons, details = read_deferred(
+            backend, table, deferred_rows, transfers, params, layout.row_name, flags, details
         )
         if reasons:
-            skipped = {layout.row_name(row): reason for row, reason in reasons.items()}
+            skipped = reasons_by_name(reasons, layout.row_name)
             warn_once(skipped)
     numbers = options.correction, options.grad_scale
-    fields = (layout, table, *numbers, skipped, NO_NAMES, False, None)
+    fields = (layout, table, *numbers, skipped, NO_NAMES, False, None, details)
     record = tuple.__new__(Record, fields)  # takes half the time of Record(...)
     return Summary(None, DeferredRecord(record, transfers)) if transfers else Summary(record)
 
@@ -178,21 +210,25 @@ def _with_optimizer(
     request = optimizers.make_request(optimizer)
     layout, tensors = request.select(layout, tensors)
     plan = optimizers.Plan(request, layout, tensors, params, grads)
-    table, transfers, reasons = read_rows(
-        backend, plan.tensors, True, bool(grads), plan.row_name, plan.updates
+    flags = b""
+    if options.details is not None:
+        flags = _flags(options.details, layout).ljust(len(plan.tensors), b"\0")
+    table, transfers, reasons, details = read_rows(
+        backend, plan.tensors, True, bool(grads), plan.row_name, plan.updates, flags
     )
-    skipped = {plan.row_name(row): reason for row, reason in reasons.items()}
+    skipped = reasons_by_name(reasons, plan.row_name)
     warn_once(skipped, stacklevel=4)
 
-    def make(table: bytes) -> Record:
+    def make(table: bytes, details: Details) -> Record:
         own, of_optimizers = plan.split(table)
         numbers = options.correction, options.grad_scale
         known = of_optimizers if request.optimizers else None
-        return Record(layout, own, *numbers, skipped, optimizer=known)
+        own_details = plan.own_details(details)
+        return Record(layout, own, *numbers, skipped, optimizer=known, details=own_details)
 
-    record = make(table)
+    record = make(table, details)
     return (
-        Summary(None, DeferredRecord(record, transfers, table, make))
+        Summary(None, DeferredRecord(record, transfers, table, make, details))
         if transfers
         else Summary(record)
     )
@@ -221,6 +257,15 @@ def tensors_of(
         tensors = _sharded.tensors_of_optimizers(source, tensors)
     layout, rows = layout.select(*patterns)
     return layout, [tensors[row] for row in rows]
+
+
+def _flags(options: DetailOptions, layout: Layout) -> bytes:
+    """Return which details to read of each tensor; warn about a pattern without a match."""
+    for argument in options.without_match(layout):
+        warnings.warn(
+            f"paramstats.summarize: no name matches {argument}=", RuntimeWarning, stacklevel=3
+        )
+    return options.flags(layout)
 
 
 def _leave_collective(

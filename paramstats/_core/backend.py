@@ -16,6 +16,8 @@ import torch
 from paramstats._core import images, loading, moments, reference
 from paramstats._core import walk as python_walk
 from paramstats._core.cuda import CudaBackend
+from paramstats._core.details import NO_DETAILS, Details
+from paramstats._core.transfers import Transfer
 from paramstats._version import __version__
 
 _BACKEND_VARIABLE = "PARAMSTATS_BACKEND"
@@ -29,8 +31,9 @@ class Implementation:
     name: str
     walk: Callable[..., Any]
     """`(module, buffers, make_layout) -> (layout, tensors)`; None: `_core.walk` must list it."""
-    read: Callable[..., tuple[bytes, reference.DeferredRows, Sequence[reference.Transfer]]]
-    """`(tensors, params, grads, *, updates=()) -> (table, rows for Python, transfers)`."""
+    read: Callable[..., tuple[bytes, reference.DeferredRows, Sequence[Transfer], Details]]
+    """`(tensors, params, grads, *, updates=(), details=b"") -> (table, rows for Python, transfers,
+    details)`."""
     merge_rows: Callable[[bytes, int, int], bytes]
     scalars: Callable[[bytes, bytes, dict[Any, None], bytes, float, float], dict[Any, float]]
     statistic: Callable[[bytes, int, int, float, float], float]
@@ -160,7 +163,9 @@ def choose(wanted: str | None) -> Implementation:
         return Implementation(
             "native",
             native.walk,
-            functools.partial(cuda.read, wait=forced) if cuda else native.read,
+            _with_details(
+                functools.partial(cuda.read, wait=forced) if cuda else native.read, native
+            ),
             native.merge_rows,
             native.scalars,
             native.statistic,
@@ -235,6 +240,21 @@ def _reference(missing: str | None) -> Implementation:
         missing=missing,
         cuda_missing=missing,
     )
+
+
+def _with_details(read: Callable[..., Any], native: Any) -> Callable[..., Any]:
+    """Return `read` of a native module; the reference reads details for one that cannot."""
+    if "details" in native.read.__doc__:
+        return read
+
+    def adapted(
+        tensors: list[Any], params: bool, grads: bool, *, updates: Any = (), details: bytes = b""
+    ) -> Any:
+        if details:
+            return reference.read(tensors, params, grads, updates=updates)
+        return *read(tensors, params, grads, updates=updates), NO_DETAILS
+
+    return adapted
 
 
 class _Extensions(NamedTuple):

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from paramstats._core.details import Details, moved
 from paramstats._core.elements import gradient
 from paramstats._core.layout import Layout
 from paramstats._core.moments import ABSENT_ROW, ROW, Moments, constant, unread
@@ -219,6 +220,12 @@ class Plan:
             return names[row] + suffix
         row, key = self.places[row - len(names)]
         return f"{names[row]} ({self.keys[key]})"
+
+    def own_details(self, details: Details) -> Details:
+        """Return the details of the parameters and buffers, by their rows in their own table."""
+        n, all_of_them = len(self._layout), len(self.tensors)
+        params = range(n) if self._reads_params else [-1] * n
+        return moved(details, [*params, *range(all_of_them, all_of_them + n)])
 
     def split(self, table: bytes) -> tuple[bytes, OptimizerRecord]:
         """Return the table of the parameters and buffers, and the record of the optimizers."""

@@ -9,11 +9,14 @@ from typing import Any
 
 from paramstats._core import reference, updates
 from paramstats._core.backend import Implementation
+from paramstats._core.detail_reader import Reason
+from paramstats._core.details import NO_DETAILS, Details
 from paramstats._core.format import one_line_name
 from paramstats._core.moments import ROW
 from paramstats._core.record import Record
 from paramstats._core.shard import refuse_shards
 from paramstats._core.torch_private import without_modes
+from paramstats._core.transfers import Transfer
 
 _MAX_WARNED = 1000
 """Maximum number of reasons remembered; a reason may contain a size that differs at every call."""
@@ -21,10 +24,10 @@ _MAX_WARNED = 1000
 _warned: set[str] = set()
 
 
-_NO_REASONS: Mapping[int, str] = MappingProxyType({})
+_NO_REASONS: Mapping[Reason, str] = MappingProxyType({})
 
-Rows = tuple[bytes, Sequence[reference.Transfer], Mapping[int, str]]
-"""A table of states, the transfers that complete it, and why a row could not be read."""
+Rows = tuple[bytes, Sequence[Transfer], Mapping[Reason, str], Details]
+"""A table of states, the transfers that complete it, why a row could not be read, and details."""
 
 
 def read_rows(
@@ -34,6 +37,7 @@ def read_rows(
     grads: bool,
     row_name: Callable[[int], str],
     of_updates: Sequence[updates.Update] = (),
+    flags: bytes = b"",
 ) -> Rows:
     """Read the states of `tensors`, and of their gradients into the second half of the table.
 
@@ -44,45 +48,48 @@ def read_rows(
         grads: whether to read `.grad`; the rows are absent otherwise.
         row_name: the name of a row, for errors.
         of_updates: updates of these tensors. Each has four more rows, after those of gradients.
+        flags: which details to read: a byte for each tensor, or b"" (see `_core.details`).
 
     Returns:
         A table of 2 N rows and those of updates, the transfers from devices that are still to be
-        written into it (see `reference.finished`), and why a row could not be read, by row.
+        written into it (see `finished`), why a row could not be read, by row, and the
+        details, by row. Those of transfers are known after them (see `all_details`).
 
     Raises:
         NotImplementedError: a gradient is sharded and its tensor is not.
         RuntimeError: a stream that would be used is being captured into a CUDA graph, or the
             native backend was forced and cannot read a CUDA tensor.
     """
-    if not of_updates:
-        table, deferred_rows, transfers = backend.read(tensors, params, grads)
-    else:
-        table, deferred_rows, transfers = backend.read(
-            tensors, params, grads, updates=tuple(of_updates)
-        )
+    table, deferred_rows, transfers, details = backend.read(
+        tensors, params, grads, updates=tuple(of_updates), details=flags
+    )
     if not deferred_rows:
-        return table, transfers, _NO_REASONS
+        return table, transfers, _NO_REASONS, details
     n = 2 * len(tensors)
     own = [(row, tensor) for row, tensor in deferred_rows if row < n]
-    reasons: Mapping[int, str] = _NO_REASONS
+    reasons = _NO_REASONS
     if own or not of_updates:
         head, tail = table[: n * ROW.size], table[n * ROW.size :]
-        head, transfers, reasons = read_deferred(backend, head, own, transfers, params, row_name)
+        head, transfers, reasons, details = read_deferred(
+            backend, head, own, transfers, params, row_name, flags, details
+        )
         table = head + tail
     if len(own) < len(deferred_rows):
         indexes = [(row - n) // len(updates.ROWS) for row, _ in deferred_rows if row >= n]
         table, more, failed = updates.fill(table, tensors, of_updates, indexes)
         transfers, reasons = (*transfers, *more), {**reasons, **failed}
-    return table, transfers, reasons
+    return table, transfers, reasons, details
 
 
 def read_deferred(
     backend: Implementation,
     table: bytes,
     deferred_rows: reference.DeferredRows,
-    transfers: Sequence[reference.Transfer],
+    transfers: Sequence[Transfer],
     params: bool,
     row_name: Callable[[int], str],
+    flags: bytes = b"",
+    details: Details = NO_DETAILS,
 ) -> Rows:
     """Read with torch operators the rows that `backend.read` deferred; see `read_rows`."""
     refuse_shards(deferred_rows, row_name)
@@ -90,8 +97,23 @@ def read_deferred(
         with without_modes():
             devices = {tensor.device for _, tensor in deferred_rows}
         backend.explain_cuda(devices)
-    table, more, skipped = reference.fill(table, deferred_rows, params)
-    return table, (*transfers, *more), skipped
+    table, more, skipped, own = reference.fill(table, deferred_rows, params, flags)
+    return table, (*transfers, *more), skipped, {**details, **own} if own else details
+
+
+def reasons_by_name(
+    reasons: Mapping[Reason, str], row_name: Callable[[int], str]
+) -> dict[str, str]:
+    """Return why something could not be read, by "NAME", "NAME (distribution)" and so on."""
+    out = {}
+    for key, reason in reasons.items():
+        row, what = key if isinstance(key, tuple) else (key, "")
+        name = row_name(row)
+        if what:
+            is_grad = name.endswith(" (gradient)")
+            name = f"{name[:-1]}, {what})" if is_grad else f"{name} ({what})"
+        out[name] = reason
+    return out
 
 
 class DeferredRecord:
@@ -101,22 +123,26 @@ class DeferredRecord:
         record: the record with an incomplete table.
         transfers: write the missing rows.
         table: the table to write them to, if it is not that of the record.
-        finish: makes the record from the completed table; default: replaces the record's.
+        finish: makes the record from the completed table and details; default: replaces those of
+            the record.
+        details: the details that are known before the transfers, if they are not the record's.
     """
 
-    __slots__ = ("_finish", "_record", "_table", "_transfers")
+    __slots__ = ("_details", "_finish", "_record", "_table", "_transfers")
 
     def __init__(
         self,
         record: Record,
-        transfers: Sequence[reference.Transfer],
+        transfers: Sequence[Transfer],
         table: bytes | None = None,
-        finish: Callable[[bytes], Record] | None = None,
+        finish: Callable[[bytes, Details], Record] | None = None,
+        details: Details | None = None,
     ) -> None:
         self._record = record
         self._transfers = tuple(transfers)
         self._table = record.table if table is None else table
         self._finish = finish
+        self._details = record.details if details is None else details
 
     def record(self) -> Record:
         return self._record
@@ -126,11 +152,14 @@ class DeferredRecord:
 
     def result(self) -> Record:
         table = reference.finished(self._table, self._transfers)
-        return self._record._replace(table=table) if self._finish is None else self._finish(table)
+        details = reference.all_details(self._details, self._transfers)
+        if self._finish is not None:
+            return self._finish(table, details)
+        return self._record._replace(table=table, details=details)
 
 
 def warn_once(skipped: Mapping[str, str], stacklevel: int = 3) -> None:
-    """Warn about tensors that could not be read, once per process for each reason.
+    """Warn about what could not be read, once per process for each reason.
 
     Args:
         skipped: the reason by name.
@@ -140,8 +169,13 @@ def warn_once(skipped: Mapping[str, str], stacklevel: int = 3) -> None:
         if reason not in _warned and len(_warned) < _MAX_WARNED:
             _warned.add(reason)
             warnings.warn(
-                f"paramstats.summarize: {name!r} could not be read, its statistics are NaN: "
+                f"paramstats.summarize: {name!r} could not be read, {_outcome(name)}: "
                 f"{one_line_name(reason)}",
                 RuntimeWarning,
                 stacklevel=stacklevel,
             )
+
+
+def _outcome(name: str) -> str:
+    details = ("distribution)", "rows)")
+    return "and is None" if name.endswith(details) else "its statistics are NaN"

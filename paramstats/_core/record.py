@@ -9,8 +9,10 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from paramstats._core import details as detail
 from paramstats._core import moments
 from paramstats._core.backend import active
+from paramstats._core.details import NO_DETAILS, Details
 from paramstats._core.layout import Layout
 from paramstats._core.layout import joined as joined_layout
 from paramstats._core.moments import ROW, Moments
@@ -43,6 +45,8 @@ class Record(NamedTuple):
     """Whether the states cover only this rank's part of a sharded model."""
     optimizer: OptimizerRecord | None = None
     """The updates and the optimizers' state, if they were asked for."""
+    details: Details = NO_DETAILS
+    """Distributions, rows and zero rows, by the row of the table, where there are any."""
 
     def state(self, row: int) -> Moments:
         """Return the state of a row of the table."""
@@ -61,7 +65,9 @@ class Record(NamedTuple):
         n, optimizer = self.layout.parameters, self.optimizer
         if optimizer is not None:
             optimizer = optimizer.merged([range(n)])
-        return self._replace(layout=_TOTAL, table=self.merged(0, n), optimizer=optimizer)
+        table = self.merged(0, n)
+        details = self._merged_details([range(n)], table)
+        return self._replace(layout=_TOTAL, table=table, optimizer=optimizer, details=details)
 
     def scalars(self, keys: dict[Any, None], columns: bytes, total: bytes) -> dict[Any, float]:
         """Return `{key: statistic}` of all rows that were read; see `moments.scalars`.
@@ -98,6 +104,7 @@ class Record(NamedTuple):
             skipped=selected(self.skipped),
             diverged=selected(self.diverged),
             optimizer=None if self.optimizer is None else self.optimizer.take(rows),
+            details=detail.moved(self.details, self._both(rows)),
         )
 
     def by_module(self, depth: int) -> Record:
@@ -107,19 +114,33 @@ class Record(NamedTuple):
         sorted_table = self._rows_of(grouped)
         ends = list(itertools.accumulate(map(len, groups), initial=0))
         tables = [active().merge_rows(sorted_table, *ends[i : i + 2]) for i in range(len(groups))]
-        rows = (
+        merged = b"".join(
             table[part] for part in (slice(ROW.size), slice(ROW.size, None)) for table in tables
         )
         optimizer = None if self.optimizer is None else self.optimizer.merged(groups)
-        return self._replace(layout=layout, table=b"".join(rows), optimizer=optimizer)
+        details = self._merged_details(groups, merged)
+        return self._replace(layout=layout, table=merged, optimizer=optimizer, details=details)
 
     def _rows_of(self, tensors: Sequence[int]) -> bytes:
         """Return the rows of these tensors, then those of their gradients."""
         table, size = self.table, ROW.size
-        half = len(table) // 2
-        begins = [tensor * size for tensor in tensors]
-        begins += [half + begin for begin in begins]
+        begins = [row * size for row in self._both(tensors)]
         return b"".join([table[begin : begin + size] for begin in begins])
+
+    def _both(self, tensors: Sequence[int]) -> list[int]:
+        """Return the rows of these tensors, then those of their gradients."""
+        n = len(self.table) // ROW.size // 2
+        return [*tensors, *[n + row for row in tensors]]
+
+    def _merged_details(self, groups: Sequence[Sequence[int]], table: bytes) -> Details:
+        """Return the details of groups of tensors, of which `table` has the merged states."""
+        if not self.details:
+            return NO_DETAILS
+        n = len(self.layout)
+        both = [*groups, *[[n + row for row in rows] for rows in groups]]
+        counts = [moments.finite_count(moments.row(table, row)) for row in range(len(both))]
+        found = map(detail.merged, itertools.repeat(self.details), both, counts)
+        return {row: one for row, one in enumerate(found) if one is not None}
 
 
 def joined(records: Sequence[Record], order: Layout) -> Record:
@@ -136,16 +157,20 @@ def joined(records: Sequence[Record], order: Layout) -> Record:
 
     rows = [(record, row) for record in records for row in range(len(record.layout))]
     rows.sort(key=place)
-    states = [record.packed(row) for record, row in rows]
-    states += [record.packed(len(record.layout) + row) for record, row in rows]
+    places = rows + [(record, len(record.layout) + row) for record, row in rows]
     keys = tuple(dict.fromkeys(key for r in records if r.optimizer for key in r.optimizer.keys))
     of_optimizers = [(r.optimizer, row) for r, row in rows if r.optimizer is not None]
     return records[0]._replace(
         layout=joined_layout([(record.layout, row) for record, row in rows]),
-        table=b"".join(states),
+        table=b"".join([record.packed(row) for record, row in places]),
         skipped={name: why for record in records for name, why in record.skipped.items()},
         diverged={name: why for record in records for name, why in record.diverged.items()},
         optimizer=pick(of_optimizers, keys) if of_optimizers else None,
+        details={
+            new: record.details[old]
+            for new, (record, old) in enumerate(places)
+            if old in record.details
+        },
     )
 
 

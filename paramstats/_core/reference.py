@@ -11,19 +11,20 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from paramstats._core import moments
-from paramstats._core.cuda import PinnedMemory, refuse_capture
+from paramstats._core.cuda import refuse_capture
 from paramstats._core.denormals import threads_with_denormals
+from paramstats._core.detail_reader import NO_FLOAT64, DetailReader, Reasons, reason_of
+from paramstats._core.details import NO_DETAILS, Details
 from paramstats._core.elements import check_storage, dense_numel, elements, gradient, numel
 from paramstats._core.forked import threads_that_exist
-from paramstats._core.format import one_line_name
 from paramstats._core.moments import ABSENT_ROW, ROW, Moments, State, constant, merge, unread
 from paramstats._core.packing import (
     MAX_NUMEL,
@@ -32,8 +33,10 @@ from paramstats._core.packing import (
     states_on_cpu,
     states_on_device,
 )
+from paramstats._core.reference_details import Words
 from paramstats._core.states import exact, flat, from_row, of_complex, on_cpu
 from paramstats._core.torch_private import without_modes
+from paramstats._core.transfers import Pending, Transfer
 
 _DEVICE_CHUNK = 1 << 24
 """Elements per chunk on an accelerator, of which temporaries in float64 take 128 MiB each."""
@@ -42,19 +45,6 @@ _FEW = 32
 """States up to which Python writes them faster into the table than torch operators do."""
 
 _M2 = Moments._fields.index("m2")
-NO_FLOAT64 = frozenset({"mps"})
-
-# ---- transfers ----------------------------------------------------------------------------------
-
-
-class Transfer(Protocol):
-    """States that are still being computed on an accelerator."""
-
-    def ready(self) -> bool:
-        """Return whether `write` would not wait."""
-
-    def write(self, table: bytearray) -> None:
-        """Wait for this transfer only, and write its states into their rows of a table."""
 
 
 def finished(table: bytes, transfers: Sequence[Transfer]) -> bytes:
@@ -65,40 +55,10 @@ def finished(table: bytes, transfers: Sequence[Transfer]) -> bytes:
     return bytes(out)
 
 
-class Pending:
-    """The transfer of states that torch operators compute on one device.
-
-    Args:
-        device: where they are computed.
-        rows: the row of each state, and the number of zeros to add to it; a row may have several.
-        states: float64 rows of `Moments` on the device, in one or several tensors.
-    """
-
-    def __init__(self, device: torch.device, rows: list[tuple[int, int]], states: list[Tensor]):
-        self._rows = rows
-        self._memory: PinnedMemory | None = None
-        stacked = torch.vstack(states)
-        if device.type == "cuda":
-            self._memory = PinnedMemory(stacked.nbytes)
-            self._states = self._memory.tensor.view(stacked.dtype).view(stacked.shape)
-            self._states.copy_(stacked, non_blocking=True)
-            self._memory.record(torch.cuda.current_stream(device))
-        else:
-            self._states = stacked.cpu()
-
-    def ready(self) -> bool:
-        return self._memory is None or self._memory.ready()
-
-    @without_modes()
-    def write(self, table: bytearray) -> None:
-        if self._memory is not None:
-            self._memory.wait()
-        parts: dict[int, list[Moments]] = {}
-        for (row, zeros), state in zip(self._rows, self._states.tolist(), strict=True):
-            parts.setdefault(row, [constant(zeros, 0.0)] if zeros else []).append(from_row(state))
-        for row, states in parts.items():
-            state = merge(*states) if len(states) > 1 else states[0]
-            ROW.pack_into(table, row * ROW.size, *state)
+def all_details(details: Details, transfers: Sequence[Transfer]) -> Details:
+    """Return details and those of transfers, after `finished`."""
+    more = [own for transfer in transfers if (own := transfer.details())]
+    return {row: one for own in (details, *more) for row, one in own.items()} if more else details
 
 
 DeferredRows = Sequence[tuple[int, Tensor]]
@@ -107,9 +67,14 @@ DeferredRows = Sequence[tuple[int, Tensor]]
 
 @without_modes()
 def read(
-    tensors: list[Tensor], params: bool, grads: bool, *, updates: Sequence[Any] = ()
-) -> tuple[bytes, DeferredRows, Sequence[Transfer]]:
-    """Return a table without states, the rows that Python must read, and no transfers.
+    tensors: list[Tensor],
+    params: bool,
+    grads: bool,
+    *,
+    updates: Sequence[Any] = (),
+    details: bytes = b"",
+) -> tuple[bytes, DeferredRows, Sequence[Transfer], Details]:
+    """Return a table without states, the rows that Python must read, no transfers and no details.
 
     Args:
         tensors: the tensors.
@@ -117,6 +82,7 @@ def read(
         grads: whether to read their gradients.
         updates: updates of parameters, each with four rows after those of gradients; only the first
             of these is among the rows that are returned.
+        details: without effect; `fill` reads them.
     """
     n = len(tensors)
     rows = ABSENT_ROW * n if params else b"".join(ROW.pack(*unread(numel(t))) for t in tensors)
@@ -127,22 +93,24 @@ def read(
         ]
     if updates:
         deferred_rows += [(2 * n + 4 * u, tensors[x.param]) for u, x in enumerate(updates)]
-    return rows + ABSENT_ROW * (n + 4 * len(updates)), deferred_rows, ()
+    return rows + ABSENT_ROW * (n + 4 * len(updates)), deferred_rows, (), NO_DETAILS
 
 
 @without_modes()
 def fill(
-    table: bytes, deferred_rows: DeferredRows, params: bool = True
-) -> tuple[bytes, tuple[Transfer, ...], dict[int, str]]:
+    table: bytes, deferred_rows: DeferredRows, params: bool = True, flags: bytes = b""
+) -> tuple[bytes, tuple[Transfer, ...], Reasons, Details]:
     """Read the rows that a backend has deferred.
 
     Args:
         table: the table that the backend returned.
         deferred_rows: rows and their tensors.
         params: whether to read the tensors themselves; otherwise only their sizes.
+        flags: which details to read: a byte for each tensor, or b"".
 
     Returns:
-        The table with these rows, the transfers that complete it, and why a row could not be read.
+        The table with these rows, the transfers that complete it, why a row could not be read, and
+        the details of these rows.
 
     Raises:
         RuntimeError: a CUDA stream that would be used is being captured into a graph.
@@ -169,8 +137,11 @@ def fill(
                 reader.read_alone(row, tensor.view(-1))
             for row, tensor in others:
                 reader.read(row, tensor)
-        transfers = reader.finish()
-    return bytes(reader.table), transfers, reader.skipped
+            wanted = [(row, x, flags[row % len(flags)] if flags else 0) for row, x in deferred_rows]
+            details = DetailReader([one for one in wanted if one[0] >= first], reader.skipped)
+            transfers = reader.finish(details.on_devices())
+            details.on_cpu(bytes(reader.table))
+    return bytes(reader.table), transfers, reader.skipped, details.found
 
 
 class _Reader:
@@ -182,8 +153,7 @@ class _Reader:
 
     def __init__(self, table: bytes) -> None:
         self.table = bytearray(table)
-        self.skipped: dict[int, str] = {}
-        """Why a row could not be read."""
+        self.skipped: Reasons = {}
         self._small: dict[Any, Group] = {}
         self._zeros: dict[int, int] = {}
         """The zeros that a tensor has in addition to its elements, by row."""
@@ -295,25 +265,20 @@ class _Reader:
         all_rows += rows
         all_states.append(states)
 
-    def finish(self) -> tuple[Transfer, ...]:
-        """Read what was collected, and return the transfers that complete the table."""
+    def finish(
+        self, details: Mapping[torch.device, Sequence[tuple[int, Words]]]
+    ) -> tuple[Transfer, ...]:
+        """Read what was collected, and return the transfers that complete the table.
+
+        They also bring `details` to the CPU.
+        """
         for group in self._small.values():
             self._read_together(group)
         transfers = []
         for device, (rows, states) in self._on_device.items():
             zeros = [(row, self._zeros.pop(row, 0)) for row in rows]
-            transfers.append(Pending(device, zeros, states))
+            transfers.append(Pending(device, zeros, states, details.get(device, ())))
         table = bytes(self.table)
         for row, count in self._zeros.items():
             self.write(row, merge(constant(count, 0.0), moments.row(table, row)))
         return tuple(transfers)
-
-
-def reason_of(error: Exception, tensor: Tensor) -> str:
-    """Return in one line why a tensor could not be read."""
-    if isinstance(error, NotImplementedError) and "not implemented for" in str(error):
-        return (
-            f"{type(error).__name__}: torch has no conversion of {tensor.dtype} to numbers; "
-            f"pass the values it encodes, or its bytes (.view(torch.uint8))"
-        )
-    return one_line_name(f"{type(error).__name__}: {error}".splitlines()[0])

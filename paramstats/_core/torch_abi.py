@@ -274,7 +274,7 @@ def _check_metadata(native: Any, tensor: Tensor) -> None:
 def _check_reading(native: Any) -> None:
     """Read a parameter and its gradient with the kernels."""
     leaf = _tensors_with_gradients()[0]
-    table, deferred, _ = native.read([leaf], True, True)
+    table, deferred, *_ = native.read([leaf], True, True)
     column = Statistics._fields.index("max")  # exact
     read = [native.finalize_row(table, index, 1.0, 1.0)[column] for index in range(2)]
     _expect(

@@ -14,11 +14,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from paramstats._core.detail_reader import NO_FLOAT64, reason_of
 from paramstats._core.elements import check_storage, elements, gradient, numel
 from paramstats._core.moments import ABSENT, ROW, Moments, is_unread, merge, unread
-from paramstats._core.reference import NO_FLOAT64, Pending, Transfer, reason_of
 from paramstats._core.states import exact, from_row
 from paramstats._core.torch_private import without_modes
+from paramstats._core.transfers import Pending, Transfer
 
 ROWS = UPDATE, GRAD_MOMENTUM, UPDATE_GRAD, LAG = range(4)
 """The rows of an update.

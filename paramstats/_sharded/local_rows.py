@@ -94,7 +94,7 @@ class LocalRows:
     def reduce_partials(self, plan: partial.Plan, ranks: Ranks) -> list[Moments]:
         """Reduce the ranks' partial tensors and return the state of each slot of the plan."""
         reduced = partial.reduce_partials(plan, self._partial_specs, self._partial_values, ranks)
-        table, transfers, _ = read_rows(self._backend, reduced, True, False, str)
+        table, transfers, *_ = read_rows(self._backend, reduced, True, False, str)
         table = reference.finished(table, transfers)
         return [moments.row(table, slot) for slot in range(len(reduced))]
 
@@ -183,13 +183,14 @@ class LocalRows:
         """Wait for transfers from GPUs and write all states into the table."""
         if self._pending is None:
             return
-        targets, (table, transfers, reasons) = self._pending
+        targets, (table, transfers, reasons, _) = self._pending
         self._pending = None
         table = reference.finished(table, transfers)
         words = _words(bytearray(table))
         _words(self._table)[_index(targets.values())] = words[_index(targets)]
-        for source in reasons.keys() & targets.keys():
-            self._put_unread(targets[source], moments.row(table, source).count, reasons[source])
+        for source, reason in reasons.items():
+            if isinstance(source, int) and source in targets:
+                self._put_unread(targets[source], moments.row(table, source).count, reason)
 
     def _put_unread(self, row: int, count: int, reason: str | None = None) -> None:
         """Write a state that has only a number of elements; a reason marks it as unreadable."""

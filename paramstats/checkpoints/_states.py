@@ -75,8 +75,8 @@ class States:
 
 def read_table(tensors: list[torch.Tensor]) -> tuple[bytes, Mapping[int, str]]:
     """Return a table with the states of tensors, and why a tensor could not be read, by row."""
-    table, _, skipped = read_rows(active(), tensors, True, False, str)
-    return table, skipped
+    table, _, skipped, _ = read_rows(active(), tensors, True, False, str)
+    return table, {row: why for row, why in skipped.items() if isinstance(row, int)}
 
 
 def _batches(chunks: list[torch.Tensor]) -> Iterator[range]:
