@@ -135,6 +135,10 @@ ROW_STATE = struct.Struct("=3d2qQ")
 
 ZERO_ROWS_HEAD = struct.Struct("=q")
 
+NOT_KNOWN = b"?"
+"""Zero rows of a tensor in which they are not looked for, though it has zeros: one with a single
+dimension and more than 2^20 elements, or with shards that are not made of rows."""
+
 
 def pack_zero_rows(flags: bytes) -> bytes | None:
     """Return packed zero rows from a byte per row, which is 1 if all its elements are zero."""
@@ -151,7 +155,7 @@ _DIGITS = bytes([ord("0"), ord("1")]) + bytes(254)
 
 def zero_rows_of(data: bytes | None) -> tuple[int, ...]:
     """Return the rows whose elements are all zero, from packed zero rows."""
-    if data is None:
+    if data is None or data == NOT_KNOWN:
         return ()
     begin = ZERO_ROWS_HEAD.size
     return tuple(

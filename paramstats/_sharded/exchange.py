@@ -10,7 +10,7 @@ therefore based on data that all ranks have received. The buffers of all ranks h
 A rank whose tensors have changed sends no rows; its header makes all ranks agree again.
 
 Partial tensors are reduced afterwards. An exchange takes one collective call (two with many ranks),
-and one more for each operator and dtype of partial tensors.
+one more for each operator and dtype of partial tensors, and one if any rank has details.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from paramstats._core.moments import ABSENT, ROW, Moments, merge, unread
 from paramstats._core.record import Record
 from paramstats._sharded.agreement import Agreement, Arguments, agree, check_arguments
 from paramstats._sharded.collectives import Ranks
+from paramstats._sharded.details import Message, merge_details, unpacked
 from paramstats._sharded.local_rows import LocalRows
 from paramstats._sharded.merging import (
     DIVERGED,
@@ -49,7 +50,10 @@ _MAX_REMEMBERED = 64
 
 # Positions of words in a header.
 _DIGEST = slice(0, 4)
-_AGREEMENT, _BACKEND, _FAILED, _PARTIAL, _ARGUMENTS, _MAGIC = 4, 5, 6, 7, 8, 9
+_AGREEMENT, _BACKEND, _DETAILS, _PARTIAL, _ARGUMENTS, _MAGIC = 4, 5, 6, 7, 8, 9
+
+_HAS_FAILED = -1
+"""The word of a rank that could not read; otherwise it is the size of its details in bytes."""
 
 _MAGIC_WORD = hash_word("paramstats")
 """Tells a header from the data of another collective call."""
@@ -100,14 +104,14 @@ class Exchange:
                 f"{self._broken} (since then the ranks may be out of step; use a new process group)"
             )
         try:
-            agreement, merged, diverged = self._exchange(local, arguments)
+            agreement, merged, diverged, messages = self._exchange(local, arguments)
         except _Refused as refused:
             error = refused.__cause__
         except BaseException as error:
             self.leave(error)
             raise
         else:
-            return self._record(merged, agreement, local, diverged)
+            return self._record(merged, agreement, local, diverged, messages)
         assert error is not None
         raise error
 
@@ -128,29 +132,36 @@ class Exchange:
 
     def _exchange(
         self, local: LocalRows, arguments: Arguments
-    ) -> tuple[Agreement, Tensor, dict[str, str]]:
-        """Make all collective calls; return the merged rows, and the tensors that diverged."""
+    ) -> tuple[Agreement, Tensor, dict[str, str], list[Message]]:
+        """Make all collective calls.
+
+        Returns the merged rows, the tensors that diverged, and the details of all ranks.
+        """
         for _ in range(_MAX_ATTEMPTS):
             agreement = self._agreements.get(local.digest)
-            rows = None
+            rows, message = None, b""
             if agreement is not None and (local_rows := local.rows()) is not None:
                 rows = torch.full(
                     (self._capacity, WORDS), NOT_HELD, dtype=torch.int64, device="cpu"
                 )
                 rows[agreement.positions] = local_rows
-            received = self._send(self._header(local, arguments, agreement), rows)
+                message = local.message(agreement.positions)
+            header = self._header(local, arguments, agreement, len(message))
+            received = self._send(header, rows)
             headers = received[:, 0].tolist()
             self._check_headers(headers, local, arguments)
             if agreement is not None and {h[_AGREEMENT] for h in headers} == {agreement.id}:
                 same_backend = len({h[_BACKEND] for h in headers}) == 1
                 merged = self._merge(received[:, 1:], agreement.numels, same_backend)
                 digests = [h[_PARTIAL] for h in headers]
-                return agreement, merged, self._reduce_partials(digests, agreement, local, merged)
+                diverged = self._reduce_partials(digests, agreement, local, merged)
+                messages = self._gather_messages(message, [h[_DETAILS] for h in headers])
+                return agreement, merged, diverged, messages
             self._agree(headers, local)
         raise RuntimeError("paramstats.summarize: expected the ranks to agree on their tensors")
 
     def _header(
-        self, local: LocalRows, arguments: Arguments, agreement: Agreement | None
+        self, local: LocalRows, arguments: Arguments, agreement: Agreement | None, details: int
     ) -> Tensor:
         words = torch.zeros(WORDS, dtype=torch.int64, device="cpu")
         words[_DIGEST] = torch.tensor(
@@ -159,7 +170,7 @@ class Exchange:
         words[_AGREEMENT] = agreement.id if agreement else 0
         # Different SIMD instructions may round the last bit of a replica differently.
         words[_BACKEND] = hash_word(local.backend)
-        words[_FAILED] = int(local.error is not None)
+        words[_DETAILS] = details if local.error is None else _HAS_FAILED
         words[_PARTIAL] = hash_word(local.partial_specs) if local.partial_specs else 0
         words[_ARGUMENTS], words[_MAGIC] = hash_word(arguments), _MAGIC_WORD
         return words
@@ -176,7 +187,7 @@ class Exchange:
         if local.error is not None:
             raise _Refused from local.error
         for rank, header in zip(self._ranks.global_ranks, headers, strict=True):
-            if header[_FAILED]:
+            if header[_DETAILS] == _HAS_FAILED:
                 raise _Refused from RuntimeError(
                     f"paramstats.summarize: expected every rank to read its tensors, got an error "
                     f"on rank {rank}; see the traceback of that rank"
@@ -231,6 +242,18 @@ class Exchange:
         merged = self._ranks.all_gather(merge_rows(rows, own_share, compare))
         return merged.view(-1, WORDS)[: len(numels)]
 
+    def _gather_messages(self, message: bytes, sizes: list[int]) -> list[Message]:
+        """Return the messages of all ranks, whose sizes are known; no call if all are empty."""
+        if not any(sizes):
+            return []
+        blocks = -(-max(sizes) // (8 * WORDS))
+        padded = bytearray(message.ljust(8 * WORDS * blocks, b"\0"))
+        received = self._ranks.all_gather(
+            torch.frombuffer(padded, dtype=torch.int64).view(blocks, WORDS)
+        )
+        contents = zip(received.contiguous(), sizes, strict=True)
+        return [unpacked(ctypes.string_at(own.data_ptr(), size)) for own, size in contents]
+
     def _reduce_partials(
         self, digests: list[int], agreement: Agreement, local: LocalRows, merged: Tensor
     ) -> dict[str, str]:
@@ -267,7 +290,12 @@ class Exchange:
         return diverged
 
     def _record(
-        self, merged: Tensor, agreement: Agreement, local: LocalRows, diverged: dict[str, str]
+        self,
+        merged: Tensor,
+        agreement: Agreement,
+        local: LocalRows,
+        diverged: dict[str, str],
+        messages: list[Message],
     ) -> Record:
         layout = agreement.layout
         global_ranks = self._ranks.global_ranks
@@ -304,4 +332,12 @@ class Exchange:
         table = ctypes.string_at(states.data_ptr(), states.numel() * 8)
         own, parts = table[: first_part * ROW.size], table[first_part * ROW.size :]
         of_optimizers = agreement.parts.record(layout, parts)
-        return Record(layout, own, skipped=skipped, diverged=diverged, optimizer=of_optimizers)
+        details, reasons = merge_details(messages, layout, own)
+        return Record(
+            layout,
+            own,
+            skipped=skipped | local.detail_reasons | reasons,
+            diverged=diverged,
+            optimizer=of_optimizers,
+            details=details,
+        )

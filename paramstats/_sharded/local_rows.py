@@ -10,15 +10,17 @@ from torch import Tensor
 
 from paramstats._core import moments, reference
 from paramstats._core.backend import Implementation
+from paramstats._core.details import Detail
 from paramstats._core.elements import numel
 from paramstats._core.layout import Layout
 from paramstats._core.moments import ABSENT_ROW, ROW, Moments, unread
-from paramstats._core.reading import Rows, read_rows
+from paramstats._core.reading import Rows, read_rows, reasons_by_name
 from paramstats._core.record import Record
 from paramstats._core.updates import ROWS, Update
 from paramstats._sharded import partial
 from paramstats._sharded.agreement import content_of
 from paramstats._sharded.collectives import Ranks
+from paramstats._sharded.details import ShardDetail, packed
 from paramstats._sharded.local_shards import LocalShards
 from paramstats._sharded.merging import WORDS
 from paramstats._sharded.parts import LocalParts, Parts
@@ -39,11 +41,14 @@ class LocalRows:
         shards: LocalShards,
         params: bool,
         optimizers: LocalParts | None = None,
+        flags: bytes = b"",
     ) -> None:
         self.layout = layout
         self.error: Exception | None = None
         self.skipped: dict[str, str] = {}
         """Why a shard could not be read, by the name of its row."""
+        self.detail_reasons: dict[str, str] = {}
+        """Why a detail could not be read, by "NAME (distribution)" and so on."""
         self.backend = f"{backend.name} {backend.native.simd_level() if backend.native else ''}"
         parts = Parts() if optimizers is None else optimizers.parts
         self.content, self.digest = content_of(layout, rows, parts)
@@ -52,6 +57,8 @@ class LocalRows:
         self._first_part = 2 * len(layout)
         self._backend = backend
         self._shards = shards
+        self._flags = flags
+        self._details: dict[int, Detail] = {}
         self._table = bytearray(ABSENT_ROW * len(shards.tensors))
         self._pending: tuple[dict[int, int], Rows] | None = None
         self._partial_specs: dict[partial.Label, partial.PartialSpec] = {}
@@ -81,14 +88,33 @@ class LocalRows:
         out[:, 1:] = _words(self._table)
         return out
 
+    def message(self, positions: Tensor) -> bytes:
+        """Return the details of this rank's shards as a message to the other ranks.
+
+        Args:
+            positions: the row of each of this rank's rows in the merged table.
+        """
+        shards, message = self._shards, {}
+        for row, detail in self._details.items():
+            local = shards.tensors[row]
+            assert local is not None
+            row_numel = local.numel() // max(1, local.shape[0]) if local.dim() else 1
+            place = shards.indexes[row], shards.first_rows[row], row_numel
+            message[int(positions[row])] = ShardDetail(*place, detail)
+        return packed(message)
+
     def record(self) -> Record:
         """Wait for transfers from GPUs and return the record of this rank's shards."""
         self._wait()
         table, end = bytes(self._table), self._first_part * ROW.size
         of_optimizers = self.content.parts.record(self.layout, table[end:])
-        skipped = self.skipped
         return Record(
-            self.layout, table[:end], skipped=skipped, is_local=True, optimizer=of_optimizers
+            self.layout,
+            table[:end],
+            skipped=self.skipped | self.detail_reasons,
+            is_local=True,
+            optimizer=of_optimizers,
+            details=self._details,
         )
 
     def reduce_partials(self, plan: partial.Plan, ranks: Ranks) -> list[Moments]:
@@ -138,9 +164,14 @@ class LocalRows:
             return self._row_name(rows[i] if i < len(rows) else targets[i])
 
         tensors = [self._shards.tensors[row] for row in rows]
-        read = read_rows(self._backend, tensors, True, False, row_name, updates)
+        flags = bytes(self._flags_of(row) for row in rows)
+        read = read_rows(self._backend, tensors, True, False, row_name, updates, flags)
         self._pending = targets, read
         self._updates = []  # which hold copies of parameters
+
+    def _flags_of(self, row: int) -> int:
+        """Return which details to read of a shard."""
+        return self._flags[row % len(self.layout)] if self._flags and row < self._first_part else 0
 
     def _can_read(self, row: int, x: Tensor, params: bool) -> bool:
         """Return whether to read a shard; otherwise, write a state that has only its size."""
@@ -149,6 +180,10 @@ class LocalRows:
             pass
         elif row in self._shards.reductions:
             reason = self._keep_values(row, x, self._shards.reductions[row])
+            if self._flags_of(row):
+                why = "details of partial tensors are not read"
+                both = {(row, what): why for what in ("distribution", "rows")}
+                self.detail_reasons |= reasons_by_name(both, self._row_name)
         else:
             part = row - 2 * n
             content = self.content
@@ -183,14 +218,22 @@ class LocalRows:
         """Wait for transfers from GPUs and write all states into the table."""
         if self._pending is None:
             return
-        targets, (table, transfers, reasons, _) = self._pending
+        targets, (table, transfers, reasons, details) = self._pending
         self._pending = None
         table = reference.finished(table, transfers)
+        details = reference.all_details(details, transfers)
         words = _words(bytearray(table))
         _words(self._table)[_index(targets.values())] = words[_index(targets)]
-        for source, reason in reasons.items():
-            if isinstance(source, int) and source in targets:
-                self._put_unread(targets[source], moments.row(table, source).count, reason)
+        of_details = {}
+        for key, reason in reasons.items():
+            if isinstance(key, tuple):  # a row and its detail
+                of_details[targets[key[0]], key[1]] = reason
+            elif key in targets:
+                self._put_unread(targets[key], moments.row(table, key).count, reason)
+        self.detail_reasons |= reasons_by_name(of_details, self._row_name)
+        for source, detail in details.items():
+            if targets.get(source, self._first_part) < self._first_part:
+                self._details[targets[source]] = detail
 
     def _put_unread(self, row: int, count: int, reason: str | None = None) -> None:
         """Write a state that has only a number of elements; a reason marks it as unreadable."""

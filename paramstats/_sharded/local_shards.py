@@ -14,6 +14,9 @@ from paramstats._core.shard import LocalShard
 from paramstats._sharded.merging import NOT_HELD
 from paramstats._sharded.partial import Reduction, reduction_of
 
+NO_ROWS = -1
+"""The first row of a shard that does not consist of whole rows, or of columns of them."""
+
 
 class _Placement(NamedTuple):
     """Where a DTensor's local elements belong."""
@@ -23,6 +26,8 @@ class _Placement(NamedTuple):
     shard_index: int
     reduction: Reduction | str | None
     """For a partial tensor; a str is the reason why it cannot be reduced."""
+    first_row: int
+    """The index in dimension 0 of the whole tensor where the local elements begin, or NO_ROWS."""
 
 
 _Placements = dict[int, _Placement]  # by the address of the spec
@@ -35,6 +40,7 @@ class LocalShards:
     Attributes:
         tensors: the local elements; None for a gradient that is None, or a part that is not read.
         indexes: the index of each shard. Replicas of a shard have the same index.
+        first_rows: where dimension 0 of each shard begins in that of the whole tensor, or NO_ROWS.
         reductions: how partial tensors are reduced, by row; a str says why one cannot be.
     """
 
@@ -42,6 +48,7 @@ class LocalShards:
         """Find the shards of `rows`: plain tensors, `LocalShard`s and DTensors."""
         self.tensors: list[Tensor | None] = []
         self.indexes: list[int] = []
+        self.first_rows: list[int] = []
         self.reductions: dict[int, Reduction | str] = {}
         self._known = _placements.setdefault(layout, {})
         if len(self._known) > 4 * len(rows) + 64:  # gradients with a new spec at every call
@@ -50,7 +57,7 @@ class LocalShards:
             if hasattr(x, "_spec"):
                 self.add_dtensor(x)
             elif isinstance(x, LocalShard):
-                self.add(x.tensor, x.index)
+                self.add(x.tensor, x.index, 0 if x.tensor.shape == x.shape else NO_ROWS)
             else:
                 self.add(x, 0)
         for row, x in enumerate(rows):
@@ -58,7 +65,7 @@ class LocalShards:
             if hasattr(grad, "_spec"):
                 self.add_dtensor(grad)
             else:
-                self.add(grad, self.indexes[row])
+                self.add(grad, self.indexes[row], self.first_rows[row])
 
     def add_dtensor(self, x: Any) -> None:
         """Add this rank's shard of a DTensor."""
@@ -67,12 +74,13 @@ class LocalShards:
             placement = self._known[id(x._spec)] = _placement_of(x._spec)
         if placement.reduction is not None:
             self.reductions[len(self.tensors)] = placement.reduction
-        self.add(x._local_tensor, placement.shard_index)
+        self.add(x._local_tensor, placement.shard_index, placement.first_row)
 
-    def add(self, tensor: Tensor | None, index: int) -> None:
+    def add(self, tensor: Tensor | None, index: int, first_row: int = 0) -> None:
         """Add a shard."""
         self.tensors.append(tensor)
         self.indexes.append(index)
+        self.first_rows.append(first_row)
 
 
 def _gradient(x: Any) -> Tensor | None:
@@ -89,10 +97,28 @@ def _placement_of(spec: Any) -> _Placement:
     mesh = spec.mesh
     coordinate = mesh.get_coordinate()
     if coordinate is None:  # this rank is not in the mesh
-        return _Placement(weakref.ref(spec), NOT_HELD, None)
+        return _Placement(weakref.ref(spec), NOT_HELD, None, NO_ROWS)
     index = 0
     for dim, placement in enumerate(spec.placements):
         # is_shard() would be False for _StridedShard, which shards, too.
         if not (placement.is_partial() or placement.is_replicate()):
             index = index * mesh.size(dim) + coordinate[dim]
-    return _Placement(weakref.ref(spec), index, reduction_of(spec, coordinate))
+    reduction = reduction_of(spec, coordinate)
+    return _Placement(weakref.ref(spec), index, reduction, _first_row(spec, coordinate))
+
+
+def _first_row(spec: Any, coordinate: Sequence[int]) -> int:
+    """Return where dimension 0 of the local elements begins in that of the whole tensor.
+
+    NO_ROWS if the local elements are not a range of it: with partial or strided shards.
+    """
+    first, rows = 0, spec.shape[0] if len(spec.shape) else 1
+    for dim, placement in enumerate(spec.placements):
+        if placement.is_replicate() or (placement.is_shard() and placement.dim != 0):
+            continue
+        if not placement.is_shard():
+            return NO_ROWS
+        size = -(-rows // spec.mesh.size(dim))  # as torch.chunk
+        begin = min(rows, size * coordinate[dim])
+        first, rows = first + begin, min(size, rows - begin)
+    return first

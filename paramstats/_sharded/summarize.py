@@ -73,6 +73,7 @@ def summarize(call: Call, source: Any, layout: Layout, tensors: list[Any]) -> Su
 def _common_arguments(call: Call) -> Arguments:
     """Return the arguments that must be equal on all ranks."""
     include, exclude, correction, grad_scale, *_ = call.options
+    details = call.options.details
     arguments = {
         "params": bool(call.params),
         "grads": bool(call.grads),
@@ -82,6 +83,8 @@ def _common_arguments(call: Call) -> Arguments:
         "correction": correction,
         "grad_scale": grad_scale,
     }
+    for name, patterns in {} if details is None else details._asdict().items():
+        arguments[name] = None if patterns is None else _texts(patterns)
     return tuple((name, str(value)) for name, value in arguments.items())
 
 
@@ -98,6 +101,7 @@ def check_optimizers(source: Any, layout: Layout, tensors: list[Any]) -> None:
 
 def _read(call: Call, source: Any, layout: Layout, tensors: list[Any]) -> LocalRows:
     """Read this rank's shards of the tensors, and of their gradients."""
+    options = call.options
     request = Request(()) if call.optimizer is None else make_request(call.optimizer)
     layout, tensors = call.select(*find_shards(source, layout, tensors, request.only))
     native = call.backend.native
@@ -107,11 +111,12 @@ def _read(call: Call, source: Any, layout: Layout, tensors: list[Any]) -> LocalR
     optimizers = None
     if request.optimizers:
         optimizers = LocalParts(request, layout, tensors, shards, call.grads)
-    if call.options.local:
+    if options.local:
         shards.reductions.clear()  # read this rank's values of partial tensors as they are
         tensors = list[Any](shards.tensors[: len(tensors)])
         names, aliases, parameters, shapes, *rest = layout.fields
         local = zip(shapes, tensors, strict=True)
         shapes = tuple(None if shape is None else tuple(x.shape) for shape, x in local)
         layout = Layout.shared(names, aliases, parameters, shapes, *rest)
-    return LocalRows(call.backend, layout, tensors, shards, call.params, optimizers)
+    flags = b"" if options.details is None else options.details.flags(layout)
+    return LocalRows(call.backend, layout, tensors, shards, call.params, optimizers, flags)

@@ -1,0 +1,128 @@
+"""Merge what several ranks have of the same tensors in addition to their states."""
+
+from __future__ import annotations
+
+import math
+import pickle
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from paramstats._core import moments
+from paramstats._core.details import (
+    NOT_KNOWN,
+    ROW_STATE,
+    ROWS_HEAD,
+    Detail,
+    Distribution,
+    merge_distributions,
+    pack_zero_rows,
+    zero_rows_of,
+)
+from paramstats._core.layout import Layout
+from paramstats._core.moments import finite_count
+from paramstats._sharded.local_shards import NO_ROWS
+
+
+class ShardDetail(NamedTuple):
+    """What a rank sends of a shard."""
+
+    index: int
+    """The index of the shard. Replicas of a shard have the same index, and one of them counts."""
+    first_row: int
+    """Where dimension 0 of the shard begins in that of the whole tensor, or NO_ROWS."""
+    row_numel: int
+    """The elements of a row of the shard."""
+    detail: Detail
+
+
+Message = Mapping[int, ShardDetail]
+"""What a rank sends, by row of the merged table."""
+
+
+def packed(message: Message) -> bytes:
+    """Return a message as bytes; empty if there is nothing to send."""
+    return pickle.dumps(dict(message)) if message else b""
+
+
+def unpacked(data: bytes) -> Message:
+    """Return the message that another rank has packed."""
+    return pickle.loads(data) if data else {}  # type: ignore[no-any-return]  # noqa: S301
+
+
+def merge_details(
+    messages: Sequence[Message], layout: Layout, table: bytes
+) -> tuple[dict[int, Detail], dict[str, str]]:
+    """Merge the messages of all ranks.
+
+    Args:
+        messages: those of each rank.
+        layout, table: of the whole tensors.
+
+    Returns:
+        The details of whole tensors by row, and why something is not known, by name.
+    """
+    by_row: dict[int, dict[int, ShardDetail]] = {}
+    for message in messages:
+        for row, shard in message.items():
+            by_row.setdefault(row, {}).setdefault(shard.index, shard)
+    details, reasons = {}, {}
+    for row in sorted(by_row):
+        shards = [shard for _, shard in sorted(by_row[row].items())]
+        shape, name = layout.shapes[row % len(layout)] or (), layout.row_name(row)
+        distribution = _merged_distribution(shards, finite_count(moments.row(table, row)))
+        if distribution is None and any(shard.detail.distribution for shard in shards):
+            reasons[f"{name} (distribution)"] = "a rank has no distribution of its shard"
+        rows = _joined_rows(shards, shape)
+        if rows is None and any(shard.detail.rows for shard in shards):
+            reasons[f"{name} (rows)"] = "only tensors that are sharded as Shard(0) have whole rows"
+        detail = Detail(distribution, rows, _merged_zero_rows(shards, shape))
+        if detail != Detail():
+            details[row] = detail
+    return details, reasons
+
+
+def _merged_distribution(shards: Sequence[ShardDetail], n: int) -> bytes | None:
+    packed = [shard.detail.distribution for shard in shards]
+    merged = merge_distributions(Distribution.unpack(part) for part in packed if part is not None)
+    return merged.pack() if merged.n == n and any(packed) else None
+
+
+def _joined_rows(shards: Sequence[ShardDetail], shape: tuple[int, ...]) -> bytes | None:
+    """Return the rows of the whole tensor, if each shard consists of whole rows."""
+    if not shape:
+        return None
+    row_numel = math.prod(shape[1:])
+    states = []
+    end = 0
+    for shard in sorted(shards, key=lambda shard: shard.first_row):
+        if shard.detail.rows is None:
+            continue
+        rows, _ = ROWS_HEAD.unpack_from(shard.detail.rows)
+        if rows == 0:
+            continue
+        if shard.first_row != end or shard.row_numel != row_numel:
+            return None
+        states.append(shard.detail.rows[ROWS_HEAD.size :])
+        end += rows
+    joined = b"".join(states)
+    if end != shape[0] or len(joined) != end * ROW_STATE.size:
+        return None
+    return ROWS_HEAD.pack(end, row_numel) + joined
+
+
+def _merged_zero_rows(shards: Sequence[ShardDetail], shape: tuple[int, ...]) -> bytes | None:
+    """Return the rows that are zero in all shards; `NOT_KNOWN` if shards do not consist of rows.
+
+    A shard may have a range of the rows, a range of the columns, or both.
+    """
+    found = [shard for shard in shards if shard.detail.zero_rows is not None]
+    if not found or not shape:
+        return None
+    zeros = [0] * shape[0]
+    for shard in found:
+        if shard.first_row == NO_ROWS:
+            return NOT_KNOWN
+        for row in zero_rows_of(shard.detail.zero_rows):
+            zeros[shard.first_row + row] += shard.row_numel
+    row_numel = math.prod(shape[1:])
+    return pack_zero_rows(bytes(count == row_numel for count in zeros))
