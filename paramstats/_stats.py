@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from paramstats._core import moments
+from paramstats._core.details import NO_DETAILS, Details
 from paramstats._core.format import dtype_name, one_line_name, shape
 from paramstats._core.moments import ROW
 from paramstats._core.optimizer_record import OptimizerRecord
@@ -29,6 +30,8 @@ class TotalStats(TensorStats):
         grad_scale: float,
         optimizer: OptimizerRecord | None,
         row: int,
+        details: Details = NO_DETAILS,
+        grad_row: int = 1,
     ) -> None:
         """Create the statistics of two rows: one for the parameters and one for the gradients.
 
@@ -36,14 +39,16 @@ class TotalStats(TensorStats):
             table: the two rows.
             correction, grad_scale: as in `Record`.
             optimizer, row: the record of the optimizers, and the row of these parameters in it.
+            details: has what else was read of `row`, and of `grad_row` for the gradients.
         """
-        TensorStats.__init__(self, table, 0, correction, 1.0)  # faster than super()
+        # Faster than super().
+        TensorStats.__init__(self, table, 0, correction, 1.0, details.get(row))
         self._grad_scale = grad_scale
         self._optimizer = optimizer
         self._row = row
         self._grad: TensorStats | None = None
         if not moments.is_absent(table, 1):
-            self._grad = TensorStats(table, 1, correction, grad_scale)
+            self._grad = TensorStats(table, 1, correction, grad_scale, details.get(grad_row))
 
     @property
     def grad(self) -> TensorStats | None:
@@ -129,7 +134,8 @@ class ParamStats(TotalStats):
         gradient = len(table) // 2 + begin
         own = table[begin : begin + ROW.size] + table[gradient : gradient + ROW.size]
         numbers = record.correction, record.grad_scale
-        TotalStats.__init__(self, own, *numbers, record.optimizer, row)
+        grad_row = len(record.layout) + row
+        TotalStats.__init__(self, own, *numbers, record.optimizer, row, record.details, grad_row)
         self._layout = record.layout
 
     @property

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from paramstats import _display as display
 from paramstats._core import moments
+from paramstats._core.details import NO_DETAILS
 from paramstats._core.layout import Layout
 from paramstats._core.names import no_such_name
 from paramstats._core.options import (
@@ -115,9 +116,11 @@ class Summary(Mapping[str, ParamStats]):
     __hash__ = None  # type: ignore[assignment]  # as every Mapping
 
     def _identity(self) -> tuple[object, ...]:
-        layout, table, correction, grad_scale, *_, optimizer = self._record
+        layout, table, correction, grad_scale, *_, optimizer, details = self._record
+        asked_for = {row: one.asked_for for row, one in details.items()}
+        details = {row: one for row, one in asked_for.items() if any(one)}
         rows = [layout.row(row) for row in range(len(layout))]
-        return rows, layout.parameters, table, correction, grad_scale, optimizer
+        return rows, layout.parameters, table, correction, grad_scale, optimizer, details
 
     # ---- beyond the mapping
 
@@ -129,12 +132,15 @@ class Summary(Mapping[str, ParamStats]):
         Each parameter counts once. Buffers and tensors that could not be read do not count. All
         tensors of a mapping, such as a `state_dict()`, are parameters and count. For complex
         parameters, `norm` and the counts are exact; `mean` and `std` use the absolute value of each
-        parameter's mean.
+        parameter's mean. There is a histogram if all of the tensors have one; see
+        `summarize(distribution=...)`.
         """
         record = self._ready or self._record
         merged = record.merged(0, record.layout.parameters)
-        optimizer = None if record.optimizer is None else record.total().optimizer
-        return TotalStats(merged, record.correction, record.grad_scale, optimizer, 0)
+        optimizer, details = None, NO_DETAILS
+        if record.optimizer is not None or record.details:
+            *_, optimizer, details = record.total()
+        return TotalStats(merged, record.correction, record.grad_scale, optimizer, 0, details)
 
     @property
     def skipped(self) -> Mapping[str, str]:
@@ -380,7 +386,11 @@ class Summary(Mapping[str, ParamStats]):
     def __reduce__(self) -> tuple[Any, ...]:
         record = self._record
         return Summary, (
-            record._replace(skipped=dict(record.skipped), diverged=dict(record.diverged)),
+            record._replace(
+                skipped=dict(record.skipped),
+                diverged=dict(record.diverged),
+                details=dict(record.details),
+            ),
         )
 
 

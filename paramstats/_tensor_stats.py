@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from paramstats._core import details as detail
 from paramstats._core import moments
 from paramstats._core.backend import active
+from paramstats._core.details import Detail, Distribution
 from paramstats._core.format import number, percent
 from paramstats._core.moments import ROW, Moments, Statistics
-from paramstats._core.options import STATS, did_you_mean
+from paramstats._core.options import DISTRIBUTION_STATS, STATS, did_you_mean
 from paramstats._core.torch_private import skip_dynamo
+from paramstats._histogram import Histogram
+from paramstats._rows import Rows
 
 _MEAN, _STD, _VAR, _NORM, _RMS, _MIN, _MAX, _ABS_MAX = map(
     STATS.index, ("mean", "std", "var", "norm", "rms", "min", "max", "abs_max")
@@ -32,13 +38,21 @@ class TensorStats:
     computed from absolute values. Statistics of a tensor that was not read are NaN.
     """
 
-    __slots__ = ("_correction", "_index", "_scale", "_table")
+    __slots__ = ("_correction", "_detail", "_index", "_scale", "_table")
 
-    def __init__(self, table: bytes, index: int, correction: float, scale: float) -> None:
+    def __init__(
+        self,
+        table: bytes,
+        index: int,
+        correction: float,
+        scale: float,
+        detail: Detail | None = None,
+    ) -> None:
         self._table = table
         self._index = index  # the row of this tensor
         self._correction = correction
         self._scale = scale  # of the elements in the row; statistics are divided by it
+        self._detail = detail
 
     @skip_dynamo
     def statistics(self) -> Statistics:
@@ -62,7 +76,9 @@ class TensorStats:
 
     def _identity(self) -> tuple[object, ...]:
         """Return the key that equality compares. It has bytes, so that NaN equals NaN."""
-        return ROW.pack(*self._state()), self._correction, self._scale
+        asked_for = None if self._detail is None else self._detail.asked_for
+        own = None if asked_for == Detail() else asked_for
+        return ROW.pack(*self._state()), self._correction, self._scale, own
 
     def __eq__(self, other: object) -> bool:
         if type(other) is not type(self):
@@ -162,11 +178,93 @@ class TensorStats:
         state = self._state()
         count = moments.finite_count(state)
         finite = ROW.pack(*state._replace(count=count, nans=0, pos_infs=0, neg_infs=0))
-        return TensorStats(finite, 0, self._correction, self._scale)
+        return TensorStats(finite, 0, self._correction, self._scale, self._detail)
+
+    # ---- with summarize(distribution=...)
+
+    @property
+    def histogram(self) -> Histogram | None:
+        """The distribution of the elements; None without `summarize(distribution=...)`."""
+        distribution = self._distribution()
+        if distribution is None:
+            return None
+        return Histogram(distribution, self._state(), self._scale)
+
+    def quantile(self, q: float) -> float:
+        """Return the q-quantile, 0 <= q <= 1, within a factor of two; see `Histogram.quantile`.
+
+        NaN if an element is NaN, and without `summarize(distribution=...)`. Infinities count as
+        elements of `finite` do not: use `finite.quantile` where there are some, otherwise NaN.
+        """
+        histogram = self.histogram
+        if histogram is None or self.nonfinite_count:
+            return math.nan
+        return histogram.quantile(q)
+
+    @property
+    def skewness(self) -> float:
+        """Third standardized moment: 0 for a symmetric distribution.
+
+        As `scipy.stats.skew`. NaN without `summarize(distribution=...)`, if an element is not
+        finite, or if all elements are equal.
+        """
+        return self._of_distribution(detail.skewness)
+
+    @property
+    def kurtosis(self) -> float:
+        """Fourth standardized moment: 3 for a normal distribution, more with heavier tails.
+
+        As `scipy.stats.kurtosis(fisher=False)`. NaN as for `skewness`.
+        """
+        return self._of_distribution(detail.kurtosis)
+
+    @property
+    def abs_mean(self) -> float:
+        """Mean of the absolute values; NaN without `summarize(distribution=...)`."""
+        state = self._state()
+        if self._distribution() is not None and not state.nans and state.pos_infs + state.neg_infs:
+            return math.inf
+        scale = self._scale
+        return self._of_distribution(lambda d: d.abs_mean / scale if d.n else math.nan)
+
+    def _distribution(self) -> Distribution | None:
+        packed = None if self._detail is None else self._detail.distribution
+        return None if packed is None else Distribution.unpack(packed)
+
+    def _of_distribution(self, statistic: Callable[[Distribution], float]) -> float:
+        distribution = self._distribution()
+        if distribution is None or self.nonfinite_count:
+            return math.nan
+        return statistic(distribution)
+
+    # ---- rows
+
+    @property
+    def rows(self) -> Rows | None:
+        """The statistics of each index of dimension 0; None without `summarize(rows=...)`.
+
+        Also None for a scalar and for several tensors together.
+        """
+        packed = None if self._detail is None else self._detail.rows
+        return None if packed is None else Rows(packed, self._correction, self._scale)
+
+    @property
+    def zero_rows(self) -> tuple[int, ...]:
+        """The indices of dimension 0 whose elements are all zero: dead units or experts.
+
+        They are always known, except for several tensors together. Empty if there is none.
+        """
+        return () if self._detail is None else detail.zero_rows_of(self._detail.zero_rows)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return every statistic by name; counts are int, the others float."""
-        return self.statistics()._asdict() | {stat: getattr(self, stat) for stat in _COUNTS}
+        """Return every statistic by name; counts are int, the others float.
+
+        With `summarize(distribution=...)`, also `skewness`, `kurtosis` and `abs_mean`.
+        """
+        out = self.statistics()._asdict() | {stat: getattr(self, stat) for stat in _COUNTS}
+        if self._distribution() is not None:
+            out |= {stat: getattr(self, stat) for stat in DISTRIBUTION_STATS}
+        return out
 
     def __repr__(self) -> str:
         return f"<{self._one_line()}>"

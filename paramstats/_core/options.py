@@ -23,6 +23,9 @@ Pattern = str | re.Pattern[str]
 STATS = Statistics._fields
 """The names of all statistics."""
 
+DISTRIBUTION_STATS = ("skewness", "kurtosis", "abs_mean")
+"""The names of statistics that are read with `summarize(distribution=...)`."""
+
 _MEANT = {
     "average": "mean",
     "avg": "mean",

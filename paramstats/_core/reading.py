@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -67,7 +68,7 @@ def read_rows(
         return table, transfers, _NO_REASONS, details
     n = 2 * len(tensors)
     own = [(row, tensor) for row, tensor in deferred_rows if row < n]
-    reasons = _NO_REASONS
+    reasons: Mapping[Reason, str] = _NO_REASONS
     if own or not of_updates:
         head, tail = table[: n * ROW.size], table[n * ROW.size :]
         head, transfers, reasons, details = read_deferred(
@@ -77,7 +78,8 @@ def read_rows(
     if len(own) < len(deferred_rows):
         indexes = [(row - n) // len(updates.ROWS) for row, _ in deferred_rows if row >= n]
         table, more, failed = updates.fill(table, tensors, of_updates, indexes)
-        transfers, reasons = (*transfers, *more), {**reasons, **failed}
+        transfers = (*transfers, *more)
+        reasons = dict(itertools.chain(reasons.items(), failed.items()))
     return table, transfers, reasons, details
 
 

@@ -1,0 +1,377 @@
+"""`Histogram`: how the elements of a tensor are distributed over binary exponents."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+
+from paramstats._core.denormals import with_denormals
+from paramstats._core.details import Distribution
+from paramstats._core.format import dtype_name, printable
+from paramstats._core.moments import Moments, finite_count
+from paramstats._core.optional import import_optional
+
+
+class _Format(NamedTuple):
+    """A floating-point format: where a conversion to it gives 0, or more than its largest number.
+
+    Numbers of at most `flushed` become 0: half of the smallest subnormal, a tie, is rounded to the
+    even neighbor. Numbers from `saturated` on are rounded above the largest one: a tie, too, unless
+    the last bit of the largest number is 0 (as for float8_e4m3fn and float4_e2m1 in
+    `is_largest_even`).
+    """
+
+    flushed: float
+    saturated: float
+    is_largest_even: bool = False
+
+
+_FORMATS: Mapping[str, _Format] = MappingProxyType(
+    {
+        "float16": _Format(2.0**-25, 65520.0),
+        "bfloat16": _Format(2.0**-134, (2 - 2.0**-8) * 2.0**127),
+        "float8_e4m3fn": _Format(2.0**-10, 464.0, True),
+        "float8_e5m2": _Format(2.0**-17, 61440.0),
+        "float4_e2m1": _Format(0.25, 7.0),
+    }
+)
+_MX_FORMATS = ("float4_e2m1", "float8_e4m3fn", "float8_e5m2")
+"""In the order of `Distribution.mx`."""
+
+_BARS = " ▁▂▃▄▅▆▇█"
+_ASCII_BARS = " .:-=+*#@"
+
+
+class Histogram:
+    """Counts of the elements of a tensor by sign and binary exponent.
+
+    >>> import torch, paramstats
+    >>> x = torch.tensor([-3.0, 0.0, 1e-9, 0.5, 0.75, 1e5])
+    >>> histogram = paramstats.summarize({"x": x}, distribution=True)["x"].histogram
+    >>> histogram.underflow("float16"), histogram.overflow("float16")
+    (0.16666666666666666, 0.16666666666666666)
+    >>> edges, counts = histogram.to_numpy()
+    >>> len(edges) - len(counts), int(counts.sum())
+    (1, 6)
+
+    A bin contains the magnitudes from a power of two to the next one. The counts are exact
+    integers. Of a gradient with `grad_scale`, magnitudes are divided by it: the edges of the bins
+    are powers of two divided by the scale.
+    """
+
+    __slots__ = ("_distribution", "_scale", "_state")
+
+    def __init__(self, distribution: Distribution, state: Moments, scale: float) -> None:
+        """Create the histogram of a distribution and the state of the same elements.
+
+        Args:
+            distribution, state: of the elements multiplied by `scale`.
+            scale: all magnitudes are divided by it.
+        """
+        self._distribution = distribution
+        self._state = state
+        self._scale = scale
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Histogram):
+            return NotImplemented
+        return self._identity() == other._identity()
+
+    def __hash__(self) -> int:
+        return hash(self._identity())
+
+    def _identity(self) -> tuple[object, ...]:
+        return self._distribution.pack(), self._state[:5], self._scale
+
+    @property
+    def count(self) -> int:
+        """Number of elements."""
+        return self._state.count
+
+    @property
+    def zero_count(self) -> int:
+        """Number of elements that are zero."""
+        return self._state.zeros
+
+    @property
+    def nan_count(self) -> int:
+        """Number of NaN elements."""
+        return self._state.nans
+
+    @property
+    def pos_inf_count(self) -> int:
+        """Number of elements that are +infinity."""
+        return self._state.pos_infs
+
+    @property
+    def neg_inf_count(self) -> int:
+        """Number of elements that are -infinity."""
+        return self._state.neg_infs
+
+    @property
+    def exponents(self) -> range:
+        """The binary exponent e of each bin, which has the magnitudes from 2^e to below 2^(e+1).
+
+        Before they are divided by `grad_scale`. Empty if no element is finite and not zero.
+        """
+        first = self._distribution.first
+        return range(first, first + len(self._distribution.positive))
+
+    @property
+    def negative(self) -> tuple[int, ...]:
+        """Number of negative elements in each bin of `exponents`."""
+        return self._distribution.negative
+
+    @property
+    def positive(self) -> tuple[int, ...]:
+        """Number of positive elements in each bin of `exponents`."""
+        return self._distribution.positive
+
+    @property
+    def magnitudes(self) -> tuple[int, ...]:
+        """Number of elements of either sign in each bin of `exponents`."""
+        pairs = zip(self.negative, self.positive, strict=True)
+        return tuple(negative + positive for negative, positive in pairs)
+
+    @property
+    def dynamic_range(self) -> float:
+        """Octaves between the bins of the smallest and of the largest nonzero magnitude, both
+        included; NaN if there is none. All elements of one bin have a range of 1."""
+        return float(len(self.exponents)) or math.nan
+
+    # ---- shares
+
+    def underflow(self, dtype: torch.dtype | str, scale: float | str = 1.0) -> float:
+        """Return the share of all elements that are not zero and become 0 as `dtype`.
+
+        The share is exact where the limit is an edge of a bin, or where the bin of the limit is
+        empty. Otherwise it is interpolated in this one bin; `underflow_bounds` says how far off it
+        can be. NaN without elements.
+
+        Args:
+            dtype: float16, bfloat16, float8_e4m3fn, float8_e5m2 or float4_e2m1, as a name or a
+                torch.dtype.
+            scale: what elements are multiplied by before they are converted; or "mx": a power of
+                two for each 32 elements adjacent in memory, as in the OCP Microscaling formats
+                (float4 and float8 only; exact).
+
+        Raises:
+            ValueError: another dtype, or a scale that is no finite number > 0.
+        """
+        return self._share(dtype, scale, True, _interpolated)
+
+    def overflow(self, dtype: torch.dtype | str, scale: float | str = 1.0) -> float:
+        """Return the share of all elements that are finite and too large for `dtype`.
+
+        These are rounded above its largest finite number. A conversion by torch makes them infinite
+        (float16, bfloat16, float8_e5m2) or NaN (float8_e4m3fn); others saturate. Arguments, errors
+        and precision as in `underflow`.
+        """
+        return self._share(dtype, scale, False, _interpolated)
+
+    def underflow_bounds(
+        self, dtype: torch.dtype | str, scale: float | str = 1.0
+    ) -> tuple[float, float]:
+        """Return the least and the largest possible value of `underflow`; equal if it is exact."""
+        least = self._share(dtype, scale, True, _least)
+        return least, self._share(dtype, scale, True, _most)
+
+    def overflow_bounds(
+        self, dtype: torch.dtype | str, scale: float | str = 1.0
+    ) -> tuple[float, float]:
+        """Return the least and the largest possible value of `overflow`; equal if it is exact."""
+        least = self._share(dtype, scale, False, _most)
+        return least, self._share(dtype, scale, False, _least)
+
+    @with_denormals
+    def below(self, magnitude: float) -> float:
+        """Return the share of all elements with |x| < `magnitude`, zeros included.
+
+        Such as the share of gradients below Adam's eps. Exact at an edge of a bin, otherwise
+        interpolated in one bin. NaN without elements.
+        """
+        if not self.count or math.isnan(magnitude):
+            return math.nan
+        return (self.zero_count + self._below(magnitude, False, _interpolated)) / self.count
+
+    @with_denormals
+    def _share(self, dtype: Any, scale: float | str, is_low: bool, part_of_bin: Any) -> float:
+        name = _name_of(dtype)
+        if not self.count:
+            return math.nan
+        if scale == "mx":
+            if name not in _MX_FORMATS:
+                raise ValueError(
+                    f"paramstats.Histogram: expected one of {', '.join(_MX_FORMATS)} for "
+                    f'scale="mx", got {name}'
+                )
+            index = 2 * _MX_FORMATS.index(name) + (not is_low)
+            return self._distribution.mx[index] / self.count
+        if isinstance(scale, str) or not (math.isfinite(scale) and scale > 0):
+            raise ValueError(
+                f'paramstats.Histogram: expected a finite number > 0 or "mx" for scale, '
+                f"got {scale!r}"
+            )
+        flushed, saturated, is_largest_even = _FORMATS[name]
+        if is_low:
+            return self._below(flushed / scale, True, part_of_bin) / self.count
+        nonzero = sum(self.magnitudes)
+        return (nonzero - self._below(saturated / scale, is_largest_even, part_of_bin)) / self.count
+
+    def _below(self, limit: float, is_included: bool, part_of_bin: Any) -> float:
+        """Return how many nonzero elements are below a limit or, if it is included, at it."""
+        limit *= self._scale
+        if limit <= 0:
+            return 0.0
+        largest = max(abs(self._state.min), abs(self._state.max))
+        below = 0.0
+        for exponent, count in zip(self.exponents, self.magnitudes, strict=True):
+            low = math.ldexp(1.0, exponent)
+            high = 2.0 * low if exponent < 1023 else math.inf
+            # The largest element is known, so that an upper edge is tighter.
+            if high <= limit or largest < limit or (is_included and largest <= limit):
+                below += count
+            elif low < limit or (is_included and low == limit):
+                below += part_of_bin(count, low, min(high, max(largest, low)), limit)
+                break
+            else:
+                break
+        return below
+
+    @with_denormals
+    def quantile(self, q: float) -> float:
+        """Return the q-quantile of the finite elements, 0 <= q <= 1, as `torch.quantile` counts.
+
+        It is interpolated in its bin, and differs from the exact one by less than the width of that
+        bin: a factor of two. q = 0 and q = 1 give min and max. NaN without finite elements.
+
+        Raises ValueError for a q out of range.
+        """
+        if not 0 <= q <= 1:
+            raise ValueError(f"paramstats.Histogram: expected 0 <= q <= 1, got {q!r}")
+        n = finite_count(self._state)
+        if not n:
+            return math.nan
+        low, high = self._state.min, self._state.max
+        target = q * (n - 1)  # the index of the element, in ascending order
+        if target <= 0:
+            return low / self._scale
+        if target >= n - 1:
+            return high / self._scale
+        before = 0
+        for begin, end, count in self._bins():
+            if before + count > target:
+                begin, end = max(begin, low), min(end, high)
+                value = begin + (end - begin) * ((target - before + 0.5) / count)
+                return min(max(value, low), high) / self._scale
+            before += count
+        return high / self._scale
+
+    def _bins(self) -> list[tuple[float, float, int]]:
+        """Return (begin, end, count) of all bins in ascending order, zeros included."""
+        lows = [math.ldexp(1.0, exponent) for exponent in self.exponents]
+        highs = [*lows[1:], min(2 * lows[-1], _LARGEST)] if lows else []
+        bins = list(zip(lows, highs, strict=True))
+        negative = [
+            (-high, -low, count) for (low, high), count in zip(bins, self.negative, strict=True)
+        ]
+        positive = [
+            (low, high, count) for (low, high), count in zip(bins, self.positive, strict=True)
+        ]
+        return [*negative[::-1], (0.0, 0.0, self.zero_count), *positive]
+
+    # ---- exports
+
+    @with_denormals
+    def edges(self) -> tuple[list[float], list[int]]:
+        """Return the edges and counts of `to_numpy` as lists; works without numpy."""
+        bins = self._bins()
+        middle = len(self.exponents)
+        begins = [begin for begin, _, _ in bins]
+        if middle:
+            begins[middle] = bins[middle - 1][1]
+            edges = [*begins, bins[-1][1]]
+        else:
+            edges = [-0.5, 0.5]
+        return [edge / self._scale for edge in edges], [count for _, _, count in bins]
+
+    def to_numpy(self) -> tuple[Any, Any]:
+        """Return (edges, counts) of all finite elements, in ascending order, as numpy arrays.
+
+        `len(edges) == len(counts) + 1`, as of `numpy.histogram`; counts are int64. The bins of
+        negative numbers come first, then one bin for zeros between the two smallest magnitudes,
+        then the bins of positive numbers. For `wandb.Histogram(np_histogram=...)` and
+        `matplotlib.pyplot.stairs(counts, edges)`. Without nonzero elements, the edges are -0.5
+        and 0.5.
+        """
+        numpy = import_optional("numpy", "Histogram.to_numpy")
+        edges, counts = self.edges()
+        return numpy.array(edges, numpy.float64), numpy.array(counts, numpy.int64)
+
+    @with_denormals
+    def to_tensorboard(self) -> dict[str, Any]:
+        """Return the keyword arguments for `SummaryWriter.add_histogram_raw`, without the tag."""
+        edges, counts = self.edges()
+        n, d, scale = finite_count(self._state), self._distribution, self._scale
+        return {
+            "min": self._state.min / scale if n else 0.0,
+            "max": self._state.max / scale if n else 0.0,
+            "num": n,
+            "sum": d.mean / scale * n,
+            "sum_squares": (d.m2 + d.mean * d.mean * n) / scale / scale,
+            "bucket_limits": edges[1:],
+            "bucket_counts": counts,
+        }
+
+    def sparkline(self, width: int = 32) -> str:
+        """Return the counts by exponent as one line of bars, from the smallest magnitude.
+
+        If there are more exponents than `width`, several share a bar.
+        """
+        counts = self.magnitudes
+        if not counts:
+            return ""
+        step = -(-len(counts) // max(width, 1))
+        sums = [sum(counts[i : i + step]) for i in range(0, len(counts), step)]
+        bars, most = printable(_BARS, _ASCII_BARS), max(sums)
+        return "".join(bars[-(-count * (len(bars) - 1) // most)] for count in sums)
+
+    def __str__(self) -> str:
+        if not self.exponents:
+            return "no finite nonzero element"
+        first, last = self.exponents[0], self.exponents[-1]
+        unit = "" if self._scale == 1 else f" (x {self._scale:g})"
+        return f"2^{first} {self.sparkline()} 2^{last}{unit}"
+
+    def __repr__(self) -> str:
+        return f"<Histogram of {self.count:,} elements: {self}>"
+
+
+_LARGEST = torch.finfo(torch.float64).max
+
+
+def _name_of(dtype: torch.dtype | str) -> str:
+    name = dtype_name(dtype) if isinstance(dtype, torch.dtype) else str(dtype)
+    name = {"float4_e2m1fn_x2": "float4_e2m1"}.get(name, name)
+    if name not in _FORMATS:
+        raise ValueError(
+            f"paramstats.Histogram: expected one of {', '.join(_FORMATS)} for dtype, got {dtype!r}"
+        )
+    return name
+
+
+def _interpolated(count: int, low: float, high: float, limit: float) -> float:
+    """Return how many elements of a bin are below a limit, if they are spread evenly."""
+    return count * min((limit - low) / (high - low), 1.0) if high > low else 0.0
+
+
+def _least(count: int, low: float, high: float, limit: float) -> float:
+    return 0.0
+
+
+def _most(count: int, low: float, high: float, limit: float) -> float:
+    return float(count)
