@@ -20,6 +20,7 @@ from paramstats._core.details import (
 )
 from paramstats._core.layout import Layout
 from paramstats._core.moments import finite_count
+from paramstats._core.reading import reasons_by_name
 from paramstats._sharded.local_shards import NO_ROWS
 
 
@@ -65,20 +66,21 @@ def merge_details(
     for message in messages:
         for row, shard in message.items():
             by_row.setdefault(row, {}).setdefault(shard.index, shard)
-    details, reasons = {}, {}
+    details: dict[int, Detail] = {}
+    reasons: dict[int | tuple[int, str], str] = {}
     for row in sorted(by_row):
         shards = [shard for _, shard in sorted(by_row[row].items())]
-        shape, name = layout.shapes[row % len(layout)] or (), layout.row_name(row)
+        shape = layout.shapes[row % len(layout)] or ()
         distribution = _merged_distribution(shards, finite_count(moments.row(table, row)))
         if distribution is None and any(shard.detail.distribution for shard in shards):
-            reasons[f"{name} (distribution)"] = "a rank has no distribution of its shard"
+            reasons[row, "distribution"] = "a rank has no distribution of its shard"
         rows = _joined_rows(shards, shape)
         if rows is None and any(shard.detail.rows for shard in shards):
-            reasons[f"{name} (rows)"] = "only tensors that are sharded as Shard(0) have whole rows"
+            reasons[row, "rows"] = "only tensors that are sharded as Shard(0) have whole rows"
         detail = Detail(distribution, rows, _merged_zero_rows(shards, shape))
         if detail != Detail():
             details[row] = detail
-    return details, reasons
+    return details, reasons_by_name(reasons, layout.row_name)
 
 
 def _merged_distribution(shards: Sequence[ShardDetail], n: int) -> bytes | None:

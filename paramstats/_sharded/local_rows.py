@@ -10,7 +10,7 @@ from torch import Tensor
 
 from paramstats._core import moments, reference
 from paramstats._core.backend import Implementation
-from paramstats._core.details import Detail
+from paramstats._core.details import READ_DISTRIBUTION, READ_ROWS, Detail
 from paramstats._core.elements import numel
 from paramstats._core.layout import Layout
 from paramstats._core.moments import ABSENT_ROW, ROW, Moments, unread
@@ -180,10 +180,10 @@ class LocalRows:
             pass
         elif row in self._shards.reductions:
             reason = self._keep_values(row, x, self._shards.reductions[row])
-            if self._flags_of(row):
-                why = "details of partial tensors are not read"
-                both = {(row, what): why for what in ("distribution", "rows")}
-                self.detail_reasons |= reasons_by_name(both, self._row_name)
+            asked = {"distribution": READ_DISTRIBUTION, "rows": READ_ROWS}
+            flags, why = self._flags_of(row), "details of partial tensors are not read"
+            both = {(row, what): why for what, bit in asked.items() if flags & bit}
+            self.detail_reasons |= reasons_by_name(both, self._row_name)
         else:
             part = row - 2 * n
             content = self.content
