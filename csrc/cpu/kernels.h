@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "../details.h"
 #include "../dtypes.h"
 #include "../moments.h"
 #include "../updates.h"
@@ -36,6 +37,17 @@ double* scratch();
 // more.)
 using ChunkKernel = Moments (*)(const void* data, int64_t n);
 
+// What `distribution` merges its elements into. `counts`: of negative elements by exponent, then of
+// positive ones, 2 exponents_of(dtype).bins in total; added to.
+struct ChunkDistribution {
+  HigherMoments moments;
+  MxCounts mx[kMxFormats];
+  int64_t* counts;
+};
+
+// Computes the distribution of n <= kChunk contiguous elements. Blocks of kMxBlock begin at `data`.
+using DistributionKernel = void (*)(const void* data, int64_t n, ChunkDistribution& out);
+
 // Elements of an update that are computed at a time, in buffers that stay in L1 and L2.
 constexpr int64_t kUpdateBlock = 4096;
 
@@ -63,6 +75,7 @@ struct Kernels {
   const char* name;
   ChunkKernel chunk[kDTypes];  // indexed by DType
   UpdateKernel update;
+  DistributionKernel distribution[kDTypes];
 };
 
 namespace plain {

@@ -186,6 +186,10 @@ Moments chunk(const void* data, int64_t n) {
 }
 
 #include "updates_body.h"
+// clang-format off: the second uses the first.
+#include "distribution_body.h"
+#include "distribution_fast_body.h"
+// clang-format on
 
 const Kernels kKernels = {PARAMSTATS_LEVEL_NAME,
                           {
@@ -205,4 +209,21 @@ const Kernels kKernels = {PARAMSTATS_LEVEL_NAME,
                               chunk<Native<int64_t, InDouble>>,
                               chunk<Native<uint64_t, InDouble>>,
                           },
-                          chunk_of_update};
+                          chunk_of_update,
+                          {
+                              distribution<Native<double, InDouble>>,
+                              distribution<Native<float, InFloat>>,
+                              distribution<BFloat16>,
+                              distribution<Float16>,
+                              distribution<Float8E4M3FN>,
+                              distribution<Float8E5M2>,
+                              distribution<Whole<int8_t>>,
+                              distribution<Whole<uint8_t>>,
+                              distribution<Whole<bool>>,
+                              distribution<Whole<int16_t>>,
+                              distribution<Whole<uint16_t>>,
+                              distribution<Whole<int32_t>>,
+                              distribution<Whole<uint32_t>>,
+                              distribution<Whole<int64_t>>,
+                              distribution<Whole<uint64_t>>,
+                          }};
