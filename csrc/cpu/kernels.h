@@ -48,6 +48,26 @@ struct ChunkDistribution {
 // Computes the distribution of n <= kChunk contiguous elements. Blocks of kMxBlock begin at `data`.
 using DistributionKernel = void (*)(const void* data, int64_t n, ChunkDistribution& out);
 
+// A row is read in pieces of this many bytes, whose keys of the hash stay in L1.
+constexpr int kRowPieceBytes = 8192;
+constexpr int64_t row_piece(DType dtype) {  // elements
+  const int64_t n = kRowPieceBytes / element_size(dtype);
+  return n < kPart ? n : kPart;
+}
+
+// Key i of the hash of rows: a number that looks random (Steele, Lea, Flood: "Fast splittable
+// pseudorandom number generators", OOPSLA 2014).
+constexpr uint64_t hash_key(uint64_t i) {
+  uint64_t z = i * 0x9e3779b97f4a7c15;
+  z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9;
+  z = (z ^ z >> 27) * 0x94d049bb133111eb;
+  return z ^ z >> 31;
+}
+
+// Computes the states of `rows` adjacent rows, or pieces of one, of n <= row_piece(dtype)
+// elements each.
+using RowsKernel = void (*)(const void* data, int64_t rows, int64_t n, RowState* out);
+
 // Elements of an update that are computed at a time, in buffers that stay in L1 and L2.
 constexpr int64_t kUpdateBlock = 4096;
 
@@ -76,6 +96,7 @@ struct Kernels {
   ChunkKernel chunk[kDTypes];  // indexed by DType
   UpdateKernel update;
   DistributionKernel distribution[kDTypes];
+  RowsKernel rows[kDTypes];
 };
 
 namespace plain {
