@@ -144,39 +144,57 @@ inline void count_one_by_one(const PartBytes& bytes, int64_t n, int64_t* counts)
 constexpr int kGroupVectors = 15;                // whose counts fit in 4 bits
 constexpr int kSumVectors = 16 * kGroupVectors;  // whose counts fit in 8 bits
 
-inline int64_t bytes_sum(UInt8Lanes v) {
-  const UInt16Lanes a = ((UInt16Lanes)v & 0xff) + ((UInt16Lanes)v >> 8);
-  const UInt32Lanes b = ((UInt32Lanes)a & 0xffff) + ((UInt32Lanes)a >> 16);
-  const Int64Lanes c = ((Int64Lanes)b & 0xffffffff) + (Int64Lanes)((Int64Lanes)b >> 32);
-  return lanes_sum(c);
+// The sums of four vectors of bytes, in fields of 16 bits.
+inline uint64_t bytes_sums(const UInt8Lanes (&v)[4]) {
+  typedef uint64_t Words __attribute__((vector_size(kVectorBytes)));
+  UInt32Lanes sums[4];
+  for (int k = 0; k < 4; ++k) {
+    const UInt16Lanes pairs = ((UInt16Lanes)v[k] & 0xff) + ((UInt16Lanes)v[k] >> 8);
+    sums[k] = ((UInt32Lanes)pairs & 0xffff) + ((UInt32Lanes)pairs >> 16);
+  }
+  const auto a = (Words)(sums[0] | sums[1] << 16), b = (Words)(sums[2] | sums[3] << 16);
+  const Words all = ((a & 0xffffffffu) + (a >> 32)) | ((b & 0xffffffffu) + (b >> 32)) << 32;
+  return static_cast<uint64_t>(lanes_sum(all));
 }
 
-// Counts the bytes of `index` that are `first` and `first` + 1. A table gives 1 for the first and
-// 16 for the second, so that one sum of bytes is two of 4 bits.
-inline void count_pair(const uint8_t* index, int64_t vectors, int first, int64_t (&counts)[2]) {
-  UInt8Lanes table = {};
-  for (int l = 0; l < kVectorBytes; l += 16) table[l + first] = 1, table[l + first + 1] = 16;
+// Adds the lookups of `n` vectors in both tables.
+inline __attribute__((always_inline)) void add_lookups(const uint8_t* index, int64_t n,
+                                                       const UInt8Lanes (&tables)[2],
+                                                       UInt8Lanes (&sums)[2]) {
+#pragma GCC unroll 15
+  for (int64_t k = 0; k < n; ++k) {
+    const auto v = load_as<UInt8Lanes>(index + k * kVectorBytes);
+    sums[0] += PARAMSTATS_LOOKUP(tables[0], v);
+    sums[1] += PARAMSTATS_LOOKUP(tables[1], v);
+  }
+}
+
+// Counts the elements `first` and `first` + 1 below the top of the window, of either sign. A table
+// gives 1 for one of them and 16 for the other, so that one sum of bytes is two of 4 bits.
+inline void count_pair(const uint8_t* index, int64_t vectors, int first, int64_t (&counts)[4]) {
+  UInt8Lanes tables[2] = {};
+  for (int l = first; l < kVectorBytes; l += 16) {
+    tables[0][l] = tables[1][l + kNegative] = 1;
+    tables[0][l + 1] = tables[1][l + kNegative + 1] = 16;
+  }
   for (int64_t begin = 0; begin < vectors; begin += kSumVectors) {
     const int64_t end = begin + kSumVectors < vectors ? begin + kSumVectors : vectors;
-    UInt8Lanes all = {}, second = {};  // `all` counts the first modulo 16
+    UInt8Lanes all[2] = {}, second[2] = {};  // `all`: the first, and 16 times the second
     for (int64_t i = begin; i < end; i += kGroupVectors) {
-      UInt8Lanes sum = {};
-      const uint8_t* p = index + i * kVectorBytes;
+      UInt8Lanes sums[2] = {};
       if (i + kGroupVectors <= end) {
-#pragma GCC unroll 15
-        for (int k = 0; k < kGroupVectors; ++k) {
-          sum += PARAMSTATS_LOOKUP(table, load_as<UInt8Lanes>(p + k * kVectorBytes));
-        }
+        add_lookups(index + i * kVectorBytes, kGroupVectors, tables, sums);
       } else {
-        for (int64_t k = 0; k < end - i; ++k) {
-          sum += PARAMSTATS_LOOKUP(table, load_as<UInt8Lanes>(p + k * kVectorBytes));
-        }
+        add_lookups(index + i * kVectorBytes, end - i, tables, sums);
       }
-      all += sum;
-      second += sum >> 4;
+      for (int s = 0; s < 2; ++s) {
+        all[s] += sums[s];
+        second[s] += sums[s] >> 4;
+      }
     }
-    counts[0] += bytes_sum(all - (second << 4));
-    counts[1] += bytes_sum(second);
+    const uint64_t sums =
+        bytes_sums({all[0] - (second[0] << 4), second[0], all[1] - (second[1] << 4), second[1]});
+    for (int k = 0; k < 4; ++k) counts[k] += sums >> (16 * k) & 0xffff;
   }
 }
 
@@ -191,12 +209,14 @@ inline void count_windows(PartBytes& bytes, int64_t n, int top, int bottom, int6
       __builtin_memcpy(bytes.index + i, &d, kVectorBytes);
     }
     for (int d = 0; d < 8 && top - d >= bottom; d += 2) {
-      for (int negative = 0; negative < 2; ++negative) {
-        int64_t pair[2] = {};
-        count_pair(bytes.index, n / kVectorBytes, d + negative * kNegative, pair);
-        counts[negative * 256 + top - d] += pair[0];
-        if (top - d > bottom) counts[negative * 256 + top - d - 1] += pair[1];
-      }
+      int64_t pair[4] = {};
+      count_pair(bytes.index, n / kVectorBytes, d, pair);
+      const int e = top - d;
+      counts[e] += pair[0];
+      counts[256 + e] += pair[2];
+      if (e == bottom) break;
+      counts[e - 1] += pair[1];
+      counts[256 + e - 1] += pair[3];
     }
   }
 }
