@@ -186,8 +186,9 @@ Moments chunk(const void* data, int64_t n) {
 }
 
 #include "updates_body.h"
-// clang-format off: the second uses the first.
+// clang-format off: each uses the ones before it.
 #include "distribution_body.h"
+#include "distribution_keys_body.h"
 #include "distribution_fast_body.h"
 // clang-format on
 
