@@ -3,47 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from paramstats._core.denormals import with_denormals
 from paramstats._core.details import Distribution
-from paramstats._core.format import dtype_name, printable
+from paramstats._core.format import bars
+from paramstats._core.low_precision import (
+    FORMATS,
+    MX_FORMATS,
+    interpolated,
+    least,
+    most,
+    name_of,
+)
 from paramstats._core.moments import Moments, finite_count
 from paramstats._core.optional import import_optional
-
-
-class _Format(NamedTuple):
-    """A floating-point format: where a conversion to it gives 0, or more than its largest number.
-
-    Numbers of at most `flushed` become 0: half of the smallest subnormal, a tie, is rounded to the
-    even neighbor. Numbers from `saturated` on are rounded above the largest one: a tie, too, unless
-    the last bit of the largest number is 0 (as for float8_e4m3fn and float4_e2m1 in
-    `is_largest_even`).
-    """
-
-    flushed: float
-    saturated: float
-    is_largest_even: bool = False
-
-
-_FORMATS: Mapping[str, _Format] = MappingProxyType(
-    {
-        "float16": _Format(2.0**-25, 65520.0),
-        "bfloat16": _Format(2.0**-134, (2 - 2.0**-8) * 2.0**127),
-        "float8_e4m3fn": _Format(2.0**-10, 464.0, True),
-        "float8_e5m2": _Format(2.0**-17, 61440.0),
-        "float4_e2m1": _Format(0.25, 7.0),
-    }
-)
-_MX_FORMATS = ("float4_e2m1", "float8_e4m3fn", "float8_e5m2")
-"""In the order of `Distribution.mx`."""
-
-_BARS = " ▁▂▃▄▅▆▇█"
-_ASCII_BARS = " .:-=+*#@"
 
 
 class Histogram:
@@ -162,7 +138,7 @@ class Histogram:
         Raises:
             ValueError: another dtype, or a scale that is no finite number > 0.
         """
-        return self._share(dtype, scale, True, _interpolated)
+        return self._share(dtype, scale, True, interpolated)
 
     def overflow(self, dtype: torch.dtype | str, scale: float | str = 1.0) -> float:
         """Return the share of all elements that are finite and too large for `dtype`.
@@ -171,21 +147,19 @@ class Histogram:
         (float16, bfloat16, float8_e5m2) or NaN (float8_e4m3fn); others saturate. Arguments, errors
         and precision as in `underflow`.
         """
-        return self._share(dtype, scale, False, _interpolated)
+        return self._share(dtype, scale, False, interpolated)
 
     def underflow_bounds(
         self, dtype: torch.dtype | str, scale: float | str = 1.0
     ) -> tuple[float, float]:
         """Return the least and the largest possible value of `underflow`; equal if it is exact."""
-        least = self._share(dtype, scale, True, _least)
-        return least, self._share(dtype, scale, True, _most)
+        return self._share(dtype, scale, True, least), self._share(dtype, scale, True, most)
 
     def overflow_bounds(
         self, dtype: torch.dtype | str, scale: float | str = 1.0
     ) -> tuple[float, float]:
         """Return the least and the largest possible value of `overflow`; equal if it is exact."""
-        least = self._share(dtype, scale, False, _most)
-        return least, self._share(dtype, scale, False, _least)
+        return self._share(dtype, scale, False, most), self._share(dtype, scale, False, least)
 
     @with_denormals
     def below(self, magnitude: float) -> float:
@@ -196,27 +170,27 @@ class Histogram:
         """
         if not self.count or math.isnan(magnitude):
             return math.nan
-        return (self.zero_count + self._below(magnitude, False, _interpolated)) / self.count
+        return (self.zero_count + self._below(magnitude, False, interpolated)) / self.count
 
     @with_denormals
     def _share(self, dtype: Any, scale: float | str, is_low: bool, part_of_bin: Any) -> float:
-        name = _name_of(dtype)
+        name = name_of(dtype)
         if not self.count:
             return math.nan
         if scale == "mx":
-            if name not in _MX_FORMATS:
+            if name not in MX_FORMATS:
                 raise ValueError(
-                    f"paramstats.Histogram: expected one of {', '.join(_MX_FORMATS)} for "
+                    f"paramstats.Histogram: expected one of {', '.join(MX_FORMATS)} for "
                     f'scale="mx", got {name}'
                 )
-            index = 2 * _MX_FORMATS.index(name) + (not is_low)
+            index = 2 * MX_FORMATS.index(name) + (not is_low)
             return self._distribution.mx[index] / self.count
         if isinstance(scale, str) or not (math.isfinite(scale) and scale > 0):
             raise ValueError(
                 f'paramstats.Histogram: expected a finite number > 0 or "mx" for scale, '
                 f"got {scale!r}"
             )
-        flushed, saturated, is_largest_even = _FORMATS[name]
+        flushed, saturated, is_largest_even = FORMATS[name]
         if is_low:
             return self._below(flushed / scale, True, part_of_bin) / self.count
         nonzero = sum(self.magnitudes)
@@ -332,13 +306,7 @@ class Histogram:
 
         If there are more exponents than `width`, several share a bar.
         """
-        counts = self.magnitudes
-        if not counts:
-            return ""
-        step = -(-len(counts) // max(width, 1))
-        sums = [sum(counts[i : i + step]) for i in range(0, len(counts), step)]
-        bars, most = printable(_BARS, _ASCII_BARS), max(sums)
-        return "".join(bars[-(-count * (len(bars) - 1) // most)] for count in sums)
+        return bars(self.magnitudes, width)
 
     def __str__(self) -> str:
         if not self.exponents:
@@ -352,26 +320,3 @@ class Histogram:
 
 
 _LARGEST = torch.finfo(torch.float64).max
-
-
-def _name_of(dtype: torch.dtype | str) -> str:
-    name = dtype_name(dtype) if isinstance(dtype, torch.dtype) else str(dtype)
-    name = {"float4_e2m1fn_x2": "float4_e2m1"}.get(name, name)
-    if name not in _FORMATS:
-        raise ValueError(
-            f"paramstats.Histogram: expected one of {', '.join(_FORMATS)} for dtype, got {dtype!r}"
-        )
-    return name
-
-
-def _interpolated(count: int, low: float, high: float, limit: float) -> float:
-    """Return how many elements of a bin are below a limit, if they are spread evenly."""
-    return count * min((limit - low) / (high - low), 1.0) if high > low else 0.0
-
-
-def _least(count: int, low: float, high: float, limit: float) -> float:
-    return 0.0
-
-
-def _most(count: int, low: float, high: float, limit: float) -> float:
-    return float(count)

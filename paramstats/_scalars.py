@@ -9,8 +9,9 @@ from typing import Any
 from paramstats._core.backend import active
 from paramstats._core.derived import derived, derived_names
 from paramstats._core.entries import column_kinds, states
-from paramstats._core.options import checked_key, checked_stats, duplicate_keys
+from paramstats._core.options import checked_key, checked_stats, duplicate_keys, split_stats
 from paramstats._core.record import Record
+from paramstats._tensor_stats import TensorStats
 
 
 def scalars(
@@ -18,13 +19,14 @@ def scalars(
 ) -> dict[str, float]:
     """Return `Summary.scalars` of a record."""
     record = full if depth is None else full.by_module(depth)
+    stats, own = split_stats(stats)
     layout = record.layout
     try:
         keys = layout.keys[key, stats, totals]
     except (KeyError, TypeError):  # not cached, or stats is a str or a list
         keys = layout.make_keys(checked_key(key), *checked_stats(stats), bool(totals))
     total = full.merged(0, full.layout.parameters) if totals else b""
-    if len(keys.distinct) == len(keys.names) and record.optimizer is None:
+    if len(keys.distinct) == len(keys.names) and record.optimizer is None and not own:
         return record.scalars(keys.distinct, keys.columns, total)
     # Equal keys are an error only where both of their values were read.
     by_index = record.scalars(dict.fromkeys(range(len(keys.names))), keys.columns, total)
@@ -32,10 +34,28 @@ def scalars(
     if record.optimizer is not None:
         for part in (record, full.total()) if totals else (record,):
             pairs += _of_optimizers(part, key, *checked_stats(stats))
+    if own:
+        for part in (record, full.total()) if totals else (record,):
+            pairs += _of_distributions(part, key, own)
     out = dict(pairs)
     if len(out) != len(pairs):
         raise duplicate_keys(key, len(out), len(pairs))
     return out
+
+
+def _of_distributions(
+    record: Record, key: str, stats: tuple[str, ...]
+) -> Iterator[tuple[str, float]]:
+    """Yield the keys and values of statistics of tensors whose distribution was read."""
+    n = len(record.layout)
+    for row, one in sorted(record.details.items()):
+        if one.distribution is None:
+            continue
+        kind, scale = (record.layout.kind(row), 1.0) if row < n else ("grad", record.grad_scale)
+        tensor = TensorStats(record.table, row, record.correction, scale, one)
+        for stat in stats:
+            name = record.layout.names[row % n]
+            yield key.format(kind=kind, stat=stat, name=name), getattr(tensor, stat)
 
 
 def _of_optimizers(

@@ -226,7 +226,8 @@ class Summary(Mapping[str, ParamStats]):
                 optimizer's state, such as "exp_avg", and there are `update_ratio/NAME`,
                 `grad_cosine_exp_avg/NAME`, `update_cosine_grad/NAME`, `optimizer_rms/NAME` and
                 `optimizer_eps_fraction/NAME`. Their `kind` is the part before the first "_".
-            stats: names of statistics, those that `TensorStats` has. The five keys above are
+            stats: names of statistics, those that `TensorStats` has. "skewness", "kurtosis" and
+                "abs_mean" are left out where the distribution was not read. The five keys above are
                 always included.
             totals: whether to add the statistics of `total` and its gradient, under the name
                 "total".

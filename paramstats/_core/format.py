@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -42,6 +43,16 @@ def percent(fraction: float) -> str:
     if fraction < 1 and text == "100.0":
         return ">99.9%"
     return f"{text.removesuffix('.0')}%"
+
+
+def bars(counts: Sequence[int], width: int) -> str:
+    """Return counts as one line of at most `width` bars; several counts may share a bar."""
+    if not any(counts):
+        return ""
+    step = -(-len(counts) // max(width, 1))
+    sums = [sum(counts[i : i + step]) for i in range(0, len(counts), step)]
+    levels, most = printable(" ▁▂▃▄▅▆▇█", " .:-=+*#@"), max(sums)
+    return "".join(levels[-(-count * (len(levels) - 1) // most)] for count in sums)
 
 
 def elide(text: str, width: int) -> str:

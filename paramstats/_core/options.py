@@ -8,7 +8,7 @@ import math
 import re
 import string
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -208,6 +208,18 @@ def checked_stats(
         raise TypeError(
             f"paramstats.{function}: expected stats to be names of statistics, got {stats!r}"
         ) from None
+
+
+def split_stats(
+    stats: Sequence[str],
+) -> tuple[Sequence[str], tuple[str, ...]]:
+    """Return the names of statistics that every tensor has, and those of distributions."""
+    try:
+        names = (stats,) if isinstance(stats, str) else tuple(stats)
+        own = tuple(name for name in names if name in DISTRIBUTION_STATS)
+    except TypeError:  # reported by `checked_stats`
+        return stats, ()
+    return (tuple(name for name in names if name not in own), own) if own else (stats, ())
 
 
 def did_you_mean(name: object) -> str:

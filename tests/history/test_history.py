@@ -204,6 +204,9 @@ class Transfer:
     def ready(self) -> bool:
         return self.is_ready
 
+    def details(self) -> dict[int, Any]:
+        return {}
+
     def write(self, table: bytearray) -> None:
         self.waits += not self.is_ready
         table[:] = self.table

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import pytest
 
@@ -19,6 +20,9 @@ class FakeTransfer:
 
     def ready(self) -> bool:
         return self.is_ready
+
+    def details(self) -> dict[int, Any]:
+        return {}
 
     def write(self, table: bytearray) -> None:
         self.waits += 1

@@ -128,6 +128,9 @@ def test_error_on_one_rank_raises_on_all():
 
 def test_reason_of_an_unreadable_tensor_outlasts_transfers(monkeypatch):
     class Transfer:
+        def details(self):
+            return {}
+
         def write(self, table):
             ROW.pack_into(table, 0, *unread(4))
 

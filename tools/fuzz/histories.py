@@ -60,6 +60,9 @@ class Transfer:
         self.asked += 1
         return self.asked > 1
 
+    def details(self) -> dict[int, Any]:
+        return {}
+
     def write(self, table: bytearray) -> None:
         table[:] = self.table
 
