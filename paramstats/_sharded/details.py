@@ -27,7 +27,7 @@ from paramstats._sharded.local_shards import NO_ROWS
 class ShardDetail(NamedTuple):
     """What a rank sends of a shard."""
 
-    index: int
+    shard_index: int
     """The index of the shard. Replicas of a shard have the same index, and one of them counts."""
     first_row: int
     """Where dimension 0 of the shard begins in that of the whole tensor, or NO_ROWS."""
@@ -47,7 +47,7 @@ def packed(message: Message) -> bytes:
 
 def unpacked(data: bytes) -> Message:
     """Return the message that another rank has packed."""
-    return pickle.loads(data) if data else {}  # type: ignore[no-any-return]  # noqa: S301
+    return pickle.loads(data) if data else {}  # noqa: S301
 
 
 def merge_details(
@@ -65,7 +65,7 @@ def merge_details(
     by_row: dict[int, dict[int, ShardDetail]] = {}
     for message in messages:
         for row, shard in message.items():
-            by_row.setdefault(row, {}).setdefault(shard.index, shard)
+            by_row.setdefault(row, {}).setdefault(shard.shard_index, shard)
     details: dict[int, Detail] = {}
     reasons: dict[int | tuple[int, str], str] = {}
     for row in sorted(by_row):

@@ -182,7 +182,9 @@ class LocalRows:
             reason = self._keep_values(row, x, self._shards.reductions[row])
             asked = {"distribution": READ_DISTRIBUTION, "rows": READ_ROWS}
             flags, why = self._flags_of(row), "details of partial tensors are not read"
-            both = {(row, what): why for what, bit in asked.items() if flags & bit}
+            both: dict[int | tuple[int, str], str] = {
+                (row, what): why for what, bit in asked.items() if flags & bit
+            }
             self.detail_reasons |= reasons_by_name(both, self._row_name)
         else:
             part = row - 2 * n
@@ -224,7 +226,7 @@ class LocalRows:
         details = reference.all_details(details, transfers)
         words = _words(bytearray(table))
         _words(self._table)[_index(targets.values())] = words[_index(targets)]
-        of_details = {}
+        of_details: dict[int | tuple[int, str], str] = {}
         for key, reason in reasons.items():
             if isinstance(key, tuple):  # a row and its detail
                 of_details[targets[key[0]], key[1]] = reason
