@@ -124,9 +124,8 @@ class Histogram:
     def underflow(self, dtype: torch.dtype | str, scale: float | str = 1.0) -> float:
         """Return the share of all elements that are not zero and become 0 as `dtype`.
 
-        The share is exact where the limit is an edge of a bin, or where the bin of the limit is
-        empty. Otherwise it is interpolated in this one bin; `underflow_bounds` says how far off it
-        can be. NaN without elements.
+        The share is exact where the bin of the limit is empty. Otherwise it is interpolated in this
+        one bin; `underflow_bounds` says how far off it can be. NaN without elements.
 
         Args:
             dtype: float16, bfloat16, float8_e4m3fn, float8_e5m2 or float4_e2m1, as a name or a

@@ -24,21 +24,22 @@ def check(x: torch.Tensor, correction: float = 1.0) -> None:
     n = values.shape[1]
     assert len(rows) == x.shape[0] and rows.row_count == n
     finite = np.isfinite(values)
+    arrays = {stat: getattr(rows, stat) for stat in ("mean", "std", "norm", "abs_max")}
+    assert all(len(array) == len(rows) for array in arrays.values())
     assert rows.nonfinite_count.tolist() == (~finite).sum(1).tolist()
     assert rows.zero_count.tolist() == (values == 0).sum(1).tolist()
     for row, ok in enumerate(finite.all(1)):
         if not ok:
-            for stat in ("mean", "std", "norm", "abs_max"):
-                assert math.isnan(getattr(rows, stat)[row])
+            assert all(math.isnan(array[row]) for array in arrays.values())
             continue
         own = values[row]
         rms = math.sqrt((own * own).mean())
-        assert abs(rows.mean[row] - own.mean()) <= 1e-6 * rms
-        assert abs(rows.norm[row] - np.linalg.norm(own)) <= 1e-6 * rms * math.sqrt(n)
-        assert rows.abs_max[row] == np.abs(own).max()
+        assert abs(arrays["mean"][row] - own.mean()) <= 1e-6 * rms
+        assert abs(arrays["norm"][row] - np.linalg.norm(own)) <= 1e-6 * rms * math.sqrt(n)
+        assert arrays["abs_max"][row] == np.abs(own).max()
         if n > correction:
             std = math.sqrt(((own - own.mean()) ** 2).sum() / (n - correction))
-            assert abs(rows.std[row] - std) <= 1e-6 * rms
+            assert abs(arrays["std"][row] - std) <= 1e-6 * rms
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
