@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from paramstats._core.detail_options import Selection
 from paramstats._core.optimizers import make_request
-from paramstats._core.options import Pattern, check_keys, checked_stats, make_options
+from paramstats._core.options import Pattern, check_keys, checked_stats, make_options, split_stats
 from paramstats._optimizer_hooks import UpdateMethod, check_optimizers
 from paramstats._watcher import Appendable, Log, Watched, Watcher, has_group, is_first_rank
 
@@ -39,6 +40,8 @@ def watch(
     async_op: bool = False,
     optimizer: Any = None,
     update: UpdateMethod = "auto",
+    distribution: Selection = False,
+    rows: Selection = False,
 ) -> Watcher:
     """Log the statistics of a model while it trains.
 
@@ -96,6 +99,9 @@ def watch(
             "auto": the formula for float32 and float64 parameters of Adam and AdamW, otherwise a
             copy. None: not at all. If there is too little memory for a copy, training continues
             without, and a warning is issued.
+        distribution, rows: what else is read: see `summarize`. Statistics of the distribution are
+            logged if `stats` names them: "skewness", "kurtosis" and "abs_mean". `Watcher.summary`
+            has the histograms and the rows.
 
     Raises:
         FileExistsError: `history` is the path of a file with content.
@@ -128,9 +134,12 @@ def watch(
         raise ValueError("paramstats.watch: expected log= or history=, got neither")
     _check_log(log)
     # All ranks check this, so that all raise: only rank 0 logs.
-    stats, _ = checked_stats(stats, "watch")
+    plain, of_distributions = split_stats(stats)
+    stats = checked_stats(plain, "watch")[0] + of_distributions
     check_keys(key, stats, totals)
-    options = make_options(include, exclude, correction, 1.0, False, group is not None, async_op)
+    options = make_options(
+        include, exclude, correction, 1.0, False, group is not None, async_op, distribution, rows
+    )
     opened: History | None = None
     if isinstance(history, (str, os.PathLike)):
         history = opened = _open_history(history)
@@ -147,6 +156,7 @@ def watch(
         "include": options.include,
         "exclude": options.exclude or None,
         "correction": correction,
+        **({} if options.details is None else options.details.arguments()),
         "group": group,
         "async_op": async_op,
     }

@@ -22,6 +22,13 @@ class DetailOptions(NamedTuple):
     distribution: Patterns | None = NO_TENSOR
     rows: Patterns | None = NO_TENSOR
 
+    def arguments(self) -> dict[str, Any]:
+        """Return `distribution` and `rows` as `summarize` takes them, for several calls."""
+        return {
+            argument: True if patterns is None else patterns or False
+            for argument, patterns in self._asdict().items()
+        }
+
     def flags(self, layout: Layout) -> bytes:
         """Return one byte for each tensor, as a backend's `read` expects it in `details`."""
         out = bytearray(len(layout))

@@ -8,7 +8,7 @@ import math
 import re
 import string
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -210,16 +210,14 @@ def checked_stats(
         ) from None
 
 
-def split_stats(
-    stats: Sequence[str],
-) -> tuple[Sequence[str], tuple[str, ...]]:
+def split_stats(stats: str | Iterable[str]) -> tuple[Any, tuple[str, ...]]:
     """Return the names of statistics that every tensor has, and those of distributions."""
     try:
         names = (stats,) if isinstance(stats, str) else tuple(stats)
         own = tuple(name for name in names if name in DISTRIBUTION_STATS)
     except TypeError:  # reported by `checked_stats`
         return stats, ()
-    return (tuple(name for name in names if name not in own), own) if own else (stats, ())
+    return (tuple(name for name in names if name not in own), own) if own else (names, own)
 
 
 def did_you_mean(name: object) -> str:
