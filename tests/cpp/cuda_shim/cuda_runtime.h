@@ -247,12 +247,20 @@ T __ldcg(const T* address) {
   return *address;
 }
 inline void __threadfence() { cuda_shim::reschedule(); }
-inline unsigned atomicAdd(unsigned* address, unsigned value) {
+template <class T>
+T add_atomically(T* address, T value) {
   cuda_shim::reschedule();
-  const unsigned before = *address;
+  const T before = *address;
   *address = before + value;
   return before;
 }
+inline unsigned atomicAdd(unsigned* address, unsigned value) {
+  return add_atomically(address, value);
+}
+inline unsigned long long atomicAdd(unsigned long long* address, unsigned long long value) {
+  return add_atomically(address, value);
+}
+inline int __clzll(long long x) { return x == 0 ? 64 : __builtin_clzll(x); }
 
 // ---- host functions ----
 
