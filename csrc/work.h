@@ -88,9 +88,11 @@ struct Work : Lists {
         bytes += view->numel * element_size(view->dtype);
         return;
       }
-    } else if (cuda_devices != 0 && flags == 0 && torch_abi::is_plain_cuda(t)) {
+    } else if (cuda_devices != 0 && (flags & kReadRows) == 0 && torch_abi::is_plain_cuda(t)) {
       int32_t device = 0;
-      if (const auto view = is_wanted(t, &device) ? native_cuda_view(t) : std::nullopt) {
+      if (auto view = is_wanted(t, &device) ? native_cuda_view(t) : std::nullopt;
+          view && (flags == 0 || view->numel > 0)) {
+        view->details = flags;
         table[row] = view->numel == 0 ? Moments() : unread(view->numel);
         if (view->numel != 0) group_of(device).add(t, *view, row);
         return;

@@ -17,7 +17,7 @@ fake, cuda = test_fake_cuda.fake, test_fake_cuda.cuda  # the fixtures
 
 def zero_rows(tensors: list[torch.Tensor]) -> dict[int, list[int]]:
     """Read tensors and their gradients, all on one device; return the zero rows by table row."""
-    _, deferred, transfers = backends.active().read(tensors, True, True)
+    _, deferred, transfers, _ = backends.active().read(tensors, True, True)
     assert not deferred
     (transfer,) = transfers
     found = {}

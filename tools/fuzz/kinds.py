@@ -298,7 +298,7 @@ class Expected:
 
 
 def check_read(entries: list[Expected], params: bool, grads: bool) -> None:
-    table, deferred, transfers = NATIVE.read([e.tensor for e in entries], params, grads)
+    table, deferred, transfers, _ = NATIVE.read([e.tensor for e in entries], params, grads)
     n = len(entries)
     assert len(table) == 2 * n * ROW.size and not transfers
     expected: list[tuple[int, Tensor]] = []
