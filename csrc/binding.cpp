@@ -69,7 +69,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("metadata", &paramstats::torch_abi::metadata, "tensor"_a);
   m.def("alias", &paramstats::torch_abi::alias, "tensor"_a);
   m.def("read", &paramstats::read, "tensors"_a, "params"_a, "grads"_a, "cuda_devices"_a = 0,
-        "hold"_a = false, "updates"_a = py::tuple());
+        "hold"_a = false, "updates"_a = py::tuple(), "details"_a = py::bytes());
   m.def("merge_rows", &paramstats::merge_rows, "table"_a, "begin"_a, "end"_a);
   m.def("scalars", &paramstats::scalars, "table"_a, "total"_a, "keys"_a, "columns"_a,
         "correction"_a, "grad_scale"_a);

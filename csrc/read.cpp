@@ -35,8 +35,12 @@ Impl gradient_of(Impl t) {
 }
 
 py::tuple read(const py::list& tensors, bool params, bool grads, uint64_t cuda_devices, bool hold,
-               const py::tuple& updates) {
+               const py::tuple& updates, const std::string& details) {
   const size_t n = tensors.size();
+  if (!details.empty() && details.size() != n) {
+    throw py::value_error("paramstats._native.read: expected a byte of details for each of " +
+                          std::to_string(n) + " tensors, got " + std::to_string(details.size()));
+  }
   const size_t n_rows = 2 * n + kUpdateRows * updates.size();
   const std::vector<UpdateArguments> update_list = update_arguments(updates, n);
   auto rows = py::reinterpret_steal<py::bytes>(
@@ -53,15 +57,16 @@ py::tuple read(const py::list& tensors, bool params, bool grads, uint64_t cuda_d
     lookahead.advance(i);
     PyObject* object = object_at(i);
     const Impl t = unpack(object);
+    const auto flags = static_cast<uint8_t>(details.empty() ? 0 : details[i]);
     if (params && !may_be_lazy(object, t)) {
-      work.add(t, table, i);
+      work.add(t, table, i, flags);
     } else if (!params && torch_abi::is_plain(t)) {
       table[i] = unread(torch_abi::numel(t));
     } else {
       work.defer(t, table, i);
     }
     if (const Impl grad = grads ? gradient_of(t) : nullptr) {
-      work.add(grad, table, n + i);
+      work.add(grad, table, n + i, flags);
     } else {
       table[n + i] = unread(kAbsent);
     }
@@ -70,7 +75,8 @@ py::tuple read(const py::list& tensors, bool params, bool grads, uint64_t cuda_d
   work.run();
   py::tuple groups(work.on_cuda.size());
   for (size_t i = 0; i < groups.size(); ++i) groups[i] = py::cast(std::move(work.on_cuda[i]));
-  return py::make_tuple(std::move(rows), work.deferred_for_python(), std::move(groups));
+  return py::make_tuple(std::move(rows), work.deferred_for_python(), std::move(groups),
+                        work.details_for_python(table));
 }
 
 std::vector<std::string> simd_levels() {

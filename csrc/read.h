@@ -16,10 +16,10 @@ namespace paramstats {
 // tensor.grad if torch would return it without a warning, else null.
 torch_abi::Impl gradient_of(torch_abi::Impl t);
 
-// Returns (table, deferred rows, groups of CUDA tensors); see _native.pyi. Rows in groups are
-// unread until the group has written them.
+// Returns (table, deferred rows, groups of CUDA tensors, details); see _native.pyi. Rows in groups
+// are unread until the group has written them.
 pybind11::tuple read(const pybind11::list& tensors, bool params, bool grads, uint64_t cuda_devices,
-                     bool hold, const pybind11::tuple& updates);
+                     bool hold, const pybind11::tuple& updates, const std::string& details);
 
 // The names of the SIMD levels that this CPU supports, fastest first, and the one in use.
 std::vector<std::string> simd_levels();

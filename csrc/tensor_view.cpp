@@ -63,6 +63,7 @@ std::optional<cpu::TensorView> native_view(Impl t) {
        api.torch_get_const_data_ptr(h, &view.data) != kOk)) {
     return std::nullopt;
   }
+  if (dim > 0) view.rows = sizes[0];
   if (cpu::is_contiguous(view)) view.ndim = 0;
   return view;
 }

@@ -4,9 +4,11 @@
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
+#include <memory>
 #include <utility>
 #include <vector>
 
+#include "cpu/details.h"
 #include "cpu/engine.h"
 #include "cuda_group.h"
 #include "moments.h"
@@ -43,6 +45,13 @@ inline bool may_be_lazy(PyObject* object, torch_abi::Impl t) {
   return !torch_abi::is_exact_tensor(object) && torch_abi::is_plain(t) && torch_abi::numel(t) == 0;
 }
 
+// The details of a tensor on the CPU, and where they are written.
+struct PackedDetails {
+  size_t row;
+  pybind11::object rows = {};  // bytes, or none
+  cpu::Details details = {};
+};
+
 // What one call reads, and where it writes the results. Until `run` has returned, no Python code
 // may run that could free the memory of a view.
 struct Work : Lists {
@@ -53,6 +62,8 @@ struct Work : Lists {
   std::vector<CudaGroup> on_cuda;
   std::vector<std::pair<size_t, torch_abi::Owned>> deferred_rows;  // for Python, with their tensors
   std::vector<cpu::Update> updates;
+  std::vector<std::unique_ptr<PackedDetails>> details;
+  cpu::ZeroRows zero_rows;
 
   Work(const pybind11::list& list, uint64_t devices, bool hold_storages)
       : Lists(std::move(unused_lists)), all(list), cuda_devices(devices), hold(hold_storages) {
@@ -66,16 +77,18 @@ struct Work : Lists {
   Work(const Work&) = delete;
   Work& operator=(const Work&) = delete;
 
-  void add(torch_abi::Impl t, Moments* table, size_t row) {
+  // `flags`: the details to read (kReadDistribution, kReadRows).
+  void add(torch_abi::Impl t, Moments* table, size_t row, uint8_t flags = 0) {
     if (torch_abi::is_plain_cpu(t)) {
       if (const auto view = native_view(t)) {
         views.push_back(*view);
+        if (flags != 0) views.back().details = add_details(*view, row, flags);
         out.push_back(table + row);
         tensors.push_back(t);
         bytes += view->numel * element_size(view->dtype);
         return;
       }
-    } else if (cuda_devices != 0 && torch_abi::is_plain_cuda(t)) {
+    } else if (cuda_devices != 0 && flags == 0 && torch_abi::is_plain_cuda(t)) {
       int32_t device = 0;
       if (const auto view = is_wanted(t, &device) ? native_cuda_view(t) : std::nullopt) {
         table[row] = view->numel == 0 ? Moments() : unread(view->numel);
@@ -85,6 +98,11 @@ struct Work : Lists {
     }
     defer(t, table, row);
   }
+
+  cpu::Details* add_details(const cpu::TensorView&, size_t row, uint8_t flags);
+
+  // The details by row of the table, as `read` returns them.
+  pybind11::dict details_for_python(const Moments* table) const;
 
   // Whether the kernels may read the device of a CUDA tensor.
   bool is_wanted(torch_abi::Impl t, int32_t* device) const {
@@ -109,10 +127,11 @@ struct Work : Lists {
   void add_updates(const std::vector<UpdateArguments>& all_updates, Moments* table);
 
   void run() {
-    if (bytes < cpu::kSerialBytes) return cpu::summarize(views, out, *kernels, nullptr, updates);
+    if (bytes < cpu::kSerialBytes)
+      return cpu::summarize(views, out, *kernels, nullptr, updates, &zero_rows);
     const auto n = static_cast<int64_t>(views.size());
     if (bytes < std::max(kBytesToRelease, n * kBytesToReleasePerTensor)) {
-      return cpu::summarize(views, out, *kernels, torch_pool, updates);
+      return cpu::summarize(views, out, *kernels, torch_pool, updates, &zero_rows);
     }
     std::vector<torch_abi::Owned> kept;
     kept.reserve(tensors.size());
@@ -121,7 +140,7 @@ struct Work : Lists {
       const pybind11::gil_scoped_release release;
       torch_pool(tasks, task, context);
     };
-    cpu::summarize(views, out, *kernels, pool, updates);
+    cpu::summarize(views, out, *kernels, pool, updates, &zero_rows);
   }
 
   // Empty tuples, the usual result here and for groups, are shared and take no memory.

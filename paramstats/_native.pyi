@@ -111,12 +111,25 @@ def read(
     cuda_devices: int = 0,
     hold: bool = False,
     updates: tuple[tuple[Any, ...], ...] = (),
-) -> tuple[bytes, tuple[tuple[int, torch.Tensor], ...], tuple[CudaGroup, ...]]:
-    """Read tensors and their gradients; return `(table, deferred_rows, groups)`.
+    details: bytes = b"",
+) -> tuple[
+    bytes,
+    tuple[tuple[int, torch.Tensor], ...],
+    tuple[CudaGroup, ...],
+    dict[int, tuple[bytes | None, bytes | None, bytes | None]],
+]:
+    """Read tensors and their gradients; return `(table, deferred_rows, groups, details)`.
 
     `deferred_rows` are rows that the kernels cannot read, with their tensors. The tensors on the
     CUDA devices whose bits are set in `cuda_devices` are in `groups`, and their rows are unread. If
     `hold`, the groups hold the storages.
+
+    The argument `details` is empty or has a byte per tensor: bit 0 asks for its distribution, bit 1
+    for the states of its rows (indices of dimension 0), both also of its gradient. The result
+    `details` has, by row of the table, `(distribution, rows, zero_rows)`, packed as
+    `paramstats._core.details.Detail` describes. Each is None if there is none; `zero_rows` needs
+    not be asked for, and is None if no row is zero. Tensors on CUDA devices with a byte that is not
+    0 are in `deferred_rows`, whose details Python must read.
 
     Each of `updates` adds four rows at the end of the table, in the order of UpdateRow in
     csrc/updates.h: the state of the update dw, and the products g * m, dw * g and
@@ -132,7 +145,8 @@ def read(
       counts the elements that the update did not change; 2: dw is the parameter minus `old`.
     - lr, decay, beta1, beta2, eps, step: floats. `decay` is 0 unless the weight decay is decoupled.
 
-    Raises ValueError if a row is out of range, or if an operand that the method needs is missing.
+    Raises ValueError if `details` has another length, if a row is out of range, or if an operand
+    that the method needs is missing.
     """
 
 def merge_rows(table: bytes, begin: int, end: int) -> bytes:

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "denormals.h"
+#include "details.h"
 #include "strides.h"
 
 namespace paramstats::cpu {
@@ -29,6 +30,9 @@ Moments read_chunk(const TensorView& t, const std::vector<Dim>* dims, int64_t in
   const int size = element_size(t.dtype);
   const int64_t begin = index * kChunk;
   const int64_t end = t.numel - begin < kChunk ? t.numel : begin + kChunk;
+  if (t.details != nullptr) {  // first, so that its arithmetic overlaps with the memory's time
+    t.details->read_chunk(t, dims, begin, end, kernels);
+  }
   if (dims == nullptr) return kernel(static_cast<const char*>(t.data) + begin * size, end - begin);
   Moments state;
   for (int64_t i = begin; i < end; i += kGather) {
@@ -244,6 +248,34 @@ void mark_absent(const Update& update) {
   }
 }
 
+// Finds zero rows once all states are known. A tensor without as many zeros as a row has elements
+// is not read again.
+class ZeroRowSearch {
+ public:
+  explicit ZeroRowSearch(const std::vector<TensorView>& tensors) : tensors_(tensors) {
+    for (size_t i = 0; i < tensors.size(); ++i) {
+      if (tensors[i].ndim > 0 && tensors[i].rows > 0) strided_.emplace_back(i, tensors[i]);
+    }
+  }
+  void run(const std::vector<Moments*>& states, Pool pool, ZeroRows& out) const {
+    auto strided = strided_.begin();
+    for (size_t i = 0; i < tensors_.size(); ++i) {
+      const TensorView& t = tensors_[i];
+      const bool is_strided = strided != strided_.end() && strided->first == i;
+      if (states[i]->zeros > 0 && t.rows > 0 && states[i]->zeros >= t.numel / t.rows) {
+        const ZeroRowFinder finder = is_strided ? strided->second : ZeroRowFinder(t);
+        auto rows = finder.find(states[i]->zeros, pool);
+        if (!rows.empty()) out.emplace_back(i, std::move(rows));
+      }
+      if (is_strided) ++strided;
+    }
+  }
+
+ private:
+  const std::vector<TensorView>& tensors_;
+  std::vector<std::pair<size_t, ZeroRowFinder>> strided_;  // sizes may not be used later
+};
+
 }  // namespace
 
 double* scratch() { return part_buffer; }
@@ -257,11 +289,16 @@ int64_t total_bytes(const std::vector<TensorView>& tensors) {
 }
 
 void summarize(const std::vector<TensorView>& tensors, const std::vector<Moments*>& out,
-               const Kernels& kernels, Pool pool, const std::vector<Update>& updates) {
+               const Kernels& kernels, Pool pool, const std::vector<Update>& updates,
+               ZeroRows* zero_rows) {
   const WithDenormals with_denormals;
   int64_t bytes = total_bytes(tensors);
   for (const Update& u : updates) bytes += u.numel * kUpdateRows * int64_t{sizeof(float)};
   if (bytes < kSerialBytes) pool = nullptr;
+  for (const TensorView& t : tensors) {
+    if (t.details != nullptr) t.details->prepare(t);
+  }
+  const ZeroRowSearch search(tensors);
   if (!updates.empty()) {
     const UpdateItems items(tensors, out, updates, kernels);
     Job<UpdateItems>(items).run(pool);
@@ -272,6 +309,10 @@ void summarize(const std::vector<TensorView>& tensors, const std::vector<Moments
     const TensorItems items{tensors, out, kernels};
     Job<TensorItems>(items).run(pool);
   }
+  for (const TensorView& t : tensors) {
+    if (t.details != nullptr) t.details->finish(t);
+  }
+  if (zero_rows != nullptr) search.run(out, pool, *zero_rows);
 }
 
 }  // namespace paramstats::cpu

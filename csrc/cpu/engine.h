@@ -6,6 +6,7 @@
 
 #include <array>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "../dtypes.h"
@@ -13,6 +14,8 @@
 #include "kernels.h"
 
 namespace paramstats::cpu {
+
+struct Details;  // details.h
 
 // A strided tensor. `sizes` and `strides` (in elements) are borrowed for the duration of a call.
 // `ndim` may be 0 for any contiguous tensor.
@@ -23,6 +26,8 @@ struct TensorView {
   int ndim;
   const int64_t* sizes;
   const int64_t* strides;
+  int64_t rows = 0;            // the size of dimension 0; 0 without dimensions
+  Details* details = nullptr;  // to read, too
 };
 
 constexpr size_t kNoTensor = SIZE_MAX;
@@ -46,13 +51,18 @@ constexpr int64_t kSerialBytes = 1 << 20;
 
 int64_t total_bytes(const std::vector<TensorView>& tensors);
 
-// Writes the state of tensors[i] to *out[i], and the rows of each update; rows whose operands are
-// missing are absent. A chunk of an update is computed right before those of its tensors are read,
-// which are then in the cache. The result is bitwise the same for any pool, and does not depend on
-// the other tensors of the call. Throws nothing but std::bad_alloc, and only before it reads any
-// element. Does not use sizes and strides after it has called the pool.
+// The tensors that have zero rows, and a bit for each row: whether all its elements are zero.
+using ZeroRows = std::vector<std::pair<size_t, std::vector<uint8_t>>>;
+
+// Writes the state of tensors[i] to *out[i], its details, and the rows of each update; rows whose
+// operands are missing are absent. A chunk of an update is computed right before those of its
+// tensors are read, which are then in the cache. The result is bitwise the same for any pool, and
+// does not depend on the other tensors of the call. Throws nothing but std::bad_alloc, and only
+// before it reads any element, or when it is done. Does not use sizes and strides after it has
+// called the pool. Adds the tensors with zero rows to `zero_rows`.
 void summarize(const std::vector<TensorView>& tensors, const std::vector<Moments*>& out,
-               const Kernels& kernels, Pool pool, const std::vector<Update>& updates = {});
+               const Kernels& kernels, Pool pool, const std::vector<Update>& updates = {},
+               ZeroRows* zero_rows = nullptr);
 
 // The kernels of each SIMD level that this CPU supports, fastest first. Never empty.
 const std::vector<const Kernels*>& available_kernels();

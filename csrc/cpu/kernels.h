@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "../details.h"
 #include "../dtypes.h"
 #include "../moments.h"
 #include "../updates.h"
@@ -36,6 +37,37 @@ double* scratch();
 // more.)
 using ChunkKernel = Moments (*)(const void* data, int64_t n);
 
+// What `distribution` merges its elements into. `counts`: of negative elements by exponent, then of
+// positive ones, 2 exponents_of(dtype).bins in total; added to.
+struct ChunkDistribution {
+  HigherMoments moments;
+  MxCounts mx[kMxFormats];
+  int64_t* counts;
+};
+
+// Computes the distribution of n <= kChunk contiguous elements. Blocks of kMxBlock begin at `data`.
+using DistributionKernel = void (*)(const void* data, int64_t n, ChunkDistribution& out);
+
+// A row is read in pieces of this many bytes, whose keys of the hash stay in L1.
+constexpr int kRowPieceBytes = 8192;
+constexpr int64_t row_piece(DType dtype) {  // elements
+  const int64_t n = kRowPieceBytes / element_size(dtype);
+  return n < kPart ? n : kPart;
+}
+
+// Key i of the hash of rows: a number that looks random (Steele, Lea, Flood: "Fast splittable
+// pseudorandom number generators", OOPSLA 2014).
+constexpr uint64_t hash_key(uint64_t i) {
+  uint64_t z = i * 0x9e3779b97f4a7c15;
+  z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9;
+  z = (z ^ z >> 27) * 0x94d049bb133111eb;
+  return z ^ z >> 31;
+}
+
+// Computes the states of `rows` adjacent rows, or pieces of one, of n <= row_piece(dtype)
+// elements each.
+using RowsKernel = void (*)(const void* data, int64_t rows, int64_t n, RowState* out);
+
 // Elements of an update that are computed at a time, in buffers that stay in L1 and L2.
 constexpr int64_t kUpdateBlock = 4096;
 
@@ -63,6 +95,8 @@ struct Kernels {
   const char* name;
   ChunkKernel chunk[kDTypes];  // indexed by DType
   UpdateKernel update;
+  DistributionKernel distribution[kDTypes];
+  RowsKernel rows[kDTypes];
 };
 
 namespace plain {

@@ -14,6 +14,8 @@
 #define PARAMSTATS_MAX_PS(v, m) ((FloatLanes)_mm256_max_ps((__m256)(v), (__m256)(m)))
 #define PARAMSTATS_MIN_PD(v, m) ((DoubleLanes)_mm256_min_pd((__m256d)(v), (__m256d)(m)))
 #define PARAMSTATS_MAX_PD(v, m) ((DoubleLanes)_mm256_max_pd((__m256d)(v), (__m256d)(m)))
+#define PARAMSTATS_TIMES_HALVES(v) \
+  _mm256_mul_epu32((__m256i)(v), _mm256_srli_epi64((__m256i)(v), 32))
 #define PARAMSTATS_SQRT_PS(v) ((FloatLanes)_mm256_sqrt_ps((__m256)(v)))
 #define PARAMSTATS_SQRT_PD(v) ((DoubleLanes)_mm256_sqrt_pd((__m256d)(v)))
 #define PARAMSTATS_LOW_DOUBLES(v) \

@@ -17,6 +17,8 @@
 #define PARAMSTATS_MAX_PS(v, m) ((FloatLanes)_mm512_maskz_max_ps(0xffff, (__m512)(v), (__m512)(m)))
 #define PARAMSTATS_MIN_PD(v, m) ((DoubleLanes)_mm512_maskz_min_pd(0xff, (__m512d)(v), (__m512d)(m)))
 #define PARAMSTATS_MAX_PD(v, m) ((DoubleLanes)_mm512_maskz_max_pd(0xff, (__m512d)(v), (__m512d)(m)))
+#define PARAMSTATS_TIMES_HALVES(v) \
+  _mm512_maskz_mul_epu32(0xff, (__m512i)(v), _mm512_maskz_srli_epi64(0xff, (__m512i)(v), 32))
 #define PARAMSTATS_SQRT_PS(v) ((FloatLanes)_mm512_maskz_sqrt_ps(0xffff, (__m512)(v)))
 #define PARAMSTATS_SQRT_PD(v) ((DoubleLanes)_mm512_maskz_sqrt_pd(0xff, (__m512d)(v)))
 #define PARAMSTATS_LOW_DOUBLES(v) \

@@ -185,7 +185,12 @@ Moments chunk(const void* data, int64_t n) {
   return finish(running);
 }
 
+#include "rows_body.h"
 #include "updates_body.h"
+// clang-format off: the second uses the first.
+#include "distribution_body.h"
+#include "distribution_fast_body.h"
+// clang-format on
 
 const Kernels kKernels = {PARAMSTATS_LEVEL_NAME,
                           {
@@ -205,4 +210,38 @@ const Kernels kKernels = {PARAMSTATS_LEVEL_NAME,
                               chunk<Native<int64_t, InDouble>>,
                               chunk<Native<uint64_t, InDouble>>,
                           },
-                          chunk_of_update};
+                          chunk_of_update,
+                          {
+                              distribution<Native<double, InDouble>>,
+                              distribution<Native<float, InFloat>>,
+                              distribution<BFloat16>,
+                              distribution<Float16>,
+                              distribution<Float8E4M3FN>,
+                              distribution<Float8E5M2>,
+                              distribution<Whole<int8_t>>,
+                              distribution<Whole<uint8_t>>,
+                              distribution<Whole<bool>>,
+                              distribution<Whole<int16_t>>,
+                              distribution<Whole<uint16_t>>,
+                              distribution<Whole<int32_t>>,
+                              distribution<Whole<uint32_t>>,
+                              distribution<Whole<int64_t>>,
+                              distribution<Whole<uint64_t>>,
+                          },
+                          {
+                              rows<Native<double, InDouble>>,
+                              rows<Native<float, InFloat>>,
+                              rows<BFloat16>,
+                              rows<Float16>,
+                              rows<Float8E4M3FN>,
+                              rows<Float8E5M2>,
+                              rows_of_bytes<int8_t>,
+                              rows_of_bytes<uint8_t>,
+                              rows_of_bytes<bool>,
+                              rows<Integer16<int16_t, Int16Lanes, UInt16Lanes, Int32Lanes>>,
+                              rows<Integer16<uint16_t, UInt16Lanes, UInt16Lanes, UInt32Lanes>>,
+                              rows<Integer32<int32_t, Int32Lanes>>,
+                              rows<Integer32<uint32_t, UInt32Lanes>>,
+                              rows<Native<int64_t, InDouble>>,
+                              rows<Native<uint64_t, InDouble>>,
+                          }};

@@ -13,6 +13,8 @@
 #define PARAMSTATS_MAX_PS(v, m) ((FloatLanes)vmaxq_f32((float32x4_t)(v), (float32x4_t)(m)))
 #define PARAMSTATS_MIN_PD(v, m) ((DoubleLanes)vminq_f64((float64x2_t)(v), (float64x2_t)(m)))
 #define PARAMSTATS_MAX_PD(v, m) ((DoubleLanes)vmaxq_f64((float64x2_t)(v), (float64x2_t)(m)))
+#define PARAMSTATS_TIMES_HALVES(v) \
+  vmull_u32(vmovn_u64((uint64x2_t)(v)), vshrn_n_u64((uint64x2_t)(v), 32))
 #define PARAMSTATS_SQRT_PS(v) ((FloatLanes)vsqrtq_f32((float32x4_t)(v)))
 #define PARAMSTATS_SQRT_PD(v) ((DoubleLanes)vsqrtq_f64((float64x2_t)(v)))
 #define PARAMSTATS_LOW_DOUBLES(v) ((DoubleLanes)vcvt_f64_f32(vget_low_f32((float32x4_t)(v))))

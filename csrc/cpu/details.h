@@ -1,0 +1,56 @@
+// What is read of a tensor in addition to its Moments (../details.h), chunk by chunk.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "engine.h"
+#include "strides.h"
+
+namespace paramstats::cpu {
+
+// The details of one tensor. The caller sets the first two fields and reads the next two.
+struct Details {
+  bool has_distribution = false;  // whether to read it
+  RowState* rows = nullptr;       // where to write the states of the rows, or null
+
+  DistributionHead head;        // of the distribution
+  std::vector<int64_t> counts;  // that follow it
+
+  // The functions below are for summarize(). `prepare` must be called before the first chunk is
+  // read, and `finish` after the last. Chunks may be read in any order on any threads.
+  void prepare(const TensorView&);
+  // `dims` is null if the tensor is dense.
+  void read_chunk(const TensorView&, const std::vector<Dim>* dims, int64_t begin, int64_t end,
+                  const Kernels&);
+  void finish(const TensorView&);
+
+ private:
+  void read_rows(const TensorView&, int64_t begin, int64_t end, const Kernels&);
+  void read_distribution(const TensorView&, const std::vector<Dim>* dims, int64_t begin,
+                         int64_t end, const Kernels&);
+
+  std::vector<Dim> row_dims_;     // in the order of rows; empty if that is the order of memory
+  std::vector<RowState> pieces_;  // of all rows, if each has several
+  std::vector<HigherMoments> moments_;  // of each chunk
+};
+
+// Finds the rows of a tensor that are all zero.
+class ZeroRowFinder {
+ public:
+  explicit ZeroRowFinder(const TensorView&);
+
+  // Sets bit r % 8 of byte r // 8 for each row r that is all zero. `zeros` is the number of zeros
+  // of the tensor. Returns no bytes if there is no such row.
+  std::vector<uint8_t> find(int64_t zeros, Pool) const;
+
+ private:
+  void read(int64_t begin, int64_t end, uint8_t* bits) const;
+  bool is_zero(int64_t row) const;
+
+  TensorView tensor_;
+  int64_t row_numel_, stride_;  // elements
+  std::vector<Dim> dims_;       // of a row
+};
+
+}  // namespace paramstats::cpu

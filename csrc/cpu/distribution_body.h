@@ -1,0 +1,119 @@
+// The distribution of a chunk: counts by exponent, higher moments, and what low-precision formats
+// would lose. A part of kernels_body.h, which includes it once per SIMD level and states the rules
+// for its code.
+//
+// This file converts elements to float64 and reads them one by one. distribution_fast_body.h reads
+// parts of the dtypes that float32 represents exactly, and uses this file for what it cannot read.
+
+// Integers and bool, read one by one.
+template <class S>
+struct Whole {
+  using Storage = S;
+};
+
+// Converts n elements to float64. The only rounding is that of integers above 2^53, which are
+// rounded to odd: if any of their lower 11 bits is set, they are replaced by bit 11. This keeps the
+// order of the integer and of all numbers that have few digits.
+template <class T>
+struct Values {
+  static constexpr bool kWhole = false;
+  static void of(const typename T::Storage* x, int64_t n, double* out) { convert<T>(x, n, out); }
+};
+template <class S>
+struct Values<Whole<S>> {
+  static constexpr bool kWhole = true;
+  static void of(const S* x, int64_t n, double* out) {
+    for (int64_t i = 0; i < n; ++i) {
+      if constexpr (sizeof(S) == 8) {
+        const S value = element_at(x + i);
+        const bool negative = value < 0;
+        uint64_t m = negative ? 0 - static_cast<uint64_t>(value) : static_cast<uint64_t>(value);
+        if (m >> 53) m = (m | ((m & 0x7ff) + 0x7ff)) & ~uint64_t{0x7ff};
+        out[i] = negative ? -static_cast<double>(m) : static_cast<double>(m);
+      } else if constexpr (static_cast<S>(2) == 1) {  // bool: every byte but 0 is true
+        out[i] = reinterpret_cast<const uint8_t*>(x)[i] != 0;
+      } else {
+        out[i] = static_cast<double>(element_at(x + i));
+      }
+    }
+  }
+};
+
+// floor(log2 |x|) of a finite x != 0.
+inline int exponent_of(double x) {
+  const uint64_t bits = bits_of(x) & ~(uint64_t{1} << 63);
+  const int biased = static_cast<int>(bits >> 52);
+  return biased != 0 ? biased - 1023 : 63 - __builtin_clzll(bits) - 1074;
+}
+
+// Counts the n <= kMxBlock elements of a block that each format would flush or saturate.
+inline void count_mx(const double* x, int64_t n, MxCounts* out) {
+  double largest = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const double size = __builtin_fabs(x[i]);
+    if (size <= kLargest && size > largest) largest = size;
+  }
+  if (largest == 0) return;
+  // Multiplies by 2^-exponent, which may be beyond the largest number, in two steps. A product that
+  // underflows is still below every threshold.
+  const int exponent = exponent_of(largest);
+  const double first = exponent < -900 ? 0x1p200 : 1;
+  const double second = __builtin_ldexp(1, -exponent - (exponent < -900 ? 200 : 0));
+  for (int64_t i = 0; i < n; ++i) {
+    const double y = __builtin_fabs(x[i]) * first * second;  // largest: 1 <= y < 2
+    if (!is_finite(x[i]) || x[i] == 0) continue;
+    for (int f = 0; f < kMxFormats; ++f) {
+      const double unit = static_cast<double>(1 << kMxMaxExponent[f]);
+      out[f].underflow += y <= kMxFlushed[f] / unit;
+      out[f].overflow += y >= kMxSaturated[f] / unit;
+    }
+  }
+}
+
+// Sums of powers of d = x - pivot, and of |x|.
+struct PowerSums {
+  double d1 = 0, d2 = 0, d3 = 0, d4 = 0, abs = 0;
+};
+
+// Moves the pivot to the mean.
+inline HigherMoments centered(const PowerSums& s, int64_t count, double pivot) {
+  const double n = static_cast<double>(count), shift = s.d1 / n, shift2 = shift * shift;
+  HigherMoments out;
+  out.n = count;
+  out.mean = pivot + shift;
+  out.m2 = s.d2 - shift2 * n;
+  out.m3 = s.d3 - 3 * shift * s.d2 + 2 * n * shift2 * shift;
+  out.m4 = s.d4 - 4 * shift * s.d3 + 6 * shift2 * s.d2 - 3 * n * shift2 * shift2;
+  out.abs_mean = s.abs / n;
+  return out;
+}
+
+// Reads n <= kPart elements, which may have any value.
+inline void read_values(const double* values, int64_t n, const ExponentRange& range,
+                        ChunkDistribution& out) {
+  Moments state;
+  update(state, values, n);
+  // Sums of |x| that would overflow are divided by a power of two.
+  const double scale = state.max > 1e300 || state.min < -1e300 ? 0x1p-64 : 1;
+  PowerSums sums;
+  for (int64_t i = 0; i < n; ++i) {
+    const double x = values[i];
+    if (!is_finite(x)) continue;
+    const double d = x - state.mean, d2 = d * d;
+    sums.d1 += d;
+    sums.d2 += d2;
+    sums.d3 += d2 * d;
+    sums.d4 += d2 * d2;
+    sums.abs += __builtin_fabs(x) * scale;
+    if (x != 0) ++out.counts[(x < 0 ? 0 : range.bins) + exponent_of(x) - range.first];
+  }
+  if (finite_count(state) > 0) {
+    HigherMoments moments = centered(sums, finite_count(state), state.mean);
+    moments.mean = state.mean;
+    moments.abs_mean /= scale;
+    out.moments = merge(out.moments, moments);
+  }
+  for (int64_t i = 0; i < n; i += kMxBlock) {
+    count_mx(values + i, n - i < kMxBlock ? n - i : kMxBlock, out.mx);
+  }
+}
