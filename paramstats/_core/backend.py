@@ -16,7 +16,7 @@ import torch
 from paramstats._core import images, loading, moments, reference
 from paramstats._core import walk as python_walk
 from paramstats._core.cuda import CudaBackend
-from paramstats._core.details import NO_DETAILS, Details
+from paramstats._core.details import Details
 from paramstats._core.transfers import Transfer
 from paramstats._version import __version__
 
@@ -163,9 +163,7 @@ def choose(wanted: str | None) -> Implementation:
         return Implementation(
             "native",
             native.walk,
-            _with_details(
-                functools.partial(cuda.read, wait=forced) if cuda else native.read, native
-            ),
+            functools.partial(cuda.read, wait=forced) if cuda else native.read,
             native.merge_rows,
             native.scalars,
             native.statistic,
@@ -240,21 +238,6 @@ def _reference(missing: str | None) -> Implementation:
         missing=missing,
         cuda_missing=missing,
     )
-
-
-def _with_details(read: Callable[..., Any], native: Any) -> Callable[..., Any]:
-    """Return `read` of a native module; the reference reads details for one that cannot."""
-    if "details" in native.read.__doc__:
-        return read
-
-    def adapted(
-        tensors: list[Any], params: bool, grads: bool, *, updates: Any = (), details: bytes = b""
-    ) -> Any:
-        if details:
-            return reference.read(tensors, params, grads, updates=updates)
-        return *read(tensors, params, grads, updates=updates), NO_DETAILS
-
-    return adapted
 
 
 class _Extensions(NamedTuple):
