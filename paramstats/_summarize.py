@@ -14,7 +14,7 @@ from paramstats._core import optimizers
 from paramstats._core import walk as python_walk
 from paramstats._core.backend import Implementation, active
 from paramstats._core.detail_options import DetailOptions, Selection
-from paramstats._core.details import Details
+from paramstats._core.details import Details, named
 from paramstats._core.layout import Layout
 from paramstats._core.names import Patterns
 from paramstats._core.options import (
@@ -183,6 +183,8 @@ def summarize(
         table, deferred_rows, transfers, details = backend.read(
             tensors, bool(params), bool(grads), details=flags
         )
+    if details:
+        details = named(details)
     skipped: Mapping[str, str] = NO_NAMES
     if deferred_rows:
         table, transfers, reasons, details = read_deferred(

@@ -243,7 +243,7 @@ class TensorStats:
     def rows(self) -> Rows | None:
         """The statistics of each index of dimension 0; None without `summarize(rows=...)`.
 
-        Also None for a scalar and for several tensors together.
+        Also None for a scalar, for a tensor without elements and for several tensors together.
         """
         packed = None if self._detail is None else self._detail.rows
         return None if packed is None else Rows(packed, self._correction, self._scale)

@@ -68,7 +68,7 @@ class DetailReader:
     def _words(self, row: int, x: Tensor, flags: int, zero_rows: bool) -> Iterator[Words]:
         wanted = (
             ("distribution", flags & READ_DISTRIBUTION),
-            ("rows", flags & READ_ROWS and x.dim() > 0),
+            ("rows", flags & READ_ROWS and x.dim() > 0 and x.numel() > 0),
             ("zero_rows", zero_rows),
         )
         for what, is_wanted in wanted:

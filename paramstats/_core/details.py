@@ -167,6 +167,11 @@ def zero_rows_of(data: bytes | None) -> tuple[int, ...]:
     )
 
 
+def named(details: Mapping[int, tuple[bytes | None, ...]]) -> Details:
+    """Return the details that the native backend returned, as `Detail`."""
+    return {row: Detail(*one) for row, one in details.items()}
+
+
 # ---- details of records -------------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from paramstats._core import reference, updates
 from paramstats._core.backend import Implementation
 from paramstats._core.detail_reader import Reason
-from paramstats._core.details import NO_DETAILS, Details
+from paramstats._core.details import NO_DETAILS, Details, named
 from paramstats._core.format import one_line_name
 from paramstats._core.moments import ROW
 from paramstats._core.record import Record
@@ -64,6 +64,8 @@ def read_rows(
     table, deferred_rows, transfers, details = backend.read(
         tensors, params, grads, updates=tuple(of_updates), details=flags
     )
+    if details:
+        details = named(details)
     if not deferred_rows:
         return table, transfers, _NO_REASONS, details
     n = 2 * len(tensors)

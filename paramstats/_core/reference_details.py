@@ -165,7 +165,7 @@ def _pack_distribution(words: Words, data: bytes) -> bytes:
 
 
 def rows(x: Tensor) -> Words:
-    """Compute the states of the rows of a real tensor of one or more dimensions."""
+    """Compute the states of the rows of a real tensor that has dimensions and elements."""
     states = []
     merged: list[Tensor] = []
     for column, piece in _pieces(x):
@@ -176,8 +176,6 @@ def rows(x: Tensor) -> Words:
             states += [_row_words(merged)] if merged else []
             merged = state
     states += [_row_words(merged)] if merged else []
-    if not states:
-        return Words("rows", _empty_rows(x), _row_shape(x))
     return Words("rows", torch.cat(states).view(-1), _row_shape(x))
 
 
@@ -201,16 +199,9 @@ def _row_shape(x: Tensor) -> tuple[int, int]:
     return x.shape[0], math.prod(x.shape[1:])
 
 
-def _empty_rows(x: Tensor) -> Tensor:
-    """Return the words of rows without elements."""
-    return torch.zeros(6 * x.shape[0], dtype=torch.int64, device=x.device)
-
-
 def _pieces(x: Tensor) -> Iterator[tuple[int, Tensor]]:
     """Yield (first column, matrix): some rows, or a part of one long row, as a dense matrix."""
     count, row_numel = _row_shape(x)
-    if not count or not row_numel:
-        return
     step = max(1, _PART // row_numel)
     sparse = _SparseRows(x) if x.layout is not torch.strided else None
     for begin in range(0, count, step):
