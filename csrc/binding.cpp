@@ -21,7 +21,6 @@ void connect(const py::dict& found) {
   torch_abi::connect(found);
   set_module_class(found["module"]);
   set_statistics_class(found["statistics"]);
-  set_detail_class(found["detail"]);
 }
 
 }  // namespace

@@ -21,9 +21,6 @@ torch_abi::Impl gradient_of(torch_abi::Impl t);
 pybind11::tuple read(const pybind11::list& tensors, bool params, bool grads, uint64_t cuda_devices,
                      bool hold, const pybind11::tuple& updates, const std::string& details);
 
-// The class of the details that `read` returns: Detail in paramstats/_core/details.py.
-void set_detail_class(const pybind11::type& type);
-
 // The names of the SIMD levels that this CPU supports, fastest first, and the one in use.
 std::vector<std::string> simd_levels();
 std::string simd_level();

@@ -3,7 +3,6 @@
 #include <string>
 
 #include "details.h"
-#include "read.h"
 #include "work.h"
 
 namespace py = pybind11;
@@ -29,13 +28,7 @@ py::bytes packed(const Head& head, const void* data, size_t size) {
   return bytes;
 }
 
-PyTypeObject* detail = nullptr;
-
 }  // namespace
-
-void set_detail_class(const py::type& type) {
-  detail = reinterpret_cast<PyTypeObject*>(py::type(type).release().ptr());
-}
 
 cpu::Details* Work::add_details(const cpu::TensorView& view, size_t row, uint8_t flags) {
   auto added = std::make_unique<PackedDetails>();
@@ -57,7 +50,6 @@ cpu::Details* Work::add_details(const cpu::TensorView& view, size_t row, uint8_t
 
 py::dict Work::details_for_python(const Moments* table) const {
   py::dict out;
-  const py::handle detail_class(reinterpret_cast<PyObject*>(detail));
   for (const auto& packed_details : details) {
     const cpu::Details& d = packed_details->details;
     py::object distribution = py::none();
@@ -66,16 +58,16 @@ py::dict Work::details_for_python(const Moments* table) const {
     }
     py::object rows = packed_details->rows ? packed_details->rows : py::none();
     if (distribution.is_none() && rows.is_none()) continue;
-    out[py::int_(packed_details->row)] = detail_class(distribution, rows, py::none());
+    out[py::int_(packed_details->row)] = py::make_tuple(distribution, rows, py::none());
   }
   for (const auto& [position, bits] : zero_rows) {
     const py::int_ row(this->out[position] - table);
     py::bytes zeros = packed(views[position].rows, bits.data(), bits.size());
     if (out.contains(row)) {
-      const py::sequence found = out[row];
-      out[row] = detail_class(found[0], found[1], zeros);
+      const py::tuple found = out[row];
+      out[row] = py::make_tuple(found[0], found[1], zeros);
     } else {
-      out[row] = detail_class(py::none(), py::none(), zeros);
+      out[row] = py::make_tuple(py::none(), py::none(), zeros);
     }
   }
   return out;

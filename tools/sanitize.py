@@ -41,6 +41,7 @@ SOURCES = {
     "kernels": ["tests/cpp/test_kernels.cpp", *CPU],
     "threads": ["tests/cpp/test_threads.cpp", *CPU],
     "updates": ["tests/cpp/test_updates.cpp", *CPU],
+    "distribution": ["tests/cpp/test_distribution.cpp", *CPU],
     "cuda_kernels": [
         "tests/cpp/test_cuda_kernels.cpp",
         "tests/cpp/test_cuda_elements.cpp",

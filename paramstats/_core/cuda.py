@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import torch
 
 from paramstats._core import images
-from paramstats._core.details import Detail, Details
+from paramstats._core.details import Details, named
 from paramstats._core.torch_private import without_modes
 
 T = TypeVar("T")
@@ -122,8 +122,7 @@ class Transfer:
     def details(self) -> Details:
         """Wait, and return the details by row of the table, where there are any."""
         self._memory.wait()
-        found = self._group.details(self._memory.address)
-        return {row: Detail._make(detail) for row, detail in found.items()}
+        return named(self._group.details(self._memory.address))
 
 
 Rows = tuple[bytes, Sequence[tuple[int, torch.Tensor]], Sequence[Transfer], Details]

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from paramstats._core.details import Detail
 from paramstats._core.moments import Statistics
 
 _DTYPES = (
@@ -110,7 +109,6 @@ def _connect(native: Any) -> None:
         "parameter": nn.Parameter,
         "module": nn.Module,
         "statistics": Statistics,
-        "detail": Detail,
     }
     if hasattr(library, "torch_tensor_from_pyobject"):  # torch 2.14
         _check_official_conversion(library, probes)
