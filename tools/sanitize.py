@@ -48,6 +48,7 @@ SOURCES = {
         "tests/cpp/test_cuda_merge.cpp",
         "tests/cpp/test_cuda_engine.cpp",
         "tests/cpp/test_cuda_updates.cpp",
+        "tests/cpp/test_cuda_details.cpp",
         *sources("tests/cpp/cuda_shim"),
         *sources("csrc/cuda"),
     ],
