@@ -61,18 +61,14 @@ void Details::prepare(const TensorView& t) {
   if (pieces > 1) pieces_.resize(t.rows * pieces);
 }
 
-void Details::read_chunk(const TensorView& t, const std::vector<Dim>* dims, int64_t begin,
-                         int64_t end, const Kernels& kernels) {
-  if (rows != nullptr) read_rows(t, begin, end, kernels);
-  if (has_distribution) read_distribution(t, dims, begin, end, kernels);
-}
-
 // Reads the pieces of rows whose first element is in [begin, end).
-void Details::read_rows(const TensorView& t, int64_t begin, int64_t end, const Kernels& kernels) {
+Moments Details::read_rows(const TensorView& t, int64_t begin, int64_t end,
+                           const Kernels& kernels) {
   const RowsKernel kernel = kernels.rows[static_cast<int>(t.dtype)];
   const int size = element_size(t.dtype);
   const int64_t row_numel = t.numel / t.rows, piece = row_piece(t.dtype);
   const int64_t pieces = ceil_div(row_numel, piece);  // of a row
+  Moments state;
   int64_t row = begin / row_numel, in_row = ceil_div(begin % row_numel, piece);
   while (row < t.rows) {
     if (in_row == pieces) {
@@ -81,7 +77,7 @@ void Details::read_rows(const TensorView& t, int64_t begin, int64_t end, const K
       continue;
     }
     const int64_t first = row * row_numel + in_row * piece;
-    if (first >= end) return;
+    if (first >= end) break;
     const int64_t n = std::min(piece, row_numel - in_row * piece);
     RowState* const out = pieces == 1 ? rows + row : pieces_.data() + row * pieces + in_row;
     int64_t number = pieces == 1 ? ceil_div(end, row_numel) - row : 1;
@@ -91,13 +87,10 @@ void Details::read_rows(const TensorView& t, int64_t begin, int64_t end, const K
       gather(t.data, row_dims_, first, number * n, size, buffer);
       data = buffer;
     }
-    kernel(data, number, n, out);
-    if (pieces == 1) {
-      row += number;
-    } else {
-      ++in_row;
-    }
+    state = paramstats::merge(state, kernel(data, number, n, out));
+    (pieces == 1 ? row : in_row) += number;
   }
+  return state;
 }
 
 void Details::read_distribution(const TensorView& t, const std::vector<Dim>* dims, int64_t begin,

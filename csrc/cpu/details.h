@@ -20,16 +20,15 @@ struct Details {
   // The functions below are for summarize(). `prepare` must be called before the first chunk is
   // read, and `finish` after the last. Chunks may be read in any order on any threads.
   void prepare(const TensorView&);
-  // `dims` is null if the tensor is dense.
-  void read_chunk(const TensorView&, const std::vector<Dim>* dims, int64_t begin, int64_t end,
-                  const Kernels&);
+  // Reads the pieces of rows whose first elements, in the order of rows, are in [begin, end).
+  // Returns their state.
+  Moments read_rows(const TensorView&, int64_t begin, int64_t end, const Kernels&);
+  // Reads elements [begin, end) in the order of memory; `dims` is null if the tensor is dense.
+  void read_distribution(const TensorView&, const std::vector<Dim>* dims, int64_t begin,
+                         int64_t end, const Kernels&);
   void finish(const TensorView&);
 
  private:
-  void read_rows(const TensorView&, int64_t begin, int64_t end, const Kernels&);
-  void read_distribution(const TensorView&, const std::vector<Dim>* dims, int64_t begin,
-                         int64_t end, const Kernels&);
-
   std::vector<Dim> row_dims_;     // in the order of rows; empty if that is the order of memory
   std::vector<RowState> pieces_;  // of all rows, if each has several
   std::vector<HigherMoments> moments_;  // of each chunk

@@ -30,8 +30,9 @@ Moments read_chunk(const TensorView& t, const std::vector<Dim>* dims, int64_t in
   const int size = element_size(t.dtype);
   const int64_t begin = index * kChunk;
   const int64_t end = t.numel - begin < kChunk ? t.numel : begin + kChunk;
-  if (t.details != nullptr) {  // first, so that its arithmetic overlaps with the memory's time
-    t.details->read_chunk(t, dims, begin, end, kernels);
+  if (Details* const details = t.details) {  // first: their arithmetic hides the memory's time
+    if (details->has_distribution) details->read_distribution(t, dims, begin, end, kernels);
+    if (details->rows != nullptr) return details->read_rows(t, begin, end, kernels);
   }
   if (dims == nullptr) return kernel(static_cast<const char*>(t.data) + begin * size, end - begin);
   Moments state;

@@ -65,8 +65,8 @@ constexpr uint64_t hash_key(uint64_t i) {
 }
 
 // Computes the states of `rows` adjacent rows, or pieces of one, of n <= row_piece(dtype)
-// elements each.
-using RowsKernel = void (*)(const void* data, int64_t rows, int64_t n, RowState* out);
+// elements each. Returns the state of all of them.
+using RowsKernel = Moments (*)(const void* data, int64_t rows, int64_t n, RowState* out);
 
 // Elements of an update that are computed at a time, in buffers that stay in L1 and L2.
 constexpr int64_t kUpdateBlock = 4096;

@@ -47,118 +47,100 @@ struct RowHash {
   }
 };
 
-inline FloatLanes magnitude(FloatLanes v) { return (FloatLanes)((Int32Lanes)v & 0x7fffffff); }
-inline DoubleLanes magnitude(DoubleLanes v) {
-  return (DoubleLanes)((Int64Lanes)v & 0x7fffffffffffffff);
-}
-
 // What block_sums computes of a piece in addition to the sums. (It fills the last vector with the
 // first element. The hash includes these.)
 template <class T>
 struct RowExtremes {
   static_assert(kUnit<T> * sizeof(typename T::Storage) == kVectorBytes, "a unit is a vector");
-  typename T::Vector max = {};
-  typename T::Mask zeros = {};
+  Converted<T> all = {};
   int64_t excluded_zeros = 0;
   RowHash hash = {};
 
   void take(int, const typename T::Storage* p, const typename T::Vector (&v)[T::kVectors]) {
     hash.take(p);
-    for (int k = 0; k < T::kVectors; ++k) {
-      max = larger(magnitude(v[k]), max);
-      count_zeros(zeros, v[k]);
-    }
+    all.take(p, v);
   }
   void exclude(double value, int64_t n) { excluded_zeros += value == 0 ? n : 0; }
   void empty_lanes() {}  // no lane is narrower than 32 bits
   // The sums show a NaN, unless the conversion turned it into a number above the largest one.
-  bool is_nan() const { return T::kNaNIsNumber && abs_max() > 448; }
-  double abs_max() const { return lanes_max(max); }
-  int64_t zero_count() const { return lanes_any(zeros) ? lanes_sum(zeros) - excluded_zeros : 0; }
+  bool is_nan() const {
+    constexpr double kLargestNumber = 448;
+    return T::kNaNIsNumber && (all.maximum() > kLargestNumber || all.minimum() < -kLargestNumber);
+  }
+  int64_t zero_count() const {
+    return lanes_any(all.zeros) ? lanes_sum(all.zeros) - excluded_zeros : 0;
+  }
 };
 
-// Reads a piece of n > 0 elements. Returns false, with the hash alone, if the lanes cannot
-// represent it: it contains NaN or infinity, or d^2 overflows or underflows.
+// Reads a piece of n > 0 elements. Returns false if the lanes cannot represent it: it contains NaN
+// or infinity, or d^2 overflows or underflows. Writes the hash in any case.
 template <class T>
-inline bool try_row(const typename T::Storage* x, int64_t n, RowState& out) {
+inline bool try_row(const typename T::Storage* x, int64_t n, Moments& out, uint64_t& hash) {
   constexpr int kTries = 3;
   typename T::Scalar pivot = 0;
   for (int attempt = 0; attempt < kTries; ++attempt) {
-    RowExtremes<T> extremes;
-    const BlockSums s = block_sums<T>(x, n, pivot, extremes);
-    out.hash = extremes.hash.value();
-    Moments state;
-    Fit fit;
-    if (s.sum_sq == 0 && all_same<T>(x, n, extremes.zero_count())) {
-      typename T::Storage first[kUnit<T>] = {element_at(x)};
-      typename T::Vector v[T::kVectors];
-      T::load(first, v);
-      fit = Fit::kGood;
-      state.mean = extremes.zero_count() == n ? 0 : v[0][0];
-    } else {
-      fit = from_sums({s.sum, s.sum_sq, -kInfinity, kInfinity, 0}, n, pivot, kMaxShiftShare,
-                      T::kMinSquares, kLargest, state);
-    }
-    if (fit == Fit::kUnusable) return false;
-    if (fit == Fit::kGood) {
-      out.mean = state.mean;
-      out.m2 = state.m2;
-      out.abs_max = extremes.abs_max();
-      out.zeros = extremes.zero_count();
-      out.nonfinite = 0;
-      return true;
-    }
+    RowExtremes<T> e;
+    const BlockSums s = block_sums<T>(x, n, pivot, e);
+    hash = e.hash.value();
+    const Fit fit = from_sums({s.sum, s.sum_sq, e.all.minimum(), e.all.maximum(), e.zero_count()},
+                              n, pivot, kMaxShiftShare, T::kMinSquares, kLargest, out);
+    if (fit != Fit::kFar) return fit == Fit::kGood;
     pivot = static_cast<typename T::Scalar>(pivot + s.sum / static_cast<double>(n));
   }
   return false;
-}
-
-inline RowState row_of(const Moments& state) {
-  RowState out;
-  out.zeros = state.zeros;
-  out.nonfinite = state.count - finite_count(state);
-  if (out.nonfinite == state.count) return out;
-  out.mean = state.mean;
-  out.m2 = state.m2;
-  out.abs_max = state.max > -state.min ? state.max : -state.min;
-  return out;
 }
 
 // Reads n <= kPart elements that the lanes of their dtype cannot represent, as
 // summarize_difficult_part does.
 template <class T>
 __attribute__((noinline)) void read_difficult_row(const typename T::Storage* x, int64_t n,
-                                                  RowState& out) {
-  const uint64_t hash = out.hash;
+                                                  Moments& out) {
   double* const values = scratch();
   convert<T>(x, n, values);
-  if (sizeof(typename T::Scalar) == 8 || !try_row<Native<double, InDouble>>(values, n, out)) {
-    Moments state;
-    update(state, values, n);
-    out = row_of(state);
+  uint64_t unused;
+  if (sizeof(typename T::Scalar) == 4 &&
+      try_row<Native<double, InDouble>>(values, n, out, unused)) {
+    return;
   }
-  out.hash = hash;
+  out = Moments();
+  update(out, values, n);
+}
+
+inline RowState row_of(const Moments& state, uint64_t hash) {
+  const int64_t nonfinite = state.count - finite_count(state);
+  if (nonfinite == state.count) return {0, 0, 0, 0, nonfinite, hash};
+  const double abs_max = state.max > -state.min ? state.max : -state.min;
+  return {state.mean, state.m2, abs_max, state.zeros, nonfinite, hash};
 }
 
 template <class T>
-void rows(const void* data, int64_t number, int64_t n, RowState* out) {
+Moments rows(const void* data, int64_t number, int64_t n, RowState* out) {
   const auto* x = static_cast<const typename T::Storage*>(data);
+  Moments all;
   for (int64_t r = 0; r < number; ++r, x += n) {
-    if (!try_row<T>(x, n, out[r])) read_difficult_row<T>(x, n, out[r]);
+    Moments state;
+    uint64_t hash;
+    if (!try_row<T>(x, n, state, hash)) read_difficult_row<T>(x, n, state);
+    out[r] = row_of(state, hash);
+    all = merge(all, state);
   }
+  return all;
 }
 
 template <class S>
-void rows_of_bytes(const void* data, int64_t number, int64_t n, RowState* out) {
+Moments rows_of_bytes(const void* data, int64_t number, int64_t n, RowState* out) {
   const auto* x = static_cast<const char*>(data);
+  Moments all;
   for (int64_t r = 0; r < number; ++r, x += n) {
-    out[r] = row_of(chunk_of_bytes<S>(x, n));
+    const Moments state = chunk_of_bytes<S>(x, n);
     RowHash hash;
     int64_t i = 0;
     for (; i + kVectorBytes <= n; i += kVectorBytes) hash.take(x + i);
     char last[kVectorBytes] = {};
     __builtin_memcpy(last, x + i, n - i);
     hash.take(last);
-    out[r].hash = hash.value();
+    out[r] = row_of(state, hash.value());
+    all = merge(all, state);
   }
+  return all;
 }
