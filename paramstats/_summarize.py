@@ -13,7 +13,7 @@ import torch
 from paramstats._core import optimizers
 from paramstats._core import walk as python_walk
 from paramstats._core.backend import Implementation, active
-from paramstats._core.detail_options import DetailOptions, Selection
+from paramstats._core.detail_options import DetailOptions, Selection, make_detail_options
 from paramstats._core.details import Details, named
 from paramstats._core.layout import Layout
 from paramstats._core.names import Patterns
@@ -142,16 +142,10 @@ def summarize(
     try:
         backend = active()
         options = make_options(
-            include,
-            exclude,
-            correction,
-            grad_scale,
-            local,
-            group is not None,
-            async_op,
-            distribution,
-            rows,
+            include, exclude, correction, grad_scale, local, group is not None, async_op
         )
+        if distribution is not False or rows is not False:
+            options = options._replace(details=make_detail_options(distribution, rows))
         if isinstance(source, torch.nn.Module):
             walked = backend.walk(source, bool(buffers), _make_layout)
             layout, tensors = walked or python_walk.walk(source, buffers, _make_layout)

@@ -73,12 +73,9 @@ def test_hard_rows(backend):
 
 def test_tensors_without_elements(backend):
     for shape in ((0,), (0, 3), (4, 0)):
-        rows = read(torch.zeros(shape)).rows
-        assert len(rows) == shape[0] and rows.dead == rows.equal == ()
-        assert np.isnan(rows.mean).all() and (rows.norm == 0).all()
-    assert (
-        read(torch.tensor(1.0)).rows is None and summarize({"x": torch.ones(2)})["x"].rows is None
-    )
+        assert read(torch.zeros(shape)).rows is None
+    assert read(torch.tensor(1.0)).rows is None
+    assert summarize({"x": torch.ones(2)})["x"].rows is None
 
 
 def test_dead_and_equal_rows(backend):

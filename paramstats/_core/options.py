@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from paramstats._core.detail_options import DetailOptions, Selection, make_detail_options
+from paramstats._core.detail_options import DetailOptions
 from paramstats._core.format import one_line_name
 from paramstats._core.moments import Statistics
 from paramstats._core.names import Patterns, compile_patterns
@@ -104,14 +104,9 @@ def make_options(
     local: bool,
     has_group: bool,
     async_op: bool,
-    distribution: Selection = False,
-    rows: Selection = False,
 ) -> Options:
     """Return checked options, or raise TypeError or ValueError for the first bad argument."""
-    details = None
-    if distribution is not False or rows is not False:
-        details = make_detail_options(distribution, rows)
-    if include is None and exclude is None and not (local or has_group or async_op or details):
+    if include is None and exclude is None and not (local or has_group or async_op):
         if correction is DEFAULT_CORRECTION and grad_scale is DEFAULT_GRAD_SCALE:
             return DEFAULT_OPTIONS
         if type(correction) in _NUMBERS and type(grad_scale) in _NUMBERS:
@@ -133,7 +128,6 @@ def make_options(
         grad_scale,
         local,
         async_op,
-        details,
     )
 
 
