@@ -21,7 +21,7 @@ SHIM := -std=c++17 -O2 -Wall -Wextra -Werror -Wno-unknown-pragmas -pthread -ffp-
 	-I tests/cpp/cuda_shim
 SHIM_BUILD := build/cpp/shim-$(lastword $(notdir $(CXX)))
 SHIM_SOURCES := $(wildcard tests/cpp/cuda_shim/*.cpp)
-SHIM_TEST := $(patsubst %,tests/cpp/test_cuda_%.cpp,kernels elements merge engine updates) $(wildcard csrc/cuda/*.cpp)
+SHIM_TEST := $(patsubst %,tests/cpp/test_cuda_%.cpp,kernels elements merge engine updates details) $(wildcard csrc/cuda/*.cpp)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-cpp test-cuda-shim test-arm64 wheels test-elsewhere test-everywhere test-huge \

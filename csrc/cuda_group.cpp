@@ -118,6 +118,19 @@ void CudaGroup::write(const py::bytearray& table, uintptr_t host) const {
   }
 }
 
+py::dict CudaGroup::details(uintptr_t host) const {
+  const auto packed = [](const std::string& bytes) -> py::object {
+    if (bytes.empty()) return py::none();
+    return py::bytes(bytes);
+  };
+  py::dict out;
+  for (const cuda::Details& found : cuda::details(inputs(), reinterpret_cast<const void*>(host))) {
+    out[py::int_(rows_[found.tensor])] =
+        py::make_tuple(packed(found.distribution), py::none(), packed(found.zero_rows));
+  }
+  return out;
+}
+
 py::list CudaGroup::aliases() {
   replaced_ = !is_unchanged(true);
   if (replaced_) return py::list();

@@ -48,6 +48,10 @@ class CudaGroup {
   // Copies the results, which a finished `enqueue` has written to `host`, to their rows of a table.
   void write(const pybind11::bytearray& table, uintptr_t host) const;
 
+  // What a finished `enqueue` has read in addition to the states: {row of the table: (distribution,
+  // None, zero rows)}, each bytes or None.
+  pybind11::dict details(uintptr_t host) const;
+
   // The tensors as Python objects: aliases. May run Python code. If another thread has replaced a
   // tensor, there are none, and `enqueue` will only report it.
   pybind11::list aliases();

@@ -1,6 +1,7 @@
 // Adds sums and merges states over the threads of a block, always in the same order.
 #pragma once
 
+#include "../details.h"
 #include "../moments.h"
 #include "packed.h"
 
@@ -103,28 +104,40 @@ __device__ inline Moments from_lane(const Moments& a, int lanes_up) {
   return b;
 }
 
+__device__ inline HigherMoments from_lane(const HigherMoments& a, int lanes_up) {
+  HigherMoments b;
+  b.n = __shfl_down_sync(kAllLanes, a.n, lanes_up);
+  b.mean = __shfl_down_sync(kAllLanes, a.mean, lanes_up);
+  b.m2 = __shfl_down_sync(kAllLanes, a.m2, lanes_up);
+  b.m3 = __shfl_down_sync(kAllLanes, a.m3, lanes_up);
+  b.m4 = __shfl_down_sync(kAllLanes, a.m4, lanes_up);
+  b.abs_mean = __shfl_down_sync(kAllLanes, a.abs_mean, lanes_up);
+  return b;
+}
+
 // Merges the states of a warp's threads in order. Lane 0 gets the result.
-__device__ inline Moments warp_merge(Moments state) {
+template <class State>
+__device__ inline State warp_merge(State state) {
 #pragma unroll 1  // unrolled, it would need too many registers
   for (int lanes = 1; lanes < 32; lanes *= 2) {
-    const Moments next = from_lane(state, lanes);
+    const State next = from_lane(state, lanes);
     if (threadIdx.x % (2 * lanes) == 0) state = merge(state, next);
   }
   return state;
 }
 
 // Merges the states of all threads in order. Thread 0 gets the result.
-template <int kBlock>
-__device__ inline Moments block_merge(Moments state, Shared<kBlock>& shared) {
+template <class State, int kBlock>
+__device__ inline State block_merge(State state, Shared<kBlock>& shared) {
+  static_assert(sizeof(State) <= sizeof(Moments), "the states of all warps fit");
   state = warp_merge(state);
-  auto* warps = reinterpret_cast<Moments*>(shared.bytes);
+  auto* warps = reinterpret_cast<State*>(shared.bytes);
   __syncthreads();
   if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = state;
   __syncthreads();
   if (threadIdx.x < 32) {
     if (threadIdx.x > 0) {
-      state =
-          static_cast<int>(threadIdx.x) < Shared<kBlock>::kWarps ? warps[threadIdx.x] : Moments();
+      state = static_cast<int>(threadIdx.x) < Shared<kBlock>::kWarps ? warps[threadIdx.x] : State();
     }
     state = warp_merge(state);
   }

@@ -38,6 +38,7 @@ using Stream = CUstream_st*;
     (Function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,                \
      unsigned block_y, unsigned block_z, unsigned shared, Stream, void** arguments, void** extra)) \
   X(cuMemcpyHtoDAsync_v2, (DevicePointer, const void*, size_t bytes, Stream))                      \
+  X(cuMemsetD8Async, (DevicePointer, unsigned char, size_t bytes, Stream))                         \
   X(cuMemHostGetDevicePointer_v2, (DevicePointer*, void* host, unsigned flags))                    \
   X(cuThreadExchangeStreamCaptureMode, (int* mode))
 

@@ -1,13 +1,15 @@
 // Loads the kernels on a device, and enqueues a call: a launch that reads all chunks of all
 // tensors, one for the chunks of updates if there are any, and one that merges the states of chunks
-// if a tensor or an update has several.
+// if a tensor or an update has several. Distributions, where they are asked for, need two more.
 #include "engine.h"
 
+#include <cstring>
 #include <map>
 #include <mutex>
 #include <utility>
 
 #include "driver.h"
+#include "plan.h"
 
 namespace paramstats::cuda {
 namespace {
@@ -18,6 +20,7 @@ namespace {
 struct Kernels {
   Context context = nullptr;
   Function summarize = nullptr, update = nullptr, merge = nullptr;
+  Function distribution = nullptr, merge_distributions = nullptr;
 };
 struct Device {
   int handle = 0;
@@ -59,9 +62,16 @@ std::string load_image(const void* image, Kernels* kernels) {
     PARAMSTATS_TRY(cuModuleGetFunction, function, module, name)  // CUDA may load it only now
     return "";
   };
-  std::string error = find(&kernels->summarize, "paramstats_summarize_chunks");
-  if (error.empty()) error = find(&kernels->update, "paramstats_update_chunks");
-  if (error.empty()) error = find(&kernels->merge, "paramstats_merge_chunks");
+  const std::pair<Function*, const char*> names[] = {
+      {&kernels->summarize, "paramstats_summarize_chunks"},
+      {&kernels->update, "paramstats_update_chunks"},
+      {&kernels->merge, "paramstats_merge_chunks"},
+      {&kernels->distribution, "paramstats_distribution_chunks"},
+      {&kernels->merge_distributions, "paramstats_merge_distributions"}};
+  std::string error;
+  for (const auto& [function, name] : names) {
+    if (error.empty()) error = find(function, name);
+  }
   if (!error.empty()) driver.cuModuleUnload(module);
   return error;
 }
@@ -86,106 +96,23 @@ std::string find_kernels(int ordinal, Kernels* kernels) {
          (found == devices.end() ? "no image was loaded" : found->second.error);
 }
 
-// ---- the plan of a call ------------------------------------------------------------------------
-
-// The entries that were added, and their chunks and groups. A launch has at most 2^31 - 1 blocks.
-struct Plan {
-  static constexpr int64_t kMaxChunks = 0x7fffffff;
-  int64_t entries = 0, chunks = 0, groups = 0;
-  int64_t updates = 0, tensor_chunks = 0, update_chunks = 0;
-
-  // Adds a tensor, or a row of an update, and writes its entry unless `out` is null.
-  bool add(const TensorView& t, Entry* out) {
-    const int64_t count = chunk_count(t.numel, t.dtype);
-    if (t.numel <= 0 || count > kMaxChunks - chunks) return false;
-    if (out != nullptr) {
-      out[entries] = Entry(t, static_cast<uint32_t>(chunks), static_cast<uint32_t>(groups));
-    }
-    ++entries;
-    chunks += count;
-    groups += group_count(count);
-    return true;
-  }
-
-  // Adds an update after all tensors.
-  bool add(const UpdateView& u, Entry* out, UpdateEntry* updates_out) {
-    if (updates_out != nullptr) {
-      updates_out[updates] = {u, static_cast<uint32_t>(update_chunks),
-                              static_cast<uint32_t>(entries)};
-    }
-    for (int row = 0; row < kUpdateRows; ++row) {
-      if (!u.has(static_cast<UpdateRow>(row))) continue;
-      if (!add({nullptr, u.numel, kUpdateRowDType}, out)) return false;
-    }
-    ++updates;
-    update_chunks += chunk_count(u.numel, kUpdateRowDType);
-    return true;
-  }
-
-  // Adds everything, up to what cannot be read, for which it returns an error.
-  std::string add(const Inputs& inputs, Entry* out, UpdateEntry* updates_out) {
-    const auto refuse = [this](int64_t numel, const char* kind, int64_t index) {
-      return "expected tensors with elements, of at most " + std::to_string(kMaxChunks) +
-             " chunks in all, got " + std::to_string(numel) + " elements in " + kind + " " +
-             std::to_string(index) + " after " + std::to_string(chunks) + " chunks";
-    };
-    for (int64_t t = 0; t < inputs.n; ++t) {
-      const TensorView& view = inputs.tensors[t];
-      if (!add(view, out)) return refuse(view.numel, "tensor", t);
-    }
-    tensor_chunks = chunks;
-    for (int64_t u = 0; u < inputs.n_updates; ++u) {
-      const UpdateView& view = inputs.updates[u];
-      if (!add(view, out, updates_out)) return refuse(view.numel, "update", u);
-    }
-    return "";
-  }
-};
-
-// Byte offsets in host memory: results, then the table, which are the entries of tensors and rows,
-// and those of updates. In device memory: the table, states, counters. What a call does not need
-// takes no memory. Everything has multiples of 8 bytes.
-struct Offsets {
-  int64_t table, updates, host_end;
-  int64_t states, merged, device_end;
-
-  Offsets(int64_t entries, int64_t n_updates, const Plan& plan) {
-    const bool merges = plan.groups > 0;
-    updates = is_inline(entries, n_updates) ? 0 : entries * static_cast<int64_t>(sizeof(Entry));
-    states = updates + n_updates * static_cast<int64_t>(sizeof(UpdateEntry));
-    merged = states + (merges ? plan.chunks * static_cast<int64_t>(sizeof(Moments)) : 0);
-    device_end = merged + (merges ? entries * static_cast<int64_t>(sizeof(uint32_t)) : 0);
-    table = entries * static_cast<int64_t>(sizeof(Moments));
-    host_end = table + states;
-  }
-
-  static bool is_inline(int64_t entries, int64_t n_updates) {
-    return n_updates == 0 && entries <= kInlineEntries;
-  }
-};
-
-int64_t count_entries(const Inputs& inputs) {
-  int64_t entries = inputs.n;
-  for (int64_t u = 0; u < inputs.n_updates; ++u) {
-    for (int row = 0; row < kUpdateRows; ++row) {
-      entries += inputs.updates[u].has(static_cast<UpdateRow>(row));
-    }
-  }
-  return entries;
-}
+// ---- a call ------------------------------------------------------------------------------------
 
 std::string enqueue(const Kernels& kernels, const Inputs& inputs, char* host, DevicePointer device,
                     Stream stream) {
-  Arguments arguments;  // not initialized: 4 KiB
-  const int64_t size = count_entries(inputs);
-  const bool is_inline = Offsets::is_inline(size, inputs.n_updates);
-  const Offsets on_host(size, inputs.n_updates, Plan());
-  auto* entries =
-      is_inline ? arguments.inline_entries : reinterpret_cast<Entry*>(host + on_host.table);
-  auto* updates = reinterpret_cast<UpdateEntry*>(host + on_host.table + on_host.updates);
   Plan plan;
-  if (std::string error = plan.add(inputs, entries, updates); !error.empty()) return error;
-  const Offsets offsets(size, inputs.n_updates, plan);
+  if (std::string error = plan.add(inputs, nullptr, nullptr, nullptr); !error.empty()) return error;
+  const Offsets offsets(inputs, plan);
+  Arguments arguments;  // not initialized: 4 KiB
+  const bool is_inline = Offsets::is_inline(plan);
+  char* table = host + offsets.table;
+  const Plan::Details details = {
+      reinterpret_cast<ZeroRowsEntry*>(host + offsets.zero_rows),
+      reinterpret_cast<DistributionEntry*>(table + offsets.distribution_entries), offsets.flags,
+      offsets.words, offsets.distributions};
+  Plan().add(inputs, is_inline ? arguments.inline_entries : reinterpret_cast<Entry*>(table),
+             reinterpret_cast<UpdateEntry*>(table + offsets.updates), &details);
+  std::memset(host + offsets.flags, kNoPartZero, offsets.words - offsets.flags);
 
   Current current;
   if (std::string error = current.push(kernels.context); !error.empty()) return error;
@@ -195,27 +122,40 @@ std::string enqueue(const Kernels& kernels, const Inputs& inputs, char* host, De
   arguments.rows = reinterpret_cast<Moments*>(rows);
   arguments.states = reinterpret_cast<Moments*>(device + offsets.states);
   arguments.merged = reinterpret_cast<uint32_t*>(device + offsets.merged);
-  arguments.size = static_cast<uint32_t>(size);
+  arguments.size = static_cast<uint32_t>(plan.entries);
   arguments.groups = static_cast<uint32_t>(plan.groups);
   UpdateTable update_arguments{arguments, reinterpret_cast<UpdateEntry*>(device + offsets.updates),
                                static_cast<uint32_t>(inputs.n_updates)};
-  const auto launch = [stream](Function function, int64_t blocks, unsigned threads,
-                               void* argument) -> std::string {
-    if (blocks == 0) return "";
-    PARAMSTATS_TRY(cuLaunchKernel, function, static_cast<unsigned>(blocks), 1, 1, threads, 1, 1, 0,
-                   stream, &argument, nullptr)
-    return "";
-  };
-  if (!is_inline) {
-    PARAMSTATS_TRY(cuMemcpyHtoDAsync_v2, device, host + offsets.table, offsets.states, stream)
+  DistributionTable distribution_arguments{
+      arguments, reinterpret_cast<DistributionEntry*>(device + offsets.distribution_entries),
+      static_cast<uint32_t>(plan.distributions),
+      reinterpret_cast<HigherMoments*>(device + offsets.moments),
+      reinterpret_cast<unsigned long long*>(device + offsets.counts)};
+  if (offsets.table_end > 0) {
+    PARAMSTATS_TRY(cuMemcpyHtoDAsync_v2, device, table, offsets.table_end, stream)
   }
-  std::string error = launch(kernels.summarize, plan.tensor_chunks, kThreads, &arguments);
-  if (error.empty()) {
-    error = launch(kernels.update, plan.update_chunks, kThreads, &update_arguments);
+  if (plan.counts > 0) {
+    PARAMSTATS_TRY(cuMemsetD8Async, device + offsets.counts, 0, plan.counts * 8, stream)
   }
-  if (!error.empty()) return error;
   constexpr int kWarps = kMergeThreads / 32;
-  return launch(kernels.merge, (plan.groups + kWarps - 1) / kWarps, kMergeThreads, &arguments);
+  const struct {
+    Function function;
+    int64_t blocks;
+    unsigned threads;
+    void* argument;
+  } launches[] = {
+      {kernels.summarize, plan.tensor_chunks, kThreads, &arguments},
+      {kernels.update, plan.update_chunks, kThreads, &update_arguments},
+      {kernels.distribution, plan.spans, kThreads, &distribution_arguments},  // needs the states,
+      {kernels.merge, (plan.groups + kWarps - 1) / kWarps, kMergeThreads, &arguments},  // before
+      {kernels.merge_distributions, plan.distributions, kThreads, &distribution_arguments},
+  };
+  for (auto launch : launches) {
+    if (launch.blocks == 0) continue;
+    PARAMSTATS_TRY(cuLaunchKernel, launch.function, static_cast<unsigned>(launch.blocks), 1, 1,
+                   launch.threads, 1, 1, 0, stream, &launch.argument, nullptr)
+  }
+  return "";
 }
 
 }  // namespace
@@ -244,8 +184,8 @@ int exchange_capture_mode(int mode) {
 
 Sizes sizes(const Inputs& inputs) {
   Plan plan;
-  plan.add(inputs, nullptr, nullptr);
-  const Offsets offsets(count_entries(inputs), inputs.n_updates, plan);
+  plan.add(inputs, nullptr, nullptr, nullptr);
+  const Offsets offsets(inputs, plan);
   return {offsets.host_end, offsets.device_end};
 }
 

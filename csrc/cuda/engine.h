@@ -3,6 +3,7 @@
 #pragma once
 
 #include <string>
+#include <vector>
 
 #include "driver.h"
 #include "table.h"
@@ -37,6 +38,17 @@ Sizes sizes(const Inputs& inputs);
 // full.
 std::string enqueue(int device, const Inputs& inputs, void* host, void* device_memory,
                     Stream stream);
+
+// What was read of a tensor besides its state, in the packed format of
+// paramstats/_core/details.py; "" where it was not asked for or, of zero rows, if there are none.
+struct Details {
+  int64_t tensor;  // index
+  std::string distribution, zero_rows;
+};
+
+// The details that a finished enqueue has written to `host`, of the tensors that have any. The
+// memory of the tensors is not accessed.
+std::vector<Details> details(const Inputs& inputs, const void* host);
 
 // Sets the capture mode of this thread (a CUstreamCaptureMode) and returns the previous one.
 int exchange_capture_mode(int mode);

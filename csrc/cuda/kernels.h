@@ -13,8 +13,10 @@
 
 #include "access.h"
 #include "chunk.h"
+#include "distribution.h"
 #include "table.h"
 #include "update.h"
+#include "zero_rows.h"
 
 namespace paramstats::cuda {
 
@@ -41,9 +43,9 @@ __device__ inline Chunk own_chunk(const Arguments& arguments, Moments** target) 
 
 // Summarizes this block's chunk element by element in float64: for NaN, infinities, and values
 // whose squares float32 cannot represent. It is not inlined and finds its chunk again, so that the
-// fast path needs no registers for it.
-__device__ __noinline__ void exact_chunk(const Arguments& arguments, Shared<kThreads>& shared,
-                                         Moments** target) {
+// fast path needs no registers for it. Returns the number of zeros.
+__device__ __noinline__ int exact_chunk(const Arguments& arguments, Shared<kThreads>& shared,
+                                        Moments** target) {
   const Chunk chunk = own_chunk(arguments, target);
   Moments state;
 #pragma unroll 1
@@ -52,6 +54,10 @@ __device__ __noinline__ void exact_chunk(const Arguments& arguments, Shared<kThr
   }
   state = block_merge(state, shared);
   if (threadIdx.x < 32) store(*target, state);
+  __syncthreads();
+  if (threadIdx.x == 0) shared.bytes[0] = static_cast<double>(state.zeros);
+  __syncthreads();
+  return static_cast<int>(shared.bytes[0]);
 }
 
 // One block per chunk.
@@ -61,9 +67,15 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
   __shared__ Moments* target;  // not in registers, which the fast path needs
   const Chunk chunk = own_chunk(arguments, &target);
   Moments state;
-  if (!try_chunk_of(chunk, shared, state)) return exact_chunk(arguments, shared, &target);
-  __syncwarp();
-  if (threadIdx.x < 32) store(target, state);
+  int zeros;
+  if (try_chunk_of(chunk, shared, state)) {
+    __syncwarp();
+    if (threadIdx.x < 32) store(target, state);
+    zeros = static_cast<int>(state.zeros);
+  } else {
+    zeros = exact_chunk(arguments, shared, &target);
+  }
+  if (zeros > 0) find_zero_rows(arguments, zeros);
 }
 
 // One block per chunk of an update.
@@ -132,6 +144,101 @@ extern "C" __global__ void __launch_bounds__(kMergeThreads)
     stride = kGroup;
     is_row = true;
   }
+}
+
+// ---- distributions -----------------------------------------------------------------------------
+
+// One block per span. It must run after the chunks are summarized and before their states are
+// merged, because it needs their means. Each warp counts the narrow range in bins of its own, all
+// warps count the wide one together.
+extern "C" __global__ void __launch_bounds__(kThreads)
+    paramstats_distribution_chunks(const DistributionTable __grid_constant__ arguments) {
+  constexpr int kBins = 2 * kWide.bins, kWarps = kThreads / 32;
+  static_assert(kWarps * 2 * kNarrow.bins <= kBins, "the bins of all warps fit");
+  __shared__ Shared<kThreads> shared;
+  __shared__ unsigned bins[kBins];
+  const auto* entries = arguments.distributions;
+  const uint32_t e = find_entry<&DistributionEntry::first_span>(entries, arguments.n, blockIdx.x);
+  const DistributionEntry entry = entries[e];
+  const Entry tensor = arguments.entries[entry.tensor];
+  const DType dtype = tensor.dtype();
+  const ExponentRange range = exponents_of(dtype);
+  const int64_t size = chunk_size(tensor.numel(), dtype);
+  const int64_t chunks = chunk_count(tensor.numel(), dtype), in_span = span_chunks(chunks);
+  const int64_t begin = (blockIdx.x - entry.first_span) * in_span;
+  const int64_t end = begin + in_span < chunks ? begin + in_span : chunks;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < kBins; i += kThreads) bins[i] = 0;
+  __syncthreads();
+  const int own_bins = range.bins == kNarrow.bins ? 2 * range.bins : 0;
+  HigherMoments merged;
+  double mx[kMxWords] = {};
+#pragma unroll 1
+  for (int64_t index = begin; index < end; ++index) {
+    const Moments* state =
+        chunks == 1 ? arguments.rows + entry.tensor : arguments.states + tensor.first_chunk + index;
+    const double pivot = __ldcg(&state->mean);
+    const int64_t remaining = tensor.numel() - index * size;
+    const Chunk chunk = {dtype,
+                         static_cast<const char*>(tensor.data) + (index * size << log2_size(dtype)),
+                         static_cast<int>(remaining < size ? remaining : size)};
+    double s[kPowers] = {}, of_chunk[kMxWords];
+    read_chunk(chunk, pivot, bins + threadIdx.x / 32 * own_bins, range.bins, range.first, shared, s,
+               of_chunk);
+#pragma unroll
+    for (int k = 0; k < kMxWords; ++k) mx[k] += of_chunk[k];
+    if (s[5] == 0) continue;
+    HigherMoments moments = from_powers(s, pivot);
+    if (!is_finite(s[4])) moments.abs_mean = scaled_abs_mean(chunk, s[5], shared);
+    merged = merge(merged, moments);
+  }
+  if (threadIdx.x == 0) arguments.moments[blockIdx.x] = merged;
+  __syncthreads();
+  unsigned long long* counts = arguments.counts + entry.counts;
+#pragma unroll
+  for (int k = 0; k < kMxWords; ++k) {
+    const auto count = static_cast<unsigned long long>(mx[k]);
+    if (static_cast<int>(threadIdx.x) == k && count > 0) atomicAdd(counts + k, count);
+  }
+#pragma unroll 1
+  for (int i = threadIdx.x; i < 2 * range.bins; i += kThreads) {
+    unsigned long long count = bins[i];
+    if (own_bins > 0) {
+#pragma unroll
+      for (int w = 1; w < kWarps; ++w) count += bins[w * own_bins + i];
+    }
+    if (count > 0) atomicAdd(counts + kMxWords + i, count);
+  }
+}
+
+// One block per distribution: merges the moments of its spans in order, and copies the counts to
+// host memory.
+extern "C" __global__ void __launch_bounds__(kThreads)
+    paramstats_merge_distributions(const DistributionTable __grid_constant__ arguments) {
+  __shared__ Shared<kThreads> shared;
+  const DistributionEntry entry = arguments.distributions[blockIdx.x];
+  const Entry tensor = arguments.entries[entry.tensor];
+  const ExponentRange range = exponents_of(tensor.dtype());
+  const auto spans = static_cast<uint32_t>(span_count(chunk_count(tensor.numel(), tensor.dtype())));
+  const uint32_t run = (spans + kThreads - 1) / kThreads, begin = threadIdx.x * run;
+  const uint32_t end = begin + run < spans ? begin + run : spans;
+  HigherMoments state;
+#pragma unroll 1
+  for (uint32_t i = begin; i < end; ++i) {
+    state = merge(state, arguments.moments[entry.first_span + i]);
+  }
+  state = block_merge(state, shared);
+  auto* out =
+      reinterpret_cast<DistributionHead*>(reinterpret_cast<char*>(arguments.rows) + entry.out);
+  if (threadIdx.x == 0) {
+    out->first = range.first;
+    out->bins = range.bins;
+    out->moments = state;
+  }
+  auto* words = reinterpret_cast<unsigned long long*>(out->mx);  // the counts follow
+  const auto n = static_cast<int>(distribution_words(tensor.dtype()));
+#pragma unroll 1
+  for (int i = threadIdx.x; i < n; i += kThreads) words[i] = arguments.counts[entry.counts + i];
 }
 
 }  // namespace paramstats::cuda

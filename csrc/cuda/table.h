@@ -2,17 +2,24 @@
 // host and device.
 #pragma once
 
+#include "../details.h"
 #include "../dtypes.h"
 #include "../moments.h"
 #include "../updates.h"
 
 namespace paramstats::cuda {
 
-// A tensor without gaps.
+// A tensor without gaps. In memory, it is a sequence of runs of `inner` elements that have the same
+// index of dimension 0. (If that is the outermost dimension in memory, a run is a row.)
 struct TensorView {
   const void* data;  // aligned to its elements
   int64_t numel;
   DType dtype;
+  uint8_t details = 0;  // kReadDistribution, kReadRows
+  int64_t size0 = 0;    // of dimension 0; 0 if there is none
+  int64_t inner = 0;
+
+  bool has_whole_rows() const { return size0 > 0 && inner == numel / size0; }
 };
 
 // A tensor with at least one element, as the kernels find it. Data type and size share a word, so
@@ -123,6 +130,56 @@ PARAMSTATS_HD constexpr int64_t group_count(int64_t chunks) {
   return chunks > 1 ? (chunks + kGroup - 1) / kGroup : 0;
 }
 
+// ---- zero rows ---------------------------------------------------------------------------------
+
+constexpr int kSegments = kThreads / 32;  // of a chunk: one for each warp
+
+// Where the host finds which parts of a tensor's runs are zero, in bytes after the results: a flag
+// for each chunk, and words of bits for each segment of a chunk whose flag is kSomePartsTested.
+struct ZeroRowsEntry {
+  int64_t inner;  // elements of a run; 0 if zero rows are not looked for
+  int64_t flags, words;
+};
+constexpr char kNoPartZero = 0, kSomePartsTested = 1, kAllPartsZero = 2;
+
+// A tensor with more runs is not searched for zero rows: each needs a bit of host memory per call.
+constexpr int64_t kMostRuns = int64_t{1} << 24;
+
+// The words of bits of a segment: as many elements belong to at most so many runs.
+PARAMSTATS_HD constexpr int64_t segment_words(int64_t numel, DType dtype, int64_t inner) {
+  const int64_t segment = chunk_size(numel, dtype) / kSegments;
+  const int64_t n = numel < segment ? numel : segment;
+  return ((n + inner - 2) / inner + 1 + 31) / 32;
+}
+
+PARAMSTATS_HD constexpr int64_t segment_count(int64_t numel, DType dtype) {
+  const int64_t segment = chunk_size(numel, dtype) / kSegments;
+  return (numel - 1) / segment + 1;
+}
+
+// ---- distributions -----------------------------------------------------------------------------
+
+// A block reads a span of adjacent chunks: one, or several where a tensor has so many that merging
+// their states would take long.
+PARAMSTATS_HD constexpr int64_t span_chunks(int64_t chunks) { return chunks > 1024 ? 8 : 1; }
+PARAMSTATS_HD constexpr int64_t span_count(int64_t chunks) {
+  return (chunks - 1) / span_chunks(chunks) + 1;
+}
+
+// The counts of a distribution: two for each format of blocks, then those by sign and exponent.
+constexpr int kMxWords = 2 * kMxFormats;
+PARAMSTATS_HD constexpr int64_t distribution_words(DType dtype) {
+  return kMxWords + 2 * exponents_of(dtype).bins;
+}
+
+// A tensor whose distribution is read.
+struct DistributionEntry {
+  uint32_t tensor;      // its entry
+  uint32_t first_span;  // spans of all distributions before this one
+  int64_t counts;       // its first count, in device memory
+  int64_t out;          // bytes after the results: a DistributionHead and the counts of all bins
+};
+
 // ---- arguments ---------------------------------------------------------------------------------
 
 constexpr int kArgumentBytes = 4096;  // the limit of drivers before CUDA 12.1 and GPUs before Volta
@@ -130,7 +187,7 @@ constexpr int kInlineEntries = 169;
 
 struct Table {
   const Entry* entries;  // in device memory; null if they are inline
-  Moments* rows;         // results, by entry, in host memory
+  Moments* rows;         // results, by entry, in host memory; a ZeroRowsEntry per tensor follows
   Moments* states;       // by chunk
   uint32_t* merged;      // number of merged groups, by entry
   uint32_t size;         // entries: tensors, then rows of updates
@@ -148,6 +205,14 @@ static_assert(sizeof(Arguments) <= kArgumentBytes && sizeof(Entry) + sizeof(Argu
 struct UpdateTable : Table {
   const UpdateEntry* updates;  // in device memory, as the entries
   uint32_t n;
+};
+
+// The argument of the kernels that read distributions.
+struct DistributionTable : Table {
+  const DistributionEntry* distributions;  // in device memory, as the entries
+  uint32_t n;
+  HigherMoments* moments;      // by span
+  unsigned long long* counts;  // by distribution: zeros before the launch
 };
 
 }  // namespace paramstats::cuda

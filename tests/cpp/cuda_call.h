@@ -63,6 +63,11 @@ struct Call {
 
 inline cuda::TensorView view_of(const Tensor& t) { return {t.data(), t.numel(), t.dtype}; }
 
+// The view of a contiguous tensor of the given number of rows.
+inline cuda::TensorView view_of_rows(const Tensor& t, int64_t rows, uint8_t details = 0) {
+  return {t.data(), t.numel(), t.dtype, details, rows, t.numel() / rows};
+}
+
 // The results of a call: the states of the tensors, then the rows that each update has.
 inline std::vector<Moments> run(const Views& views, const Updates& updates = {}) {
   size_t rows = views.size();
@@ -102,5 +107,6 @@ struct Counts {
 void run_merge_tests();   // test_cuda_merge.cpp
 void run_engine_tests();  // test_cuda_engine.cpp
 void run_update_tests();  // test_cuda_updates.cpp
+void run_detail_tests();  // test_cuda_details.cpp
 
 }  // namespace paramstats::test

@@ -101,5 +101,6 @@ int main() {
   run_merge_tests();
   run_engine_tests();
   run_update_tests();
+  run_detail_tests();
   return check::report("cuda kernels on the CPU");
 }

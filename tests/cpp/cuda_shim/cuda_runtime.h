@@ -247,12 +247,15 @@ T __ldcg(const T* address) {
   return *address;
 }
 inline void __threadfence() { cuda_shim::reschedule(); }
-inline unsigned atomicAdd(unsigned* address, unsigned value) {
+template <class T>
+T atomicAdd(T* address, T value) {
+  static_assert(std::is_same<T, unsigned>::value || std::is_same<T, unsigned long long>::value);
   cuda_shim::reschedule();
-  const unsigned before = *address;
+  const T before = *address;
   *address = before + value;
   return before;
 }
+inline int __clzll(long long x) { return x == 0 ? 64 : __builtin_clzll(x); }
 
 // ---- host functions ----
 

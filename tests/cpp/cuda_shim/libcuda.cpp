@@ -24,9 +24,12 @@ struct CompiledKernel {
   [](dim3 grid, dim3 block, unsigned shared, void** arguments, cudaStream_t stream) { \
     return cudaLaunchKernel(kernel, grid, block, arguments, shared, stream);          \
   }
-CompiledKernel kernels[] = {{"paramstats_summarize_chunks", LAUNCH(paramstats_summarize_chunks)},
-                            {"paramstats_update_chunks", LAUNCH(paramstats_update_chunks)},
-                            {"paramstats_merge_chunks", LAUNCH(paramstats_merge_chunks)}};
+CompiledKernel kernels[] = {
+    {"paramstats_summarize_chunks", LAUNCH(paramstats_summarize_chunks)},
+    {"paramstats_update_chunks", LAUNCH(paramstats_update_chunks)},
+    {"paramstats_merge_chunks", LAUNCH(paramstats_merge_chunks)},
+    {"paramstats_distribution_chunks", LAUNCH(paramstats_distribution_chunks)},
+    {"paramstats_merge_distributions", LAUNCH(paramstats_merge_distributions)}};
 
 // A kernel in the context of a device.
 struct LoadedFunction {
@@ -150,6 +153,12 @@ Result cuLaunchKernel(Function function, unsigned grid_x, unsigned grid_y, unsig
 Result cuMemcpyHtoDAsync_v2(DevicePointer to, const void* from, size_t bytes, Stream stream) {
   if (below.empty()) return kInvalidContext;
   return cudaMemcpyAsync(reinterpret_cast<void*>(to), from, bytes, cudaMemcpyHostToDevice,
+                         reinterpret_cast<cudaStream_t>(stream));
+}
+
+Result cuMemsetD8Async(DevicePointer to, unsigned char value, size_t bytes, Stream stream) {
+  if (below.empty()) return kInvalidContext;
+  return cudaMemsetAsync(reinterpret_cast<void*>(to), value, bytes,
                          reinterpret_cast<cudaStream_t>(stream));
 }
 
