@@ -50,6 +50,7 @@ PYBIND11_MODULE(_native, m) {
            })
       .def("enqueue", &CudaGroup::enqueue, "host"_a, "device_memory"_a, "stream"_a)
       .def("write", &CudaGroup::write, "table"_a, "host"_a)
+      .def("details", &CudaGroup::details, "host"_a)
       .def("aliases", &CudaGroup::aliases);
   m.attr("RELAXED_CAPTURE") = paramstats::cuda::kRelaxedCapture;
   m.def(

@@ -67,7 +67,9 @@ struct ExponentRange {
 constexpr ExponentRange kNarrow = {-149, 149 + 128}, kWide = {-1074, 1074 + 1024};
 
 PARAMSTATS_HD constexpr ExponentRange exponents_of(DType dtype) {
-  return dtype == DType::kFloat64 ? kWide : kNarrow;
+  // (Device code may use the values of these constants, but not refer to them.)
+  return dtype == DType::kFloat64 ? ExponentRange{kWide.first, kWide.bins}
+                                  : ExponentRange{kNarrow.first, kNarrow.bins};
 }
 
 // The begin of a packed distribution. 2 `bins` counts follow: of negative elements, then of

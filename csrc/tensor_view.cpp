@@ -90,6 +90,13 @@ std::optional<cuda::TensorView> native_cuda_view(Impl t) {
       return std::nullopt;
     out = {view->data, view->numel, view->dtype};
   }
+  int64_t *sizes, *strides, dim;
+  if (api.aoti_torch_get_dim(h, &dim) == kOk && dim > 0 && out.numel > 0 &&
+      api.aoti_torch_get_sizes(h, &sizes) == kOk &&
+      (is_contiguous || api.aoti_torch_get_strides(h, &strides) == kOk)) {
+    out.size0 = sizes[0];
+    out.inner = is_contiguous || sizes[0] == 1 ? out.numel / sizes[0] : strides[0];
+  }
   const auto misaligned = reinterpret_cast<uintptr_t>(out.data) % element_size(out.dtype);
   if (misaligned != 0) return std::nullopt;
   return out;

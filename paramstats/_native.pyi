@@ -83,6 +83,12 @@ class CudaGroup:
     def write(self, table: bytearray, host: int) -> None:
         """Copy the states at `host` to their rows. Raises IndexError if the table is too small."""
 
+    def details(self, host: int) -> dict[int, tuple[bytes | None, bytes | None, bytes | None]]:
+        """Return the details at `host` by row: the distribution, None for the rows, and zero rows.
+
+        Rows of the table without any are not in it. csrc/details.h has the formats.
+        """
+
     def aliases(self) -> list[torch.Tensor]:
         """Return tensors with the same storages, sizes and strides, for `record_stream`.
 

@@ -118,6 +118,13 @@ class Transfer:
         self._memory.wait()
         self._group.write(table, self._memory.address)
 
+    def details(self) -> dict[int, tuple[bytes | None, bytes | None, bytes | None]]:
+        """Wait, and return the distribution, rows and zero rows by row of the table, if any."""
+        self._memory.wait()
+        found: dict[int, tuple[bytes | None, bytes | None, bytes | None]]
+        found = self._group.details(self._memory.address)
+        return found
+
 
 Rows = tuple[bytes, Sequence[tuple[int, torch.Tensor]], Sequence[Transfer]]
 """A table, the rows that torch operators must read, and the transfers that complete the table."""

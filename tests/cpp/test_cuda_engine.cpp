@@ -44,11 +44,17 @@ void memory_is_needed_only_for_what_is_used() {
     CHECK(sizes.host, host);
     CHECK(sizes.device, device);
   };
-  check(1, {nullptr, 8, DType::kInt8}, 72, 0);
-  check(169, {nullptr, 8, DType::kInt8}, 169 * 72, 0);
-  check(170, {nullptr, 8, DType::kInt8}, 170 * (72 + 24), 170 * 24);
-  check(3, {nullptr, cuda::kSmallChunk + 1, DType::kInt8}, 3 * 72, 3 * (2 * 72 + 4));
-  check(1, {nullptr, int64_t{0x7fffffff} << 17, DType::kInt8}, 72, int64_t{0x7fffffff} * 72 + 4);
+  // A state, an entry of zero rows, and a flag per chunk; the entry of a table.
+  check(1, {nullptr, 8, DType::kInt8}, 72 + 24 + 8, 0);
+  check(169, {nullptr, 8, DType::kInt8}, 169 * (72 + 24) + 176, 0);
+  check(170, {nullptr, 8, DType::kInt8}, 170 * (72 + 24 + 24) + 176, 170 * 24);
+  check(3, {nullptr, cuda::kSmallChunk + 1, DType::kInt8}, 3 * (72 + 24) + 8, 3 * 2 * 72 + 16);
+  check(1, {nullptr, int64_t{0x7fffffff} << 17, DType::kInt8}, 72 + 24 + (int64_t{1} << 31),
+        int64_t{0x7fffffff} * 72 + 8);
+  // The bits of 8 rows in a word; a distribution.
+  check(1, {nullptr, 8, DType::kInt8, 0, 8, 1}, 72 + 24 + 8 + 8, 0);
+  check(1, {nullptr, 8, DType::kFloat32, kReadDistribution, 8, 1},
+        72 + 24 + 8 + 8 + 112 + 16 * 277 + 24 + 24, 24 + 24 + 48 + 8 * (6 + 2 * 277));
 }
 
 // ---- devices and errors ------------------------------------------------------------------------

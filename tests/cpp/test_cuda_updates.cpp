@@ -515,8 +515,10 @@ void memory_that_updates_need() {
   };
   constexpr int64_t kUpdate = sizeof(cuda::UpdateEntry);
   check(0, 8, 2 * (72 + 24) + kUpdate, 2 * 24 + kUpdate);
-  check(1, 8, 3 * (72 + 24) + kUpdate, 3 * 24 + kUpdate);
-  check(1, kChunk + 1, 3 * (72 + 24) + kUpdate, 3 * (24 + 4) + kUpdate + (1 + 2 * 2) * 72);
+  constexpr int64_t kZeroRows = 24 + 8;  // of a tensor of one chunk
+  check(1, 8, 3 * (72 + 24) + kZeroRows + kUpdate, 3 * 24 + kUpdate);
+  check(1, kChunk + 1, 3 * (72 + 24) + kZeroRows + kUpdate,
+        3 * 24 + 16 + kUpdate + (1 + 2 * 2) * 72);
 }
 
 void updates_that_the_kernels_cannot_read() {

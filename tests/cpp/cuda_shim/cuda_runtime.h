@@ -248,12 +248,17 @@ T __ldcg(const T* address) {
 }
 inline void __threadfence() { cuda_shim::reschedule(); }
 template <class T>
-T atomicAdd(T* address, T value) {
-  static_assert(std::is_same<T, unsigned>::value || std::is_same<T, unsigned long long>::value);
+T add_atomically(T* address, T value) {
   cuda_shim::reschedule();
   const T before = *address;
   *address = before + value;
   return before;
+}
+inline unsigned atomicAdd(unsigned* address, unsigned value) {
+  return add_atomically(address, value);
+}
+inline unsigned long long atomicAdd(unsigned long long* address, unsigned long long value) {
+  return add_atomically(address, value);
 }
 inline int __clzll(long long x) { return x == 0 ? 64 : __builtin_clzll(x); }
 
