@@ -49,7 +49,7 @@ def test_zero_rows_of_tensors_and_gradients(cuda: Any) -> None:
     [
         pytest.param(torch.zeros(3, 4), [0, 1, 2], id="all"),
         pytest.param(torch.ones(3, 4).tril(-1), [0], id="one"),
-        pytest.param(torch.ones(4, 3).tril(-1).T, [2], id="transposed"),
+        pytest.param(torch.ones(4, 3).tril(-2).T, [2], id="transposed"),
         pytest.param(torch.zeros(1, 5).T, [0, 1, 2, 3, 4], id="a column"),
         pytest.param(torch.zeros(2, 3, 4, 5).to(memory_format=torch.channels_last), [0, 1]),
         pytest.param(torch.tensor([1.0, 0.0, 2.0]), [1], id="one dimension"),

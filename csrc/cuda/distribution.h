@@ -131,7 +131,7 @@ __device__ inline void read_chunk(const Chunk& chunk, double pivot, unsigned* bi
 }
 
 // The mean of |x| / 2^20 times 2^20, where the sum of |x| overflows.
-__device__ __noinline__ double scaled_abs_mean(Chunk chunk, double n, Shared<kThreads>& shared) {
+__device__ inline double scaled_abs_mean(const Chunk& chunk, double n, Shared<kThreads>& shared) {
   double sum[1] = {};
 #pragma unroll 1
   for (int i = threadIdx.x; i < chunk.n; i += kThreads) {

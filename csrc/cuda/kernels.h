@@ -151,7 +151,7 @@ extern "C" __global__ void __launch_bounds__(kMergeThreads)
 // One block per span. It must run after the chunks are summarized and before their states are
 // merged, because it needs their means. Each warp counts the narrow range in bins of its own, all
 // warps count the wide one together.
-extern "C" __global__ void __launch_bounds__(kThreads)
+extern "C" __global__ void __launch_bounds__(kThreads, 5)
     paramstats_distribution_chunks(const DistributionTable __grid_constant__ arguments) {
   constexpr int kBins = 2 * kWide.bins, kWarps = kThreads / 32;
   static_assert(kWarps * 2 * kNarrow.bins <= kBins, "the bins of all warps fit");
@@ -213,7 +213,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 
 // One block per distribution: merges the moments of its spans in order, and copies the counts to
 // host memory.
-extern "C" __global__ void __launch_bounds__(kThreads)
+extern "C" __global__ void __launch_bounds__(kThreads, 5)
     paramstats_merge_distributions(const DistributionTable __grid_constant__ arguments) {
   __shared__ Shared<kThreads> shared;
   const DistributionEntry entry = arguments.distributions[blockIdx.x];

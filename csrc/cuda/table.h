@@ -18,8 +18,6 @@ struct TensorView {
   uint8_t details = 0;  // kReadDistribution, kReadRows
   int64_t size0 = 0;    // of dimension 0; 0 if there is none
   int64_t inner = 0;
-
-  bool has_whole_rows() const { return size0 > 0 && inner == numel / size0; }
 };
 
 // A tensor with at least one element, as the kernels find it. Data type and size share a word, so
