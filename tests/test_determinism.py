@@ -65,7 +65,7 @@ def test_each_gradient_gets_its_own_row_in_a_long_list(native):
 
 
 def _states(extension, tensors: list[torch.Tensor]) -> list[bytes]:
-    table, deferred_rows, _ = extension.read(tensors, True, False)
+    table, deferred_rows, *_ = extension.read(tensors, True, False)
     assert not deferred_rows
     size = paramstats._core.moments.ROW.size
     return [table[i * size : (i + 1) * size] for i in range(len(tensors))]

@@ -119,7 +119,8 @@ void tensors_that_the_kernels_cannot_read() {
 
 void each_step_of_loading_can_fail() {
   const std::string functions[] = {
-      "cuDeviceGet",         "cuDevicePrimaryCtxRetain", "cuCtxPushCurrent_v2", "cuModuleLoadData",
+      "cuDeviceGet",         "cuDevicePrimaryCtxRetain", "cuCtxPushCurrent_v2",
+      "cuModuleLoadData",    "cuModuleGetFunction",      "cuModuleGetFunction",
       "cuModuleGetFunction", "cuModuleGetFunction",      "cuModuleGetFunction"};
   const Tensor t(DType::kFloat32, 10);
   CHECK(Call({view_of(t)}, 1).error,

@@ -412,7 +412,7 @@ def check_wrapped(rng: random.Random) -> int:
 
     def function(x: Tensor) -> Tensor:
         nonlocal calls
-        _, deferred, _ = NATIVE.read([x, other, x], True, True)
+        _, deferred, *_ = NATIVE.read([x, other, x], True, True)
         assert [(i, id(t)) for i, t in deferred] == [(0, id(x)), (2, id(x))]
         module = nn.Module()
         module._parameters["x"] = x  # type: ignore[assignment]
