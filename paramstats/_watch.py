@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from paramstats._core.detail_options import Selection
+from paramstats._core.detail_options import Selection, make_detail_options
 from paramstats._core.optimizers import make_request
 from paramstats._core.options import Pattern, check_keys, checked_stats, make_options, split_stats
 from paramstats._optimizer_hooks import UpdateMethod, check_optimizers
@@ -137,9 +137,8 @@ def watch(
     plain, of_distributions = split_stats(stats)
     stats = checked_stats(plain, "watch")[0] + of_distributions
     check_keys(key, stats, totals)
-    options = make_options(
-        include, exclude, correction, 1.0, False, group is not None, async_op, distribution, rows
-    )
+    options = make_options(include, exclude, correction, 1.0, False, group is not None, async_op)
+    details = make_detail_options(distribution, rows)
     opened: History | None = None
     if isinstance(history, (str, os.PathLike)):
         history = opened = _open_history(history)
@@ -156,7 +155,7 @@ def watch(
         "include": options.include,
         "exclude": options.exclude or None,
         "correction": correction,
-        **({} if options.details is None else options.details.arguments()),
+        **({} if details is None else details.arguments()),
         "group": group,
         "async_op": async_op,
     }

@@ -55,7 +55,7 @@ def test_each_gradient_gets_its_own_row_in_a_long_list(native):
     for parameter in parameters[::3]:
         parameter.grad = torch.randn_like(parameter)
     read = native.native.read
-    table, deferred, _ = read(parameters, True, True)
+    table, deferred, *_ = read(parameters, True, True)
     alone = [read([parameter], True, True) for parameter in parameters]
     row, half = paramstats._core.moments.ROW.size, len(table) // 2
     assert [position for position, _ in deferred] == [n for n, (_, d, _) in enumerate(alone) if d]

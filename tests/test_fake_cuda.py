@@ -206,7 +206,7 @@ def test_only_tensors_with_gaps_are_deferred_to_torch_operators(cuda, monkeypatc
     deferred = []
     monkeypatch.setattr(
         reference, "fill",
-        lambda table, rows, params: (deferred.extend(row for row, _ in rows), (table, (), {}))[1],
+        lambda table, rows, params, flags: (deferred.extend(row for row, _ in rows), (table, (), {}, {}))[1],
     )  # fmt: skip
     x = torch.randn(2, 3, 4, 5)
     dense = {
@@ -397,7 +397,7 @@ def test_a_device_without_kernels(cuda, model, fake, monkeypatch, forced, find, 
     deferred = {}
     monkeypatch.setattr(
         reference, "fill",
-        lambda table, rows, params: (deferred.update(rows), (table, (), {}))[1],
+        lambda table, rows, params, flags: (deferred.update(rows), (table, (), {}, {}))[1],
     )  # fmt: skip
     to_cuda(model, cuda)
     if forced:
@@ -463,7 +463,7 @@ def test_torch_operators_read_while_the_kernels_are_compiled(cuda, model, fake, 
     with monkeypatch.context() as patch:
         patch.setattr(
             reference, "fill",
-            lambda table, rows, params: (deferred.extend(rows), (table, (), {}))[1],
+            lambda table, rows, params, flags: (deferred.extend(rows), (table, (), {}, {}))[1],
         )  # fmt: skip
         paramstats.summarize(to_cuda(model, cuda))  # a warning would be an error
     assert len(deferred) == 8

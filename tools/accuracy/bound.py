@@ -121,7 +121,7 @@ def state_of(backend: Implementation, tensor: torch.Tensor) -> Moments:
     """The state that a backend computes for one tensor, without the rest of `summarize`."""
     table, deferred, transfers, _ = backend.read([tensor], True, False)
     if deferred:
-        table, _, skipped = reference.fill(table, deferred)
+        table, _, skipped, _ = reference.fill(table, deferred)
         assert not skipped
     return moments.row(reference.finished(table, transfers), 0)
 
