@@ -58,8 +58,8 @@ def test_each_gradient_gets_its_own_row_in_a_long_list(native):
     table, deferred, *_ = read(parameters, True, True)
     alone = [read([parameter], True, True) for parameter in parameters]
     row, half = paramstats._core.moments.ROW.size, len(table) // 2
-    assert [position for position, _ in deferred] == [n for n, (_, d, _) in enumerate(alone) if d]
-    for n, (expected, _, _) in enumerate(alone):
+    assert [position for position, _ in deferred] == [n for n, (_, d, *_) in enumerate(alone) if d]
+    for n, (expected, *_) in enumerate(alone):
         found = table[n * row : (n + 1) * row] + table[half + n * row : half + (n + 1) * row]
         assert found == expected
 

@@ -206,7 +206,7 @@ def test_only_tensors_with_gaps_are_deferred_to_torch_operators(cuda, monkeypatc
     deferred = []
     monkeypatch.setattr(
         reference, "fill",
-        lambda table, rows, params, flags: (deferred.extend(row for row, _ in rows), (table, (), {}, {}))[1],
+        lambda table, rows, *_: (deferred.extend(row for row, _ in rows), (table, (), {}, {}))[1],
     )  # fmt: skip
     x = torch.randn(2, 3, 4, 5)
     dense = {
