@@ -77,7 +77,8 @@ struct Work : Lists {
   Work(const Work&) = delete;
   Work& operator=(const Work&) = delete;
 
-  // `flags`: the details to read (kReadDistribution, kReadRows).
+  // `flags`: the details to read (kReadDistribution, kReadRows). Python reads the rows of tensors on
+  // CUDA devices, and those tensors.
   void add(torch_abi::Impl t, Moments* table, size_t row, uint8_t flags = 0) {
     if (torch_abi::is_plain_cpu(t)) {
       if (const auto view = native_view(t)) {
@@ -88,9 +89,10 @@ struct Work : Lists {
         bytes += view->numel * element_size(view->dtype);
         return;
       }
-    } else if (cuda_devices != 0 && flags == 0 && torch_abi::is_plain_cuda(t)) {
+    } else if (cuda_devices != 0 && (flags & kReadRows) == 0 && torch_abi::is_plain_cuda(t)) {
       int32_t device = 0;
-      if (const auto view = is_wanted(t, &device) ? native_cuda_view(t) : std::nullopt) {
+      if (auto view = is_wanted(t, &device) ? native_cuda_view(t) : std::nullopt) {
+        view->details = flags;
         table[row] = view->numel == 0 ? Moments() : unread(view->numel);
         if (view->numel != 0) group_of(device).add(t, *view, row);
         return;

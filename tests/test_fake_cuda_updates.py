@@ -66,7 +66,7 @@ def unpack(table: bytes) -> list[Moments]:
 def rows_of(tensors: list[torch.Tensor], all_updates: list[Update]) -> list[Moments]:
     """Read updates with the native backend, which must read all of them."""
     read = backends.active().read
-    table, deferred, transfers = read(tensors, True, True, updates=tuple(all_updates))
+    table, deferred, transfers, _ = read(tensors, True, True, updates=tuple(all_updates))
     assert not deferred
     found = unpack(reference.finished(table, transfers))
     return found[2 * len(tensors) :]
@@ -150,7 +150,7 @@ def test_what_the_kernels_cannot_read_is_left_to_python(cuda, name, tensor, devi
     setattr(case, name, tensor if device is None else cuda.to(tensor, device))
     tensors = case.tensors() + good.tensors()
     both = (case.update(FORMULA, 0, 8, step_row=3), good.update(FORMULA, 4, 8))
-    table, deferred, transfers = backends.active().read(tensors, True, True, updates=both)
+    table, deferred, transfers, _ = backends.active().read(tensors, True, True, updates=both)
     of_updates = [(row, t) for row, t in deferred if row >= 16]
     assert len(of_updates) == 1 and of_updates[0][0] == 16 and of_updates[0][1] is case.w
     found = unpack(reference.finished(table, transfers))[16:]
@@ -206,7 +206,7 @@ def test_a_copy_may_be_freed_after_the_call(cuda):
     case.to(cuda)
     cuda.use_stream(0, 2)  # the copy was allocated on another stream
     tensors = case.tensors()
-    table, _, transfers = backends.active().read(
+    table, _, transfers, _ = backends.active().read(
         tensors, True, True, updates=(case.update(DIFFERENCE),)
     )
     del case.old

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import torch
 
 from paramstats._core import images
+from paramstats._core.details import Details, named
 from paramstats._core.torch_private import without_modes
 
 T = TypeVar("T")
@@ -118,16 +119,15 @@ class Transfer:
         self._memory.wait()
         self._group.write(table, self._memory.address)
 
-    def details(self) -> dict[int, tuple[bytes | None, bytes | None, bytes | None]]:
-        """Wait, and return the distribution, rows and zero rows by row of the table, if any."""
+    def details(self) -> Details:
+        """Wait, and return the details of the rows that have any."""
         self._memory.wait()
-        found: dict[int, tuple[bytes | None, bytes | None, bytes | None]]
-        found = self._group.details(self._memory.address)
-        return found
+        return named(self._group.details(self._memory.address))
 
 
-Rows = tuple[bytes, Sequence[tuple[int, torch.Tensor]], Sequence[Transfer]]
-"""A table, the rows that torch operators must read, and the transfers that complete the table."""
+Rows = tuple[bytes, Sequence[tuple[int, torch.Tensor]], Sequence[Transfer], Details]
+"""A table, the rows that torch operators must read, the transfers that complete the table, and the
+details of tensors on the CPU."""
 
 
 class CudaBackend:
@@ -192,6 +192,7 @@ class CudaBackend:
         grads: bool,
         wait: bool = False,
         updates: Sequence[tuple[Any, ...]] = (),
+        details: bytes = b"",
     ) -> Rows:
         """Read tensors on the CPU and start the reads on CUDA devices.
 
@@ -202,6 +203,7 @@ class CudaBackend:
             wait: wait for kernels that are being compiled. Otherwise torch operators read their
                 tensors meanwhile.
             updates: see `_core.updates.Update`; each has four more rows.
+            details: what else to read, a byte per tensor; see `paramstats._native.read`.
 
         Raises:
             RuntimeError: a stream that would be used is being captured into a CUDA graph, or CUDA
@@ -209,18 +211,18 @@ class CudaBackend:
         """
         devices, hold, all_updates = self._usable, False, tuple(updates)
         while True:
-            table, deferred_rows, groups = self._native.read(
-                tensors, params, grads, devices, hold, all_updates
+            table, deferred_rows, groups, own_details = self._native.read(
+                tensors, params, grads, devices, hold, all_updates, details
             )
             if not groups:
-                return table, deferred_rows, ()
+                return table, deferred_rows, (), own_details
             unusable = self._unusable(groups, wait)
             if unusable:
                 devices &= ~unusable
                 continue
             transfers = [self._enqueue(group) for group in groups]
             if not any(group.replaced for group in groups):
-                return table, deferred_rows, transfers
+                return table, deferred_rows, transfers, own_details
             hold = True  # another thread has replaced a tensor: read again
 
     def _unusable(self, groups: Sequence[Any], wait: bool) -> int:
