@@ -134,8 +134,9 @@ def read(
     for the states of its rows (indices of dimension 0), both also of its gradient. The result
     `details` has, by row of the table, `(distribution, rows, zero_rows)`, packed as
     `paramstats._core.details.Detail` describes. Each is None if there is none; `zero_rows` needs
-    not be asked for, and is None if no row is zero. Tensors on CUDA devices
-    whose rows are asked for are in `deferred_rows`, and Python must read their details.
+    not be asked for, and is None if no row is zero. Tensors on CUDA devices whose rows are asked
+    for are in `deferred_rows`, and Python must read their details. Those of other tensors on CUDA
+    devices are in `CudaGroup.details`.
 
     Each of `updates` adds four rows at the end of the table, in the order of UpdateRow in
     csrc/updates.h: the state of the update dw, and the products g * m, dw * g and

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+import paramstats
 from paramstats._core import backend as backends
 from tests import test_fake_cuda
 from tests.test_fake_cuda import counts_since
@@ -61,3 +62,41 @@ def test_zero_rows_of_tensors_and_gradients(cuda: Any) -> None:
 def test_layouts(cuda: Any, tensor: torch.Tensor, expected: list[int] | None) -> None:
     tensors = [cuda.to(tensor, 0), cuda.to(torch.ones(1), 0)]
     assert zero_rows(tensors).get(0) == expected
+
+
+DTYPES = [
+    torch.float32,
+    torch.bfloat16,
+    torch.float64,
+    torch.float8_e4m3fn,
+    torch.int64,
+    torch.bool,
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_distributions_are_those_of_the_cpu(cuda: Any, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    tensor = (3 * torch.randn(300, 200, device="cpu")).to(dtype)
+    expected = paramstats.summarize({"w": tensor}, distribution=True)["w"]
+    before = cuda.counts()
+    summary = paramstats.summarize({"w": cuda.to(tensor, 0)}, distribution=True)
+    counts = counts_since(cuda, before)
+    assert (counts["launches"], counts["copies"], counts["waits"]) == (4, 1, 0)
+    found = summary["w"]
+    for got, want in zip(found.histogram.to_numpy(), expected.histogram.to_numpy(), strict=True):
+        assert got.tolist() == want.tolist()
+    for format in (torch.float8_e4m3fn, torch.float8_e5m2):
+        got, want = found.histogram, expected.histogram
+        assert got.underflow(format, scale="mx") == want.underflow(format, scale="mx")
+        assert got.overflow(format, scale="mx") == want.overflow(format, scale="mx")
+    assert found.skewness == pytest.approx(expected.skewness, abs=2e-5)
+    assert found.kurtosis == pytest.approx(expected.kurtosis, rel=2e-5)
+    assert found.abs_mean == pytest.approx(expected.abs_mean, rel=1e-6)
+
+
+def test_python_reads_rows(cuda: Any) -> None:
+    """Its torch operators do not run on the fake device, so that only what is deferred is tested."""
+    x = cuda.to(torch.ones(4, 5, device="cpu"), 0)
+    table, deferred, transfers, details = backends.active().read([x], True, True, details=b"\2")
+    assert [row for row, _ in deferred] == [0] and not transfers and not details

@@ -66,7 +66,7 @@ def unpack(table: bytes) -> list[Moments]:
 def rows_of(tensors: list[torch.Tensor], all_updates: list[Update]) -> list[Moments]:
     """Read updates with the native backend, which must read all of them."""
     read = backends.active().read
-    table, deferred, transfers, *_ = read(tensors, True, True, updates=tuple(all_updates))
+    table, deferred, transfers, _ = read(tensors, True, True, updates=tuple(all_updates))
     assert not deferred
     found = unpack(reference.finished(table, transfers))
     return found[2 * len(tensors) :]

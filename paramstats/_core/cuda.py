@@ -120,14 +120,14 @@ class Transfer:
         self._group.write(table, self._memory.address)
 
     def details(self) -> Details:
-        """Wait, and return the details by row of the table, where there are any."""
+        """Wait, and return the details of the rows that have any."""
         self._memory.wait()
         return named(self._group.details(self._memory.address))
 
 
 Rows = tuple[bytes, Sequence[tuple[int, torch.Tensor]], Sequence[Transfer], Details]
 """A table, the rows that torch operators must read, the transfers that complete the table, and the
-details of CPU tensors."""
+details of tensors on the CPU."""
 
 
 class CudaBackend:
@@ -203,7 +203,7 @@ class CudaBackend:
             wait: wait for kernels that are being compiled. Otherwise torch operators read their
                 tensors meanwhile.
             updates: see `_core.updates.Update`; each has four more rows.
-            details: which details to read: a byte for each tensor, or b"".
+            details: what else to read, a byte per tensor; see `paramstats._native.read`.
 
         Raises:
             RuntimeError: a stream that would be used is being captured into a CUDA graph, or CUDA
@@ -211,18 +211,18 @@ class CudaBackend:
         """
         devices, hold, all_updates = self._usable, False, tuple(updates)
         while True:
-            table, deferred_rows, groups, found = self._native.read(
+            table, deferred_rows, groups, own_details = self._native.read(
                 tensors, params, grads, devices, hold, all_updates, details
             )
             if not groups:
-                return table, deferred_rows, (), found
+                return table, deferred_rows, (), own_details
             unusable = self._unusable(groups, wait)
             if unusable:
                 devices &= ~unusable
                 continue
             transfers = [self._enqueue(group) for group in groups]
             if not any(group.replaced for group in groups):
-                return table, deferred_rows, transfers, found
+                return table, deferred_rows, transfers, own_details
             hold = True  # another thread has replaced a tensor: read again
 
     def _unusable(self, groups: Sequence[Any], wait: bool) -> int:
