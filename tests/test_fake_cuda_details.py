@@ -18,9 +18,10 @@ fake, cuda = test_fake_cuda.fake, test_fake_cuda.cuda  # the fixtures
 
 def zero_rows(tensors: list[torch.Tensor]) -> dict[int, list[int]]:
     """Read tensors and their gradients, all on one device; return the zero rows by table row."""
-    _, deferred, transfers, _ = backends.active().read(tensors, True, True)
+    table, deferred, transfers, _ = backends.active().read(tensors, True, True)
     assert not deferred
     (transfer,) = transfers
+    transfer.write(bytearray(table))
     found = {}
     for row, (distribution, rows, zeros) in transfer.details().items():
         assert distribution is None and rows is None and zeros is not None
@@ -90,13 +91,13 @@ def test_distributions_are_those_of_the_cpu(cuda: Any, dtype: torch.dtype) -> No
         got, want = found.histogram, expected.histogram
         assert got.underflow(format, scale="mx") == want.underflow(format, scale="mx")
         assert got.overflow(format, scale="mx") == want.overflow(format, scale="mx")
-    assert found.skewness == pytest.approx(expected.skewness, abs=2e-5)
-    assert found.kurtosis == pytest.approx(expected.kurtosis, rel=2e-5)
+    assert found.skewness == pytest.approx(expected.skewness, abs=2e-5, nan_ok=True)
+    assert found.kurtosis == pytest.approx(expected.kurtosis, rel=2e-5, nan_ok=True)
     assert found.abs_mean == pytest.approx(expected.abs_mean, rel=1e-6)
 
 
 def test_python_reads_rows(cuda: Any) -> None:
-    """Its torch operators do not run on the fake device, so that only what is deferred is tested."""
+    """Torch operators do not run on the fake device: only what is deferred is tested."""
     x = cuda.to(torch.ones(4, 5, device="cpu"), 0)
-    table, deferred, transfers, details = backends.active().read([x], True, True, details=b"\2")
+    _, deferred, transfers, details = backends.active().read([x], True, True, details=b"\2")
     assert [row for row, _ in deferred] == [0] and not transfers and not details

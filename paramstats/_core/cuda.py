@@ -120,8 +120,7 @@ class Transfer:
         self._group.write(table, self._memory.address)
 
     def details(self) -> Details:
-        """Wait, and return the details of the rows that have any."""
-        self._memory.wait()
+        """Return the details of the rows that have any, after `write`."""
         return named(self._group.details(self._memory.address))
 
 
