@@ -26,7 +26,7 @@ from torch import nn
 import paramstats
 from paramstats._core import backend as backends
 from paramstats._core import cuda as cuda_module
-from paramstats._core import images, moments, reference, states
+from paramstats._core import images, moments, reference, states, transfers
 from tests import oracle
 from tests.conftest import load_backend
 from tests.dtypes import DTYPES
@@ -325,11 +325,11 @@ def test_another_thread_captures_a_graph(cuda, model):
 
 def test_states_of_torch_operators(cuda, fake, monkeypatch):
     """They are computed on the CPU here; their transfer is the one of a GPU."""
-    monkeypatch.setattr(reference, "torch", fake.torch)
+    monkeypatch.setattr(transfers, "torch", fake.torch)
     before = cuda.pinned()
     tensors = [torch.arange(3.0, dtype=torch.float64), torch.ones(4, dtype=torch.float64)]
     rows = [states.exact(x) for x in tensors]
-    pending = reference.Pending(torch.device("cuda", 0), [(1, 0), (0, 2)], rows)
+    pending = transfers.Pending(torch.device("cuda", 0), [(1, 0), (0, 2)], rows)
     assert not pending.ready() and cuda.pinned() == before + 1
     table = bytearray(2 * moments.ROW.size)
     pending.write(table)
