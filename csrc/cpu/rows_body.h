@@ -75,9 +75,9 @@ struct RowExtremes {
 // Reads a piece of n > 0 elements. Returns false if the lanes cannot represent it: it contains NaN
 // or infinity, or d^2 overflows or underflows. Writes the hash in any case.
 template <class T>
-inline bool try_row(const typename T::Storage* x, int64_t n, Moments& out, uint64_t& hash) {
+inline bool try_row(const typename T::Storage* x, int64_t n, typename T::Scalar pivot, Moments& out,
+                    uint64_t& hash) {
   constexpr int kTries = 3;
-  typename T::Scalar pivot = 0;
   for (int attempt = 0; attempt < kTries; ++attempt) {
     RowExtremes<T> e;
     const BlockSums s = block_sums<T>(x, n, pivot, e);
@@ -99,7 +99,7 @@ __attribute__((noinline)) void read_difficult_row(const typename T::Storage* x, 
   convert<T>(x, n, values);
   uint64_t unused;
   if (sizeof(typename T::Scalar) == 4 &&
-      try_row<Native<double, InDouble>>(values, n, out, unused)) {
+      try_row<Native<double, InDouble>>(values, n, 0, out, unused)) {
     return;
   }
   out = Moments();
@@ -113,16 +113,76 @@ inline RowState row_of(const Moments& state, uint64_t hash) {
   return {state.mean, state.m2, abs_max, state.zeros, nonfinite, hash};
 }
 
+// What the lanes of a row contain.
+template <class T>
+struct RowLanes {
+  DoubleSums sums;
+  RowExtremes<T> extremes;
+};
+
+// Sums n > 0 elements around 0, as block_sums does. `n` is a whole number of units.
+template <class T>
+inline __attribute__((always_inline)) void sum_row(const typename T::Storage* x, int64_t n,
+                                                   RowLanes<T>& out) {
+  using V = typename T::Vector;
+  constexpr int kStep = kUnits<T> * kUnit<T>, kTile = T::kInner * kStep;
+  RowExtremes<T> e;
+  DoubleSums sums;
+  int64_t i = 0;
+  for (; i + kTile <= n; i += kTile) sums.add(take_tile<T, false>(x + i, T::kInner, V{}, e));
+  if (i + kStep <= n) {
+    const int groups = static_cast<int>((n - i) / kStep);
+    sums.add(take_tile<T, false>(x + i, groups, V{}, e));
+    i += groups * kStep;
+  }
+  for (; i < n; i += kUnit<T>) {
+    V v[T::kVectors];
+    T::load(x + i, v);
+    e.take(0, x + i, v);
+    for (int k = 0; k < T::kVectors; ++k) sums.add(LaneSums<T>{v[k], v[k] * v[k]});
+  }
+  out.sums = sums;
+  out.extremes = e;
+}
+
 template <class T>
 Moments rows(const void* data, int64_t number, int64_t n, RowState* out) {
+  constexpr int kRows = 16;
   const auto* x = static_cast<const typename T::Storage*>(data);
   Moments all;
-  for (int64_t r = 0; r < number; ++r, x += n) {
-    Moments state;
-    uint64_t hash;
-    if (!try_row<T>(x, n, state, hash)) read_difficult_row<T>(x, n, state);
-    out[r] = row_of(state, hash);
-    all = merge(all, state);
+  for (int64_t r = 0; r < number; r += kRows) {
+    const int64_t size = number - r < kRows ? number - r : kRows;
+    Moments states[kRows];
+    uint64_t hashes[kRows];
+    if (n % kUnit<T> == 0) {
+      // First all sums, then all states: the long chains of operations that a state needs overlap.
+      RowLanes<T> lanes[kRows];
+      for (int64_t k = 0; k < size; ++k) sum_row<T>(x + k * n, n, lanes[k]);
+      for (int64_t k = 0; k < size; ++k) {
+        const RowExtremes<T>& e = lanes[k].extremes;
+        const double sum = lanes_total(lanes[k].sums.sum);
+        const double sum_sq = e.is_nan() ? kNaN : lanes_total(lanes[k].sums.sum_sq);
+        hashes[k] = e.hash.value();
+        const Fit fit = from_sums({sum, sum_sq, e.all.minimum(), e.all.maximum(), e.zero_count()},
+                                  n, 0, kMaxShiftShare, T::kMinSquares, kLargest, states[k]);
+        if (fit == Fit::kGood) continue;
+        const auto pivot = static_cast<typename T::Scalar>(sum / static_cast<double>(n));
+        if (fit == Fit::kUnusable || !try_row<T>(x + k * n, n, pivot, states[k], hashes[k])) {
+          read_difficult_row<T>(x + k * n, n, states[k]);
+        }
+      }
+    } else {
+      for (int64_t k = 0; k < size; ++k) {
+        if (!try_row<T>(x + k * n, n, 0, states[k], hashes[k])) {
+          read_difficult_row<T>(x + k * n, n, states[k]);
+        }
+      }
+    }
+    for (int64_t k = 0; k < size; ++k) {
+      out[r + k] = row_of(states[k], hashes[k]);
+      all = merge(all, states[k]);
+    }
+    x += size * n;
   }
   return all;
 }
