@@ -159,11 +159,14 @@ uint64_t value_bits(DType dtype) {
   return ~kSigns[log2_size(dtype)];
 }
 
-bool is_zero(const void* data, int64_t bytes, uint64_t mask) {
-  const char* x = static_cast<const char*>(data);
+bool is_zero(const char* x, int64_t bytes, uint64_t mask) {
   constexpr int kWords = 8;
   uint64_t words[kWords];
   int64_t i = 0;
+  if (bytes >= 8) {  // most rows are known after the first word
+    std::memcpy(words, x, 8);
+    if (words[0] & mask) return false;
+  }
   for (; i + int64_t{sizeof(words)} <= bytes; i += sizeof(words)) {
     std::memcpy(words, x + i, sizeof(words));
     uint64_t any = 0;

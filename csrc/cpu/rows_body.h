@@ -73,7 +73,7 @@ struct RowExtremes {
 };
 
 // Reads a piece of n > 0 elements. Returns false if the lanes cannot represent it: it contains NaN
-// or infinity, or d^2 overflows or underflows. Writes the hash in any case.
+// or infinity, or d^2 overflows or underflows. Always writes the hash.
 template <class T>
 inline bool try_row(const typename T::Storage* x, int64_t n, typename T::Scalar pivot, Moments& out,
                     uint64_t& hash) {
@@ -90,20 +90,12 @@ inline bool try_row(const typename T::Storage* x, int64_t n, typename T::Scalar 
   return false;
 }
 
-// Reads n <= kPart elements that the lanes of their dtype cannot represent, as
-// summarize_difficult_part does.
+// Reads n <= kPart elements that the lanes of their dtype cannot represent.
 template <class T>
-__attribute__((noinline)) void read_difficult_row(const typename T::Storage* x, int64_t n,
-                                                  Moments& out) {
-  double* const values = scratch();
-  convert<T>(x, n, values);
-  uint64_t unused;
-  if (sizeof(typename T::Scalar) == 4 &&
-      try_row<Native<double, InDouble>>(values, n, 0, out, unused)) {
-    return;
-  }
-  out = Moments();
-  update(out, values, n);
+__attribute__((noinline)) Moments difficult_row(const typename T::Storage* x, int64_t n) {
+  Running<T> running;
+  summarize_difficult_part<T>(x, n, running);
+  return running.state;
 }
 
 inline RowState row_of(const Moments& state, uint64_t hash) {
@@ -168,13 +160,13 @@ Moments rows(const void* data, int64_t number, int64_t n, RowState* out) {
         if (fit == Fit::kGood) continue;
         const auto pivot = static_cast<typename T::Scalar>(sum / static_cast<double>(n));
         if (fit == Fit::kUnusable || !try_row<T>(x + k * n, n, pivot, states[k], hashes[k])) {
-          read_difficult_row<T>(x + k * n, n, states[k]);
+          states[k] = difficult_row<T>(x + k * n, n);
         }
       }
     } else {
       for (int64_t k = 0; k < size; ++k) {
         if (!try_row<T>(x + k * n, n, 0, states[k], hashes[k])) {
-          read_difficult_row<T>(x + k * n, n, states[k]);
+          states[k] = difficult_row<T>(x + k * n, n);
         }
       }
     }
