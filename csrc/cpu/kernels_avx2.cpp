@@ -18,6 +18,14 @@
   _mm256_mul_epu32((__m256i)(v), _mm256_srli_epi64((__m256i)(v), 32))
 #define PARAMSTATS_SQRT_PS(v) ((FloatLanes)_mm256_sqrt_ps((__m256)(v)))
 #define PARAMSTATS_SQRT_PD(v) ((DoubleLanes)_mm256_sqrt_pd((__m256d)(v)))
+#define PARAMSTATS_LOOKUP(table, index) \
+  ((UInt8Lanes)_mm256_shuffle_epi8((__m256i)(table), (__m256i)(index)))
+// The instruction finds the smallest of 8 words.
+#define PARAMSTATS_LARGEST_WORD(v)                                                      \
+  (0xffff & ~_mm_cvtsi128_si32(_mm_minpos_epu16(                                        \
+                _mm_xor_si128(_mm_max_epu16(_mm256_castsi256_si128((__m256i)(v)),       \
+                                            _mm256_extracti128_si256((__m256i)(v), 1)), \
+                              _mm_set1_epi16(-1)))))
 #define PARAMSTATS_LOW_DOUBLES(v) \
   ((DoubleLanes)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)(v))))
 #define PARAMSTATS_HIGH_DOUBLES(v) \

@@ -25,6 +25,8 @@
   ((DoubleLanes)_mm512_maskz_cvtps_pd(0xff, _mm512_maskz_extractf32x8_ps(0xff, (__m512)(v), 0)))
 #define PARAMSTATS_HIGH_DOUBLES(v) \
   ((DoubleLanes)_mm512_maskz_cvtps_pd(0xff, _mm512_maskz_extractf32x8_ps(0xff, (__m512)(v), 1)))
+#define PARAMSTATS_LOOKUP(table, index) \
+  ((UInt8Lanes)_mm512_maskz_shuffle_epi8(~__mmask64{0}, (__m512i)(table), (__m512i)(index)))
 #define PARAMSTATS_COUNT_ZEROS_PS(count, v)                                                   \
   count = (Int32Lanes)_mm512_mask_sub_epi32(                                                  \
       (__m512i)(count), _mm512_testn_epi32_mask((__m512i)(v), _mm512_set1_epi32(0x7fffffff)), \

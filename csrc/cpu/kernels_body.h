@@ -187,8 +187,9 @@ Moments chunk(const void* data, int64_t n) {
 
 #include "rows_body.h"
 #include "updates_body.h"
-// clang-format off: the second uses the first.
+// clang-format off: each uses the ones before it.
 #include "distribution_body.h"
+#include "distribution_keys_body.h"
 #include "distribution_fast_body.h"
 // clang-format on
 

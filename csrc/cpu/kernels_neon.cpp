@@ -19,6 +19,9 @@
 #define PARAMSTATS_SQRT_PD(v) ((DoubleLanes)vsqrtq_f64((float64x2_t)(v)))
 #define PARAMSTATS_LOW_DOUBLES(v) ((DoubleLanes)vcvt_f64_f32(vget_low_f32((float32x4_t)(v))))
 #define PARAMSTATS_HIGH_DOUBLES(v) ((DoubleLanes)vcvt_high_f64_f32((float32x4_t)(v)))
+#define PARAMSTATS_LOOKUP(table, index) \
+  ((UInt8Lanes)vqtbl1q_u8((uint8x16_t)(table), (uint8x16_t)(index)))
+#define PARAMSTATS_LARGEST_WORD(v) vmaxvq_u16((uint16x8_t)(v))
 #define PARAMSTATS_ADD_BYTES(sum, squares, v)                                         \
   sum = (UInt16Lanes)vpadalq_u8((uint16x8_t)(sum), (uint8x16_t)(v));                  \
   squares[0] = (UInt32Lanes)add_low_squares((uint32x4_t)squares[0], (uint8x16_t)(v)); \
