@@ -163,10 +163,10 @@ bool is_zero(const char* x, int64_t bytes, uint64_t mask) {
   constexpr int kWords = 8;
   uint64_t words[kWords];
   int64_t i = 0;
-  if (bytes >= 8) {  // most rows are known after the first word
-    std::memcpy(words, x, 8);
-    if (words[0] & mask) return false;
-  }
+  words[0] = 0;
+  std::memcpy(words, x, bytes < 8 ? bytes : 8);
+  if (words[0] & mask) return false;  // as in most rows
+  if (bytes <= 8) return true;
   for (; i + int64_t{sizeof(words)} <= bytes; i += sizeof(words)) {
     std::memcpy(words, x + i, sizeof(words));
     uint64_t any = 0;
@@ -183,7 +183,10 @@ bool is_zero(const char* x, int64_t bytes, uint64_t mask) {
 }  // namespace
 
 ZeroRowFinder::ZeroRowFinder(const TensorView& t)
-    : tensor_(t), row_numel_(t.numel / t.rows), stride_(row_numel_) {
+    : tensor_(t),
+      row_numel_(t.numel / t.rows),
+      stride_(row_numel_),
+      value_bits_(value_bits(t.dtype)) {
   if (is_contiguous(t)) return;
   dims_ = dims_of_rows(t);
   stride_ = dims_[0].stride;
@@ -191,17 +194,20 @@ ZeroRowFinder::ZeroRowFinder(const TensorView& t)
   if (dims_.size() == 1 && (dims_[0].stride == 1 || dims_[0].size == 1)) dims_.clear();
 }
 
-std::vector<uint8_t> ZeroRowFinder::find(int64_t zeros, Pool pool) const {
+std::vector<uint8_t> ZeroRowFinder::find(int64_t zeros, const std::vector<int64_t>& in_chunks,
+                                         Pool pool) const {
   const int64_t rows = tensor_.rows;
   std::vector<uint8_t> bits(ceil_div(rows, 8));
   struct Search {
     const ZeroRowFinder& finder;
+    const std::vector<int64_t>& in_chunks;
     int64_t rows, step;  // of a task; tasks write no byte of another
     uint8_t* bits;
-  } search{*this, rows, 8 * ceil_div(kChunk / 8, row_numel_), bits.data()};
+  } search{*this, in_chunks, rows, 8 * ceil_div(kChunk / 8, row_numel_), bits.data()};
   const auto task = [](int64_t i, void* context) {
     const Search& s = *static_cast<const Search*>(context);
-    s.finder.read(i * s.step, std::min(s.rows, (i + 1) * s.step), s.bits);
+    const int64_t begin = i * s.step, end = std::min(s.rows, begin + s.step);
+    if (s.finder.has_zeros(begin, end, s.in_chunks)) s.finder.read(begin, end, s.bits);
   };
   const int64_t tasks = ceil_div(rows, search.step);
   if (zeros == tensor_.numel) {
@@ -215,6 +221,17 @@ std::vector<uint8_t> ZeroRowFinder::find(int64_t zeros, Pool pool) const {
   return found ? bits : std::vector<uint8_t>();
 }
 
+// Whether rows [begin, end) may have a zero row.
+bool ZeroRowFinder::has_zeros(int64_t begin, int64_t end,
+                              const std::vector<int64_t>& in_chunks) const {
+  if (in_chunks.empty() || stride_ != row_numel_ || !dims_.empty()) return true;
+  // What is read as a chunk of whole rows may end in the next chunk.
+  const int64_t first = std::max(begin * row_numel_ / kChunk - 1, int64_t{0});
+  int64_t zeros = 0;
+  for (int64_t c = first; c <= (end * row_numel_ - 1) / kChunk; ++c) zeros += in_chunks[c];
+  return zeros >= row_numel_;
+}
+
 void ZeroRowFinder::read(int64_t begin, int64_t end, uint8_t* bits) const {
   for (int64_t r = begin; r < end; ++r) {
     if (is_zero(r)) bits[r / 8] |= 1 << r % 8;
@@ -223,15 +240,14 @@ void ZeroRowFinder::read(int64_t begin, int64_t end, uint8_t* bits) const {
 
 bool ZeroRowFinder::is_zero(int64_t row) const {
   const int size = element_size(tensor_.dtype);
-  const uint64_t mask = value_bits(tensor_.dtype);
   const char* data = static_cast<const char*>(tensor_.data) + row * stride_ * size;
-  if (dims_.empty()) return cpu::is_zero(data, row_numel_ * size, mask);
+  if (dims_.empty()) return cpu::is_zero(data, row_numel_ * size, value_bits_);
   constexpr int64_t kFirst = 16, kNext = 2048;  // most rows have an element that is not zero early
   char elements[kNext * 8];
   for (int64_t i = 0, n = kFirst; i < row_numel_; i += n, n = kNext) {
     n = std::min(n, row_numel_ - i);
     gather(data, dims_, i, n, size, elements);
-    if (!cpu::is_zero(elements, n * size, mask)) return false;
+    if (!cpu::is_zero(elements, n * size, value_bits_)) return false;
   }
   return true;
 }

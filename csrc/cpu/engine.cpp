@@ -3,6 +3,7 @@
 #include "engine.h"
 
 #include <algorithm>
+#include <unordered_map>
 #include <utility>
 
 #include "denormals.h"
@@ -86,12 +87,53 @@ struct Gaps {
   std::vector<std::pair<size_t, std::vector<Dim>>> all;
 };
 
+// Finds zero rows once all states are known. A tensor without as many zeros as a row has elements
+// is not read again, and of others only chunks with so many.
+class ZeroRowSearch {
+ public:
+  explicit ZeroRowSearch(const std::vector<TensorView>& tensors) : tensors_(tensors) {
+    for (size_t i = 0; i < tensors.size(); ++i) {
+      if (tensors[i].ndim > 0 && tensors[i].rows > 0) strided_.emplace_back(i, tensors[i]);
+    }
+  }
+  // Adds the states of the chunks of a tensor: every `step` one of the array.
+  void add(size_t tensor, const Moments& state, const Moments* chunks, size_t step) {
+    if (!is_needed(tensor, state)) return;
+    std::vector<int64_t>& zeros = in_chunks_[tensor];
+    zeros.resize(chunk_count(tensors_[tensor].numel));
+    for (size_t c = 0; c < zeros.size(); ++c) zeros[c] = chunks[c * step].zeros;
+  }
+  void run(const std::vector<Moments*>& states, Pool pool, ZeroRows& out) {
+    auto strided = strided_.begin();
+    for (size_t i = 0; i < tensors_.size(); ++i) {
+      const bool is_strided = strided != strided_.end() && strided->first == i;
+      if (is_needed(i, *states[i])) {
+        const ZeroRowFinder finder = is_strided ? strided->second : ZeroRowFinder(tensors_[i]);
+        auto rows = finder.find(states[i]->zeros, in_chunks_[i], pool);
+        if (!rows.empty()) out.emplace_back(i, std::move(rows));
+      }
+      if (is_strided) ++strided;
+    }
+  }
+
+ private:
+  bool is_needed(size_t tensor, const Moments& state) const {
+    const TensorView& t = tensors_[tensor];
+    return state.zeros > 0 && t.rows > 0 && state.zeros >= t.numel / t.rows;
+  }
+
+  const std::vector<TensorView>& tensors_;
+  std::vector<std::pair<size_t, ZeroRowFinder>> strided_;  // sizes may not be used later
+  std::unordered_map<size_t, std::vector<int64_t>> in_chunks_;
+};
+
 // What a job reads: items of `numel` elements, all of whose states are computed chunk by chunk.
 // Here each tensor is an item and has one state.
 struct TensorItems {
   const std::vector<TensorView>& tensors;
   const std::vector<Moments*>& rows;
   const Kernels& kernels;
+  ZeroRowSearch& zero_rows;
   const Gaps gaps{tensors};
 
   size_t size() const { return tensors.size(); }
@@ -101,6 +143,10 @@ struct TensorItems {
   template <class To>
   void read(size_t i, int64_t chunk, const To& to) const {
     to(0) = read_chunk(tensors[i], gaps.dims(i), chunk, kernels);
+  }
+  // Uses the states of the chunks of an item, `n` of each chunk, after they were merged.
+  void finish(size_t i, const Moments* chunks, size_t n) const {
+    zero_rows.add(i, *rows[i], chunks, n);
   }
 };
 
@@ -115,8 +161,8 @@ struct UpdateItems {
   std::vector<Item> items;
 
   UpdateItems(const std::vector<TensorView>& tensors, const std::vector<Moments*>& rows,
-              const std::vector<Update>& updates, const Kernels& kernels)
-      : one{tensors, rows, kernels} {
+              const std::vector<Update>& updates, const Kernels& kernels, ZeroRowSearch& zero_rows)
+      : one{tensors, rows, kernels, zero_rows} {
     std::vector<bool> taken(tensors.size());
     for (const Update& update : updates) {
       Item item{{}, 0, &update};
@@ -155,6 +201,9 @@ struct UpdateItems {
     for (size_t k = 0; k < item.n_tensors; ++k) {
       one.read(item.tensors[k], chunk, [&](size_t) -> Moments& { return to(k); });
     }
+  }
+  void finish(size_t i, const Moments* chunks, size_t n) const {
+    for (size_t k = 0; k < items[i].n_tensors; ++k) one.finish(items[i].tensors[k], chunks + k, n);
   }
 };
 
@@ -229,11 +278,13 @@ struct Job {
       const int64_t chunks = chunk_count(items.numel(i));
       if (chunks < 2) continue;
       const size_t n = items.states(i);
+      const Moments* const first = state;
       for (size_t s = 0; s < n; ++s) items.out(i, s) = state[s];
       state += n;
       for (int64_t c = 1; c < chunks; ++c, state += n) {
         for (size_t s = 0; s < n; ++s) items.out(i, s) = merge(items.out(i, s), state[s]);
       }
+      items.finish(i, first, n);
     }
   }
 };
@@ -248,34 +299,6 @@ void mark_absent(const Update& update) {
     if (!has[row]) update.rows[row] = unread(kAbsent);
   }
 }
-
-// Finds zero rows once all states are known. A tensor without as many zeros as a row has elements
-// is not read again.
-class ZeroRowSearch {
- public:
-  explicit ZeroRowSearch(const std::vector<TensorView>& tensors) : tensors_(tensors) {
-    for (size_t i = 0; i < tensors.size(); ++i) {
-      if (tensors[i].ndim > 0 && tensors[i].rows > 0) strided_.emplace_back(i, tensors[i]);
-    }
-  }
-  void run(const std::vector<Moments*>& states, Pool pool, ZeroRows& out) const {
-    auto strided = strided_.begin();
-    for (size_t i = 0; i < tensors_.size(); ++i) {
-      const TensorView& t = tensors_[i];
-      const bool is_strided = strided != strided_.end() && strided->first == i;
-      if (states[i]->zeros > 0 && t.rows > 0 && states[i]->zeros >= t.numel / t.rows) {
-        const ZeroRowFinder finder = is_strided ? strided->second : ZeroRowFinder(t);
-        auto rows = finder.find(states[i]->zeros, pool);
-        if (!rows.empty()) out.emplace_back(i, std::move(rows));
-      }
-      if (is_strided) ++strided;
-    }
-  }
-
- private:
-  const std::vector<TensorView>& tensors_;
-  std::vector<std::pair<size_t, ZeroRowFinder>> strided_;  // sizes may not be used later
-};
 
 }  // namespace
 
@@ -299,15 +322,15 @@ void summarize(const std::vector<TensorView>& tensors, const std::vector<Moments
   for (const TensorView& t : tensors) {
     if (t.details != nullptr) t.details->prepare(t);
   }
-  const ZeroRowSearch search(tensors);
+  ZeroRowSearch search(tensors);
   if (!updates.empty()) {
-    const UpdateItems items(tensors, out, updates, kernels);
+    const UpdateItems items(tensors, out, updates, kernels, search);
     Job<UpdateItems>(items).run(pool);
     for (const Update& update : updates) mark_absent(update);
   } else if (pool == nullptr) {
     summarize_on_this_thread(tensors, out, kernels);
   } else {
-    const TensorItems items{tensors, out, kernels};
+    const TensorItems items{tensors, out, kernels, search};
     Job<TensorItems>(items).run(pool);
   }
   for (const TensorView& t : tensors) {

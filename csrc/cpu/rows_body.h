@@ -105,74 +105,109 @@ inline RowState row_of(const Moments& state, uint64_t hash) {
   return {state.mean, state.m2, abs_max, state.zeros, nonfinite, hash};
 }
 
-// What the lanes of a row contain.
+// The lanes of some rows, summed around 0. (Without constructors, which would clear them first.)
 template <class T>
 struct RowLanes {
-  DoubleSums sums;
-  RowExtremes<T> extremes;
+  static constexpr int kRows = 16;
+  DoubleLanes sum[kRows], sum_sq[kRows];
+  typename T::Vector min[kRows], max[kRows];
+  typename T::Mask zeros[kRows];
+  UInt64Lanes hash[kRows];
+
+  // Sums row k, of n > 0 elements, as block_sums does. `n` is a whole number of units.
+  __attribute__((always_inline)) void read(int k, const typename T::Storage* x, int64_t n) {
+    using V = typename T::Vector;
+    constexpr int kStep = kUnits<T> * kUnit<T>, kTile = T::kInner * kStep;
+    RowExtremes<T> e;
+    DoubleSums sums;
+    int64_t i = 0;
+    for (; i + kTile <= n; i += kTile) sums.add(take_tile<T, false>(x + i, T::kInner, V{}, e));
+    if (i + kStep <= n) {
+      const int groups = static_cast<int>((n - i) / kStep);
+      sums.add(take_tile<T, false>(x + i, groups, V{}, e));
+      i += groups * kStep;
+    }
+    for (; i < n; i += kUnit<T>) {
+      V v[T::kVectors];
+      T::load(x + i, v);
+      e.take(0, x + i, v);
+      for (int l = 0; l < T::kVectors; ++l) sums.add(LaneSums<T>{v[l], v[l] * v[l]});
+    }
+    sum[k] = sums.sum;
+    sum_sq[k] = e.is_nan() ? sums.sum_sq + kNaN : sums.sum_sq;
+    min[k] = e.all.min;
+    max[k] = e.all.max;
+    zeros[k] = e.all.zeros;
+    hash[k] = e.hash.sums;
+  }
+  Fit state(int k, int64_t n, double* total, Moments& out) const {
+    *total = lanes_total(sum[k]);
+    const int64_t n_zeros = lanes_any(zeros[k]) ? lanes_sum(zeros[k]) : 0;
+    return from_sums(
+        {*total, lanes_total(sum_sq[k]), lanes_min(min[k]), lanes_max(max[k]), n_zeros}, n, 0,
+        kMaxShiftShare, T::kMinSquares, kLargest, out);
+  }
 };
 
-// Sums n > 0 elements around 0, as block_sums does. `n` is a whole number of units.
-template <class T>
-inline __attribute__((always_inline)) void sum_row(const typename T::Storage* x, int64_t n,
-                                                   RowLanes<T>& out) {
-  using V = typename T::Vector;
-  constexpr int kStep = kUnits<T> * kUnit<T>, kTile = T::kInner * kStep;
-  RowExtremes<T> e;
-  DoubleSums sums;
-  int64_t i = 0;
-  for (; i + kTile <= n; i += kTile) sums.add(take_tile<T, false>(x + i, T::kInner, V{}, e));
-  if (i + kStep <= n) {
-    const int groups = static_cast<int>((n - i) / kStep);
-    sums.add(take_tile<T, false>(x + i, groups, V{}, e));
-    i += groups * kStep;
+// Merges the states of rows of n finite elements each.
+inline Moments merged(const Moments* states, int64_t rows, int64_t n) {
+  Moments out;
+  const double first = states[0].mean;
+  double sum = 0, sum_sq = 0;  // of the distances of the means from `first`
+  for (int64_t r = 0; r < rows; ++r) {
+    const double d = states[r].mean - first;
+    sum += d;
+    sum_sq += d * d;
+    out.m2 += states[r].m2;
+    out.zeros += states[r].zeros;
+    out.min = states[r].min < out.min ? states[r].min : out.min;
+    out.max = states[r].max > out.max ? states[r].max : out.max;
   }
-  for (; i < n; i += kUnit<T>) {
-    V v[T::kVectors];
-    T::load(x + i, v);
-    e.take(0, x + i, v);
-    for (int k = 0; k < T::kVectors; ++k) sums.add(LaneSums<T>{v[k], v[k] * v[k]});
-  }
-  out.sums = sums;
-  out.extremes = e;
+  const double shift = sum / static_cast<double>(rows), between = sum_sq - sum * shift;
+  out.count = rows * n;
+  out.mean = first + shift;
+  out.m2 += static_cast<double>(n) * (between > 0 ? between : 0);
+  return out;
 }
 
 template <class T>
 Moments rows(const void* data, int64_t number, int64_t n, RowState* out) {
-  constexpr int kRows = 16;
+  constexpr int kRows = RowLanes<T>::kRows;
   const auto* x = static_cast<const typename T::Storage*>(data);
   Moments all;
   for (int64_t r = 0; r < number; r += kRows) {
-    const int64_t size = number - r < kRows ? number - r : kRows;
+    const int size = number - r < kRows ? static_cast<int>(number - r) : kRows;
     Moments states[kRows];
     uint64_t hashes[kRows];
+    bool fit = true;
     if (n % kUnit<T> == 0) {
       // First all sums, then all states: the long chains of operations that a state needs overlap.
-      RowLanes<T> lanes[kRows];
-      for (int64_t k = 0; k < size; ++k) sum_row<T>(x + k * n, n, lanes[k]);
-      for (int64_t k = 0; k < size; ++k) {
-        const RowExtremes<T>& e = lanes[k].extremes;
-        const double sum = lanes_total(lanes[k].sums.sum);
-        const double sum_sq = e.is_nan() ? kNaN : lanes_total(lanes[k].sums.sum_sq);
-        hashes[k] = e.hash.value();
-        const Fit fit = from_sums({sum, sum_sq, e.all.minimum(), e.all.maximum(), e.zero_count()},
-                                  n, 0, kMaxShiftShare, T::kMinSquares, kLargest, states[k]);
-        if (fit == Fit::kGood) continue;
+      RowLanes<T> lanes;
+      for (int k = 0; k < size; ++k) lanes.read(k, x + k * n, n);
+      for (int k = 0; k < size; ++k) {
+        double sum;
+        hashes[k] = RowHash{lanes.hash[k]}.value();
+        const Fit found = lanes.state(k, n, &sum, states[k]);
+        if (found == Fit::kGood) continue;
         const auto pivot = static_cast<typename T::Scalar>(sum / static_cast<double>(n));
-        if (fit == Fit::kUnusable || !try_row<T>(x + k * n, n, pivot, states[k], hashes[k])) {
+        if (found == Fit::kUnusable || !try_row<T>(x + k * n, n, pivot, states[k], hashes[k])) {
           states[k] = difficult_row<T>(x + k * n, n);
+          fit = false;
         }
       }
     } else {
-      for (int64_t k = 0; k < size; ++k) {
-        if (!try_row<T>(x + k * n, n, 0, states[k], hashes[k])) {
-          states[k] = difficult_row<T>(x + k * n, n);
-        }
+      for (int k = 0; k < size; ++k) {
+        if (try_row<T>(x + k * n, n, 0, states[k], hashes[k])) continue;
+        states[k] = difficult_row<T>(x + k * n, n);
+        fit = false;
       }
     }
-    for (int64_t k = 0; k < size; ++k) {
-      out[r + k] = row_of(states[k], hashes[k]);
-      all = merge(all, states[k]);
+    for (int k = 0; k < size; ++k) out[r + k] = row_of(states[k], hashes[k]);
+    const Moments both = merged(states, size, n);
+    if (fit && is_finite(both.m2)) {
+      all = merge(all, both);
+    } else {
+      for (int k = 0; k < size; ++k) all = merge(all, states[k]);
     }
     x += size * n;
   }
