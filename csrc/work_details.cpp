@@ -28,6 +28,7 @@ py::bytes new_bytes(size_t size) {
   auto bytes = py::reinterpret_steal<py::bytes>(
       PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(size)));
   if (!bytes) throw py::error_already_set();
+  use_huge_pages(PyBytes_AS_STRING(bytes.ptr()), size);
   return bytes;
 }
 
@@ -52,7 +53,6 @@ cpu::Details* Work::add_details(const cpu::TensorView& view, size_t row, uint8_t
     const size_t size = static_cast<size_t>(view.rows) * sizeof(RowState);
     py::bytes bytes = new_bytes(sizeof(head) + size);
     char* const to = PyBytes_AS_STRING(bytes.ptr());
-    use_huge_pages(to, sizeof(head) + size);
     std::memcpy(to, &head, sizeof(head));
     if (view.numel == 0) std::memset(to + sizeof(head), 0, size);
     added->details.rows = reinterpret_cast<RowState*>(to + sizeof(head));

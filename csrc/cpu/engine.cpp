@@ -3,12 +3,12 @@
 #include "engine.h"
 
 #include <algorithm>
-#include <unordered_map>
 #include <utility>
 
 #include "denormals.h"
 #include "details.h"
 #include "strides.h"
+#include "zero_rows.h"
 
 namespace paramstats::cpu {
 namespace {
@@ -22,7 +22,7 @@ alignas(64) thread_local char gather_buffer[kGather * 8];
 alignas(64) thread_local double part_buffer[kPart];
 alignas(64) thread_local double update_buffer[7 * kUpdateBlock];
 
-int64_t chunk_count(int64_t numel) { return (numel + kChunk - 1) / kChunk; }
+int64_t chunk_count(int64_t numel) { return ceil_div(numel, kChunk); }
 
 // Reads one chunk. `dims` is null if the tensor is dense.
 Moments read_chunk(const TensorView& t, const std::vector<Dim>* dims, int64_t index,
@@ -85,46 +85,6 @@ struct Gaps {
     return found != all.end() && found->first == tensor ? &found->second : nullptr;
   }
   std::vector<std::pair<size_t, std::vector<Dim>>> all;
-};
-
-// Finds zero rows once all states are known. A tensor without as many zeros as a row has elements
-// is not read again, and of others only chunks with so many.
-class ZeroRowSearch {
- public:
-  explicit ZeroRowSearch(const std::vector<TensorView>& tensors) : tensors_(tensors) {
-    for (size_t i = 0; i < tensors.size(); ++i) {
-      if (tensors[i].ndim > 0 && tensors[i].rows > 0) strided_.emplace_back(i, tensors[i]);
-    }
-  }
-  // Adds the states of the chunks of a tensor: every `step` one of the array.
-  void add(size_t tensor, const Moments& state, const Moments* chunks, size_t step) {
-    if (!is_needed(tensor, state)) return;
-    std::vector<int64_t>& zeros = in_chunks_[tensor];
-    zeros.resize(chunk_count(tensors_[tensor].numel));
-    for (size_t c = 0; c < zeros.size(); ++c) zeros[c] = chunks[c * step].zeros;
-  }
-  void run(const std::vector<Moments*>& states, Pool pool, ZeroRows& out) {
-    auto strided = strided_.begin();
-    for (size_t i = 0; i < tensors_.size(); ++i) {
-      const bool is_strided = strided != strided_.end() && strided->first == i;
-      if (is_needed(i, *states[i])) {
-        const ZeroRowFinder finder = is_strided ? strided->second : ZeroRowFinder(tensors_[i]);
-        auto rows = finder.find(states[i]->zeros, in_chunks_[i], pool);
-        if (!rows.empty()) out.emplace_back(i, std::move(rows));
-      }
-      if (is_strided) ++strided;
-    }
-  }
-
- private:
-  bool is_needed(size_t tensor, const Moments& state) const {
-    const TensorView& t = tensors_[tensor];
-    return state.zeros > 0 && t.rows > 0 && state.zeros >= t.numel / t.rows;
-  }
-
-  const std::vector<TensorView>& tensors_;
-  std::vector<std::pair<size_t, ZeroRowFinder>> strided_;  // sizes may not be used later
-  std::unordered_map<size_t, std::vector<int64_t>> in_chunks_;
 };
 
 // What a job reads: items of `numel` elements, all of whose states are computed chunk by chunk.
