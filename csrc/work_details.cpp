@@ -62,7 +62,10 @@ cpu::Details* Work::add_details(const cpu::TensorView& view, size_t row, uint8_t
   return &details.back()->details;
 }
 
-py::dict Work::details_for_python(const Moments* table) const {
+py::object Work::details_for_python(const Moments* table) const {
+  // The usual result. It is shared and takes no memory.
+  static PyObject* const none = PyDictProxy_New(py::dict().release().ptr());
+  if (details.empty() && zero_rows.empty()) return py::reinterpret_borrow<py::object>(none);
   py::dict out;
   const auto tuple_of = [](py::object distribution, py::object rows, py::object zero_rows) {
     return py::make_tuple(std::move(distribution), std::move(rows), std::move(zero_rows));

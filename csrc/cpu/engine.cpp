@@ -53,7 +53,8 @@ const std::vector<Dim>* dims_with_gaps(const TensorView& t, std::vector<Dim>& st
 }
 
 void summarize_on_this_thread(const std::vector<TensorView>& tensors,
-                              const std::vector<Moments*>& out, const Kernels& kernels) {
+                              const std::vector<Moments*>& out, const Kernels& kernels,
+                              ZeroRowSearch& zero_rows) {
   std::vector<Dim> storage;
   for (size_t t = 0; t < tensors.size(); ++t) {
     const int64_t chunks = chunk_count(tensors[t].numel);
@@ -64,6 +65,7 @@ void summarize_on_this_thread(const std::vector<TensorView>& tensors,
       state = merge(state, read_chunk(tensors[t], dims, c, kernels));
     }
     *out[t] = state;
+    if (state.zeros > 0) zero_rows.add(t, state);
   }
 }
 
@@ -104,9 +106,9 @@ struct TensorItems {
   void read(size_t i, int64_t chunk, const To& to) const {
     to(0) = read_chunk(tensors[i], gaps.dims(i), chunk, kernels);
   }
-  // Uses the states of the chunks of an item, `n` of each chunk, after they were merged.
+  // Uses the state of an item and those of its chunks, `n` of each chunk, or none if it has one.
   void finish(size_t i, const Moments* chunks, size_t n) const {
-    zero_rows.add(i, *rows[i], chunks, n);
+    if (rows[i]->zeros > 0) zero_rows.add(i, *rows[i], chunks, n);
   }
 };
 
@@ -163,7 +165,9 @@ struct UpdateItems {
     }
   }
   void finish(size_t i, const Moments* chunks, size_t n) const {
-    for (size_t k = 0; k < items[i].n_tensors; ++k) one.finish(items[i].tensors[k], chunks + k, n);
+    for (size_t k = 0; k < items[i].n_tensors; ++k) {
+      one.finish(items[i].tensors[k], chunks ? chunks + k : nullptr, n);
+    }
   }
 };
 
@@ -233,10 +237,12 @@ struct Job {
       pool(tasks, run_task, this);
     }
     const Moments* state = states.data();
-    const Moments* const end = state + states.size();
-    for (size_t i = 0; state != end; ++i) {
+    for (size_t i = 0; i < items.size(); ++i) {
       const int64_t chunks = chunk_count(items.numel(i));
-      if (chunks < 2) continue;
+      if (chunks < 2) {
+        items.finish(i, nullptr, 0);
+        continue;
+      }
       const size_t n = items.states(i);
       const Moments* const first = state;
       for (size_t s = 0; s < n; ++s) items.out(i, s) = state[s];
@@ -266,37 +272,41 @@ double* scratch() { return part_buffer; }
 
 double* update_scratch() { return update_buffer; }
 
-int64_t total_bytes(const std::vector<TensorView>& tensors) {
-  int64_t bytes = 0;
-  for (const TensorView& t : tensors) bytes += t.numel * element_size(t.dtype);
-  return bytes;
-}
-
 void summarize(const std::vector<TensorView>& tensors, const std::vector<Moments*>& out,
                const Kernels& kernels, Pool pool, const std::vector<Update>& updates,
                ZeroRows* zero_rows) {
   const WithDenormals with_denormals;
-  int64_t bytes = total_bytes(tensors);
+  int64_t bytes = 0;
+  bool has_details = false, has_strided = false;
+  for (const TensorView& t : tensors) {
+    bytes += t.numel * element_size(t.dtype);
+    has_details |= t.details != nullptr;
+    has_strided |= t.ndim > 0;
+  }
   for (const Update& u : updates) bytes += u.numel * kUpdateRows * int64_t{sizeof(float)};
   if (bytes < kSerialBytes) pool = nullptr;
-  for (const TensorView& t : tensors) {
-    if (t.details != nullptr) t.details->prepare(t);
+  if (has_details) {
+    for (const TensorView& t : tensors) {
+      if (t.details != nullptr) t.details->prepare(t);
+    }
   }
-  ZeroRowSearch search(tensors);
+  ZeroRowSearch search(tensors, has_strided);
   if (!updates.empty()) {
     const UpdateItems items(tensors, out, updates, kernels, search);
     Job<UpdateItems>(items).run(pool);
     for (const Update& update : updates) mark_absent(update);
   } else if (pool == nullptr) {
-    summarize_on_this_thread(tensors, out, kernels);
+    summarize_on_this_thread(tensors, out, kernels, search);
   } else {
     const TensorItems items{tensors, out, kernels, search};
     Job<TensorItems>(items).run(pool);
   }
-  for (const TensorView& t : tensors) {
-    if (t.details != nullptr) t.details->finish(t);
+  if (has_details) {
+    for (const TensorView& t : tensors) {
+      if (t.details != nullptr) t.details->finish(t);
+    }
   }
-  if (zero_rows != nullptr) search.run(out, pool, *zero_rows);
+  if (zero_rows != nullptr) search.run(pool, *zero_rows);
 }
 
 }  // namespace paramstats::cpu

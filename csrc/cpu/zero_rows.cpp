@@ -117,29 +117,38 @@ bool ZeroRowFinder::is_zero(int64_t row) const {
   return true;
 }
 
-ZeroRowSearch::ZeroRowSearch(const std::vector<TensorView>& tensors) : tensors_(tensors) {
+ZeroRowSearch::ZeroRowSearch(const std::vector<TensorView>& tensors, bool has_strided)
+    : tensors_(tensors) {
+  if (!has_strided) return;
   for (size_t i = 0; i < tensors.size(); ++i) {
     if (tensors[i].ndim > 0 && tensors[i].rows > 0) strided_.emplace_back(i, tensors[i]);
   }
 }
 
 void ZeroRowSearch::add(size_t tensor, const Moments& state, const Moments* chunks, size_t step) {
-  if (!is_needed(tensor, state)) return;
-  std::vector<int64_t>& zeros = in_chunks_[tensor];
-  zeros.resize(ceil_div(tensors_[tensor].numel, kChunk));
-  for (size_t c = 0; c < zeros.size(); ++c) zeros[c] = chunks[c * step].zeros;
+  const TensorView& t = tensors_[tensor];
+  if (t.rows == 0 || state.zeros < t.numel / t.rows) return;
+  Candidate candidate{tensor, state.zeros, {}};
+  if (chunks != nullptr) {
+    candidate.in_chunks.resize(ceil_div(t.numel, kChunk));
+    for (int64_t& zeros : candidate.in_chunks) {
+      zeros = chunks->zeros;
+      chunks += step;
+    }
+  }
+  candidates_.push_back(std::move(candidate));
 }
 
-void ZeroRowSearch::run(const std::vector<Moments*>& states, Pool pool, ZeroRows& out) {
-  auto strided = strided_.begin();
-  for (size_t i = 0; i < tensors_.size(); ++i) {
+void ZeroRowSearch::run(Pool pool, ZeroRows& out) const {
+  for (const Candidate& candidate : candidates_) {
+    const size_t i = candidate.tensor;
+    const auto strided =
+        std::lower_bound(strided_.begin(), strided_.end(), i,
+                         [](const auto& entry, size_t t) { return entry.first < t; });
     const bool is_strided = strided != strided_.end() && strided->first == i;
-    if (is_needed(i, *states[i])) {
-      const ZeroRowFinder finder = is_strided ? strided->second : ZeroRowFinder(tensors_[i]);
-      auto rows = finder.find(states[i]->zeros, in_chunks_[i], pool);
-      if (!rows.empty()) out.emplace_back(i, std::move(rows));
-    }
-    if (is_strided) ++strided;
+    const ZeroRowFinder finder = is_strided ? strided->second : ZeroRowFinder(tensors_[i]);
+    auto rows = finder.find(candidate.zeros, candidate.in_chunks, pool);
+    if (!rows.empty()) out.emplace_back(i, std::move(rows));
   }
 }
 

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -36,20 +35,23 @@ class ZeroRowFinder {
 // is not read again, and of others only chunks with so many.
 class ZeroRowSearch {
  public:
-  explicit ZeroRowSearch(const std::vector<TensorView>&);
-  // Adds the states of the chunks of a tensor: every `step` one of the array.
-  void add(size_t tensor, const Moments& state, const Moments* chunks, size_t step);
-  void run(const std::vector<Moments*>& states, Pool, ZeroRows&);
+  // `has_strided`: whether `ndim` of any tensor is not 0.
+  ZeroRowSearch(const std::vector<TensorView>&, bool has_strided);
+  // Adds a tensor whose state has zeros, in the order of the tensors or not. `chunks` are the
+  // states of its chunks, every `step` one of the array; null if they are not known.
+  void add(size_t tensor, const Moments& state, const Moments* chunks = nullptr, size_t step = 0);
+  void run(Pool, ZeroRows&) const;
 
  private:
-  bool is_needed(size_t tensor, const Moments& state) const {
-    const TensorView& t = tensors_[tensor];
-    return state.zeros > 0 && t.rows > 0 && state.zeros >= t.numel / t.rows;
-  }
+  struct Candidate {
+    size_t tensor;
+    int64_t zeros;
+    std::vector<int64_t> in_chunks;
+  };
 
   const std::vector<TensorView>& tensors_;
   std::vector<std::pair<size_t, ZeroRowFinder>> strided_;  // sizes may not be used later
-  std::unordered_map<size_t, std::vector<int64_t>> in_chunks_;
+  std::vector<Candidate> candidates_;
 };
 
 }  // namespace paramstats::cpu
