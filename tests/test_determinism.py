@@ -55,7 +55,7 @@ def test_each_gradient_gets_its_own_row_in_a_long_list(native):
     for parameter in parameters[::3]:
         parameter.grad = torch.randn_like(parameter)
     read = native.native.read
-    table, deferred, _ = read(parameters, True, True)
+    table, deferred, *_ = read(parameters, True, True)
     alone = [read([parameter], True, True) for parameter in parameters]
     row, half = paramstats._core.moments.ROW.size, len(table) // 2
     assert [position for position, _ in deferred] == [n for n, (_, d, _) in enumerate(alone) if d]
@@ -65,7 +65,7 @@ def test_each_gradient_gets_its_own_row_in_a_long_list(native):
 
 
 def _states(extension, tensors: list[torch.Tensor]) -> list[bytes]:
-    table, deferred_rows, _ = extension.read(tensors, True, False)
+    table, deferred_rows, *_ = extension.read(tensors, True, False)
     assert not deferred_rows
     size = paramstats._core.moments.ROW.size
     return [table[i * size : (i + 1) * size] for i in range(len(tensors))]

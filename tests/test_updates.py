@@ -31,7 +31,7 @@ def tensors(n: int = 50) -> list[torch.Tensor]:
 def both(read: Any, of: list[torch.Tensor], **fields: Any) -> list[list[Moments]]:
     """The rows of an update by the native backend and by `fill`."""
     update = Update(**{**FIELDS, "method": FORMULA, **ADAMW, **fields})
-    table, deferred, _ = read(of, True, True, updates=(update,))
+    table, deferred, *_ = read(of, True, True, updates=(update,))
     assert not deferred
     expected, _, skipped = updates.fill(table, of, [update], [0])
     assert not skipped
@@ -71,5 +71,5 @@ def test_operands_that_the_kernels_cannot_read_are_left_to_python(read):
     of = tensors()
     for old in (torch.empty(50, device="meta"), torch.ones(50).long(), torch.ones(49)):
         update = Update(**{**FIELDS, "method": DIFFERENCE, **ADAMW, "old": old})
-        _, deferred, _ = read(of, True, True, updates=(update,))
+        _, deferred, *_ = read(of, True, True, updates=(update,))
         assert [row for row, _ in deferred] == [8]
