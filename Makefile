@@ -15,7 +15,7 @@ WORKERS ?= 2
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*)
 CXX_FILES := $(NATIVE) $(wildcard tests/cpp/*.* tests/cpp/*/* tests/fake_cuda/*.cpp tests/fake_device/*.cpp tests/fake_device/*.h)
 # The C++ tests of the CPU backend: tests/cpp/test_*.cpp.
-CPU_TESTS := kernels threads updates distribution
+CPU_TESTS := kernels threads updates details distribution
 # The CUDA kernels compiled as C++, on the CPU implementation of CUDA in tests/cpp/cuda_shim. Its
 # functions are exported (-rdynamic), because the engine finds those of a driver at run time.
 # Products are not fused with sums, as in the kernels (times in csrc/portable.h).

@@ -17,7 +17,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ import torch
 from torch import nn
 
 import paramstats
-from benches import checks, hardware, models
+from benches import checks, hardware, models, native_reads
 from benches.contestants import (
     ITEM_LOOP,
     ONE_STATISTIC,
@@ -39,8 +38,6 @@ from benches.contestants import (
 )
 from benches.read_only import ReadOnly, checksum
 from benches.timing import quartiles, use_backend
-from paramstats._core import backend as backends
-from paramstats._core import moments
 
 Row = dict[str, Any]
 Call = Callable[[], Any]
@@ -131,7 +128,7 @@ _SUMMARIZE = "`summarize(m)`"
 _SCALARS = "`summarize(m).scalars()`"
 _REFERENCE = "`summarize(m).scalars()`, reference backend"
 _ITEM_LOOP = "`.item()` loop under `no_grad`"
-_READ_ONLY = "read-only loop"
+_READ_ONLY = native_reads.READ_ONLY
 
 
 def _model(name: str) -> tuple[str, nn.Module, checks.Expected]:
@@ -238,44 +235,16 @@ def tensors() -> Iterator[Row]:
                     yield from compare(title, _SUMMARIZE, calls)
 
 
-_ADAMW = (1e-3, 0.1, 0.9, 0.999, 1e-8, 100.0)
-
-
 def updates() -> Iterator[Row]:
     """Compare the read of a float32 parameter, its state and its update with the memory limit."""
-    native = backends.active().native
-    generator = torch.Generator().manual_seed(0)
+    for title, calls in native_reads.updates():
+        yield from compare(title, native_reads.MEASURED, calls)
 
-    def noise(scale: float) -> torch.Tensor:
-        return torch.randn(64 << 20, generator=generator) * scale
 
-    weight, momentum, variance = noise(0.1), noise(1e-3), noise(1e-3).square_()
-    gradient, old = noise(1e-3), weight + noise(1e-4)
-    weight.requires_grad_().grad = gradient
-    state = [weight, momentum, variance]
-    formula = (-1, None, 1, *_ADAMW)
-    cases = {  # the tensors of the list, the update, and all tensors that are read
-        "parameter and copy": ([weight], (0, -1, -1, -1, -1, old, 2, *_ADAMW), [weight, old]),
-        "parameter and Adam's state": (state, (0, -1, 1, 2, *formula), state),
-        "the same and the gradient": (state, (0, 3, 1, 2, *formula), [*state, gradient]),
-    }
-    lr, decay, beta1, beta2, eps, step = _ADAMW
-    ratio = momentum / ((variance / (1 - beta2**step)).sqrt_() + eps)
-    by_adamw = ratio.mul_(lr / (1 - beta1**step)).add_(weight.detach(), alpha=lr * decay)
-    changes = {1: by_adamw.div_(lr * decay - 1), 2: weight.detach() - old}
-    base = "the read with the update"
-    for title, (listed, update, operands) in cases.items():
-        with_grad = update[1] >= 0
-        table = native.read(listed, True, with_grad, updates=(update,))[0]
-        found = moments.row(table, 2 * len(listed))
-        change = changes[update[6]]
-        assert abs(found.mean - change.mean(dtype=torch.float64)) <= 1e-6 * change.std()
-        calls = {
-            _READ_ONLY: ReadOnly([t.detach() for t in operands], torch.get_num_threads()),
-            "the read without the update": partial(native.read, listed, True, with_grad),
-            base: partial(native.read, listed, True, with_grad, updates=(update,)),
-        }
-        yield from compare(f"{title}, 64 Mi elements of float32", base, calls)
+def details() -> Iterator[Row]:
+    """Compare the read of a tensor with its rows or distribution with the memory limit."""
+    for title, calls in native_reads.details():
+        yield from compare(title, native_reads.MEASURED, calls)
 
 
 # ---- command line -------------------------------------------------------------------------------
@@ -287,6 +256,7 @@ GROUPS = {
     "many": many,
     "tensors": tensors,
     "updates": updates,
+    "details": details,
 }
 
 

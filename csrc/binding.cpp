@@ -69,6 +69,15 @@ PYBIND11_MODULE(_native, m) {
   m.def("connect", &paramstats::connect, "found"_a);
   m.def("metadata", &paramstats::torch_abi::metadata, "tensor"_a);
   m.def("alias", &paramstats::torch_abi::alias, "tensor"_a);
+  // First without `details`: pybind11 allocates memory in calls of functions with 7 arguments.
+  m.def(
+      "read",
+      [](const py::list& tensors, bool params, bool grads, uint64_t cuda_devices, bool hold,
+         const py::tuple& updates) {
+        return paramstats::read(tensors, params, grads, cuda_devices, hold, updates, py::bytes());
+      },
+      "tensors"_a, "params"_a, "grads"_a, "cuda_devices"_a = 0, "hold"_a = false,
+      "updates"_a = py::tuple());
   m.def("read", &paramstats::read, "tensors"_a, "params"_a, "grads"_a, "cuda_devices"_a = 0,
         "hold"_a = false, "updates"_a = py::tuple(), "details"_a = py::bytes());
   m.def("merge_rows", &paramstats::merge_rows, "table"_a, "begin"_a, "end"_a);

@@ -35,11 +35,13 @@ Impl gradient_of(Impl t) {
 }
 
 py::tuple read(const py::list& tensors, bool params, bool grads, uint64_t cuda_devices, bool hold,
-               const py::tuple& updates, const std::string& details) {
+               const py::tuple& updates, const py::bytes& details) {
   const size_t n = tensors.size();
-  if (!details.empty() && details.size() != n) {
+  const auto n_flags = static_cast<size_t>(PyBytes_GET_SIZE(details.ptr()));
+  const char* const flags_of = n_flags == 0 ? nullptr : PyBytes_AS_STRING(details.ptr());
+  if (n_flags != 0 && n_flags != n) {
     throw py::value_error("paramstats._native.read: expected a byte of details for each of " +
-                          std::to_string(n) + " tensors, got " + std::to_string(details.size()));
+                          std::to_string(n) + " tensors, got " + std::to_string(n_flags));
   }
   const size_t n_rows = 2 * n + kUpdateRows * updates.size();
   const std::vector<UpdateArguments> update_list = update_arguments(updates, n);
@@ -57,7 +59,7 @@ py::tuple read(const py::list& tensors, bool params, bool grads, uint64_t cuda_d
     lookahead.advance(i);
     PyObject* object = object_at(i);
     const Impl t = unpack(object);
-    const auto flags = static_cast<uint8_t>(details.empty() ? 0 : details[i]);
+    const auto flags = static_cast<uint8_t>(flags_of ? flags_of[i] : 0);
     if (params && !may_be_lazy(object, t)) {
       work.add(t, table, i, flags);
     } else if (!params && torch_abi::is_plain(t)) {

@@ -19,7 +19,7 @@ torch_abi::Impl gradient_of(torch_abi::Impl t);
 // Returns (table, deferred rows, groups of CUDA tensors, details); see _native.pyi. Rows in groups
 // are unread until the group has written them.
 pybind11::tuple read(const pybind11::list& tensors, bool params, bool grads, uint64_t cuda_devices,
-                     bool hold, const pybind11::tuple& updates, const std::string& details);
+                     bool hold, const pybind11::tuple& updates, const pybind11::bytes& details);
 
 // The names of the SIMD levels that this CPU supports, fastest first, and the one in use.
 std::vector<std::string> simd_levels();

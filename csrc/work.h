@@ -104,7 +104,7 @@ struct Work : Lists {
   cpu::Details* add_details(const cpu::TensorView&, size_t row, uint8_t flags);
 
   // The details by row of the table, as `read` returns them.
-  pybind11::dict details_for_python(const Moments* table) const;
+  pybind11::object details_for_python(const Moments* table) const;
 
   // Whether the kernels may read the device of a CUDA tensor.
   bool is_wanted(torch_abi::Impl t, int32_t* device) const {

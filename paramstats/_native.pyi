@@ -7,7 +7,7 @@ count is -1 if there is no such tensor (absent); its mean is NaN if it was not r
 The module is built from csrc/binding.cpp.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -122,7 +122,7 @@ def read(
     bytes,
     tuple[tuple[int, torch.Tensor], ...],
     tuple[CudaGroup, ...],
-    dict[int, tuple[bytes | None, bytes | None, bytes | None]],
+    Mapping[int, tuple[bytes | None, bytes | None, bytes | None]],
 ]:
     """Read tensors and their gradients; return `(table, deferred_rows, groups, details)`.
 

@@ -41,6 +41,7 @@ SOURCES = {
     "kernels": ["tests/cpp/test_kernels.cpp", *CPU],
     "threads": ["tests/cpp/test_threads.cpp", *CPU],
     "updates": ["tests/cpp/test_updates.cpp", *CPU],
+    "details": ["tests/cpp/test_details.cpp", *CPU],
     "distribution": ["tests/cpp/test_distribution.cpp", *CPU],
     "cuda_kernels": [
         "tests/cpp/test_cuda_kernels.cpp",
@@ -212,7 +213,7 @@ def main() -> int:
                 cpp_tests(ADDRESS, *SOURCES) | cpp_tests(THREAD, "threads")
             )
             return int(failed or (python and python.result()))
-    failed = cpp_tests(ADDRESS, *SOURCES) | cpp_tests(THREAD, "kernels", "threads")
+    failed = cpp_tests(ADDRESS, *SOURCES) | cpp_tests(THREAD, "kernels", "threads", "details")
     failed |= python_tests(ADDRESS, "all", *(f"--deselect={test}" for test in LEFT_OUT))
     return int(failed | python_tests(THREAD, "several threads", *files(THREADED)))
 

@@ -1,4 +1,4 @@
-// Reads details of tensors chunk by chunk, and finds zero rows.
+// Reads details of tensors chunk by chunk.
 #include "details.h"
 
 #include <algorithm>
@@ -10,20 +10,6 @@ namespace {
 constexpr int64_t kBufferBytes = 64 << 10;  // stays in L2
 alignas(64) thread_local char buffer[kBufferBytes];
 thread_local int64_t chunk_counts[2 * kWide.bins];
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// The dimensions of the elements in the order of rows.
-std::vector<Dim> dims_of_rows(const TensorView& t) {
-  TensorView row = t;
-  ++row.sizes;
-  ++row.strides;
-  --row.ndim;
-  std::vector<Dim> dims = memory_order(row);
-  if (dims.empty()) dims.push_back({1, 1});
-  dims.insert(dims.begin(), {t.sizes[0], t.strides[0]});
-  return dims;
-}
 
 void add(int64_t& to, int64_t n) {
   if (n != 0) __atomic_fetch_add(&to, n, __ATOMIC_RELAXED);
@@ -145,92 +131,6 @@ void Details::finish(const TensorView& t) {
     }
     rows[r] = row;
   }
-}
-
-// ---- zero rows ---------------------------------------------------------------------------------
-
-namespace {
-
-// The bits of 8 bytes of elements that a zero does not have, as it may have a sign.
-uint64_t value_bits(DType dtype) {
-  if (dtype > DType::kFloat8E5M2) return ~uint64_t{0};
-  constexpr uint64_t kSigns[] = {0x8080808080808080, 0x8000800080008000, 0x8000000080000000,
-                                 0x8000000000000000};
-  return ~kSigns[log2_size(dtype)];
-}
-
-bool is_zero(const void* data, int64_t bytes, uint64_t mask) {
-  const char* x = static_cast<const char*>(data);
-  constexpr int kWords = 8;
-  uint64_t words[kWords];
-  int64_t i = 0;
-  for (; i + int64_t{sizeof(words)} <= bytes; i += sizeof(words)) {
-    std::memcpy(words, x + i, sizeof(words));
-    uint64_t any = 0;
-    for (uint64_t word : words) any |= word;
-    if (any & mask) return false;
-  }
-  std::memset(words, 0, sizeof(words));
-  std::memcpy(words, x + i, bytes - i);
-  uint64_t any = 0;
-  for (uint64_t word : words) any |= word;
-  return (any & mask) == 0;
-}
-
-}  // namespace
-
-ZeroRowFinder::ZeroRowFinder(const TensorView& t)
-    : tensor_(t), row_numel_(t.numel / t.rows), stride_(row_numel_) {
-  if (is_contiguous(t)) return;
-  dims_ = dims_of_rows(t);
-  stride_ = dims_[0].stride;
-  dims_.erase(dims_.begin());
-  if (dims_.size() == 1 && (dims_[0].stride == 1 || dims_[0].size == 1)) dims_.clear();
-}
-
-std::vector<uint8_t> ZeroRowFinder::find(int64_t zeros, Pool pool) const {
-  const int64_t rows = tensor_.rows;
-  std::vector<uint8_t> bits(ceil_div(rows, 8));
-  struct Search {
-    const ZeroRowFinder& finder;
-    int64_t rows, step;  // of a task; tasks write no byte of another
-    uint8_t* bits;
-  } search{*this, rows, 8 * ceil_div(kChunk / 8, row_numel_), bits.data()};
-  const auto task = [](int64_t i, void* context) {
-    const Search& s = *static_cast<const Search*>(context);
-    s.finder.read(i * s.step, std::min(s.rows, (i + 1) * s.step), s.bits);
-  };
-  const int64_t tasks = ceil_div(rows, search.step);
-  if (zeros == tensor_.numel) {
-    for (int64_t r = 0; r < rows; ++r) bits[r / 8] |= 1 << r % 8;
-  } else if (pool != nullptr && tensor_.numel * element_size(tensor_.dtype) >= kSerialBytes) {
-    pool(tasks, task, &search);
-  } else {
-    for (int64_t i = 0; i < tasks; ++i) task(i, &search);
-  }
-  const bool found = std::any_of(bits.begin(), bits.end(), [](uint8_t b) { return b != 0; });
-  return found ? bits : std::vector<uint8_t>();
-}
-
-void ZeroRowFinder::read(int64_t begin, int64_t end, uint8_t* bits) const {
-  for (int64_t r = begin; r < end; ++r) {
-    if (is_zero(r)) bits[r / 8] |= 1 << r % 8;
-  }
-}
-
-bool ZeroRowFinder::is_zero(int64_t row) const {
-  const int size = element_size(tensor_.dtype);
-  const uint64_t mask = value_bits(tensor_.dtype);
-  const char* data = static_cast<const char*>(tensor_.data) + row * stride_ * size;
-  if (dims_.empty()) return cpu::is_zero(data, row_numel_ * size, mask);
-  constexpr int64_t kFirst = 16, kNext = 2048;  // most rows have an element that is not zero early
-  char elements[kNext * 8];
-  for (int64_t i = 0, n = kFirst; i < row_numel_; i += n, n = kNext) {
-    n = std::min(n, row_numel_ - i);
-    gather(data, dims_, i, n, size, elements);
-    if (!cpu::is_zero(elements, n * size, mask)) return false;
-  }
-  return true;
 }
 
 }  // namespace paramstats::cpu

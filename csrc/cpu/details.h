@@ -34,22 +34,4 @@ struct Details {
   std::vector<HigherMoments> moments_;  // of each chunk
 };
 
-// Finds the rows of a tensor that are all zero.
-class ZeroRowFinder {
- public:
-  explicit ZeroRowFinder(const TensorView&);
-
-  // Sets bit r % 8 of byte r // 8 for each row r that is all zero. `zeros` is the number of zeros
-  // of the tensor. Returns no bytes if there is no such row.
-  std::vector<uint8_t> find(int64_t zeros, Pool) const;
-
- private:
-  void read(int64_t begin, int64_t end, uint8_t* bits) const;
-  bool is_zero(int64_t row) const;
-
-  TensorView tensor_;
-  int64_t row_numel_, stride_;  // elements
-  std::vector<Dim> dims_;       // of a row
-};
-
 }  // namespace paramstats::cpu

@@ -8,6 +8,7 @@
 #include "denormals.h"
 #include "details.h"
 #include "strides.h"
+#include "zero_rows.h"
 
 namespace paramstats::cpu {
 namespace {
@@ -21,7 +22,7 @@ alignas(64) thread_local char gather_buffer[kGather * 8];
 alignas(64) thread_local double part_buffer[kPart];
 alignas(64) thread_local double update_buffer[7 * kUpdateBlock];
 
-int64_t chunk_count(int64_t numel) { return (numel + kChunk - 1) / kChunk; }
+int64_t chunk_count(int64_t numel) { return ceil_div(numel, kChunk); }
 
 // Reads one chunk. `dims` is null if the tensor is dense.
 Moments read_chunk(const TensorView& t, const std::vector<Dim>* dims, int64_t index,
@@ -52,7 +53,8 @@ const std::vector<Dim>* dims_with_gaps(const TensorView& t, std::vector<Dim>& st
 }
 
 void summarize_on_this_thread(const std::vector<TensorView>& tensors,
-                              const std::vector<Moments*>& out, const Kernels& kernels) {
+                              const std::vector<Moments*>& out, const Kernels& kernels,
+                              ZeroRowSearch& zero_rows) {
   std::vector<Dim> storage;
   for (size_t t = 0; t < tensors.size(); ++t) {
     const int64_t chunks = chunk_count(tensors[t].numel);
@@ -63,6 +65,7 @@ void summarize_on_this_thread(const std::vector<TensorView>& tensors,
       state = merge(state, read_chunk(tensors[t], dims, c, kernels));
     }
     *out[t] = state;
+    if (state.zeros > 0) zero_rows.add(t, state);
   }
 }
 
@@ -92,6 +95,7 @@ struct TensorItems {
   const std::vector<TensorView>& tensors;
   const std::vector<Moments*>& rows;
   const Kernels& kernels;
+  ZeroRowSearch& zero_rows;
   const Gaps gaps{tensors};
 
   size_t size() const { return tensors.size(); }
@@ -101,6 +105,10 @@ struct TensorItems {
   template <class To>
   void read(size_t i, int64_t chunk, const To& to) const {
     to(0) = read_chunk(tensors[i], gaps.dims(i), chunk, kernels);
+  }
+  // Uses the state of an item and those of its chunks, `n` of each chunk, or none if it has one.
+  void finish(size_t i, const Moments* chunks, size_t n) const {
+    if (rows[i]->zeros > 0) zero_rows.add(i, *rows[i], chunks, n);
   }
 };
 
@@ -115,8 +123,8 @@ struct UpdateItems {
   std::vector<Item> items;
 
   UpdateItems(const std::vector<TensorView>& tensors, const std::vector<Moments*>& rows,
-              const std::vector<Update>& updates, const Kernels& kernels)
-      : one{tensors, rows, kernels} {
+              const std::vector<Update>& updates, const Kernels& kernels, ZeroRowSearch& zero_rows)
+      : one{tensors, rows, kernels, zero_rows} {
     std::vector<bool> taken(tensors.size());
     for (const Update& update : updates) {
       Item item{{}, 0, &update};
@@ -154,6 +162,11 @@ struct UpdateItems {
     }
     for (size_t k = 0; k < item.n_tensors; ++k) {
       one.read(item.tensors[k], chunk, [&](size_t) -> Moments& { return to(k); });
+    }
+  }
+  void finish(size_t i, const Moments* chunks, size_t n) const {
+    for (size_t k = 0; k < items[i].n_tensors; ++k) {
+      one.finish(items[i].tensors[k], chunks ? chunks + k : nullptr, n);
     }
   }
 };
@@ -224,16 +237,20 @@ struct Job {
       pool(tasks, run_task, this);
     }
     const Moments* state = states.data();
-    const Moments* const end = state + states.size();
-    for (size_t i = 0; state != end; ++i) {
+    for (size_t i = 0; i < items.size(); ++i) {
       const int64_t chunks = chunk_count(items.numel(i));
-      if (chunks < 2) continue;
+      if (chunks < 2) {
+        items.finish(i, nullptr, 0);
+        continue;
+      }
       const size_t n = items.states(i);
+      const Moments* const first = state;
       for (size_t s = 0; s < n; ++s) items.out(i, s) = state[s];
       state += n;
       for (int64_t c = 1; c < chunks; ++c, state += n) {
         for (size_t s = 0; s < n; ++s) items.out(i, s) = merge(items.out(i, s), state[s]);
       }
+      items.finish(i, first, n);
     }
   }
 };
@@ -249,71 +266,47 @@ void mark_absent(const Update& update) {
   }
 }
 
-// Finds zero rows once all states are known. A tensor without as many zeros as a row has elements
-// is not read again.
-class ZeroRowSearch {
- public:
-  explicit ZeroRowSearch(const std::vector<TensorView>& tensors) : tensors_(tensors) {
-    for (size_t i = 0; i < tensors.size(); ++i) {
-      if (tensors[i].ndim > 0 && tensors[i].rows > 0) strided_.emplace_back(i, tensors[i]);
-    }
-  }
-  void run(const std::vector<Moments*>& states, Pool pool, ZeroRows& out) const {
-    auto strided = strided_.begin();
-    for (size_t i = 0; i < tensors_.size(); ++i) {
-      const TensorView& t = tensors_[i];
-      const bool is_strided = strided != strided_.end() && strided->first == i;
-      if (states[i]->zeros > 0 && t.rows > 0 && states[i]->zeros >= t.numel / t.rows) {
-        const ZeroRowFinder finder = is_strided ? strided->second : ZeroRowFinder(t);
-        auto rows = finder.find(states[i]->zeros, pool);
-        if (!rows.empty()) out.emplace_back(i, std::move(rows));
-      }
-      if (is_strided) ++strided;
-    }
-  }
-
- private:
-  const std::vector<TensorView>& tensors_;
-  std::vector<std::pair<size_t, ZeroRowFinder>> strided_;  // sizes may not be used later
-};
-
 }  // namespace
 
 double* scratch() { return part_buffer; }
 
 double* update_scratch() { return update_buffer; }
 
-int64_t total_bytes(const std::vector<TensorView>& tensors) {
-  int64_t bytes = 0;
-  for (const TensorView& t : tensors) bytes += t.numel * element_size(t.dtype);
-  return bytes;
-}
-
 void summarize(const std::vector<TensorView>& tensors, const std::vector<Moments*>& out,
                const Kernels& kernels, Pool pool, const std::vector<Update>& updates,
                ZeroRows* zero_rows) {
   const WithDenormals with_denormals;
-  int64_t bytes = total_bytes(tensors);
+  int64_t bytes = 0;
+  bool has_details = false, has_strided = false;
+  for (const TensorView& t : tensors) {
+    bytes += t.numel * element_size(t.dtype);
+    has_details |= t.details != nullptr;
+    has_strided |= t.ndim > 0;
+  }
   for (const Update& u : updates) bytes += u.numel * kUpdateRows * int64_t{sizeof(float)};
   if (bytes < kSerialBytes) pool = nullptr;
-  for (const TensorView& t : tensors) {
-    if (t.details != nullptr) t.details->prepare(t);
+  if (has_details) {
+    for (const TensorView& t : tensors) {
+      if (t.details != nullptr) t.details->prepare(t);
+    }
   }
-  const ZeroRowSearch search(tensors);
+  ZeroRowSearch search(tensors, has_strided);
   if (!updates.empty()) {
-    const UpdateItems items(tensors, out, updates, kernels);
+    const UpdateItems items(tensors, out, updates, kernels, search);
     Job<UpdateItems>(items).run(pool);
     for (const Update& update : updates) mark_absent(update);
   } else if (pool == nullptr) {
-    summarize_on_this_thread(tensors, out, kernels);
+    summarize_on_this_thread(tensors, out, kernels, search);
   } else {
-    const TensorItems items{tensors, out, kernels};
+    const TensorItems items{tensors, out, kernels, search};
     Job<TensorItems>(items).run(pool);
   }
-  for (const TensorView& t : tensors) {
-    if (t.details != nullptr) t.details->finish(t);
+  if (has_details) {
+    for (const TensorView& t : tensors) {
+      if (t.details != nullptr) t.details->finish(t);
+    }
   }
-  if (zero_rows != nullptr) search.run(out, pool, *zero_rows);
+  if (zero_rows != nullptr) search.run(pool, *zero_rows);
 }
 
 }  // namespace paramstats::cpu

@@ -49,8 +49,6 @@ using Pool = void (*)(int64_t n, Task task, void* context);
 // A call that reads fewer bytes runs on the calling thread: waking others would take longer.
 constexpr int64_t kSerialBytes = 1 << 20;
 
-int64_t total_bytes(const std::vector<TensorView>& tensors);
-
 // The tensors that have zero rows, and a bit for each row: whether all its elements are zero.
 using ZeroRows = std::vector<std::pair<size_t, std::vector<uint8_t>>>;
 

@@ -73,11 +73,11 @@ struct RowExtremes {
 };
 
 // Reads a piece of n > 0 elements. Returns false if the lanes cannot represent it: it contains NaN
-// or infinity, or d^2 overflows or underflows. Writes the hash in any case.
+// or infinity, or d^2 overflows or underflows. Always writes the hash.
 template <class T>
-inline bool try_row(const typename T::Storage* x, int64_t n, Moments& out, uint64_t& hash) {
+inline bool try_row(const typename T::Storage* x, int64_t n, typename T::Scalar pivot, Moments& out,
+                    uint64_t& hash) {
   constexpr int kTries = 3;
-  typename T::Scalar pivot = 0;
   for (int attempt = 0; attempt < kTries; ++attempt) {
     RowExtremes<T> e;
     const BlockSums s = block_sums<T>(x, n, pivot, e);
@@ -90,20 +90,12 @@ inline bool try_row(const typename T::Storage* x, int64_t n, Moments& out, uint6
   return false;
 }
 
-// Reads n <= kPart elements that the lanes of their dtype cannot represent, as
-// summarize_difficult_part does.
+// Reads n <= kPart elements that the lanes of their dtype cannot represent.
 template <class T>
-__attribute__((noinline)) void read_difficult_row(const typename T::Storage* x, int64_t n,
-                                                  Moments& out) {
-  double* const values = scratch();
-  convert<T>(x, n, values);
-  uint64_t unused;
-  if (sizeof(typename T::Scalar) == 4 &&
-      try_row<Native<double, InDouble>>(values, n, out, unused)) {
-    return;
-  }
-  out = Moments();
-  update(out, values, n);
+__attribute__((noinline)) Moments difficult_row(const typename T::Storage* x, int64_t n) {
+  Running<T> running;
+  summarize_difficult_part<T>(x, n, running);
+  return running.state;
 }
 
 inline RowState row_of(const Moments& state, uint64_t hash) {
@@ -113,16 +105,111 @@ inline RowState row_of(const Moments& state, uint64_t hash) {
   return {state.mean, state.m2, abs_max, state.zeros, nonfinite, hash};
 }
 
+// The lanes of some rows, summed around 0. (Without constructors, which would clear them first.)
+template <class T>
+struct RowLanes {
+  static constexpr int kRows = 16;
+  DoubleLanes sum[kRows], sum_sq[kRows];
+  typename T::Vector min[kRows], max[kRows];
+  typename T::Mask zeros[kRows];
+  UInt64Lanes hash[kRows];
+
+  // Sums row k, of n > 0 elements, as block_sums does. `n` is a whole number of units.
+  __attribute__((always_inline)) void read(int k, const typename T::Storage* x, int64_t n) {
+    using V = typename T::Vector;
+    constexpr int kStep = kUnits<T> * kUnit<T>, kTile = T::kInner * kStep;
+    RowExtremes<T> e;
+    DoubleSums sums;
+    int64_t i = 0;
+    for (; i + kTile <= n; i += kTile) sums.add(take_tile<T, false>(x + i, T::kInner, V{}, e));
+    if (i + kStep <= n) {
+      const int groups = static_cast<int>((n - i) / kStep);
+      sums.add(take_tile<T, false>(x + i, groups, V{}, e));
+      i += groups * kStep;
+    }
+    for (; i < n; i += kUnit<T>) {
+      V v[T::kVectors];
+      T::load(x + i, v);
+      e.take(0, x + i, v);
+      for (int l = 0; l < T::kVectors; ++l) sums.add(LaneSums<T>{v[l], v[l] * v[l]});
+    }
+    sum[k] = sums.sum;
+    sum_sq[k] = e.is_nan() ? sums.sum_sq + kNaN : sums.sum_sq;
+    min[k] = e.all.min;
+    max[k] = e.all.max;
+    zeros[k] = e.all.zeros;
+    hash[k] = e.hash.sums;
+  }
+  Fit state(int k, int64_t n, double* total, Moments& out) const {
+    *total = lanes_total(sum[k]);
+    const int64_t n_zeros = lanes_any(zeros[k]) ? lanes_sum(zeros[k]) : 0;
+    return from_sums(
+        {*total, lanes_total(sum_sq[k]), lanes_min(min[k]), lanes_max(max[k]), n_zeros}, n, 0,
+        kMaxShiftShare, T::kMinSquares, kLargest, out);
+  }
+};
+
+// Merges the states of rows of n finite elements each.
+inline Moments merged(const Moments* states, int64_t rows, int64_t n) {
+  Moments out;
+  const double first = states[0].mean;
+  double sum = 0, sum_sq = 0;  // of the distances of the means from `first`
+  for (int64_t r = 0; r < rows; ++r) {
+    const double d = states[r].mean - first;
+    sum += d;
+    sum_sq += d * d;
+    out.m2 += states[r].m2;
+    out.zeros += states[r].zeros;
+    out.min = states[r].min < out.min ? states[r].min : out.min;
+    out.max = states[r].max > out.max ? states[r].max : out.max;
+  }
+  const double shift = sum / static_cast<double>(rows), between = sum_sq - sum * shift;
+  out.count = rows * n;
+  out.mean = first + shift;
+  out.m2 += static_cast<double>(n) * (between > 0 ? between : 0);
+  return out;
+}
+
 template <class T>
 Moments rows(const void* data, int64_t number, int64_t n, RowState* out) {
+  constexpr int kRows = RowLanes<T>::kRows;
   const auto* x = static_cast<const typename T::Storage*>(data);
   Moments all;
-  for (int64_t r = 0; r < number; ++r, x += n) {
-    Moments state;
-    uint64_t hash;
-    if (!try_row<T>(x, n, state, hash)) read_difficult_row<T>(x, n, state);
-    out[r] = row_of(state, hash);
-    all = merge(all, state);
+  for (int64_t r = 0; r < number; r += kRows) {
+    const int size = number - r < kRows ? static_cast<int>(number - r) : kRows;
+    Moments states[kRows];
+    uint64_t hashes[kRows];
+    bool fit = true;
+    if (n % kUnit<T> == 0) {
+      // First all sums, then all states: the long chains of operations that a state needs overlap.
+      RowLanes<T> lanes;
+      for (int k = 0; k < size; ++k) lanes.read(k, x + k * n, n);
+      for (int k = 0; k < size; ++k) {
+        double sum;
+        hashes[k] = RowHash{lanes.hash[k]}.value();
+        const Fit found = lanes.state(k, n, &sum, states[k]);
+        if (found == Fit::kGood) continue;
+        const auto pivot = static_cast<typename T::Scalar>(sum / static_cast<double>(n));
+        if (found == Fit::kUnusable || !try_row<T>(x + k * n, n, pivot, states[k], hashes[k])) {
+          states[k] = difficult_row<T>(x + k * n, n);
+          fit = false;
+        }
+      }
+    } else {
+      for (int k = 0; k < size; ++k) {
+        if (try_row<T>(x + k * n, n, 0, states[k], hashes[k])) continue;
+        states[k] = difficult_row<T>(x + k * n, n);
+        fit = false;
+      }
+    }
+    for (int k = 0; k < size; ++k) out[r + k] = row_of(states[k], hashes[k]);
+    const Moments both = merged(states, size, n);
+    if (fit && is_finite(both.m2)) {
+      all = merge(all, both);
+    } else {
+      for (int k = 0; k < size; ++k) all = merge(all, states[k]);
+    }
+    x += size * n;
   }
   return all;
 }

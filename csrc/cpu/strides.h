@@ -9,6 +9,8 @@
 
 namespace paramstats::cpu {
 
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // A tensor of fewer than 2^63 elements has at most this many dimensions of size 2 or more.
 constexpr int kMaxDims = 63;
 
@@ -55,6 +57,18 @@ inline bool is_contiguous(const TensorView& t) {
 
 inline bool is_dense(const std::vector<Dim>& dims) {
   return dims.empty() || (dims.size() == 1 && dims[0].stride == 1);
+}
+
+// The dimensions of the elements in the order of rows.
+inline std::vector<Dim> dims_of_rows(const TensorView& t) {
+  TensorView row = t;
+  ++row.sizes;
+  ++row.strides;
+  --row.ndim;
+  std::vector<Dim> dims = memory_order(row);
+  if (dims.empty()) dims.push_back({1, 1});
+  dims.insert(dims.begin(), {t.sizes[0], t.strides[0]});
+  return dims;
 }
 
 // Whether the elements of two tensors without gaps have the same order in memory. (`ndim` is 0 for

@@ -67,7 +67,13 @@ struct Tensor {
   }
   const unsigned char* data() const { return memory.data() + first * element_size(dtype); }
   cpu::TensorView view() const {
-    return {data(), dtype, numel(), static_cast<int>(sizes.size()), sizes.data(), strides.data()};
+    return {data(),
+            dtype,
+            numel(),
+            static_cast<int>(sizes.size()),
+            sizes.data(),
+            strides.data(),
+            sizes.empty() ? 0 : sizes[0]};
   }
   std::vector<double> values() const {  // in row-major order of the logical index
     std::vector<double> out;
