@@ -246,7 +246,11 @@ class TensorStats:
         Also None for a scalar, for a tensor without elements and for several tensors together.
         """
         packed = None if self._detail is None else self._detail.rows
-        return None if packed is None else Rows(packed, self._correction, self._scale)
+        return (
+            None
+            if packed is None or not self.count
+            else Rows(packed, self._correction, self._scale)
+        )
 
     @property
     def zero_rows(self) -> tuple[int, ...]:

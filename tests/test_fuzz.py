@@ -64,7 +64,7 @@ class WrongBackend:
         return getattr(self._native, name)
 
     def read(self, *args: Any) -> Any:
-        table, left, transfers = self._native.read(*args)
+        table, left, transfers, *_ = self._native.read(*args)
         return self._change(table), left, transfers
 
     def merge_rows(self, *args: Any) -> Any:

@@ -55,8 +55,8 @@ def unusual(dtype: torch.dtype) -> list[torch.Tensor]:
 
 def states_together(tensors: list[torch.Tensor], grads: bool = False) -> list[Moments]:
     """The states of tensors that the reference backend reads in one call."""
-    table, rows, _ = reference.read(tensors, True, grads)
-    table, transfers, skipped = reference.fill(table, rows)
+    table, rows, *_ = reference.read(tensors, True, grads)
+    table, transfers, skipped, _ = reference.fill(table, rows)
     assert not transfers and not skipped
     return [moments.row(table, row) for row in range(len(tensors))]
 
@@ -192,8 +192,8 @@ def test_tensors_are_read_one_by_one_if_reading_them_together_raises(monkeypatch
     if fails == "alone":
         monkeypatch.setattr(reference, "on_cpu", fail_for_one)
     tensors = [torch.full((5,), float(i)) for i in range(4)]
-    table, rows, _ = reference.read(tensors, True, False)
-    table, _, skipped = reference.fill(table, rows)
+    table, rows, *_ = reference.read(tensors, True, False)
+    table, _, skipped, _ = reference.fill(table, rows)
     means = [moments.row(table, row).mean for row in range(4)]
     if fails == "alone":
         assert skipped == {2: "RuntimeError: broken tensor"}
@@ -218,8 +218,8 @@ def test_gradients_and_dtypes_are_read_into_their_rows():
     ]
     for x in tensors[::2]:
         x.grad = -x.detach()
-    table, rows, _ = reference.read(tensors, False, True)
-    table, _, _ = reference.fill(table, rows, False)
+    table, rows, *_ = reference.read(tensors, False, True)
+    table, *_ = reference.fill(table, rows, False)
     n = len(tensors)
     for i in range(n):
         state, grad = moments.row(table, i), moments.row(table, n + i)

@@ -663,7 +663,7 @@ def use(native: backends.Implementation, tensor: torch.Tensor) -> None:
         paramstats.summarize(source)
         paramstats.summarize(source, params=False)
     paramstats.summarize(buffers, buffers=True)
-    _, deferred, _ = native.read([tensor], True, True)
+    _, deferred, *_ = native.read([tensor], True, True)
     assert not deferred or deferred[0][1] is tensor
 
 
@@ -728,7 +728,7 @@ def deferred_model() -> nn.Module:
 def test_deferred_rows_are_the_same_objects(native):
     x = deferred_model().x
     grad = x.grad
-    _, deferred, _ = native.read([x, x], True, True)
+    _, deferred, *_ = native.read([x, x], True, True)
     assert [(row, id(tensor)) for row, tensor in deferred] == [
         *((0, id(x)), (2, id(grad)), (1, id(x)), (3, id(grad)))
     ]
@@ -738,7 +738,7 @@ def test_a_gradient_without_a_python_object_gets_one(native):
     """Its object, made by the module, is the one that `.grad` returns afterwards."""
     x = nn.Parameter(torch.randn(4, dtype=torch.cfloat))
     (x * x).abs().sum().backward()
-    _, deferred, _ = native.read([x], True, True)
+    _, deferred, *_ = native.read([x], True, True)
     assert deferred[1][1] is x.grad and deferred[0][1] is x
 
 
@@ -794,7 +794,7 @@ def test_memory_does_not_grow(native):
 def test_a_deferred_tensor_is_freed_with_its_last_reference(native):
     x = torch.randn(3, dtype=torch.cfloat)
     alive = weakref.ref(x)
-    _, deferred, _ = native.read([x], True, True)
+    _, deferred, *_ = native.read([x], True, True)
     del x
     assert alive() is deferred[0][1]
     del deferred

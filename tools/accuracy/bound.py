@@ -119,9 +119,9 @@ def _ratio(error: Fraction, of: Fraction) -> float:
 
 def state_of(backend: Implementation, tensor: torch.Tensor) -> Moments:
     """The state that a backend computes for one tensor, without the rest of `summarize`."""
-    table, deferred, transfers = backend.read([tensor], True, False)
+    table, deferred, transfers, _ = backend.read([tensor], True, False)
     if deferred:
-        table, _, skipped = reference.fill(table, deferred)
+        table, _, skipped, _ = reference.fill(table, deferred)
         assert not skipped
     return moments.row(reference.finished(table, transfers), 0)
 

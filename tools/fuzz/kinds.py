@@ -298,7 +298,7 @@ class Expected:
 
 
 def check_read(entries: list[Expected], params: bool, grads: bool) -> None:
-    table, deferred, transfers = NATIVE.read([e.tensor for e in entries], params, grads)
+    table, deferred, transfers, *_ = NATIVE.read([e.tensor for e in entries], params, grads)
     n = len(entries)
     assert len(table) == 2 * n * ROW.size and not transfers
     expected: list[tuple[int, Tensor]] = []
@@ -412,7 +412,7 @@ def check_wrapped(rng: random.Random) -> int:
 
     def function(x: Tensor) -> Tensor:
         nonlocal calls
-        _, deferred, _ = NATIVE.read([x, other, x], True, True)
+        _, deferred, *_ = NATIVE.read([x, other, x], True, True)
         assert [(i, id(t)) for i, t in deferred] == [(0, id(x)), (2, id(x))]
         module = nn.Module()
         module._parameters["x"] = x  # type: ignore[assignment]

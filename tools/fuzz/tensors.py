@@ -81,7 +81,7 @@ def _choose(rng: random.Random, pool: list[Entry]) -> list[Entry]:
 
 def _read(native, entries: list[Entry], params: bool, grads: bool) -> bytes:
     """Reads the tensors and checks every row of the table."""
-    table, deferred, transfers = native.read([entry.tensor for entry in entries], params, grads)
+    table, deferred, transfers, _ = native.read([entry.tensor for entry in entries], params, grads)
     assert not deferred and not transfers, deferred
     n = len(entries)
     assert len(table) == 2 * n * ROW.size
