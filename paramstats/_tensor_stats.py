@@ -246,7 +246,9 @@ class TensorStats:
         Also None for a scalar, for a tensor without elements and for several tensors together.
         """
         packed = None if self._detail is None else self._detail.rows
-        return (
+        if packed is None or not self.count:
+            return None
+        return Rows(packed, self._correction, self._scale)
             None
             if packed is None or not self.count
             else Rows(packed, self._correction, self._scale)

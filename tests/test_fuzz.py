@@ -64,8 +64,8 @@ class WrongBackend:
         return getattr(self._native, name)
 
     def read(self, *args: Any) -> Any:
-        table, left, transfers, *_ = self._native.read(*args)
-        return self._change(table), left, transfers
+        table, *rest = self._native.read(*args)
+        return self._change(table), *rest
 
     def merge_rows(self, *args: Any) -> Any:
         return self._change(self._native.merge_rows(*args))

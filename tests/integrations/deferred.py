@@ -37,7 +37,7 @@ def deferred(summary: Summary) -> tuple[Summary, FakeTransfer]:
     known = record.optimizer
     if known is not None:
         unfinished = unfinished._replace(optimizer=known._replace(table=bytes(len(known.table))))
-    arguments = unfinished, [transfer], None, lambda table: record._replace(table=table)
+    arguments = unfinished, [transfer], None, lambda table, _: record._replace(table=table)
     return Summary(None, DeferredRecord(*arguments)), transfer
 
 
