@@ -249,10 +249,6 @@ class TensorStats:
         if packed is None or not self.count:
             return None
         return Rows(packed, self._correction, self._scale)
-            None
-            if packed is None or not self.count
-            else Rows(packed, self._correction, self._scale)
-        )
 
     @property
     def zero_rows(self) -> tuple[int, ...]:
