@@ -35,8 +35,7 @@ class Histogram:
     (1, 6)
 
     A bin contains the magnitudes from a power of two to the next one. The counts are exact
-    integers. Of a gradient with `grad_scale`, magnitudes are divided by it: the edges of the bins
-    are powers of two divided by the scale.
+    integers. With `grad_scale`, the edges for a gradient are powers of two divided by the scale.
     """
 
     __slots__ = ("_distribution", "_scale", "_state")

@@ -246,7 +246,9 @@ class TensorStats:
         Also None for a scalar, for a tensor without elements and for several tensors together.
         """
         packed = None if self._detail is None else self._detail.rows
-        return None if packed is None else Rows(packed, self._correction, self._scale)
+        if packed is None or not self.count:
+            return None
+        return Rows(packed, self._correction, self._scale)
 
     @property
     def zero_rows(self) -> tuple[int, ...]:
