@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -16,9 +17,7 @@ from paramstats._core.layout import joined as joined_layout
 from paramstats._core.moments import ROW, Moments
 from paramstats._core.names import Patterns
 from paramstats._core.optimizer_record import OptimizerRecord, pick
-
-_CPU = torch.device("cpu")
-_TOTAL = Layout(("total",), ((),), 1, (None,), (torch.float32,), (_CPU,), (False,))
+from paramstats._core.torch_private import without_modes
 
 NO_NAMES: Mapping[str, str] = MappingProxyType({})
 
@@ -61,7 +60,9 @@ class Record(NamedTuple):
         n, optimizer = self.layout.parameters, self.optimizer
         if optimizer is not None:
             optimizer = optimizer.merged([range(n)])
-        return self._replace(layout=_TOTAL, table=self.merged(0, n), optimizer=optimizer)
+        return self._replace(
+            layout=_layout_of_total(), table=self.merged(0, n), optimizer=optimizer
+        )
 
     def scalars(self, keys: dict[Any, None], columns: bytes, total: bytes) -> dict[Any, float]:
         """Return `{key: statistic}` of all rows that were read; see `moments.scalars`.
@@ -120,6 +121,14 @@ class Record(NamedTuple):
         begins = [tensor * size for tensor in tensors]
         begins += [half + begin for begin in begins]
         return b"".join([table[begin : begin + size] for begin in begins])
+
+
+@functools.cache
+@without_modes()  # a mode of the user must not see that a device is created
+def _layout_of_total() -> Layout:
+    """Return the layout of `Record.total`. Its dtype and device have no meaning."""
+    cpu = torch.device("cpu")
+    return Layout(("total",), ((),), 1, (None,), (torch.float32,), (cpu,), (False,))
 
 
 def joined(records: Sequence[Record], order: Layout) -> Record:
