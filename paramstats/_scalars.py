@@ -17,7 +17,11 @@ from paramstats._tensor_stats import TensorStats
 def scalars(
     full: Record, key: str, stats: Sequence[str], totals: bool, depth: int | None
 ) -> dict[str, float]:
-    """Return `Summary.scalars` of a record."""
+    """Return `Summary.scalars` of the record `full`; other arguments and errors as there."""
+    if depth is not None and (type(depth) is not int or depth < 1):
+        raise ValueError(
+            f"paramstats.scalars: expected depth to be a whole number of 1 or more, got {depth!r}"
+        )
     record = full if depth is None else full.by_module(depth)
     stats, own = split_stats(stats)
     layout = record.layout
@@ -64,7 +68,7 @@ def _of_optimizers(
     """Yield the keys and values of updates and of the optimizers' state.
 
     Args:
-        record: the record, which knows of optimizers.
+        record: a record whose `optimizer` is not None.
         key, stats: as in `Summary.scalars`.
         columns: the positions of `stats` in `Statistics`.
     """

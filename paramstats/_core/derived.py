@@ -34,6 +34,9 @@ DERIVED = (
 )
 """The names of all derived numbers."""
 
+_COLUMNS = {_RATIO: UPDATE, _UPDATE_GRAD: UPDATE_GRAD, _RMS: LAG, _EPS_FRACTION: LAG}
+"""The column that each is computed from. The cosines with a momentum have GRAD_MOMENTUM."""
+
 
 def derived_names(record: Record) -> tuple[str, ...]:
     """Return the names of the derived numbers that a tensor of a record may have."""
@@ -48,26 +51,25 @@ def derived(record: Record, name: str) -> list[float | None]:
     optimizer = record.optimizer
     if optimizer is None:
         return [None] * len(record.layout)
-    column = {_RATIO: UPDATE, _UPDATE_GRAD: UPDATE_GRAD}.get(name, LAG)
-    if name.startswith(_GRAD_MOMENTUM):
-        column = GRAD_MOMENTUM
+    column = _COLUMNS.get(name, GRAD_MOMENTUM)
     is_known = [optimizer.has(column, row) for row in range(len(record.layout))]
     values: Iterable[float]
     if name == _RATIO:
         pairs = zip(_decoded(record, "update"), _decoded(record, "param"), strict=True)
         values = [ratio(update.norm, param.norm) for update, param in pairs]
     elif name == _RMS:
-        values = [root_mean(lag, record.grad_scale) for lag in _column(record, optimizer, LAG)]
+        values = [root_mean(lag, record.grad_scale) for lag in _column(record, optimizer, column)]
     elif name == _EPS_FRACTION:
-        values = map(eps_fraction, _column(record, optimizer, LAG))
+        values = map(eps_fraction, _column(record, optimizer, column))
     elif name == _UPDATE_GRAD:
-        values = _cosines(record, optimizer, UPDATE_GRAD, "update")
+        values = _cosines(record, optimizer, column, "update")
     else:
         key = name.removeprefix(_GRAD_MOMENTUM)
-        counts = [int(param.count) for param in _decoded(record, "param")]
-        own = [optimizer.momentum(row, count) == key for row, count in enumerate(counts)]
-        is_known = [a and b for a, b in zip(is_known, own, strict=True)]
-        values = _cosines(record, optimizer, GRAD_MOMENTUM, key)
+        is_known = [
+            is_known[row] and optimizer.momentum(row, int(param.count)) == key
+            for row, param in enumerate(_decoded(record, "param"))
+        ]
+        values = _cosines(record, optimizer, column, key)
     return [value if known else None for value, known in zip(values, is_known, strict=True)]
 
 

@@ -8,11 +8,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch.nn.parameter import is_lazy
 
+from paramstats._core.descriptions import check_distinct, describe
 from paramstats._core.names import Patterns, passes
-from paramstats._core.shard import PLAIN, is_sharded
-from paramstats._core.torch_private import without_modes
 from paramstats._core.wrapper_names import is_without_wrappers, without_wrappers
 
 _MAX_CACHED = 16
@@ -104,12 +102,12 @@ class Layout:
 
         Raises ValueError where two tensors have the same name.
         """
-        *known, sharded = _description(source, tensors)
+        *known, sharded = describe(source, tensors)
         if is_without_wrappers(names, aliases):  # a layout of these names was checked before
             layout = _layouts.get((names, aliases, parameters, *known, (), sharded))
             if layout is not None:
                 return layout
-        _check_distinct(names, aliases)
+        check_distinct(names, aliases)
         names, aliases, wrapper_names = without_wrappers(source, names, aliases)
         layout = cls.shared(names, aliases, parameters, *known, wrapper_names, sharded)
         if len(layout) <= _MAX_RECENT and layout not in _recent:
@@ -282,44 +280,7 @@ _recent: collections.deque[Layout] = collections.deque(maxlen=4)
 """Layouts that keep their caches while no summary uses them, between two calls."""
 
 
-def _check_distinct(names: tuple[str, ...], aliases: tuple[tuple[str, ...], ...]) -> None:
-    """Raise ValueError if two tensors share a name, e.g. because a module's name has a dot."""
-    if len(set(names).union(*aliases)) == len(names) + sum(map(len, aliases)):
-        return
-    row_of: dict[str, int] = {}
-    for row, several in enumerate(zip(names, aliases, strict=True)):
-        for name in (several[0], *several[1]):
-            if row_of.setdefault(name, row) != row:
-                raise ValueError(
-                    f"paramstats.summarize: expected every name once, got {name!r} for two tensors"
-                )
-
-
 def _remember(cache: dict[Any, Any], key: Any, value: Any) -> None:
     if len(cache) >= _MAX_CACHED:
         cache.clear()
     cache[key] = value
-
-
-@without_modes()
-def _description(source: Any, tensors: Sequence[Any]) -> tuple[Any, ...]:
-    """Return shapes, dtypes, devices and requires_grad of tensors, and whether any is sharded."""
-    return (
-        tuple([_shape(t) for t in tensors]),
-        tuple([t.dtype for t in tensors]),
-        tuple([t.device for t in tensors]),
-        tuple([t.requires_grad for t in tensors]),
-        is_sharded(source, tensors),
-    )
-
-
-def _shape(tensor: torch.Tensor) -> tuple[int, ...] | None:
-    """Return the shape, or None for a lazy parameter or a shape that is not made of integers."""
-    try:
-        if type(tensor) in PLAIN:
-            return tuple(tensor.shape)
-        if is_lazy(tensor):
-            return None
-        return tuple(int(size) for size in tensor.shape)
-    except Exception:  # whatever a subclass raises that has no such shape
-        return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -18,9 +19,7 @@ from paramstats._core.layout import joined as joined_layout
 from paramstats._core.moments import ROW, Moments
 from paramstats._core.names import Patterns
 from paramstats._core.optimizer_record import OptimizerRecord, pick
-
-_CPU = torch.device("cpu")
-_TOTAL = Layout(("total",), ((),), 1, (None,), (torch.float32,), (_CPU,), (False,))
+from paramstats._core.torch_private import without_modes
 
 NO_NAMES: Mapping[str, str] = MappingProxyType({})
 
@@ -67,7 +66,9 @@ class Record(NamedTuple):
             optimizer = optimizer.merged([range(n)])
         table = self.merged(0, n)
         details = self._merged_details([range(n)], table)
-        return self._replace(layout=_TOTAL, table=table, optimizer=optimizer, details=details)
+        return self._replace(
+            layout=_layout_of_total(), table=table, optimizer=optimizer, details=details
+        )
 
     def scalars(self, keys: dict[Any, None], columns: bytes, total: bytes) -> dict[Any, float]:
         """Return `{key: statistic}` of all rows that were read; see `moments.scalars`.
@@ -141,6 +142,14 @@ class Record(NamedTuple):
         counts = [moments.finite_count(moments.row(table, row)) for row in range(len(both))]
         found = map(detail.merged, itertools.repeat(self.details), both, counts)
         return {row: one for row, one in enumerate(found) if one is not None}
+
+
+@functools.cache
+@without_modes()  # a mode of the user must not see that a device is created
+def _layout_of_total() -> Layout:
+    """Return the layout of `Record.total`. Its dtype and device have no meaning."""
+    cpu = torch.device("cpu")
+    return Layout(("total",), ((),), 1, (None,), (torch.float32,), (cpu,), (False,))
 
 
 def joined(records: Sequence[Record], order: Layout) -> Record:
