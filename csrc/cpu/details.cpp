@@ -79,20 +79,21 @@ Moments Details::read_rows(const TensorView& t, int64_t begin, int64_t end,
   return state;
 }
 
-void Details::read_distribution(const TensorView& t, const std::vector<Dim>* dims, int64_t begin,
-                                int64_t end, const Kernels& kernels) {
+Moments Details::read_distribution(const TensorView& t, const std::vector<Dim>* dims, int64_t begin,
+                                   int64_t end, const Kernels& kernels) {
   const DistributionKernel kernel = kernels.distribution[static_cast<int>(t.dtype)];
   const int size = element_size(t.dtype);
   ChunkDistribution out = {{}, {}, chunk_counts};
+  Moments state;
   std::fill_n(chunk_counts, counts.size(), 0);
   if (dims == nullptr) {
-    kernel(static_cast<const char*>(t.data) + begin * size, end - begin, out);
+    state = kernel(static_cast<const char*>(t.data) + begin * size, end - begin, out);
   } else {
     const int64_t part = kBufferBytes / size;  // whole blocks of kMxBlock
     for (int64_t i = begin; i < end; i += part) {
       const int64_t n = std::min(part, end - i);
       gather(t.data, *dims, i, n, size, buffer);
-      kernel(buffer, n, out);
+      state = paramstats::merge(state, kernel(buffer, n, out));
     }
   }
   moments_[begin / kChunk] = out.moments;
@@ -101,6 +102,7 @@ void Details::read_distribution(const TensorView& t, const std::vector<Dim>* dim
     add(head.mx[f].overflow, out.mx[f].overflow);
   }
   for (size_t k = 0; k < counts.size(); ++k) add(counts[k], chunk_counts[k]);
+  return state;
 }
 
 void Details::finish(const TensorView& t) {

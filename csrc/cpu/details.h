@@ -24,8 +24,9 @@ struct Details {
   // Returns their state.
   Moments read_rows(const TensorView&, int64_t begin, int64_t end, const Kernels&);
   // Reads elements [begin, end) in the order of memory; `dims` is null if the tensor is dense.
-  void read_distribution(const TensorView&, const std::vector<Dim>* dims, int64_t begin,
-                         int64_t end, const Kernels&);
+  // Returns their state.
+  Moments read_distribution(const TensorView&, const std::vector<Dim>* dims, int64_t begin,
+                            int64_t end, const Kernels&);
   void finish(const TensorView&);
 
  private:

@@ -89,7 +89,7 @@ inline HigherMoments centered(const PowerSums& s, int64_t count, double pivot) {
 }
 
 // Reads n <= kPart elements, which may have any value.
-inline void read_values(const double* values, int64_t n, const ExponentRange& range,
+inline void read_values(const double* values, int64_t n, const ExponentRange& range, Moments& all,
                         ChunkDistribution& out) {
   Moments state;
   update(state, values, n);
@@ -113,6 +113,7 @@ inline void read_values(const double* values, int64_t n, const ExponentRange& ra
     moments.abs_mean /= scale;
     out.moments = merge(out.moments, moments);
   }
+  all = merge(all, state);
   for (int64_t i = 0; i < n; i += kMxBlock) {
     count_mx(values + i, n - i < kMxBlock ? n - i : kMxBlock, out.mx);
   }

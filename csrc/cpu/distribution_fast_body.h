@@ -31,50 +31,55 @@ struct LanePowers {
   }
 };
 
-template <class T, bool kIsFirst>
-inline __attribute__((always_inline)) void add_powers(const typename T::Storage* x,
-                                                      typename T::Vector scale,
-                                                      typename T::Vector pivot,
-                                                      LanePowers<T> (&out)[2]) {
+// kMoved = false: d = x.
+template <class T, bool kMoved>
+struct PowerReader {
   using V = typename T::Vector;
+  static constexpr int kGroup = 2 * T::kWidth, kTile = cpu::kInner * kGroup;
+  V scale, pivot;
+
+  template <bool kIsFirst>
+  inline __attribute__((always_inline)) void take(const typename T::Storage* x,
+                                                  LanePowers<T> (&out)[2]) {
 #pragma GCC unroll 2
-  for (int k = 0; k < 2; k += T::kVectors) {
-    V v[T::kVectors];
-    T::load(x + k * T::kWidth, v);
+    for (int k = 0; k < 2; k += T::kVectors) {
+      V v[T::kVectors];
+      T::load(x + k * T::kWidth, v);
 #pragma GCC unroll 2
-    for (int j = 0; j < T::kVectors; ++j) {
-      LanePowers<T>& sums = out[k + j];
-      const V d = v[j] * scale - pivot, square = d * d;
-      const V size = as_float((UInt32Lanes)v[j] & 0x7fffffffu);
-      sums.d1 = kIsFirst ? d : sums.d1 + d;
-      sums.d2 = kIsFirst ? square : sums.d2 + square;
-      sums.d3 = kIsFirst ? square * d : sums.d3 + square * d;
-      sums.d4 = kIsFirst ? square * square : sums.d4 + square * square;
-      sums.abs = kIsFirst ? size : sums.abs + size;
+      for (int j = 0; j < T::kVectors; ++j) {
+        LanePowers<T>& sums = out[k + j];
+        const V d = kMoved ? v[j] * scale - pivot : v[j], square = d * d;
+        const V size = as_float((UInt32Lanes)v[j] & 0x7fffffffu);
+        sums.d1 = kIsFirst ? d : sums.d1 + d;
+        sums.d2 = kIsFirst ? square : sums.d2 + square;
+        sums.d3 = kIsFirst ? square * d : sums.d3 + square * d;
+        sums.d4 = kIsFirst ? square * square : sums.d4 + square * square;
+        sums.abs = kIsFirst ? size : sums.abs + size;
+      }
     }
   }
-}
+  inline __attribute__((always_inline)) LanePowers<T> tile(const typename T::Storage* x,
+                                                           int64_t n) {
+    LanePowers<T> of[2];
+    take<true>(x, of);
+    if (n >= kTile) {
+#pragma GCC unroll 8
+      for (int g = 1; g < cpu::kInner; ++g) take<false>(x + g * kGroup, of);
+    } else {
+      for (int64_t k = kGroup; k < n; k += kGroup) take<false>(x + k, of);
+    }
+    return of[0] + of[1];
+  }
+};
 
-template <class T>
+template <class T, bool kMoved>
 inline PowerSums power_sums(const typename T::Storage* x, int64_t n, float scale, float pivot) {
   using V = typename T::Vector;
-  constexpr int kGroup = 2 * T::kWidth, kTile = cpu::kInner * kGroup;
-  const V scales = V{} + scale, pivots = V{} + pivot;
+  PowerReader<T, kMoved> reader{V{} + scale, V{} + pivot};
+  constexpr int kTile = PowerReader<T, kMoved>::kTile;
   DoubleLanes d1 = {}, d2 = {}, d3 = {}, d4 = {}, abs = {};
   for (int64_t i = 0; i < n; i += kTile) {
-    LanePowers<T> of[2];
-    add_powers<T, true>(x + i, scales, pivots, of);
-    if (i + kTile <= n) {
-#pragma GCC unroll 8
-      for (int g = 1; g < cpu::kInner; ++g) {
-        add_powers<T, false>(x + i + g * kGroup, scales, pivots, of);
-      }
-    } else {
-      for (int64_t k = i + kGroup; k < n; k += kGroup) {
-        add_powers<T, false>(x + k, scales, pivots, of);
-      }
-    }
-    const LanePowers<T> sums = of[0] + of[1];
+    const LanePowers<T> sums = reader.tile(x + i, n - i);
     d1 += widened(sums.d1);
     d2 += widened(sums.d2);
     d3 += widened(sums.d3);
@@ -89,28 +94,46 @@ inline PowerSums power_sums(const typename T::Storage* x, int64_t n, float scale
 template <class T>
 inline bool part_moments(const typename T::Storage* x, int64_t n, int exponent, double mean,
                          HigherMoments& out) {
-  constexpr int kTries = 4;
+  constexpr int kTries = 4, kMostDigits = 25;
   // |x| scale < 1. If d is not 0 for all elements, it is at least 2^-25 for one, so that underflow
-  // does not matter.
+  // does not matter. The same is true of d = x if the largest is between 2^-25 and 2^26.
   const double unscale = from_bits(static_cast<uint64_t>(1023 + exponent - kBias + 1) << 52);
   const auto scale = static_cast<float>(1 / unscale);
+  bool moved = mean != 0 || exponent < kBias - kMostDigits || exponent > kBias + kMostDigits;
   auto pivot = static_cast<float>(mean / unscale);
   if (!(pivot > -1 && pivot < 1)) pivot = 0;
   for (int attempt = 0; attempt < kTries; ++attempt) {
-    const PowerSums s = power_sums<T>(x, n, scale, pivot);
+    const PowerSums s =
+        moved ? power_sums<T, true>(x, n, scale, pivot) : power_sums<T, false>(x, n, 1, 0);
     const double shift = s.d1 / static_cast<double>(n);
     if (s.d1 * shift <= s.d2 * kLargestShiftShare) {
+      const double unit = moved ? unscale : 1, square = unit * unit;
       out = centered(s, n, pivot);
-      const double square = unscale * unscale;
-      out.mean *= unscale;
+      out.mean *= unit;
       out.m2 *= square;
-      out.m3 *= square * unscale;
+      out.m3 *= square * unit;
       out.m4 *= square * square;
       return true;
     }
-    pivot = static_cast<float>(pivot + shift);
+    pivot = static_cast<float>(moved ? pivot + shift : shift / unscale);
+    moved = true;
   }
   return false;
+}
+
+template <class T>
+inline void part_extremes(const typename T::Storage* x, int64_t n, Moments& out) {
+  typename T::Vector min = typename T::Vector{} + kInfinity, max = -min;
+  for (int64_t i = 0; i < n; i += T::kVectors * T::kWidth) {
+    typename T::Vector v[T::kVectors];
+    T::load(x + i, v);
+    for (int k = 0; k < T::kVectors; ++k) {
+      min = smaller(v[k], min);
+      max = larger(v[k], max);
+    }
+  }
+  out.min = lanes_min(min);
+  out.max = lanes_max(max);
 }
 
 // ---- parts and chunks --------------------------------------------------------------------------
@@ -118,30 +141,43 @@ inline bool part_moments(const typename T::Storage* x, int64_t n, int exponent, 
 // Reads a part of which n is a multiple of kStep. Returns false if the lanes cannot represent it.
 template <class T>
 inline bool read_part(const typename T::Storage* x, int64_t n, MxLanes& mx, double& mean,
-                      PartBytes& bytes, ChunkDistribution& out) {
+                      PartBytes& bytes, Moments& all, ChunkDistribution& out) {
   MxLanes lanes = mx;
   PartKeys keys;
   read_keys(x, n, lanes, keys, bytes);
   const int top = keys.largest >> 7, bottom = keys.smallest >> 7;
   HigherMoments moments;
-  moments.n = n;
+  Moments state;
+  state.count = state.zeros = moments.n = n;
+  state.min = state.max = 0;
   if (keys.largest != 0) {
-    if (top > kLargestExponent || bottom == 0) return false;
-    if (!part_moments<T>(x, n, top, mean, moments)) return false;
+    if (top > kLargestExponent || bottom < kFlushedDigits[0]) return false;
+    const double beyond = from_bits(static_cast<uint32_t>(keys.largest + 1) << 16);
+    if (beyond <= all.max && -beyond >= all.min) {  // the part cannot change them
+      state.min = all.min;
+      state.max = all.max;
+    } else {
+      part_extremes<T>(x, n, state);
+    }
+    if (state.min == state.max) {
+      moments = {n, state.min, 0, 0, 0, __builtin_fabs(state.min)};
+    } else if (!part_moments<T>(x, n, top, mean, moments)) {
+      return false;
+    }
     if (keys.smallest <= keys.largest - (kFlushedDigits[1] - 1) * 128) {
       count_small(x, n, keys, lanes);
     }
-    int64_t counts[512] = {};
+    PartCounts counts(out.counts);
     count_exponents(bytes, n, top, bottom, counts);
-    for (int e = bottom; e <= top; ++e) {
-      const int bin = e - kBias - kNarrow.first;
-      out.counts[bin] += counts[256 + e];
-      out.counts[kNarrow.bins + bin] += counts[e];
-    }
+    state.zeros -= counts.all;
+    state.mean = moments.mean;
+    state.m2 = moments.m2;
   }
   mx = lanes;
-  mean = moments.mean;
+  // The pivot of the next part: 0 if that is close to the mean.
+  mean = 256 * static_cast<double>(n) * state.mean * state.mean > state.m2 ? state.mean : 0;
   out.moments = merge(out.moments, moments);
+  all = merge(all, state);
   return true;
 }
 
@@ -150,12 +186,14 @@ constexpr bool kIsBFloat16 = false;
 template <>
 constexpr bool kIsBFloat16<BFloat16> = true;
 
-template <class T>
-void distribution(const void* data, int64_t n, ChunkDistribution& out) {
+// kState: the kernel of the states of integers, which are exact.
+template <class T, ChunkKernel kState = nullptr>
+Moments distribution(const void* data, int64_t n, ChunkDistribution& out) {
   const auto* x = static_cast<const typename T::Storage*>(data);
   using Storage = typename T::Storage;
   constexpr bool kWide64 = sizeof(Storage) == 8 && !Values<T>::kWhole;
   MxLanes mx;
+  Moments state;
   double mean = 0;
   PartBytes bytes;
   for (int64_t i = 0; i < n;) {
@@ -165,18 +203,18 @@ void distribution(const void* data, int64_t n, ChunkDistribution& out) {
       const int64_t steps = size / kStep * kStep;
       if (steps > 0) {
         if constexpr (sizeof(Storage) == 4 || kIsBFloat16<T>) {
-          done = read_part<T>(x + i, steps, mx, mean, bytes, out);
+          done = read_part<T>(x + i, steps, mx, mean, bytes, state, out);
         } else {
           auto* const floats = reinterpret_cast<float*>(scratch());
           convert<T>(x + i, steps, floats);
-          done = read_part<Native<float, InFloat>>(floats, steps, mx, mean, bytes, out);
+          done = read_part<Native<float, InFloat>>(floats, steps, mx, mean, bytes, state, out);
         }
         if (done) size = steps;
       }
     }
     if (!done) {
       Values<T>::of(x + i, size, scratch());
-      read_values(scratch(), size, kWide64 ? kWide : kNarrow, out);
+      read_values(scratch(), size, kWide64 ? kWide : kNarrow, state, out);
     }
     i += size;
   }
@@ -184,4 +222,6 @@ void distribution(const void* data, int64_t n, ChunkDistribution& out) {
     out.mx[f].underflow += lanes_sum(mx.flushed[f]);
     out.mx[f].overflow += lanes_sum(mx.saturated[f]);
   }
+  if constexpr (kState != nullptr) return kState(data, n);
+  return state;
 }

@@ -12,11 +12,11 @@
 //
 // Parts with NaN, infinity, subnormal or the largest numbers are left to read_values.
 
-constexpr int kStep = 2 * kMxBlock;                         // elements that are read together
-constexpr int kKeys = kVectorBytes / 2;                     // in a vector
-constexpr int kBlockVectors = kMxBlock / kKeys;             // of keys
-constexpr int kBias = 127, kLargestExponent = 250;          // of float32; of a part, biased
-constexpr uint16_t kNegative = 8, kNegativeAbove = 8 << 8;  // in PartBytes::signs
+constexpr int kStep = 2 * kMxBlock;                        // elements that are read together
+constexpr int kKeys = kVectorBytes / 2;                    // in a vector
+constexpr int kBlockVectors = kMxBlock / kKeys;            // of keys
+constexpr int kBias = 127, kLargestExponent = 250;         // of float32; of a part, biased
+constexpr uint16_t kNegatives = 0x808, kNoSigns = 0x7878;  // two bytes of PartBytes::signs
 
 // Of a part of n elements, in any order.
 struct PartBytes {
@@ -25,19 +25,57 @@ struct PartBytes {
 
 // ---- keys and low-precision formats ------------------------------------------------------------
 
+// The lower halves of the lanes of `a`, and the upper ones of `b`.
+inline UInt16Lanes blend_words(UInt32Lanes a, UInt32Lanes b) {
+#if defined(PARAMSTATS_BLEND_WORDS)
+  return PARAMSTATS_BLEND_WORDS(a, b);
+#else
+  return (UInt16Lanes)((a & 0xffffu) | (b & 0xffff0000u));
+#endif
+}
+inline UInt16Lanes blend_bytes(UInt16Lanes a, UInt16Lanes b) {
+#if defined(PARAMSTATS_BLEND_BYTES)
+  return PARAMSTATS_BLEND_BYTES(a, b);
+#else
+  return (a & 0xff) | (b & 0xff00);
+#endif
+}
+inline UInt16Lanes smaller(UInt16Lanes v, UInt16Lanes m) { return v < m ? v : m; }
+
 inline UInt16Lanes keys_of(const uint16_t* x) { return load_as<UInt16Lanes>(x); }  // of bfloat16
 inline UInt16Lanes keys_of(const float* x) {                                       // in any order
   const auto a = load_as<UInt32Lanes>(x), b = load_as<UInt32Lanes>(x + kKeys / 2);
-  const auto keys = (UInt16Lanes)(a >> 16 | (b & 0xffff0000u));
-  const auto rest = (UInt16Lanes)((a & 0xffffu) | b << 16), one = UInt16Lanes{} + 1;
-  return keys | (rest < one ? rest : one);
+  const UInt16Lanes rest = blend_words(a, b << 16), one = UInt16Lanes{} + 1;
+  return blend_words(a >> 16, b) | smaller(rest, one);
 }
 
-inline int largest_of(UInt16Lanes v) {
-#if defined(PARAMSTATS_LARGEST_WORD)
-  return PARAMSTATS_LARGEST_WORD(v);
+// Keys in an order in which the largest |x| is the smallest, unsigned, and zeros are the last: 1 is
+// that of the largest NaN. As signed integers, zeros are the first.
+inline UInt16Lanes orders_of(UInt16Lanes keys) { return 0x8000 - (keys & 0x7fff); }
+
+// The smallest lane, in all lanes.
+inline UInt16Lanes smallest_word(UInt16Lanes v) {
+#if defined(PARAMSTATS_SMALLEST_WORD)
+  return PARAMSTATS_SMALLEST_WORD(v);
 #else
-  return lanes_max(v);
+  return UInt16Lanes{} + lanes_min(v);
+#endif
+}
+
+inline UInt16Lanes minus_or_zero(UInt16Lanes a, UInt16Lanes b) {
+#if defined(PARAMSTATS_MINUS_OR_ZERO)
+  return PARAMSTATS_MINUS_OR_ZERO(a, b);
+#else
+  return a > b ? a - b : UInt16Lanes{};
+#endif
+}
+
+// Lanes below 256 as bytes, in any order.
+inline UInt8Lanes as_bytes(UInt16Lanes a, UInt16Lanes b) {
+#if defined(PARAMSTATS_AS_BYTES)
+  return PARAMSTATS_AS_BYTES(a, b);
+#else
+  return (UInt8Lanes)(a | b << 8);
 #endif
 }
 
@@ -46,67 +84,91 @@ struct MxLanes {
   UInt16Lanes flushed[kMxFormats] = {}, saturated[kMxFormats] = {};
 };
 
-// Keys of |x| as signed integers in an order in which 0 is the largest: 1 is -2^15.
-inline Int16Lanes zero_last(UInt16Lanes size) { return (Int16Lanes)(size + 0x7fff); }
-
-// Keys below the result, as by zero_last, are flushed: those of at most 2^-`digits` times the
-// power of two of the block's largest key.
-inline Int16Lanes first_kept(int largest, int digits) {
-  const int flushed = (largest & 0x7f80) - (digits << 7);
-  return Int16Lanes{} + static_cast<int16_t>((flushed > 0 ? flushed : 0) - 0x8000);
-}
-
 constexpr int kFlushedDigits[kMxFormats] = {4, 18, 32};
 static_assert(kMxFlushed[0] == 0x1p-4 * (1 << kMxMaxExponent[0]) &&
               kMxFlushed[1] == 0x1p-18 * (1 << kMxMaxExponent[1]) &&
               kMxFlushed[2] == 0x1p-32 * (1 << kMxMaxExponent[2]));
+// 1.75, 1.8125 (and more) and 1.875 times the power of two of the block's largest element, as the
+// lowest 7 bits of a key.
+constexpr int kSaturatedKeys[kMxFormats] = {0x60, 0x69, 0x70};
 
 struct PartKeys {
-  int largest = 0, smallest = 0x7fff;  // of all but zeros
-  int blocks[kPart / kMxBlock];        // the largest of each block
+  int largest, smallest;              // |x| of all but zeros; 0, 0x8000 if there is none
+  uint16_t blocks[kPart / kMxBlock];  // the order of the largest of each block
 };
+
+// The order that comes before those of keys that are flushed: of at most 2^-`digits` times the
+// power of two of the block's largest key. `first`: that key's order, in all lanes. If that power
+// is below 2^`digits`, the result has no meaning.
+inline Int16Lanes last_kept(UInt16Lanes first, int digits) {
+  const UInt16Lanes power = ~(first + 0x7fff) & 0x7f80;
+  return (Int16Lanes)(0x7fff - power + static_cast<uint16_t>(digits << 7));
+}
+
+// Adds bytes to counters.
+inline void add_bytes(UInt8Lanes v, UInt16Lanes& out) {
+  out += ((UInt16Lanes)v & 0xff) + ((UInt16Lanes)v >> 8);
+}
 
 template <class S>
 inline void read_keys(const S* x, int64_t n, MxLanes& mx, PartKeys& out, PartBytes& bytes) {
-  MxLanes lanes = mx;
-  Int16Lanes smallest = Int16Lanes{} + 0x7fff;
-  for (int64_t i = 0; i < n; i += kStep) {
-    UInt16Lanes keys[2 * kBlockVectors];
+  constexpr int64_t kInBytes = 255 * kVectorBytes / kStep * kStep;  // counted in bytes
+  UInt16Lanes flushed = mx.flushed[0], largest = UInt16Lanes{} + 0x8000;
+  auto smallest = (Int16Lanes)largest;
+  for (int64_t begin = 0; begin < n; begin += kInBytes) {
+    const int64_t end = begin + kInBytes < n ? begin + kInBytes : n;
+    UInt8Lanes saturated[kMxFormats] = {};
+    for (int64_t i = begin; i < end; i += kStep) {
+      UInt16Lanes keys[2 * kBlockVectors], above[2 * kBlockVectors];
 #pragma GCC unroll 8
-    for (int b = 0; b < 2; ++b) {
-      UInt16Lanes sizes[kBlockVectors], top = {};
+      for (int b = 0; b < 2; ++b) {
+        UInt16Lanes orders[kBlockVectors], first = {};
+        __builtin_prefetch(reinterpret_cast<const char*>(x + i + b * kMxBlock) + kPrefetchBytes);
+        if constexpr (sizeof(S) == 4) {
+          __builtin_prefetch(reinterpret_cast<const char*>(x + i + b * kMxBlock + kMxBlock / 2) +
+                             kPrefetchBytes);
+        }
+#pragma GCC unroll 8
+        for (int k = 0; k < kBlockVectors; ++k) {
+          keys[b * kBlockVectors + k] = keys_of(x + i + b * kMxBlock + k * kKeys);
+          orders[k] = orders_of(keys[b * kBlockVectors + k]);
+          first = k == 0 ? orders[0] : smaller(orders[k], first);
+          smallest = (Int16Lanes)orders[k] > smallest ? (Int16Lanes)orders[k] : smallest;
+        }
+        largest = smaller(first, largest);
+        first = smallest_word(first);
+        out.blocks[i / kMxBlock + b] = first[0];
+        const Int16Lanes kept = last_kept(first, kFlushedDigits[0]);
+        // Of the order of the smallest that a format saturates, the next one.
+        const UInt16Lanes limit =
+            static_cast<uint16_t>(0x8001 - kSaturatedKeys[0]) - (~(first + 0x7fff) & 0x7f80);
+#pragma GCC unroll 8
+        for (int k = 0; k < kBlockVectors; ++k) {
+          flushed -= (UInt16Lanes)((Int16Lanes)orders[k] > kept);
+          above[b * kBlockVectors + k] = minus_or_zero(limit, orders[k]);
+        }
+      }
 #pragma GCC unroll 8
       for (int k = 0; k < kBlockVectors; ++k) {
-        keys[b * kBlockVectors + k] = keys_of(x + i + b * kMxBlock + k * kKeys);
-        sizes[k] = keys[b * kBlockVectors + k] & 0x7fff;
-        top = sizes[k] > top ? sizes[k] : top;
-      }
-      const int largest = largest_of(top);
-      out.blocks[i / kMxBlock + b] = largest;
-      out.largest = largest > out.largest ? largest : out.largest;
-      const Int16Lanes kept = first_kept(largest, kFlushedDigits[0]);
-      const Int16Lanes power = Int16Lanes{} + static_cast<int16_t>(largest & 0x7f80);
-#pragma GCC unroll 8
-      for (int k = 0; k < kBlockVectors; ++k) {
-        const Int16Lanes order = zero_last(sizes[k]), digits = (Int16Lanes)sizes[k] - power;
-        smallest = order < smallest ? order : smallest;
-        lanes.flushed[0] -= (UInt16Lanes)(order < kept);
-        lanes.saturated[0] -= (UInt16Lanes)(digits >= 0x60);  // 1.75, 1.8125 and 1.875 times the
-        lanes.saturated[1] -= (UInt16Lanes)(digits > 0x68);   // power of two
-        lanes.saturated[2] -= (UInt16Lanes)(digits >= 0x70);
+        const auto in_bytes = (Int8Lanes)as_bytes(above[2 * k], above[2 * k + 1]);
+#pragma GCC unroll 3
+        for (int f = 0; f < kMxFormats; ++f) {
+          saturated[f] -=
+              (UInt8Lanes)(in_bytes > (Int8Lanes{} +
+                                       static_cast<int8_t>(kSaturatedKeys[f] - kSaturatedKeys[0])));
+        }
+        const UInt16Lanes a = keys[2 * k], b = keys[2 * k + 1];
+        const UInt16Lanes exponents = blend_bytes(a >> 7, b << 1);
+        const UInt16Lanes signs = (blend_bytes(a >> 8, b) >> 4 & kNegatives) ^ kNoSigns;
+        __builtin_memcpy(bytes.exponents + i + k * kVectorBytes, &exponents, kVectorBytes);
+        __builtin_memcpy(bytes.signs + i + k * kVectorBytes, &signs, kVectorBytes);
       }
     }
-#pragma GCC unroll 8
-    for (int k = 0; k < kBlockVectors; ++k) {
-      const UInt16Lanes a = keys[2 * k], b = keys[2 * k + 1];
-      const UInt16Lanes exponents = (a >> 7 & 0xff) | (b << 1 & 0xff00);
-      const UInt16Lanes signs = (a >> 12 & kNegative) | (b >> 4 & kNegativeAbove);
-      __builtin_memcpy(bytes.exponents + i + k * kVectorBytes, &exponents, kVectorBytes);
-      __builtin_memcpy(bytes.signs + i + k * kVectorBytes, &signs, kVectorBytes);
-    }
+    for (int f = 0; f < kMxFormats; ++f) add_bytes(saturated[f], mx.saturated[f]);
   }
-  out.smallest = lanes_min(smallest) + 0x8001;
-  mx = lanes;
+  mx.flushed[0] = flushed;
+  out.largest = 0x8000 - lanes_min(largest);
+  out.smallest = (0x8000 - lanes_max(smallest)) & 0xffff;
 }
 
 // Counts what float8 formats flush, which is little: of most parts, nothing.
@@ -114,29 +176,50 @@ template <class S>
 __attribute__((noinline)) void count_small(const S* x, int64_t n, const PartKeys& keys,
                                            MxLanes& mx) {
   for (int64_t i = 0; i < n; i += kMxBlock) {
-    const int largest = keys.blocks[i / kMxBlock];
-    const Int16Lanes kept[] = {first_kept(largest, kFlushedDigits[1]),
-                               first_kept(largest, kFlushedDigits[2])};
-    for (int k = 0; k < kBlockVectors; ++k) {
-      const Int16Lanes order = zero_last(keys_of(x + i + k * kKeys) & 0x7fff);
-      mx.flushed[1] -= (UInt16Lanes)(order < kept[0]);
-      mx.flushed[2] -= (UInt16Lanes)(order < kept[1]);
+    for (int f = 1; f < kMxFormats; ++f) {
+      const uint16_t first = keys.blocks[i / kMxBlock];
+      if (first > 0x8000 - (kFlushedDigits[f] << 7)) continue;  // last_kept has no meaning
+      const Int16Lanes kept = last_kept(UInt16Lanes{} + first, kFlushedDigits[f]);
+      for (int k = 0; k < kBlockVectors; ++k) {
+        const auto orders = (Int16Lanes)orders_of(keys_of(x + i + k * kKeys));
+        mx.flushed[f] -= (UInt16Lanes)(orders > kept);
+      }
     }
   }
 }
 
 // ---- counts ------------------------------------------------------------------------------------
 
-// counts[exponent] of positive elements, counts[256 + exponent] of negative ones.
-inline void count_one_by_one(const PartBytes& bytes, int64_t n, int64_t* counts) {
+// Where to add the counts of negative and of positive elements by biased exponent. Zeros, whose
+// exponent is 0, are not counted.
+struct PartCounts {
+  int64_t *negative, *positive;
+  int64_t all = 0;
+
+  explicit PartCounts(int64_t* counts)
+      : negative(counts - kBias - kNarrow.first), positive(negative + kNarrow.bins) {}
+  void add(int exponent, int64_t negatives, int64_t positives) {
+    negative[exponent] += negatives;
+    positive[exponent] += positives;
+    all += negatives + positives;
+  }
+};
+
+inline void count_one_by_one(const PartBytes& bytes, int64_t n, int top, int bottom,
+                             PartCounts& out) {
   int32_t tables[4][512] = {};  // increments of one table would wait for each other
   for (int64_t i = 0; i < n; i += 4) {
     for (int k = 0; k < 4; ++k) {
-      ++tables[k][bytes.exponents[i + k] | bytes.signs[i + k] << 5];
+      ++tables[k][bytes.exponents[i + k] | (bytes.signs[i + k] & 8) << 5];
     }
   }
-  for (int e = 0; e < 512; ++e) {
-    counts[e] += tables[0][e] + tables[1][e] + tables[2][e] + tables[3][e];
+  for (int e = bottom; e <= top; ++e) {
+    int64_t sums[2] = {};
+    for (const auto& table : tables) {
+      sums[0] += table[e];
+      sums[1] += table[256 + e];
+    }
+    out.add(e, sums[0], sums[1]);
   }
 }
 
@@ -144,16 +227,22 @@ inline void count_one_by_one(const PartBytes& bytes, int64_t n, int64_t* counts)
 constexpr int kGroupVectors = 15;                // whose counts fit in 4 bits
 constexpr int kSumVectors = 16 * kGroupVectors;  // whose counts fit in 8 bits
 
+typedef uint64_t UInt64Lanes __attribute__((vector_size(kVectorBytes)));
+
+inline UInt64Lanes sum_eight_bytes(UInt8Lanes v) {
+#if defined(PARAMSTATS_SUM_EIGHT_BYTES)
+  return (UInt64Lanes)PARAMSTATS_SUM_EIGHT_BYTES(v);
+#else
+  const UInt16Lanes pairs = ((UInt16Lanes)v & 0xff) + ((UInt16Lanes)v >> 8);
+  const UInt32Lanes fours = ((UInt32Lanes)pairs & 0xffff) + ((UInt32Lanes)pairs >> 16);
+  return ((UInt64Lanes)fours & 0xffffffff) + ((UInt64Lanes)fours >> 32);
+#endif
+}
+
 // The sums of four vectors of bytes, in fields of 16 bits.
 inline uint64_t bytes_sums(const UInt8Lanes (&v)[4]) {
-  typedef uint64_t Words __attribute__((vector_size(kVectorBytes)));
-  UInt32Lanes sums[4];
-  for (int k = 0; k < 4; ++k) {
-    const UInt16Lanes pairs = ((UInt16Lanes)v[k] & 0xff) + ((UInt16Lanes)v[k] >> 8);
-    sums[k] = ((UInt32Lanes)pairs & 0xffff) + ((UInt32Lanes)pairs >> 16);
-  }
-  const auto a = (Words)(sums[0] | sums[1] << 16), b = (Words)(sums[2] | sums[3] << 16);
-  const Words all = ((a & 0xffffffffu) + (a >> 32)) | ((b & 0xffffffffu) + (b >> 32)) << 32;
+  UInt64Lanes all = {};
+  for (int k = 0; k < 4; ++k) all |= sum_eight_bytes(v[k]) << 16 * k;
   return static_cast<uint64_t>(lanes_sum(all));
 }
 
@@ -174,8 +263,8 @@ inline __attribute__((always_inline)) void add_lookups(const uint8_t* index, int
 inline void count_pair(const uint8_t* index, int64_t vectors, int first, int64_t (&counts)[4]) {
   UInt8Lanes tables[2] = {};
   for (int l = first; l < kVectorBytes; l += 16) {
-    tables[0][l] = tables[1][l + kNegative] = 1;
-    tables[0][l + 1] = tables[1][l + kNegative + 1] = 16;
+    tables[0][l] = tables[1][l + 8] = 1;
+    tables[0][l + 1] = tables[1][l + 9] = 16;
   }
   for (int64_t begin = 0; begin < vectors; begin += kSumVectors) {
     const int64_t end = begin + kSumVectors < vectors ? begin + kSumVectors : vectors;
@@ -198,35 +287,43 @@ inline void count_pair(const uint8_t* index, int64_t vectors, int first, int64_t
   }
 }
 
+inline bool any_below_128(UInt8Lanes v) {
+#if defined(PARAMSTATS_ANY_BELOW_128)
+  return PARAMSTATS_ANY_BELOW_128(v);
+#else
+  return lanes_any((UInt8Lanes)(v < 128));
+#endif
+}
+
 // Counts windows of 8 exponents. The index of an element in the window has its distance from the
 // top in 3 bits, and its sign; that of any other element has bit 7, for which a lookup gives 0.
-inline void count_windows(PartBytes& bytes, int64_t n, int top, int bottom, int64_t* counts) {
+// Vectors without an element in the window are left out.
+inline void count_windows(PartBytes& bytes, int64_t n, int top, int bottom, PartCounts& out) {
   for (; top >= bottom; top -= 8) {
+    int64_t vectors = 0;
+#pragma GCC unroll 2
     for (int64_t i = 0; i < n; i += kVectorBytes) {
       const UInt8Lanes sixteen = UInt8Lanes{} + 16;
       UInt8Lanes d = static_cast<uint8_t>(top) - load_as<UInt8Lanes>(bytes.exponents + i);
-      d = ((d < sixteen ? d : sixteen) + 0x78) ^ load_as<UInt8Lanes>(bytes.signs + i) ^ 0x78;
-      __builtin_memcpy(bytes.index + i, &d, kVectorBytes);
+      d = ((d < sixteen ? d : sixteen) + 0x78) ^ load_as<UInt8Lanes>(bytes.signs + i);
+      __builtin_memcpy(bytes.index + vectors * kVectorBytes, &d, kVectorBytes);
+      vectors += any_below_128(d);
     }
     for (int d = 0; d < 8 && top - d >= bottom; d += 2) {
       int64_t pair[4] = {};
-      count_pair(bytes.index, n / kVectorBytes, d, pair);
+      count_pair(bytes.index, vectors, d, pair);
       const int e = top - d;
-      counts[e] += pair[0];
-      counts[256 + e] += pair[2];
-      if (e == bottom) break;
-      counts[e - 1] += pair[1];
-      counts[256 + e - 1] += pair[3];
+      out.add(e, pair[2], pair[0]);
+      if (e > bottom) out.add(e - 1, pair[3], pair[1]);
     }
   }
 }
 #endif
 
-inline void count_exponents(PartBytes& bytes, int64_t n, [[maybe_unused]] int top,
-                            [[maybe_unused]] int bottom, int64_t* counts) {
+inline void count_exponents(PartBytes& bytes, int64_t n, int top, int bottom, PartCounts& out) {
 #if defined(PARAMSTATS_LOOKUP)
   constexpr int kMostExponents = 40;  // for more, one by one is faster
-  if (top - bottom < kMostExponents) return count_windows(bytes, n, top, bottom, counts);
+  if (top - bottom < kMostExponents) return count_windows(bytes, n, top, bottom, out);
 #endif
-  count_one_by_one(bytes, n, counts);
+  count_one_by_one(bytes, n, top, bottom, out);
 }

@@ -31,9 +31,13 @@ Moments read_chunk(const TensorView& t, const std::vector<Dim>* dims, int64_t in
   const int size = element_size(t.dtype);
   const int64_t begin = index * kChunk;
   const int64_t end = t.numel - begin < kChunk ? t.numel : begin + kChunk;
-  if (Details* const details = t.details) {  // first: their arithmetic hides the memory's time
-    if (details->has_distribution) details->read_distribution(t, dims, begin, end, kernels);
+  if (Details* const details = t.details) {
+    Moments state;
+    if (details->has_distribution) {
+      state = details->read_distribution(t, dims, begin, end, kernels);
+    }
     if (details->rows != nullptr) return details->read_rows(t, begin, end, kernels);
+    if (details->has_distribution) return state;
   }
   if (dims == nullptr) return kernel(static_cast<const char*>(t.data) + begin * size, end - begin);
   Moments state;

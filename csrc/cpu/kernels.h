@@ -45,8 +45,9 @@ struct ChunkDistribution {
   int64_t* counts;
 };
 
-// Computes the distribution of n <= kChunk contiguous elements. Blocks of kMxBlock begin at `data`.
-using DistributionKernel = void (*)(const void* data, int64_t n, ChunkDistribution& out);
+// Computes the distribution of n <= kChunk contiguous elements, and returns their state. Blocks of
+// kMxBlock begin at `data`.
+using DistributionKernel = Moments (*)(const void* data, int64_t n, ChunkDistribution& out);
 
 // A row is read in pieces of this many bytes, whose keys of the hash stay in L1.
 constexpr int kRowPieceBytes = 8192;

@@ -20,12 +20,18 @@
 #define PARAMSTATS_SQRT_PD(v) ((DoubleLanes)_mm256_sqrt_pd((__m256d)(v)))
 #define PARAMSTATS_LOOKUP(table, index) \
   ((UInt8Lanes)_mm256_shuffle_epi8((__m256i)(table), (__m256i)(index)))
-// The instruction finds the smallest of 8 words.
-#define PARAMSTATS_LARGEST_WORD(v)                                                      \
-  (0xffff & ~_mm_cvtsi128_si32(_mm_minpos_epu16(                                        \
-                _mm_xor_si128(_mm_max_epu16(_mm256_castsi256_si128((__m256i)(v)),       \
-                                            _mm256_extracti128_si256((__m256i)(v), 1)), \
-                              _mm_set1_epi16(-1)))))
+#define PARAMSTATS_SMALLEST_WORD(v)                                     \
+  ((UInt16Lanes)_mm256_broadcastw_epi16(_mm_minpos_epu16(_mm_min_epu16( \
+      _mm256_castsi256_si128((__m256i)(v)), _mm256_extracti128_si256((__m256i)(v), 1)))))
+#define PARAMSTATS_MINUS_OR_ZERO(a, b) ((UInt16Lanes)_mm256_subs_epu16((__m256i)(a), (__m256i)(b)))
+#define PARAMSTATS_AS_BYTES(a, b) ((UInt8Lanes)_mm256_packus_epi16((__m256i)(a), (__m256i)(b)))
+#define PARAMSTATS_BLEND_WORDS(a, b) \
+  ((UInt16Lanes)_mm256_blend_epi16((__m256i)(a), (__m256i)(b), 0xaa))
+#define PARAMSTATS_BLEND_BYTES(a, b)                           \
+  ((UInt16Lanes)_mm256_blendv_epi8((__m256i)(a), (__m256i)(b), \
+                                   _mm256_set1_epi16(static_cast<int16_t>(0xff00))))
+#define PARAMSTATS_SUM_EIGHT_BYTES(v) _mm256_sad_epu8((__m256i)(v), _mm256_setzero_si256())
+#define PARAMSTATS_ANY_BELOW_128(v) (_mm256_movemask_epi8((__m256i)(v)) != -1)
 #define PARAMSTATS_LOW_DOUBLES(v) \
   ((DoubleLanes)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)(v))))
 #define PARAMSTATS_HIGH_DOUBLES(v) \

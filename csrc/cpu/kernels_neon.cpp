@@ -21,7 +21,10 @@
 #define PARAMSTATS_HIGH_DOUBLES(v) ((DoubleLanes)vcvt_high_f64_f32((float32x4_t)(v)))
 #define PARAMSTATS_LOOKUP(table, index) \
   ((UInt8Lanes)vqtbl1q_u8((uint8x16_t)(table), (uint8x16_t)(index)))
-#define PARAMSTATS_LARGEST_WORD(v) vmaxvq_u16((uint16x8_t)(v))
+#define PARAMSTATS_SMALLEST_WORD(v) ((UInt16Lanes)vdupq_n_u16(vminvq_u16((uint16x8_t)(v))))
+#define PARAMSTATS_MINUS_OR_ZERO(a, b) ((UInt16Lanes)vqsubq_u16((uint16x8_t)(a), (uint16x8_t)(b)))
+#define PARAMSTATS_AS_BYTES(a, b) \
+  ((UInt8Lanes)vqmovn_high_u16(vqmovn_u16((uint16x8_t)(a)), (uint16x8_t)(b)))
 #define PARAMSTATS_ADD_BYTES(sum, squares, v)                                         \
   sum = (UInt16Lanes)vpadalq_u8((uint16x8_t)(sum), (uint8x16_t)(v));                  \
   squares[0] = (UInt32Lanes)add_low_squares((uint32x4_t)squares[0], (uint8x16_t)(v)); \
