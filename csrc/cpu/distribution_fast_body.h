@@ -79,6 +79,7 @@ inline PowerSums power_sums(const typename T::Storage* x, int64_t n, float scale
   constexpr int kTile = PowerReader<T, kMoved>::kTile;
   DoubleLanes d1 = {}, d2 = {}, d3 = {}, d4 = {}, abs = {};
   for (int64_t i = 0; i < n; i += kTile) {
+    prefetch_half(x, n, 1, i, kTile);
     const LanePowers<T> sums = reader.tile(x + i, n - i);
     d1 += widened(sums.d1);
     d2 += widened(sums.d2);

@@ -110,6 +110,19 @@ inline void add_bytes(UInt8Lanes v, UInt16Lanes& out) {
   out += ((UInt16Lanes)v & 0xff) + ((UInt16Lanes)v >> 8);
 }
 
+// Prefetches the part after the n elements at x, one half of it in each of two passes: what
+// corresponds to elements [i, i + step) of this part. (The passes in between leave the memory its
+// time.)
+template <class S>
+inline __attribute__((always_inline)) void prefetch_half(const S* x, int64_t n, int half, int64_t i,
+                                                         int64_t step) {
+  const auto* next = reinterpret_cast<const char*>(x + n + (half * n + i) / 2);
+#pragma GCC unroll 4
+  for (int64_t b = 0; b < static_cast<int64_t>(step * sizeof(S) / 2); b += 64) {
+    __builtin_prefetch(next + b, 0, 2);
+  }
+}
+
 template <class S>
 inline void read_keys(const S* x, int64_t n, MxLanes& mx, PartKeys& out, PartBytes& bytes) {
   constexpr int64_t kInBytes = 255 * kVectorBytes / kStep * kStep;  // counted in bytes
@@ -120,14 +133,10 @@ inline void read_keys(const S* x, int64_t n, MxLanes& mx, PartKeys& out, PartByt
     UInt8Lanes saturated[kMxFormats] = {};
     for (int64_t i = begin; i < end; i += kStep) {
       UInt16Lanes keys[2 * kBlockVectors], above[2 * kBlockVectors];
+      prefetch_half(x, n, 0, i, kStep);
 #pragma GCC unroll 8
       for (int b = 0; b < 2; ++b) {
         UInt16Lanes orders[kBlockVectors], first = {};
-        __builtin_prefetch(reinterpret_cast<const char*>(x + i + b * kMxBlock) + kPrefetchBytes);
-        if constexpr (sizeof(S) == 4) {
-          __builtin_prefetch(reinterpret_cast<const char*>(x + i + b * kMxBlock + kMxBlock / 2) +
-                             kPrefetchBytes);
-        }
 #pragma GCC unroll 8
         for (int k = 0; k < kBlockVectors; ++k) {
           keys[b * kBlockVectors + k] = keys_of(x + i + b * kMxBlock + k * kKeys);
