@@ -11,18 +11,23 @@ struct Whole {
   using Storage = S;
 };
 
-// Converts n elements to float64. The only rounding is that of integers above 2^53, which are
-// rounded to odd: if any of their lower 11 bits is set, they are replaced by bit 11. This keeps the
-// order of the integer and of all numbers that have few digits.
+// Converts n elements to float64, or those of dtypes that float32 represents exactly to float32.
+// The only rounding is that of integers above 2^53, which are rounded to odd: if any of their lower
+// 11 bits is set, they are replaced by bit 11. This keeps the order of the integer and of all
+// numbers that have few digits.
 template <class T>
 struct Values {
   static constexpr bool kWhole = false;
-  static void of(const typename T::Storage* x, int64_t n, double* out) { convert<T>(x, n, out); }
+  template <class Out>
+  static void of(const typename T::Storage* x, int64_t n, Out* out) {
+    convert<T>(x, n, out);
+  }
 };
 template <class S>
 struct Values<Whole<S>> {
   static constexpr bool kWhole = true;
-  static void of(const S* x, int64_t n, double* out) {
+  template <class Out>
+  static void of(const S* x, int64_t n, Out* out) {
     for (int64_t i = 0; i < n; ++i) {
       if constexpr (sizeof(S) == 8) {
         const S value = element_at(x + i);
@@ -33,7 +38,7 @@ struct Values<Whole<S>> {
       } else if constexpr (static_cast<S>(2) == 1) {  // bool: every byte but 0 is true
         out[i] = reinterpret_cast<const uint8_t*>(x)[i] != 0;
       } else {
-        out[i] = static_cast<double>(element_at(x + i));
+        out[i] = static_cast<Out>(element_at(x + i));
       }
     }
   }

@@ -200,14 +200,14 @@ Moments distribution(const void* data, int64_t n, ChunkDistribution& out) {
   for (int64_t i = 0; i < n;) {
     int64_t size = n - i < kPart ? n - i : kPart;
     bool done = false;
-    if constexpr (!Values<T>::kWhole && sizeof(Storage) <= 4) {
+    if constexpr (sizeof(Storage) <= (Values<T>::kWhole ? 2 : 4)) {
       const int64_t steps = size / kStep * kStep;
       if (steps > 0) {
         if constexpr (sizeof(Storage) == 4 || kIsBFloat16<T>) {
           done = read_part<T>(x + i, steps, mx, mean, bytes, state, out);
         } else {
           auto* const floats = reinterpret_cast<float*>(scratch());
-          convert<T>(x + i, steps, floats);
+          Values<T>::of(x + i, steps, floats);
           done = read_part<Native<float, InFloat>>(floats, steps, mx, mean, bytes, state, out);
         }
         if (done) size = steps;
