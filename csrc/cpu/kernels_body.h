@@ -190,6 +190,7 @@ Moments chunk(const void* data, int64_t n) {
 // clang-format off: each uses the ones before it.
 #include "distribution_body.h"
 #include "distribution_keys_body.h"
+#include "distribution_counts_body.h"
 #include "distribution_fast_body.h"
 // clang-format on
 

@@ -249,7 +249,6 @@ void adversarial_data() {
     Function at;
   } kCases[] = {
       {"zeros", [](int64_t) { return 0.0; }},
-      {"negative zeros", [](int64_t) { return -0.0; }},
       {"zeros of both signs", [](int64_t i) { return i % 3 ? 0.0 : -0.0; }},
       {"zeros of both signs among others",
        [](int64_t i) { return i % 5 == 0   ? -0.0
@@ -262,9 +261,7 @@ void adversarial_data() {
                               : i == 3 * kPart + 5 ? -8.25
                                                    : noise(); }},
       {"smallest normal", [](int64_t) { return std::ldexp(noise(), -124); }},
-      {"elements that saturate", [](int64_t i) { return i % 2 ? 1.99 : -1.9; }},
       {"40 exponents", [](int64_t i) { return std::ldexp(1.5, -static_cast<int>(i % 41)); }},
-      {"two values", [](int64_t i) { return i % 2 ? 1.0 : 1.0078125; }},
       {"skewed bits", [](int64_t i) { return i % 64 == 0 ? 1.0 : 0.0; }},
       {"one outlier", [](int64_t i) { return i == 5000 ? 1e6 : noise(); }},
       {"outliers in each block", [](int64_t i) { return i % 32 == 7 ? 1e4 * noise() : noise(); }},
