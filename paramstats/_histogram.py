@@ -248,12 +248,8 @@ class Histogram:
         lows = [math.ldexp(1.0, exponent) for exponent in self.exponents]
         highs = [*lows[1:], min(2 * lows[-1], _LARGEST)] if lows else []
         bins = list(zip(lows, highs, strict=True))
-        negative = [
-            (-high, -low, count) for (low, high), count in zip(bins, self.negative, strict=True)
-        ]
-        positive = [
-            (low, high, count) for (low, high), count in zip(bins, self.positive, strict=True)
-        ]
+        negative = [(-b, -a, count) for (a, b), count in zip(bins, self.negative, strict=True)]
+        positive = [(a, b, count) for (a, b), count in zip(bins, self.positive, strict=True)]
         return [*negative[::-1], (0.0, 0.0, self.zero_count), *positive]
 
     # ---- exports
@@ -306,12 +302,15 @@ class Histogram:
         """
         return bars(self.magnitudes, width)
 
-    def __str__(self) -> str:
+    def line(self, width: int = 50) -> str:
+        """Return the first exponent, 8 to 32 bars and the last exponent, to fit in `width`."""
         if not self.exponents:
             return "no finite nonzero element"
-        first, last = self.exponents[0], self.exponents[-1]
-        unit = "" if self._scale == 1 else f" (x {self._scale:g})"
-        return f"2^{first} {self.sparkline()} 2^{last}{unit}"
+        begin, end = f"2^{self.exponents[0]} ", f" 2^{self.exponents[-1]}"
+        end += "" if self._scale == 1 else f" / {self._scale:g}"
+        return f"{begin}{self.sparkline(min(max(width - len(begin + end), 8), 32))}{end}"
+
+    __str__ = line
 
     def __repr__(self) -> str:
         return f"<Histogram of {self.count:,} elements: {self}>"

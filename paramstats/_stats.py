@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ from paramstats._core.moments import ROW
 from paramstats._core.optimizer_record import OptimizerRecord
 from paramstats._core.record import Record
 from paramstats._core.updates import UPDATE, ratio
+from paramstats._display import one_tensor
 from paramstats._optimizer_stats import OptimizerStats
-from paramstats._tensor_stats import TensorStats, values_of
+from paramstats._tensor_stats import TensorStats
 
 
 class TotalStats(TensorStats):
@@ -108,12 +110,17 @@ class TotalStats(TensorStats):
         return out
 
     def _one_line(self) -> str:
-        update = self.update
+        grad, update = self._grad, self.update
         return (
-            values_of(self)
-            + (f" grad({values_of(self._grad)})" if self._grad else "")
-            + (f" update({values_of(update)})" if update else "")
+            super()._one_line()
+            + (f" grad({one_tensor.values(grad)})" if grad else "")
+            + (f" update({one_tensor.values(update)})" if update else "")
         )
+
+    def _detail_lines(self) -> Iterator[str]:
+        yield from super()._detail_lines()
+        if self._grad:
+            yield from one_tensor.details(self._grad, "grad ")
 
 
 class ParamStats(TotalStats):

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from paramstats._core import details as detail
 from paramstats._core import moments
 from paramstats._core.backend import active
 from paramstats._core.details import Detail, Distribution
-from paramstats._core.format import number, percent
 from paramstats._core.moments import ROW, Moments, Statistics
 from paramstats._core.options import DISTRIBUTION_STATS, STATS, did_you_mean
 from paramstats._core.torch_private import skip_dynamo
+from paramstats._display import one_tensor
 from paramstats._histogram import Histogram
 from paramstats._rows import Rows
 
@@ -269,27 +269,11 @@ class TensorStats:
         return out
 
     def __repr__(self) -> str:
-        return f"<{self._one_line()}>"
+        """Return the statistics on one line; the histogram, zero rows and rows have lines below."""
+        return "\n".join([f"<{self._one_line()}", *self._detail_lines()]) + ">"
 
     def _one_line(self) -> str:
-        return values_of(self)
+        return one_tensor.values(self)
 
-
-def values_of(stats: TensorStats) -> str:
-    """Return the statistics as one line; shorter if all elements are equal."""
-    if not stats.is_read():
-        return "no statistics yet"
-    if not stats.count:
-        return "empty"
-    if stats.zero_fraction == 1:
-        return "all zeros"
-    if stats.count > 1 and stats.min == stats.max and not stats.nonfinite_count:
-        return f"all {number(stats.mean)}"
-    parts = [
-        f"{stat}={number(getattr(stats, stat))}" for stat in ("mean", "std", "norm", "min", "max")
-    ]
-    if stats.zero_count:
-        parts.append(f"zero_fraction={percent(stats.zero_fraction)}")
-    counts = {"NaN": stats.nan_count, "+Inf": stats.pos_inf_count, "-Inf": stats.neg_inf_count}
-    parts += [f"{what}!={count:,}" for what, count in counts.items() if count]
-    return " ".join(parts)
+    def _detail_lines(self) -> Iterator[str]:
+        return one_tensor.details(self)
