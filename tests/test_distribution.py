@@ -89,6 +89,23 @@ def test_exported_bins_are_those_of_numpy(backend, dtype):
     assert counts[middle] == (values == 0).sum()
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("max_bins", [3, 4, 64, 512, 10_000])
+def test_neighboring_exponents_share_bins(dtype, max_bins):
+    histogram = read(any_bits(dtype, 4000)).histogram
+    edges, counts = histogram.to_numpy()
+    merged_edges, merged = histogram.to_numpy(max_bins)
+    assert len(merged) <= max_bins and len(merged_edges) == len(merged) + 1
+    assert (np.diff(merged_edges) > 0).all() and set(merged_edges) <= set(edges)
+    # The counts up to an edge do not change.
+    positions = np.searchsorted(edges, merged_edges)
+    assert np.diff(np.r_[0, counts.cumsum()][positions]).tolist() == merged.tolist()
+    if len(counts) <= max_bins:
+        assert len(merged) == len(counts)
+    with pytest.raises(ValueError, match="max_bins to be 3 or more, got 2"):
+        histogram.to_numpy(2)
+
+
 @pytest.mark.parametrize("to", CASTS, ids=str)
 @pytest.mark.parametrize("scale", [1.0, 3.0, 2.0**-20, 1e4])
 @pytest.mark.parametrize("spread", [0.5, 4.0])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import struct
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
@@ -86,6 +87,24 @@ class Distribution(NamedTuple):
         first = self.first + begin if filled else 0
         head = _HEAD.pack(first, end - begin, *self[3:9], *self.mx)
         return head + struct.pack(f"={len(counts)}q", *counts)
+
+    def bins(self, zeros: int, octaves: int = 1) -> list[tuple[float, float, int]]:
+        """Return (begin, end, count) of all bins in ascending order, with one bin for zeros.
+
+        Args:
+            zeros: the number of zeros.
+            octaves: how many exponents share a bin, beginning with the lowest.
+        """
+        n = len(self.positive)
+        edges = [math.ldexp(1.0, self.first + k) for k in range(0, n, octaves)]
+        end = self.first + n
+        edges.append(math.ldexp(1.0, end) if end < sys.float_info.max_exp else sys.float_info.max)
+        bins = [(0.0, 0.0, zeros)]
+        for k in range(0, n, octaves):
+            low, high = edges[k // octaves : k // octaves + 2]
+            bins.append((low, high, sum(self.positive[k : k + octaves])))
+            bins.insert(0, (-high, -low, sum(self.negative[k : k + octaves])))
+        return bins
 
 
 @with_denormals
