@@ -60,8 +60,8 @@ def test_wandb_stores_edges_and_counts(folder):
         assert found[f"{name}/bins"] == edges.tolist()
         finite = histogram.count - histogram.nan_count
         assert counts.sum() == finite - histogram.pos_inf_count - histogram.neg_inf_count
+    edges, counts = expected["every exponent"].to_numpy()
     with pytest.raises(ValueError, match="512"):
-        edges, counts = expected["every exponent"].to_numpy()
         wandb.Histogram(np_histogram=(counts, edges))
 
 
