@@ -1,6 +1,6 @@
 """Measures how much time each tool adds to a training step.
 
-    python -m benches.step_cost                      ten minutes on a CPU
+    python -m benches.step_cost                      fifteen minutes on a CPU
     python -m benches.step_cost --only resnet,mlp
     python -m benches.step_cost --json FILE          write the results for benches.report
 
