@@ -25,6 +25,8 @@ from paramstats._history.state_columns import expect, is_between, json_text, lis
 _KINDS = ("params", "grads")
 _WORDS_OF_ROW = ROW_STATE.size // 8
 _IN_FILE_NOT_KNOWN = "not known"
+_IS_NEGATIVE = (0.0).__gt__
+"""Faster than a lambda; false for NaN."""
 
 
 def details_text(record: Record) -> str:
@@ -44,9 +46,7 @@ def details_text(record: Record) -> str:
     return json_text(content) if content else ""
 
 
-def parse_details(
-    content: Any, names: tuple[str, ...], states: list[Moments]
-) -> dict[int, Detail]:
+def parse_details(content: Any, names: tuple[str, ...], states: list[Moments]) -> dict[int, Detail]:
     """Return the details in a parsed object; raises an error if a value is not valid.
 
     Args:
@@ -146,8 +146,8 @@ def _is_rows(data: bytes, state: Moments) -> bool:
         and max(map(add, zeros, nonfinite)) <= row_numel
         and sum(zeros) == state.zeros
         and sum(nonfinite) == state.count - finite_count(state)
-        and not any(x < 0 for x in m2)
-        and not any(x < 0 for x in abs_max)
+        and not any(map(_IS_NEGATIVE, m2))
+        and not any(map(_IS_NEGATIVE, abs_max))
     )
 
 
