@@ -251,10 +251,12 @@ class TensorStats:
         return Rows(packed, self._correction, self._scale)
 
     @property
-    def zero_rows(self) -> tuple[int, ...]:
+    def zero_rows(self) -> tuple[int, ...] | None:
         """The indices of dimension 0 whose elements are all zero: dead units or experts.
 
-        They are always known, except for several tensors together. Empty if there is none.
+        Empty if there is none. None if they are not known: for several tensors together that have
+        some, for a tensor with more than 2^24 rows and as many zeros as a row has elements, and for
+        one whose shards are not made of rows.
         """
         return () if self._detail is None else detail.zero_rows_of(self._detail.zero_rows)
 

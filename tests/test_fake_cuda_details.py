@@ -65,6 +65,12 @@ def test_layouts(cuda: Any, tensor: torch.Tensor, expected: list[int] | None) ->
     assert zero_rows(tensors).get(0) == expected
 
 
+def test_too_many_rows(cuda: Any) -> None:
+    x = torch.ones((1 << 24) + 1, dtype=torch.bool)
+    x[7] = False
+    assert paramstats.summarize({"x": cuda.to(x, 0)})["x"].zero_rows is None
+
+
 DTYPES = [
     torch.float32,
     torch.bfloat16,

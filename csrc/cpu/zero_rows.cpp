@@ -142,6 +142,10 @@ void ZeroRowSearch::add(size_t tensor, const Moments& state, const Moments* chun
 void ZeroRowSearch::run(Pool pool, ZeroRows& out) const {
   for (const Candidate& candidate : candidates_) {
     const size_t i = candidate.tensor;
+    if (tensors_[i].rows > kMostRows) {
+      out.emplace_back(i, std::vector<uint8_t>());
+      continue;
+    }
     const auto strided =
         std::lower_bound(strided_.begin(), strided_.end(), i,
                          [](const auto& entry, size_t t) { return entry.first < t; });

@@ -136,8 +136,11 @@ ROW_STATE = struct.Struct("=3d2qQ")
 ZERO_ROWS_HEAD = struct.Struct("=q")
 
 NOT_KNOWN = b"?"
-"""Zero rows of a tensor in which they are not looked for, though it has zeros: one with a single
-dimension and more than 2^20 elements, or with shards that are not made of rows."""
+"""Zero rows that are not looked for, though there are enough zeros for one: of a tensor with more
+than `MOST_ROWS` rows or with shards that are not made of rows, and of several tensors together."""
+
+MOST_ROWS = 1 << 24
+"""Zero rows of a tensor with more rows are not known: each row needs memory."""
 
 
 def pack_zero_rows(flags: bytes) -> bytes | None:
@@ -153,10 +156,12 @@ def pack_zero_rows(flags: bytes) -> bytes | None:
 _DIGITS = bytes([ord("0"), ord("1")]) + bytes(254)
 
 
-def zero_rows_of(data: bytes | None) -> tuple[int, ...]:
-    """Return the rows whose elements are all zero, from packed zero rows."""
-    if data is None or data == NOT_KNOWN:
+def zero_rows_of(data: bytes | None) -> tuple[int, ...] | None:
+    """Return the rows whose elements are all zero, from packed zero rows; None if not known."""
+    if data is None:
         return ()
+    if data == NOT_KNOWN:
+        return None
     begin = ZERO_ROWS_HEAD.size
     return tuple(
         8 * byte + bit
@@ -185,19 +190,23 @@ def moved(details: Details, rows: Sequence[int]) -> Details:
 def merged(details: Details, rows: Iterable[int], n: int) -> Detail | None:
     """Return the detail of several tensors together: their merged distribution.
 
-    None if a tensor has no distribution, so that it is not the distribution of other elements than
-    the statistics are computed from. Rows of several tensors have no common meaning.
+    There is none if a tensor has no distribution, so that it is not the distribution of other
+    elements than the statistics are computed from. Rows of several tensors have no common meaning:
+    zero rows are not known if any of the tensors may have some.
 
     Args:
         details: by row.
         rows: the rows of the tensors.
         n: the number of finite elements of all of them together.
     """
-    packed = [d for row in rows if row in details and (d := details[row].distribution) is not None]
-    if not packed:
-        return None
+    found = [details[row] for row in rows if row in details]
+    packed = [one.distribution for one in found if one.distribution is not None]
     distribution = merge_distributions(map(Distribution.unpack, packed))
-    return Detail(distribution.pack()) if distribution.n == n else None
+    detail = Detail(
+        distribution.pack() if packed and distribution.n == n else None,
+        zero_rows=NOT_KNOWN if any(one.zero_rows for one in found) else None,
+    )
+    return detail if detail != Detail() else None
 
 
 def skewness(a: Distribution) -> float:
