@@ -165,6 +165,7 @@ def test_zero_rows_that_are_not_known_stay_so(tmp_path):
         "zero_rows": {"params": {"w": "not known"}}
     }
     assert are_identical(History.load(path), history)
+    assert next(iter(History.load(path)))[1]["w"].zero_rows is None
 
 
 def test_details_of_a_tensor_that_changed_meanwhile_are_not_written(tmp_path):

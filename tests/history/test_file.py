@@ -342,8 +342,8 @@ def use_everything(history: History) -> None:
         for _, summary in history:
             entry = summary.get(name)
             if entry is not None and entry.rows is not None:
-                assert len(entry.rows.norm) == len(entry.rows.zero_count) > len(entry.zero_rows)
-                assert len(entry.rows.dead) <= len(entry.rows)
+                assert len(entry.rows.norm) == len(entry.rows.zero_count) >= len(entry.rows.dead)
+                assert len(entry.zero_rows or ()) <= len(entry.rows)
         optimizer = history[name].optimizer
         for series in optimizer.state.values():
             assert len(series.norm) == len(history)

@@ -386,7 +386,7 @@ def _history_file(path: str) -> bytes:
 def _histograms(summary: Summary) -> Iterator[Any]:
     for entry in summary.values():
         assert entry.rows is None or len(entry.rows.norm) >= len(entry.rows.dead)
-        assert len(entry.zero_rows) <= entry.zero_count
+        assert len(entry.zero_rows or ()) <= entry.zero_count
         yield from (entry.histogram, entry.grad and entry.grad.histogram)
 
 
