@@ -168,12 +168,13 @@ def test_zero_rows_that_are_not_known_stay_so(tmp_path):
     assert next(iter(History.load(path)))[1]["w"].zero_rows is None
 
 
-def test_details_of_a_tensor_that_changed_meanwhile_are_not_written(tmp_path):
+@pytest.mark.parametrize("x", [torch.zeros(2, 2), torch.full((2, 2), math.nan), torch.ones(3, 3)])
+def test_details_of_a_tensor_that_changed_meanwhile_are_not_written(tmp_path, x):
     """Another thread may change elements between two reads; the file must be readable."""
     path = tmp_path / "run.jsonl"
     before, after = (
         record_of(summarize({"w": x, "v": torch.ones(2, 2)}, distribution=True, rows=True))
-        for x in (torch.zeros(2, 2), torch.eye(2))
+        for x in (x, torch.eye(2))
     )
     with History(path) as history:
         history.append(0, Summary(after._replace(details={**after.details, 0: before.details[0]})))
@@ -241,6 +242,8 @@ INVALID = [
     (ROWS, [2, encoded(TEXT, word(3, 1))]),
     (ROWS, [2, encoded(TEXT, word(10, 0))]),
     (ROWS, [2, encoded(TEXT, word(4, 3))]),
+    (ROWS, [2, encoded(encoded(TEXT, word(3, -1)), word(9, 1))]),
+    (ROWS, [2, encoded(encoded(TEXT, word(4, -1)), word(10, 2))]),
     (ZERO_ROWS, None),
     (ZERO_ROWS, "known"),
     (ZERO_ROWS, [2, "AQ=="]),
@@ -270,6 +273,18 @@ def test_an_invalid_value_is_an_error(tmp_path, keys, value):
     assert_refused(path, "expected whole lines, got a broken one, line 3 of ")
 
 
+def test_a_row_has_at_most_all_zeros(tmp_path):
+    path = tmp_path / "run.jsonl"
+    with History(path) as history:
+        history.append(0, summarize({"w": torch.tensor([[0.0, 1.0]] * 3)}, rows=True))
+    _, layout, entry = map(json.loads, path.read_text().splitlines())
+    of_kind = entry["details"]["rows"]["params"]
+    for row, zeros in enumerate((3, 0, 0)):
+        of_kind["w"][1] = encoded(of_kind["w"][1], word(6 * row + 3, zeros))
+    write_lines(path, layout, entry, entry)
+    assert_refused(path, "expected whole lines, got a broken one, line 3 of ")
+
+
 # ---- memory
 
 
@@ -277,7 +292,7 @@ def test_an_invalid_value_is_an_error(tmp_path, keys, value):
 def test_memory_includes_details(options):
     params = {f"block.{i}": torch.nn.Parameter(torch.randn(16, 8)) for i in range(60)}
     for p in params.values():
-        p.grad = torch.zeros(16, 8)  # has zero rows
+        p.grad = torch.eye(16, 8)  # has zero rows
     limit = 1 << 20
     summarize(params, **options)
     gc.collect()
