@@ -95,8 +95,9 @@ struct RowsHead {
   int64_t rows, row_numel;
 };
 
-// Zero rows are the number of rows (int64) and a bit for each; or this byte if they were not looked
-// for, though the tensor has enough zeros for one: each row needs memory.
+// Zero rows are the number of rows (int64) and a bit for each, if some rows are zero but not all; or
+// this byte if they were not looked for, though the tensor has enough zeros for one: each row needs
+// memory.
 constexpr char kNotKnown = '?';
 constexpr int64_t kMostRows = int64_t{1} << 24;
 

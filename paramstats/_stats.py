@@ -33,6 +33,7 @@ class TotalStats(TensorStats):
         row: int,
         details: Details = NO_DETAILS,
         grad_row: int = 1,
+        row_count: int | None = None,
     ) -> None:
         """Create the statistics of two rows: one for the parameters and one for the gradients.
 
@@ -41,15 +42,17 @@ class TotalStats(TensorStats):
             correction, grad_scale: as in `Record`.
             optimizer, row: the record of the optimizers, and the row of these parameters in it.
             details: has what else was read of `row`, and of `grad_row` for the gradients.
+            row_count: as in `TensorStats`.
         """
         # Faster than super().
-        TensorStats.__init__(self, table, 0, correction, 1.0, details.get(row))
+        TensorStats.__init__(self, table, 0, correction, 1.0, details.get(row), row_count)
         self._grad_scale = grad_scale
         self._optimizer = optimizer
         self._row = row
         self._grad: TensorStats | None = None
         if not moments.is_absent(table, 1):
-            self._grad = TensorStats(table, 1, correction, grad_scale, details.get(grad_row))
+            of_grad = details.get(grad_row)
+            self._grad = TensorStats(table, 1, correction, grad_scale, of_grad, row_count)
 
     @property
     def grad(self) -> TensorStats | None:
@@ -136,7 +139,11 @@ class ParamStats(TotalStats):
         own = table[begin : begin + ROW.size] + table[gradient : gradient + ROW.size]
         numbers = record.correction, record.grad_scale
         grad_row = len(record.layout) + row
-        TotalStats.__init__(self, own, *numbers, record.optimizer, row, record.details, grad_row)
+        shape = record.layout.shapes[row]
+        row_count = None if shape is None else shape[0] if shape else 0
+        TotalStats.__init__(
+            self, own, *numbers, record.optimizer, row, record.details, grad_row, row_count
+        )
         self._layout = record.layout
 
     @property

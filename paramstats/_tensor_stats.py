@@ -38,7 +38,7 @@ class TensorStats:
     computed from absolute values. Statistics of a tensor that was not read are NaN.
     """
 
-    __slots__ = ("_correction", "_detail", "_index", "_scale", "_table")
+    __slots__ = ("_correction", "_detail", "_index", "_row_count", "_scale", "_table")
 
     def __init__(
         self,
@@ -47,12 +47,24 @@ class TensorStats:
         correction: float,
         scale: float,
         detail: Detail | None = None,
+        row_count: int | None = None,
     ) -> None:
+        """Create the statistics of a row of a table.
+
+        Args:
+            table, index: the states, and the row.
+            correction: as in `summarize`.
+            scale: of the elements; statistics are divided by it.
+            detail: what else was read of the tensor.
+            row_count: its size in dimension 0, 0 for a scalar; None if this is not known, or for
+                several tensors together.
+        """
         self._table = table
-        self._index = index  # the row of this tensor
+        self._index = index
         self._correction = correction
-        self._scale = scale  # of the elements in the row; statistics are divided by it
+        self._scale = scale
         self._detail = detail
+        self._row_count = row_count
 
     @skip_dynamo
     def statistics(self) -> Statistics:
@@ -178,7 +190,7 @@ class TensorStats:
         state = self._state()
         count = moments.finite_count(state)
         finite = ROW.pack(*state._replace(count=count, nans=0, pos_infs=0, neg_infs=0))
-        return TensorStats(finite, 0, self._correction, self._scale, self._detail)
+        return TensorStats(finite, 0, self._correction, self._scale, self._detail, self._row_count)
 
     # ---- with summarize(distribution=...)
 
@@ -254,11 +266,17 @@ class TensorStats:
     def zero_rows(self) -> tuple[int, ...] | None:
         """The indices of dimension 0 whose elements are all zero: dead units or experts.
 
-        Empty if there is none. None if they are not known: for several tensors together that have
-        some, for a tensor with more than 2^24 rows and as many zeros as a row has elements, and for
-        one whose shards are not made of rows.
+        Empty if there is none. None if they are not known: for several tensors together, an update
+        or a state of an optimizer with zeros; for a tensor with more than 2^24 rows and as many
+        zeros as a row has elements; and for one whose shards are not made of rows.
         """
-        return () if self._detail is None else detail.zero_rows_of(self._detail.zero_rows)
+        if self._detail is not None and self._detail.zero_rows is not None:
+            return detail.zero_rows_of(self._detail.zero_rows)
+        state, rows = self._state(), self._row_count
+        if rows is None:
+            return None if state.zeros else ()
+        is_zero = state.zeros == state.count and self.is_read()
+        return tuple(range(rows)) if is_zero else ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return every statistic by name; counts are int, the others float.

@@ -92,7 +92,8 @@ std::vector<Details> details(const Inputs& inputs, const void* host_memory) {
       of_tensor.distribution = distribution_at(distribution);
       distribution += distribution_size(view.dtype);
     }
-    if (view.size0 > 0 && states[t].zeros >= view.numel / view.size0) {
+    const int64_t zeros = states[t].zeros;
+    if (view.size0 > 0 && zeros >= view.numel / view.size0 && zeros < view.numel) {
       of_tensor.zero_rows =
           zero_rows[t].inner == 0
               ? std::string(1, kNotKnown)

@@ -26,7 +26,7 @@ class Detail(NamedTuple):
     """`ROWS_HEAD` and a `ROW_STATE` for each row."""
     zero_rows: bytes | None = None
     """The number of rows in `ZERO_ROWS_HEAD`, then a bit for each: bit r % 8 of byte r // 8 is set
-    if all elements of row r are zero. None if no row is zero."""
+    if all elements of row r are zero. None if no row is zero or all are. `NOT_KNOWN`."""
 
     @property
     def asked_for(self) -> Detail:
@@ -137,16 +137,22 @@ ZERO_ROWS_HEAD = struct.Struct("=q")
 
 NOT_KNOWN = b"?"
 """Zero rows that are not looked for, though there are enough zeros for one: of a tensor with more
-than `MOST_ROWS` rows or with shards that are not made of rows, and of several tensors together."""
+than `MOST_ROWS` rows, or with shards that are not made of rows."""
 
 MOST_ROWS = 1 << 24
 """Zero rows of a tensor with more rows are not known: each row needs memory."""
 
 
 def pack_zero_rows(flags: bytes) -> bytes | None:
-    """Return packed zero rows from a byte per row, which is 1 if all its elements are zero."""
-    if 1 not in flags:
-        return None
+    """Return packed zero rows from a byte per row, which is 1 if all its elements are zero.
+
+    None if no row is zero or all are.
+    """
+    return pack_rows(flags) if 0 in flags and 1 in flags else None
+
+
+def pack_rows(flags: bytes) -> bytes:
+    """Return rows as packed zero rows, from a byte per row: 1 or 0."""
     # From the last row to the first: the first digit of a binary number is the highest bit.
     digits = flags[::-1].translate(_DIGITS)
     bits = int(digits, 2).to_bytes((len(flags) + 7) // 8, "little")
@@ -156,10 +162,8 @@ def pack_zero_rows(flags: bytes) -> bytes | None:
 _DIGITS = bytes([ord("0"), ord("1")]) + bytes(254)
 
 
-def zero_rows_of(data: bytes | None) -> tuple[int, ...] | None:
+def zero_rows_of(data: bytes) -> tuple[int, ...] | None:
     """Return the rows whose elements are all zero, from packed zero rows; None if not known."""
-    if data is None:
-        return ()
     if data == NOT_KNOWN:
         return None
     begin = ZERO_ROWS_HEAD.size
@@ -190,23 +194,19 @@ def moved(details: Details, rows: Sequence[int]) -> Details:
 def merged(details: Details, rows: Iterable[int], n: int) -> Detail | None:
     """Return the detail of several tensors together: their merged distribution.
 
-    There is none if a tensor has no distribution, so that it is not the distribution of other
-    elements than the statistics are computed from. Rows of several tensors have no common meaning:
-    zero rows are not known if any of the tensors may have some.
+    None if a tensor has no distribution, so that it is not the distribution of other elements than
+    the statistics are computed from. Rows of several tensors have no common meaning.
 
     Args:
         details: by row.
         rows: the rows of the tensors.
         n: the number of finite elements of all of them together.
     """
-    found = [details[row] for row in rows if row in details]
-    packed = [one.distribution for one in found if one.distribution is not None]
+    packed = [d for row in rows if row in details and (d := details[row].distribution) is not None]
+    if not packed:
+        return None
     distribution = merge_distributions(map(Distribution.unpack, packed))
-    detail = Detail(
-        distribution.pack() if packed and distribution.n == n else None,
-        zero_rows=NOT_KNOWN if any(one.zero_rows for one in found) else None,
-    )
-    return detail if detail != Detail() else None
+    return Detail(distribution.pack()) if distribution.n == n else None
 
 
 def skewness(a: Distribution) -> float:

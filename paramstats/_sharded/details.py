@@ -89,13 +89,15 @@ def merge_details(
     for row in sorted(by_row):
         shards = [shard for _, shard in sorted(by_row[row].items())]
         shape = layout.shapes[row % len(layout)] or ()
-        distribution = _merged_distribution(shards, finite_count(moments.row(table, row)))
+        state = moments.row(table, row)
+        distribution = _merged_distribution(shards, finite_count(state))
         if distribution is None and any(shard.detail.distribution for shard in shards):
             reasons[row, "distribution"] = "a rank has no distribution of its shard"
         rows = _joined_rows(shards, shape)
         if rows is None and any(shard.detail.rows for shard in shards):
             reasons[row, "rows"] = "only tensors that are sharded as Shard(0) have whole rows"
-        detail = Detail(distribution, rows, _merged_zero_rows(shards, shape))
+        zero_rows = None if state.zeros == state.count else _merged_zero_rows(shards, shape)
+        detail = Detail(distribution, rows, zero_rows)
         if detail != Detail():
             details[row] = detail
     return details, reasons_by_name(reasons, layout.row_name)
@@ -142,6 +144,7 @@ def _merged_zero_rows(shards: Sequence[ShardDetail], shape: tuple[int, ...]) -> 
     for shard in found:
         if shard.first_row == NO_ROWS or shard.detail.zero_rows == NOT_KNOWN:
             return NOT_KNOWN
+        assert shard.detail.zero_rows is not None
         for row in zero_rows_of(shard.detail.zero_rows) or ():
             zeros[shard.first_row + row] += shard.row_numel
     row_numel = math.prod(shape[1:])
