@@ -134,11 +134,14 @@ def _interpolated_number(before: Entry, after: Entry, step: int) -> int:
 
 def _entry_bytes(summary: Summary) -> int:
     record = record_of(summary)
-    size = len(record.table) + _ENTRY_BYTES + _details_bytes(record.details)
+    size = len(record.table) + _ENTRY_BYTES
+    if record.details:
+        size += _details_bytes(record.details)
     return size if record.optimizer is None else size + _optimizer_bytes(record.optimizer)
 
 
 def _details_bytes(details: Details) -> int:
+    """Return the size of distributions, rows and zero rows."""
     parts = (data for detail in details.values() for data in detail if data is not None)
     return _DETAIL_BYTES * len(details) + sum(map(sys.getsizeof, parts))
 
