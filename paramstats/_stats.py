@@ -207,3 +207,13 @@ class ParamStats(TotalStats):
         count = f" n={self.count:,}" if self.shape is not None and len(self.shape) > 1 else ""
         what = f"{one_line_name(self.name)}: {dtype_name(self.dtype)} {shape(self.shape)}"
         return f"{what}{count}{device} {super()._one_line()}"
+
+
+def with_distribution(record: Record) -> Iterator[tuple[int, bool, TensorStats]]:
+    """Yield (row of a tensor, whether it is the gradient, statistics) of all distributions."""
+    for row, one in sorted(record.details.items()):
+        if one.distribution is not None:
+            is_grad, tensor = divmod(row, len(record.layout))
+            scale = record.grad_scale if is_grad else 1.0
+            stats = TensorStats(record.table, row, record.correction, scale, one)
+            yield tensor, bool(is_grad), stats
