@@ -146,7 +146,7 @@ $(VENV)/peers: $(VENV)/installed
 		numkong polars
 	@touch $@
 
-bench: $(VENV)/peers  ## run all benchmarks, 20 minutes; writes docs/benchmarks.md and its data
+bench: $(VENV)/peers  ## run all benchmarks, 30 minutes; writes docs/benchmarks.md and its data
 	$(BIN)/python -m benches.report --repeat 2
 	$(BIN)/python -m benches.chart
 

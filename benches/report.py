@@ -97,9 +97,9 @@ def combine(found: Sequence[Report]) -> Report:
 
 
 def _without_machine(report: Report, key: str) -> Report:
-    """Return what a module measured, and for the training steps what is missing."""
+    """Return what a module measured, and for the training steps what is missing, and when."""
     if key == "steps":
-        return {name: report[name] for name in ("steps", "missing")}
+        return {name: report[name] for name in ("steps", "missing", "date", "simd")}
     measured: Report = report[key]
     return measured
 

@@ -31,7 +31,7 @@ def render(report: dict[str, Any]) -> str:
     calls = report.get("on_gpu", {}).get("calls")
     if isinstance(calls, list):  # else that part failed
         parts.append(_table_of(_CALL_COLUMNS, calls))
-    parts.append(_step_table(list(report.get("step_cost", {}).get("steps", {}).values())))
+    parts.append(_step_table(report.get("step_cost", {})))
     parts.append(_turns_table(report.get("in_turns", {})))
     parts.append(f"{_CUDA_LEGEND if on_gpu else _LEGEND} {_measured_on(report)}")
     return "\n\n".join(filter(None, parts))
@@ -155,7 +155,9 @@ def in_order(dtypes: Iterable[str]) -> list[str]:
 # ---- training steps: one row per tool, one column per training ----------------------------------
 
 
-def _step_table(steps: list[dict[str, Any]]) -> str:
+def _step_table(report: dict[str, Any]) -> str:
+    """Return a table of all trainings, and when they were measured."""
+    steps = list(report.get("steps", {}).values())
     if not steps:
         return ""
     head = [
@@ -167,7 +169,9 @@ def _step_table(steps: list[dict[str, Any]]) -> str:
         (title, *(_added(step["tools"].get(name)) for step in steps))
         for name, title in titles.items()
     ]
-    return _table(("added to a training step of", *head), rows)
+    table = _table(("added to a training step of", *head), rows)
+    simd = f", {report['simd']}" if report["simd"] else ""
+    return f"{table}\n\nTraining steps: {report['date']}{simd}."
 
 
 def _added(tool: dict[str, Any] | None) -> str:
@@ -220,8 +224,8 @@ _LEGEND = (
     "sum, sum of squares, minimum and maximum with one thread; polars mean, std, minimum and "
     "maximum; torch mean, std, norm and zero fraction; only paramstats counts NaN and infinities. "
     "The overhead of a training step is measured against interleaved steps without a tool; "
-    '"noise": the middle half of the differences includes zero. `wandb.watch` makes histograms; '
-    "`grad_norm` computes only norms of gradients."
+    '"noise": the middle half of the differences includes zero. `wandb.watch`, TensorBoard and '
+    "`torch.histc` make histograms; `grad_norm` computes only norms of gradients."
 )
 
 

@@ -95,6 +95,12 @@ struct RowsHead {
   int64_t rows, row_numel;
 };
 
+// Zero rows are the number of rows (int64) and a bit for each, if some rows are zero but not all; or
+// this byte if they were not looked for, though the tensor has enough zeros for one: each row needs
+// memory.
+constexpr char kNotKnown = '?';
+constexpr int64_t kMostRows = int64_t{1} << 24;
+
 // What a call reads of a tensor in addition to its Moments.
 constexpr uint8_t kReadDistribution = 1, kReadRows = 2;
 

@@ -79,7 +79,8 @@ py::object Work::details_for_python(const Moments* table) const {
   }
   for (const auto& [position, bits] : zero_rows) {
     const py::int_ row(this->out[position] - table);
-    py::bytes zeros = packed(views[position].rows, bits.data(), bits.size());
+    py::bytes zeros = bits.empty() ? packed(kNotKnown, nullptr, 0)
+                                   : packed(views[position].rows, bits.data(), bits.size());
     if (out.contains(row)) {
       const py::tuple found = out[row];
       out[row] = py::make_tuple(found[0], found[1], zeros);

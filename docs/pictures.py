@@ -1,10 +1,11 @@
-"""Draw docs/history-lines.png and docs/history-heatmap.png from two trainings on digits.
+"""Draw the pictures of docs/history.md from trainings on digits.
 
     python -m docs.pictures
 
 The lines show the mean of a shared layer's weight and of its gradient. The heat map shows the
 gradient norms of a transformer of 100 parameters. One of its layers has no gradients for 40 steps,
-and one gradient contains a NaN. On one machine, the files are the same in every run.
+and one gradient contains a NaN. The distributions are those of the shared layer's weight and of its
+gradient. On one machine, the files are the same in every run.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import paramstats
 from examples.demo import SharedNet
 
 _HERE = Path(__file__).parent
-_WIDTH = {"history-lines": 1350, "history-heatmap": 1000}
+_WIDTH = {"history-lines": 1350, "history-heatmap": 1000, "history-distribution": 1000}
 """In pixels. The files stay below 200 KB and are sharp when shown 900 pixels wide."""
 
 
@@ -42,7 +43,10 @@ class RowReader(nn.Module):
 
 
 def train(
-    model: nn.Module, every: int = 1, after_backward: Callable[[int], None] = lambda step: None
+    model: nn.Module,
+    every: int = 1,
+    after_backward: Callable[[int], None] = lambda step: None,
+    distribution: str | bool = False,
 ) -> paramstats.History:
     """Train for 300 steps and record every `every`-th; `after_backward` may change gradients."""
     history = paramstats.History()
@@ -56,7 +60,7 @@ def train(
         nn.functional.cross_entropy(model(images), labels).backward()
         after_backward(step)
         if step % every == 0:
-            history.append(step, paramstats.summarize(model))
+            history.append(step, paramstats.summarize(model, distribution=distribution))
         for p in model.parameters():
             if p.grad is not None and not p.grad.isfinite().all():
                 p.grad = None  # the optimizer skips this parameter
@@ -97,12 +101,24 @@ def draw_heatmap() -> Figure:
     return train(model, 3, damage).heatmap()
 
 
+def draw_distributions() -> Figure:
+    history = train(SharedNet(), distribution="hidden.weight")
+    figure = Figure(figsize=(9, 6.4), layout="constrained")
+    above, below = figure.subplots(2, sharex=True)
+    history.distribution("hidden.weight", ax=above)
+    history.distribution("hidden.weight", kind="grad", ax=below)
+    above.set_xlabel("")
+    return figure
+
+
 def main() -> None:
     torch.set_num_threads(1)
-    for name, draw in (("history-lines", draw_lines), ("history-heatmap", draw_heatmap)):
+    for draw, (name, width) in zip(
+        (draw_lines, draw_heatmap, draw_distributions), _WIDTH.items(), strict=True
+    ):
         torch.manual_seed(0)
         path = _HERE / f"{name}.png"
-        draw().savefig(path, dpi=_WIDTH[name] / 9, metadata={"Software": None})
+        draw().savefig(path, dpi=width / 9, metadata={"Software": None})
         print(f"{path}: {path.stat().st_size / 1e3:.0f} KB")
 
 

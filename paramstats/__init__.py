@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING, Any
 from paramstats._core.backend import Backend, backend
 from paramstats._core.shard import LocalShard
 from paramstats._findings import Finding, FindingCode, Findings, Severity, Thresholds
+from paramstats._histogram import Histogram
 from paramstats._optimizer_stats import OptimizerStats
+from paramstats._rows import Rows
 from paramstats._stats import ParamStats, TotalStats
 from paramstats._summarize import summarize
 from paramstats._summary import Summary
@@ -38,10 +40,12 @@ __all__ = [
     "Finding",
     "FindingCode",
     "Findings",
+    "Histogram",
     "History",
     "LocalShard",
     "OptimizerStats",
     "ParamStats",
+    "Rows",
     "Severity",
     "Summary",
     "TensorStats",

@@ -235,7 +235,7 @@ class Histogram:
         if target >= n - 1:
             return high / self._scale
         before = 0
-        for begin, end, count in self._bins():
+        for begin, end, count in self._distribution.bins(self.zero_count):
             if before + count > target:
                 begin, end = max(begin, low), min(end, high)
                 value = begin + (end - begin) * ((target - before + 0.5) / count)
@@ -243,45 +243,45 @@ class Histogram:
             before += count
         return high / self._scale
 
-    def _bins(self) -> list[tuple[float, float, int]]:
-        """Return (begin, end, count) of all bins in ascending order, zeros included."""
-        lows = [math.ldexp(1.0, exponent) for exponent in self.exponents]
-        highs = [*lows[1:], min(2 * lows[-1], _LARGEST)] if lows else []
-        bins = list(zip(lows, highs, strict=True))
-        negative = [
-            (-high, -low, count) for (low, high), count in zip(bins, self.negative, strict=True)
-        ]
-        positive = [
-            (low, high, count) for (low, high), count in zip(bins, self.positive, strict=True)
-        ]
-        return [*negative[::-1], (0.0, 0.0, self.zero_count), *positive]
-
     # ---- exports
 
     @with_denormals
-    def edges(self) -> tuple[list[float], list[int]]:
+    def edges(self, max_bins: int | None = None) -> tuple[list[float], list[int]]:
         """Return the edges and counts of `to_numpy` as lists; works without numpy."""
-        bins = self._bins()
-        middle = len(self.exponents)
-        begins = [begin for begin, _, _ in bins]
-        if middle:
-            begins[middle] = bins[middle - 1][1]
-            edges = [*begins, bins[-1][1]]
+        n, octaves = len(self.exponents), 1
+        if max_bins is not None:
+            if max_bins < 3:
+                raise ValueError(
+                    f"paramstats.Histogram: expected max_bins to be 3 or more, got {max_bins!r}"
+                )
+            octaves = max(1, -(-n // ((max_bins - 1) // 2)))
+        bins = self._distribution.bins(self.zero_count, octaves)
+        edges = [begin for begin, _, _ in bins] + [bins[-1][1]]
+        middle = len(bins) // 2
+        if n:
+            edges[middle] = bins[middle - 1][1]
         else:
             edges = [-0.5, 0.5]
         return [edge / self._scale for edge in edges], [count for _, _, count in bins]
 
-    def to_numpy(self) -> tuple[Any, Any]:
+    def to_numpy(self, max_bins: int | None = None) -> tuple[Any, Any]:
         """Return (edges, counts) of all finite elements, in ascending order, as numpy arrays.
 
-        `len(edges) == len(counts) + 1`, as of `numpy.histogram`; counts are int64. The bins of
-        negative numbers come first, then one bin for zeros between the two smallest magnitudes,
-        then the bins of positive numbers. For `wandb.Histogram(np_histogram=...)` and
-        `matplotlib.pyplot.stairs(counts, edges)`. Without nonzero elements, the edges are -0.5
-        and 0.5.
+        `len(edges) == len(counts) + 1`; counts are int64. The bins of negative numbers come first,
+        then one bin for zeros between the two smallest magnitudes, then the bins of positive
+        numbers. Without nonzero elements, the edges are -0.5 and 0.5.
+
+        For `matplotlib.pyplot.stairs(counts, edges)` and, with `max_bins=512`, for
+        `wandb.Histogram(np_histogram=(counts, edges))`.
+
+        Args:
+            max_bins: if there are more bins, neighboring exponents share one. None: no limit;
+                float32 has at most 555 bins.
+
+        Raises ValueError if `max_bins` is below 3.
         """
         numpy = import_optional("numpy", "Histogram.to_numpy")
-        edges, counts = self.edges()
+        edges, counts = self.edges(max_bins)
         return numpy.array(edges, numpy.float64), numpy.array(counts, numpy.int64)
 
     @with_denormals
@@ -306,15 +306,15 @@ class Histogram:
         """
         return bars(self.magnitudes, width)
 
-    def __str__(self) -> str:
+    def line(self, width: int = 50) -> str:
+        """Return the first exponent, 8 to 32 bars and the last exponent, to fit in `width`."""
         if not self.exponents:
             return "no finite nonzero element"
-        first, last = self.exponents[0], self.exponents[-1]
-        unit = "" if self._scale == 1 else f" (x {self._scale:g})"
-        return f"2^{first} {self.sparkline()} 2^{last}{unit}"
+        begin, end = f"2^{self.exponents[0]} ", f" 2^{self.exponents[-1]}"
+        end += "" if self._scale == 1 else f" / {self._scale:g}"
+        return f"{begin}{self.sparkline(min(max(width - len(begin + end), 8), 32))}{end}"
+
+    __str__ = line
 
     def __repr__(self) -> str:
         return f"<Histogram of {self.count:,} elements: {self}>"
-
-
-_LARGEST = torch.finfo(torch.float64).max

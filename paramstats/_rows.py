@@ -8,6 +8,7 @@ from typing import Any
 
 from paramstats._core.denormals import with_denormals
 from paramstats._core.details import ROW_STATE, ROWS_HEAD
+from paramstats._core.format import number
 from paramstats._core.optional import import_optional
 
 _EXACT = 16
@@ -56,7 +57,26 @@ class Rows:
         return self._data, self._correction, self._scale
 
     def __repr__(self) -> str:
-        return f"<Rows: {len(self):,} rows of {self.row_count:,} elements, {len(self.dead):,} dead>"
+        return f"<Rows: {self}>"
+
+    @with_denormals
+    def __str__(self) -> str:
+        """Return their number, their norms and how many are dead or equal, on one line."""
+        norms = [
+            math.hypot(math.sqrt(m2), mean * math.sqrt(self.row_count)) / self._scale
+            for mean, m2, _, _, nonfinite, _ in self._states()
+            if not nonfinite
+        ]
+        counts = {
+            "dead": len(self.dead),
+            "equal to another one": sum(map(len, self.equal)),
+            "with NaN or Inf": len(self) - len(norms),
+        }
+        return ", ".join(
+            [f"{len(self):,} of {self.row_count:,} elements"]
+            + ([f"norm {number(min(norms))} to {number(max(norms))}"] if norms else [])
+            + [f"{count:,} {what}" for what, count in counts.items() if count]
+        )
 
     @property
     def row_count(self) -> int:

@@ -11,7 +11,7 @@ from paramstats._core.derived import derived, derived_names
 from paramstats._core.entries import column_kinds, states
 from paramstats._core.options import checked_key, checked_stats, duplicate_keys, split_stats
 from paramstats._core.record import Record
-from paramstats._tensor_stats import TensorStats
+from paramstats._stats import with_distribution
 
 
 def scalars(
@@ -51,14 +51,9 @@ def _of_distributions(
     record: Record, key: str, stats: tuple[str, ...]
 ) -> Iterator[tuple[str, float]]:
     """Yield the keys and values of statistics of tensors whose distribution was read."""
-    n = len(record.layout)
-    for row, one in sorted(record.details.items()):
-        if one.distribution is None:
-            continue
-        kind, scale = (record.layout.kind(row), 1.0) if row < n else ("grad", record.grad_scale)
-        tensor = TensorStats(record.table, row, record.correction, scale, one)
+    for row, is_grad, tensor in with_distribution(record):
+        kind, name = "grad" if is_grad else record.layout.kind(row), record.layout.names[row]
         for stat in stats:
-            name = record.layout.names[row % n]
             yield key.format(kind=kind, stat=stat, name=name), getattr(tensor, stat)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ from paramstats._core.moments import ROW
 from paramstats._core.optimizer_record import OptimizerRecord
 from paramstats._core.record import Record
 from paramstats._core.updates import UPDATE, ratio
+from paramstats._display import one_tensor
 from paramstats._optimizer_stats import OptimizerStats
-from paramstats._tensor_stats import TensorStats, values_of
+from paramstats._tensor_stats import TensorStats
 
 
 class TotalStats(TensorStats):
@@ -32,6 +34,7 @@ class TotalStats(TensorStats):
         row: int,
         details: Details = NO_DETAILS,
         grad_row: int = 1,
+        row_count: int | None = None,
     ) -> None:
         """Create the statistics of two rows: one for the parameters and one for the gradients.
 
@@ -40,15 +43,17 @@ class TotalStats(TensorStats):
             correction, grad_scale: as in `Record`.
             optimizer, row: the record of the optimizers, and the row of these parameters in it.
             details: has what else was read of `row`, and of `grad_row` for the gradients.
+            row_count: as in `TensorStats`.
         """
         # Faster than super().
-        TensorStats.__init__(self, table, 0, correction, 1.0, details.get(row))
+        TensorStats.__init__(self, table, 0, correction, 1.0, details.get(row), row_count)
         self._grad_scale = grad_scale
         self._optimizer = optimizer
         self._row = row
         self._grad: TensorStats | None = None
         if not moments.is_absent(table, 1):
-            self._grad = TensorStats(table, 1, correction, grad_scale, details.get(grad_row))
+            of_grad = details.get(grad_row)
+            self._grad = TensorStats(table, 1, correction, grad_scale, of_grad, row_count)
 
     @property
     def grad(self) -> TensorStats | None:
@@ -108,12 +113,17 @@ class TotalStats(TensorStats):
         return out
 
     def _one_line(self) -> str:
-        update = self.update
+        grad, update = self._grad, self.update
         return (
-            values_of(self)
-            + (f" grad({values_of(self._grad)})" if self._grad else "")
-            + (f" update({values_of(update)})" if update else "")
+            super()._one_line()
+            + (f" grad({one_tensor.values(grad)})" if grad else "")
+            + (f" update({one_tensor.values(update)})" if update else "")
         )
+
+    def _detail_lines(self) -> Iterator[str]:
+        yield from super()._detail_lines()
+        if self._grad:
+            yield from one_tensor.details(self._grad, "grad ")
 
 
 class ParamStats(TotalStats):
@@ -135,7 +145,11 @@ class ParamStats(TotalStats):
         own = table[begin : begin + ROW.size] + table[gradient : gradient + ROW.size]
         numbers = record.correction, record.grad_scale
         grad_row = len(record.layout) + row
-        TotalStats.__init__(self, own, *numbers, record.optimizer, row, record.details, grad_row)
+        shape = record.layout.shapes[row]
+        row_count = None if shape is None else shape[0] if shape else 0
+        TotalStats.__init__(
+            self, own, *numbers, record.optimizer, row, record.details, grad_row, row_count
+        )
         self._layout = record.layout
 
     @property
@@ -193,3 +207,13 @@ class ParamStats(TotalStats):
         count = f" n={self.count:,}" if self.shape is not None and len(self.shape) > 1 else ""
         what = f"{one_line_name(self.name)}: {dtype_name(self.dtype)} {shape(self.shape)}"
         return f"{what}{count}{device} {super()._one_line()}"
+
+
+def with_distribution(record: Record) -> Iterator[tuple[int, bool, TensorStats]]:
+    """Yield (row of a tensor, whether it is the gradient, statistics) of all distributions."""
+    for row, one in sorted(record.details.items()):
+        if one.distribution is not None:
+            is_grad, tensor = divmod(row, len(record.layout))
+            scale = record.grad_scale if is_grad else 1.0
+            stats = TensorStats(record.table, row, record.correction, scale, one)
+            yield tensor, bool(is_grad), stats

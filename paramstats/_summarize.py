@@ -166,6 +166,8 @@ def summarize(
         raise
     if options.include is not None or options.exclude:
         layout, tensors = _select(layout, tensors, options.include, options.exclude)
+    if options.details is not None:
+        _warn_no_match(options.details, layout)
     if optimizer is not None:
         return _with_optimizer(backend, options, layout, tensors, params, grads, optimizer)
     # read_rows, without the cost of a call for a model that the backend reads by itself.
@@ -173,7 +175,7 @@ def summarize(
         flags = b""
         table, deferred_rows, transfers, details = backend.read(tensors, bool(params), bool(grads))
     else:
-        flags = _flags(options.details, layout)
+        flags = options.details.flags(layout)
         table, deferred_rows, transfers, details = backend.read(
             tensors, bool(params), bool(grads), details=flags
         )
@@ -208,7 +210,7 @@ def _with_optimizer(
     plan = optimizers.Plan(request, layout, tensors, params, grads)
     flags = b""
     if options.details is not None:
-        flags = _flags(options.details, layout).ljust(len(plan.tensors), b"\0")
+        flags = options.details.flags(layout).ljust(len(plan.tensors), b"\0")
     table, transfers, reasons, details = read_rows(
         backend, plan.tensors, True, bool(grads), plan.row_name, plan.updates, flags
     )
@@ -255,13 +257,12 @@ def tensors_of(
     return layout, [tensors[row] for row in rows]
 
 
-def _flags(options: DetailOptions, layout: Layout) -> bytes:
-    """Return which details to read of each tensor; warn about a pattern without a match."""
+def _warn_no_match(options: DetailOptions, layout: Layout) -> None:
+    """Warn about arguments whose patterns select no tensor."""
     for argument in options.without_match(layout):
         warnings.warn(
             f"paramstats.summarize: no name matches {argument}=", RuntimeWarning, stacklevel=3
         )
-    return options.flags(layout)
 
 
 def _leave_collective(

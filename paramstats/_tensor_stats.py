@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from paramstats._core import details as detail
 from paramstats._core import moments
 from paramstats._core.backend import active
 from paramstats._core.details import Detail, Distribution
-from paramstats._core.format import number, percent
 from paramstats._core.moments import ROW, Moments, Statistics
 from paramstats._core.options import DISTRIBUTION_STATS, STATS, did_you_mean
 from paramstats._core.torch_private import skip_dynamo
+from paramstats._display import one_tensor
 from paramstats._histogram import Histogram
 from paramstats._rows import Rows
 
@@ -38,7 +38,7 @@ class TensorStats:
     computed from absolute values. Statistics of a tensor that was not read are NaN.
     """
 
-    __slots__ = ("_correction", "_detail", "_index", "_scale", "_table")
+    __slots__ = ("_correction", "_detail", "_index", "_row_count", "_scale", "_table")
 
     def __init__(
         self,
@@ -47,12 +47,24 @@ class TensorStats:
         correction: float,
         scale: float,
         detail: Detail | None = None,
+        row_count: int | None = None,
     ) -> None:
+        """Create the statistics of a row of a table.
+
+        Args:
+            table, index: the states, and the row.
+            correction: as in `summarize`.
+            scale: of the elements; statistics are divided by it.
+            detail: what else was read of the tensor.
+            row_count: its size in dimension 0, 0 for a scalar; None if this is not known, or for
+                several tensors together.
+        """
         self._table = table
-        self._index = index  # the row of this tensor
+        self._index = index
         self._correction = correction
-        self._scale = scale  # of the elements in the row; statistics are divided by it
+        self._scale = scale
         self._detail = detail
+        self._row_count = row_count
 
     @skip_dynamo
     def statistics(self) -> Statistics:
@@ -178,7 +190,7 @@ class TensorStats:
         state = self._state()
         count = moments.finite_count(state)
         finite = ROW.pack(*state._replace(count=count, nans=0, pos_infs=0, neg_infs=0))
-        return TensorStats(finite, 0, self._correction, self._scale, self._detail)
+        return TensorStats(finite, 0, self._correction, self._scale, self._detail, self._row_count)
 
     # ---- with summarize(distribution=...)
 
@@ -251,12 +263,20 @@ class TensorStats:
         return Rows(packed, self._correction, self._scale)
 
     @property
-    def zero_rows(self) -> tuple[int, ...]:
+    def zero_rows(self) -> tuple[int, ...] | None:
         """The indices of dimension 0 whose elements are all zero: dead units or experts.
 
-        They are always known, except for several tensors together. Empty if there is none.
+        Empty if there is none. None if they are not known: for several tensors together, an update
+        or a state of an optimizer with zeros; for a tensor with more than 2^24 rows and as many
+        zeros as a row has elements; and for one whose shards are not made of rows.
         """
-        return () if self._detail is None else detail.zero_rows_of(self._detail.zero_rows)
+        if self._detail is not None and self._detail.zero_rows is not None:
+            return detail.zero_rows_of(self._detail.zero_rows)
+        state, rows = self._state(), self._row_count
+        if rows is None:
+            return None if state.zeros else ()
+        is_zero = state.zeros == state.count and self.is_read()
+        return tuple(range(rows)) if is_zero else ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return every statistic by name; counts are int, the others float.
@@ -269,27 +289,11 @@ class TensorStats:
         return out
 
     def __repr__(self) -> str:
-        return f"<{self._one_line()}>"
+        """Return the statistics on one line; the histogram, zero rows and rows have lines below."""
+        return "\n".join([f"<{self._one_line()}", *self._detail_lines()]) + ">"
 
     def _one_line(self) -> str:
-        return values_of(self)
+        return one_tensor.values(self)
 
-
-def values_of(stats: TensorStats) -> str:
-    """Return the statistics as one line; shorter if all elements are equal."""
-    if not stats.is_read():
-        return "no statistics yet"
-    if not stats.count:
-        return "empty"
-    if stats.zero_fraction == 1:
-        return "all zeros"
-    if stats.count > 1 and stats.min == stats.max and not stats.nonfinite_count:
-        return f"all {number(stats.mean)}"
-    parts = [
-        f"{stat}={number(getattr(stats, stat))}" for stat in ("mean", "std", "norm", "min", "max")
-    ]
-    if stats.zero_count:
-        parts.append(f"zero_fraction={percent(stats.zero_fraction)}")
-    counts = {"NaN": stats.nan_count, "+Inf": stats.pos_inf_count, "-Inf": stats.neg_inf_count}
-    parts += [f"{what}!={count:,}" for what, count in counts.items() if count]
-    return " ".join(parts)
+    def _detail_lines(self) -> Iterator[str]:
+        return one_tensor.details(self)

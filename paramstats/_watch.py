@@ -99,9 +99,9 @@ def watch(
             "auto": the formula for float32 and float64 parameters of Adam and AdamW, otherwise a
             copy. None: not at all. If there is too little memory for a copy, training continues
             without, and a warning is issued.
-        distribution, rows: what else is read: see `summarize`. Statistics of the distribution are
-            logged if `stats` names them: "skewness", "kurtosis" and "abs_mean". `Watcher.summary`
-            has the histograms and the rows.
+        distribution, rows: what else is read: see `summarize`. They add no keys by themselves:
+            statistics of the distribution are logged if `stats` names them ("skewness", "kurtosis"
+            and "abs_mean"). `log` finds the histograms and rows of its step in `Watcher.summary`.
 
     Raises:
         FileExistsError: `history` is the path of a file with content.

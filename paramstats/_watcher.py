@@ -82,6 +82,7 @@ class Watcher:
         self._rounds = Rounds(every, max(1, len(optimizers)), self.give)
         self._unlogged: tuple[int, Summary] | None = None
         self._summary: Summary | None = None
+        self._logged: Summary | None = None  # while `log` runs
         self._separate: tuple[torch.optim.Optimizer, ...] = ()
         self._hooks: OptimizerHooks | None = None
         if optimizers:
@@ -101,10 +102,12 @@ class Watcher:
 
     @property
     def summary(self) -> Summary | None:
-        """The latest summary; None before the first.
+        """The latest summary; None before the first. While `log` runs, the one that is logged.
 
         With several optimizers, it has the parameters of those that have made this step.
         """
+        if self._logged is not None:
+            return self._logged
         unfinished = self._rounds.summary()
         return self._summary if unfinished is None else unfinished
 
@@ -249,7 +252,12 @@ class Watcher:
     def _send(self, unlogged: tuple[int, Summary] | None) -> None:
         if unlogged is not None and self._log is not None:
             step, summary = unlogged
-            self._log(summary.scalars(**self._logging), step)
+            scalars = summary.scalars(**self._logging)
+            outer, self._logged = self._logged, summary  # `log` may call `close`
+            try:
+                self._log(scalars, step)
+            finally:
+                self._logged = outer
 
 
 def has_group() -> bool:

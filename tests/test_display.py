@@ -443,3 +443,49 @@ def test_table_prints_with_any_encoding(encoding, monkeypatch):
     assert "h\\u6f22.w" in table and "a\\nb" in table
     print(table, summary.table(width=40))
     sys.stdout.flush()
+
+
+@pytest.mark.parametrize(("columns", "bars"), [("", 32), ("60", 31), ("10", 8)])
+def test_one_tensor_has_lines_for_what_was_read_of_it(backend, monkeypatch, columns, bars):
+    if columns:
+        monkeypatch.setenv("COLUMNS", columns)
+    w = torch.randn(64, 32) * torch.logspace(-30, 30, 32)
+    w[5:45], w[60], w[0, 0] = 0, w[50], math.nan
+    w.requires_grad_().grad = torch.ones(64, 32)
+    w.grad[[3, 7, 8]] = 0
+    first, *lines = repr(summarize({"w": w}, distribution=True, rows=True)["w"]).splitlines()
+    assert first.startswith("<w: float32 [64, 32] n=2,048 mean=nan ") and "grad(mean=" in first
+    labels = [line.partition(":")[0].strip() for line in lines]
+    assert labels == [f"{of}{what}" for of in ("", "grad ") for what in (
+        "histogram", "zero rows", "rows")]  # fmt: skip
+    # As many exponents in each bar as are necessary, so that there may be fewer bars.
+    begin, sparkline, end = re.fullmatch(r"  histogram: (2\^\S+) (.+) (2\^\S+)", lines[0]).groups()
+    assert bars / 2 < len(sparkline) <= bars and int(begin[2:]) < -99 and int(end[2:]) > 99
+    assert len(lines[0]) <= int(columns or 100) or bars == 8
+    assert lines[1] == "  zero rows: 40 (index 5-44)"
+    assert lines[2].startswith("  rows: 64 of 32 elements, norm 0 to ")
+    assert lines[2].endswith(", 40 dead, 2 equal to another one, 1 with NaN or Inf")
+    assert lines[3:] == [
+        "  grad histogram: 2^0 \N{FULL BLOCK} 2^0",
+        f"  grad zero rows: 3 (index 3{', 7-8' if columns != '10' else ', ...'})",
+        "  grad rows: 64 of 32 elements, norm 0 to 5.657, 3 dead, 61 equal to another one>",
+    ]
+
+
+def test_lines_of_tensors_without_finite_elements(backend):
+    x = torch.full((3, 2), math.nan)
+    tensors = {"nan": x, "empty": x[:0], "zeros": torch.zeros(3, 2), "ones": torch.ones(2, 2)}
+    summary = summarize(tensors, distribution=True, rows=True)
+    assert repr(summary["nan"]).splitlines()[1:] == [
+        "  histogram: no finite nonzero element",
+        "  rows: 3 of 2 elements, 3 equal to another one, 3 with NaN or Inf>",
+    ]
+    assert repr(summary["empty"]) == "<empty: float32 [0, 2] n=0 empty>"
+    assert repr(summary["zeros"]) == "<zeros: float32 [3, 2] n=6 all zeros>"
+    assert repr(summary.total).splitlines()[1] == "  histogram: 2^0 \N{FULL BLOCK} 2^0>"
+
+
+def test_zero_rows_have_a_line_without_being_asked_for(backend):
+    x = torch.ones(6, 2)
+    x[::2] = 0
+    assert repr(summarize({"x": x})["x"]).splitlines()[1:] == ["  zero rows: 3 (index 0, 2, 4)>"]

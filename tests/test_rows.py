@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import paramstats
 from tests.dtypes import DTYPES
@@ -93,19 +94,66 @@ def test_dead_and_equal_rows(backend):
         assert read(x.t().contiguous().t()).rows.equal == rows.equal
 
 
-def test_dead_units_and_experts_are_found_by_index(backend):
+def test_dead_units_are_found_by_index(backend):
+    """A large negative bias keeps ReLU at zero, so that its units get no gradient."""
     torch.manual_seed(0)
-    units = torch.nn.Linear(16, 64)
-    dead = sorted(torch.randperm(64)[:40].tolist())
-    experts = torch.nn.Parameter(torch.randn(8, 16, 4))
+    model = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 4))
+    dead, pruned = torch.randperm(64).split(40)
+    dead, pruned = sorted(dead.tolist()), sorted(pruned[:5].tolist())
     with torch.no_grad():
-        units.weight[dead] = 0
-        experts[[1, 6]] = 0
-    units.weight.grad, experts.grad = torch.randn(64, 16), torch.randn(8, 16, 4)
-    units.weight.grad[dead] = 0
-    experts.grad[[1, 6]] = 0
-    summary = summarize({"units": units.weight, "experts": experts}, rows=True)
-    for stats, expected in ((summary["units"], dead), (summary["experts"], [1, 6])):
-        for one in (stats, stats.grad):
-            assert list(one.rows.dead) == list(one.zero_rows) == expected
-    assert summary.total.rows is None and summary.total.zero_rows == ()
+        model[0].bias[dead] = -1e3
+        model[0].weight[pruned], model[0].bias[pruned] = 0, 1
+    model(torch.randn(256, 16)).square().mean().backward()
+    summary = summarize(model, rows=True)
+    weight, bias = summary["0.weight"], summary["0.bias"]
+    assert list(weight.zero_rows) == list(weight.rows.dead) == pruned
+    for grad in (weight.grad, bias.grad):
+        assert list(grad.zero_rows) == list(grad.rows.dead) == dead
+        assert np.flatnonzero(grad.rows.norm == 0).tolist() == dead
+    assert summary["2.weight"].grad.zero_rows == ()
+    transposed = summarize({"w": model[2].weight.grad.t()}, rows=True)["w"]
+    assert list(transposed.rows.dead) == list(transposed.zero_rows) == dead  # their outputs
+    assert summary.total.rows is None and summary.total.zero_rows is None
+
+
+def test_tokens_with_equal_gradients_and_without_are_found_by_index(backend):
+    model = nn.Embedding(12, 8)
+    model(torch.tensor([3, 5, 5, 9])).sum().backward()  # 3 and 9 occur once, 5 twice
+    with torch.no_grad():
+        model.weight[[2, 7]] = model.weight[4].clone()
+    entry = summarize(model, rows=True)["weight"]
+    assert entry.rows.equal == ((2, 4, 7),) and entry.rows.dead == entry.zero_rows == ()
+    assert entry.grad.rows.equal == ((3, 9),)
+    unused = (0, 1, 2, 4, 6, 7, 8, 10, 11)
+    assert entry.grad.rows.dead == entry.grad.zero_rows == unused
+    assert entry.grad.rows.abs_max.tolist() == [0, 0, 0, 1, 0, 2, 0, 0, 0, 1, 0, 0]
+
+
+def test_dead_experts_of_a_real_model_are_found_by_index(backend):
+    """Mixtral stacks its experts in one parameter; two of eight get no token."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    config = transformers.MixtralConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, num_local_experts=8, num_experts_per_tok=2,
+        max_position_embeddings=32,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.MixtralForCausalLM(config)
+    layers = model.model.layers
+    with torch.no_grad():
+        # Of each pair of opposite rows one is positive, so that 1 and 6 are never among the top 2.
+        router = layers[0].mlp.gate.weight
+        router[[1, 6]] = 0
+        router[[2, 4, 7]] = -router[[0, 3, 5]]
+        for weight in layers[1].mlp.experts.parameters():
+            weight[[2, 5]] = 0
+    tokens = torch.randint(64, (4, 32))
+    model(tokens, labels=tokens).loss.backward()
+    summary = summarize(model, rows="experts")
+    for layer, dead in ((0, (1, 6)), (1, (2, 5))):
+        for name in ("gate_up_proj", "down_proj"):
+            entry = summary[f"model.layers.{layer}.mlp.experts.{name}"]
+            assert entry.shape[0] == len(entry.rows) == len(entry.grad.rows) == 8
+            assert entry.grad.zero_rows == entry.grad.rows.dead == dead
+            assert (entry.grad.rows.norm > 0).sum() == 6
+            assert entry.zero_rows == entry.rows.dead == (dead if layer == 1 else ())

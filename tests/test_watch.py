@@ -386,6 +386,61 @@ def test_arguments_of_summarize_and_scalars_apply(model):
     assert watcher.summary["2.bias"].grad == expected
 
 
+@pytest.mark.parametrize("kind", ["step", "optimizer", "separate"])
+def test_distributions_and_rows_add_only_the_keys_that_stats_names(kind):
+    logged, seen = [], []
+
+    def run(**options: object) -> None:
+        model = network()
+        optimizers = [torch.optim.SGD(layer.parameters(), lr=0.1) for layer in model[::2]]
+
+        def log(scalars: dict[str, float], step: int) -> None:
+            logged.append(scalars)
+            seen.append(watcher.summary)
+
+        if kind == "optimizer":
+            options["optimizer"] = optimizers
+        watcher = paramstats.watch(model, log, every=1, **options)
+        if kind == "separate":
+            watcher.separate(optimizers)
+        loss(model, 0).backward()
+        for optimizer in optimizers:
+            if kind == "separate":
+                watcher.step(optimizer=optimizer)
+            optimizer.step()
+        if kind == "step":
+            watcher.step()
+        watcher.close()
+
+    run()
+    run(distribution=True, rows=r"^0\.weight$")
+    assert logged[0].keys() == logged[1].keys() and len(logged[0]) >= 40
+    entry = seen[1]["0.weight"]
+    assert entry.histogram.count == 1024 and entry.grad.histogram.count == 1024
+    assert len(entry.rows) == len(entry.grad.rows) == 16 and seen[1]["2.weight"].rows is None
+    run(distribution=r"2\.weight", stats=("norm", "kurtosis"))
+    assert [key for key in logged[2] if "kurtosis" in key] == [
+        "param_kurtosis/2.weight", "grad_kurtosis/2.weight"]  # fmt: skip
+    assert logged[2]["grad_kurtosis/2.weight"] == seen[2]["2.weight"].grad.kurtosis > 1
+
+
+def test_the_log_finds_the_summary_of_its_step(model, transfers):
+    """Also where statistics are logged one step later."""
+    found = []
+
+    def log(scalars: dict[str, float], step: int) -> None:
+        assert scalars["param_mean/0.weight"] == watcher.summary["0.weight"].mean
+        found.append(step)
+
+    with paramstats.watch(model, log, every=1) as watcher:
+        for _ in range(3):
+            watcher.step()
+            with torch.no_grad():
+                model[0].weight.add_(1)
+        assert found == [0, 1] and not watcher.summary.ready()
+    assert found == [0, 1, 2]
+
+
 def test_buffers_and_mappings_can_be_watched():
     model, logged = nn.BatchNorm1d(3), Logged()
     paramstats.watch(model, logged, buffers=True).step()

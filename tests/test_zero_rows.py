@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import paramstats
+from paramstats._core import reference_details
 from tests.dtypes import DTYPES
 
 summarize = paramstats.summarize
@@ -48,3 +49,19 @@ def test_views_gradients_and_records(backend):
     other = summarize({"view": view, "gaps": gaps, "complex": torch.zeros(2, 2) * 1j})
     assert other["view"].zero_rows == (0, 5) and other["gaps"].zero_rows == (0, 2, 3, 4, 5)
     assert other["complex"].zero_rows == (0, 1)
+
+
+def test_too_many_rows(backend, monkeypatch):
+    monkeypatch.setattr(reference_details, "MOST_ROWS", 9)
+    x = torch.ones((1 << 24) + 1 if backend.name == "native" else 10, dtype=torch.int8)
+    assert summarize({"x": x})["x"].zero_rows == ()
+    x[5] = 0
+    assert summarize({"x": x})["x"].zero_rows is None
+
+
+def test_several_tensors_together(backend):
+    model = torch.nn.Linear(4, 6)
+    assert summarize(model).total.zero_rows == ()
+    with torch.no_grad():
+        model.weight[1] = 0
+    assert summarize(model).total.zero_rows is None

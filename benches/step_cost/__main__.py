@@ -1,6 +1,6 @@
 """Measures how much time each tool adds to a training step.
 
-    python -m benches.step_cost                      seven minutes on a CPU
+    python -m benches.step_cost                      fifteen minutes on a CPU
     python -m benches.step_cost --only resnet,mlp
     python -m benches.step_cost --json FILE          write the results for benches.report
 
@@ -9,7 +9,8 @@ order is random, and the first steps with a tool are not timed. The time that a 
 difference to the steps without a tool in the same turn, so that changes in the load of the machine
 affect both.
 
-wandb runs offline in a temporary folder.
+wandb runs offline, and TensorBoard writes to a temporary folder. A tool that reads distributions or
+makes histograms does so for every parameter and gradient.
 Lightning's norms stay tensors, as its function returns them.
 """
 

@@ -1,4 +1,4 @@
-"""The tools that benches.step_cost compares: paramstats, `.item()` loop, Lightning, wandb."""
+"""The tools that benches.step_cost compares: paramstats, `.item()` loop, histograms of others."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from benches.contestants import (
     is_gradient,
     item_loop,
 )
+from benches.models import tensors
 
 Run = Callable[[], Any]
 """What a tool does in each step, between the backward pass and the optimizer's step."""
@@ -145,6 +146,34 @@ def _wandb(stack: ExitStack) -> Tool:
     return Tool("wandb_watch", '`wandb.watch(log="all")`', attached)
 
 
+def _tensorboard(stack: ExitStack) -> Tool:
+    """Write histograms of all parameters and gradients in every step."""
+    module = importlib.import_module("torch.utils.tensorboard")
+    folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="paramstats-tensorboard-"))
+    writer = stack.enter_context(module.SummaryWriter(folder))
+
+    @contextmanager
+    def attached(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[Run]:
+        def run() -> None:
+            for name, tensor in tensors(model).items():
+                writer.add_histogram(name, tensor)
+
+        yield run
+        writer.flush()
+
+    return Tool("tensorboard", "TensorBoard's `add_histogram`", attached)
+
+
+_HISTC_BINS = 64
+"""As many as wandb has."""
+
+
+def _histc(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {
+        name: torch.histc(tensor.detach(), _HISTC_BINS) for name, tensor in tensors(model).items()
+    }
+
+
 def available(stack: ExitStack, device: torch.device) -> tuple[list[Tool], dict[str, str]]:
     """Return all tools that are installed, "nothing" first, and why others are missing."""
     summarize = paramstats.summarize
@@ -169,6 +198,18 @@ def available(stack: ExitStack, device: torch.device) -> tuple[list[Tool], dict[
         ),
         Tool("paramstats_optimizer", "paramstats, with state and updates", _watch),
         Tool(
+            "paramstats_distribution",
+            "paramstats, `distribution=True`",
+            called(lambda model: summarize(model, distribution=True).scalars()),
+            from_scalars,
+        ),
+        Tool(
+            "paramstats_rows",
+            "paramstats, `rows=True`",
+            called(lambda model: summarize(model, rows=True).scalars()),
+            from_scalars,
+        ),
+        Tool(
             "item_loop",
             "`.item()` loop",
             called(item_loop),
@@ -176,12 +217,15 @@ def available(stack: ExitStack, device: torch.device) -> tuple[list[Tool], dict[
             each_tensor,
             TORCH,
         ),
+        Tool("histc", f"`torch.histc`, {_HISTC_BINS} bins", called(_histc)),
     ]
     if device.type == "cuda":
         title = "paramstats, read one step later"
         found.append(Tool("paramstats_deferred", title, _read_one_step_later))
     missing = {}
-    for make in (_lightning, _wandb):
+    # TensorBoard copies every tensor to the host: minutes for GPT-2, which gpu_check does not have.
+    others = (_lightning, _wandb, *(() if device.type == "cuda" else (_tensorboard,)))
+    for make in others:
         try:
             found.append(make(stack))
         except ImportError as error:

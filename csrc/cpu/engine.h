@@ -49,7 +49,8 @@ using Pool = void (*)(int64_t n, Task task, void* context);
 // A call that reads fewer bytes runs on the calling thread: waking others would take longer.
 constexpr int64_t kSerialBytes = 1 << 20;
 
-// The tensors that have zero rows, and a bit for each row: whether all its elements are zero.
+// The tensors that have zero rows and others, and a bit for each row: whether all its elements are
+// zero. No bytes for a tensor with too many rows (kMostRows), of which they are not known.
 using ZeroRows = std::vector<std::pair<size_t, std::vector<uint8_t>>>;
 
 // Writes the state of tensors[i] to *out[i], its details, and the rows of each update; rows whose

@@ -51,8 +51,7 @@ ZeroRowFinder::ZeroRowFinder(const TensorView& t)
   if (dims_.size() == 1 && (dims_[0].stride == 1 || dims_[0].size == 1)) dims_.clear();
 }
 
-std::vector<uint8_t> ZeroRowFinder::find(int64_t zeros, const std::vector<int64_t>& in_chunks,
-                                         Pool pool) const {
+std::vector<uint8_t> ZeroRowFinder::find(const std::vector<int64_t>& in_chunks, Pool pool) const {
   const int64_t rows = tensor_.rows;
   std::vector<uint8_t> bits(ceil_div(rows, 8));
   struct Search {
@@ -70,11 +69,7 @@ std::vector<uint8_t> ZeroRowFinder::find(int64_t zeros, const std::vector<int64_
     }
   };
   const int64_t tasks = ceil_div(rows, search.step);
-  if (zeros == tensor_.numel) {
-    std::fill(bits.begin(), bits.end(), uint8_t{0xff});
-    if (rows % 8 != 0) bits.back() >>= 8 - rows % 8;
-    search.found = true;
-  } else if (pool != nullptr && tensor_.numel * element_size(tensor_.dtype) >= kSerialBytes) {
+  if (pool != nullptr && tensor_.numel * element_size(tensor_.dtype) >= kSerialBytes) {
     pool(tasks, task, &search);
   } else {
     for (int64_t i = 0; i < tasks; ++i) task(i, &search);
@@ -127,8 +122,8 @@ ZeroRowSearch::ZeroRowSearch(const std::vector<TensorView>& tensors, bool has_st
 
 void ZeroRowSearch::add(size_t tensor, const Moments& state, const Moments* chunks, size_t step) {
   const TensorView& t = tensors_[tensor];
-  if (t.rows == 0 || state.zeros < t.numel / t.rows) return;
-  Candidate candidate{tensor, state.zeros, {}};
+  if (t.rows == 0 || state.zeros < t.numel / t.rows || state.zeros == t.numel) return;
+  Candidate candidate{tensor, {}};
   if (chunks != nullptr) {
     candidate.in_chunks.resize(ceil_div(t.numel, kChunk));
     for (int64_t& zeros : candidate.in_chunks) {
@@ -142,12 +137,16 @@ void ZeroRowSearch::add(size_t tensor, const Moments& state, const Moments* chun
 void ZeroRowSearch::run(Pool pool, ZeroRows& out) const {
   for (const Candidate& candidate : candidates_) {
     const size_t i = candidate.tensor;
+    if (tensors_[i].rows > kMostRows) {
+      out.emplace_back(i, std::vector<uint8_t>());
+      continue;
+    }
     const auto strided =
         std::lower_bound(strided_.begin(), strided_.end(), i,
                          [](const auto& entry, size_t t) { return entry.first < t; });
     const bool is_strided = strided != strided_.end() && strided->first == i;
     const ZeroRowFinder finder = is_strided ? strided->second : ZeroRowFinder(tensors_[i]);
-    auto rows = finder.find(candidate.zeros, candidate.in_chunks, pool);
+    auto rows = finder.find(candidate.in_chunks, pool);
     if (!rows.empty()) out.emplace_back(i, std::move(rows));
   }
 }

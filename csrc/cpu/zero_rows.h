@@ -15,10 +15,9 @@ class ZeroRowFinder {
  public:
   explicit ZeroRowFinder(const TensorView&);
 
-  // Sets bit r % 8 of byte r // 8 for each row r that is all zero. `zeros` is the number of zeros
-  // of the tensor; `in_chunks` has those of its chunks or is empty. Returns no bytes if there is no
-  // such row.
-  std::vector<uint8_t> find(int64_t zeros, const std::vector<int64_t>& in_chunks, Pool) const;
+  // Sets bit r % 8 of byte r // 8 for each row r that is all zero. `in_chunks` has the number of
+  // zeros of each chunk or is empty. Returns no bytes if there is no such row.
+  std::vector<uint8_t> find(const std::vector<int64_t>& in_chunks, Pool) const;
 
  private:
   bool read(int64_t begin, int64_t end, uint8_t* bits) const;  // whether there is any
@@ -31,8 +30,8 @@ class ZeroRowFinder {
   uint64_t value_bits_;         // of 8 bytes of elements: those that zeros do not have
 };
 
-// Finds zero rows once all states are known. A tensor without as many zeros as a row has elements
-// is not read again, and of others only chunks with so many.
+// Finds zero rows once all states are known. A tensor without as many zeros as a row has elements,
+// or with zeros only, is not read again, and of others only chunks with so many.
 class ZeroRowSearch {
  public:
   // `has_strided`: whether `ndim` of any tensor is not 0.
@@ -45,7 +44,6 @@ class ZeroRowSearch {
  private:
   struct Candidate {
     size_t tensor;
-    int64_t zeros;
     std::vector<int64_t> in_chunks;
   };
 

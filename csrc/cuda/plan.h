@@ -8,8 +8,10 @@
 
 namespace paramstats::cuda {
 
-inline bool may_have_zero_rows(const TensorView& t) {
-  return t.size0 > 0 && t.inner > 0 && t.numel / t.inner <= kMostRuns;
+// Whether zero rows are looked for. A run, which is a row or a part of one that has no gaps, needs a
+// bit of host memory in each call.
+inline bool is_searched_for_zero_rows(const TensorView& t) {
+  return t.size0 > 0 && t.inner > 0 && t.numel / t.inner <= kMostRows;
 }
 
 // The bytes of a DistributionHead and the counts of all bins.
@@ -33,7 +35,7 @@ struct Plan {
   };
 
   void add_details(const TensorView& t, const Details* out) {
-    const bool is_searched = may_have_zero_rows(t);
+    const bool is_searched = is_searched_for_zero_rows(t);
     if (out != nullptr) {
       out->zero_rows[entries] = {is_searched ? t.inner : 0, out->flags + chunks,
                                  out->words + words * static_cast<int64_t>(sizeof(uint32_t))};

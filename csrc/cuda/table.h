@@ -140,9 +140,6 @@ struct ZeroRowsEntry {
 };
 constexpr char kNoPartZero = 0, kSomePartsTested = 1, kAllPartsZero = 2;
 
-// A tensor with more runs is not searched for zero rows: each needs a bit of host memory per call.
-constexpr int64_t kMostRuns = int64_t{1} << 24;
-
 // The words of bits of a segment: as many elements belong to at most so many runs.
 PARAMSTATS_HD constexpr int64_t segment_words(int64_t numel, DType dtype, int64_t inner) {
   const int64_t segment = chunk_size(numel, dtype) / kSegments;

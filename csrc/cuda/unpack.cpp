@@ -92,10 +92,13 @@ std::vector<Details> details(const Inputs& inputs, const void* host_memory) {
       of_tensor.distribution = distribution_at(distribution);
       distribution += distribution_size(view.dtype);
     }
-    if (zero_rows[t].inner != 0 && states[t].zeros >= view.numel / view.size0) {
+    const int64_t zeros = states[t].zeros;
+    if (view.size0 > 0 && zeros >= view.numel / view.size0 && zeros < view.numel) {
       of_tensor.zero_rows =
-          zero_rows_at(view, host + zero_rows[t].flags,
-                       reinterpret_cast<const uint32_t*>(host + zero_rows[t].words));
+          zero_rows[t].inner == 0
+              ? std::string(1, kNotKnown)
+              : zero_rows_at(view, host + zero_rows[t].flags,
+                             reinterpret_cast<const uint32_t*>(host + zero_rows[t].words));
     }
     if (!of_tensor.distribution.empty() || !of_tensor.zero_rows.empty()) {
       out.push_back(std::move(of_tensor));

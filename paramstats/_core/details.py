@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import struct
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
@@ -26,7 +27,7 @@ class Detail(NamedTuple):
     """`ROWS_HEAD` and a `ROW_STATE` for each row."""
     zero_rows: bytes | None = None
     """The number of rows in `ZERO_ROWS_HEAD`, then a bit for each: bit r % 8 of byte r // 8 is set
-    if all elements of row r are zero. None if no row is zero."""
+    if all elements of row r are zero. None if no row is zero or all are. `NOT_KNOWN`."""
 
     @property
     def asked_for(self) -> Detail:
@@ -87,6 +88,24 @@ class Distribution(NamedTuple):
         head = _HEAD.pack(first, end - begin, *self[3:9], *self.mx)
         return head + struct.pack(f"={len(counts)}q", *counts)
 
+    def bins(self, zeros: int, octaves: int = 1) -> list[tuple[float, float, int]]:
+        """Return (begin, end, count) of all bins in ascending order, with one bin for zeros.
+
+        Args:
+            zeros: the number of zeros.
+            octaves: how many exponents share a bin, beginning with the lowest.
+        """
+        n = len(self.positive)
+        edges = [math.ldexp(1.0, self.first + k) for k in range(0, n, octaves)]
+        end = self.first + n
+        edges.append(math.ldexp(1.0, end) if end < sys.float_info.max_exp else sys.float_info.max)
+        bins = [(0.0, 0.0, zeros)]
+        for k in range(0, n, octaves):
+            low, high = edges[k // octaves : k // octaves + 2]
+            bins.append((low, high, sum(self.positive[k : k + octaves])))
+            bins.insert(0, (-high, -low, sum(self.negative[k : k + octaves])))
+        return bins
+
 
 @with_denormals
 def merge_distributions(parts: Iterable[Distribution]) -> Distribution:
@@ -136,14 +155,23 @@ ROW_STATE = struct.Struct("=3d2qQ")
 ZERO_ROWS_HEAD = struct.Struct("=q")
 
 NOT_KNOWN = b"?"
-"""Zero rows of a tensor in which they are not looked for, though it has zeros: one with a single
-dimension and more than 2^20 elements, or with shards that are not made of rows."""
+"""Zero rows that are not looked for, though there are enough zeros for one: of a tensor with more
+than `MOST_ROWS` rows, or with shards that are not made of rows."""
+
+MOST_ROWS = 1 << 24
+"""Zero rows of a tensor with more rows are not known: each row needs memory."""
 
 
 def pack_zero_rows(flags: bytes) -> bytes | None:
-    """Return packed zero rows from a byte per row, which is 1 if all its elements are zero."""
-    if 1 not in flags:
-        return None
+    """Return packed zero rows from a byte per row, which is 1 if all its elements are zero.
+
+    None if no row is zero or all are.
+    """
+    return pack_rows(flags) if 0 in flags and 1 in flags else None
+
+
+def pack_rows(flags: bytes) -> bytes:
+    """Return rows as packed zero rows, from a byte per row: 1 or 0."""
     # From the last row to the first: the first digit of a binary number is the highest bit.
     digits = flags[::-1].translate(_DIGITS)
     bits = int(digits, 2).to_bytes((len(flags) + 7) // 8, "little")
@@ -153,10 +181,10 @@ def pack_zero_rows(flags: bytes) -> bytes | None:
 _DIGITS = bytes([ord("0"), ord("1")]) + bytes(254)
 
 
-def zero_rows_of(data: bytes | None) -> tuple[int, ...]:
-    """Return the rows whose elements are all zero, from packed zero rows."""
-    if data is None or data == NOT_KNOWN:
-        return ()
+def zero_rows_of(data: bytes) -> tuple[int, ...] | None:
+    """Return the rows whose elements are all zero, from packed zero rows; None if not known."""
+    if data == NOT_KNOWN:
+        return None
     begin = ZERO_ROWS_HEAD.size
     return tuple(
         8 * byte + bit

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from paramstats._core.details import (
+    MOST_ROWS,
+    NOT_KNOWN,
     ROWS_HEAD,
     Distribution,
     merge_distributions,
@@ -58,6 +60,8 @@ def pack(words: Words, data: bytes) -> bytes | None:
     if words.what == "rows":
         return ROWS_HEAD.pack(rows, row_numel) + data
     if words.what == "zero_rows":
+        if rows > MOST_ROWS:
+            return NOT_KNOWN if any(data) else None
         return pack_zero_rows(data[:rows])
     return _pack_distribution(words, data)
 
@@ -180,7 +184,13 @@ def rows(x: Tensor) -> Words:
 
 
 def zero_rows(x: Tensor) -> Words:
-    """Compute which rows of a tensor have zeros only; one byte for each, padded to whole words."""
+    """Compute which rows of a tensor have zeros only; one byte for each, padded to whole words.
+
+    With more than `MOST_ROWS` rows, one word: whether there are enough zeros for one.
+    """
+    if x.shape[0] > MOST_ROWS:
+        zeros = torch.stack([(piece == 0).sum() for _, piece in _pieces(x)]).sum()
+        return Words("zero_rows", (zeros >= _row_shape(x)[1]).to(torch.int64)[None], _row_shape(x))
     flags: list[Tensor] = []
     for column, piece in _pieces(x):
         if not piece.is_complex():

@@ -35,6 +35,7 @@ _TITLES = {
     "std": "standard deviation",
     "var": "variance",
     "abs_max": "maximum magnitude",
+    "abs_mean": "mean magnitude",
     "min": "minimum",
     "max": "maximum",
 }
@@ -46,7 +47,7 @@ _DERIVED_TITLES = {
     "optimizer_eps_fraction": "share of elements with a second moment below Adam's eps",
 }
 _MAGNITUDES = {
-    *("norm", "rms", "std", "var", "abs_max"),
+    *("norm", "rms", "std", "var", "abs_max", "abs_mean", "kurtosis"),
     *("min_update_ratio", "update_ratio", "optimizer_rms"),
 }
 

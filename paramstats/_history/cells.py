@@ -13,13 +13,18 @@ from paramstats._core.entries import column_kinds, column_name, finalized, stati
 from paramstats._core.entries import states as rows_of
 from paramstats._core.layout import Layout
 from paramstats._core.moments import ABSENT_ROW, NAN, Moments
-from paramstats._core.options import STATS
+from paramstats._core.options import DISTRIBUTION_STATS, STATS
 from paramstats._core.record import Record
 from paramstats._history.series import TotalSeries, min_update_ratio
 from paramstats._history.tensor_series import Array, Bools
+from paramstats._stats import with_distribution
 
 _STATE = np.dtype([(name, "<i8" if i < 5 else "<f8") for i, name in enumerate(Moments._fields)])
 """The dtype of a row of a record's table; see `moments.ROW`."""
+
+
+OF_ONE = (*STATS, *DISTRIBUTION_STATS)
+"""The statistics of one tensor; the others are of two."""
 
 
 class Cells(NamedTuple):
@@ -28,7 +33,7 @@ class Cells(NamedTuple):
     steps: npt.NDArray[np.int64]
     names: Sequence[str]
     stat: str
-    """A name in `STATS`; or "min_update_ratio" or a name in `DERIVED`, which ignore `kind`."""
+    """A name in `OF_ONE`; or "min_update_ratio" or a name in `DERIVED`, which ignore `kind`."""
     kind: str
     """What the statistic is of: "grad", "param", "update" or a key of the optimizer's state."""
     values: Array
@@ -52,7 +57,7 @@ def collect(
     is_bound = stat == "min_update_ratio"
     if is_bound:
         kind = "param"
-    elif stat not in STATS:  # of two tensors: the one whose elements are marked
+    elif stat not in OF_ONE:  # of two tensors: the one whose elements are marked
         kind = "update" if stat.startswith("update") else "grad"
     moments = np.empty((3 if is_bound else 1, len(names), len(records)))
     is_nonfinite = np.empty((len(names), len(records)), bool)
@@ -66,6 +71,8 @@ def collect(
         elif stat in STATS:
             column = _values(finalized(own.tobytes(), record, kind))[:, STATS.index(stat)]
             moments[0, :, i] = np.where(np.isnan(own["mean"]), NAN, column)
+        elif stat in DISTRIBUTION_STATS:
+            moments[0, :, i] = np.append(_of_distributions(record, kind, stat), NAN)[rows]
         else:
             moments[0, :, i] = np.array([*derived(record, stat), NAN], np.float64)[rows]
     if is_bound:
@@ -83,7 +90,7 @@ def with_total(cells: Cells, total: TotalSeries) -> Cells:
     elif cells.kind != "param":
         series = total.optimizer.state[cells.kind]
     stat = cells.stat
-    if stat in STATS:
+    if stat in OF_ONE:
         values = getattr(series, stat)
     elif "_cosine_" in stat:
         values = total.optimizer.cosine(*stat.split("_cosine_"))
@@ -107,9 +114,22 @@ def columns_of(records: Sequence[Record], stats: Sequence[str]) -> dict[str, Arr
         tables = [_values(statistics(record, kind)) for record in records]
         table = np.concatenate([np.empty((0, len(STATS))), *tables])
         for stat in stats:
-            out.setdefault(column_name(stat, kind), table[:, STATS.index(stat)])
+            if stat in STATS:
+                out.setdefault(column_name(stat, kind), table[:, STATS.index(stat)])
+            elif kind in ("param", "grad"):
+                columns = [_of_distributions(record, kind, stat) for record in records]
+                out[column_name(stat, kind)] = np.concatenate([np.empty(0), *columns])
     for name in dict.fromkeys(name for record in records for name in derived_names(record)):
         out[name] = np.concatenate([np.array(derived(r, name), np.float64) for r in records])
+    return out
+
+
+def _of_distributions(record: Record, kind: str, stat: str) -> Array:
+    """Return a statistic of each tensor; NaN where the distribution was not read."""
+    out = np.full(len(record.layout), NAN)
+    for row, is_grad, stats in with_distribution(record):
+        if kind == ("grad" if is_grad else "param"):
+            out[row] = getattr(stats, stat)
     return out
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from paramstats._core.derived import DERIVED
 from paramstats._core.entries import column_kinds
-from paramstats._core.options import STATS
+from paramstats._core.options import DISTRIBUTION_STATS, STATS
 from paramstats._history import cells, heatmap, line_plot
 from paramstats._history.json_lines import Entry
 from paramstats._history.selection import Names, check_plot, choose
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+
+READ_DISTRIBUTION = "summarize(model, distribution=True) reads those of tensors and gradients"
+"""What to do if there is no distribution."""
 
 _NAMES = {"grad": "gradients", "param": "statistics", "update": "updates"}
 
@@ -68,6 +71,8 @@ def _remedy(stat: str, kind: str) -> str:
     """Return what to do if there is nothing to draw."""
     if stat in DERIVED or (stat in STATS and kind == "update"):
         return "; summarize(model, optimizer=optimizer) reads updates and the optimizer's state"
+    if stat in DISTRIBUTION_STATS:
+        return f"; {READ_DISTRIBUTION}"
     if stat == "min_update_ratio":
         return "; stat='update_ratio' draws the exact ratio, where it is known"
     return "; kind='param' draws the tensors themselves" if kind == "grad" else ""

@@ -16,11 +16,13 @@ from typing import Any, NamedTuple
 import torch
 
 from paramstats._core.denormals import with_denormals
+from paramstats._core.details import NO_DETAILS, Details
 from paramstats._core.format import dtype_name
 from paramstats._core.layout import Layout
 from paramstats._core.moments import ABSENT, ROW, unread
 from paramstats._core.record import Record
 from paramstats._core.torch_private import without_modes
+from paramstats._history.details_json import details_text, parse_details
 from paramstats._history.optimizer_json import optimizer_text, parse_optimizer
 from paramstats._history.state_columns import (
     expect,
@@ -142,6 +144,8 @@ def entry_line(entry: Entry) -> bytes:
     if record.optimizer is not None:
         text = optimizer_text(record.optimizer, [row[0] for row in rows[:n]])
         states = f'{states[:-1]},"optimizer":{text}}}'
+    if text := details_text(record):
+        states = f'{states[:-1]},"details":{text}}}'
     return f"{json.dumps(head)[:-1]}, {states[1:]}\n".encode()
 
 
@@ -156,6 +160,9 @@ def parse_entry(content: dict[str, Any], layout: Layout) -> Entry:
     optimizer = None
     if "optimizer" in content:
         optimizer = parse_optimizer(content["optimizer"], counts)
+    details: Details = NO_DETAILS
+    if "details" in content:
+        details = parse_details(content["details"], layout.names, params + grads)
     grad_scale = to_number(content["grad_scale"], "grad_scale")
     expect(grad_scale > 0 and math.isfinite(1 / grad_scale), "grad_scale > 0", grad_scale)
     record = Record(
@@ -167,6 +174,7 @@ def parse_entry(content: dict[str, Any], layout: Layout) -> Entry:
         _reasons(content, "diverged"),
         _flag(content, "is_local"),
         optimizer,
+        details,
     )
     step, number = content["step"], content["number"]
     expect(type(step) is int and -(1 << 63) <= step < 1 << 63, "a step", step)

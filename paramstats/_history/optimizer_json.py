@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 import sys
 from itertools import starmap
 from typing import Any
@@ -17,6 +15,7 @@ from paramstats._history.state_columns import (
     expect,
     from_columns,
     is_complex_state,
+    json_text,
     list_of,
     to_columns,
 )
@@ -26,9 +25,6 @@ _UPDATES = ("update", "grad_momentum", "update_grad", "lag")
 
 _UNUSED = (0.0, 0.0, 0.0)
 """m2, min and max of products, which have no meaning; other numbers after merging."""
-
-_STRING_OR_WORD = re.compile(r'"(?:[^"\\]|\\.)*"|NaN|Infinity')
-_JSON_WORDS = {"NaN": "null", "Infinity": "1e999"}
 
 
 def optimizer_text(record: OptimizerRecord, counts: list[int]) -> str:
@@ -51,10 +47,7 @@ def optimizer_text(record: OptimizerRecord, counts: list[int]) -> str:
         "updates": {name: of_row for name, of_row in updates if of_row is not None},
         "state": dict(zip(record.keys, columns[len(ROWS) :], strict=True)),
     }
-    text = json.dumps(content, separators=(",", ":"))
-    if "NaN" in text or "Infinity" in text:  # not within strings, which are keys of optimizers
-        text = _STRING_OR_WORD.sub(lambda match: _JSON_WORDS.get(match[0], match[0]), text)
-    return text
+    return json_text(content)
 
 
 def parse_optimizer(content: Any, counts: list[int]) -> OptimizerRecord:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from paramstats._core.derived import DERIVED
 from paramstats._core.layout import Layout
-from paramstats._core.options import STATS, Pattern, did_you_mean
+from paramstats._core.options import DISTRIBUTION_STATS, STATS, Pattern, did_you_mean
 
 Names = Pattern | Iterable[Pattern]
 _NAMES = "names, or regular expressions that match some"
@@ -15,7 +15,7 @@ _NAMES = "names, or regular expressions that match some"
 
 def check_plot(function: str, stat: str, kind: str, known: Iterable[str]) -> None:
     """Raise ValueError if `stat` or `kind` is unknown; `known` are kinds that the history has."""
-    stats = (*STATS, *DERIVED, "min_update_ratio")
+    stats = (*STATS, *DISTRIBUTION_STATS, *DERIVED, "min_update_ratio")
     if stat not in stats:
         raise ValueError(
             f"{function}: expected stat to be one of {', '.join(stats)}, got {stat!r}"

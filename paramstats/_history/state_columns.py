@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from itertools import starmap
 from typing import Any
@@ -16,6 +18,17 @@ COUNTS = Moments._fields[1:5]
 """The columns that are zeros by default: counts of some elements."""
 
 _FLOATS = Moments._fields[5:]
+
+_STRING_OR_WORD = re.compile(r'"(?:[^"\\]+|\\.)*"|NaN|Infinity')
+_JSON_WORDS = {"NaN": "null", "Infinity": "1e999"}
+
+
+def json_text(content: Mapping[str, Any]) -> str:
+    """Return an object as JSON, with `null` for NaN and `1e999` for infinity."""
+    text = json.dumps(content, separators=(",", ":"))
+    if "NaN" in text or "Infinity" in text:  # replace them, but not within strings
+        text = _STRING_OR_WORD.sub(lambda match: _JSON_WORDS.get(match[0], match[0]), text)
+    return text
 
 
 def to_columns(
@@ -78,14 +91,23 @@ def is_real_state(a: Moments) -> bool:
     if n <= 0:
         return _is_empty(a)
     # n elements between min and max have m2 <= n ((max - min) / 2)^2 (Popoviciu 1935).
-    rounding = 1e-6 * max(abs(a.min), abs(a.max))
-    radius = (a.max - a.min) / 2 + rounding
+    radius = (a.max - a.min) / 2 + _rounding(a.min, a.max)
     return (
         -INF < a.min <= a.max < INF
-        and a.min - rounding <= a.mean <= a.max + rounding
+        and is_between(a.min, a.mean, a.max)
         and a.m2 <= n * radius * radius * 1.001 + 1e-290
         and (a.zeros == 0 or a.min <= 0 <= a.max)
     )
+
+
+def is_between(low: float, mean: float, high: float) -> bool:
+    """Return whether elements between `low` and `high` have this mean, up to rounding errors."""
+    rounding = _rounding(low, high)
+    return low - rounding <= mean <= high + rounding
+
+
+def _rounding(low: float, high: float) -> float:
+    return 1e-6 * max(abs(low), abs(high))
 
 
 def is_complex_state(a: Moments) -> bool:

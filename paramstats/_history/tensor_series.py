@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from paramstats._core.moments import NAN, Statistics
 from paramstats._core.options import STATS, did_you_mean
+from paramstats._histogram import Histogram
 from paramstats._tensor_stats import TensorStats
 
 Array = npt.NDArray[np.float64]
@@ -75,6 +76,30 @@ class TensorSeries:
             rows = [_UNKNOWN if stats is None else stats.statistics() for stats in self._stats]
             self._table = np.array(rows, dtype=np.float64).reshape(-1, len(STATS))
         return self._table
+
+    @property
+    def skewness(self) -> Array:
+        """Third standardized moment; NaN at steps without `summarize(distribution=...)`."""
+        return self._array("skewness")
+
+    @property
+    def kurtosis(self) -> Array:
+        """Fourth standardized moment; NaN at steps without `summarize(distribution=...)`."""
+        return self._array("kurtosis")
+
+    @property
+    def abs_mean(self) -> Array:
+        """Mean of the absolute values; NaN at steps without `summarize(distribution=...)`."""
+        return self._array("abs_mean")
+
+    @property
+    def histogram(self) -> list[Histogram | None]:
+        """The distribution at every step; None at steps without `summarize(distribution=...)`."""
+        return [None if stats is None else stats.histogram for stats in self._stats]
+
+    def _array(self, name: str) -> Array:
+        values = [NAN if stats is None else getattr(stats, name) for stats in self._stats]
+        return np.array(values, np.float64)
 
     @property
     def finite(self) -> TensorSeries:

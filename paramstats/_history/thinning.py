@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 
+from paramstats._core.details import Details
 from paramstats._core.layout import Layout
 from paramstats._core.optimizer_record import OptimizerRecord
 from paramstats._history.json_lines import Entry
@@ -12,6 +13,9 @@ from paramstats._summary import Summary, layout_of, record_of
 
 _ENTRY_BYTES = 400
 """Size of an entry without its table of states: the Summary, the Entry and their numbers."""
+
+_DETAIL_BYTES = 160
+"""Size of a `Detail` without its bytes: the tuple, and its item in the dictionary of a record."""
 
 _NUMBER_BYTES = 64
 """Size of a hyperparameter: the number, and the name if it was made for one summary."""
@@ -131,7 +135,15 @@ def _interpolated_number(before: Entry, after: Entry, step: int) -> int:
 def _entry_bytes(summary: Summary) -> int:
     record = record_of(summary)
     size = len(record.table) + _ENTRY_BYTES
+    if record.details:
+        size += _details_bytes(record.details)
     return size if record.optimizer is None else size + _optimizer_bytes(record.optimizer)
+
+
+def _details_bytes(details: Details) -> int:
+    """Return the size of distributions, rows and zero rows."""
+    parts = (data for detail in details.values() for data in detail if data is not None)
+    return _DETAIL_BYTES * len(details) + sum(map(sys.getsizeof, parts))
 
 
 def _optimizer_bytes(record: OptimizerRecord) -> int:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from paramstats._core.layout import Layout
 from paramstats._core.names import no_such_name
 from paramstats._core.optional import import_optional
-from paramstats._core.options import STATS, checked_stats
+from paramstats._core.options import DISTRIBUTION_STATS, STATS, checked_stats, split_stats
 from paramstats._history.json_lines import Entry
 from paramstats._history.selection import Names
 from paramstats._summary import Summary, layout_of, record_of
@@ -86,17 +86,23 @@ class Views:
             stats: names of statistics. Columns of gradients begin with `grad_`; they are NaN where
                 there is no gradient. With `summarize(optimizer=...)`, there are also columns of
                 updates (`update_`), of the optimizer's state (such as `exp_avg_`), and those of
-                `Summary.to_pandas` that need two tensors, such as `update_ratio`.
+                `Summary.to_pandas` that need two tensors, such as `update_ratio`. By default,
+                "skewness", "kurtosis" and "abs_mean" are added if an entry has distributions.
         """
         frames = import_optional("pandas", "History.to_pandas")
-        chosen, _ = checked_stats(stats, "History.to_pandas")
+        plain, own = split_stats(stats)
+        chosen, _ = checked_stats(plain, "History.to_pandas")
         from paramstats._history.cells import columns_of
 
         entries = self._entries()
+        records = [record_of(entry.summary) for entry in entries]
+        details = (detail for record in records for detail in record.details.values())
+        if stats is STATS and any(detail.distribution for detail in details):
+            own = DISTRIBUTION_STATS
         names = [name for entry in entries for name in entry.summary]
         steps = _steps(entries).repeat([len(entry.summary) for entry in entries])
         frame: pandas.DataFrame = frames.DataFrame(
-            columns_of([record_of(entry.summary) for entry in entries], chosen),
+            columns_of(records, (*chosen, *own)),
             index=frames.MultiIndex.from_arrays((steps, names), names=("step", "name")),
         )
         return frame
@@ -125,7 +131,8 @@ class Views:
             names: one or several names, or regular expressions to search in the names. "total" is
                 all parameters together. None: all tensors. With more than twenty selected tensors
                 (ten if None), a `heatmap` without the total is drawn.
-            stat: a statistic of `TensorStats`. Others ignore `kind`: "update_ratio",
+            stat: a statistic of `TensorStats`; "skewness", "kurtosis" and "abs_mean" need
+                `summarize(distribution=...)`. Others ignore `kind`: "update_ratio",
                 "optimizer_rms", "optimizer_eps_fraction", "update_cosine_grad" and, with the key of
                 the momentum, "grad_cosine_exp_avg", which need `summarize(optimizer=...)`; and
                 "min_update_ratio".
@@ -161,6 +168,45 @@ class Views:
         900 entries, neighbors share a column: it shows the largest magnitude, and NaN if any.
         """
         return self._draw("heatmap", names, stat, kind, ax, max_lines=0)
+
+    def distribution(self, name: str, *, kind: str = "param", ax: Axes | None = None) -> Figure:
+        """Draw how the elements of a tensor are distributed over magnitudes, over steps.
+
+        >>> import torch, paramstats
+        >>> history = paramstats.History()
+        >>> for step in range(3):
+        ...     source = {"w": torch.linspace(-1, 1, 99) * step}
+        ...     history.append(step, paramstats.summarize(source, distribution=True))
+        >>> history.distribution("w").axes[0].get_title(loc="left")
+        'parameter distribution of w'
+
+        A heat map with a row for the magnitudes from each power of two to the next one, and a
+        column per entry. The color is the share of all elements, of both signs together. Zeros have
+        a row of their own at the bottom, NaN and infinities one at the top. Beyond 900 entries,
+        neighbors share a column: it shows the largest share of each row.
+
+        Args:
+            name: the name of a tensor, or "total" for all parameters together.
+            kind: "param" for the tensor itself, "grad" for its gradient.
+            ax: matplotlib axes to draw in. None: a new figure, which a notebook displays.
+
+        Returns:
+            The `matplotlib.figure.Figure`. `savefig` writes it to a file.
+
+        Raises:
+            KeyError: there is no tensor of that name.
+            ValueError: an unknown `kind`, or no entry has the distribution, because it needs
+                `summarize(distribution=...)`.
+
+        Gradients are divided by `grad_scale`, so that a row may begin between two powers of two. If
+        the scale changes by other factors than powers of two, magnitudes are moved by a factor of
+        up to 1.42, and the label of the axis says so.
+        """
+        import_optional("matplotlib", "History.distribution")
+        from paramstats._history.distribution_map import draw_distribution
+
+        function = "paramstats.History.distribution"
+        return draw_distribution(function, self._entries(), name, kind, ax)
 
     def _draw(self, method: str, *arguments: Any, **options: Any) -> Figure:
         import_optional("matplotlib", f"History.{method}")

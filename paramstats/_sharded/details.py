@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import pickle
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
+
+import torch
+from torch import Tensor
 
 from paramstats._core import moments
 from paramstats._core.details import (
@@ -22,6 +26,7 @@ from paramstats._core.layout import Layout
 from paramstats._core.moments import finite_count
 from paramstats._core.reading import reasons_by_name
 from paramstats._sharded.local_shards import NO_ROWS
+from paramstats._sharded.merging import WORDS
 
 
 class ShardDetail(NamedTuple):
@@ -45,9 +50,22 @@ def packed(message: Message) -> bytes:
     return pickle.dumps(dict(message)) if message else b""
 
 
-def unpacked(data: bytes) -> Message:
-    """Return the message that another rank has packed."""
-    return pickle.loads(data) if data else {}  # noqa: S301
+def rows_needed(size: int) -> int:
+    """Return how many rows of WORDS words a message of this many bytes takes."""
+    return -(-size // (8 * WORDS))
+
+
+def message_rows(message: bytes, count: int) -> Tensor:
+    """Return a packed message as rows of WORDS words, padded to `count` > 0 rows."""
+    padded = bytearray(message.ljust(8 * WORDS * count, b"\0"))
+    return torch.frombuffer(padded, dtype=torch.int64).view(count, WORDS)
+
+
+def unpacked(rows: Tensor, sizes: Sequence[int]) -> list[Message]:
+    """Return the messages of all ranks from their rows and their sizes in bytes."""
+    contents = zip(rows.contiguous(), sizes, strict=True)
+    messages = [ctypes.string_at(own.data_ptr(), size) for own, size in contents]
+    return [pickle.loads(message) if message else {} for message in messages]  # noqa: S301
 
 
 def merge_details(
@@ -71,13 +89,15 @@ def merge_details(
     for row in sorted(by_row):
         shards = [shard for _, shard in sorted(by_row[row].items())]
         shape = layout.shapes[row % len(layout)] or ()
-        distribution = _merged_distribution(shards, finite_count(moments.row(table, row)))
+        state = moments.row(table, row)
+        distribution = _merged_distribution(shards, finite_count(state))
         if distribution is None and any(shard.detail.distribution for shard in shards):
             reasons[row, "distribution"] = "a rank has no distribution of its shard"
         rows = _joined_rows(shards, shape)
         if rows is None and any(shard.detail.rows for shard in shards):
             reasons[row, "rows"] = "only tensors that are sharded as Shard(0) have whole rows"
-        detail = Detail(distribution, rows, _merged_zero_rows(shards, shape))
+        zero_rows = None if state.zeros == state.count else _merged_zero_rows(shards, shape)
+        detail = Detail(distribution, rows, zero_rows)
         if detail != Detail():
             details[row] = detail
     return details, reasons_by_name(reasons, layout.row_name)
@@ -122,9 +142,10 @@ def _merged_zero_rows(shards: Sequence[ShardDetail], shape: tuple[int, ...]) -> 
         return None
     zeros = [0] * shape[0]
     for shard in found:
-        if shard.first_row == NO_ROWS:
+        if shard.first_row == NO_ROWS or shard.detail.zero_rows == NOT_KNOWN:
             return NOT_KNOWN
-        for row in zero_rows_of(shard.detail.zero_rows):
+        assert shard.detail.zero_rows is not None
+        for row in zero_rows_of(shard.detail.zero_rows) or ():
             zeros[shard.first_row + row] += shard.row_numel
     row_numel = math.prod(shape[1:])
     return pack_zero_rows(bytes(count == row_numel for count in zeros))

@@ -9,15 +9,17 @@ A collective call hangs if one rank makes it and another does not. Every decisio
 therefore based on data that all ranks have received. The buffers of all ranks have the same size.
 A rank whose tensors have changed sends no rows; its header makes all ranks agree again.
 
+Details follow the rows in the same message, if they fit in the space that those of earlier calls
+took. Otherwise, and with many ranks, another all_gather sends them.
+
 Partial tensors are reduced afterwards. An exchange takes one collective call (two with many ranks),
-one more for each operator and dtype of partial tensors, and one if any rank has details.
+one more for each operator and dtype of partial tensors, and perhaps one for details.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import struct
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
@@ -28,7 +30,8 @@ from paramstats._core.moments import ABSENT, ROW, Moments, merge, unread
 from paramstats._core.record import Record
 from paramstats._sharded.agreement import Agreement, Arguments, agree, check_arguments
 from paramstats._sharded.collectives import Ranks
-from paramstats._sharded.details import Message, merge_details, unpacked
+from paramstats._sharded.details import Message, merge_details, message_rows, rows_needed, unpacked
+from paramstats._sharded.header import HAS_FAILED, Header
 from paramstats._sharded.local_rows import LocalRows
 from paramstats._sharded.merging import (
     DIVERGED,
@@ -45,18 +48,10 @@ from paramstats._sharded.partial import Plan, make_plan
 
 ALL_TO_ALL_FROM = 17
 """Number of ranks from which each rank merges the rows of some tensors only."""
+_MAX_DETAIL_ROWS = 1 << 10
+"""Most rows of WORDS words in a message for details, which are sent even if there are none."""
 _MAX_ATTEMPTS = 4
 _MAX_REMEMBERED = 64
-
-# Positions of words in a header.
-_DIGEST = slice(0, 4)
-_AGREEMENT, _BACKEND, _DETAILS, _PARTIAL, _ARGUMENTS, _MAGIC = 4, 5, 6, 7, 8, 9
-
-_HAS_FAILED = -1
-"""The word of a rank that could not read; otherwise it is the size of its details in bytes."""
-
-_MAGIC_WORD = hash_word("paramstats")
-"""Tells a header from the data of another collective call."""
 
 T = TypeVar("T")
 
@@ -83,7 +78,8 @@ class Exchange:
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
-        self._capacity = 0
+        self._capacity = 0  # rows in a message
+        self._detail_rows = 0
         self._agreements: dict[bytes, Agreement] = {}
         self._plans: dict[tuple[int, ...], Plan] = {}
         self._broken: str | None = None  # why the ranks may be out of step
@@ -147,39 +143,34 @@ class Exchange:
                 rows[agreement.positions] = local_rows
                 message = local.message(agreement.positions)
             header = self._header(local, arguments, agreement, len(message))
-            received = self._send(header, rows)
-            headers = received[:, 0].tolist()
+            received = self._send(header, rows, message)
+            headers = [Header.of_words(words) for words in received[:, 0].tolist()]
             self._check_headers(headers, local, arguments)
-            if agreement is not None and {h[_AGREEMENT] for h in headers} == {agreement.id}:
-                same_backend = len({h[_BACKEND] for h in headers}) == 1
+            if agreement is not None and {h.agreement for h in headers} == {agreement.id}:
+                same_backend = len({h.backend for h in headers}) == 1
                 merged = self._merge(received[:, 1:], agreement.numels, same_backend)
-                digests = [h[_PARTIAL] for h in headers]
+                messages = self._messages(received, message, [h.details for h in headers])
+                digests = [h.partial for h in headers]
                 diverged = self._reduce_partials(digests, agreement, local, merged)
-                messages = self._gather_messages(message, [h[_DETAILS] for h in headers])
                 return agreement, merged, diverged, messages
             self._agree(headers, local)
         raise RuntimeError("paramstats.summarize: expected the ranks to agree on their tensors")
 
     def _header(
         self, local: LocalRows, arguments: Arguments, agreement: Agreement | None, details: int
-    ) -> Tensor:
-        words = torch.zeros(WORDS, dtype=torch.int64, device="cpu")
-        words[_DIGEST] = torch.tensor(
-            struct.unpack("=4q", local.digest), dtype=torch.int64, device="cpu"
+    ) -> Header:
+        return Header(
+            local.digest,
+            agreement.id if agreement else 0,
+            hash_word(local.backend),
+            details if local.error is None else HAS_FAILED,
+            hash_word(local.partial_specs) if local.partial_specs else 0,
+            hash_word(arguments),
         )
-        words[_AGREEMENT] = agreement.id if agreement else 0
-        # Different SIMD instructions may round the last bit of a replica differently.
-        words[_BACKEND] = hash_word(local.backend)
-        words[_DETAILS] = details if local.error is None else _HAS_FAILED
-        words[_PARTIAL] = hash_word(local.partial_specs) if local.partial_specs else 0
-        words[_ARGUMENTS], words[_MAGIC] = hash_word(arguments), _MAGIC_WORD
-        return words
 
-    def _check_headers(
-        self, headers: list[list[int]], local: LocalRows, arguments: Arguments
-    ) -> None:
+    def _check_headers(self, headers: list[Header], local: LocalRows, arguments: Arguments) -> None:
         for rank, header in zip(self._ranks.global_ranks, headers, strict=True):
-            if header[_MAGIC] != _MAGIC_WORD:
+            if not header.is_valid():
                 raise RuntimeError(
                     f"paramstats.summarize: expected all collective calls in the same order on all "
                     f"ranks, got the data of another call from rank {rank}"
@@ -187,20 +178,20 @@ class Exchange:
         if local.error is not None:
             raise _Refused from local.error
         for rank, header in zip(self._ranks.global_ranks, headers, strict=True):
-            if header[_DETAILS] == _HAS_FAILED:
+            if header.details == HAS_FAILED:
                 raise _Refused from RuntimeError(
                     f"paramstats.summarize: expected every rank to read its tensors, got an error "
                     f"on rank {rank}; see the traceback of that rank"
                 )
-        words = [header[_ARGUMENTS] for header in headers]
+        words = [header.arguments for header in headers]
         if len(set(words)) > 1:
             by_word = self._contents(words, words[self._ranks.rank], arguments)
             with _refuses():
                 check_arguments([by_word[word] for word in words], self._ranks.global_ranks)
 
-    def _agree(self, headers: list[list[int]], local: LocalRows) -> None:
+    def _agree(self, headers: list[Header], local: LocalRows) -> None:
         """Agree on the union of all ranks' tensors."""
-        digests = [struct.pack("=4q", *h[_DIGEST]) for h in headers]
+        digests = [header.digest for header in headers]
         contents = self._contents(digests, local.digest, local.content)
         with _refuses():
             agreement = agree(digests, contents, local.content, self._ranks.global_ranks)
@@ -221,14 +212,21 @@ class Exchange:
                 contents[digest] = self._ranks.broadcast(contents.get(digest), sender)
         return contents
 
-    def _send(self, header: Tensor, rows: Tensor | None) -> Tensor:
-        """Return the headers and the rows of all ranks, or their rows of this rank's share."""
+    def _send(self, header: Header, rows: Tensor | None, message: bytes) -> Tensor:
+        """Return what all ranks sent: headers, rows (or those of this rank's share), and details.
+
+        The details are missing with many ranks, and where they need more rows than there are.
+        """
         shares = self._ranks.size if self._ranks.size >= ALL_TO_ALL_FROM else 1
         share = self._capacity // shares
-        blocks = torch.full((shares, 1 + share, WORDS), NOT_HELD, dtype=torch.int64, device="cpu")
-        blocks[:, 0] = header
+        length = 1 + share + (self._detail_rows if shares == 1 else 0)
+        blocks = torch.full((shares, length, WORDS), NOT_HELD, dtype=torch.int64, device="cpu")
+        blocks[:, 0] = header.words()
         if rows is not None:
-            blocks[:, 1:] = rows.view(shares, share, WORDS)
+            blocks[:, 1 : 1 + share] = rows.view(shares, share, WORDS)
+        room = length - 1 - share
+        if message and rows_needed(len(message)) <= room:
+            blocks[0, 1 + share :] = message_rows(message, room)
         return self._ranks.all_gather(blocks[0]) if shares == 1 else self._ranks.all_to_all(blocks)
 
     def _merge(self, rows: Tensor, numels: Tensor, compare: bool) -> Tensor:
@@ -242,17 +240,17 @@ class Exchange:
         merged = self._ranks.all_gather(merge_rows(rows, own_share, compare))
         return merged.view(-1, WORDS)[: len(numels)]
 
-    def _gather_messages(self, message: bytes, sizes: list[int]) -> list[Message]:
-        """Return the messages of all ranks, whose sizes are known; no call if all are empty."""
+    def _messages(self, received: Tensor, message: bytes, sizes: list[int]) -> list[Message]:
+        """Return the details of all ranks, whose sizes are known; no call if they were received."""
         if not any(sizes):
             return []
-        blocks = -(-max(sizes) // (8 * WORDS))
-        padded = bytearray(message.ljust(8 * WORDS * blocks, b"\0"))
-        received = self._ranks.all_gather(
-            torch.frombuffer(padded, dtype=torch.int64).view(blocks, WORDS)
-        )
-        contents = zip(received.contiguous(), sizes, strict=True)
-        return [unpacked(ctypes.string_at(own.data_ptr(), size)) for own, size in contents]
+        details = received[:, 1 + self._capacity :]  # nothing with many ranks
+        needed = rows_needed(max(sizes))
+        if needed > details.shape[1]:
+            details = self._ranks.all_gather(message_rows(message, needed))
+            if needed <= _MAX_DETAIL_ROWS:
+                self._detail_rows = max(self._detail_rows, needed)
+        return unpacked(details, sizes)
 
     def _reduce_partials(
         self, digests: list[int], agreement: Agreement, local: LocalRows, merged: Tensor

@@ -10,7 +10,14 @@ from torch import Tensor
 
 from paramstats._core import moments, reference
 from paramstats._core.backend import Implementation
-from paramstats._core.details import READ_DISTRIBUTION, READ_ROWS, Detail
+from paramstats._core.details import (
+    MOST_ROWS,
+    NOT_KNOWN,
+    READ_DISTRIBUTION,
+    READ_ROWS,
+    Detail,
+    pack_rows,
+)
 from paramstats._core.elements import numel
 from paramstats._core.layout import Layout
 from paramstats._core.moments import ABSENT_ROW, ROW, Moments, unread
@@ -236,6 +243,16 @@ class LocalRows:
         for source, detail in details.items():
             if targets.get(source, self._first_part) < self._first_part:
                 self._details[targets[source]] = detail
+        self._add_zero_shards()
+
+    def _add_zero_shards(self) -> None:
+        """Add the zero rows of shards that have zeros only, which are zero rows of their tensor."""
+        for row, (count, zeros, _, _, _, mean, *_) in enumerate(ROW.iter_unpack(self._table)):
+            x = self._shards.tensors[row] if row < self._first_part else None
+            if zeros == count > 0 and mean == 0 and x is not None and x.dim() > 0:
+                rows = x.shape[0]
+                zero_rows = pack_rows(b"\1" * rows) if rows <= MOST_ROWS else NOT_KNOWN
+                self._details[row] = self._details.get(row, Detail())._replace(zero_rows=zero_rows)
 
     def _put_unread(self, row: int, count: int, reason: str | None = None) -> None:
         """Write a state that has only a number of elements; a reason marks it as unreadable."""

@@ -45,7 +45,8 @@ class ParamStatsCallback(Callback):
         history: a `History` or the path of its file, as in `paramstats.watch`.
         optimizer: also read the optimizers' state and the updates. Summaries are then taken after
             the optimizers' steps.
-        options: the other arguments of `paramstats.watch`: `key`, `stats`, `include`, ...
+        options: the other arguments of `paramstats.watch`: `key`, `stats`, `include`,
+            `distribution`, `rows`, ...
 
     Gradients are those of a whole batch, unscaled, and without `optimizer` not clipped yet. Names
     are those of the LightningModule's parameters. Of several optimizers, each parameter is read at

@@ -47,7 +47,8 @@ class ParamStatsCallback(TrainerCallback):
         history: a `History` or the path of its file, as in `paramstats.watch`.
         optimizer: also read the optimizer's state and the updates. Summaries are then taken after
             the optimizer's steps.
-        options: the other arguments of `paramstats.watch`: `key`, `stats`, `include`, ...
+        options: the other arguments of `paramstats.watch`: `key`, `stats`, `include`,
+            `distribution`, `rows`, ...
 
     Gradients are those of a whole batch, averaged over ranks, unscaled, and without `optimizer` not
     clipped yet. Names are those of the model that the Trainer was given.

@@ -30,12 +30,13 @@ std::vector<cuda::Details> details_of(const Views& views) {
 std::string zero_rows_of(const std::vector<bool>& is_zero) {
   const auto rows = static_cast<int64_t>(is_zero.size());
   std::string bits((rows + 7) / 8, 0);
-  bool any = false;
+  bool any = false, all = true;
   for (int64_t r = 0; r < rows; ++r) {
     if (is_zero[r]) bits[r / 8] = static_cast<char>(bits[r / 8] | 1 << r % 8);
     any = any || is_zero[r];
+    all = all && is_zero[r];
   }
-  if (!any) return "";
+  if (!any || all) return "";
   return std::string(reinterpret_cast<const char*>(&rows), 8) + bits;
 }
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import json
 import math
 import os
 import pickle
 import re
+import struct
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
@@ -307,6 +309,18 @@ def optimizer_content() -> dict:
     }
 
 
+def details_content() -> dict:
+    """Return what the entry has about the distribution and the rows of its first tensor."""
+    moments = {"mean": 0.5, "m2": 0.5, "m3": 0.0, "m4": None, "abs_mean": 0.5}
+    counts = {"first": -1, "negative": [0, 0], "positive": [2, 1], "mx": [1, 0, 0, 0, 0, 2]}
+    rows = struct.pack("<3d2qQ3d2qQ", *(0.5, 0.5, 1, 0, 0, 7), *(0.5, 0, 0.5, 0, 1, 8))
+    return {
+        "distribution": {"params": {"w": counts | moments}, "grads": {}},
+        "rows": {"params": {"w": [2, base64.b64encode(rows).decode()]}},
+        "zero_rows": {"params": {"w": "not known"}},
+    }
+
+
 def write_lines(path, *lines) -> None:
     texts = [json.dumps(line) for line in ({"paramstats": "history", "version": 1}, *lines)]
     path.write_text("".join(f"{text}\n" for text in texts))
@@ -320,6 +334,16 @@ def use_everything(history: History) -> None:
         assert len(history[name].norm) == len(history[name].grad.finite.std) == len(history)
         assert len(history[name].min_update_ratio) == len(history)
         assert len(history[name].update.norm) == len(history[name].update_ratio) == len(history)
+        for one in (history[name], history[name].grad):
+            assert len(one.skewness) == len(one.kurtosis) == len(one.abs_mean) == len(history)
+            for histogram in filter(None, one.histogram):
+                histogram.to_numpy(), histogram.quantile(0.3), histogram.underflow("float16")
+                assert 0 <= histogram.overflow("float8_e5m2", "mx") <= 1
+        for _, summary in history:
+            entry = summary.get(name)
+            if entry is not None and entry.rows is not None:
+                assert len(entry.rows.norm) == len(entry.rows.zero_count) >= len(entry.rows.dead)
+                assert len(entry.zero_rows or ()) <= len(entry.rows)
         optimizer = history[name].optimizer
         for series in optimizer.state.values():
             assert len(series.norm) == len(history)
@@ -411,6 +435,7 @@ def test_random_values_are_refused_or_usable(tmp_path, data):
     path = tmp_path / "run.jsonl"
     layout, entry = layout_and_entry()
     known = {**entry, "step": 4, "number": 1, "optimizer": optimizer_content()}
+    known["details"] = details_content()
     write_lines(path, layout, entry, known)
     header, *lines = path.read_text().splitlines(keepends=True)
     for _ in range(data.draw(st.integers(1, 2))):

@@ -22,7 +22,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from paramstats._history import axes, cells, heatmap, labels, line_plot
+from paramstats._history import axes, cells, heatmap, labels, line_plot, mesh
 from paramstats._summary import record_of
 
 summarize = paramstats.summarize
@@ -252,7 +252,7 @@ def test_special_cells_have_their_own_colors():
         x, y = ax.transData.transform((step, "abc".index(name) + 0.5))
         return pytest.approx(pixels[len(pixels) - 1 - int(y), int(x)], abs=0.01)
 
-    white, grey, vermilion = map(to_rgb, heatmap.SPECIAL_COLORS)
+    white, grey, vermilion = map(to_rgb, mesh.SPECIAL_COLORS)
     assert vermilion == color("b", 1) and vermilion == color("c", 2)
     assert grey == color("b", 2) and white == color("b", 3)
     assert color("b", 0).expected.tolist() == color("a", 0) != color("a", 5).expected.tolist()
@@ -309,7 +309,7 @@ def test_many_entries_share_columns_without_losing_spikes():
     ax = history_of(["w"], range(2000), lambda n, s: spikes.get(s, 1.0)).heatmap().axes[0]
     ordinary, special = ax.collections
     values, codes = ordinary.get_array()[0], special.get_array()[0]
-    assert values.shape == (heatmap.MAX_COLUMNS,) and values.max() == 200
+    assert values.shape == (mesh.MAX_COLUMNS,) and values.max() == 200
     assert codes.count() == 1
     edges = ordinary.get_coordinates()[0, :, 0]
     assert (edges[0], edges[-1]) == (-0.5, 1999.5) and (np.diff(edges) > 0).all()

@@ -67,7 +67,7 @@ def test_the_loggers_of_the_documentation_have_the_last_statistics(folder, capsy
         if "watcher" in namespace:
             last.append(namespace.pop("watcher").summary.scalars())
             runs.append(namespace.get("run"))
-    _scaled, _restarted, of_wandb, of_mlflow, of_tensorboard, of_csv = last
+    _histograms, _scaled, _restarted, of_wandb, of_mlflow, of_tensorboard, of_csv = last
 
     row = rows_of_wandb(folder / "wandb")[-1]
     assert statistics_in(row) == of_wandb and row["_step"] == 30
@@ -76,7 +76,7 @@ def test_the_loggers_of_the_documentation_have_the_last_statistics(folder, capsy
 
     client = mlflow.MlflowClient()
     for key, value in of_mlflow.items():
-        history = client.get_metric_history(runs[3].info.run_id, key)
+        history = client.get_metric_history(runs[4].info.run_id, key)
         assert [m.step for m in history] == [0, 10, 20, 30] and history[-1].value == value
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -86,6 +86,12 @@ def test_the_loggers_of_the_documentation_have_the_last_statistics(folder, capsy
         found = events.Scalars(key)
         assert [e.step for e in found] == [0, 10, 20, 30]
         assert found[-1].value == torch.tensor(value, dtype=torch.float32).item()
+
+    events = EventAccumulator(str(folder / "histograms"), {"histograms": 0}).Reload()
+    found = events.Histograms("gradient/0.weight")
+    assert [e.step for e in found] == [0, 10, 20, 30]
+    assert all(sum(e.histogram_value.bucket) == 64 * 32 for e in found)
+    assert [e.value for e in events.Scalars("dead units")] == [0.0] * 4
 
     with open(folder / "statistics.csv", newline="") as file:
         rows = list(csv.reader(file))

@@ -249,7 +249,10 @@ def after_backward(folder: Path) -> Any:
 
 def use_history(folder: Path) -> Any:
     model = make_model()
-    summaries = [paramstats.summarize(model), paramstats.summarize(model, grad_scale=3.0)]
+    summaries = [
+        paramstats.summarize(model, distribution=True, rows=True),
+        paramstats.summarize(model, grad_scale=3.0),
+    ]
 
     def call() -> Any:
         path, saved = folder / "run.jsonl", folder / "saved.jsonl"
@@ -274,12 +277,14 @@ def use_history(folder: Path) -> Any:
 def draw_history(folder: Path) -> Any:
     history = paramstats.History()
     for step in range(4):
-        history.append(step, paramstats.summarize({"w": torch.ones(3) * step}))
+        source = {"w": torch.ones(3) * step}
+        history.append(step, paramstats.summarize(source, distribution=True))
 
     def call() -> Any:
         lines = history.plot(stat="norm", kind="param").axes[0].lines[0].get_ydata()
         cells = history.heatmap(stat="norm", kind="param").axes[0].collections[0].get_array()
-        return list(lines), cells.tolist()
+        shares = history.distribution("w").axes[0].collections[0].get_array()
+        return list(lines), cells.tolist(), shares.tolist()
 
     return call
 

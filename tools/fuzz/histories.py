@@ -27,7 +27,7 @@ from paramstats._core.reading import DeferredRecord
 from paramstats._history import writer
 from paramstats._summary import Summary, record_of
 
-MAX_OPCODES = 1500
+MAX_OPCODES = 2000
 """Most operations on a history execute fewer; a campaign stops at each of them."""
 
 SMALL_LIMIT = 5 * (2 * 72 + 400) + 1000
@@ -90,7 +90,12 @@ class Trial:
         size = self.rng.choice((1, 1, 1, 2))
         self.step += 1
         step = self.step
-        summary = paramstats.summarize({"w": torch.full((size,), float(step))})
+        has_details = self.rng.random() < 0.2
+        summary = paramstats.summarize(
+            {"w": torch.full((size, 1), float(step * (step % 3 > 0)))},  # some are zero
+            distribution=has_details,
+            rows=has_details,
+        )
         if deferred:
             record = record_of(summary)
             unfinished = record._replace(table=bytes(len(record.table)))
@@ -130,6 +135,8 @@ class Trial:
         assert len(written) == len(set(written)), written
         loaded = paramstats.History.load(self.path, max_bytes=self.limit)
         assert list(loaded) == list(self.history), (loaded.steps, self.history.steps)
+        for (_, a), (_, b) in zip(loaded, self.history, strict=True):
+            assert record_of(a).details == record_of(b).details  # zero rows, too
         left = set(os.listdir(os.path.dirname(self.path))) - {"run.jsonl", "copy.jsonl"}
         assert not left, left
 
@@ -352,16 +359,18 @@ def damage(rng: random.Random, case: int) -> None:
         for name in history.names:
             series = history[name]
             assert len(series.norm) == len(series.grad.finite.std) == len(history)
-            assert len(series.min_update_ratio) == len(history)
+            assert len(series.min_update_ratio) == len(series.grad.kurtosis) == len(history)
         for _, summary in history:
             str(summary), summary.to_dict(), summary.scalars(), summary.findings()
+            for histogram in filter(None, (summary.total.histogram, *_histograms(summary))):
+                histogram.edges(), histogram.quantile(0.4), histogram.overflow("float8_e4m3fn")
         assert len(history.total.grad.mean) == len(history.steps)
         history.save(path)
         assert list(paramstats.History.load(path)) == list(history)
 
 
 def _history_file(path: str) -> bytes:
-    """Return a file with two layouts, gradients, unread and non-finite elements."""
+    """Return a file with two layouts, gradients, unread and non-finite elements, and details."""
     weight = torch.nn.Parameter(torch.tensor([1.0, float("nan"), 0.0]))
     weight.grad = torch.ones(3)
     model = torch.nn.ParameterDict({"a": weight, "b": torch.nn.Parameter(torch.ones(2, 2))})
@@ -369,8 +378,16 @@ def _history_file(path: str) -> bytes:
         history.append(0, paramstats.summarize(model))
         history.append(1, paramstats.summarize(model, params=False, grad_scale=8.0))
         for step in (2, 3):
-            history.append(step, paramstats.summarize({"c": torch.arange(5.0)}))
+            source = {"c": torch.arange(5.0)}
+            history.append(step, paramstats.summarize(source, distribution=True, rows=step == 2))
     return Path(path).read_bytes()
+
+
+def _histograms(summary: Summary) -> Iterator[Any]:
+    for entry in summary.values():
+        assert entry.rows is None or len(entry.rows.norm) >= len(entry.rows.dead)
+        assert len(entry.zero_rows or ()) <= entry.zero_count
+        yield from (entry.histogram, entry.grad and entry.grad.histogram)
 
 
 def _damaged(rng: random.Random, data: bytes, case: int) -> bytes:
