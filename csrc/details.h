@@ -42,6 +42,15 @@ PARAMSTATS_HD inline HigherMoments merge(const HigherMoments& a, const HigherMom
   return out;
 }
 
+// The same with NaN of one sign, so that equal moments have equal bytes.
+inline HigherMoments packed(HigherMoments a) {
+  double* const numbers[] = {&a.mean, &a.m2, &a.m3, &a.m4, &a.abs_mean};
+  for (double* x : numbers) {
+    if (*x != *x) *x = kNaN;
+  }
+  return a;
+}
+
 // The formats that elements can be converted to with a scale per block (OCP Microscaling Formats
 // Specification 1.0): a power of two, such that the largest element of a block has the exponent
 // kMaxExponent of the format.
@@ -95,9 +104,9 @@ struct RowsHead {
   int64_t rows, row_numel;
 };
 
-// Zero rows are the number of rows (int64) and a bit for each, if some rows are zero but not all; or
-// this byte if they were not looked for, though the tensor has enough zeros for one: each row needs
-// memory.
+// Zero rows are the number of rows (int64) and a bit for each, if some rows are zero but not all;
+// or this byte if they were not looked for, though the tensor has enough zeros for one: each row
+// needs memory.
 constexpr char kNotKnown = '?';
 constexpr int64_t kMostRows = int64_t{1} << 24;
 

@@ -108,6 +108,7 @@ Moments Details::read_distribution(const TensorView& t, const std::vector<Dim>* 
 void Details::finish(const TensorView& t) {
   if (has_distribution) {
     for (const HigherMoments& chunk : moments_) head.moments = merge(head.moments, chunk);
+    head.moments = packed(head.moments);
     const ExponentRange range = exponents_of(t.dtype);
     const auto is_empty = [&](int k) { return counts[k] == 0 && counts[range.bins + k] == 0; };
     int begin = 0, end = range.bins;

@@ -27,6 +27,7 @@ std::string distribution_at(const char* from) {
   const int64_t* positive = counts.data() + head.bins;
   head.first = begin < end ? head.first + begin : 0;
   head.bins = end - begin;
+  head.moments = packed(head.moments);
   std::string out;
   append(out, &head, 1);
   append(out, counts.data() + begin, head.bins);

@@ -85,7 +85,8 @@ class Distribution(NamedTuple):
         begin, end = (filled[0], filled[-1] + 1) if filled else (0, 0)
         counts = *self.negative[begin:end], *self.positive[begin:end]
         first = self.first + begin if filled else 0
-        head = _HEAD.pack(first, end - begin, *self[3:9], *self.mx)
+        moments = [x if x == x else math.nan for x in self[4:9]]  # NaN of one sign
+        head = _HEAD.pack(first, end - begin, self.n, *moments, *self.mx)
         return head + struct.pack(f"={len(counts)}q", *counts)
 
     def bins(self, zeros: int, octaves: int = 1) -> list[tuple[float, float, int]]:
