@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -60,14 +61,13 @@ def ranges(indices: Sequence[int], width: int) -> str:
     >>> ranges([0, 1, 2, 5, 8, 9], 20), ranges([0, 1, 2, 5, 8, 9], 10)
     ('0-2, 5, 8-9', '0-2, ...')
     """
-    starts = [i for i, index in enumerate(indices) if not i or index != indices[i - 1] + 1]
-    ends = [*(start - 1 for start in starts[1:]), len(indices) - 1]
-    parts = [
-        f"{indices[start]}-{indices[end]}" if end > start else f"{indices[start]}"
-        for start, end in zip(starts, ends, strict=True)
-    ]
-    text = ", ".join(parts)
-    while len(text) > width and len(parts) > 1:
-        parts.pop()
-        text = ", ".join([*parts, "..."])
+    text = ""
+    for _, run in itertools.groupby(enumerate(indices), lambda pair: pair[1] - pair[0]):
+        first, *others = (index for _, index in run)
+        last = others[-1] if others else first
+        part = f"{first}-{last}" if others else f"{first}"
+        is_last = last == indices[-1]
+        if text and len(text) + len(part) + (2 if is_last else 7) > width:
+            return f"{text}, ..."
+        text += f", {part}" if text else part
     return text
