@@ -108,8 +108,8 @@ def watch(
         TypeError: `source` is neither a module nor a mapping, or `log` is not a function of
             scalars and step.
         ValueError: `every` is not a whole number > 0, neither `log` nor `history` is given, an
-            argument that `scalars` or `summarize` would refuse, or an optimizer without a parameter
-            of `source`.
+            argument that `scalars` or `summarize` would refuse, an optimizer without a parameter of
+            `source`, or `stats` names statistics of the distribution without `distribution`.
     """
     if not isinstance(source, (torch.nn.Module, Mapping)):
         raise TypeError(
@@ -139,6 +139,11 @@ def watch(
     check_keys(key, stats, totals)
     options = make_options(include, exclude, correction, 1.0, False, group is not None, async_op)
     details = make_detail_options(distribution, rows)
+    if of_distributions and (details is None or details.distribution == ()):
+        raise ValueError(
+            f"paramstats.watch: expected distribution= with {of_distributions[0]!r} in stats, got "
+            f"none; pass distribution=True"
+        )
     opened: History | None = None
     if isinstance(history, (str, os.PathLike)):
         history = opened = _open_history(history)

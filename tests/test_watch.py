@@ -422,6 +422,8 @@ def test_distributions_and_rows_add_only_the_keys_that_stats_names(kind):
     assert [key for key in logged[2] if "kurtosis" in key] == [
         "param_kurtosis/2.weight", "grad_kurtosis/2.weight"]  # fmt: skip
     assert logged[2]["grad_kurtosis/2.weight"] == seen[2]["2.weight"].grad.kurtosis > 1
+    with pytest.raises(ValueError, match="expected distribution= with 'kurtosis' in stats"):
+        run(rows=True, stats=("norm", "kurtosis"))
 
 
 def test_the_log_finds_the_summary_of_its_step(model, transfers):
