@@ -110,7 +110,7 @@ struct RowsHead {
 constexpr char kNotKnown = '?';
 constexpr int64_t kMostRows = int64_t{1} << 24;
 
-// What a call reads of a tensor in addition to its Moments.
-constexpr uint8_t kReadDistribution = 1, kReadRows = 2;
+// What a call reads of a tensor in addition to its Moments; kNoZeroRows: without its zero rows.
+constexpr uint8_t kReadDistribution = 1, kReadRows = 2, kNoZeroRows = 4;
 
 }  // namespace paramstats

@@ -77,12 +77,13 @@ struct Work : Lists {
   Work(const Work&) = delete;
   Work& operator=(const Work&) = delete;
 
-  // `flags`: the details to read (kReadDistribution, kReadRows).
+  // `flags`: the details to read (kReadDistribution, kReadRows, kNoZeroRows).
   void add(torch_abi::Impl t, Moments* table, size_t row, uint8_t flags = 0) {
     if (torch_abi::is_plain_cpu(t)) {
       if (const auto view = native_view(t)) {
         views.push_back(*view);
         if (flags != 0) views.back().details = add_details(*view, row, flags);
+        if ((flags & kNoZeroRows) != 0) views.back().rows = 0;
         out.push_back(table + row);
         tensors.push_back(t);
         bytes += view->numel * element_size(view->dtype);
@@ -93,6 +94,7 @@ struct Work : Lists {
       if (auto view = is_wanted(t, &device) ? native_cuda_view(t) : std::nullopt;
           view && (flags == 0 || view->numel > 0)) {
         view->details = flags;
+        if ((flags & kNoZeroRows) != 0) view->size0 = 0;
         table[row] = view->numel == 0 ? Moments() : unread(view->numel);
         if (view->numel != 0) group_of(device).add(t, *view, row);
         return;

@@ -45,16 +45,16 @@ py::bytes packed(const Head& head, const void* data, size_t size) {
 }  // namespace
 
 cpu::Details* Work::add_details(const cpu::TensorView& view, size_t row, uint8_t flags) {
+  if ((flags & (kReadDistribution | kReadRows)) == 0) return nullptr;
   auto added = std::make_unique<PackedDetails>();
   added->row = row;
   added->details.has_distribution = (flags & kReadDistribution) != 0;
-  if ((flags & kReadRows) != 0 && view.rows > 0) {
+  if ((flags & kReadRows) != 0 && view.rows > 0 && view.numel > 0) {
     const RowsHead head = {view.rows, view.numel / view.rows};
     const size_t size = static_cast<size_t>(view.rows) * sizeof(RowState);
     py::bytes bytes = new_bytes(sizeof(head) + size);
     char* const to = PyBytes_AS_STRING(bytes.ptr());
     std::memcpy(to, &head, sizeof(head));
-    if (view.numel == 0) std::memset(to + sizeof(head), 0, size);
     added->details.rows = reinterpret_cast<RowState*>(to + sizeof(head));
     added->rows = std::move(bytes);
   }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import warnings
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +12,8 @@ import torch
 from paramstats._core import optimizers
 from paramstats._core import walk as python_walk
 from paramstats._core.backend import Implementation, active
-from paramstats._core.detail_options import DetailOptions, Selection, make_detail_options
-from paramstats._core.details import Details, named
+from paramstats._core.detail_options import Selection, make_detail_options
+from paramstats._core.details import NO_ZERO_ROWS, Details, named
 from paramstats._core.layout import Layout
 from paramstats._core.names import Patterns
 from paramstats._core.options import (
@@ -167,7 +166,7 @@ def summarize(
     if options.include is not None or options.exclude:
         layout, tensors = _select(layout, tensors, options.include, options.exclude)
     if options.details is not None:
-        _warn_no_match(options.details, layout)
+        options.details.warn_no_match(layout, stacklevel=3)
     if optimizer is not None:
         return _with_optimizer(backend, options, layout, tensors, params, grads, optimizer)
     # read_rows, without the cost of a call for a model that the backend reads by itself.
@@ -208,9 +207,8 @@ def _with_optimizer(
     request = optimizers.make_request(optimizer)
     layout, tensors = request.select(layout, tensors)
     plan = optimizers.Plan(request, layout, tensors, params, grads)
-    flags = b""
-    if options.details is not None:
-        flags = options.details.flags(layout).ljust(len(plan.tensors), b"\0")
+    own = bytes(len(layout)) if options.details is None else options.details.flags(layout)
+    flags = own.ljust(len(layout), b"\0").ljust(len(plan.tensors), bytes([NO_ZERO_ROWS]))
     table, transfers, reasons, details = read_rows(
         backend, plan.tensors, True, bool(grads), plan.row_name, plan.updates, flags
     )
@@ -255,14 +253,6 @@ def tensors_of(
         tensors = _sharded.tensors_of_optimizers(source, tensors)
     layout, rows = layout.select(*patterns)
     return layout, [tensors[row] for row in rows]
-
-
-def _warn_no_match(options: DetailOptions, layout: Layout) -> None:
-    """Warn about arguments whose patterns select no tensor."""
-    for argument in options.without_match(layout):
-        warnings.warn(
-            f"paramstats.summarize: no name matches {argument}=", RuntimeWarning, stacklevel=3
-        )
 
 
 def _leave_collective(

@@ -266,17 +266,21 @@ class TensorStats:
     def zero_rows(self) -> tuple[int, ...] | None:
         """The indices of dimension 0 whose elements are all zero: dead units or experts.
 
-        Empty if there is none. None if they are not known: for several tensors together, an update
-        or a state of an optimizer with zeros; for a tensor with more than 2^24 rows and as many
-        zeros as a row has elements; and for one whose shards are not made of rows.
+        Empty if there is none. None if they are not known: for a tensor that was not read; for
+        several tensors together, an update or a state of an optimizer with zeros; for a tensor with
+        more than 2^24 rows and as many zeros as a row has elements; for one whose shards are not
+        made of rows, or that was reduced from partial values, with as many zeros.
         """
         if self._detail is not None and self._detail.zero_rows is not None:
             return detail.zero_rows_of(self._detail.zero_rows)
         state, rows = self._state(), self._row_count
-        if rows is None:
-            return None if state.zeros else ()
-        is_zero = state.zeros == state.count and self.is_read()
-        return tuple(range(rows)) if is_zero else ()
+        if not state.count or rows == 0:
+            return ()
+        if moments.is_unread(state):
+            return None
+        if not state.zeros or (rows is not None and state.zeros < state.count):
+            return ()
+        return None if rows is None or rows > detail.MOST_ROWS else tuple(range(rows))
 
     def to_dict(self) -> dict[str, Any]:
         """Return every statistic by name; counts are int, the others float.

@@ -65,3 +65,10 @@ def test_several_tensors_together(backend):
     with torch.no_grad():
         model.weight[1] = 0
     assert summarize(model).total.zero_rows is None
+
+
+def test_tensors_that_are_not_read(backend):
+    weight = torch.nn.Parameter(torch.zeros(3, 2))
+    assert summarize({"w": weight}, params=False)["w"].zero_rows is None
+    assert summarize({"m": torch.zeros(3, 2, device="meta")})["m"].zero_rows is None
+    assert summarize({"e": torch.zeros(5, 0)}, rows=True)["e"].zero_rows == ()

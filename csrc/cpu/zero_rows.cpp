@@ -89,6 +89,14 @@ bool ZeroRowFinder::has_zeros(int64_t begin, int64_t end,
 }
 
 bool ZeroRowFinder::read(int64_t begin, int64_t end, uint8_t* bits) const {
+  if (row_numel_ == 1 && stride_ == 1) {  // as for tensors of one dimension
+    switch (element_size(tensor_.dtype)) {
+      case 1: return read_elements<uint8_t>(begin, end, bits);
+      case 2: return read_elements<uint16_t>(begin, end, bits);
+      case 4: return read_elements<uint32_t>(begin, end, bits);
+      default: return read_elements<uint64_t>(begin, end, bits);
+    }
+  }
   bool found = false;
   for (int64_t r = begin; r < end; ++r) {
     if (!is_zero(r)) continue;
@@ -96,6 +104,31 @@ bool ZeroRowFinder::read(int64_t begin, int64_t end, uint8_t* bits) const {
     found = true;
   }
   return found;
+}
+
+template <class Word>
+bool ZeroRowFinder::read_elements(int64_t begin, int64_t end, uint8_t* bits) const {
+  const auto* x = static_cast<const Word*>(tensor_.data);
+  const auto mask = static_cast<Word>(value_bits_);
+  Word words[8];
+  uint8_t any = 0;
+  const auto add = [&](int64_t r) {
+    unsigned byte = 0;
+    for (int k = 0; k < 8; ++k) byte |= static_cast<unsigned>((words[k] & mask) == 0) << k;
+    bits[r / 8] = static_cast<uint8_t>(byte);
+    any |= bits[r / 8];
+  };
+  int64_t r = begin;
+  for (; r + 8 <= end; r += 8) {
+    std::memcpy(words, x + r, sizeof(words));
+    add(r);
+  }
+  if (r < end) {
+    std::fill_n(words, 8, mask);  // not zero
+    std::memcpy(words, x + r, (end - r) * sizeof(Word));
+    add(r);
+  }
+  return any != 0;
 }
 
 bool ZeroRowFinder::is_zero(int64_t row) const {

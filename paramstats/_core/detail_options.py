@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -37,13 +38,15 @@ class DetailOptions(NamedTuple):
                 out[row] |= bit
         return bytes(out) if any(out) else b""
 
-    def without_match(self, layout: Layout) -> tuple[str, ...]:
-        """Return the names of the arguments whose patterns select no tensor."""
-        return tuple(
-            argument
-            for argument, patterns in self._asdict().items()
-            if patterns and not layout.select(patterns, ())[1]
-        )
+    def warn_no_match(self, layout: Layout, stacklevel: int) -> None:
+        """Warn about arguments whose patterns select no tensor."""
+        for argument, patterns in self._asdict().items():
+            if patterns and not layout.select(patterns, ())[1]:
+                warnings.warn(
+                    f"paramstats.summarize: no name matches {argument}=",
+                    RuntimeWarning,
+                    stacklevel=stacklevel + 1,
+                )
 
 
 def make_detail_options(distribution: Selection, rows: Selection) -> DetailOptions | None:

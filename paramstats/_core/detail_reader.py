@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from paramstats._core import moments, reference_details
-from paramstats._core.details import READ_DISTRIBUTION, READ_ROWS, Detail
+from paramstats._core.details import NO_ZERO_ROWS, NOT_KNOWN, READ_DISTRIBUTION, READ_ROWS, Detail
 from paramstats._core.elements import check_storage, elements
 from paramstats._core.format import one_line_name
 from paramstats._core.moments import is_unread
@@ -69,7 +69,7 @@ class DetailReader:
         wanted = (
             ("distribution", flags & READ_DISTRIBUTION),
             ("rows", flags & READ_ROWS and x.dim() > 0 and x.numel() > 0),
-            ("zero_rows", zero_rows),
+            ("zero_rows", zero_rows and not flags & NO_ZERO_ROWS),
         )
         for what, is_wanted in wanted:
             if not is_wanted:
@@ -78,6 +78,8 @@ class DetailReader:
                 words = _compute(what, x)
             except Exception as error:  # a subclass may raise anything; training goes on
                 self._skipped[row, what] = reason_of(error, x)
+                if what == "zero_rows":
+                    self.found[row] = self.found.get(row, Detail())._replace(zero_rows=NOT_KNOWN)
             else:
                 yield words
 

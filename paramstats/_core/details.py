@@ -5,6 +5,7 @@ The rows of a tensor are the indices of its dimension 0. The Python counterpart 
 
 from __future__ import annotations
 
+import itertools
 import math
 import struct
 import sys
@@ -14,7 +15,7 @@ from typing import NamedTuple
 
 from paramstats._core.denormals import with_denormals
 
-READ_DISTRIBUTION, READ_ROWS = 1, 2
+READ_DISTRIBUTION, READ_ROWS, NO_ZERO_ROWS = 1, 2, 4
 """Bits of a tensor's byte in the argument `details` of a backend's `read`."""
 
 
@@ -180,20 +181,17 @@ def pack_rows(flags: bytes) -> bytes:
 
 
 _DIGITS = bytes([ord("0"), ord("1")]) + bytes(254)
+_FLAGS = bytes(digit == ord("1") for digit in range(256))
 
 
 def zero_rows_of(data: bytes) -> tuple[int, ...] | None:
     """Return the rows whose elements are all zero, from packed zero rows; None if not known."""
     if data == NOT_KNOWN:
         return None
-    begin = ZERO_ROWS_HEAD.size
-    return tuple(
-        8 * byte + bit
-        for byte, bits in enumerate(data[begin:])
-        if bits
-        for bit in range(8)
-        if bits >> bit & 1
-    )
+    (rows,) = ZERO_ROWS_HEAD.unpack_from(data)
+    bits = int.from_bytes(data[ZERO_ROWS_HEAD.size :], "little")
+    digits = f"{bits:b}".encode()[::-1]  # from row 0
+    return tuple(itertools.compress(range(rows), digits.translate(_FLAGS)))
 
 
 def named(details: Mapping[int, tuple[bytes | None, ...]]) -> Details:

@@ -69,13 +69,14 @@ def unpacked(rows: Tensor, sizes: Sequence[int]) -> list[Message]:
 
 
 def merge_details(
-    messages: Sequence[Message], layout: Layout, table: bytes
+    messages: Sequence[Message], layout: Layout, table: bytes, have_same_hashes: bool
 ) -> tuple[dict[int, Detail], dict[str, str]]:
     """Merge the messages of all ranks.
 
     Args:
         messages: those of each rank.
         layout, table: of the whole tensors.
+        have_same_hashes: whether all ranks compute the same hash of a row.
 
     Returns:
         The details of whole tensors by row, and why something is not known, by name.
@@ -96,7 +97,10 @@ def merge_details(
         rows = _joined_rows(shards, shape)
         if rows is None and any(shard.detail.rows for shard in shards):
             reasons[row, "rows"] = "only tensors that are sharded as Shard(0) have whole rows"
-        zero_rows = None if state.zeros == state.count else _merged_zero_rows(shards, shape)
+        elif rows is not None and len(shards) > 1 and not have_same_hashes:
+            rows, reasons[row, "rows"] = None, "the ranks' backends differ in the hashes of rows"
+        has_some = math.prod(shape[1:]) <= state.zeros < state.count
+        zero_rows = _merged_zero_rows(shards, shape) if has_some else None
         detail = Detail(distribution, rows, zero_rows)
         if detail != Detail():
             details[row] = detail

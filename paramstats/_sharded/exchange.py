@@ -100,14 +100,14 @@ class Exchange:
                 f"{self._broken} (since then the ranks may be out of step; use a new process group)"
             )
         try:
-            agreement, merged, diverged, messages = self._exchange(local, arguments)
+            agreement, merged, diverged, of_details = self._exchange(local, arguments)
         except _Refused as refused:
             error = refused.__cause__
         except BaseException as error:
             self.leave(error)
             raise
         else:
-            return self._record(merged, agreement, local, diverged, messages)
+            return self._record(merged, agreement, local, diverged, *of_details)
         assert error is not None
         raise error
 
@@ -128,10 +128,11 @@ class Exchange:
 
     def _exchange(
         self, local: LocalRows, arguments: Arguments
-    ) -> tuple[Agreement, Tensor, dict[str, str], list[Message]]:
+    ) -> tuple[Agreement, Tensor, dict[str, str], tuple[list[Message], bool]]:
         """Make all collective calls.
 
-        Returns the merged rows, the tensors that diverged, and the details of all ranks.
+        Returns the merged rows, the tensors that diverged, the details of all ranks, and whether
+        the ranks have the same backend.
         """
         for _ in range(_MAX_ATTEMPTS):
             agreement = self._agreements.get(local.digest)
@@ -152,7 +153,7 @@ class Exchange:
                 messages = self._messages(received, message, [h.details for h in headers])
                 digests = [h.partial for h in headers]
                 diverged = self._reduce_partials(digests, agreement, local, merged)
-                return agreement, merged, diverged, messages
+                return agreement, merged, diverged, (messages, same_backend)
             self._agree(headers, local)
         raise RuntimeError("paramstats.summarize: expected the ranks to agree on their tensors")
 
@@ -294,6 +295,7 @@ class Exchange:
         local: LocalRows,
         diverged: dict[str, str],
         messages: list[Message],
+        same_backend: bool,
     ) -> Record:
         layout = agreement.layout
         global_ranks = self._ranks.global_ranks
@@ -330,7 +332,7 @@ class Exchange:
         table = ctypes.string_at(states.data_ptr(), states.numel() * 8)
         own, parts = table[: first_part * ROW.size], table[first_part * ROW.size :]
         of_optimizers = agreement.parts.record(layout, parts)
-        details, reasons = merge_details(messages, layout, own)
+        details, reasons = merge_details(messages, layout, own, same_backend)
         return Record(
             layout,
             own,

@@ -12,6 +12,7 @@ from paramstats._core import moments, reference
 from paramstats._core.backend import Implementation
 from paramstats._core.details import (
     MOST_ROWS,
+    NO_ZERO_ROWS,
     NOT_KNOWN,
     READ_DISTRIBUTION,
     READ_ROWS,
@@ -28,7 +29,7 @@ from paramstats._sharded import partial
 from paramstats._sharded.agreement import content_of
 from paramstats._sharded.collectives import Ranks
 from paramstats._sharded.details import ShardDetail, packed
-from paramstats._sharded.local_shards import LocalShards
+from paramstats._sharded.local_shards import NO_ROWS, LocalShards
 from paramstats._sharded.merging import WORDS
 from paramstats._sharded.parts import LocalParts, Parts
 
@@ -178,7 +179,12 @@ class LocalRows:
 
     def _flags_of(self, row: int) -> int:
         """Return which details to read of a shard."""
-        return self._flags[row % len(self.layout)] if self._flags and row < self._first_part else 0
+        if row >= self._first_part:
+            return NO_ZERO_ROWS
+        flags = self._flags[row % len(self.layout)] if self._flags else 0
+        if self._shards.first_rows[row] == NO_ROWS and not flags & READ_ROWS:
+            flags |= NO_ZERO_ROWS
+        return flags
 
     def _can_read(self, row: int, x: Tensor, params: bool) -> bool:
         """Return whether to read a shard; otherwise, write a state that has only its size."""
@@ -243,15 +249,23 @@ class LocalRows:
         for source, detail in details.items():
             if targets.get(source, self._first_part) < self._first_part:
                 self._details[targets[source]] = detail
-        self._add_zero_shards()
+        self._add_zero_rows()
 
-    def _add_zero_shards(self) -> None:
-        """Add the zero rows of shards that have zeros only, which are zero rows of their tensor."""
+    def _add_zero_rows(self) -> None:
+        """Add the zero rows of shards with zeros only, and say where they are not known."""
         for row, (count, zeros, _, _, _, mean, *_) in enumerate(ROW.iter_unpack(self._table)):
             x = self._shards.tensors[row] if row < self._first_part else None
-            if zeros == count > 0 and mean == 0 and x is not None and x.dim() > 0:
+            if x is None or x.dim() == 0:
+                continue
+            zero_rows = None
+            if row in self._shards.reductions or (
+                zeros > 0 and mean == mean and self._shards.first_rows[row] == NO_ROWS
+            ):
+                zero_rows = NOT_KNOWN
+            elif zeros == count > 0 and mean == 0:
                 rows = x.shape[0]
                 zero_rows = pack_rows(b"\1" * rows) if rows <= MOST_ROWS else NOT_KNOWN
+            if zero_rows is not None:
                 self._details[row] = self._details.get(row, Detail())._replace(zero_rows=zero_rows)
 
     def _put_unread(self, row: int, count: int, reason: str | None = None) -> None:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 
 from paramstats._core.backend import Implementation
+from paramstats._core.detail_options import DetailOptions
 from paramstats._core.layout import Layout
 from paramstats._core.names import Patterns
 from paramstats._core.optimizers import Request, make_request
@@ -73,7 +74,7 @@ def summarize(call: Call, source: Any, layout: Layout, tensors: list[Any]) -> Su
 def _common_arguments(call: Call) -> Arguments:
     """Return the arguments that must be equal on all ranks."""
     include, exclude, correction, grad_scale, *_ = call.options
-    details = call.options.details
+    details = call.options.details or DetailOptions()
     arguments = {
         "params": bool(call.params),
         "grads": bool(call.grads),
@@ -83,8 +84,8 @@ def _common_arguments(call: Call) -> Arguments:
         "correction": correction,
         "grad_scale": grad_scale,
     }
-    for name, patterns in {} if details is None else details._asdict().items():
-        arguments[name] = None if patterns is None else _texts(patterns)
+    for name, selection in details.arguments().items():
+        arguments[name] = selection if isinstance(selection, bool) else _texts(selection)
     return tuple((name, str(value)) for name, value in arguments.items())
 
 
@@ -118,5 +119,8 @@ def _read(call: Call, source: Any, layout: Layout, tensors: list[Any]) -> LocalR
         local = zip(shapes, tensors, strict=True)
         shapes = tuple(None if shape is None else tuple(x.shape) for shape, x in local)
         layout = Layout.shared(names, aliases, parameters, shapes, *rest)
-    flags = b"" if options.details is None else options.details.flags(layout)
+    flags = b""
+    if options.details is not None:
+        options.details.warn_no_match(layout, stacklevel=5)
+        flags = options.details.flags(layout)
     return LocalRows(call.backend, layout, tensors, shards, call.params, optimizers, flags)

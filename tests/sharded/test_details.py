@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import paramstats
 from paramstats._core import backend as backends
@@ -95,10 +95,55 @@ def test_slices_have_a_distribution_and_no_rows():
 def test_partial_tensors_have_a_reason():
     mesh = init_device_mesh("cpu", (2,))
     weight = torch.nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh, [Replicate()]))
-    from torch.distributed.tensor import DTensor, Partial
-
     weight.grad = DTensor.from_local(torch.ones(4, 4), mesh, [Partial()])
     summary = paramstats.summarize({"w": weight}, distribution=True)
     assert set(summary.skipped) == {"w (gradient, distribution)"}
     assert summary["w"].grad.mean == 2
     assert _details(summary)[1] is None
+
+
+@on_ranks(2)
+def test_zero_rows_that_are_not_known():
+    mesh = init_device_mesh("cpu", (2,))
+    values = torch.ones(4, 4)
+    values[2] = 0
+    weight = torch.nn.Parameter(distribute_tensor(torch.zeros(4, 4), mesh, [Replicate()]))
+    weight.grad = DTensor.from_local(values, mesh, [Partial()])
+    flat = torch.arange(10.0) % 4 + 0  # with fewer zeros than a row has elements, or with more
+    shards = {
+        "few": paramstats.LocalShard(flat, index=dist.get_rank(), numel=20, shape=(2, 10)),
+        "more": paramstats.LocalShard(flat, index=dist.get_rank(), numel=20, shape=(5, 4)),
+        "all": paramstats.LocalShard(flat * 0, index=dist.get_rank(), numel=20, shape=(5, 4)),
+    }
+    summary = paramstats.summarize({"w": weight, **shards})
+    assert summary["w"].zero_rows == (0, 1, 2, 3) and summary["w"].grad.zero_rows is None
+    assert summary["few"].zero_rows == () and summary["more"].zero_rows is None
+    assert summary["all"].zero_rows == (0, 1, 2, 3, 4)
+    assert paramstats.summarize({"w": weight}, params=False)["w"].zero_rows is None
+
+
+@on_ranks(2)
+def test_different_arguments_are_refused():
+    mesh = init_device_mesh("cpu", (2,))
+    source = {"w": distribute_tensor(torch.ones(4, 4), mesh, [Shard(0)])}
+    for first, second, got in ((True, False, "True"), ("w", True, r"\['w'\]")):
+        value = first if dist.get_rank() == 0 else second
+        with pytest.raises(ValueError, match=f"the same distribution on all ranks, got {got}"):
+            paramstats.summarize(source, distribution=value)
+    with pytest.warns(RuntimeWarning, match="no name matches rows="):
+        paramstats.summarize(source, rows="nothing")
+
+
+@on_ranks(2)
+def test_ranks_with_other_hashes_of_rows():
+    before = backends.active()
+    mesh = init_device_mesh("cpu", (2,))
+    source = {"w": distribute_tensor(torch.ones(4, 4), mesh, [Shard(0)])}
+    assert paramstats.summarize(source, rows=True)["w"].rows.equal == ((0, 1, 2, 3),)
+    if dist.get_rank() == 1:
+        backends._active = backends.choose("reference")
+    try:
+        summary = paramstats.summarize(source, rows=True)
+    finally:
+        backends._active = before
+    assert summary["w"].rows is None and "hashes" in summary.skipped["w (rows)"]
