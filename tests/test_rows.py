@@ -157,3 +157,10 @@ def test_dead_experts_of_a_real_model_are_found_by_index(backend):
             assert entry.grad.zero_rows == entry.grad.rows.dead == dead
             assert (entry.grad.rows.norm > 0).sum() == 6
             assert entry.zero_rows == entry.rows.dead == (dead if layer == 1 else ())
+
+
+def test_squares_that_overflow(backend):
+    x = torch.tensor([[1e200, -1e200, 3e180], [1e200, 1e200, 1e200]], dtype=torch.float64)
+    rows = summarize({"x": x}, rows=True)["x"].rows
+    assert rows.norm.tolist() == [math.inf, pytest.approx(3**0.5 * 1e200)]
+    assert rows.std.tolist() == [math.inf, 0]

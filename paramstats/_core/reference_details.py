@@ -258,8 +258,8 @@ def _row_states(x: Tensor, column: int) -> list[Tensor]:
     mean = mean.where(mean.isfinite(), (values / divisor.unsqueeze(1)).sum(1))
     mean = low.where(low == high, mean)
     d = (values - mean.unsqueeze(1)).where(finite, 0.0)
-    shift = d.sum(1)
-    m2 = (d.square().sum(1) - shift * (shift / divisor)).clamp(min=0.0)
+    squares, shift = d.square().sum(1), d.sum(1)
+    m2 = squares.where(squares.isinf(), squares - shift * (shift / divisor)).clamp(min=0.0)
     return [n, mean, m2, values.abs().amax(1), zeros, values.shape[1] - n, hashes]
 
 
