@@ -73,15 +73,14 @@ struct RowExtremes {
 };
 
 // Reads a piece of n > 0 elements. Returns false if the lanes cannot represent it: it contains NaN
-// or infinity, or d^2 overflows or underflows. Always writes the hash.
+// or infinity, or d^2 overflows or underflows.
 template <class T>
-inline bool try_row(const typename T::Storage* x, int64_t n, typename T::Scalar pivot, Moments& out,
-                    uint64_t& hash) {
+__attribute__((noinline)) bool try_row(const typename T::Storage* x, int64_t n,
+                                       typename T::Scalar pivot, Moments& out) {
   constexpr int kTries = 3;
   for (int attempt = 0; attempt < kTries; ++attempt) {
     RowExtremes<T> e;
     const BlockSums s = block_sums<T>(x, n, pivot, e);
-    hash = e.hash.value();
     const Fit fit = from_sums({s.sum, s.sum_sq, e.all.minimum(), e.all.maximum(), e.zero_count()},
                               n, pivot, kMaxShiftShare, T::kMinSquares, kLargest, out);
     if (fit != Fit::kFar) return fit == Fit::kGood;
@@ -105,18 +104,69 @@ inline RowState row_of(const Moments& state, uint64_t hash) {
   return {state.mean, state.m2, abs_max, state.zeros, nonfinite, hash};
 }
 
-// The lanes of some rows, summed around 0. (Without constructors, which would clear them first.)
-template <class T>
-struct RowLanes {
-  static constexpr int kRows = 16;
-  DoubleLanes sum[kRows], sum_sq[kRows];
-  typename T::Vector min[kRows], max[kRows];
-  typename T::Mask zeros[kRows];
-  UInt64Lanes hash[kRows];
+// Vectors are reduced many at a time: lane l of the result is the reduction of the lanes of v[l].
+// Each is reduced in the same order: first the halves of a vector, then their halves.
+struct Sum {
+  template <class V>
+  static V of(V a, V b) {
+    return a + b;
+  }
+};
+struct Largest {
+  template <class V>
+  static V of(V a, V b) {
+    return larger(a, b);
+  }
+};
 
-  // Sums row k, of n > 0 elements, as block_sums does. `n` is a whole number of units.
+// The even (kOdd = 0) or odd blocks of kSize lanes: of a and b in turns.
+template <int kSize, int kOdd, class V>
+inline V blocks(V a, V b) {
+  typedef decltype((decltype(V{} == V{})){}) Index;
+  V out;
+#if defined(__clang__)
+  for (int l = 0; l < kLanes<V>; ++l) {
+    const int from = ((l / kSize & ~1) + kOdd) * kSize + l % kSize;
+    out[l] = l / kSize % 2 == 0 ? a[from] : b[from];
+  }
+#else
+  Index from;
+  for (int l = 0; l < kLanes<V>; ++l) {
+    from[l] = ((l / kSize & ~1) + kOdd) * kSize + l % kSize + l / kSize % 2 * kLanes<V>;
+  }
+  out = __builtin_shuffle(a, b, from);
+#endif
+  return out;
+}
+
+template <class Op, class V, int kNumber>
+inline V reduced(const V (&v)[kNumber]) {
+  constexpr int kHalf = kNumber / 2;
+  V half[kHalf];
+#pragma GCC unroll 8
+  for (int i = 0; i < kHalf; ++i) {
+    half[i] = Op::of(blocks<kHalf, 0>(v[i], v[i + kHalf]), blocks<kHalf, 1>(v[i], v[i + kHalf]));
+  }
+  if constexpr (kHalf > 1) {
+    return reduced<Op>(half);
+  } else {
+    return half[0];
+  }
+}
+
+// Some rows: their lanes, summed around 0, and what follows from them. (Without constructors, which
+// would clear them first.)
+template <class T>
+struct RowGroup {
+  using V = typename T::Vector;
+  static constexpr int kRows = kLanes<V>, kDoubles = kLanes<DoubleLanes>;
+  DoubleLanes sum[kRows], sum_sq[kRows];
+  UInt64Lanes hash[kRows];
+  V min[kRows], max[kRows], abs_max[kRows];
+  typename T::Mask zeros[kRows];
+
+  // Sums row k, of n > 0 elements.
   __attribute__((always_inline)) void read(int k, const typename T::Storage* x, int64_t n) {
-    using V = typename T::Vector;
     constexpr int kStep = kUnits<T> * kUnit<T>, kTile = T::kInner * kStep;
     RowExtremes<T> e;
     DoubleSums sums;
@@ -127,91 +177,146 @@ struct RowLanes {
       sums.add(take_tile<T, false>(x + i, groups, V{}, e));
       i += groups * kStep;
     }
-    for (; i < n; i += kUnit<T>) {
-      V v[T::kVectors];
+    V v[T::kVectors];
+    for (; i + kUnit<T> <= n; i += kUnit<T>) {
       T::load(x + i, v);
       e.take(0, x + i, v);
       for (int l = 0; l < T::kVectors; ++l) sums.add(LaneSums<T>{v[l], v[l] * v[l]});
     }
+    if (i < n) {
+      // The last elements, at the end of a unit: after other elements of the row, for the extremes,
+      // and after zeros.
+      constexpr int64_t kSize = sizeof(x[0]);
+      typename T::Storage last[kUnit<T>], padded[kUnit<T>] = {};
+      for (int l = 0; l < kUnit<T>; ++l) last[l] = element_at(x);
+      const int64_t known = n < kUnit<T> ? n : kUnit<T>;
+      __builtin_memcpy(last + kUnit<T> - known, x + n - known, known * kSize);
+      __builtin_memcpy(padded + kUnit<T> - (n - i), x + i, (n - i) * kSize);
+      T::load(last, v);
+      const auto before = e.all.zeros;
+      e.all.take(last, v);
+      e.all.zeros = before;
+      T::load(padded, v);
+      for (int l = 0; l < T::kVectors; ++l) {
+        sums.add(LaneSums<T>{v[l], v[l] * v[l]});
+        count_zeros(e.all.zeros, v[l]);
+      }
+      e.hash.take(padded);
+    }
     sum[k] = sums.sum;
-    sum_sq[k] = e.is_nan() ? sums.sum_sq + kNaN : sums.sum_sq;
+    sum_sq[k] = sums.sum_sq;
+    hash[k] = e.hash.sums;
     min[k] = e.all.min;
     max[k] = e.all.max;
+    abs_max[k] = larger(e.all.max, -e.all.min);
     zeros[k] = e.all.zeros;
-    hash[k] = e.hash.sums;
   }
-  Fit state(int k, int64_t n, double* total, Moments& out) const {
-    *total = lanes_total(sum[k]);
-    const int64_t n_zeros = lanes_any(zeros[k]) ? lanes_sum(zeros[k]) : 0;
-    return from_sums(
-        {*total, lanes_total(sum_sq[k]), lanes_min(min[k]), lanes_max(max[k]), n_zeros}, n, 0,
-        kMaxShiftShare, T::kMinSquares, kLargest, out);
+  void clear(int k) {
+    sum[k] = sum_sq[k] = DoubleLanes{};
+    hash[k] = UInt64Lanes{};
+    min[k] = max[k] = abs_max[k] = V{};
+    zeros[k] = typename T::Mask{};
   }
 };
 
-// Merges the states of rows of n finite elements each.
-inline Moments merged(const Moments* states, int64_t rows, int64_t n) {
-  Moments out;
-  const double first = states[0].mean;
-  double sum = 0, sum_sq = 0;  // of the distances of the means from `first`
-  for (int64_t r = 0; r < rows; ++r) {
-    const double d = states[r].mean - first;
-    sum += d;
-    sum_sq += d * d;
-    out.m2 += states[r].m2;
-    out.zeros += states[r].zeros;
-    out.min = states[r].min < out.min ? states[r].min : out.min;
-    out.max = states[r].max > out.max ? states[r].max : out.max;
+// The elements of rows that were accepted with the pivot 0. The square of their sum is small, too.
+template <class T>
+struct AcceptedRows {
+  DoubleLanes sum = {}, sum_sq = {};
+  typename T::Vector min = typename T::Vector{} + kInfinity;
+  typename T::Vector max = typename T::Vector{} - kInfinity;
+  int64_t rows = 0, zeros = 0;
+
+  Moments state(int64_t n) const {
+    Moments out;
+    if (rows == 0) return out;
+    from_sums({lanes_total(sum), lanes_total(sum_sq), lanes_min(min), lanes_max(max), zeros},
+              rows * n, 0, 1, 0, kLargest, out);
+    return out;
   }
-  const double shift = sum / static_cast<double>(rows), between = sum_sq - sum * shift;
-  out.count = rows * n;
-  out.mean = first + shift;
-  out.m2 += static_cast<double>(n) * (between > 0 ? between : 0);
-  return out;
-}
+};
 
 template <class T>
 Moments rows(const void* data, int64_t number, int64_t n, RowState* out) {
-  constexpr int kRows = RowLanes<T>::kRows;
+  using Group = RowGroup<T>;
+  constexpr int kRows = Group::kRows, kDoubles = Group::kDoubles;
+  constexpr double kMaxRowShare = 1.0 / 6;
+  // The sums of all rows of a chunk do not overflow.
+  constexpr double kMaxSquares = kLargest / kChunk;
+  constexpr double kMinSquares = T::kMinSquares > 0 ? T::kMinSquares : 0x1p-1074;
   const auto* x = static_cast<const typename T::Storage*>(data);
-  Moments all;
-  for (int64_t r = 0; r < number; r += kRows) {
+  const double divisor = static_cast<double>(n);
+  const int64_t padding = (kUnit<T> - n % kUnit<T>) % kUnit<T>;
+  AcceptedRows<T> accepted;
+  Moments others;
+  Group group;
+  for (int64_t r = 0; r < number; r += kRows, x += kRows * n, out += kRows) {
     const int size = number - r < kRows ? static_cast<int>(number - r) : kRows;
-    Moments states[kRows];
-    uint64_t hashes[kRows];
-    bool fit = true;
-    if (n % kUnit<T> == 0) {
-      // First all sums, then all states: the long chains of operations that a state needs overlap.
-      RowLanes<T> lanes;
-      for (int k = 0; k < size; ++k) lanes.read(k, x + k * n, n);
-      for (int k = 0; k < size; ++k) {
-        double sum;
-        hashes[k] = RowHash{lanes.hash[k]}.value();
-        const Fit found = lanes.state(k, n, &sum, states[k]);
-        if (found == Fit::kGood) continue;
-        const auto pivot = static_cast<typename T::Scalar>(sum / static_cast<double>(n));
-        if (found == Fit::kUnusable || !try_row<T>(x + k * n, n, pivot, states[k], hashes[k])) {
-          states[k] = difficult_row<T>(x + k * n, n);
-          fit = false;
+    for (int k = 0; k < size; ++k) group.read(k, x + k * n, n);
+    for (int k = size; k < kRows; ++k) group.clear(k);
+    double mean[kRows], m2[kRows], squares[kRows];
+    uint64_t hash[kRows];
+    int64_t good[kRows];
+    DoubleLanes sum_of_all = {}, squares_of_all = {};
+    Int64Lanes all_good = ~Int64Lanes{};
+#pragma GCC unroll 4
+    for (int k = 0; k < kRows; k += kDoubles) {
+      DoubleLanes sums[kDoubles], sums_sq[kDoubles];
+      UInt64Lanes hashes[kDoubles];
+      __builtin_memcpy(sums, group.sum + k, sizeof(sums));
+      __builtin_memcpy(sums_sq, group.sum_sq + k, sizeof(sums));
+      __builtin_memcpy(hashes, group.hash + k, sizeof(sums));
+      const DoubleLanes sum = reduced<Sum>(sums), sum_sq = reduced<Sum>(sums_sq);
+      const UInt64Lanes hashes_of = reduced<Sum>(hashes);
+      const DoubleLanes shift = sum / divisor, shift_squares = sum * shift;
+      const DoubleLanes m2s = sum_sq - shift_squares;
+      const Int64Lanes fit = (Int64Lanes)(sum_sq >= kMinSquares) &
+                             (Int64Lanes)(sum_sq <= kMaxSquares) &
+                             (Int64Lanes)(shift_squares <= sum_sq * kMaxRowShare);
+      __builtin_memcpy(mean + k, &shift, sizeof(shift));
+      __builtin_memcpy(m2 + k, &m2s, sizeof(shift));
+      __builtin_memcpy(squares + k, &sum_sq, sizeof(shift));
+      __builtin_memcpy(hash + k, &hashes_of, sizeof(shift));
+      __builtin_memcpy(good + k, &fit, sizeof(shift));
+      all_good &= fit;
+      sum_of_all += sum;
+      squares_of_all += sum_sq;
+    }
+    const typename T::Vector abs_max = reduced<Largest>(group.abs_max);
+    typename T::Mask zeros = {}, any_zeros = group.zeros[0];
+    for (int k = 1; k < kRows; ++k) any_zeros |= group.zeros[k];
+    if (lanes_any(any_zeros)) zeros = reduced<Sum>(group.zeros) - static_cast<int>(padding);
+    const bool has_nan = T::kNaNIsNumber && lanes_max(abs_max) > 448;
+    if (!lanes_any(~all_good) && !has_nan) {
+      for (int k = 0; k < kRows; ++k) {
+        out[k] = {mean[k], m2[k], abs_max[k], zeros[k], 0, hash[k]};
+        accepted.min = smaller(group.min[k], accepted.min);
+        accepted.max = larger(group.max[k], accepted.max);
+      }
+      accepted.sum += sum_of_all;
+      accepted.sum_sq += squares_of_all;
+      accepted.rows += kRows;
+      accepted.zeros += lanes_any(any_zeros) ? lanes_sum(zeros) : 0;
+      continue;
+    }
+    for (int k = 0; k < size; ++k) {
+      Moments state;
+      const bool is_nan = T::kNaNIsNumber && abs_max[k] > 448;
+      if (!is_nan && (good[k] || (abs_max[k] == 0 && squares[k] == 0))) {
+        state = {
+            n, zeros[k], 0, 0, 0, mean[k], m2[k], lanes_min(group.min[k]), lanes_max(group.max[k])};
+      } else {
+        const auto pivot = static_cast<typename T::Scalar>(mean[k]);
+        const auto* row = x + k * n;
+        if (!is_finite(pivot) || is_nan || !try_row<T>(row, n, pivot, state)) {
+          state = difficult_row<T>(row, n);
         }
       }
-    } else {
-      for (int k = 0; k < size; ++k) {
-        if (try_row<T>(x + k * n, n, 0, states[k], hashes[k])) continue;
-        states[k] = difficult_row<T>(x + k * n, n);
-        fit = false;
-      }
+      out[k] = row_of(state, hash[k]);
+      others = merge(others, state);
     }
-    for (int k = 0; k < size; ++k) out[r + k] = row_of(states[k], hashes[k]);
-    const Moments both = merged(states, size, n);
-    if (fit && is_finite(both.m2)) {
-      all = merge(all, both);
-    } else {
-      for (int k = 0; k < size; ++k) all = merge(all, states[k]);
-    }
-    x += size * n;
   }
-  return all;
+  return merge(others, accepted.state(n));
 }
 
 template <class S>
