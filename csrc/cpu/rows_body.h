@@ -10,8 +10,6 @@
 //
 //     sum over i of (w[2i] + key[2i] mod 2^32) * (w[2i+1] + key[2i+1] mod 2^32)      mod 2^64
 
-typedef uint64_t UInt64Lanes __attribute__((vector_size(kVectorBytes)));
-
 struct RowKeys {
   uint32_t of[kRowPieceBytes / sizeof(uint32_t)];
 
@@ -128,56 +126,6 @@ inline RowState row_of(const Moments& state, uint64_t hash) {
   if (nonfinite == state.count) return {0, 0, 0, 0, nonfinite, hash};
   const double abs_max = state.max > -state.min ? state.max : -state.min;
   return {state.mean, state.m2, abs_max, state.zeros, nonfinite, hash};
-}
-
-// Vectors are reduced many at a time: lane l of the result is the reduction of the lanes of v[l].
-// Each is reduced in the same order: first the halves of a vector, then their halves.
-struct Sum {
-  template <class V>
-  static V of(V a, V b) {
-    return a + b;
-  }
-};
-struct Largest {
-  template <class V>
-  static V of(V a, V b) {
-    return larger(a, b);
-  }
-};
-
-// The even (kOdd = 0) or odd blocks of kSize lanes: of a and b in turns.
-template <int kSize, int kOdd, class V>
-inline V blocks(V a, V b) {
-  typedef decltype((decltype(V{} == V{})){}) Index;
-  V out;
-#if defined(__clang__)
-  for (int l = 0; l < kLanes<V>; ++l) {
-    const int from = ((l / kSize & ~1) + kOdd) * kSize + l % kSize;
-    out[l] = l / kSize % 2 == 0 ? a[from] : b[from];
-  }
-#else
-  Index from;
-  for (int l = 0; l < kLanes<V>; ++l) {
-    from[l] = ((l / kSize & ~1) + kOdd) * kSize + l % kSize + l / kSize % 2 * kLanes<V>;
-  }
-  out = __builtin_shuffle(a, b, from);
-#endif
-  return out;
-}
-
-template <class Op, class V, int kNumber>
-inline V reduced(const V (&v)[kNumber]) {
-  constexpr int kHalf = kNumber / 2;
-  V half[kHalf];
-#pragma GCC unroll 8
-  for (int i = 0; i < kHalf; ++i) {
-    half[i] = Op::of(blocks<kHalf, 0>(v[i], v[i + kHalf]), blocks<kHalf, 1>(v[i], v[i + kHalf]));
-  }
-  if constexpr (kHalf > 1) {
-    return reduced<Op>(half);
-  } else {
-    return half[0];
-  }
 }
 
 // The lanes of some rows, summed around 0. (Without constructors, which would clear them first.)
