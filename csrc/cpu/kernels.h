@@ -53,7 +53,7 @@ using DistributionKernel = Moments (*)(const void* data, int64_t n, ChunkDistrib
 constexpr int kRowPieceBytes = 8192;
 constexpr int64_t row_piece(DType dtype) {  // elements
   const int64_t n = kRowPieceBytes / element_size(dtype);
-  return n < kPart ? n : kPart;
+  return n <= kPart ? n : kPart / 2;  // counters of 8 bits would overflow for more
 }
 
 // Key i of the hash of rows: a number that looks random (Steele, Lea, Flood: "Fast splittable

@@ -4,6 +4,7 @@
 typedef float FloatLanes __attribute__((vector_size(kVectorBytes)));
 typedef double DoubleLanes __attribute__((vector_size(kVectorBytes)));
 typedef int64_t Int64Lanes __attribute__((vector_size(kVectorBytes)));
+typedef uint64_t UInt64Lanes __attribute__((vector_size(kVectorBytes)));
 typedef int32_t Int32Lanes __attribute__((vector_size(kVectorBytes)));
 typedef uint32_t UInt32Lanes __attribute__((vector_size(kVectorBytes)));
 typedef int16_t Int16Lanes __attribute__((vector_size(kVectorBytes)));
@@ -121,6 +122,56 @@ inline auto lanes_min(V v) {
 template <class V>
 inline auto lanes_max(V v) {
   return Extreme<true, decltype(copy_of(v[0])), sizeof(V)>::of(v);
+}
+
+// Operations for `reduced`.
+struct Sum {
+  template <class V>
+  static V of(V a, V b) {
+    return a + b;
+  }
+};
+struct Largest {
+  template <class V>
+  static V of(V a, V b) {
+    return larger(a, b);
+  }
+};
+
+// The even (kOdd = 0) or odd blocks of kSize lanes: of a and b in turns.
+template <int kSize, int kOdd, class V>
+inline V blocks(V a, V b) {
+#if defined(__clang__)
+  V out;
+  for (int l = 0; l < kLanes<V>; ++l) {
+    const int from = ((l / kSize & ~1) + kOdd) * kSize + l % kSize;
+    out[l] = l / kSize % 2 == 0 ? a[from] : b[from];
+  }
+  return out;
+#else
+  decltype(a == b) from;
+  for (int l = 0; l < kLanes<V>; ++l) {
+    from[l] = ((l / kSize & ~1) + kOdd) * kSize + l % kSize + l / kSize % 2 * kLanes<V>;
+  }
+  return __builtin_shuffle(a, b, from);
+#endif
+}
+
+// Reduces as many vectors as V has lanes: lane l of the result is the reduction of v[l]. The order
+// is that of lanes_total for each: the halves of a vector, then the halves of what they become.
+template <class Op, class V, int kNumber>
+inline V reduced(const V (&v)[kNumber]) {
+  constexpr int kHalf = kNumber / 2;
+  V half[kHalf];
+#pragma GCC unroll 8
+  for (int i = 0; i < kHalf; ++i) {
+    half[i] = Op::of(blocks<kHalf, 0>(v[i], v[i + kHalf]), blocks<kHalf, 1>(v[i], v[i + kHalf]));
+  }
+  if constexpr (kHalf > 1) {
+    return reduced<Op>(half);
+  } else {
+    return half[0];
+  }
 }
 
 // The arithmetic of a block: float32 lanes for dtypes that float32 represents exactly, float64

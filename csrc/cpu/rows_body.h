@@ -10,8 +10,6 @@
 //
 //     sum over i of (w[2i] + key[2i] mod 2^32) * (w[2i+1] + key[2i+1] mod 2^32)      mod 2^64
 
-typedef uint64_t UInt64Lanes __attribute__((vector_size(kVectorBytes)));
-
 struct RowKeys {
   uint32_t of[kRowPieceBytes / sizeof(uint32_t)];
 
@@ -47,56 +45,81 @@ struct RowHash {
   }
 };
 
-// What block_sums computes of a piece in addition to the sums. (It fills the last vector with the
-// first element. The hash includes these.)
+// The extremes of a row: of narrow floats as the integers in memory.
+template <class T, class = typename T::Extremes>
+struct OfRow {
+  using Extremes = Converted<T>;
+};
+template <class T, class Unsigned, class Signed>
+struct OfRow<T, SignMagnitude<T, Unsigned, Signed>> {
+  using Extremes = SignMagnitude<T, Unsigned, Signed>;
+};
+
+// The largest absolute values and the numbers of zeros, at most 255 in a lane.
 template <class T>
-struct RowExtremes {
-  static_assert(kUnit<T> * sizeof(typename T::Storage) == kVectorBytes, "a unit is a vector");
-  Converted<T> all = {};
-  int64_t excluded_zeros = 0;
+inline typename T::Vector abs_max_of(const Converted<T>& e) {
+  return larger(e.max, -e.min);
+}
+template <class T>
+inline typename T::Mask zeros_of(const Converted<T>& e) {
+  return e.zeros;
+}
+template <class T, class Unsigned, class Signed>
+inline FloatLanes abs_max_of(const SignMagnitude<T, Unsigned, Signed>& e) {
+  const auto positive = (Unsigned)(e.max_signed > 0 ? e.max_signed : Signed{});
+  const Unsigned any = e.max_bits & (Unsigned{} + e.kMagnitude);
+  const Unsigned magnitude = positive > any ? positive : any;
+  typename T::Storage bits[kUnit<T>];
+  FloatLanes v[T::kVectors];
+  __builtin_memcpy(bits, &magnitude, sizeof(bits));
+  T::load(bits, v);
+  for (int k = 1; k < T::kVectors; ++k) v[0] = larger(v[k], v[0]);
+  return v[0];
+}
+template <class T, class Unsigned, class Signed>
+inline Int32Lanes zeros_of(const SignMagnitude<T, Unsigned, Signed>& e) {
+  auto n = (UInt32Lanes)e.zeros;
+  if constexpr (sizeof(typename T::Storage) == 1) n = (n & 0xff00ff) + (n >> 8 & 0xff00ff);
+  return (Int32Lanes)((n & 0xffff) + (n >> 16));
+}
+
+// What is computed of a row in addition to its sums.
+template <class T>
+struct ExtremesAndHash {
+  typename OfRow<T>::Extremes extremes = {};
   RowHash hash = {};
 
-  void take(int, const typename T::Storage* p, const typename T::Vector (&v)[T::kVectors]) {
+  __attribute__((always_inline)) void take(int, const typename T::Storage* p,
+                                           const typename T::Vector (&v)[T::kVectors]) {
     hash.take(p);
-    all.take(p, v);
+    extremes.take(p, v);
   }
-  void exclude(double value, int64_t n) { excluded_zeros += value == 0 ? n : 0; }
-  void empty_lanes() {}  // no lane is narrower than 32 bits
-  // The sums show a NaN, unless the conversion turned it into a number above the largest one.
-  bool is_nan() const {
-    constexpr double kLargestNumber = 448;
-    return T::kNaNIsNumber && (all.maximum() > kLargestNumber || all.minimum() < -kLargestNumber);
-  }
-  int64_t zero_count() const {
-    return lanes_any(all.zeros) ? lanes_sum(all.zeros) - excluded_zeros : 0;
+  // The last elements of a row: in `last` after other elements of it, in `padded` after zeros.
+  void take_last(const typename T::Storage* last, const typename T::Storage* padded,
+                 typename T::Vector (&v)[T::kVectors]) {
+    auto counted = extremes;
+    T::load(last, v);
+    extremes.take(last, v);
+    T::load(padded, v);
+    counted.take(padded, v);
+    extremes.zeros = counted.zeros;
+    hash.take(padded);
   }
 };
 
-// Reads a piece of n > 0 elements. Returns false if the lanes cannot represent it: it contains NaN
-// or infinity, or d^2 overflows or underflows. Always writes the hash.
+// Reads n <= kPart elements alone, with a pivot near their mean.
 template <class T>
-inline bool try_row(const typename T::Storage* x, int64_t n, typename T::Scalar pivot, Moments& out,
-                    uint64_t& hash) {
-  constexpr int kTries = 3;
-  for (int attempt = 0; attempt < kTries; ++attempt) {
-    RowExtremes<T> e;
-    const BlockSums s = block_sums<T>(x, n, pivot, e);
-    hash = e.hash.value();
-    const Fit fit = from_sums({s.sum, s.sum_sq, e.all.minimum(), e.all.maximum(), e.zero_count()},
-                              n, pivot, kMaxShiftShare, T::kMinSquares, kLargest, out);
-    if (fit != Fit::kFar) return fit == Fit::kGood;
-    pivot = static_cast<typename T::Scalar>(pivot + s.sum / static_cast<double>(n));
-  }
-  return false;
+__attribute__((noinline)) Moments one_row(const typename T::Storage* x, int64_t n, double pivot) {
+  Running<T> running;
+  if (is_finite(pivot)) running.pivot = static_cast<typename T::Scalar>(pivot);
+  if (!try_block<T>(x, n, running)) summarize_difficult_part<T>(x, n, running);
+  return finish(running);
 }
 
-// Reads n <= kPart elements that the lanes of their dtype cannot represent.
-template <class T>
-__attribute__((noinline)) Moments difficult_row(const typename T::Storage* x, int64_t n) {
-  Running<T> running;
-  summarize_difficult_part<T>(x, n, running);
-  return running.state;
-}
+// The largest accepted sum^2 / n as a share of the sum of squares. With the pivot 0 and at most 9
+// float32 additions, the error of m2 is at most (10 + 2 * 9 * sqrt(1/6)) u (6/5) m2 = 20.8u m2 and
+// that of the mean 9u sqrt(6/5) std = 9.9u std, which together are within the bound of a tensor.
+constexpr double kMaxRowShare = 1.0 / 6;
 
 inline RowState row_of(const Moments& state, uint64_t hash) {
   const int64_t nonfinite = state.count - finite_count(state);
@@ -107,18 +130,28 @@ inline RowState row_of(const Moments& state, uint64_t hash) {
 
 // The lanes of some rows, summed around 0. (Without constructors, which would clear them first.)
 template <class T>
-struct RowLanes {
-  static constexpr int kRows = 16;
-  DoubleLanes sum[kRows], sum_sq[kRows];
-  typename T::Vector min[kRows], max[kRows];
+struct RowGroup {
+  using V = typename T::Vector;
+  static constexpr int kRows = kLanes<V>, kDoubles = kLanes<DoubleLanes>;
+  DoubleLanes sum[kRows / kDoubles][kDoubles], sum_sq[kRows / kDoubles][kDoubles];
+  UInt64Lanes hash[kRows / kDoubles][kDoubles];
+  V abs_max[kRows];
   typename T::Mask zeros[kRows];
-  UInt64Lanes hash[kRows];
 
-  // Sums row k, of n > 0 elements, as block_sums does. `n` is a whole number of units.
-  __attribute__((always_inline)) void read(int k, const typename T::Storage* x, int64_t n) {
-    using V = typename T::Vector;
+  // Sums row k, which has 1 <= `groups` <= kInner groups of vectors.
+  __attribute__((always_inline)) void read_tile(int k, const typename T::Storage* x, int groups,
+                                                typename OfRow<T>::Extremes& all) {
+    ExtremesAndHash<T> e;
+    const LaneSums<T> sums = take_tile<T, false>(x, groups, V{}, e);
+    set(k, {widened(sums.sum), widened(sums.sum_sq)}, e.hash.sums, abs_max_of(e.extremes),
+        zeros_of(e.extremes));
+    all.join(e.extremes);
+  }
+  // Sums row k, of n > 0 elements.
+  __attribute__((always_inline)) void read(int k, const typename T::Storage* x, int64_t n,
+                                           typename OfRow<T>::Extremes& all) {
     constexpr int kStep = kUnits<T> * kUnit<T>, kTile = T::kInner * kStep;
-    RowExtremes<T> e;
+    ExtremesAndHash<T> e;
     DoubleSums sums;
     int64_t i = 0;
     for (; i + kTile <= n; i += kTile) sums.add(take_tile<T, false>(x + i, T::kInner, V{}, e));
@@ -127,91 +160,138 @@ struct RowLanes {
       sums.add(take_tile<T, false>(x + i, groups, V{}, e));
       i += groups * kStep;
     }
-    for (; i < n; i += kUnit<T>) {
-      V v[T::kVectors];
+    V v[T::kVectors];
+    for (; i + kUnit<T> <= n; i += kUnit<T>) {
       T::load(x + i, v);
       e.take(0, x + i, v);
-      for (int l = 0; l < T::kVectors; ++l) sums.add(LaneSums<T>{v[l], v[l] * v[l]});
+      for (const V& lanes : v) sums.add(LaneSums<T>{lanes, lanes * lanes});
     }
-    sum[k] = sums.sum;
-    sum_sq[k] = e.is_nan() ? sums.sum_sq + kNaN : sums.sum_sq;
-    min[k] = e.all.min;
-    max[k] = e.all.max;
-    zeros[k] = e.all.zeros;
-    hash[k] = e.hash.sums;
+    if (i < n) {
+      constexpr int64_t kSize = sizeof(x[0]);
+      const int64_t known = n < kUnit<T> ? n : kUnit<T>;
+      typename T::Storage last[kUnit<T>], padded[kUnit<T>] = {};
+      for (auto& element : last) element = element_at(x);
+      __builtin_memcpy(last + kUnit<T> - known, x + n - known, known * kSize);
+      __builtin_memcpy(padded + kUnit<T> - (n - i), x + i, (n - i) * kSize);
+      e.take_last(last, padded, v);
+      for (const V& lanes : v) sums.add(LaneSums<T>{lanes, lanes * lanes});
+    }
+    set(k, sums, e.hash.sums, abs_max_of(e.extremes), zeros_of(e.extremes));
+    all.join(e.extremes);
   }
-  Fit state(int k, int64_t n, double* total, Moments& out) const {
-    *total = lanes_total(sum[k]);
-    const int64_t n_zeros = lanes_any(zeros[k]) ? lanes_sum(zeros[k]) : 0;
-    return from_sums(
-        {*total, lanes_total(sum_sq[k]), lanes_min(min[k]), lanes_max(max[k]), n_zeros}, n, 0,
-        kMaxShiftShare, T::kMinSquares, kLargest, out);
+  void clear(int k) { set(k, DoubleSums(), UInt64Lanes{}, V{}, typename T::Mask{}); }
+  void set(int k, const DoubleSums& sums, UInt64Lanes hashes, V largest,
+           typename T::Mask zero_lanes) {
+    sum[k / kDoubles][k % kDoubles] = sums.sum;
+    sum_sq[k / kDoubles][k % kDoubles] = sums.sum_sq;
+    hash[k / kDoubles][k % kDoubles] = hashes;
+    abs_max[k] = largest;
+    zeros[k] = zero_lanes;
   }
 };
 
-// Merges the states of rows of n finite elements each.
-inline Moments merged(const Moments* states, int64_t rows, int64_t n) {
-  Moments out;
-  const double first = states[0].mean;
-  double sum = 0, sum_sq = 0;  // of the distances of the means from `first`
-  for (int64_t r = 0; r < rows; ++r) {
-    const double d = states[r].mean - first;
-    sum += d;
-    sum_sq += d * d;
-    out.m2 += states[r].m2;
-    out.zeros += states[r].zeros;
-    out.min = states[r].min < out.min ? states[r].min : out.min;
-    out.max = states[r].max > out.max ? states[r].max : out.max;
-  }
-  const double shift = sum / static_cast<double>(rows), between = sum_sq - sum * shift;
-  out.count = rows * n;
-  out.mean = first + shift;
-  out.m2 += static_cast<double>(n) * (between > 0 ? between : 0);
-  return out;
+// Adds the extremes of a row whose group has a row that is not accepted.
+template <class T>
+__attribute__((noinline)) void read_again(RowGroup<T>& unused, const typename T::Storage* x,
+                                          int64_t n, typename OfRow<T>::Extremes& all) {
+  unused.read(0, x, n, all);
 }
+
+// The elements of all rows that need no other pivot than 0.
+template <class T>
+struct RowTotals {
+  DoubleLanes sum = {}, sum_sq = {};
+  typename OfRow<T>::Extremes all = {};
+  int64_t count = 0, zeros = 0;
+
+  Moments state() const {
+    Moments out;
+    if (count == 0) return out;
+    from_sums({lanes_total(sum), lanes_total(sum_sq), all.minimum(), all.maximum(), zeros}, count,
+              0, 1, 0, kLargest, out);
+    return out;
+  }
+};
 
 template <class T>
 Moments rows(const void* data, int64_t number, int64_t n, RowState* out) {
-  constexpr int kRows = RowLanes<T>::kRows;
+  using Group = RowGroup<T>;
+  constexpr int kRows = Group::kRows, kDoubles = Group::kDoubles, kStep = kUnits<T> * kUnit<T>;
+  constexpr double kMinSquares = T::kMinSquares > 0 ? T::kMinSquares : 0x1p-1074;
+  constexpr double kMaxSquares = kLargest / kChunk;  // sums of them do not overflow
+  constexpr double kLargestNumber = T::kNaNIsNumber ? 448 : kInfinity;
   const auto* x = static_cast<const typename T::Storage*>(data);
-  Moments all;
-  for (int64_t r = 0; r < number; r += kRows) {
+  const double divisor = static_cast<double>(n);
+  const int padding = static_cast<int>((kUnit<T> - n % kUnit<T>) % kUnit<T>);
+  RowTotals<T> totals;
+  Moments others;
+  Group group;
+  for (int64_t r = 0; r < number; r += kRows, x += kRows * n, out += kRows) {
     const int size = number - r < kRows ? static_cast<int>(number - r) : kRows;
-    Moments states[kRows];
-    uint64_t hashes[kRows];
-    bool fit = true;
-    if (n % kUnit<T> == 0) {
-      // First all sums, then all states: the long chains of operations that a state needs overlap.
-      RowLanes<T> lanes;
-      for (int k = 0; k < size; ++k) lanes.read(k, x + k * n, n);
-      for (int k = 0; k < size; ++k) {
-        double sum;
-        hashes[k] = RowHash{lanes.hash[k]}.value();
-        const Fit found = lanes.state(k, n, &sum, states[k]);
-        if (found == Fit::kGood) continue;
-        const auto pivot = static_cast<typename T::Scalar>(sum / static_cast<double>(n));
-        if (found == Fit::kUnusable || !try_row<T>(x + k * n, n, pivot, states[k], hashes[k])) {
-          states[k] = difficult_row<T>(x + k * n, n);
-          fit = false;
-        }
-      }
+    auto all = totals.all;
+    if (n <= T::kInner * kStep && n % kStep == 0) {
+      const int groups = static_cast<int>(n) / kStep;
+      for (int k = 0; k < size; ++k) group.read_tile(k, x + k * n, groups, all);
     } else {
-      for (int k = 0; k < size; ++k) {
-        if (try_row<T>(x + k * n, n, 0, states[k], hashes[k])) continue;
-        states[k] = difficult_row<T>(x + k * n, n);
-        fit = false;
+      for (int k = 0; k < size; ++k) group.read(k, x + k * n, n, all);
+    }
+    for (int k = size; k < kRows; ++k) group.clear(k);
+    const auto abs_max = reduced<Largest>(group.abs_max);
+    DoubleLanes largest[kRows / kDoubles];
+    if constexpr (kRows == kDoubles) {
+      largest[0] = abs_max;
+    } else {
+      largest[0] = doubles<0>(abs_max);
+      largest[1] = doubles<1>(abs_max);
+    }
+    typename T::Mask zeros = group.zeros[0];
+    for (int k = 1; k < kRows; ++k) zeros |= group.zeros[k];
+    const bool has_zeros = lanes_any(zeros);
+    if (has_zeros) zeros = reduced<Sum>(group.zeros) - padding;
+
+    double mean[kRows], m2[kRows];
+    uint64_t hash[kRows];
+    int64_t fit[kRows];
+    Int64Lanes all_fit = ~Int64Lanes{};
+#pragma GCC unroll 2
+    for (int p = 0; p < kRows / kDoubles; ++p) {
+      const DoubleLanes sum = reduced<Sum>(group.sum[p]), sum_sq = reduced<Sum>(group.sum_sq[p]);
+      const UInt64Lanes hashes = reduced<Sum>(group.hash[p]);
+      const DoubleLanes shift = sum / divisor, shift_squares = sum * shift;
+      const DoubleLanes rest = sum_sq - shift_squares;
+      const Int64Lanes fits = (Int64Lanes)(largest[p] <= kLargestNumber) &
+                              (Int64Lanes)(sum_sq <= kMaxSquares) &
+                              (((Int64Lanes)(sum_sq >= kMinSquares) &
+                                (Int64Lanes)(shift_squares <= sum_sq * kMaxRowShare)) |
+                               ((Int64Lanes)(largest[p] == 0) & (Int64Lanes)(sum_sq == 0)));
+      __builtin_memcpy(mean + p * kDoubles, &shift, sizeof(shift));
+      __builtin_memcpy(m2 + p * kDoubles, &rest, sizeof(rest));
+      __builtin_memcpy(hash + p * kDoubles, &hashes, sizeof(hashes));
+      __builtin_memcpy(fit + p * kDoubles, &fits, sizeof(fits));
+      all_fit &= fits;
+      totals.sum += (DoubleLanes)((Int64Lanes)sum & fits);
+      totals.sum_sq += (DoubleLanes)((Int64Lanes)sum_sq & fits);
+    }
+    for (int k = 0; k < size; ++k) out[k] = {mean[k], m2[k], abs_max[k], zeros[k], 0, hash[k]};
+    if (!lanes_any(~all_fit)) {
+      totals.all = all;
+      totals.count += size * n;
+      for (int k = 0; has_zeros && k < size; ++k) totals.zeros += zeros[k];
+      continue;
+    }
+    for (int k = 0; k < size; ++k) {
+      if (fit[k]) {
+        read_again(group, x + k * n, n, totals.all);
+        totals.count += n;
+        totals.zeros += zeros[k];
+      } else {
+        const Moments state = one_row<T>(x + k * n, n, mean[k]);
+        out[k] = row_of(state, hash[k]);
+        others = merge(others, state);
       }
     }
-    for (int k = 0; k < size; ++k) out[r + k] = row_of(states[k], hashes[k]);
-    const Moments both = merged(states, size, n);
-    if (fit && is_finite(both.m2)) {
-      all = merge(all, both);
-    } else {
-      for (int k = 0; k < size; ++k) all = merge(all, states[k]);
-    }
-    x += size * n;
   }
-  return all;
+  return merge(others, totals.state());
 }
 
 template <class S>
