@@ -10,6 +10,7 @@ from paramstats._core import details as detail
 from paramstats._core import moments
 from paramstats._core.backend import active
 from paramstats._core.details import Detail, Distribution
+from paramstats._core.estimates import check_quantile
 from paramstats._core.moments import ROW, Moments, Statistics
 from paramstats._core.options import DISTRIBUTION_STATS, STATS, did_you_mean
 from paramstats._core.torch_private import skip_dynamo
@@ -203,11 +204,12 @@ class TensorStats:
         return Histogram(distribution, self._state(), self._scale)
 
     def quantile(self, q: float) -> float:
-        """Return the q-quantile, 0 <= q <= 1, within a factor of two; see `Histogram.quantile`.
+        """Return the q-quantile, 0 <= q <= 1; precision and errors as of `Histogram.quantile`.
 
-        NaN if an element is NaN, and without `summarize(distribution=...)`. Infinities count as
-        elements of `finite` do not: use `finite.quantile` where there are some, otherwise NaN.
+        NaN if an element is NaN or infinite; `finite.quantile` ignores those. Also NaN without
+        `summarize(distribution=...)`.
         """
+        check_quantile(q)
         histogram = self.histogram
         if histogram is None or self.nonfinite_count:
             return math.nan
