@@ -198,10 +198,10 @@ class TensorStats:
     @property
     def histogram(self) -> Histogram | None:
         """The distribution of the elements; None without `summarize(distribution=...)`."""
-        distribution = self._distribution()
-        if distribution is None:
+        packed = self._distribution()
+        if packed is None:
             return None
-        return Histogram(distribution, self._state(), self._scale)
+        return Histogram(Distribution.unpack(packed), self._state(), self._scale)
 
     def quantile(self, q: float) -> float:
         """Return the q-quantile, 0 <= q <= 1; precision and errors as of `Histogram.quantile`.
@@ -235,21 +235,19 @@ class TensorStats:
     @property
     def abs_mean(self) -> float:
         """Mean of the absolute values; NaN without `summarize(distribution=...)`."""
-        state = self._state()
+        state, scale = self._state(), self._scale
         if self._distribution() is not None and not state.nans and state.pos_infs + state.neg_infs:
             return math.inf
-        scale = self._scale
         return self._of_distribution(lambda d: d.abs_mean / scale if d.n else math.nan)
 
-    def _distribution(self) -> Distribution | None:
-        packed = None if self._detail is None else self._detail.distribution
-        return None if packed is None else Distribution.unpack(packed)
+    def _distribution(self) -> bytes | None:
+        return None if self._detail is None else self._detail.distribution
 
     def _of_distribution(self, statistic: Callable[[Distribution], float]) -> float:
-        distribution = self._distribution()
-        if distribution is None or self.nonfinite_count:
+        packed, state = self._distribution(), self._state()
+        if packed is None or moments.finite_count(state) < state.count:
             return math.nan
-        return statistic(distribution)
+        return statistic(Distribution.unpack_moments(packed))
 
     # ---- rows
 
@@ -262,7 +260,8 @@ class TensorStats:
         packed = None if self._detail is None else self._detail.rows
         if packed is None or not self.count:
             return None
-        return Rows(packed, self._correction, self._scale)
+        # Without other elements, the statistics of the finite ones are those of all.
+        return Rows(packed, self._correction, self._scale, is_finite=not self.nonfinite_count)
 
     @property
     def zero_rows(self) -> tuple[int, ...] | None:
