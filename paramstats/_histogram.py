@@ -9,15 +9,9 @@ import torch
 
 from paramstats._core.denormals import with_denormals
 from paramstats._core.details import Distribution
+from paramstats._core.estimates import below, check_quantile, checked_number, ordered
 from paramstats._core.format import bars
-from paramstats._core.low_precision import (
-    FORMATS,
-    MX_FORMATS,
-    interpolated,
-    least,
-    most,
-    name_of,
-)
+from paramstats._core.low_precision import FORMATS, MX_FORMATS, checked_format
 from paramstats._core.moments import Moments, finite_count
 from paramstats._core.optional import import_optional
 
@@ -131,33 +125,36 @@ class Histogram:
                 torch.dtype.
             scale: what elements are multiplied by before they are converted; or "mx": a power of
                 two for each 32 elements adjacent in memory, as in the OCP Microscaling formats
-                (float4 and float8 only; exact).
+                (float4 and float8 only). The powers are not limited to those of the format. Exact;
+                NaN for a gradient with a `grad_scale` that is no power of two.
 
         Raises:
-            ValueError: another dtype, or a scale that is no finite number > 0.
+            TypeError, ValueError: another dtype, or a scale that is no finite number > 0.
         """
-        return self._share(dtype, scale, True, interpolated)
+        return self._shares(dtype, scale, True)[1]
 
     def overflow(self, dtype: torch.dtype | str, scale: float | str = 1.0) -> float:
         """Return the share of all elements that are finite and too large for `dtype`.
 
-        These are rounded above its largest finite number. A conversion by torch makes them infinite
-        (float16, bfloat16, float8_e5m2) or NaN (float8_e4m3fn); others saturate. Arguments, errors
-        and precision as in `underflow`.
+        These are rounded above its largest finite number. Whether a conversion makes them infinite,
+        NaN or the largest number depends on the format, the hardware and the version of torch.
+        Arguments, errors and precision as in `underflow`.
         """
-        return self._share(dtype, scale, False, interpolated)
+        return self._shares(dtype, scale, False)[1]
 
     def underflow_bounds(
         self, dtype: torch.dtype | str, scale: float | str = 1.0
     ) -> tuple[float, float]:
         """Return the least and the largest possible value of `underflow`; equal if it is exact."""
-        return self._share(dtype, scale, True, least), self._share(dtype, scale, True, most)
+        least, _, most = self._shares(dtype, scale, True)
+        return least, most
 
     def overflow_bounds(
         self, dtype: torch.dtype | str, scale: float | str = 1.0
     ) -> tuple[float, float]:
         """Return the least and the largest possible value of `overflow`; equal if it is exact."""
-        return self._share(dtype, scale, False, most), self._share(dtype, scale, False, least)
+        least, _, most = self._shares(dtype, scale, False)
+        return least, most
 
     @with_denormals
     def below(self, magnitude: float) -> float:
@@ -166,82 +163,66 @@ class Histogram:
         Such as the share of gradients below Adam's eps. Exact at an edge of a bin, otherwise
         interpolated in one bin. NaN without elements.
         """
+        magnitude = checked_number(magnitude, "a number for magnitude")
         if not self.count or math.isnan(magnitude):
             return math.nan
-        return (self.zero_count + self._below(magnitude, False, interpolated)) / self.count
+        if magnitude <= 0:
+            return 0.0
+        return (self.zero_count + self._below(magnitude, False)[1]) / self.count
 
     @with_denormals
-    def _share(self, dtype: Any, scale: float | str, is_low: bool, part_of_bin: Any) -> float:
-        name = name_of(dtype)
+    def _shares(self, dtype: Any, scale: Any, is_low: bool) -> tuple[float, float, float]:
+        """Return the least possible share, the estimated one and the largest possible one."""
+        name, factor = checked_format(dtype, scale)
         if not self.count:
-            return math.nan
-        if scale == "mx":
-            if name not in MX_FORMATS:
-                raise ValueError(
-                    f"paramstats.Histogram: expected one of {', '.join(MX_FORMATS)} for "
-                    f'scale="mx", got {name}'
-                )
-            index = 2 * MX_FORMATS.index(name) + (not is_low)
-            return self._distribution.mx[index] / self.count
-        if isinstance(scale, str) or not (math.isfinite(scale) and scale > 0):
-            raise ValueError(
-                f'paramstats.Histogram: expected a finite number > 0 or "mx" for scale, '
-                f"got {scale!r}"
-            )
-        flushed, saturated, is_largest_even = FORMATS[name]
-        if is_low:
-            return self._below(flushed / scale, True, part_of_bin) / self.count
-        nonzero = sum(self.magnitudes)
-        return (nonzero - self._below(saturated / scale, is_largest_even, part_of_bin)) / self.count
+            least = estimate = most = math.nan
+        elif factor is None:
+            # Elements are counted before division by `_scale`, which is exact for powers of two.
+            is_exact = math.frexp(self._scale)[0] == 0.5
+            counted = self._distribution.mx[2 * MX_FORMATS.index(name) + (not is_low)]
+            least = estimate = most = counted if is_exact else math.nan
+        elif is_low:
+            least, estimate, most = self._below(FORMATS[name].flushed / factor, True)
+        else:
+            _, saturated, is_largest_even = FORMATS[name]
+            n = sum(self.magnitudes)
+            below = self._below(saturated / factor, is_largest_even)
+            most, estimate, least = (n - x for x in below)
+        n = max(self.count, 1)
+        return least / n, estimate / n, most / n
 
-    def _below(self, limit: float, is_included: bool, part_of_bin: Any) -> float:
-        """Return how many nonzero elements are below a limit or, if it is included, at it."""
+    def _below(self, limit: float, is_included: bool) -> tuple[float, float, float]:
         limit *= self._scale
-        if limit <= 0:
-            return 0.0
         largest = max(abs(self._state.min), abs(self._state.max))
-        below = 0.0
-        for exponent, count in zip(self.exponents, self.magnitudes, strict=True):
-            low = math.ldexp(1.0, exponent)
-            high = 2.0 * low if exponent < 1023 else math.inf
-            # The largest element is known, so that an upper edge is tighter.
-            if high <= limit or largest < limit or (is_included and largest <= limit):
-                below += count
-            elif low < limit or (is_included and low == limit):
-                below += part_of_bin(count, low, min(high, max(largest, low)), limit)
-                break
-            else:
-                break
-        return below
+        return below(self._distribution, largest, limit, is_included)
 
     @with_denormals
     def quantile(self, q: float) -> float:
         """Return the q-quantile of the finite elements, 0 <= q <= 1, as `torch.quantile` counts.
 
-        It is interpolated in its bin, and differs from the exact one by less than the width of that
-        bin: a factor of two. q = 0 and q = 1 give min and max. NaN without finite elements.
+        It is interpolated between two neighboring elements in ascending order. Each of them is
+        estimated in its bin, so within a factor of two. q = 0 and q = 1 give min and max. NaN
+        without finite elements.
 
-        Raises ValueError for a q out of range.
+        Raises:
+            TypeError, ValueError: `q` is no number, or out of range.
         """
-        if not 0 <= q <= 1:
-            raise ValueError(f"paramstats.Histogram: expected 0 <= q <= 1, got {q!r}")
+        check_quantile(q)
         n = finite_count(self._state)
         if not n:
             return math.nan
-        low, high = self._state.min, self._state.max
-        target = q * (n - 1)  # the index of the element, in ascending order
-        if target <= 0:
-            return low / self._scale
-        if target >= n - 1:
-            return high / self._scale
-        before = 0
-        for begin, end, count in self._distribution.bins(self.zero_count):
-            if before + count > target:
-                begin, end = max(begin, low), min(end, high)
-                value = begin + (end - begin) * ((target - before + 0.5) / count)
-                return min(max(value, low), high) / self._scale
-            before += count
-        return high / self._scale
+        position = q * (n - 1)
+        index = min(int(position), n - 1)
+        part = position - index
+        bins, least, most = (
+            self._distribution.bins(self.zero_count),
+            self._state.min,
+            self._state.max,
+        )
+        low, high = (ordered(bins, min(k, n - 1), n, least, most) for k in (index, index + 1))
+        if low < 0 < high:  # high - low may be infinite
+            return (low * (1 - part) + high * part) / self._scale
+        return min(low + (high - low) * part, high) / self._scale
 
     # ---- exports
 
@@ -250,10 +231,11 @@ class Histogram:
         """Return the edges and counts of `to_numpy` as lists; works without numpy."""
         n, octaves = len(self.exponents), 1
         if max_bins is not None:
+            message = f"paramstats.Histogram: expected max_bins to be 3 or more, got {max_bins!r}"
+            if not hasattr(max_bins, "__index__"):
+                raise TypeError(message)
             if max_bins < 3:
-                raise ValueError(
-                    f"paramstats.Histogram: expected max_bins to be 3 or more, got {max_bins!r}"
-                )
+                raise ValueError(message)
             octaves = max(1, -(-n // ((max_bins - 1) // 2)))
         bins = self._distribution.bins(self.zero_count, octaves)
         edges = [begin for begin, _, _ in bins] + [bins[-1][1]]
@@ -278,7 +260,7 @@ class Histogram:
             max_bins: if there are more bins, neighboring exponents share one. None: no limit;
                 float32 has at most 555 bins.
 
-        Raises ValueError if `max_bins` is below 3.
+        Raises TypeError or ValueError if `max_bins` is no whole number or is below 3.
         """
         numpy = import_optional("numpy", "Histogram.to_numpy")
         edges, counts = self.edges(max_bins)

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator
+import operator
+import struct
+from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 from paramstats._core.denormals import with_denormals
-from paramstats._core.details import ROW_STATE, ROWS_HEAD
+from paramstats._core.details import ROWS_HEAD
 from paramstats._core.format import number
 from paramstats._core.optional import import_optional
 
-_EXACT = 16
-"""Bytes of a row's state before those that do not depend on how its elements were added up."""
+_COLUMNS = ("mean", "m2", "abs_max", "zeros", "nonfinite", "hash")
+_CODES = ("d", "d", "d", "q", "q", "Q")
+"""The fields of `ROW_STATE` and their types; each has 8 bytes."""
+
+_OF_ELEMENTS = struct.Struct("16x32s")
+"""A row's state without mean and m2, which depend on how its elements were added up."""
 
 
 class Rows:
@@ -26,21 +34,27 @@ class Rows:
 
     A row is an index of dimension 0, with all elements below it. The arrays have one entry per row.
     `mean`, `std`, `norm` and `abs_max` are NaN for a row with NaN or infinite elements.
+    `stats.finite.rows` has the statistics of the finite elements of each row; `dead` and `equal`
+    are as of all elements.
     """
 
-    __slots__ = ("_correction", "_data", "_scale")
+    __slots__ = ("_correction", "_data", "_is_finite", "_scale")
 
-    def __init__(self, data: bytes, correction: float, scale: float) -> None:
+    def __init__(
+        self, data: bytes, correction: float, scale: float, is_finite: bool = False
+    ) -> None:
         """Create the statistics of packed rows.
 
         Args:
             data: `ROWS_HEAD` and a `ROW_STATE` per row.
             correction: as in `summarize`.
             scale: of the elements; statistics are divided by it.
+            is_finite: whether the statistics are those of the finite elements only.
         """
         self._data = data
         self._correction = correction
         self._scale = scale
+        self._is_finite = is_finite
 
     def __len__(self) -> int:
         return int(ROWS_HEAD.unpack_from(self._data)[0])
@@ -54,7 +68,7 @@ class Rows:
         return hash(self._identity())
 
     def _identity(self) -> tuple[object, ...]:
-        return self._data, self._correction, self._scale
+        return self._data, self._correction, self._scale, self._is_finite
 
     def __repr__(self) -> str:
         return f"<Rows: {self}>"
@@ -62,68 +76,72 @@ class Rows:
     @with_denormals
     def __str__(self) -> str:
         """Return their number, their norms and how many are dead or equal, on one line."""
-        norms = [
-            math.hypot(math.sqrt(m2), mean * math.sqrt(self.row_count)) / self._scale
-            for mean, m2, _, _, nonfinite, _ in self._states()
-            if not nonfinite
-        ]
+        nonfinite = self._column("nonfinite")
+        roots = [math.sqrt(self.row_numel - n) for n in nonfinite]
+        of_mean = map(operator.mul, self._column("mean"), roots)
+        norms: Iterable[float] = map(math.hypot, map(math.sqrt, self._column("m2")), of_mean)
+        if not self._is_finite:
+            norms = itertools.compress(norms, map(operator.not_, nonfinite))
+        norms = [norm / self._scale for norm in norms]
         counts = {
             "dead": len(self.dead),
             "equal to another one": sum(map(len, self.equal)),
             "with NaN or Inf": len(self) - len(norms),
         }
         return ", ".join(
-            [f"{len(self):,} of {self.row_count:,} elements"]
+            [f"{len(self):,} rows of {self.row_numel:,} elements"]
             + ([f"norm {number(min(norms))} to {number(max(norms))}"] if norms else [])
             + [f"{count:,} {what}" for what, count in counts.items() if count]
         )
 
     @property
-    def row_count(self) -> int:
+    def row_numel(self) -> int:
         """Number of elements of each row."""
         return int(ROWS_HEAD.unpack_from(self._data)[1])
 
     @property
     def mean(self) -> Any:
         """Arithmetic mean of each row, as a numpy array of float64."""
-        return self._array("mean", lambda n, mean, m2, largest: mean if n else math.nan)
+        return self._array("mean", lambda numpy, n, rows: rows["mean"])
 
     @property
     def std(self) -> Any:
         """Standard deviation of each row, with the `correction` passed to `summarize`."""
-        return self._array("std", self._std)
+
+        def std(numpy: Any, n: Any, rows: Any) -> Any:
+            return numpy.sqrt(rows["m2"] / numpy.maximum(n - self._correction, 0))
+
+        return self._array("std", std)
 
     @property
     def norm(self) -> Any:
         """L2 norm of each row."""
 
-        def norm(n: int, mean: float, m2: float, largest: float) -> float:
-            return math.hypot(math.sqrt(m2), mean * math.sqrt(n))
+        def norm(numpy: Any, n: Any, rows: Any) -> Any:
+            return numpy.hypot(numpy.sqrt(rows["m2"]), rows["mean"] * numpy.sqrt(n))
 
-        return self._array("norm", norm)
+        return self._array("norm", norm, 0.0)
 
     @property
     def abs_max(self) -> Any:
         """Largest absolute value of each row."""
-        return self._array("abs_max", lambda n, mean, m2, largest: largest if n else math.nan)
+        return self._array("abs_max", lambda numpy, n, rows: rows["abs_max"])
 
     @property
     def zero_count(self) -> Any:
         """Number of elements of each row that are zero, as a numpy array of int64."""
-        numpy = import_optional("numpy", "Rows.zero_count")
-        return numpy.array([state[3] for state in self._states()], numpy.int64)
+        return self._arrays("zero_count")[1]["zeros"].copy()
 
     @property
     def nonfinite_count(self) -> Any:
         """Number of elements of each row that are NaN or infinite."""
-        numpy = import_optional("numpy", "Rows.nonfinite_count")
-        return numpy.array([state[4] for state in self._states()], numpy.int64)
+        return self._arrays("nonfinite_count")[1]["nonfinite"] * (not self._is_finite)
 
     @property
     def dead(self) -> tuple[int, ...]:
         """The rows whose elements are all zero."""
-        n = self.row_count
-        return tuple(row for row, state in enumerate(self._states()) if n and state[3] == n)
+        n = self.row_numel
+        return tuple([row for row, zeros in enumerate(self._column("zeros")) if zeros == n])
 
     @property
     def equal(self) -> tuple[tuple[int, ...], ...]:
@@ -132,29 +150,34 @@ class Rows:
         Rows are compared by a hash of 64 bits of their elements. NaN equals NaN of the same bits,
         and 0 differs from -0.
         """
-        size, n = ROW_STATE.size, self.row_count
-        groups: dict[bytes, list[int]] = {}
-        for row, state in enumerate(self._states()):
-            if n and state[3] < n:
-                begin = ROWS_HEAD.size + row * size
-                groups.setdefault(self._data[begin + _EXACT : begin + size], []).append(row)
-        return tuple(tuple(rows) for rows in groups.values() if len(rows) > 1)
+        states = memoryview(self._data)[ROWS_HEAD.size :]
+        keys = [key for (key,) in _OF_ELEMENTS.iter_unpack(states)]
+        repeated = {key for key, count in Counter(keys).items() if count > 1}
+        groups: dict[bytes, list[int]] = {key: [] for key in keys if key in repeated}
+        for row, key in enumerate(keys) if groups else ():
+            if key in groups:
+                groups[key].append(row)
+        zeros, n = self._column("zeros"), self.row_numel
+        return tuple(tuple(rows) for rows in groups.values() if zeros[rows[0]] < n)
 
-    def _states(self) -> Iterator[tuple[float, float, float, int, int, int]]:
-        return ROW_STATE.iter_unpack(memoryview(self._data)[ROWS_HEAD.size :])
+    def _column(self, name: str) -> list[Any]:
+        """Return one number of each row's state; works without numpy."""
+        column = _COLUMNS.index(name)
+        states: Any = memoryview(self._data)[ROWS_HEAD.size :]
+        numbers: list[Any] = states.cast(_CODES[column])[column :: len(_COLUMNS)].tolist()
+        return numbers
 
-    def _std(self, n: int, mean: float, m2: float, largest: float) -> float:
-        freedom = max(n - self._correction, 0.0)
-        if not n or not freedom:
-            return math.nan if m2 == 0 else math.inf
-        return math.sqrt(m2 / freedom)
+    def _arrays(self, name: str) -> tuple[Any, Any]:
+        """Return numpy, which the attribute `name` needs, and the states as a structured array."""
+        numpy = import_optional("numpy", f"Rows.{name}")
+        dtype = {"names": _COLUMNS, "formats": _CODES}
+        return numpy, numpy.frombuffer(self._data, dtype, offset=ROWS_HEAD.size)
 
     @with_denormals
-    def _array(self, name: str, statistic: Any) -> Any:
-        numpy = import_optional("numpy", f"Rows.{name}")
-        count = self.row_count
-        values = [
-            math.nan if nonfinite else statistic(count, mean, m2, largest) / self._scale
-            for mean, m2, largest, _, nonfinite, _ in self._states()
-        ]
-        return numpy.array(values, numpy.float64)
+    def _array(self, name: str, statistic: Any, if_empty: float = math.nan) -> Any:
+        numpy, rows = self._arrays(name)
+        nonfinite = rows["nonfinite"]
+        n = self.row_numel - nonfinite
+        with numpy.errstate(all="ignore"):
+            values = numpy.where(n > 0, statistic(numpy, n, rows) / self._scale, if_empty)
+        return values if self._is_finite else numpy.where(nonfinite > 0, math.nan, values)

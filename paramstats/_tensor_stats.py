@@ -10,6 +10,7 @@ from paramstats._core import details as detail
 from paramstats._core import moments
 from paramstats._core.backend import active
 from paramstats._core.details import Detail, Distribution
+from paramstats._core.estimates import check_quantile
 from paramstats._core.moments import ROW, Moments, Statistics
 from paramstats._core.options import DISTRIBUTION_STATS, STATS, did_you_mean
 from paramstats._core.torch_private import skip_dynamo
@@ -197,17 +198,18 @@ class TensorStats:
     @property
     def histogram(self) -> Histogram | None:
         """The distribution of the elements; None without `summarize(distribution=...)`."""
-        distribution = self._distribution()
-        if distribution is None:
+        packed = self._distribution()
+        if packed is None:
             return None
-        return Histogram(distribution, self._state(), self._scale)
+        return Histogram(Distribution.unpack(packed), self._state(), self._scale)
 
     def quantile(self, q: float) -> float:
-        """Return the q-quantile, 0 <= q <= 1, within a factor of two; see `Histogram.quantile`.
+        """Return the q-quantile, 0 <= q <= 1; precision and errors as of `Histogram.quantile`.
 
-        NaN if an element is NaN, and without `summarize(distribution=...)`. Infinities count as
-        elements of `finite` do not: use `finite.quantile` where there are some, otherwise NaN.
+        NaN if an element is NaN or infinite; `finite.quantile` ignores those. Also NaN without
+        `summarize(distribution=...)`.
         """
+        check_quantile(q)
         histogram = self.histogram
         if histogram is None or self.nonfinite_count:
             return math.nan
@@ -233,21 +235,19 @@ class TensorStats:
     @property
     def abs_mean(self) -> float:
         """Mean of the absolute values; NaN without `summarize(distribution=...)`."""
-        state = self._state()
+        state, scale = self._state(), self._scale
         if self._distribution() is not None and not state.nans and state.pos_infs + state.neg_infs:
             return math.inf
-        scale = self._scale
         return self._of_distribution(lambda d: d.abs_mean / scale if d.n else math.nan)
 
-    def _distribution(self) -> Distribution | None:
-        packed = None if self._detail is None else self._detail.distribution
-        return None if packed is None else Distribution.unpack(packed)
+    def _distribution(self) -> bytes | None:
+        return None if self._detail is None else self._detail.distribution
 
     def _of_distribution(self, statistic: Callable[[Distribution], float]) -> float:
-        distribution = self._distribution()
-        if distribution is None or self.nonfinite_count:
+        packed, state = self._distribution(), self._state()
+        if packed is None or moments.finite_count(state) < state.count:
             return math.nan
-        return statistic(distribution)
+        return statistic(Distribution.unpack_moments(packed))
 
     # ---- rows
 
@@ -260,7 +260,8 @@ class TensorStats:
         packed = None if self._detail is None else self._detail.rows
         if packed is None or not self.count:
             return None
-        return Rows(packed, self._correction, self._scale)
+        # Without other elements, the statistics of the finite ones are those of all.
+        return Rows(packed, self._correction, self._scale, is_finite=not self.nonfinite_count)
 
     @property
     def zero_rows(self) -> tuple[int, ...] | None:

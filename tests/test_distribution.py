@@ -216,15 +216,73 @@ def test_statistics_without_a_value_are_nan(backend):
     assert not_asked.histogram is None and math.isnan(not_asked.abs_mean + not_asked.quantile(0.5))
 
 
-@pytest.mark.parametrize("q", [0, 0.01, 0.25, 0.5, 0.9, 1])
-def test_quantiles_are_within_a_factor_of_two(backend, q):
+QUANTILES = {
+    "normal": lambda: torch.randn(3000),
+    "uniform": lambda: torch.rand(999),
+    "negative": lambda: -torch.rand(777) - 3,
+    "half zeros": lambda: torch.randn(400).relu(),
+    "zeros": lambda: torch.zeros(5),
+    "one element": lambda: torch.tensor([-3.0]),
+    "a gap": lambda: torch.tensor([1.0, 1024.0]),
+    "two bins": lambda: torch.cat([torch.tensor([1.0]), torch.linspace(2, 3.9, 100)]),
+    "both ends of float64": lambda: torch.tensor([-1.7e308, 5e-324, 1.7e308], dtype=torch.float64),
+}
+
+
+@pytest.mark.parametrize("name", QUANTILES)
+def test_quantiles_are_within_a_factor_of_two(backend, name):
     torch.manual_seed(0)
-    for x in (torch.randn(10_000), torch.rand(9999), -torch.rand(777) - 3, torch.zeros(5)):
-        truth = torch.quantile(x.double(), q, interpolation="lower").item()
-        value = read(x).quantile(q)
-        assert value == truth or 0.5 < value / truth < 2
-    with pytest.raises(ValueError, match="0 <= q <= 1"):
-        read(torch.ones(3)).quantile(1.5)
+    x = QUANTILES[name]()
+    ordered, stats = x.double().sort().values.tolist(), read(x)
+    qs = sorted([0, 1, 0.00999, *torch.rand(50).tolist(), *(k / 20 for k in range(20))])
+    found = [stats.quantile(q) for q in qs]
+    assert found == sorted(found) and found[0] == ordered[0] and found[-1] == ordered[-1]
+    for q, value in zip(qs, found, strict=True):
+        position = q * (len(ordered) - 1)
+        low, high = ordered[math.floor(position)], ordered[math.ceil(position)]
+        part = position - math.floor(position)
+        ends = [[x / 2 if (x > 0) == (k == 0) else 2 * x for x in (low, high)] for k in range(2)]
+        least, most = (a * (1 - part) + b * part for a, b in ends)
+        assert least <= value <= most or value == pytest.approx(low + (high - low) * part)
+    if x.min() >= 1:
+        exact = [torch.quantile(x.double(), q).item() for q in qs]
+        assert all(0.5 < value / truth < 2 for value, truth in zip(found, exact, strict=True))
+
+
+def test_quantiles_between_two_bins_are_interpolated(backend):
+    assert read(torch.tensor([1.0, 1024.0])).quantile(0.5) == 512.5
+    x = torch.cat([torch.tensor([1.0]), torch.linspace(2, 3.9, 100)])
+    assert read(x).quantile(0.00999) == pytest.approx(1.999, rel=0.01)
+    assert read(x).quantile(0.01) == pytest.approx(2, rel=0.01)
+
+
+def test_wrong_arguments_have_clear_errors():
+    stats = read(torch.randn(9))
+    histogram, not_asked = stats.histogram, paramstats.summarize({"x": torch.ones(2)})["x"]
+    for bad in (5, -0.1, math.nan):
+        for quantile in (stats.quantile, histogram.quantile, not_asked.quantile):
+            with pytest.raises(ValueError, match=r"Histogram: expected 0 <= q <= 1, got"):
+                quantile(bad)
+    for bad in (0, -1.0, math.inf, math.nan, "mxfp4"):
+        with pytest.raises(ValueError, match='expected a finite number > 0 or "mx" for scale, got'):
+            histogram.underflow("float16", bad)
+    for call, expected in {
+        lambda: histogram.underflow("float16", None): '0 or "mx" for scale, got None',
+        lambda: histogram.below("a"): "expected a number for magnitude, got 'a'",
+        lambda: histogram.quantile("a"): "expected 0 <= q <= 1, got 'a'",
+        lambda: not_asked.quantile(None): "expected 0 <= q <= 1, got None",
+        lambda: histogram.to_numpy("a"): "expected max_bins to be 3 or more, got 'a'",
+        lambda: histogram.to_numpy(3.5): "expected max_bins to be 3 or more, got 3.5",
+    }.items():
+        with pytest.raises(TypeError, match=f"^paramstats.Histogram: .*{expected}"):
+            call()
+
+
+def test_share_below_a_magnitude(backend):
+    histogram = read(torch.tensor([0.0, -1e-9, 0.5, -2.0, math.nan])).histogram
+    assert [histogram.below(x) for x in (0.5, 2**-29, math.inf)] == [0.4, 0.4, 0.8]
+    assert [histogram.below(x) for x in (0, -0.0, -1, -math.inf)] == [0.0] * 4
+    assert math.isnan(histogram.below(math.nan))
 
 
 def test_merged_parts_are_the_whole(backend):
@@ -265,6 +323,23 @@ def test_gradients_and_their_scale(backend):
     assert grad.quantile(0.3) == plain.quantile(0.3) and grad.abs_mean == plain.abs_mean
     assert grad.rows.norm.tolist() == plain.rows.norm.tolist()
     assert scaled.total.grad.histogram == grad.histogram
+
+
+@pytest.mark.parametrize("grad_scale", [1024.0, 2.0**-70, 3.0, 1000.0])
+def test_shares_with_scales_per_block_need_a_power_of_two_as_grad_scale(grad_scale):
+    w = torch.ones(64, requires_grad=True)
+    w.grad = torch.randn(64) * grad_scale
+    histogram = paramstats.summarize({"w": w}, distribution=True, grad_scale=grad_scale)[
+        "w"
+    ].grad.histogram
+    mx = [getattr(histogram, kind)("float4_e2m1", "mx") for kind in ("underflow", "overflow")]
+    bounds = histogram.underflow_bounds("float4_e2m1", "mx")
+    bounds += histogram.overflow_bounds("float4_e2m1", "mx")
+    if math.frexp(grad_scale)[0] == 0.5:
+        exact = [count / 64 for count in mx_truth(w.grad / grad_scale)[:2]]
+        assert mx == exact and bounds == (exact[0], exact[0], exact[1], exact[1])
+    else:
+        assert all(map(math.isnan, (*mx, *bounds)))
 
 
 def test_patterns_and_what_was_not_asked_for(backend, model):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -23,7 +25,7 @@ def check(x: torch.Tensor, correction: float = 1.0) -> None:
     rows = read(x, correction=correction).rows
     values = x.to(torch.float64).reshape(x.shape[0], -1).numpy()
     n = values.shape[1]
-    assert len(rows) == x.shape[0] and rows.row_count == n
+    assert len(rows) == x.shape[0] and rows.row_numel == n
     finite = np.isfinite(values)
     arrays = {stat: getattr(rows, stat) for stat in ("mean", "std", "norm", "abs_max")}
     assert all(len(array) == len(rows) for array in arrays.values())
@@ -70,6 +72,53 @@ def test_hard_rows(backend):
     check(x.t())
     check(x.double() * 1e120)
     assert read(x).rows.std[2] == 0
+
+
+def test_rows_of_the_finite_elements(backend):
+    torch.manual_seed(0)
+    x = torch.randn(6, 50) + 3
+    x[1, 4], x[2, 7:9] = math.nan, torch.tensor([math.inf, -math.inf])
+    x[3], x[4] = math.nan, 0
+    x[5, 1:] = math.inf
+    stats = read(x, correction=1)
+    rows = stats.finite.rows
+    assert rows.nonfinite_count.tolist() == [0] * 6 and stats.rows.nonfinite_count[3] == 50
+    for row in (0, 1, 2, 4):
+        own = summarize({"x": x[row]})["x"].finite
+        for stat in ("mean", "std", "norm", "abs_max", "zero_count"):
+            assert getattr(rows, stat)[row] == pytest.approx(getattr(own, stat), abs=1e-6)
+    assert math.isnan(rows.mean[3] + rows.std[3] + rows.abs_max[3]) and rows.norm[3] == 0
+    assert math.isnan(rows.std[5]) and rows.mean[5] == x[5, 0] == rows.abs_max[5]
+    assert rows.dead == stats.rows.dead == (4,) and rows.equal == stats.rows.equal
+    assert rows != stats.rows and "NaN" in str(stats.rows) and "NaN" not in str(rows)
+    clean = read(x[4:5] + 1)
+    assert clean.finite.rows == clean.rows
+
+
+def test_text(backend):
+    x = torch.tensor([[3.0, -4.0], [0.0, 0.0], [1.0, 0.0], [1.0, 0.0], [1.0, math.nan]])
+    text = "5 rows of 2 elements, norm 0 to 5, 1 dead, 2 equal to another one, 1 with NaN or Inf"
+    assert str(read(x).rows) == text and repr(read(x).rows) == f"<Rows: {text}>"
+    assert str(read(x[4:]).rows) == "1 rows of 2 elements, 1 with NaN or Inf"
+
+
+def test_many_rows_are_fast():
+    """A Python loop over the rows takes longer for each of them."""
+    x = torch.randn(200_000, 2).double()
+    x[7], x[9:1000] = x[7000], 0
+    rows = read(x).rows
+    begin = time.process_time()
+    assert rows.norm.argmax() == x.norm(dim=1).argmax() and rows.equal == ((7, 7000),)
+    assert len(rows.dead) == 991 and str(rows).startswith("200,000 rows")
+    assert time.process_time() - begin < 1.5
+
+
+def test_dead_equal_and_text_need_no_numpy(monkeypatch):
+    rows = read(torch.tensor([[0.0], [1.0], [1.0]])).rows
+    monkeypatch.setitem(sys.modules, "numpy", None)
+    assert rows.dead == (0,) and rows.equal == ((1, 2),) and "1 dead" in str(rows)
+    with pytest.raises(ImportError, match=r"paramstats: Rows.norm needs numpy: pip install numpy"):
+        rows.norm  # noqa: B018
 
 
 def test_tensors_without_elements(backend):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
+from paramstats._core.estimates import checked_number
 from paramstats._core.format import dtype_name
 
 
@@ -37,27 +39,23 @@ MX_FORMATS = ("float4_e2m1", "float8_e4m3fn", "float8_e5m2")
 """In the order of `Distribution.mx`."""
 
 
-def name_of(dtype: torch.dtype | str) -> str:
-    """Return the name of a format; raises ValueError for another dtype."""
+def checked_format(dtype: torch.dtype | str, scale: Any) -> tuple[str, float | None]:
+    """Return the name of a format and the factor of elements; None if blocks have their own.
+
+    Raises TypeError or ValueError as `Histogram.underflow`.
+    """
     name = dtype_name(dtype) if isinstance(dtype, torch.dtype) else str(dtype)
     name = {"float4_e2m1fn_x2": "float4_e2m1"}.get(name, name)
-    if name not in FORMATS:
+    formats = MX_FORMATS if scale == "mx" else tuple(FORMATS)
+    if name not in formats:
+        why = ' with scale="mx"' if name in FORMATS else ""
         raise ValueError(
-            f"paramstats.Histogram: expected one of {', '.join(FORMATS)} for dtype, got {dtype!r}"
+            f"paramstats.Histogram: expected one of {', '.join(formats)} for dtype{why}, "
+            f"got {dtype!r}"
         )
-    return name
-
-
-def interpolated(count: int, low: float, high: float, limit: float) -> float:
-    """Return how many elements of a bin are below a limit, if they are spread evenly."""
-    return count * min((limit - low) / (high - low), 1.0) if high > low else 0.0
-
-
-def least(count: int, low: float, high: float, limit: float) -> float:
-    """Return the least number of elements of a bin that can be below a limit in it."""
-    return 0.0
-
-
-def most(count: int, low: float, high: float, limit: float) -> float:
-    """Return the largest number of elements of a bin that can be below a limit in it."""
-    return float(count)
+    if scale == "mx":
+        return name, None
+    expected = 'a finite number > 0 or "mx" for scale'
+    if isinstance(scale, str) or not 0 < checked_number(scale, expected) < math.inf:
+        raise ValueError(f"paramstats.Histogram: expected {expected}, got {scale!r}")
+    return name, float(scale)
