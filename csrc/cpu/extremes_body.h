@@ -86,6 +86,10 @@ struct NonzeroExtremes {
     max_bits = v > max_bits ? v : max_bits;
     max_signed = (Int16Lanes)v > max_signed ? (Int16Lanes)v : max_signed;
   }
+  void join(const NonzeroExtremes& other) {
+    max_bits = other.max_bits > max_bits ? other.max_bits : max_bits;
+    max_signed = other.max_signed > max_signed ? other.max_signed : max_signed;
+  }
   static void exclude(double, int64_t) {}
   static bool is_nan() { return false; }  // the sums show a NaN
   bool has_zero() const {

@@ -185,9 +185,10 @@ Moments chunk(const void* data, int64_t n) {
   return finish(running);
 }
 
+// clang-format off: each uses the ones before it.
+#include "rows_extremes_body.h"
 #include "rows_body.h"
 #include "updates_body.h"
-// clang-format off: each uses the ones before it.
 #include "distribution_body.h"
 #include "distribution_keys_body.h"
 #include "distribution_counts_body.h"

@@ -4,108 +4,6 @@
 // A row is read in pieces of row_piece(dtype) elements (kernels.h). Each is summed around the pivot
 // 0 and, if that is too far from its mean, again around its mean. What is computed of a row does
 // not depend on other rows, so that equal rows have equal states.
-//
-// The hash of a piece is NH (Black et al.: "UMAC: fast and secure message authentication", CRYPTO
-// 1999) of its memory as 32-bit words w, padded to whole vectors:
-//
-//     sum over i of (w[2i] + key[2i] mod 2^32) * (w[2i+1] + key[2i+1] mod 2^32)      mod 2^64
-
-struct RowKeys {
-  uint32_t of[kRowPieceBytes / sizeof(uint32_t)];
-
-  constexpr RowKeys() : of() {
-    uint64_t i = 0;
-    for (uint32_t& key : of) key = static_cast<uint32_t>(hash_key(++i) >> 32);
-  }
-};
-alignas(64) constexpr RowKeys kRowKeys;
-
-// The product of the two halves of each lane.
-inline UInt64Lanes times_halves(UInt64Lanes v) {
-#if defined(PARAMSTATS_TIMES_HALVES)
-  return (UInt64Lanes)PARAMSTATS_TIMES_HALVES(v);
-#else
-  return (v & 0xffffffff) * (v >> 32);
-#endif
-}
-
-struct RowHash {
-  UInt64Lanes sums = {};
-  const uint32_t* keys = kRowKeys.of;
-
-  void take(const void* vector) {
-    const auto words = load_as<UInt32Lanes>(static_cast<const char*>(vector));
-    sums += times_halves((UInt64Lanes)(words + load_as<UInt32Lanes>(keys)));
-    keys += kLanes<UInt32Lanes>;
-  }
-  uint64_t value() const {
-    uint64_t sum = 0;
-    for (int l = 0; l < kLanes<UInt64Lanes>; ++l) sum += sums[l];
-    return sum;
-  }
-};
-
-// The extremes of a row: of narrow floats as the integers in memory.
-template <class T, class = typename T::Extremes>
-struct OfRow {
-  using Extremes = Converted<T>;
-};
-template <class T, class Unsigned, class Signed>
-struct OfRow<T, SignMagnitude<T, Unsigned, Signed>> {
-  using Extremes = SignMagnitude<T, Unsigned, Signed>;
-};
-
-// The largest absolute values and the numbers of zeros, at most 255 in a lane.
-template <class T>
-inline typename T::Vector abs_max_of(const Converted<T>& e) {
-  return larger(e.max, -e.min);
-}
-template <class T>
-inline typename T::Mask zeros_of(const Converted<T>& e) {
-  return e.zeros;
-}
-template <class T, class Unsigned, class Signed>
-inline FloatLanes abs_max_of(const SignMagnitude<T, Unsigned, Signed>& e) {
-  const auto positive = (Unsigned)(e.max_signed > 0 ? e.max_signed : Signed{});
-  const Unsigned any = e.max_bits & (Unsigned{} + e.kMagnitude);
-  const Unsigned magnitude = positive > any ? positive : any;
-  typename T::Storage bits[kUnit<T>];
-  FloatLanes v[T::kVectors];
-  __builtin_memcpy(bits, &magnitude, sizeof(bits));
-  T::load(bits, v);
-  for (int k = 1; k < T::kVectors; ++k) v[0] = larger(v[k], v[0]);
-  return v[0];
-}
-template <class T, class Unsigned, class Signed>
-inline Int32Lanes zeros_of(const SignMagnitude<T, Unsigned, Signed>& e) {
-  auto n = (UInt32Lanes)e.zeros;
-  if constexpr (sizeof(typename T::Storage) == 1) n = (n & 0xff00ff) + (n >> 8 & 0xff00ff);
-  return (Int32Lanes)((n & 0xffff) + (n >> 16));
-}
-
-// What is computed of a row in addition to its sums.
-template <class T>
-struct ExtremesAndHash {
-  typename OfRow<T>::Extremes extremes = {};
-  RowHash hash = {};
-
-  __attribute__((always_inline)) void take(int, const typename T::Storage* p,
-                                           const typename T::Vector (&v)[T::kVectors]) {
-    hash.take(p);
-    extremes.take(p, v);
-  }
-  // The last elements of a row: in `last` after other elements of it, in `padded` after zeros.
-  void take_last(const typename T::Storage* last, const typename T::Storage* padded,
-                 typename T::Vector (&v)[T::kVectors]) {
-    auto counted = extremes;
-    T::load(last, v);
-    extremes.take(last, v);
-    T::load(padded, v);
-    counted.take(padded, v);
-    extremes.zeros = counted.zeros;
-    hash.take(padded);
-  }
-};
 
 // Reads n <= kPart elements alone, with a pivot near their mean.
 template <class T>
@@ -140,16 +38,16 @@ struct RowGroup {
 
   // Sums row k, which has 1 <= `groups` <= kInner groups of vectors.
   __attribute__((always_inline)) void read_tile(int k, const typename T::Storage* x, int groups,
-                                                typename OfRow<T>::Extremes& all) {
+                                                typename OfRow<T>::First& all) {
     ExtremesAndHash<T> e;
     const LaneSums<T> sums = take_tile<T, false>(x, groups, V{}, e);
-    set(k, {widened(sums.sum), widened(sums.sum_sq)}, e.hash.sums, abs_max_of(e.extremes),
-        zeros_of(e.extremes));
-    all.join(e.extremes);
+    set(k, {widened(sums.sum), widened(sums.sum_sq)}, e.hash.sums, abs_max_of(e.first),
+        zeros_of(e.first));
+    all.join(e.first);
   }
   // Sums row k, of n > 0 elements.
   __attribute__((always_inline)) void read(int k, const typename T::Storage* x, int64_t n,
-                                           typename OfRow<T>::Extremes& all) {
+                                           typename OfRow<T>::First& all) {
     constexpr int kStep = kUnits<T> * kUnit<T>, kTile = T::kInner * kStep;
     ExtremesAndHash<T> e;
     DoubleSums sums;
@@ -167,17 +65,14 @@ struct RowGroup {
       for (const V& lanes : v) sums.add(LaneSums<T>{lanes, lanes * lanes});
     }
     if (i < n) {
-      constexpr int64_t kSize = sizeof(x[0]);
-      const int64_t known = n < kUnit<T> ? n : kUnit<T>;
-      typename T::Storage last[kUnit<T>], padded[kUnit<T>] = {};
-      for (auto& element : last) element = element_at(x);
-      __builtin_memcpy(last + kUnit<T> - known, x + n - known, known * kSize);
-      __builtin_memcpy(padded + kUnit<T> - (n - i), x + i, (n - i) * kSize);
-      e.take_last(last, padded, v);
+      const LastUnit<T> last(x, n);
+      take_last<T>(last, e.first);
+      e.hash.take(last.padded);
+      T::load(last.padded, v);
       for (const V& lanes : v) sums.add(LaneSums<T>{lanes, lanes * lanes});
     }
-    set(k, sums, e.hash.sums, abs_max_of(e.extremes), zeros_of(e.extremes));
-    all.join(e.extremes);
+    set(k, sums, e.hash.sums, abs_max_of(e.first), zeros_of(e.first));
+    all.join(e.first);
   }
   void clear(int k) { set(k, DoubleSums(), UInt64Lanes{}, V{}, typename T::Mask{}); }
   void set(int k, const DoubleSums& sums, UInt64Lanes hashes, V largest,
@@ -189,13 +84,6 @@ struct RowGroup {
     zeros[k] = zero_lanes;
   }
 };
-
-// Adds the extremes of a row whose group has a row that is not accepted.
-template <class T>
-__attribute__((noinline)) void read_again(RowGroup<T>& unused, const typename T::Storage* x,
-                                          int64_t n, typename OfRow<T>::Extremes& all) {
-  unused.read(0, x, n, all);
-}
 
 // The elements of all rows that need no other pivot than 0.
 template <class T>
@@ -228,14 +116,23 @@ Moments rows(const void* data, int64_t number, int64_t n, RowState* out) {
   Group group;
   for (int64_t r = 0; r < number; r += kRows, x += kRows * n, out += kRows) {
     const int size = number - r < kRows ? static_cast<int>(number - r) : kRows;
-    auto all = totals.all;
+    typename OfRow<T>::First first;
     if (n <= T::kInner * kStep && n % kStep == 0) {
       const int groups = static_cast<int>(n) / kStep;
-      for (int k = 0; k < size; ++k) group.read_tile(k, x + k * n, groups, all);
+      for (int k = 0; k < size; ++k) group.read_tile(k, x + k * n, groups, first);
     } else {
-      for (int k = 0; k < size; ++k) group.read(k, x + k * n, n, all);
+      for (int k = 0; k < size; ++k) group.read(k, x + k * n, n, first);
     }
     for (int k = size; k < kRows; ++k) group.clear(k);
+    auto all = totals.all;
+    if (!add_first(first, all)) {
+      for (int k = 0; k < size; ++k) {
+        const auto e = extremes_of_row<T>(x + k * n, n);
+        group.abs_max[k] = abs_max_of(e);
+        group.zeros[k] = zeros_of(e);
+        all.join(e);
+      }
+    }
     const auto abs_max = reduced<Largest>(group.abs_max);
     DoubleLanes largest[kRows / kDoubles];
     if constexpr (kRows == kDoubles) {
@@ -281,7 +178,7 @@ Moments rows(const void* data, int64_t number, int64_t n, RowState* out) {
     }
     for (int k = 0; k < size; ++k) {
       if (fit[k]) {
-        read_again(group, x + k * n, n, totals.all);
+        totals.all.join(extremes_of_row<T>(x + k * n, n));
         totals.count += n;
         totals.zeros += zeros[k];
       } else {
