@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -100,17 +99,6 @@ def test_text(backend):
     text = "5 rows of 2 elements, norm 0 to 5, 1 dead, 2 equal to another one, 1 with NaN or Inf"
     assert str(read(x).rows) == text and repr(read(x).rows) == f"<Rows: {text}>"
     assert str(read(x[4:]).rows) == "1 rows of 2 elements, 1 with NaN or Inf"
-
-
-def test_many_rows_are_fast():
-    """A Python loop over the rows takes longer for each of them."""
-    x = torch.randn(200_000, 2).double()
-    x[7], x[9:1000] = x[7000], 0
-    rows = read(x).rows
-    begin = time.process_time()
-    assert rows.norm.argmax() == x.norm(dim=1).argmax() and rows.equal == ((7, 7000),)
-    assert len(rows.dead) == 991 and str(rows).startswith("200,000 rows")
-    assert time.process_time() - begin < 1.5
 
 
 def test_dead_equal_and_text_need_no_numpy(monkeypatch):
