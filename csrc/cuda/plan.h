@@ -8,8 +8,8 @@
 
 namespace paramstats::cuda {
 
-// Whether zero rows are looked for. A run, which is a row or a part of one that has no gaps, needs a
-// bit of host memory in each call.
+// Whether zero rows are looked for. A run, which is a row or a part of one that has no gaps, needs
+// a bit of host memory in each call.
 inline bool is_searched_for_zero_rows(const TensorView& t) {
   return t.size0 > 0 && t.inner > 0 && t.numel / t.inner <= kMostRows;
 }
