@@ -43,7 +43,7 @@ PARAMSTATS_HD inline HigherMoments merge(const HigherMoments& a, const HigherMom
 }
 
 // The same with NaN of one sign, so that equal moments have equal bytes.
-inline HigherMoments packed(HigherMoments a) {
+PARAMSTATS_HD inline HigherMoments packed(HigherMoments a) {
   double* const numbers[] = {&a.mean, &a.m2, &a.m3, &a.m4, &a.abs_mean};
   for (double* x : numbers) {
     if (*x != *x) *x = kNaN;
