@@ -463,12 +463,12 @@ def test_one_tensor_has_lines_for_what_was_read_of_it(backend, monkeypatch, colu
     assert bars / 2 < len(sparkline) <= bars and int(begin[2:]) < -99 and int(end[2:]) > 99
     assert len(lines[0]) <= int(columns or 100) or bars == 8
     assert lines[1] == "  zero rows: 40 (index 5-44)"
-    assert lines[2].startswith("  rows: 64 of 32 elements, norm 0 to ")
+    assert lines[2].startswith("  rows: 64 rows of 32 elements, norm 0 to ")
     assert lines[2].endswith(", 40 dead, 2 equal to another one, 1 with NaN or Inf")
     assert lines[3:] == [
         "  grad histogram: 2^0 \N{FULL BLOCK} 2^0",
         f"  grad zero rows: 3 (index 3{', 7-8' if columns != '10' else ', ...'})",
-        "  grad rows: 64 of 32 elements, norm 0 to 5.657, 3 dead, 61 equal to another one>",
+        "  grad rows: 64 rows of 32 elements, norm 0 to 5.657, 3 dead, 61 equal to another one>",
     ]
 
 
@@ -478,7 +478,7 @@ def test_lines_of_tensors_without_finite_elements(backend):
     summary = summarize(tensors, distribution=True, rows=True)
     assert repr(summary["nan"]).splitlines()[1:] == [
         "  histogram: no finite nonzero element",
-        "  rows: 3 of 2 elements, 3 equal to another one, 3 with NaN or Inf>",
+        "  rows: 3 rows of 2 elements, 3 equal to another one, 3 with NaN or Inf>",
     ]
     assert repr(summary["empty"]) == "<empty: float32 [0, 2] n=0 empty>"
     assert repr(summary["zeros"]) == "<zeros: float32 [3, 2] n=6 all zeros>"

@@ -91,7 +91,7 @@ def test_the_loggers_of_the_documentation_have_the_last_statistics(folder, capsy
     found = events.Histograms("gradient/0.weight")
     assert [e.step for e in found] == [0, 10, 20, 30]
     assert all(sum(e.histogram_value.bucket) == 64 * 32 for e in found)
-    assert [e.value for e in events.Scalars("dead units")] == [0.0] * 4
+    assert [e.value for e in events.Scalars("units without gradient")] == [0.0] * 4
 
     with open(folder / "statistics.csv", newline="") as file:
         rows = list(csv.reader(file))
