@@ -16,6 +16,9 @@ NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*
 CXX_FILES := $(NATIVE) $(wildcard tests/cpp/*.* tests/cpp/*/* tests/fake_cuda/*.cpp tests/fake_device/*.cpp tests/fake_device/*.h)
 # The C++ tests of the CPU backend: tests/cpp/test_*.cpp.
 CPU_TESTS := kernels threads updates details distribution
+CPU := -std=c++17 -O2 -Wall -Wextra -Werror -pthread
+CPU_BUILD := build/cpp/cpu-$(lastword $(notdir $(CXX)))
+CPU_PROGRAMS := $(patsubst %,$(CPU_BUILD)/test_%,moments $(CPU_TESTS))
 # The CUDA kernels compiled as C++, on the CPU implementation of CUDA in tests/cpp/cuda_shim. Its
 # functions are exported (-rdynamic), because the engine finds those of a driver at run time.
 # Products are not fused with sums, as in the kernels (times in csrc/portable.h).
@@ -50,13 +53,16 @@ demo: $(VENV)/installed  ## train on real data; print statistics and speed
 test: $(VENV)/installed test-cpp test-cuda-shim  ## run all tests, C++ and Python
 	$(BIN)/python -m pytest --quiet --durations=10 --numprocesses=$(WORKERS) --dist=loadfile
 
+$(CPU_BUILD)/%.o: %.cpp $(CXX_FILES)
+	@mkdir -p $(@D)
+	$(CXX) $(CPU) -c $< -o $@
+
+$(CPU_PROGRAMS): $(CPU_BUILD)/%: $(CPU_BUILD)/tests/cpp/%.o $(patsubst %.cpp,$(CPU_BUILD)/%.o,$(wildcard csrc/cpu/*.cpp))
+	$(CXX) -pthread $^ -o $@
+
 test-cpp:  ## run the C++ tests of the state and the kernels, without torch
-	@mkdir -p build/cpp
-	$(CXX) -std=c++17 -O2 -Wall -Wextra -Werror tests/cpp/test_moments.cpp -o build/cpp/test_moments
-	set -e; for test in $(CPU_TESTS); do \
-		$(CXX) -std=c++17 -O2 -Wall -Wextra -Werror -pthread tests/cpp/test_$$test.cpp csrc/cpu/*.cpp \
-			-o build/cpp/test_$$test; done
-	set -e; for test in moments $(CPU_TESTS); do build/cpp/test_$$test; done
+	@$(MAKE) --no-print-directory --jobs=2 $(CPU_PROGRAMS)
+	set -e; for test in $(CPU_PROGRAMS); do $$test; done
 
 $(SHIM_BUILD)/%.o: %.cpp $(CXX_FILES)
 	@mkdir -p $(@D)
