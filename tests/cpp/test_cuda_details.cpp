@@ -113,7 +113,7 @@ void no_launch_is_added_and_memory_is_bounded() {
   const Counts counts;
   details_of({view_of_rows(t, 10)});
   counts.check(1, 0);
-  const int64_t n = cuda::kMostRuns;
+  const int64_t n = kMostRows;
   for (int64_t more : {0, 1}) {
     const TensorView view = {t.data(), n + more, DType::kInt8, 0, n + more, 1};
     const cuda::Sizes sizes = cuda::sizes({&view, 1});
