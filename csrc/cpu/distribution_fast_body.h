@@ -223,6 +223,6 @@ Moments distribution(const void* data, int64_t n, ChunkDistribution& out) {
     out.mx[f].underflow += lanes_sum(mx.flushed[f]);
     out.mx[f].overflow += lanes_sum(mx.saturated[f]);
   }
-  if constexpr (kState != nullptr) return kState(data, n);
+  if constexpr (Values<T>::kWhole) return kState(data, n);
   return state;
 }

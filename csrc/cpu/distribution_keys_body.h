@@ -103,7 +103,8 @@ struct PartKeys {
 // is below 2^`digits`, the result has no meaning.
 inline Int16Lanes last_kept(UInt16Lanes first, int digits) {
   const UInt16Lanes power = ~(first + 0x7fff) & 0x7f80;
-  return (Int16Lanes)(0x7fff - power + static_cast<uint16_t>(digits << 7));
+  const auto limit = static_cast<uint16_t>(0x7fff + (digits << 7));
+  return (Int16Lanes)(limit - power);
 }
 
 // Adds bytes to counters.
