@@ -97,7 +97,7 @@ struct NonzeroExtremes {
   }
   void add_to(SignMagnitude<T, UInt16Lanes, Int16Lanes>& all) const {
     const UInt16Lanes bits = max_bits + 1;
-    const Int16Lanes signed_bits = max_signed + 1;
+    const auto signed_bits = (Int16Lanes)((UInt16Lanes)max_signed + 1);
     all.max_bits = bits > all.max_bits ? bits : all.max_bits;
     all.max_signed = signed_bits > all.max_signed ? signed_bits : all.max_signed;
   }

@@ -163,7 +163,7 @@ uint64_t truncated(DType dtype, double value) {
   const int lowest = 1 - f.bias();
   const int exponent = size == 0 ? lowest : std::max(lowest, std::ilogb(size));
   const auto digits = static_cast<uint64_t>(std::ldexp(size, f.mantissa_bits - exponent));
-  const uint64_t biased = static_cast<uint64_t>(exponent - lowest);
+  const uint64_t biased = static_cast<uint64_t>(int64_t{exponent} - lowest);
   return sign | ((biased << f.mantissa_bits) + digits);
 }
 
