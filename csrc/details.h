@@ -30,7 +30,7 @@ PARAMSTATS_HD inline HigherMoments merge(const HigherMoments& a, const HigherMom
   const double ab = times(na, wb);  // na nb / n
   HigherMoments out;
   out.n = a.n + b.n;
-  out.mean = a.mean + times(delta, wb);
+  out.mean = is_finite(delta) ? a.mean + times(delta, wb) : times(a.mean, wa) + times(b.mean, wb);
   out.m2 = a.m2 + b.m2 + times(d2, ab);
   out.m3 = a.m3 + b.m3 + times(times(times(d2, delta), ab), wa - wb) +
            times(times(3, delta), times(wa, b.m2) - times(wb, a.m2));
@@ -42,7 +42,28 @@ PARAMSTATS_HD inline HigherMoments merge(const HigherMoments& a, const HigherMom
   return out;
 }
 
-// The same with NaN of one sign, so that equal moments have equal bytes.
+// Sums of powers of d = x - pivot, and of |x|, of finite elements.
+struct PowerSums {
+  double d1 = 0, d2 = 0, d3 = 0, d4 = 0, abs = 0;
+};
+
+// The moments of `count` > 0 elements, from their sums around a pivot near the mean.
+PARAMSTATS_HD inline HigherMoments centered(const PowerSums& s, int64_t count, double pivot) {
+  const double n = static_cast<double>(count), shift = s.d1 / n, shift2 = times(shift, shift);
+  HigherMoments out;
+  out.n = count;
+  out.mean = is_finite(shift) ? pivot + shift : pivot;
+  out.m2 = s.d2 - times(n, shift2);
+  out.m3 = s.d3 - times(times(3, shift), s.d2) + times(times(2, n), times(shift2, shift));
+  out.m4 = s.d4 - times(times(4, shift), s.d3) + times(times(6, shift2), s.d2) -
+           times(times(3, n), times(shift2, shift2));
+  out.m2 = out.m2 < 0 ? 0 : out.m2;
+  out.m4 = out.m4 < 0 ? 0 : out.m4;
+  out.abs_mean = s.abs / n;
+  return out;
+}
+
+// Moments with NaN of one sign, so that equal moments have equal bytes.
 PARAMSTATS_HD inline HigherMoments packed(HigherMoments a) {
   double* const numbers[] = {&a.mean, &a.m2, &a.m3, &a.m4, &a.abs_mean};
   for (double* x : numbers) {
@@ -108,7 +129,7 @@ struct RowsHead {
 // or this byte if they were not looked for, though the tensor has enough zeros for one: each row
 // needs memory.
 constexpr char kNotKnown = '?';
-constexpr int64_t kMostRows = int64_t{1} << 24;
+constexpr int64_t kMostRows = int64_t{1} << 20;
 
 // What a call reads of a tensor in addition to its Moments; kNoZeroRows: without its zero rows.
 constexpr uint8_t kReadDistribution = 1, kReadRows = 2, kNoZeroRows = 4;

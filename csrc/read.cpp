@@ -43,6 +43,13 @@ py::tuple read(const py::list& tensors, bool params, bool grads, uint64_t cuda_d
     throw py::value_error("paramstats._native.read: expected a byte of details for each of " +
                           std::to_string(n) + " tensors, got " + std::to_string(n_flags));
   }
+  constexpr uint8_t kAll = kReadDistribution | kReadRows | kNoZeroRows;
+  for (size_t i = 0; i < n_flags; ++i) {
+    if ((flags_of[i] & ~kAll) == 0) continue;
+    throw py::value_error("paramstats._native.read: expected details of at most " +
+                          std::to_string(kAll) + ", got " +
+                          std::to_string(static_cast<uint8_t>(flags_of[i])));
+  }
   const size_t n_rows = 2 * n + kUpdateRows * updates.size();
   const std::vector<UpdateArguments> update_list = update_arguments(updates, n);
   auto rows = py::reinterpret_steal<py::bytes>(

@@ -83,7 +83,7 @@ struct Work : Lists {
       if (const auto view = native_view(t)) {
         views.push_back(*view);
         if (flags != 0) views.back().details = add_details(*view, row, flags);
-        if ((flags & kNoZeroRows) != 0) views.back().rows = 0;
+        if ((flags & (kNoZeroRows | kReadRows)) == kNoZeroRows) views.back().rows = 0;
         out.push_back(table + row);
         tensors.push_back(t);
         bytes += view->numel * element_size(view->dtype);

@@ -220,7 +220,7 @@ class TensorStats:
         """Third standardized moment: 0 for a symmetric distribution.
 
         As `scipy.stats.skew`. NaN without `summarize(distribution=...)`, if an element is not
-        finite, or if all elements are equal.
+        finite, if all elements are equal, or if their std is below 2^-32 of their mean.
         """
         return self._of_distribution(detail.skewness)
 
@@ -269,7 +269,7 @@ class TensorStats:
 
         Empty if there is none. None if they are not known: for a tensor that was not read; for
         several tensors together, an update or a state of an optimizer with zeros; for a tensor with
-        more than 2^24 rows and as many zeros as a row has elements; for one whose shards are not
+        more than 2^20 rows and as many zeros as a row has elements; for one whose shards are not
         made of rows, or that was reduced from partial values, with as many zeros.
         """
         if self._detail is not None and self._detail.zero_rows is not None:

@@ -186,6 +186,7 @@ HARD = {
     "large": lambda: 1e60 * torch.randn(1000).double(),
     "small": lambda: 1e-60 * torch.randn(1000).double(),
     "integers": lambda: torch.randint(-5, 100, (5000,)),
+    "large integers": lambda: (1 << 60) + torch.randint(-(1 << 40), 1 << 40, (5000,)),
 }
 
 
@@ -207,6 +208,9 @@ def test_statistics_without_a_value_are_nan(backend):
     constant, tiny = torch.full((300_001,), 0.1), 1e-100 * torch.randn(100).double()
     for x in (constant, tiny, 1e100 * torch.randn(100).double(), torch.tensor([1.0, math.nan])):
         assert math.isnan(read(x).skewness) and math.isnan(read(x).kurtosis)
+    # Rounded to 53 bits, they would have another spread.
+    close = (1 << 60) + torch.randint(-300, 300, (5000,))
+    assert math.isnan(read(close).kurtosis) and math.isnan(read(close).skewness)
     infinite = read(torch.tensor([1.0, 2.0, 4.0, math.inf]))
     assert infinite.abs_mean == math.inf and math.isnan(infinite.kurtosis)
     assert infinite.finite.abs_mean == pytest.approx(7 / 3) and infinite.finite.kurtosis > 1

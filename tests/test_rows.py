@@ -201,3 +201,18 @@ def test_squares_that_overflow(backend):
     rows = summarize({"x": x}, rows=True)["x"].rows
     assert rows.norm.tolist() == [math.inf, pytest.approx(3**0.5 * 1e200)]
     assert rows.std.tolist() == [math.inf, 0]
+
+
+def test_rows_that_differ_in_signs_only_are_not_equal(backend):
+    """With a hash of 33 bits, 4 pairs of 2^18 rows would be expected to be found equal."""
+    torch.manual_seed(0)
+    x = torch.randint(0, 2, (1 << 18, 64), dtype=torch.int8).mul_(2).sub_(1).to(torch.float32)
+    assert read(x).rows.equal == ()
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64], ids=str
+)
+def test_the_largest_magnitude_of_zeros_has_no_sign(backend, dtype):
+    for shape in ((3, 4), (20, 64), (2, 5000)):
+        assert not np.signbit(read(torch.zeros(shape, dtype=dtype)).rows.abs_max).any()

@@ -12,9 +12,9 @@ struct Whole {
 };
 
 // Converts n elements to float64, or those of dtypes that float32 represents exactly to float32.
-// The only rounding is that of integers above 2^53, which are rounded to odd: if any of their lower
-// 11 bits is set, they are replaced by bit 11. This keeps the order of the integer and of all
-// numbers that have few digits.
+// The only rounding is that of integers above 2^53, which are rounded to odd: if any of the bits
+// that do not fit is set, the last one that fits is set for them. This keeps the order of the
+// integer and of all numbers that have fewer digits.
 template <class T>
 struct Values {
   static constexpr bool kWhole = false;
@@ -33,7 +33,10 @@ struct Values<Whole<S>> {
         const S value = element_at(x + i);
         const bool negative = value < 0;
         uint64_t m = negative ? 0 - static_cast<uint64_t>(value) : static_cast<uint64_t>(value);
-        if (m >> 53) m = (m | ((m & 0x7ff) + 0x7ff)) & ~uint64_t{0x7ff};
+        if (m >> 53) {
+          const uint64_t rest = (uint64_t{1} << (11 - __builtin_clzll(m))) - 1;
+          m = (m | ((m & rest) + rest)) & ~rest;
+        }
         out[i] = negative ? -static_cast<double>(m) : static_cast<double>(m);
       } else if constexpr (static_cast<S>(2) == 1) {  // bool: every byte but 0 is true
         out[i] = reinterpret_cast<const uint8_t*>(x)[i] != 0;
@@ -73,24 +76,6 @@ inline void count_mx(const double* x, int64_t n, MxCounts* out) {
       out[f].overflow += y >= kMxSaturated[f] / unit;
     }
   }
-}
-
-// Sums of powers of d = x - pivot, and of |x|.
-struct PowerSums {
-  double d1 = 0, d2 = 0, d3 = 0, d4 = 0, abs = 0;
-};
-
-// Moves the pivot to the mean.
-inline HigherMoments centered(const PowerSums& s, int64_t count, double pivot) {
-  const double n = static_cast<double>(count), shift = s.d1 / n, shift2 = shift * shift;
-  HigherMoments out;
-  out.n = count;
-  out.mean = pivot + shift;
-  out.m2 = s.d2 - shift2 * n;
-  out.m3 = s.d3 - 3 * shift * s.d2 + 2 * n * shift2 * shift;
-  out.m4 = s.d4 - 4 * shift * s.d3 + 6 * shift2 * s.d2 - 3 * n * shift2 * shift2;
-  out.abs_mean = s.abs / n;
-  return out;
 }
 
 // Reads n <= kPart elements, which may have any value.

@@ -94,7 +94,7 @@ static_assert(kMxFlushed[0] == 0x1p-4 * (1 << kMxMaxExponent[0]) &&
 constexpr int kSaturatedKeys[kMxFormats] = {0x60, 0x69, 0x70};
 
 struct PartKeys {
-  int largest, smallest;              // |x| of all but zeros; 0, 0x8000 if there is none
+  int largest, smallest;              // |x| of all but zeros; 0 if there is none
   uint16_t blocks[kPart / kMxBlock];  // the order of the largest of each block
 };
 

@@ -19,7 +19,7 @@ constexpr int64_t kGather = 2 * kPart;
 
 // Thread-local instead of on the stack, which is too small on some threads.
 alignas(64) thread_local char gather_buffer[kGather * 8];
-alignas(64) thread_local double part_buffer[kPart];
+alignas(64) thread_local char part_buffer[kPart * sizeof(double)];  // of float or double
 alignas(64) thread_local double update_buffer[7 * kUpdateBlock];
 
 int64_t chunk_count(int64_t numel) { return ceil_div(numel, kChunk); }
@@ -272,7 +272,7 @@ void mark_absent(const Update& update) {
 
 }  // namespace
 
-double* scratch() { return part_buffer; }
+double* scratch() { return reinterpret_cast<double*>(part_buffer); }
 
 double* update_scratch() { return update_buffer; }
 

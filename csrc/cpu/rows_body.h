@@ -22,7 +22,7 @@ constexpr double kMaxRowShare = 1.0 / 6;
 inline RowState row_of(const Moments& state, uint64_t hash) {
   const int64_t nonfinite = state.count - finite_count(state);
   if (nonfinite == state.count) return {0, 0, 0, 0, nonfinite, hash};
-  const double abs_max = state.max > -state.min ? state.max : -state.min;
+  const double abs_max = state.max > -state.min ? state.max : 0 - state.min;  // not -0
   return {state.mean, state.m2, abs_max, state.zeros, nonfinite, hash};
 }
 

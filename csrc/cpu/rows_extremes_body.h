@@ -2,9 +2,11 @@
 // level and states the rules for its code.
 //
 // The hash of a piece is NH (Black et al.: "UMAC: fast and secure message authentication", CRYPTO
-// 1999) of its memory as 32-bit words w, padded to whole vectors:
+// 1999) of its memory as 32-bit words w, padded to whole vectors, with the halves of each product
+// mixed. (Products of words with other signs differ in their upper 33 bits only.)
 //
-//     sum over i of (w[2i] + key[2i] mod 2^32) * (w[2i+1] + key[2i+1] mod 2^32)      mod 2^64
+//     sum over i of mix((w[2i] + key[2i] mod 2^32) * (w[2i+1] + key[2i+1] mod 2^32))    mod 2^64
+//     mix(p) = p xor p / 2^32
 
 struct RowKeys {
   uint32_t of[kRowPieceBytes / sizeof(uint32_t)];
@@ -31,7 +33,8 @@ struct RowHash {
 
   void take(const void* vector) {
     const auto words = load_as<UInt32Lanes>(static_cast<const char*>(vector));
-    sums += times_halves((UInt64Lanes)(words + load_as<UInt32Lanes>(keys)));
+    const UInt64Lanes product = times_halves((UInt64Lanes)(words + load_as<UInt32Lanes>(keys)));
+    sums += product ^ product >> 32;
     keys += kLanes<UInt32Lanes>;
   }
   uint64_t value() const {
@@ -62,7 +65,7 @@ struct OfRow<T, SignMagnitude<T, UInt16Lanes, Int16Lanes>> {
 // The largest absolute values and the numbers of zeros, at most 255 in a lane.
 template <class T>
 inline typename T::Vector abs_max_of(const Converted<T>& e) {
-  return larger(e.max, -e.min);
+  return larger(e.max, 0 - e.min);  // (-0 has a sign)
 }
 template <class T>
 inline typename T::Mask zeros_of(const Converted<T>& e) {

@@ -89,16 +89,24 @@ bool ZeroRowFinder::has_zeros(int64_t begin, int64_t end,
 }
 
 bool ZeroRowFinder::read(int64_t begin, int64_t end, uint8_t* bits) const {
-  if (row_numel_ == 1 && stride_ == 1) {  // as for tensors of one dimension
-    switch (element_size(tensor_.dtype)) {
-      case 1: return read_elements<uint8_t>(begin, end, bits);
-      case 2: return read_elements<uint16_t>(begin, end, bits);
-      case 4: return read_elements<uint32_t>(begin, end, bits);
-      default: return read_elements<uint64_t>(begin, end, bits);
+  const int64_t bytes = row_numel_ * element_size(tensor_.dtype);
+  const bool is_dense = dims_.empty() && stride_ == row_numel_;
+  if (is_dense) {
+    switch (bytes) {
+      case 1: return read_words<uint8_t>(begin, end, bits);
+      case 2: return read_words<uint16_t>(begin, end, bits);
+      case 4: return read_words<uint32_t>(begin, end, bits);
+      case 8: return read_words<uint64_t>(begin, end, bits);
     }
   }
+  const auto* x = static_cast<const char*>(tensor_.data);
   bool found = false;
   for (int64_t r = begin; r < end; ++r) {
+    if (is_dense && bytes > 8) {  // most rows have an element that is not zero at their begin
+      uint64_t word;
+      std::memcpy(&word, x + r * bytes, sizeof(word));
+      if (word & value_bits_) continue;
+    }
     if (!is_zero(r)) continue;
     bits[r / 8] |= 1 << r % 8;
     found = true;
@@ -107,7 +115,7 @@ bool ZeroRowFinder::read(int64_t begin, int64_t end, uint8_t* bits) const {
 }
 
 template <class Word>
-bool ZeroRowFinder::read_elements(int64_t begin, int64_t end, uint8_t* bits) const {
+bool ZeroRowFinder::read_words(int64_t begin, int64_t end, uint8_t* bits) const {
   const auto* x = static_cast<const Word*>(tensor_.data);
   const auto mask = static_cast<Word>(value_bits_);
   Word words[8];

@@ -22,7 +22,7 @@ class ZeroRowFinder {
  private:
   bool read(int64_t begin, int64_t end, uint8_t* bits) const;  // whether there is any
   template <class Word>
-  bool read_elements(int64_t begin, int64_t end, uint8_t* bits) const;  // each is a row
+  bool read_words(int64_t begin, int64_t end, uint8_t* bits) const;  // each is a row
   bool is_zero(int64_t row) const;
   bool has_zeros(int64_t begin, int64_t end, const std::vector<int64_t>& in_chunks) const;
 

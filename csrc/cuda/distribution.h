@@ -67,22 +67,6 @@ __device__ inline void count_mx(const Magnitude& x, int largest, int (&counts)[k
 // The sums of a thread: powers of d = x - pivot, |x|, and the number of finite elements.
 constexpr int kPowers = 6;
 
-// Moments from the sums of n > 0 elements around a pivot near the mean.
-__device__ inline HigherMoments from_powers(const double (&s)[kPowers], double pivot) {
-  const double n = s[5], shift = s[0] / n, shift2 = times(shift, shift);
-  HigherMoments out;
-  out.n = static_cast<int64_t>(n);
-  out.mean = is_finite(shift) ? pivot + shift : pivot;
-  out.m2 = s[1] - times(n, shift2);
-  out.m3 = s[2] - times(times(3, shift), s[1]) + times(times(2, n), times(shift2, shift));
-  out.m4 = s[3] - times(times(4, shift), s[2]) + times(times(6, shift2), s[1]) -
-           times(times(3, n), times(shift2, shift2));
-  out.m2 = out.m2 < 0 ? 0 : out.m2;
-  out.m4 = out.m4 < 0 ? 0 : out.m4;
-  out.abs_mean = s[4] / n;
-  return out;
-}
-
 // Reads one chunk. All threads of the block get the sums and the counts.
 __device__ inline void read_chunk(const Chunk& chunk, double pivot, unsigned* bins, int n_bins,
                                   int first_exponent, Shared<kThreads>& shared,

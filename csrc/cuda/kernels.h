@@ -188,7 +188,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 5)
 #pragma unroll
     for (int k = 0; k < kMxWords; ++k) mx[k] += of_chunk[k];
     if (s[5] == 0) continue;
-    HigherMoments moments = from_powers(s, pivot);
+    HigherMoments moments =
+        centered({s[0], s[1], s[2], s[3], s[4]}, static_cast<int64_t>(s[5]), pivot);
     if (!is_finite(s[4])) moments.abs_mean = scaled_abs_mean(chunk, s[5], shared);
     merged = merge(merged, moments);
   }

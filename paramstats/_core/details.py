@@ -136,7 +136,7 @@ def merge_distributions(parts: Iterable[Distribution]) -> Distribution:
         m4 += 6 * d2 * (a * a * m2_b + b * b * m2) + 4 * d * (a * m3_b - b * m3)
         m3 += m3_b + d2 * d * ab * (a - b) + 3 * d * (a * m2_b - b * m2)
         m2 += m2_b + d2 * ab
-        mean += d * b
+        mean = mean + d * b if math.isfinite(d) else mean * a + mean_b * b
         abs_mean += (abs_mean_b - abs_mean) * b
         n += n_b
     filled = [part for part in parts if part.positive]
@@ -166,7 +166,7 @@ NOT_KNOWN = b"?"
 """Zero rows that are not looked for, though there are enough zeros for one: of a tensor with more
 than `MOST_ROWS` rows, or with shards that are not made of rows."""
 
-MOST_ROWS = 1 << 24
+MOST_ROWS = 1 << 20
 """Zero rows of a tensor with more rows are not known: each row needs memory."""
 
 
@@ -248,7 +248,12 @@ def kurtosis(a: Distribution) -> float:
 _LEAST_M4 = 1e-300
 """Below this, per element, the fourth powers may have lost digits to underflow."""
 
+_LEAST_SPREAD = 2.0**-32
+"""Below this share of the mean, the spread may have lost digits: elements that are 64-bit integers
+and means are rounded to 53 bits."""
+
 
 def _is_exact(a: Distribution) -> bool:
-    """Return whether there is a spread, and its fourth powers are in the range of float64."""
-    return a.m2 > 0 and a.n * _LEAST_M4 <= a.m4 < math.inf
+    """Return whether there is a spread that float64 represents, and its fourth powers."""
+    has_spread = a.m2 > 0 and math.sqrt(a.m2 / a.n) > _LEAST_SPREAD * abs(a.mean)
+    return has_spread and a.n * _LEAST_M4 <= a.m4 < math.inf
