@@ -15,7 +15,9 @@ summarize = paramstats.summarize
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(9,), (11, 2), (8, 3), (37, 4), (21, 8), (17, 4, 5), (100, 64), (3, 300_000)])
+@pytest.mark.parametrize(
+    "shape", [(9,), (11, 2), (8, 3), (37, 4), (21, 8), (17, 4, 5), (100, 64), (3, 300_000)]
+)
 def test_every_dtype_and_shape(backend, dtype, shape):
     x = torch.ones(shape).to(dtype)
     expected = tuple(range(0, shape[0], 2))
