@@ -96,7 +96,7 @@ class Finding:
     severity: Severity
     code: FindingCode
     name: str
-    """The name of the parameter or buffer."""
+    """The name of the parameter or buffer; empty if the finding is about the whole model."""
     source: Source
     """What the finding is about: the parameter ("param"), its gradient, its update or a buffer."""
     value: float
@@ -107,9 +107,13 @@ class Finding:
     """What was found, in words."""
     advice: str
     """What it means and what to do."""
+    step: int | None = None
+    """The step at which it began; None in the findings of one summary."""
+    end: int | None = None
+    """The first step at which it was no longer found; None while it lasts."""
 
     def __repr__(self) -> str:
-        name = one_line_name(self.name)
+        name = _shown(self.name)
         return f"<{self.severity.name} {name}: {self.code.value}: {self.message}>"
 
     def __str__(self) -> str:
@@ -180,6 +184,10 @@ def _groups(findings: Iterable[Finding]) -> list[list[Finding]]:
 
 def _rows(group: list[Finding]) -> list[tuple[str, str]]:
     """Return (name, message) of the first findings, and how many more there are."""
-    rows = [(one_line_name(finding.name), finding.message) for finding in group[:_MAX_NAMES]]
+    rows = [(_shown(finding.name), finding.message) for finding in group[:_MAX_NAMES]]
     more = len(group) - _MAX_NAMES
     return [*rows, (f"... and {more:,} more", "")] if more > 0 else rows
+
+
+def _shown(name: str) -> str:
+    return one_line_name(name) if name else "(model)"
