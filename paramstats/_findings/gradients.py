@@ -14,8 +14,15 @@ import torch
 
 from paramstats._core.format import number, one_line_name
 from paramstats._findings.context import Context, nonfinite_elements
-from paramstats._findings.depth import Layer, last_activation, layers_of, profile_of
+from paramstats._findings.depth import (
+    Layer,
+    growth_of,
+    last_activation,
+    layers_of,
+    profile_of,
+)
 from paramstats._findings.findings import Finding, FindingCode, Severity
+from paramstats._findings.structure import parts_of
 
 _LEAST_STEPS = 4
 """A gradient vanishes or explodes over at least so many blocks, or it is a gate."""
@@ -23,13 +30,18 @@ _LEAST_STEPS = 4
 _LARGE_GRADIENT = 10.0
 """Relative to its weight. Clipping handles it, so that it is a finding with other evidence only."""
 
-_UNUSUAL_INPUT = 1e3
-"""The rms of the model's input. Pixels up to 255 are below it."""
+_UNUSUAL_INPUT = 1e4
+"""The rms of the input of a model. Pixels up to 255, and features in thousands, are below it."""
 
 _SMALLEST_ACTIVATION = 1e-4
-_SMALL_GAIN = 0.04
-"""Common initializers give a gain of 0.1 to 1.4, and those of GPT-2's last layers of blocks 0.05.
-"""
+_SMALL_GAIN, _LARGE_GAIN = 0.03, 3.0
+"""Common initializers give a gain of 0.1 to 1.4, and that of GPT-2's residual layers 0.05."""
+
+_TOO_LARGE = (
+    "Activations grow from layer to layer, and gradients with them until activations overflow. "
+    "Initialize weights with a smaller std (torch.nn.init.kaiming_normal_ for ReLU), add "
+    "normalization, and clip gradients."
+)
 
 
 def nonfinite_gradients(context: Context) -> Iterator[Finding]:
@@ -70,11 +82,18 @@ def nonfinite_gradients(context: Context) -> Iterator[Finding]:
 
 
 def gradient_sizes(context: Context) -> Iterator[Finding]:
-    """Report gradients that vanish or explode along the depth, or are far from their weights."""
+    """Report gradients that vanish or explode along the depth, or are far from their weights.
+
+    Not if some contain NaN or infinities: the others say little then.
+    """
+    if any(entry.grad is not None and entry.grad.nonfinite_count for entry in context.entries):
+        return
+    yield from _overflown(context)
     layers = layers_of(context)
     if not layers:
         return
-    yield from _vanishing(context, layers)
+    if max(layer.gain for layer in layers) < context.thresholds.largest_gain:
+        yield from _vanishing(context, layers)  # otherwise a weight that is too large saturates it
     yield from _exploding(context, layers)
     yield from _ratios(context, layers)
 
@@ -130,6 +149,27 @@ def _vanishing(context: Context, layers: Sequence[Layer]) -> Iterator[Finding]:
             yield Finding(Severity.WARNING, code, name, "grad", ratio, limit, message, advice)
 
 
+def _overflown(context: Context) -> Iterator[Finding]:
+    """Report weights that are too large, if their gradients are zero: activations overflow."""
+    gains = [
+        (entry.value.rms * part.root_fan_in, entry.name)
+        for part in parts_of(context.record.layout)
+        if (entry := context.entries[part.row]).grad is not None and not entry.grad.norm
+        if entry.value.norm > 0 and not part.is_lookup
+    ]
+    if len(gains) < _LEAST_STEPS:
+        return
+    mean = math.exp(sum(math.log(gain) for gain, _ in gains) / len(gains))
+    if mean > _LARGE_GAIN:
+        gain, name = max(gains)
+        message = (
+            f"{len(gains)} weights scale their input by {number(mean)} on average, and their "
+            f"gradients are zero; this one scales it by {number(gain)}"
+        )
+        code, severity = FindingCode.EXPLODING_GRADIENT, Severity.WARNING
+        yield Finding(severity, code, name, "param", mean, _LARGE_GAIN, message, _TOO_LARGE)
+
+
 def _exploding(context: Context, layers: Sequence[Layer]) -> Iterator[Finding]:
     """Report a model whose activations or gradients grow from layer to layer."""
     limit = context.thresholds.exploding_activation
@@ -151,33 +191,41 @@ def _exploding(context: Context, layers: Sequence[Layer]) -> Iterator[Finding]:
         )
         yield Finding(severity, code, name, "grad", value, _UNUSUAL_INPUT, message, advice)
         return
-    activation = last_activation(layers)
-    if activation > limit:
+    activation, growth = last_activation(layers), growth_of(layers)
+    is_known = activation >= 0
+    if growth > limit and (activation > limit if is_known else not _has_normalization(context)):
         cause = max(
             (layer for layer in layers[:-1] if not layer.part.is_lookup),
             key=lambda layer: layer.gain,
             default=top,
         )
-        message = (
-            f"inputs of the last layers have an rms of about {number(activation)}; "
-            f"this weight scales its input by {number(cause.gain)}, {_in_words(cause)}"
+        if is_known:
+            value, message = activation, "the last layer's input has an rms of about "
+        else:
+            value, message = growth, "activations may grow, from the first to the last layer, by "
+        message += (
+            f"{number(value)}; this weight scales its input by {number(cause.gain)}, "
+            f"{_in_words(cause)}"
         )
-        advice = (
-            "Activations grow from layer to layer, and gradients with them. Initialize weights "
-            "with a smaller std (torch.nn.init.kaiming_normal_ for ReLU), add normalization, and "
-            "clip gradients."
-        )
-        yield Finding(severity, code, cause.name, "grad", activation, limit, message, advice)
+        yield Finding(severity, code, cause.name, "grad", value, limit, message, _TOO_LARGE)
         return
-    growth = profile_of(layers[::-1])
-    if growth.steps >= _LEAST_STEPS and growth.factor * context.thresholds.vanishing_gradient > 1:
-        message = f"{_in_words(top)}, {number(growth.factor)} times as large as in the last layers"
+    profile = profile_of(layers[::-1])
+    if profile.steps >= _LEAST_STEPS and profile.factor * context.thresholds.vanishing_gradient > 1:
+        message = f"{_in_words(top)}, {number(profile.factor)} times as large as in the last layers"
         advice = (
             "The gradient grows from layer to layer on its way back. Initialize weights with a "
             "smaller std, add normalization, and clip gradients."
         )
-        value, bound = growth.factor, 1 / context.thresholds.vanishing_gradient
+        value, bound = profile.factor, 1 / context.thresholds.vanishing_gradient
         yield Finding(severity, code, top.name, "grad", value, bound, message, advice)
+
+
+def _has_normalization(context: Context) -> bool:
+    """Return whether a parameter has one dimension, as in every normalization layer."""
+    return any(
+        entry.kind == "param" and entry.shape is not None and len(entry.shape) == 1
+        for entry in context.entries
+    )
 
 
 def _in_words(layer: Layer) -> str:

@@ -87,19 +87,19 @@ def _dead_units(context: Context, part: Part, entry: Entry, grad: Detail) -> Ite
     rows, n, limit = _zero(grad), entry.shape[0], context.thresholds.dead_units
     if not rows or part.is_lookup:
         return
-    share, what = len(rows) / n, "units"
+    share, what, momentum_of = len(rows) / n, "units", entry
     is_stacked = len(entry.shape) == 3 and min(entry.shape[1:]) > 1 and part.units is None
     if is_stacked:
         what, limit = "experts", _DEAD_EXPERTS
     elif part.units is None or n < _LEAST_UNITS:
         return
     else:
-        units = context.entries[part.units].grad
-        if units is None or units.zero_count < len(rows):
+        momentum_of = context.entries[part.units]
+        if momentum_of.grad is None or momentum_of.grad.zero_count < len(rows):
             return
     if not share > limit:
         return
-    never = _share_without_momentum(entry)
+    never = _share_without_momentum(momentum_of)
     severity = Severity.WARNING if never > limit else Severity.INFO
     message = _in_words(rows, n, f"of the gradient zero: these {what} do not learn")
     if is_stacked:

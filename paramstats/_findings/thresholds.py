@@ -76,7 +76,7 @@ class Thresholds:
     of a layer behind eight sigmoids, all of it. docs/findings.md has the table.
     """
 
-    exploding_activation: float = 100.0
+    exploding_activation: float = 30.0
     vanishing_gradient: float = 1e-3
     largest_gradient_ratio: float = 1e3
     smallest_gradient_ratio: float = 1e-9
@@ -89,7 +89,7 @@ class Thresholds:
     largest_lag: float = 10.0
     below_eps: float = 0.5
     zero_rows: float = 0.5
-    dead_units: float = 0.5
+    dead_units: float = 0.6
     equal_rows: float = 0.5
     heavy_tails: float = 1e3
     float8_underflow: float = 0.25
