@@ -77,11 +77,12 @@ def profile_of(layers: Iterable[Layer]) -> Profile:
     """Return how the largest relative gradient rises along these layers.
 
     A block counts with its largest gradient, so that layers whose gradient is small by
-    construction, such as queries and keys, do not matter.
+    construction, such as queries and keys, do not matter. Tables, which are parallel inputs, do not
+    count.
     """
     blocks: dict[str, float] = {}
     for layer in layers:
-        if not layer.part.is_tied:
+        if not (layer.part.is_tied or layer.part.is_lookup):
             block = layer.part.block
             blocks[block] = max(blocks.get(block, 0.0), layer.gradient)
     largest, rise, steps = math.inf, 0.0, 0

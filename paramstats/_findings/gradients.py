@@ -103,12 +103,12 @@ def _vanishing(context: Context, layers: Sequence[Layer]) -> Iterator[Finding]:
     limit = context.thresholds.vanishing_gradient
     largest = max(layer.gradient for layer in layers)
     profile, activation = profile_of(layers), last_activation(layers)
-    tiny = [layer for layer in layers if layer.gain < _SMALL_GAIN and not layer.part.is_lookup]
     is_dead = activation < _SMALLEST_ACTIVATION
-    if not is_dead:  # a weight that starts at zero is small, too, but its gradient is not
-        tiny = [layer for layer in tiny if layer.gradient < limit * largest]
+    tiny = [layer for layer in layers if layer.gain < _SMALL_GAIN and not layer.part.is_lookup]
+    # A weight that starts at zero is small, too, but its gradient is not.
+    lost = [layer for layer in tiny if layer.gradient < limit * largest]
     code = FindingCode.VANISHING_GRADIENT
-    if len(tiny) >= (1 if is_dead else 2):
+    if tiny and (is_dead or len(lost) > 1):
         # Several weights are too small. Others may have small gradients because of them.
         advice = (
             "These weights are so small that activations and gradients shrink with every layer. "

@@ -141,7 +141,8 @@ def _equal_rows(context: Context, entry: Entry, value: Detail) -> Iterator[Findi
     is_frozen = context.has_trainable and not entry.requires_grad
     severity = Severity.INFO if is_frozen else Severity.WARNING
     code = FindingCode.EQUAL_ROWS
-    message = _in_words(rows, entry.shape[0], f"equal to another one, in {len(groups)} groups")
+    what = "each other" if len(groups) == 1 else f"another one, in {len(groups)} groups"
+    message = _in_words(rows, entry.shape[0], f"equal to {what}")
     advice = (
         "Units with equal weights compute the same, and get equal gradients if the next layer "
         "treats them equally. Initialize every row with other random numbers, and check what "

@@ -92,7 +92,7 @@ class Thresholds:
     dead_units: float = 0.6
     equal_rows: float = 0.5
     heavy_tails: float = 1e3
-    float8_underflow: float = 0.25
+    float8_underflow: float = 0.1
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
