@@ -87,19 +87,19 @@ def _dead_units(context: Context, part: Part, entry: Entry, grad: Detail) -> Ite
     rows, n, limit = _zero(grad), entry.shape[0], context.thresholds.dead_units
     if not rows or part.is_lookup:
         return
-    share, what, momentum_of = len(rows) / n, "units", entry
+    share, what, momentum_of = len(rows) / n, "units", part.row
     is_stacked = len(entry.shape) == 3 and min(entry.shape[1:]) > 1 and part.units is None
     if is_stacked:
         what, limit = "experts", _DEAD_EXPERTS
     elif part.units is None or n < _LEAST_UNITS:
         return
     else:
-        momentum_of = context.entries[part.units]
-        if momentum_of.grad is None or momentum_of.grad.zero_count < len(rows):
+        momentum_of, units = part.units, context.entries[part.units].grad
+        if units is None or units.zero_count < len(rows):
             return
     if not share > limit:
         return
-    never = _share_without_momentum(momentum_of)
+    never = _share_without_momentum(context, momentum_of)
     severity = Severity.WARNING if never > limit else Severity.INFO
     message = _in_words(rows, n, f"of the gradient zero: these {what} do not learn")
     if is_stacked:
@@ -119,13 +119,14 @@ def _dead_units(context: Context, part: Part, entry: Entry, grad: Detail) -> Ite
     yield Finding(severity, code, entry.name, "grad", share, limit, message, advice)
 
 
-def _share_without_momentum(entry: Entry) -> float:
+def _share_without_momentum(context: Context, row: int) -> float:
     """Return the share of elements whose momentum is zero after many steps; 0 if not known."""
-    step = entry.state.get("step")
-    if step is None or not step.mean >= _STEPS:
+    optimizer = context.record.optimizer
+    columns = [optimizer.column(key) for key in ("step", "exp_avg")] if optimizer else []
+    if optimizer is None or None in columns:
         return 0.0
-    momentum = entry.state.get("exp_avg")
-    return 0.0 if momentum is None or momentum.count == 0 else momentum.zero_fraction
+    step, momentum = (optimizer.state(column, row) for column in columns if column is not None)
+    return momentum.zeros / momentum.count if step.mean >= _STEPS and momentum.count > 0 else 0.0
 
 
 def _equal_rows(context: Context, entry: Entry, value: Detail) -> Iterator[Finding]:
