@@ -62,14 +62,15 @@ def large_updates(context: Context) -> Iterator[Finding]:
     advice = "A step replaces a large part of the weight. Lower the learning rate."
     usual = " A usual learning rate of AdamW is 1e-3 for small models and 1e-4 for large ones."
     for step in _steps(context):
-        weight, norm, usual_norm = step.entry.value, step.update.norm, _usual_norm(step.entry)
+        assert step.entry.shape is not None  # as is_weight says
+        weight, norm, usual = step.entry.value, step.update.norm, usual_norm(step.entry.shape)
         if not weight.norm < math.inf or "history_size" in step.hyperparameters:
             continue  # LBFGS makes several steps in one
-        ratio = norm / max(weight.norm, usual_norm)
-        of = "the weight" if weight.norm >= usual_norm else "a new weight of this shape"
+        ratio = norm / max(weight.norm, usual)
+        of = "the weight" if weight.norm >= usual else "a new weight of this shape"
         message = f"norm {number(norm)}, {number(ratio)} times that of {of}{step.lr_in_words()}"
         if not ratio > limit and step.is_adam() and _SMALL_STEP * weight.rms < step.lr:
-            ratio = step.lr / (usual_norm / math.sqrt(weight.count))
+            ratio = step.lr / (usual / math.sqrt(weight.count))
             message = f"lr {number(step.lr)}, {number(ratio)} times the std of a new weight"
         if ratio > limit:
             name = step.entry.name
@@ -180,14 +181,13 @@ def _steps(context: Context) -> Iterator[_Step]:
                 yield _Step(row, entry, update, optimizer)
 
 
-def _usual_norm(entry: Entry) -> float:
+def usual_norm(shape: tuple[int, ...]) -> float:
     """Return the norm of a new weight of this shape.
 
     Its elements have the std 1 / sqrt(fan), where fan is the smaller one of fan-in and fan-out:
     stacked weights and those of transposed layers have them in another order.
     """
-    assert entry.shape is not None  # as is_weight says
-    return math.sqrt(max(entry.shape[0], math.prod(entry.shape[1:])))
+    return math.sqrt(max(shape[0], math.prod(shape[1:])))
 
 
 def _with_gradient(step: _Step) -> float:
