@@ -29,31 +29,29 @@ them, entries in a row for which it was not true, and whether the condition has 
 
 
 def advance(
-    state: Tensor, true: Tensor, step: float, limits: Tensor, entries: Tensor | None = None
+    state: Tensor, yes: Tensor, no: Tensor, step: float, limits: Tensor, needed: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the next state, and which conditions begin and end at this step.
 
     Args:
         state: [parameters, conditions, 4].
-        true: [parameters, conditions]; 1 or 0, NaN if an entry does not say.
+        yes, no: [parameters, conditions]; whether a condition is true, and whether it is not. An
+            entry may say neither.
         step: the number of the step.
         limits: the rules, from `make_limits`.
-        entries: [parameters, conditions]; how many entries are needed, where that is more than the
-            rule says.
+        needed: [parameters, conditions]; the entries that a condition must last, if that is more
+            than the rule says.
     """
     run, since, off, active = state.unbind(2)
-    is_active = active > 0
-    yes, no = true == 1, true == 0
-    since = torch.where(yes & (run == 0), step, since)
-    run = torch.where(yes, run + 1, run)
-    run = torch.where(no & ~is_active, 0.0, run)
-    off = torch.where(yes, 0.0, off + no)
-    needed = limits[0] if entries is None else torch.maximum(limits[0], entries)
-    begun = yes & ~is_active & (run >= needed) & (step - since >= limits[1])
-    ended = is_active & (off >= limits[2])
-    is_active = (is_active | begun) & ~ended
-    run = torch.where(ended, 0.0, run)
-    return torch.stack((run, since, off, is_active.to(torch.float64)), 2), begun, ended
+    was_active = active > 0
+    since = since + (yes & (run == 0)) * (step - since)
+    run = (run + yes) * (~no | was_active)
+    off = (off + no) * ~yes
+    entries = limits[0] if needed is None else torch.maximum(limits[0], needed)
+    begun = yes & ~was_active & (run >= entries) & (step - since >= limits[1])
+    ended = was_active & (off >= limits[2])
+    state = torch.stack((run * ~ended, since, off, (was_active | begun) & ~ended), 2)
+    return state, begun, ended
 
 
 def make_limits(rules: Sequence[Rule]) -> Tensor:

@@ -12,7 +12,7 @@ from paramstats._core.format import number
 from paramstats._findings.findings import Finding, FindingCode, Severity
 from paramstats._findings.over_time.conditions import SINCE, Rule
 from paramstats._findings.over_time.signals import Now
-from paramstats._findings.over_time.tracks import NAN, STAT, float64
+from paramstats._findings.over_time.tracks import NAN, STAT, N
 
 _MAX_STEPS = 200
 """Steps from the first entry in which gradients are checked for growth in proportion to the step."""
@@ -38,43 +38,45 @@ WHOLE_RULES = {
 }
 
 
-def add_to_line(now: Now) -> None:
-    """Add the entry to the sums for the line through log norms of gradients by log of the step."""
-    numbers, y = now.rows.numbers, now.log_grad
-    steps = now.step - numbers["first_step"].nan_to_num(now.step)
-    use = (y == y) & (steps <= _MAX_STEPS)
-    x = torch.where(use, (steps + 1).clamp(min=1).log(), 0.0)
-    y = torch.where(use, y, 0.0)
-    for name, term in zip("n x y xx xy yy".split(), (use, x, y, x * x, x * y, y * y), strict=True):
-        numbers[name] = numbers[name] + term
+def add_to_line(now: Now) -> bool:
+    """Add the entry to the sums for the line through log norms of gradients by log of the step.
+
+    Returns whether it was early enough for that.
+    """
+    steps = now.step - now.rows.numbers["first_step"].nan_to_num(now.step)
+    use = (now.log_grad.abs() < math.inf) & (steps <= _MAX_STEPS)
+    if not bool(use.any()):
+        return False
+    x = (steps + 1).clamp(min=1).log() * use
+    y = torch.where(use, now.log_grad, 0.0)
+    now.rows.sums = now.rows.sums + torch.stack((use, x, y, x * x, x * y, y * y), 1)
+    return True
 
 
-def whole_conditions(now: Now) -> list[float]:
-    """Return each condition: 1 or 0, and NaN where the entry does not say."""
+def may_shrink(now: Now) -> bool:
+    """Return whether most weights have become smaller since the last entry."""
+    smaller = now.norm < now.rows.before[:, 0, STAT["norm"]] * (1 - _SHRINKING / 2)
+    return 2 * int((now.plan.weights & smaller).sum()) > now.plan.n_weights
+
+
+def whole_conditions(now: Now) -> tuple[list[bool], list[bool]]:
+    """Return whether each condition is true, and whether it is not; an entry may say neither."""
     plan, rows = now.plan, now.rows
-    trained = plan.trainable & now.has_grad
-    read = now.norm == now.norm
-    known = read & (rows.before[:, 0, 0] >= 0)
+    known = (now.norm == now.norm) & (rows.before[:, 0, 0] >= 0)
+    trained = now.trained & known
     changed = known & ~now.same
-    counts = torch.stack(
-        [
-            plan.trainable & read,
-            now.has_grad,
-            changed,
-            trained & known & (now.steps > 0),
-            trained & changed,
-            trained & known & (now.grad[:, 1:9] != rows.before[:, 1, 1:9]).any(1),
-            trained & plan.weights & known,
-        ]
-    ).sum(1)
-    trainable, grads, changes, comparable, trained_changes, new_grads, weights = counts.tolist()
-    no_gradient = 0.0 if grads else (1.0 if trainable and changes else NAN)
-    nothing = NAN
-    if comparable:
-        nothing = 0.0 if trained_changes else (1.0 if 2 * new_grads > comparable else NAN)
-    accumulated = _accumulated(now, trained) if grads else NAN
-    shrinking = _shrinking(now, trained & plan.weights & known) if weights else NAN
-    return [no_gradient, nothing, accumulated, shrinking]
+    masks = (plan.trainable & known, now.has_grad, changed, trained, trained & changed)
+    masks = (*masks, trained & now.new_grad & (now.grad_norm < math.inf), trained & plan.weights)
+    counts = torch.stack(masks).sum(1).tolist()
+    trainable, grads, changes, comparable, trained_changes, new_grads, weights = counts
+    yes = [
+        bool(trainable and changes and not grads),
+        not trained_changes and 2 * new_grads > comparable,
+        bool(comparable) and _accumulated(now, trained),
+        bool(weights) and _shrinking(now, trained & plan.weights),
+    ]
+    known_now = [grads, trained_changes, comparable, weights]
+    return yes, [bool(is_known) and not x for x, is_known in zip(yes, known_now, strict=True)]
 
 
 def line(now: Now) -> tuple[Tensor, Tensor, Tensor]:
@@ -83,14 +85,14 @@ def line(now: Now) -> tuple[Tensor, Tensor, Tensor]:
     The exponent is 1 for a norm that is proportional to the number of steps. The error is the root
     mean square of the deviations of the log norms from the line.
     """
-    n, x, y, xx, xy, yy = (now.rows.numbers[name] for name in "n x y xx xy yy".split())
+    n, x, y, xx, xy, yy = now.rows.sums.unbind(1)
     centered = xy - x * y / n
     slope = centered / (xx - x * x / n)
     error = ((yy - y * y / n - slope * centered) / n).clamp(min=0).sqrt()
     return slope, (y - slope * x) / n, error
 
 
-def _accumulated(now: Now, trained: Tensor) -> float:
+def _accumulated(now: Now, trained: Tensor) -> bool:
     """Return whether all gradients grow in proportion to the step.
 
     Exponential growth, as when a plateau is left, does not fit to the line. Gradients that are
@@ -98,29 +100,29 @@ def _accumulated(now: Now, trained: Tensor) -> float:
     """
     steps = float((now.step - now.rows.numbers["first_step"]).nan_to_num(0.0).amax())
     if not 10 <= steps <= _MAX_STEPS:
-        return NAN
-    use = trained & (now.rows.numbers["n"] >= 5)
+        return False
+    use = trained & (now.rows.sums[:, N] >= 5)
     slope, start, error = (x[use] for x in line(now))
     if not len(slope):
-        return NAN
+        return False
     grows = (slope > 0.5) & (slope < 1.6)
     largest = int(start.argmax())
     is_most = float(grows.to(torch.float64).mean()) >= 0.95 and bool(grows[largest])
-    return float(is_most and 0.7 < float(slope.median()) < 1.4 and float(error.median()) < 0.3)
+    return is_most and 0.7 < float(slope.median()) < 1.4 and float(error.median()) < 0.3
 
 
-def _shrinking(now: Now, use: Tensor) -> float:
+def _shrinking(now: Now, use: Tensor) -> bool:
     """Return whether most weights shrink by more than `_SHRINKING` per step."""
     fallen, rate = _rates(now)
-    shrinks = (rate[use] < -_SHRINKING) & (fallen[use] < -0.1)
-    return float(float(shrinks.to(torch.float64).mean()) > 0.8)
+    shrinks = use & (rate < -_SHRINKING) & (fallen < -0.1)
+    return float(shrinks.sum()) > 0.8 * float(use.sum())
 
 
 def _rates(now: Now) -> tuple[Tensor, Tensor]:
     """Return the change of the log norms of parameters within the window, and that per step."""
-    old = now.rows.window[:, 1:, 0]
-    fallen = now.norm.log() - old[:, 0]
-    return fallen, fallen / (now.step - old[:, 1]).clamp(min=1)
+    norm, step = now.oldest.unbind(1)
+    fallen = now.norm.log() - norm
+    return fallen, fallen / (now.step - step).clamp(min=1)
 
 
 def make_whole_finding(condition: Whole, now: Now, state: Tensor, reads_gradients: bool) -> Finding:
@@ -154,7 +156,7 @@ def make_whole_finding(condition: Whole, now: Now, state: Tensor, reads_gradient
         )
     elif condition is Whole.ACCUMULATED:
         slope, start, _ = line(now)
-        use = now.plan.trainable & now.has_grad & (now.rows.numbers["n"] >= 5)
+        use = now.plan.trainable & now.has_grad & (now.rows.sums[:, N] >= 5)
         value, code = float(slope[use].median()), FindingCode.ACCUMULATED_GRADIENT
         largest = int(torch.where(use, start, -math.inf).argmax())
         norm = float(now.grad[largest, STAT["norm"]])
@@ -176,7 +178,3 @@ def make_whole_finding(condition: Whole, now: Now, state: Tensor, reads_gradient
             "is the share that each step removes."
         )
     return Finding(severity, code, "", "param", value, threshold, message, advice, step=since)
-
-
-def row_of(values: list[float]) -> Tensor:
-    return float64(values)[None]

@@ -6,19 +6,18 @@ import dataclasses
 from collections import deque
 
 import torch
-from torch import Tensor
 
 from paramstats._core.record import Record
 from paramstats._core.torch_private import without_modes
-from paramstats._findings.findings import Finding, FindingCode, Findings, Severity
+from paramstats._findings.findings import Finding, Findings, Severity
 from paramstats._findings.over_time import signals
-from paramstats._findings.over_time.conditions import advance, make_limits
+from paramstats._findings.over_time.conditions import ACTIVE, RUN, advance, make_limits
 from paramstats._findings.over_time.model_wide import (
     WHOLE_RULES,
     Whole,
     add_to_line,
     make_whole_finding,
-    row_of,
+    may_shrink,
     whole_conditions,
 )
 from paramstats._findings.over_time.nonfinite import Nonfinite
@@ -58,9 +57,11 @@ class Monitor:
     def _reset(self) -> None:
         self._last_step: int | None = None
         self._active: dict[Key, Finding] = {}
-        self._members: dict[FindingCode, set[str]] = {}
+        self._members: dict[Condition, set[str]] = {}
         with torch.inference_mode():
             self._state = State(len(Condition))
+            self._is_quiet = True  # no condition of a parameter was true in the last entry
+            self._whole_moves = False
             self._whole = full((1, len(Whole), 4), 0.0)
             self._limits = make_limits([RULES[condition] for condition in Condition])
             self._whole_limits = make_limits([WHOLE_RULES[condition] for condition in Whole])
@@ -87,38 +88,43 @@ class Monitor:
     def _add(self, step: int, record: Record, out: list[Finding]) -> None:
         plan = self._state.plan(record.layout)
         rows = self._state.read(plan)
-        now = signals.observe(float(step), plan, rows, *statistics(record), record.correction)
-        signals.leave_past(now)
-        true, needed = signals.conditions(now, self._thresholds)
-        rows.conditions, begun, ended = advance(rows.conditions, true, now.step, self._limits, needed)
-        if bool((begun | ended).any()):
-            self._tensors(now, begun, ended, out)
-        add_to_line(now)
-        self._whole_model(now, out)
-        self._replace(
-            "nonfinite",
-            self._nonfinite.add(now, record.optimizer is not None, record.grad_scale != 1),
-            step,
-            out,
-        )
-        changed = bool((begun | ended).any()) or bool((rows.numbers["onset"] == step).any())
-        self._replace("summary", self._persistent.add(step, record, changed), step, out)
-        signals.come_back(now)
+        now = Now(step, plan, rows, *statistics(record), record.correction)
+        is_away = signals.leave_past(now)
+        moved, may_happen = False, signals.may_happen(now, self._thresholds)
+        if is_away or may_happen or not self._is_quiet:
+            moved = self._tensors(now, out)
+        if add_to_line(now) or may_happen or may_shrink(now) or self._whole_moves:
+            self._whole_model(now, out)
+        after_step, is_scaled = record.optimizer is not None, record.grad_scale != 1
+        self._replace("nonfinite", self._nonfinite.add(now, after_step, is_scaled), step, out)
+        moved = moved or (is_away and bool((rows.numbers["onset"] == now.step).any()))
+        self._replace("summary", self._persistent.add(step, record, moved), step, out)
+        if is_away:
+            signals.come_back(now)
         signals.remember(now)
         self._state.write(plan, rows)
+        if is_away or may_happen or not self._is_quiet:
+            moving = self._state.conditions[:, :, [RUN, ACTIVE]] > 0
+            self._is_quiet = not bool(moving.any())
 
     @without_modes()
     def findings(self) -> Findings:
         """Return all findings: the most severe first, then those that began first."""
         found = {**self._active}
         for finding in (*self._persistent.findings(), *self._nonfinite.findings()):
-            if all(_same(finding, other) is False for other in found.values()):
+            if not any(_same(finding, other) for other in found.values()):
                 found[_key("last", finding)] = finding
         every = [*self._ended, *found.values()]
         return Findings(sorted(every, key=_order))
 
-    def _tensors(self, now: Now, begun: Tensor, ended: Tensor, out: list[Finding]) -> None:
-        """Report the conditions of parameters that begin and end."""
+    def _tensors(self, now: Now, out: list[Finding]) -> bool:
+        """Report the conditions of parameters that begin and end; return whether there are any."""
+        yes, no = signals.conditions(now, self._thresholds)
+        needed = signals.needed_entries(now)
+        state, begun, ended = advance(
+            now.rows.conditions, yes, no, now.step, self._limits, needed
+        )
+        now.rows.conditions = state
         for row, column in ended.nonzero().tolist():
             condition, name = Condition(column), now.plan.names[row]
             members = self._members.get(condition, set())
@@ -127,9 +133,9 @@ class Monitor:
             if not members:
                 self._end((condition, ""), int(now.step), out)
         for column in begun.any(0).nonzero()[:, 0].tolist():
-            condition = Condition(column)
             rows = begun[:, column].nonzero()[:, 0].tolist()
-            self._begin_in(condition, now, rows, out)
+            self._begin_in(Condition(column), now, rows, out)
+        return bool((begun | ended).any())
 
     def _begin_in(self, condition: Condition, now: Now, rows: list[int], out: list[Finding]) -> None:
         """Report a condition that begins in some parameters, as one finding if these are many."""
@@ -144,18 +150,25 @@ class Monitor:
                 first = dataclasses.replace(first, message=f"{first.message}; {_count(found, now)}")
             self._begin((condition, ""), first, out)
             return
-        is_wide = len(members) > _MANY and 2 * len(members) > int(now.plan.weights.sum())
-        if is_wide and TEXTS[condition].wide:
+        is_most = 2 * len(members) > max(2 * _MANY, int(now.plan.weights.sum()))
+        if is_most and TEXTS[condition].wide:
             message = f"{len(members)} weights, {first.name} first: {first.message}"
             wide = dataclasses.replace(first, name="", message=message, advice=TEXTS[condition].wide)
             self._begin((condition, ""), wide, out)
         else:
             for finding in found:
+                if is_most and condition is Condition.UNCHANGED:  # likely on purpose
+                    finding = dataclasses.replace(finding, severity=Severity.INFO)
                 self._begin((condition, finding.name), finding, out)
 
     def _whole_model(self, now: Now, out: list[Finding]) -> None:
-        true = row_of(whole_conditions(now))
-        self._whole, begun, ended = advance(self._whole, true, now.step, self._whole_limits)
+        yes, no = whole_conditions(now)
+        if not any(yes) and not self._whole_moves:
+            return
+        as_tensor = [torch.tensor([x], dtype=torch.bool, device="cpu") for x in (yes, no)]
+        limits = self._whole_limits
+        self._whole, begun, ended = advance(self._whole, *as_tensor, now.step, limits, None)
+        self._whole_moves = bool((self._whole[:, :, [RUN, ACTIVE]] > 0).any())
         if bool((begun | ended).any()):
             for condition in Whole:
                 if begun[0, condition]:

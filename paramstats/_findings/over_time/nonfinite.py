@@ -12,8 +12,11 @@ from paramstats._findings.findings import Finding, FindingCode, Severity, Source
 from paramstats._findings.over_time.signals import Now
 from paramstats._findings.over_time.tracks import STAT
 
-_MAX_SKIPPED = 20
-"""Entries in a row with NaN or Inf in gradients after which a scaler does not find its scale."""
+_MAX_SKIPPED = 40
+"""Entries in a row with NaN or Inf in gradients after which a scaler does not find its scale.
+
+It halves the scale at each, so it finds one that is too large by a factor of 1e12.
+"""
 
 _COUNT, _NORM = STAT["nonfinite_count"], STAT["norm"]
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import enum
 import math
-from typing import NamedTuple
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -47,20 +47,18 @@ class Condition(enum.IntEnum):
 
     UNCHANGED = 0
     LARGE = 1
-    VERY_LARGE = 2
-    GROWN = 3
-    SHRUNK = 4
-    CLAMPED = 5
-    SPIKE = 6
-    COLLAPSE = 7
-    ZERO = 8
-    LOST = 9
+    GROWN = 2
+    SHRUNK = 3
+    CLAMPED = 4
+    SPIKE = 5
+    COLLAPSE = 6
+    ZERO = 7
+    LOST = 8
 
 
 RULES = {
     Condition.UNCHANGED: Rule(4, 9, 1),
-    Condition.LARGE: Rule(2, 0, 3),
-    Condition.VERY_LARGE: Rule(1, 0, 3),
+    Condition.LARGE: Rule(1, 0, 3),
     Condition.GROWN: Rule(2, 0, 3),
     Condition.SHRUNK: Rule(3, 0, 3),
     Condition.CLAMPED: Rule(4, 9, 2),
@@ -71,81 +69,114 @@ RULES = {
 }
 
 
-class Now(NamedTuple):
-    """An entry, compared with the state before it; one row per parameter."""
+class Now:
+    """An entry, compared with the state before it; one row per parameter.
 
-    step: float
-    plan: Plan
-    rows: Rows
-    value: Tensor
-    """The statistics of the parameter; NaN if it was not read."""
-    grad: Tensor
-    """The statistics of the gradient; NaN if there is none."""
-    steps: Tensor
-    """The steps since the previous entry of the parameter; NaN without one."""
-    change: Tensor
-    """A lower bound of the norm of the change since then; NaN if it is not known."""
-    scale: Tensor
-    """The larger one of the norm in the previous entry and that of a new weight."""
-    same: Tensor
-    """Whether all statistics of the parameter are those of the previous entry."""
-    has_grad: Tensor
-    log_grad: Tensor
-    """The logarithm of the norm of the gradient; NaN if that is zero or not finite."""
+    Args:
+        step: the number of the step.
+        plan: of the entry's layout.
+        rows: the state.
+        value: the statistics of the parameters; NaN where they were not read.
+        grad: the statistics of the gradients; NaN where there are none.
+        correction: that of the standard deviations.
+    """
 
-    @property
-    def norm(self) -> Tensor:
-        return self.value[:, _NORM]
+    def __init__(
+        self, step: int, plan: Plan, rows: Rows, value: Tensor, grad: Tensor, correction: float
+    ) -> None:
+        self.step = float(step)
+        self.plan = plan
+        self.rows = rows
+        self.value = value
+        self.grad = grad
+        self.norm = value[:, _NORM]
+        self.grad_norm = grad[:, _NORM]
+        self.log_grad = self.grad_norm.log()
+        """NaN without a gradient, -inf for one of zeros."""
+        self.has_grad = grad[:, 0] >= 0  # the count is known, also of a gradient with NaN
+        self.steps = self.step - rows.numbers["last_step"]
+        """The steps since the previous entry of the parameter; NaN without one."""
+        self.trained = plan.trainable & self.has_grad
+        self._correction = correction
 
-    @property
+    @cached_property
+    def change(self) -> Tensor:
+        """A lower bound of the norm of the change since the previous entry, per step.
+
+        As a fraction of the larger one of the norm in the previous entry and that of a new weight.
+        NaN if it is not known.
+        """
+        value, before = self.value, self.rows.before[:, 0]
+        count, mean, std = value[:, 0], STAT["mean"], STAT["std"]
+        difference = value - before
+        deviation = difference[:, std].nan_to_num(0.0)  # NaN for one element
+        deviation *= (count - self._correction).clamp(min=0).sqrt()
+        bound = torch.hypot(deviation, difference[:, mean] * count.sqrt())
+        return bound / (torch.maximum(before[:, _NORM], self.plan.usual_norm) * self.steps)
+
+    @cached_property
+    def same(self) -> Tensor:
+        """Whether all statistics of the parameter are those of the previous entry."""
+        return (self.value[:, :_COMPARED] == self.rows.before[:, 0, :_COMPARED]).all(1)
+
+    @cached_property
+    def new_grad(self) -> Tensor:
+        """Whether a statistic of the gradient is not that of the previous entry."""
+        return (self.grad[:, :_COMPARED] != self.rows.before[:, 1, :_COMPARED]).any(1)
+
+    @cached_property
     def relative_grad(self) -> Tensor:
         """The norm of the gradient / the larger one of that of the parameter and of a new one."""
-        return self.grad[:, _NORM] / torch.maximum(self.norm, self.plan.usual_norm)
+        return self.grad_norm / torch.maximum(self.norm, self.plan.usual_norm)
+
+    @cached_property
+    def clamped(self) -> Tensor:
+        """Whether the largest or smallest element stays at a bound while others change.
+
+        An element that is never updated, such as that of a token that does not occur, may be the
+        largest one, too. A bound is recognized if it is a number of up to three digits, or if the
+        smallest and the largest elements are opposite.
+        """
+        value, before = self.value[:, _MIN : _MAX + 1], self.rows.before[:, 0, _MIN : _MAX + 1]
+        stays = (value == before) & (self.plan.weights & self.plan.is_precise)[:, None]
+        if not bool(stays.any()):
+            return stays[:, 0]
+        is_bound = (stays & _is_short(value)).any(1)
+        is_bound |= stays.all(1) & (value[:, 0] == -value[:, 1])
+        return is_bound & (value[:, 1] > value[:, 0]) & ~self.same
+
+    @cached_property
+    def oldest(self) -> Tensor:
+        """The log norms of the parameters in the first entry of the window, and its step."""
+        at = (self.rows.numbers["entries"] % WINDOW).to(torch.int64)
+        return self.rows.norms.gather(2, at[:, None, None].expand(-1, 2, 1))[:, :, 0]
 
 
-def observe(
-    step: float, plan: Plan, rows: Rows, value: Tensor, grad: Tensor, correction: float
-) -> Now:
-    """Compare an entry with the previous one."""
-    before = rows.before[:, 0]
-    count, mean, std = value[:, STAT["count"]], STAT["mean"], STAT["std"]
-    freedom = (count - correction).clamp(min=0).sqrt()
-    deviations = (value[:, std] - before[:, std]).nan_to_num(0.0) * freedom  # NaN for one element
-    change = torch.hypot(deviations, (value[:, mean] - before[:, mean]) * count.sqrt())
-    norm = grad[:, _NORM]
-    return Now(
-        step,
-        plan,
-        rows,
-        value,
-        grad,
-        step - rows.numbers["last_step"],
-        torch.where(count == before[:, STAT["count"]], change, NAN),
-        torch.maximum(before[:, _NORM], plan.usual_norm),
-        (value[:, :_COMPARED] == before[:, :_COMPARED]).all(1),
-        grad[:, 0] == grad[:, 0],  # the count is known, also of a gradient with NaN
-        torch.where((norm > 0) & (norm < math.inf), norm, NAN).log(),
-    )
-
-
-def leave_past(now: Now) -> None:
+def leave_past(now: Now) -> bool:
     """Find the gradients that leave their past: the window of their latest entries.
 
     What is outside of the window is not added to it until it has returned, or until it is clear
     that it is an ordinary new level.
+
+    Returns:
+        Whether a gradient is outside of its past.
     """
-    numbers, past, x = now.rows.numbers, now.rows.window[:, 0], now.log_grad
-    was_away = numbers["onset"] == numbers["onset"]
+    numbers, past, x = now.rows.numbers, now.rows.grads, now.log_grad
     outside = (x > past.amax(1) + _AWAY) | (x < past.amin(1) - _AWAY)
-    left = outside & ~was_away & (numbers["samples"] >= _MIN_SAMPLES)
+    outside &= (numbers["samples"] >= _MIN_SAMPLES) & (x.abs() < math.inf)
+    was_away = numbers["onset"] > -math.inf
+    is_away = outside | was_away
+    if not bool(is_away.any()):
+        return False
+    left = outside & ~was_away
     if bool(left.any()):
         median, spread = _robust(past[left], numbers["samples"][left])
         numbers["past"], numbers["spread"] = numbers["past"].clone(), numbers["spread"].clone()
         numbers["past"][left], numbers["spread"][left] = median, spread
         numbers["onset"] = torch.where(left, now.step, numbers["onset"])
         numbers["away"] = torch.where(left, 0.0, numbers["away"])
-    is_away = was_away | left
-    numbers["away"] = numbers["away"] + (is_away & (x == x))
+    numbers["away"] = numbers["away"] + is_away
+    return True
 
 
 def come_back(now: Now) -> None:
@@ -160,112 +191,112 @@ def come_back(now: Now) -> None:
 def remember(now: Now) -> None:
     """Add the entry to the state."""
     rows, numbers, x = now.rows, now.rows.numbers, now.log_grad
-    is_away = numbers["onset"] == numbers["onset"]
-    step = torch.full_like(x, now.step)
-    new = torch.stack((x, now.norm.log(), step), 1)[:, :, None]
-    window = torch.cat((rows.window[:, :, 1:], new), 2)
-    window = torch.where(rows.window[:, :, :1].isnan(), new, window)
-    keep = ~(new[:, :, 0].abs() < math.inf)
-    keep[:, 0] |= is_away
-    rows.window = torch.where(keep[:, :, None], rows.window, window)
+    add = (x.abs() < math.inf) & ~(numbers["onset"] > -math.inf)
+    rows.grads = _put(rows.grads[:, None], numbers["samples"], add, x[:, None])[:, 0]
+    norm = torch.stack((now.norm.log(), torch.full_like(x, now.step)), 1)
+    rows.norms = _put(rows.norms, numbers["entries"], norm[:, 0].abs() < math.inf, norm)
     rows.before = torch.stack((now.value, now.grad), 1)
-    numbers["samples"] = numbers["samples"] + (x == x)
+    numbers["samples"] = numbers["samples"] + add
+    numbers["not_zero"] = numbers["not_zero"] + (now.grad_norm > 0)
     numbers["with_grad"] = numbers["with_grad"] + now.has_grad
+    new = ~(numbers["first_norm"] > 0)
+    if bool(new.any()):
+        numbers["first_norm"] = torch.where(new & (now.norm > 0), now.norm, numbers["first_norm"])
+        first = numbers["entries"] == 0
+        numbers["first_step"] = torch.where(first, now.step, numbers["first_step"])
     numbers["entries"] = numbers["entries"] + 1
-    numbers["first_step"] = torch.where(numbers["first_step"].isnan(), step, numbers["first_step"])
-    first = numbers["first_norm"].isnan() & (now.norm > 0)
-    numbers["first_norm"] = torch.where(first, now.norm, numbers["first_norm"])
-    numbers["last_step"] = step
+    numbers["last_step"] = torch.full_like(x, now.step)
+
+
+def _put(ring: Tensor, count: Tensor, add: Tensor, new: Tensor) -> Tensor:
+    """Return a ring, [parameters, series, window], with another element where `add` is true.
+
+    `count` is how many were added before. The first one fills the ring.
+    """
+    at = (count % WINDOW).to(torch.int64)[:, None, None].expand(-1, ring.shape[1], 1)
+    new = new[:, :, None]
+    out = ring.scatter(2, at, torch.where(add[:, None, None], new, ring.gather(2, at)))
+    first = add & (count == 0)
+    return torch.where(first[:, None, None], new, out) if bool(first.any()) else out
+
+
+def may_happen(now: Now, limits: Thresholds) -> bool:
+    """Return whether a condition may be true, except those of gradients that left their past.
+
+    That is rare, and the other functions take more time.
+    """
+    plan, rows, numbers, norm = now.plan, now.rows, now.rows.numbers, now.norm
+    usual = torch.maximum(numbers["first_norm"], plan.usual_norm)
+    of_weights = (now.change > limits.largest_change) | (norm > limits.weight_growth * usual)
+    of_weights |= (norm < limits.weight_collapse * numbers["first_norm"]) | (now.grad_norm == 0)
+    found = (now.trained & (norm == rows.before[:, 0, _NORM])) | now.clamped
+    found |= plan.weights & of_weights
+    found |= plan.trainable & (numbers["with_grad"] > 0) & ~now.has_grad
+    return bool(found.any()) or not bool(now.has_grad.any())
 
 
 def conditions(now: Now, limits: Thresholds) -> tuple[Tensor, Tensor]:
-    """Return the conditions of an entry, and how many entries they must last.
+    """Return the conditions of an entry: whether they are true, and whether they are not.
 
-    Both are [parameters, conditions]: 1 or 0, and NaN where the entry does not say.
+    Both are [parameters, conditions]; an entry may say neither.
     """
     plan, rows, numbers = now.plan, now.rows, now.rows.numbers
-    x, norm, relative = now.log_grad, now.norm, now.relative_grad
-    grad_norm = now.grad[:, _NORM]
-    trained = plan.trainable & now.has_grad
+    norm, relative, trained = now.norm, now.relative_grad, now.trained
     weights = plan.weights & plan.trainable
-    new_grad = ~(now.grad[:, :_COMPARED] == rows.before[:, 1, :_COMPARED]).all(1)
+    is_weight = weights & (norm == norm)
 
-    can_change = trained & new_grad & (relative > _SMALL_GRADIENT) & (now.steps > 0) & (norm >= 0)
-    changes = can_change & ~now.same
-    unchanged = torch.where(can_change & changes.any(), now.same.to(torch.float64), NAN)
-    unchanged = torch.where(now.same, unchanged, 0.0)
+    can_change = trained & now.new_grad & (relative > _SMALL_GRADIENT) & (now.steps > 0)
+    changes = ~now.same
+    unchanged = can_change & now.same
+    if bool(unchanged.any()):
+        unchanged &= (can_change & changes).any()
 
-    large = now.change / now.steps / now.scale
-    large = torch.where(weights & (trained | (rows.before[:, 1, 0] >= 0)), large, NAN)
+    trained_before = weights & (trained | (rows.before[:, 1, 0] >= 0))
+    large = trained_before & (now.change > limits.largest_change)
+    usual = torch.maximum(numbers["first_norm"], plan.usual_norm)
+    grown = weights & (norm > limits.weight_growth * usual)
+    shrunk = weights & (norm < limits.weight_collapse * numbers["first_norm"])
+    if bool(shrunk.any()):
+        shrunk &= norm.log() - now.oldest[:, 0] < -_FALLING
+        shrunk &= now.value[:, STAT["zero_fraction"]] < 0.5
 
-    first = torch.maximum(numbers["first_norm"], plan.usual_norm)
-    grown = weights & (norm > limits.weight_growth * first)
-    fallen = norm.log() - rows.window[:, 1, 0] < -_FALLING
-    few_zeros = now.value[:, STAT["zero_fraction"]] < 0.5
-    shrunk = weights & fallen & few_zeros & (norm < limits.weight_collapse * numbers["first_norm"])
-
-    away = x - numbers["past"]
-    is_away = numbers["onset"] == numbers["onset"]
-    score = away / (1.4826 * numbers["spread"] + _MIN_SPREAD)
-    spike = is_away & (away > math.log(limits.spike)) & (score > limits.spike_score)
-    spike &= relative > _SMALL_SPIKE
+    is_away = numbers["onset"] > -math.inf
+    away = now.log_grad - numbers["past"]
+    spike = is_away & (away > math.log(limits.spike)) & (relative > _SMALL_SPIKE)
+    spike &= away > limits.spike_score * (1.4826 * numbers["spread"] + _MIN_SPREAD)
     collapse = is_away & (away < math.log(limits.gradient_collapse))
     if bool(collapse.any()):  # not if all gradients have become smaller
         collapse &= away - _common_change(now) < math.log(limits.gradient_collapse)
+    finite = now.log_grad.abs() < math.inf
 
-    is_zero = now.grad[:, STAT["zero_fraction"]] == 1
-    zero = torch.where(now.has_grad & plan.weights, is_zero.to(torch.float64), NAN)
-    lost = trained.any() & (numbers["with_grad"] > 0)
-    lost = torch.where(plan.trainable & lost, (~now.has_grad).to(torch.float64), NAN)
-
-    true = torch.stack(
-        (
-            unchanged,
-            _known(large > limits.largest_change, large),
-            _known(large > 1, large),
-            _known(grown, norm),
-            _known(shrunk, norm),
-            _clamped(now),
-            _known(spike, x),
-            _known(collapse, x),
-            zero,
-            lost,
-        ),
-        1,
+    is_zero = plan.weights & (now.grad[:, STAT["zero_fraction"]] == 1)
+    may_miss = plan.trainable & (numbers["with_grad"] > 0)
+    lost = may_miss & ~now.has_grad & trained.any()
+    yes = (unchanged, large, grown, shrunk, now.clamped, spike, collapse, is_zero, lost)
+    no = (
+        changes,
+        trained_before & (now.change <= limits.largest_change),
+        is_weight & ~grown,
+        is_weight & ~shrunk,
+        is_weight & ~now.clamped,
+        finite & ~spike,
+        finite & ~collapse,
+        now.has_grad & ~is_zero,
+        now.has_grad,
     )
-    needed = torch.zeros_like(true)
-    run = rows.conditions[:, :, RUN]
-    needed[:, Condition.ZERO] = _surprising(
-        numbers["samples"], numbers["with_grad"] - run[:, Condition.ZERO]
-    )
-    needed[:, Condition.LOST] = _surprising(
-        numbers["with_grad"], numbers["entries"] - run[:, Condition.LOST]
-    )
-    return true, needed
+    return torch.stack(yes, 1), torch.stack(no, 1)
 
 
-def _known(condition: Tensor, statistic: Tensor) -> Tensor:
-    """Return 1 or 0, and NaN where the statistic is."""
-    return torch.where(statistic == statistic, condition.to(torch.float64), NAN)
-
-
-def _clamped(now: Now) -> Tensor:
-    """Return where the largest or smallest element stays at a bound while others change.
-
-    An element that is never updated, such as that of a token that does not occur, may be the
-    largest one, too. A bound is recognized if it is a number of up to three digits, or if the
-    smallest and the largest elements are opposite.
-    """
-    value, before = now.value, now.rows.before[:, 0]
-    low, high = value[:, _MIN], value[:, _MAX]
-    low_stays, high_stays = low == before[:, _MIN], high == before[:, _MAX]
-    stays = (low_stays | high_stays) & now.plan.weights & (value[:, _NORM] != before[:, _NORM])
-    if not bool(stays.any()):
-        return _known(stays, low)
-    is_bound = (low_stays & _is_short(low)) | (high_stays & _is_short(high))
-    is_bound &= now.plan.is_precise
-    is_bound |= low_stays & high_stays & (low == -high)
-    return _known(stays & is_bound & (high > low), low)
+def needed_entries(now: Now) -> Tensor:
+    """Return how many entries each condition must last, if that depends on the past."""
+    numbers, run = now.rows.numbers, now.rows.conditions[:, :, RUN]
+    needed = torch.zeros_like(run)
+    needed[:, Condition.LARGE] = torch.where(now.change > 1, 1.0, 2.0)
+    before = numbers["with_grad"] - run[:, Condition.ZERO]
+    needed[:, Condition.ZERO] = _surprising(numbers["not_zero"], before)
+    before = numbers["entries"] - run[:, Condition.LOST]
+    needed[:, Condition.LOST] = _surprising(numbers["with_grad"], before)
+    return needed
 
 
 def _is_short(x: Tensor) -> Tensor:
@@ -277,15 +308,15 @@ def _is_short(x: Tensor) -> Tensor:
 def _robust(past: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:
     """Return the median and the median absolute deviation of the samples in rows of a window."""
     position = torch.arange(WINDOW, dtype=torch.float64, device="cpu")
-    past = torch.where(position >= WINDOW - samples[:, None], past, NAN)
+    past = torch.where(position < samples[:, None], past, NAN)
     median = past.nanmedian(1).values
     return median, (past - median[:, None]).abs().nanmedian(1).values
 
 
 def _common_change(now: Now) -> Tensor:
     """Return by how much the logarithms of the gradients' norms have changed, as a median."""
-    change = (now.log_grad - now.rows.window[:, 0].median(1).values).nanmedian()
-    return change.clamp(max=0.0)
+    change = now.log_grad - now.rows.grads.median(1).values
+    return change.nanmedian().clamp(max=0.0)
 
 
 def _surprising(seen: Tensor, of: Tensor) -> Tensor:

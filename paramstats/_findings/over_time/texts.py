@@ -40,9 +40,9 @@ def make_finding(condition: Condition, now: Now, row: int, limits: Thresholds) -
     text, nan = TEXTS[condition], math.nan
     value, threshold, message = text.evidence(now, row, limits)
     severity = Severity.WARNING
-    if condition is Condition.UNCHANGED and not bool(now.plan.weights[row] & now.plan.is_precise[row]):
-        if not bool(now.plan.is_precise[row]):
-            severity = Severity.INFO  # ones in bfloat16 change by steps of 0.004 only
+    if condition is Condition.UNCHANGED and not bool(now.plan.is_precise[row]):
+        if not bool(now.plan.weights[row]):
+            severity = Severity.INFO  # a bfloat16 one changes by steps of 0.004 only
     return Finding(
         severity,
         text.code,
@@ -78,7 +78,7 @@ def _unchanged(now: Now, row: int, limits: Thresholds) -> Evidence:
 
 def _large(now: Now, row: int, limits: Thresholds) -> Evidence:
     steps = int(now.steps[row])
-    ratio = float(now.change[row] / now.scale[row] / now.steps[row])
+    ratio = float(now.change[row])
     per = "" if steps == 1 else f" per step, on average of {steps} steps"
     before = float(now.rows.before[row, 0, _NORM])
     message = (
@@ -152,7 +152,6 @@ TEXTS = {
         "",
     ),
     Condition.LARGE: Text(FindingCode.LARGE_UPDATE, "param", _TOO_LARGE, _large, _TOO_LARGE),
-    Condition.VERY_LARGE: Text(FindingCode.LARGE_UPDATE, "param", _TOO_LARGE, _large, _TOO_LARGE),
     Condition.GROWN: Text(
         FindingCode.GROWING_WEIGHT,
         "param",

@@ -30,20 +30,17 @@ _NUMBERS = {
     "first_step": NAN,
     "last_step": NAN,
     "first_norm": NAN,  # of the parameter, the first one above zero
-    "samples": 0.0,  # entries whose gradient is finite and not zero
+    "samples": 0.0,  # entries in the window of gradients since the beginning
+    "not_zero": 0.0,  # entries with a gradient that is not zero
     "with_grad": 0.0,  # entries with a gradient, zero or not
     "onset": NAN,  # the step at which the gradient left its past
     "past": NAN,  # the median of the log norms of the gradient before that
     "spread": NAN,  # their median absolute deviation
     "away": 0.0,  # entries since then
-    # sums for the line through (log of the number of the entry's step, log norm of the gradient)
-    "n": 0.0,
-    "x": 0.0,
-    "y": 0.0,
-    "xx": 0.0,
-    "xy": 0.0,
-    "yy": 0.0,
 }
+
+SUMS = N, X, Y, XX, XY, YY = range(6)
+"""Sums for the line through (log of the number of steps, log norm of the gradient)."""
 
 
 def float64(x: object) -> Tensor:
@@ -61,11 +58,14 @@ class Plan(NamedTuple):
 
     names: tuple[str, ...]
     """The parameters, which are the first rows of the layout."""
-    slots: Tensor | None
-    """The row of the state for each of them; None if it is the same row."""
+    slots: Tensor
+    """The row of the state for each of them."""
+    is_in_order: bool
+    """Whether it is the same row."""
     trainable: Tensor
     weights: Tensor
     """Whether it has two or more dimensions longer than one."""
+    n_weights: int
     usual_norm: Tensor
     """The norm of a new weight of this shape; see `updates.usual_norm`."""
     is_precise: Tensor
@@ -86,9 +86,11 @@ def make_plan(layout: Layout, slots: dict[str, int]) -> Plan:
     precise = [dtype in (torch.float32, torch.float64) for dtype in layout.dtypes[:n]]
     return Plan(
         names,
-        None if rows == list(range(n)) else torch.tensor(rows, dtype=torch.int64, device="cpu"),
+        torch.tensor(rows, dtype=torch.int64, device="cpu"),
+        rows == list(range(n)),
         torch.tensor(layout.requires_grad[:n], dtype=torch.bool, device="cpu"),
         torch.tensor(weights, dtype=torch.bool, device="cpu"),
+        sum(weights),
         float64(norms),
         torch.tensor(precise, dtype=torch.bool, device="cpu"),
     )
@@ -103,8 +105,11 @@ class State:
         self.numbers = {name: full((0,), start) for name, start in _NUMBERS.items()}
         self.before = full((0, 2, _COLUMNS), NAN)
         """The statistics of the parameter and of its gradient in its previous entry."""
-        self.window = full((0, 3, WINDOW), NAN)
-        """Log norms of the gradient and of the parameter in the latest entries, and their steps."""
+        self.grads = full((0, WINDOW), NAN)
+        """Log norms of the gradient in the latest entries, in the order of a ring."""
+        self.norms = full((0, 2, WINDOW), NAN)
+        """Log norms of the parameter in the latest entries and their steps, in such an order."""
+        self.sums = full((0, len(SUMS)), 0.0)
         self.conditions = full((0, conditions, 4), 0.0)
 
     def plan(self, layout: Layout) -> Plan:
@@ -122,36 +127,36 @@ class State:
             return
         for name, start in _NUMBERS.items():
             self.numbers[name] = torch.cat([self.numbers[name], full((new,), start)])
-        self.before = torch.cat([self.before, full((new, 2, _COLUMNS), NAN)])
-        self.window = torch.cat([self.window, full((new, 3, WINDOW), NAN)])
-        conditions = full((new, self.conditions.shape[1], 4), 0.0)
-        self.conditions = torch.cat([self.conditions, conditions])
+        for name, start in _TABLES.items():
+            old = getattr(self, name)
+            setattr(self, name, torch.cat([old, full((new, *old.shape[1:]), start)]))
 
     def read(self, plan: Plan) -> Rows:
-        """Return the rows of the parameters of an entry."""
-        parts = *self.numbers.values(), self.before, self.window, self.conditions
-        if plan.slots is not None or len(plan.names) != len(self.slots):
-            at = plan.slots
-            parts = tuple(x[: len(plan.names)] if at is None else x[at] for x in parts)
-        *numbers, before, window, conditions = parts
-        return Rows(dict(zip(_NUMBERS, numbers, strict=True)), before, window, conditions)
+        """Return the rows of the parameters of an entry, for `write`."""
+        parts = *self.numbers.values(), *(getattr(self, name) for name in _TABLES)
+        if not self._is_all(plan):
+            parts = tuple(x[plan.slots] for x in parts)
+        k = len(_NUMBERS)
+        return Rows(dict(zip(_NUMBERS, parts[:k], strict=True)), *parts[k:])
 
     def write(self, plan: Plan, rows: Rows) -> None:
         """Replace the rows of the parameters of an entry."""
+        is_all = self._is_all(plan)
 
         def put(old: Tensor, new: Tensor) -> Tensor:
-            if len(old) == len(new) and plan.slots is None:
-                return new
-            at = slice(len(new)) if plan.slots is None else plan.slots
-            out = old.clone()
-            out[at] = new
-            return out
+            return new if is_all else old.index_copy(0, plan.slots, new)
 
         for name, new in rows.numbers.items():
             self.numbers[name] = put(self.numbers[name], new)
-        self.before = put(self.before, rows.before)
-        self.window = put(self.window, rows.window)
-        self.conditions = put(self.conditions, rows.conditions)
+        for name in _TABLES:
+            setattr(self, name, put(getattr(self, name), getattr(rows, name)))
+
+    def _is_all(self, plan: Plan) -> bool:
+        return plan.is_in_order and len(plan.names) == len(self.slots)
+
+
+_TABLES = {"before": NAN, "grads": NAN, "norms": NAN, "sums": 0.0, "conditions": 0.0}
+"""The tables of `State`, and the content of a new row."""
 
 
 @dataclass
@@ -160,7 +165,9 @@ class Rows:
 
     numbers: dict[str, Tensor]
     before: Tensor
-    window: Tensor
+    grads: Tensor
+    norms: Tensor
+    sums: Tensor
     conditions: Tensor
 
 
