@@ -101,7 +101,7 @@ class Thresholds:
     lost_updates: float = 0.8
     largest_lag: float = 10.0
     below_eps: float = 0.5
-    largest_change: float = 0.1
+    largest_change: float = 0.2
     weight_growth: float = 10.0
     weight_collapse: float = 0.1
     spike: float = 50.0

@@ -11,7 +11,7 @@ from torch import Tensor
 from paramstats._core.format import number
 from paramstats._findings.findings import Finding, FindingCode, Severity
 from paramstats._findings.over_time.conditions import SINCE, Rule
-from paramstats._findings.over_time.signals import Now
+from paramstats._findings.over_time.signals import SMALL_GRADIENT, Now
 from paramstats._findings.over_time.tracks import NAN, STAT, N
 
 _MAX_STEPS = 200
@@ -59,8 +59,13 @@ def may_shrink(now: Now) -> bool:
     return 2 * int((now.plan.weights & smaller).sum()) > now.plan.n_weights
 
 
-def whole_conditions(now: Now) -> tuple[list[bool], list[bool]]:
-    """Return whether each condition is true, and whether it is not; an entry may say neither."""
+def whole_conditions(now: Now, reads_gradients: bool) -> tuple[list[bool], list[bool]]:
+    """Return whether each condition is true, and whether it is not; an entry may say neither.
+
+    Args:
+        now: the entry.
+        reads_gradients: whether gradients were read, if there were any.
+    """
     plan, rows = now.plan, now.rows
     known = (now.norm == now.norm) & (rows.before[:, 0, 0] >= 0)
     trained = now.trained & known
@@ -70,7 +75,7 @@ def whole_conditions(now: Now) -> tuple[list[bool], list[bool]]:
     counts = torch.stack(masks).sum(1).tolist()
     trainable, grads, changes, comparable, trained_changes, new_grads, weights = counts
     yes = [
-        bool(trainable and changes and not grads),
+        bool(trainable and not grads and (changes or reads_gradients)),
         not trained_changes and 2 * new_grads > comparable,
         bool(comparable) and _accumulated(now, trained),
         bool(weights) and _shrinking(now, trained & plan.weights),
@@ -101,14 +106,17 @@ def _accumulated(now: Now, trained: Tensor) -> bool:
     steps = float((now.step - now.rows.numbers["first_step"]).nan_to_num(0.0).amax())
     if not 10 <= steps <= _MAX_STEPS:
         return False
-    use = trained & (now.rows.sums[:, N] >= 5)
+    use = trained & (now.rows.sums[:, N] >= 5) & (now.relative_grad > SMALL_GRADIENT)
     slope, start, error = (x[use] for x in line(now))
     if not len(slope):
         return False
-    grows = (slope > 0.5) & (slope < 1.6)
-    largest = int(start.argmax())
-    is_most = float(grows.to(torch.float64).mean()) >= 0.95 and bool(grows[largest])
-    return is_most and 0.7 < float(slope.median()) < 1.4 and float(error.median()) < 0.3
+    grows = float((slope > 0.35).to(torch.float64).mean()) >= 0.98
+    return bool(
+        grows
+        and slope[int(start.argmax())] > 0.45
+        and 0.55 < float(slope.median()) < 1.4
+        and float(error.median()) < 0.15
+    )
 
 
 def _shrinking(now: Now, use: Tensor) -> bool:
@@ -138,10 +146,12 @@ def make_whole_finding(condition: Whole, now: Now, state: Tensor, reads_gradient
     severity, value, threshold = Severity.WARNING, NAN, NAN
     if condition is Whole.NO_GRADIENT:
         code = FindingCode.MISSING_GRADIENT
-        message = f"no parameter has a gradient since step {since}, and parameters change"
+        message = f"no parameter has a gradient since step {since}"
         advice = (
             "Gradients are gone when the summary is taken. Call watcher.step() after backward and "
-            "before zero_grad(), or pass optimizer= to watch."
+            "before zero_grad(), or pass optimizer= to watch. If a gradient is missing in the "
+            "optimizer's step as well, nothing is learned: check that the loss depends on this "
+            "model."
         )
         if not reads_gradients:
             severity = Severity.INFO

@@ -88,6 +88,8 @@ class Monitor:
     def _add(self, step: int, record: Record, out: list[Finding]) -> None:
         plan = self._state.plan(record.layout)
         rows = self._state.read(plan)
+        optimizer = record.optimizer
+        self._reads_gradients |= optimizer is not None and "no gradient" in optimizer.methods
         now = Now(step, plan, rows, *statistics(record), record.correction)
         is_away = signals.leave_past(now)
         moved, may_happen = False, signals.may_happen(now, self._thresholds)
@@ -162,7 +164,7 @@ class Monitor:
                 self._begin((condition, finding.name), finding, out)
 
     def _whole_model(self, now: Now, out: list[Finding]) -> None:
-        yes, no = whole_conditions(now)
+        yes, no = whole_conditions(now, self._reads_gradients)
         if not any(yes) and not self._whole_moves:
             return
         as_tensor = [torch.tensor([x], dtype=torch.bool, device="cpu") for x in (yes, no)]

@@ -12,10 +12,10 @@ from paramstats._findings.findings import Finding, FindingCode, Severity, Source
 from paramstats._findings.over_time.signals import Now
 from paramstats._findings.over_time.tracks import STAT
 
-_MAX_SKIPPED = 40
-"""Entries in a row with NaN or Inf in gradients after which a scaler does not find its scale.
+_MAX_SKIPPED = 4, 40
+"""Entries and steps in a row with NaN or Inf in gradients: then, a scaler does not find its scale.
 
-It halves the scale at each, so it finds one that is too large by a factor of 1e12.
+It halves the scale at each step, so it would have found one that was too large by 1e12.
 """
 
 _COUNT, _NORM = STAT["nonfinite_count"], STAT["norm"]
@@ -65,7 +65,9 @@ class Nonfinite:
             if self._gradient is None:
                 self._gradient = _in_gradients(now, grads)
             self._skips |= after_step or self._run > 1
-            self._is_error = self._run >= _MAX_SKIPPED
+            entries, steps = _MAX_SKIPPED
+            since = now.step - (self._gradient.step or 0)
+            self._is_error = self._run >= entries and since >= steps
         else:
             self._skips |= self._run > 0
             self._parameter = self._gradient = None

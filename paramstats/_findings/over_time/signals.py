@@ -20,7 +20,7 @@ _NORM, _MIN, _MAX = STAT["norm"], STAT["min"], STAT["max"]
 _COMPARED = STAT["zero_fraction"]
 """The number of leading columns that are compared; the count of zeros is the last one."""
 
-_MIN_SAMPLES = 8
+_MIN_SAMPLES = 4
 """Entries before an entry is compared with their median."""
 
 _AWAY = math.log(3)
@@ -32,7 +32,7 @@ _MIN_SPREAD = 0.1
 _SMALL_SPIKE = 0.1
 """A gradient below this fraction of its weight is no spike, by whatever factor it has grown."""
 
-_SMALL_GRADIENT = 1e-5
+SMALL_GRADIENT = 1e-5
 """A gradient below this fraction of its parameter may not change it, because of rounding."""
 
 _FALLING = math.log(1.3)
@@ -64,8 +64,8 @@ RULES = {
     Condition.CLAMPED: Rule(4, 9, 2),
     Condition.SPIKE: Rule(1, 0, 3),
     Condition.COLLAPSE: Rule(5, 5, 3),
-    Condition.ZERO: Rule(10, 10, 2),
-    Condition.LOST: Rule(10, 10, 1),
+    Condition.ZERO: Rule(4, 10, 2),
+    Condition.LOST: Rule(4, 10, 1),
 }
 
 
@@ -245,7 +245,7 @@ def conditions(now: Now, limits: Thresholds) -> tuple[Tensor, Tensor]:
     weights = plan.weights & plan.trainable
     is_weight = weights & (norm == norm)
 
-    can_change = trained & now.new_grad & (relative > _SMALL_GRADIENT) & (now.steps > 0)
+    can_change = trained & now.new_grad & (relative > SMALL_GRADIENT) & (now.steps > 0)
     changes = ~now.same
     unchanged = can_change & now.same
     if bool(unchanged.any()):
@@ -263,7 +263,8 @@ def conditions(now: Now, limits: Thresholds) -> tuple[Tensor, Tensor]:
     is_away = numbers["onset"] > -math.inf
     away = now.log_grad - numbers["past"]
     spike = is_away & (away > math.log(limits.spike)) & (relative > _SMALL_SPIKE)
-    spike &= away > limits.spike_score * (1.4826 * numbers["spread"] + _MIN_SPREAD)
+    unknown = 1.5 / numbers["samples"]  # of the spread of few samples
+    spike &= away > limits.spike_score * (1.4826 * numbers["spread"] + _MIN_SPREAD + unknown)
     collapse = is_away & (away < math.log(limits.gradient_collapse))
     if bool(collapse.any()):  # not if all gradients have become smaller
         collapse &= away - _common_change(now) < math.log(limits.gradient_collapse)
