@@ -6,11 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from paramstats._core.backend import active
 from paramstats._core.entries import Entry, is_read
-from paramstats._core.moments import ROW, STATISTICS_ROW, Statistics
+from paramstats._core.moments import Statistics
 from paramstats._core.record import Record
-from paramstats._core.updates import UPDATE
 from paramstats._findings.thresholds import Thresholds
 
 
@@ -22,11 +20,7 @@ class Context(NamedTuple):
     """All tensors of the record."""
     updates: Sequence[Statistics | None]
     """The last update of each entry; None where it is not known."""
-    weights: Sequence[Entry]
-    """Those that `is_weight` defines."""
     thresholds: Thresholds
-    median_grad_norm: float
-    """The median of the gradient norms of all weights; NaN if there are none."""
     has_trainable: bool
     """Whether any tensor requires a gradient. In a state_dict, none does."""
     has_gradients: bool
@@ -39,35 +33,19 @@ class Context(NamedTuple):
 
 def make_context(record: Record, thresholds: Thresholds, every: Sequence[Entry]) -> Context:
     """Return what the rules need to know of a record, whose entries are `every`."""
-    weights = [entry for entry in every if is_weight(entry)]
-    gradients = (entry.grad for entry in weights if entry.grad is not None)
-    norms = sorted(grad.norm for grad in gradients if 0 < grad.norm < math.inf)
-    updates = _updates(record)
     return Context(
         record,
         every,
-        updates,
-        weights,
-        thresholds,
-        median_grad_norm=norms[len(norms) // 2] if norms else math.nan,
-        has_trainable=any(entry.requires_grad for entry in every),
+        updates=[u if (u := entry.update) is not None and is_read(u) else None for entry in every],
+        thresholds=thresholds,
+        has_trainable=any(record.layout.requires_grad),
         has_gradients=any(entry.grad is not None for entry in every),
         has_zero_gates=any(
-            (is_zero_with_gradient(entry) or _was_zero(entry, update)) and not is_additive(entry)
-            for entry, update in zip(every, updates, strict=True)
+            (is_zero_with_gradient(entry) or _was_zero(entry)) and not is_additive(entry)
+            for entry in every
+            if entry.grad is not None
         ),
     )
-
-
-def _updates(record: Record) -> list[Statistics | None]:
-    """Return the statistics of the last update of each tensor of a record."""
-    n, optimizer = len(record.layout), record.optimizer
-    if optimizer is None:
-        return [None] * n
-    begin, end = (optimizer.position(UPDATE, row) * ROW.size for row in (0, n))
-    table = active().finalize_table(optimizer.table[begin:end], record.correction, 1.0)
-    rows = map(Statistics._make, STATISTICS_ROW.iter_unpack(table))
-    return [row if is_read(row) else None for row in rows]
 
 
 def is_weight(entry: Entry) -> bool:
@@ -75,11 +53,12 @@ def is_weight(entry: Entry) -> bool:
 
     This excludes biases, the weights of normalization layers and class tokens.
     """
-    return (
-        entry.kind == "param"
-        and entry.shape is not None
-        and len(entry.shape) - entry.shape.count(0) - entry.shape.count(1) >= 2
-    )
+    return entry.kind == "param" and entry.shape is not None and is_weight_shape(entry.shape)
+
+
+def is_weight_shape(shape: tuple[int, ...]) -> bool:
+    """Return whether two or more dimensions are longer than one."""
+    return len(shape) - shape.count(0) - shape.count(1) >= 2
 
 
 def is_zero_with_gradient(entry: Entry) -> bool:
@@ -90,14 +69,14 @@ def is_zero_with_gradient(entry: Entry) -> bool:
     return entry.value.zero_fraction == 1 and entry.grad is not None and entry.grad.norm > 0
 
 
-def _was_zero(entry: Entry, update: Statistics | None) -> bool:
+def _was_zero(entry: Entry) -> bool:
     """Return whether all elements were zero before the last step: the update equals the tensor.
 
     The update of a bfloat16 parameter may be known with the parameter's precision only.
     """
-    if update is None or entry.grad is None or not entry.value.norm > 0:
+    value, update = entry.value, entry.update
+    if update is None or not value.norm > 0:
         return False
-    value = entry.value
     pairs = (value.norm, update.norm), (value.min, update.min), (value.max, update.max)
     return all(math.isclose(a, b, rel_tol=0.01) for a, b in pairs)
 

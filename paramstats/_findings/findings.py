@@ -45,13 +45,13 @@ class FindingCode(str, enum.Enum):
     NONFINITE_GRADIENT = "NaN or Inf in gradient"
     #: Ranks that should hold equal tensors hold different ones.
     DIVERGED_REPLICAS = "replicas differ"
-    #: A parameter requires a gradient and has none, while others have one.
+    #: A parameter requires a gradient and has none.
     MISSING_GRADIENT = "no gradient"
     #: All elements of a gradient are zero.
     ZERO_GRADIENT = "zero gradient"
-    #: A gradient is much larger than those of other layers.
+    #: Gradients or activations grow over many layers.
     EXPLODING_GRADIENT = "exploding gradient"
-    #: A gradient is much smaller than those of other layers.
+    #: Gradients or activations shrink over many layers, so that the first ones learn nothing.
     VANISHING_GRADIENT = "vanishing gradient"
     #: A gradient is much larger or much smaller than its weight.
     GRADIENT_RATIO = "gradient/weight ratio"
@@ -65,7 +65,7 @@ class FindingCode(str, enum.Enum):
     UNDERFLOW = "underflow"
     #: Most elements of a weight are zero.
     SPARSE_WEIGHT = "sparse weight"
-    #: The elements of a weight are unusually large.
+    #: The elements of a weight are far larger than its number of inputs allows.
     HUGE_WEIGHT = "huge weight"
     #: A step changes a weight by much of its size.
     LARGE_UPDATE = "large update"
@@ -77,6 +77,16 @@ class FindingCode(str, enum.Enum):
     LAGGING_VARIANCE = "second moment lags"
     #: Most gradients are smaller than Adam's eps.
     BELOW_EPS = "gradients below eps"
+    #: Most rows of a weight are zero.
+    ZERO_ROWS = "zero rows"
+    #: Units or experts have no gradient.
+    DEAD_UNITS = "dead units"
+    #: Most rows of a weight are equal to another one.
+    EQUAL_ROWS = "equal rows"
+    #: A few elements are far larger than the others.
+    HEAVY_TAILS = "heavy tails"
+    #: Many elements would become 0 in float8.
+    LOW_PRECISION = "too wide for float8"
     # Those of a history or of `watch(on_finding=...)` follow.
     #: A parameter has a gradient and does not change, while others do.
     UNCHANGED_PARAMETER = "parameter does not change"

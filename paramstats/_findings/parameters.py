@@ -14,6 +14,10 @@ from paramstats._findings.context import (
     nonfinite_elements,
 )
 from paramstats._findings.findings import Finding, FindingCode, Severity, Source
+from paramstats._findings.structure import parts_of
+
+_LARGE_RMS = 2.0
+"""A weight below this is not too large, whatever fan-in is: new embeddings have an rms of 1."""
 
 _NONFINITE = {"param": "nonfinite_count", "buffer": "nan_count"}
 _NONFINITE_ADVICE = {
@@ -21,6 +25,11 @@ _NONFINITE_ADVICE = {
     "previous step.",
     "buffer": "The input of this layer contained NaN. Check the data, then reset the buffer.",
 }
+_NOT_TRAINED = (
+    "The model has no gradient yet, so no update caused this. The parameter was probably created "
+    "with torch.empty and not initialized, or loaded from a broken file. Initialize it, for "
+    "example with torch.nn.init.kaiming_uniform_."
+)
 
 
 def nonfinite_parameters(context: Context) -> Iterator[Finding]:
@@ -33,12 +42,20 @@ def nonfinite_parameters(context: Context) -> Iterator[Finding]:
         for entry in context.entries
         if (count := int(getattr(entry.value, _NONFINITE[entry.kind])))
     ]
+    is_new = context.has_trainable and not context.has_gradients and not _has_steps(context)
     for position, (entry, count) in enumerate(affected):
         advice = _NONFINITE_ADVICE[entry.kind]
+        if is_new and entry.kind == "param":
+            advice = _NOT_TRAINED
         if len(affected) > 1 and position == 0:
             advice = f"The first of {len(affected)} in model order. {advice}"
         code, message = FindingCode.NONFINITE_PARAMETER, nonfinite_elements(entry.value)
         yield Finding(Severity.ERROR, code, entry.name, entry.kind, count, 0, message, advice)
+
+
+def _has_steps(context: Context) -> bool:
+    """Return whether an optimizer has state of a parameter, as after its first step."""
+    return any(entry.state for entry in context.entries)
 
 
 def diverged_replicas(context: Context) -> Iterator[Finding]:
@@ -66,12 +83,12 @@ def weight_values(context: Context) -> Iterator[Finding]:
     Biases and normalization layers are excluded by `is_weight`: new ones are constant.
     """
     limits = context.thresholds
-    weights = context.weights
-    mostly_zero = 2 * sum(entry.value.zero_fraction == 1 for entry in weights) > len(weights)
+    weights = [(part, context.entries[part.row]) for part in parts_of(context.record.layout)]
+    mostly_zero = 2 * sum(entry.value.zero_fraction == 1 for _, entry in weights) > len(weights)
     # A new model may contain a few zero weights on purpose. The first backward pass shows whether
     # they get a gradient.
     is_new = context.has_trainable and not context.has_gradients and not mostly_zero
-    for entry in weights:
+    for part, entry in weights:
         value = entry.value
         if value.nonfinite_count:
             continue
@@ -103,13 +120,22 @@ def weight_values(context: Context) -> Iterator[Finding]:
             # All ones is a normalization over several dimensions.
             if is_frozen or value.mean == 1 or is_additive(entry):
                 severity = Severity.INFO
-        elif value.rms > limits.largest_weight:
-            code, number_found, limit = FindingCode.HUGE_WEIGHT, value.rms, limits.largest_weight
-            message = f"rms {number(value.rms)}"
+        elif (
+            value.rms > _LARGE_RMS
+            and value.rms * part.root_fan_in > limits.largest_gain
+            and not part.is_lookup
+        ):
+            code, number_found = FindingCode.HUGE_WEIGHT, value.rms * part.root_fan_in
+            limit = limits.largest_gain
+            message = f"rms {number(value.rms)}, scales its input by {number(number_found)}"
             advice = (
-                "The weights diverged. Lower the learning rate and resume from an earlier "
-                "checkpoint."
+                "A layer should keep the scale of its input: a std of about 1 / sqrt(fan-in). "
+                "This one saturates what follows, or makes the loss explode. In a new model, "
+                "correct the initialization. Otherwise the weight diverged: lower the learning "
+                "rate and resume from an earlier checkpoint."
             )
+            if is_frozen:
+                severity = Severity.INFO
         elif value.zero_fraction >= limits.sparse_weight:
             code, severity = FindingCode.SPARSE_WEIGHT, Severity.INFO
             number_found, limit = value.zero_fraction, limits.sparse_weight

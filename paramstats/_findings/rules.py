@@ -6,21 +6,17 @@ from collections.abc import Callable, Iterator, Sequence
 
 from paramstats._core.entries import Entry, entries
 from paramstats._core.record import Record
+from paramstats._findings.connections import lost_gradients
 from paramstats._findings.context import Context, make_context
 from paramstats._findings.findings import Finding, Findings
-from paramstats._findings.gradients import (
-    compare_with_other_layers,
-    compare_with_weights,
-    missing_gradients,
-    nonfinite_gradients,
-    zero_gradients,
-)
+from paramstats._findings.gradients import gradient_sizes, nonfinite_gradients
 from paramstats._findings.half_precision import half_precision_ranges
 from paramstats._findings.parameters import (
     diverged_replicas,
     nonfinite_parameters,
     weight_values,
 )
+from paramstats._findings.rows import rows_and_distributions
 from paramstats._findings.thresholds import Thresholds
 from paramstats._findings.updates import (
     adam_state,
@@ -33,12 +29,11 @@ _RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (
     nonfinite_parameters,
     nonfinite_gradients,
     diverged_replicas,
-    missing_gradients,
-    zero_gradients,
-    compare_with_other_layers,
-    compare_with_weights,
+    lost_gradients,
     weight_values,
+    gradient_sizes,
     half_precision_ranges,
+    rows_and_distributions,
     forgotten_parameters,
     large_updates,
     lost_updates,

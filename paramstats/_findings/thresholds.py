@@ -89,11 +89,11 @@ class Thresholds:
     of a layer behind eight sigmoids, all of it. docs/findings.md has the table.
     """
 
-    exploding_gradient: float = 1e4
-    vanishing_gradient: float = 1e-6
+    exploding_activation: float = 100.0
+    vanishing_gradient: float = 1e-3
     largest_gradient_ratio: float = 1e3
     smallest_gradient_ratio: float = 1e-9
-    largest_weight: float = 1e3
+    largest_gain: float = 30.0
     overflow: float = 0.25
     underflow: float = 1.0
     sparse_weight: float = 0.9
@@ -101,6 +101,11 @@ class Thresholds:
     lost_updates: float = 0.8
     largest_lag: float = 10.0
     below_eps: float = 0.5
+    zero_rows: float = 0.5
+    dead_units: float = 0.5
+    equal_rows: float = 0.5
+    heavy_tails: float = 1e3
+    float8_underflow: float = 0.25
     largest_change: float = 0.2
     weight_growth: float = 10.0
     weight_collapse: float = 0.1

@@ -63,14 +63,14 @@ def large_updates(context: Context) -> Iterator[Finding]:
     usual = " A usual learning rate of AdamW is 1e-3 for small models and 1e-4 for large ones."
     for step in _steps(context):
         assert step.entry.shape is not None  # as is_weight says
-        weight, norm, usual = step.entry.value, step.update.norm, usual_norm(step.entry.shape)
+        weight, norm, new_norm = step.entry.value, step.update.norm, usual_norm(step.entry.shape)
         if not weight.norm < math.inf or "history_size" in step.hyperparameters:
             continue  # LBFGS makes several steps in one
-        ratio = norm / max(weight.norm, usual)
-        of = "the weight" if weight.norm >= usual else "a new weight of this shape"
+        ratio = norm / max(weight.norm, new_norm)
+        of = "the weight" if weight.norm >= new_norm else "a new weight of this shape"
         message = f"norm {number(norm)}, {number(ratio)} times that of {of}{step.lr_in_words()}"
         if not ratio > limit and step.is_adam() and _SMALL_STEP * weight.rms < step.lr:
-            ratio = step.lr / (usual / math.sqrt(weight.count))
+            ratio = step.lr / (new_norm / math.sqrt(weight.count))
             message = f"lr {number(step.lr)}, {number(ratio)} times the std of a new weight"
         if ratio > limit:
             name = step.entry.name
