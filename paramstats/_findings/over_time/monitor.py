@@ -100,6 +100,7 @@ class Monitor:
         after_step, is_scaled = record.optimizer is not None, record.grad_scale != 1
         self._replace("nonfinite", self._nonfinite.add(now, after_step, is_scaled), step, out)
         moved = moved or (is_away and bool((rows.numbers["onset"] == now.step).any()))
+        moved = moved or signals.has_new_zeros(now)
         self._replace("summary", self._persistent.add(step, record, moved), step, out)
         if is_away:
             signals.come_back(now)

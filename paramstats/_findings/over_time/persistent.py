@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
+from typing import NamedTuple
 
+from paramstats._core.details import NOT_KNOWN, zero_rows_of
 from paramstats._core.record import Record
 from paramstats._findings.findings import Finding, FindingCode, Severity
 from paramstats._findings.rules import find
@@ -15,25 +17,36 @@ Key = tuple[FindingCode, str, str]
 _RUNS, _NEEDED = 5, 3
 """A finding lasts if it is in this many of the latest runs of the rules."""
 
-_PAUSE = 64
-"""The smallest number of entries between two series of additional runs."""
+_DEAD_RUNS, _DEAD_STEPS = 4, 10
+_DEAD = 0.6
+"""Units are dead if this share of a layer has no gradient in so many runs, over so many steps.
+
+In healthy trainings, up to 0.57 of a layer of ReLUs had none. Of experts, one is enough.
+"""
+
+_DEAD_UNITS = 0.5
+"""The threshold of units; that of experts is lower."""
+
+_MIN_PAUSE, _MAX_PAUSE = 16, 128
+"""Entries between two series of frequent runs: at first and, after several series, later."""
 
 
 class Persistent:
     """Runs the rules of single summaries on some of the entries.
 
-    A run takes milliseconds for a model of 500 tensors. They are made in every second entry at
-    first, then in every fourth, and from the 32nd entry on in every 32nd. After a change that
-    other rules have seen, every second entry is checked, for five runs.
+    A run takes milliseconds for a model of 500 tensors. There are runs in most of the first ten
+    entries, then in every fourth entry, and from the 32nd entry on in every 32nd. A change that
+    other rules have seen starts with the first ten again.
     """
 
     def __init__(self, thresholds: Thresholds) -> None:
         self._thresholds = thresholds
         self._entries = 0
-        self._additional = 0
-        self._next_series = 0
+        self._first = 0  # the entry from which on runs are frequent
+        self._pause = _MIN_PAUSE
         self._runs: deque[dict[Key, Finding]] = deque(maxlen=_RUNS)
         self._active: dict[Key, Finding] = {}
+        self._dead: dict[str, _Dead] = {}
 
     def add(self, step: int, record: Record, changed: bool) -> list[Finding]:
         """Return the findings that exist at this entry.
@@ -44,10 +57,9 @@ class Persistent:
             changed: whether something has happened in it.
         """
         entry, self._entries = self._entries, self._entries + 1
-        if changed and entry >= self._next_series:
-            self._additional, self._next_series = 2 * _RUNS, entry + _PAUSE
-        is_additional, self._additional = self._additional % 2 == 1, max(0, self._additional - 1)
-        if is_additional or _is_due(entry) or record.diverged:
+        if changed and entry - self._first >= self._pause:
+            self._first, self._pause = entry, min(2 * self._pause, _MAX_PAUSE)
+        if _is_due(entry, entry - self._first) or record.diverged:
             self._run(step, record)
         return list(self._active.values())
 
@@ -57,11 +69,40 @@ class Persistent:
             for finding in find(record, self._thresholds)
             if not _is_found_over_time(finding)
         ]
-        self._runs.append({(f.code, f.name, f.source): f for f in every})
+        self._runs.append({_key(finding): finding for finding in every})
         self._active = self._lasting(_NEEDED)
         for finding in every:
             if finding.severity is Severity.ERROR:
-                self._active.setdefault((finding.code, finding.name, finding.source), finding)
+                self._active.setdefault(_key(finding), finding)
+        self._active.update((_key(one), one) for one in self._never_alive(step, record, every))
+
+    def _never_alive(self, step: int, record: Record, every: list[Finding]) -> list[Finding]:
+        """Return findings of units without a gradient in several runs, as warnings."""
+        dead, out = {}, []
+        for finding in every:
+            key = _key(finding)
+            active = self._active.get(key, finding)
+            if finding.code is not FindingCode.DEAD_UNITS or active.severity > Severity.INFO:
+                continue
+            row = record.layout.index[finding.name]
+            packed = record.details[len(record.layout) + row].zero_rows or NOT_KNOWN
+            rows = set(zero_rows_of(packed) or ())
+            n = len(rows) / finding.value
+            before = self._dead.get(finding.name, _Dead(step, 0, rows))
+            first, runs, rows = before.step, before.runs + 1, before.rows & rows
+            if len(rows) <= n * max(_DEAD, finding.threshold) * (finding.threshold >= _DEAD_UNITS):
+                continue
+            dead[finding.name] = _Dead(first, runs, rows)
+            if runs >= _DEAD_RUNS and step - first >= _DEAD_STEPS:
+                message = f"{len(rows)} of {n:.0f} rows of the gradient zero since step {first}"
+                value, severity = len(rows) / n, Severity.WARNING
+                out.append(
+                    dataclasses.replace(
+                        finding, severity=severity, value=value, message=message, step=first
+                    )
+                )
+        self._dead = dead
+        return out
 
     def findings(self) -> list[Finding]:
         """Return the findings that exist; of fewer than three runs, those that all of them have."""
@@ -81,9 +122,22 @@ class Persistent:
         return out
 
 
-def _is_due(entry: int) -> bool:
-    if entry < 10:
-        return entry % 2 == 0
+class _Dead(NamedTuple):
+    """The rows of a gradient that were zero in all runs since a step."""
+
+    step: int
+    runs: int
+    rows: set[int]
+
+
+def _key(finding: Finding) -> Key:
+    return finding.code, finding.name, finding.source
+
+
+def _is_due(entry: int, since: int) -> bool:
+    """Return whether the rules are run, `since` entries after a change."""
+    if since < 10:
+        return since < 5 or since % 2 == 0
     return entry % (4 if entry < 32 else 32) == 0
 
 

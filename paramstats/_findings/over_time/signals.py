@@ -35,6 +35,9 @@ _SMALL_SPIKE = 0.1
 SMALL_GRADIENT = 1e-5
 """A gradient below this fraction of its parameter may not change it, because of rounding."""
 
+_NEW_ZEROS = 0.25
+"""Units may have died if this fraction of a gradient has become zero."""
+
 _FALLING = math.log(1.3)
 """A weight shrinks if its norm has fallen by this factor within the window."""
 
@@ -235,6 +238,12 @@ def may_happen(now: Now, limits: Thresholds) -> bool:
     return bool(found.any()) or not bool(now.has_grad.any())
 
 
+def has_new_zeros(now: Now) -> bool:
+    """Return whether many more elements of a gradient are zero than in the previous entry."""
+    zeros = STAT["zero_fraction"]
+    return bool((now.grad[:, zeros] - now.rows.before[:, 1, zeros] > _NEW_ZEROS).any())
+
+
 def conditions(now: Now, limits: Thresholds) -> tuple[Tensor, Tensor]:
     """Return the conditions of an entry: whether they are true, and whether they are not.
 
@@ -260,7 +269,7 @@ def conditions(now: Now, limits: Thresholds) -> tuple[Tensor, Tensor]:
         shrunk &= norm.log() - now.oldest[:, 0] < -_FALLING
         shrunk &= now.value[:, STAT["zero_fraction"]] < 0.5
 
-    is_away = numbers["onset"] > -math.inf
+    is_away = (numbers["onset"] > -math.inf) & weights
     away = now.log_grad - numbers["past"]
     spike = is_away & (away > math.log(limits.spike)) & (relative > _SMALL_SPIKE)
     unknown = 1.5 / numbers["samples"]  # of the spread of few samples
@@ -326,5 +335,5 @@ def _surprising(seen: Tensor, of: Tensor) -> Tensor:
     Args:
         seen, of: in how many of the entries it was present.
     """
-    share = (seen / of.clamp(min=1)).clamp(max=0.75)
+    share = (seen / of.clamp(min=1)).clamp(max=0.97)
     return torch.where(seen > 0, math.log(1e-6) / (1 - share).log(), 0.0)
