@@ -117,11 +117,12 @@ def watch(
 
     Raises:
         FileExistsError: `history` is the path of a file with content.
-        TypeError: `source` is neither a module nor a mapping, or `log` is not a function of
-            scalars and step.
+        TypeError: `source` is neither a module nor a mapping, `log` is not a function of scalars
+            and step, or `on_finding` is not a function.
         ValueError: `every` is not a whole number > 0, none of `log`, `history` and `on_finding` is
-            given, an argument that `scalars` or `summarize` would refuse, an optimizer without a parameter of
-            `source`, or `stats` names statistics of the distribution without `distribution`.
+            given, an argument that `scalars` or `summarize` would refuse, an optimizer without a
+            parameter of `source`, or `stats` names statistics of the distribution without
+            `distribution` or `health`.
     """
     if not isinstance(source, (torch.nn.Module, Mapping)):
         raise TypeError(

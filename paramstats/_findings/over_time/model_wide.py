@@ -15,7 +15,7 @@ from paramstats._findings.over_time.signals import SMALL_GRADIENT, Now
 from paramstats._findings.over_time.tracks import NAN, STAT, N
 
 _MAX_STEPS = 200
-"""Steps from the first entry in which gradients are checked for growth in proportion to the step."""
+"""Steps after the first entry in which gradients may be found to grow like their number."""
 
 _SHRINKING = 0.01
 """All weights shrink if most lose more than this fraction of their norm per step."""
@@ -70,8 +70,9 @@ def whole_conditions(now: Now, reads_gradients: bool) -> tuple[list[bool], list[
     known = (now.norm == now.norm) & (rows.before[:, 0, 0] >= 0)
     trained = now.trained & known
     changed = known & ~now.same
-    masks = (plan.trainable & known, now.has_grad, changed, trained, trained & changed)
-    masks = (*masks, trained & now.new_grad & (now.grad_norm < math.inf), trained & plan.weights)
+    masks = [plan.trainable & (now.norm == now.norm), now.has_grad, changed, trained]
+    masks += [trained & changed, trained & now.new_grad & (now.grad_norm < math.inf)]
+    masks += [trained & plan.weights]
     counts = torch.stack(masks).sum(1).tolist()
     trainable, grads, changes, comparable, trained_changes, new_grads, weights = counts
     yes = [
@@ -180,7 +181,7 @@ def make_whole_finding(condition: Whole, now: Now, state: Tensor, reads_gradient
             "after each optimizer step."
         )
     else:
-        fallen, rate = (float(x[now.plan.weights].nanmedian()) for x in _rates(now))
+        rate = float(_rates(now)[1][now.plan.weights].nanmedian())
         value, threshold, code = -rate, _SHRINKING, FindingCode.SHRINKING_WEIGHT
         message = f"norms of most weights fall by {100 * -rate:.3g}% per step, median"
         advice = (

@@ -124,9 +124,7 @@ class Monitor:
         """Report the conditions of parameters that begin and end; return whether there are any."""
         yes, no = signals.conditions(now, self._thresholds)
         needed = signals.needed_entries(now)
-        state, begun, ended = advance(
-            now.rows.conditions, yes, no, now.step, self._limits, needed
-        )
+        state, begun, ended = advance(now.rows.conditions, yes, no, now.step, self._limits, needed)
         now.rows.conditions = state
         for row, column in ended.nonzero().tolist():
             condition, name = Condition(column), now.plan.names[row]
@@ -140,7 +138,9 @@ class Monitor:
             self._begin_in(Condition(column), now, rows, out)
         return bool((begun | ended).any())
 
-    def _begin_in(self, condition: Condition, now: Now, rows: list[int], out: list[Finding]) -> None:
+    def _begin_in(
+        self, condition: Condition, now: Now, rows: list[int], out: list[Finding]
+    ) -> None:
         """Report a condition that begins in some parameters, as one finding if these are many."""
         members = self._members.setdefault(condition, set())
         members.update(now.plan.names[row] for row in rows)
@@ -156,7 +156,9 @@ class Monitor:
         is_most = 2 * len(members) > max(2 * _MANY, int(now.plan.weights.sum()))
         if is_most and TEXTS[condition].wide:
             message = f"{len(members)} weights, {first.name} first: {first.message}"
-            wide = dataclasses.replace(first, name="", message=message, advice=TEXTS[condition].wide)
+            wide = dataclasses.replace(
+                first, name="", message=message, advice=TEXTS[condition].wide
+            )
             self._begin((condition, ""), wide, out)
         else:
             for finding in found:
@@ -168,18 +170,23 @@ class Monitor:
         yes, no = whole_conditions(now, self._reads_gradients)
         if not any(yes) and not self._whole_moves:
             return
-        as_tensor = [torch.tensor([x], dtype=torch.bool, device="cpu") for x in (yes, no)]
+        yes_row, no_row = torch.tensor([[yes], [no]], dtype=torch.bool, device="cpu")
         limits = self._whole_limits
-        self._whole, begun, ended = advance(self._whole, *as_tensor, now.step, limits, None)
+        self._whole, begun, ended = advance(self._whole, yes_row, no_row, now.step, limits, None)
         self._whole_moves = bool((self._whole[:, :, [RUN, ACTIVE]] > 0).any())
         if bool((begun | ended).any()):
             for condition in Whole:
                 if begun[0, condition]:
                     state = self._whole[0, condition]
-                    reads = self._reads_gradients or bool((self._state.numbers["with_grad"] > 0).any())
+                    reads = self._reads_gradients or bool(
+                        (self._state.numbers["with_grad"] > 0).any()
+                    )
                     self._begin((condition,), make_whole_finding(condition, now, state, reads), out)
                 if ended[0, condition]:
                     self._end((condition,), int(now.step), out)
+
+    def _has_seen_gradients(self) -> bool:
+        return bool((self._state.numbers["with_grad"] > 0).any())
 
     def _begin(self, key: Key, finding: Finding, out: list[Finding]) -> None:
         if key not in self._active and not any(_same(finding, f) for f in self._active.values()):

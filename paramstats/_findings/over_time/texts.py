@@ -40,9 +40,9 @@ def make_finding(condition: Condition, now: Now, row: int, limits: Thresholds) -
     text, nan = TEXTS[condition], math.nan
     value, threshold, message = text.evidence(now, row, limits)
     severity = Severity.WARNING
-    if condition is Condition.UNCHANGED and not bool(now.plan.is_precise[row]):
-        if not bool(now.plan.weights[row]):
-            severity = Severity.INFO  # a bfloat16 one changes by steps of 0.004 only
+    is_usual = now.plan.weights[row] | now.plan.is_precise[row]
+    if condition is Condition.UNCHANGED and not bool(is_usual):
+        severity = Severity.INFO  # such as ones in bfloat16, which change by steps of 0.004 only
     return Finding(
         severity,
         text.code,
@@ -132,7 +132,9 @@ def _zero(now: Now, row: int, limits: Thresholds) -> Evidence:
 
 def _lost(now: Now, row: int, limits: Thresholds) -> Evidence:
     had, of = (float(now.rows.numbers[name][row]) for name in ("with_grad", "entries"))
-    message = f"none {_lasting(Condition.LOST, now, row)}; {had:.0f} of {of:.0f} earlier ones had one"
+    message = (
+        f"none {_lasting(Condition.LOST, now, row)}; {had:.0f} of {of:.0f} earlier ones had one"
+    )
     return Evidence(math.nan, math.nan, message)
 
 
@@ -201,8 +203,8 @@ TEXTS = {
         "No gradient reaches this weight any more. Check the following layers for dead ReLUs or "
         "masks, and the loss for saturation or underflow.",
         _zero,
-        "All gradients are zero, so nothing is learned. Check that watcher.step() is called after "
-        "backward and before zero_grad(), and that the loss is not constant, masked or underflowed.",
+        "All gradients are zero, so nothing is learned. Call watcher.step() after backward and "
+        "before zero_grad(). Check that the loss is not constant, masked or underflowing.",
     ),
     Condition.LOST: Text(
         FindingCode.MISSING_GRADIENT,
