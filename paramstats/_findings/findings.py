@@ -100,6 +100,8 @@ class FindingCode(str, enum.Enum):
     GRADIENT_SPIKE = "gradient spike"
     #: A gradient has left its own past, downwards, while others have not.
     GRADIENT_COLLAPSE = "gradient collapse"
+    #: Steps have changed a weight by less than a millionth since the beginning.
+    SMALL_UPDATE = "small update"
     #: Gradients grow in proportion to the step, as if they were never reset.
     ACCUMULATED_GRADIENT = "gradients accumulate"
 

@@ -62,6 +62,9 @@ class Thresholds:
         largest_change: over time: report a weight that changes by more than this fraction of its
             norm, or of that of a new weight of its shape, per step. Of the change between two
             entries, a lower bound is known.
+        smallest_update: over time: report a weight whose updates have always been below ten times
+            this fraction of its norm, or of that of a new weight of its shape, and are below it.
+            It is a warning if it is true of most weights. Needs `watch(optimizer=...)`.
         weight_growth: over time: report a weight whose norm is more than this many times its first
             norm, and that of a new weight of its shape.
         weight_collapse: over time: report a weight whose norm falls below this fraction of its
@@ -107,6 +110,7 @@ class Thresholds:
     heavy_tails: float = 1e3
     float8_underflow: float = 0.25
     largest_change: float = 0.2
+    smallest_update: float = 1e-6
     weight_growth: float = 10.0
     weight_collapse: float = 0.1
     spike: float = 50.0

@@ -24,7 +24,7 @@ from paramstats._findings.over_time.nonfinite import Nonfinite
 from paramstats._findings.over_time.persistent import Persistent
 from paramstats._findings.over_time.signals import RULES, Condition, Now
 from paramstats._findings.over_time.texts import TEXTS, make_finding
-from paramstats._findings.over_time.tracks import State, full, statistics
+from paramstats._findings.over_time.tracks import State, full, statistics, update_norms
 from paramstats._findings.thresholds import Thresholds
 
 _MAX_ENDED = 1000
@@ -90,7 +90,7 @@ class Monitor:
         rows = self._state.read(plan)
         optimizer = record.optimizer
         self._reads_gradients |= optimizer is not None and "no gradient" in optimizer.methods
-        now = Now(step, plan, rows, *statistics(record), record.correction)
+        now = Now(step, plan, rows, *statistics(record), record.correction, update_norms(record))
         is_away = signals.leave_past(now)
         moved, may_happen = False, signals.may_happen(now, self._thresholds)
         if is_away or may_happen or not self._is_quiet:
@@ -153,18 +153,19 @@ class Monitor:
                 first = dataclasses.replace(first, message=f"{first.message}; {_count(found, now)}")
             self._begin((condition, ""), first, out)
             return
-        is_most = 2 * len(members) > max(2 * _MANY, int(now.plan.weights.sum()))
-        if is_most and TEXTS[condition].wide:
+        n_weights, n_trained = int(now.plan.weights.sum()), int(now.trained.sum())
+        advice = TEXTS[condition].wide
+        if advice and len(members) > _MANY and 2 * len(members) > n_weights:
             message = f"{len(members)} weights, {first.name} first: {first.message}"
-            wide = dataclasses.replace(
-                first, name="", message=message, advice=TEXTS[condition].wide
-            )
+            wide = dataclasses.replace(first, name="", message=message, advice=advice)
             self._begin((condition, ""), wide, out)
-        else:
-            for finding in found:
-                if is_most and condition is Condition.UNCHANGED:  # likely on purpose
-                    finding = dataclasses.replace(finding, severity=Severity.INFO)
-                self._begin((condition, finding.name), finding, out)
+            return
+        is_on_purpose = condition is Condition.UNCHANGED and 2 * len(members) > n_trained
+        has_converged = condition is Condition.SMALL and 2 * len(members) <= n_weights
+        for finding in found:
+            if is_on_purpose or has_converged:
+                finding = dataclasses.replace(finding, severity=Severity.INFO)
+            self._begin((condition, finding.name), finding, out)
 
     def _whole_model(self, now: Now, out: list[Finding]) -> None:
         yes, no = whole_conditions(now, self._reads_gradients)

@@ -57,6 +57,7 @@ class Condition(enum.IntEnum):
     COLLAPSE = 6
     ZERO = 7
     LOST = 8
+    SMALL = 9
 
 
 RULES = {
@@ -69,6 +70,7 @@ RULES = {
     Condition.COLLAPSE: Rule(5, 5, 3),
     Condition.ZERO: Rule(4, 10, 2),
     Condition.LOST: Rule(4, 10, 1),
+    Condition.SMALL: Rule(4, 10, 1),
 }
 
 
@@ -82,10 +84,18 @@ class Now:
         value: the statistics of the parameters; NaN where they were not read.
         grad: the statistics of the gradients; NaN where there are none.
         correction: that of the standard deviations.
+        updates: the norms of the last updates; NaN where they are not known.
     """
 
     def __init__(
-        self, step: int, plan: Plan, rows: Rows, value: Tensor, grad: Tensor, correction: float
+        self,
+        step: int,
+        plan: Plan,
+        rows: Rows,
+        value: Tensor,
+        grad: Tensor,
+        correction: float,
+        updates: Tensor | None = None,
     ) -> None:
         self.step = float(step)
         self.plan = plan
@@ -100,6 +110,9 @@ class Now:
         self.steps = self.step - rows.numbers["last_step"]
         """The steps since the previous entry of the parameter; NaN without one."""
         self.trained = plan.trainable & self.has_grad
+        self.update = None  # as a fraction of the parameter's norm or that of a new one
+        if updates is not None:
+            self.update = updates / torch.maximum(self.norm, plan.usual_norm)
         self._correction = correction
 
     @cached_property
@@ -207,6 +220,9 @@ def remember(now: Now) -> None:
         numbers["first_norm"] = torch.where(new & (now.norm > 0), now.norm, numbers["first_norm"])
         first = numbers["entries"] == 0
         numbers["first_step"] = torch.where(first, now.step, numbers["first_step"])
+    if now.update is not None:
+        update = now.update.nan_to_num(0.0)
+        numbers["largest_update"] = torch.maximum(numbers["largest_update"], update)
     numbers["entries"] = numbers["entries"] + 1
     numbers["last_step"] = torch.full_like(x, now.step)
 
@@ -235,7 +251,18 @@ def may_happen(now: Now, limits: Thresholds) -> bool:
     found = (now.trained & (norm == rows.before[:, 0, _NORM])) | now.clamped
     found |= plan.weights & of_weights
     found |= plan.trainable & (numbers["with_grad"] > 0) & ~now.has_grad
+    if now.update is not None:
+        found |= _is_small(now, limits)
     return bool(found.any()) or not bool(now.has_grad.any())
+
+
+def _is_small(now: Now, limits: Thresholds) -> Tensor:
+    """Return which updates are small, though gradients are not, and have always been."""
+    if now.update is None:
+        return torch.zeros_like(now.trained)
+    is_small = (now.update < limits.smallest_update) & (now.relative_grad > SMALL_GRADIENT)
+    largest = now.rows.numbers["largest_update"]
+    return is_small & now.plan.weights & now.trained & (largest < 10 * limits.smallest_update)
 
 
 def has_new_zeros(now: Now) -> bool:
@@ -282,7 +309,8 @@ def conditions(now: Now, limits: Thresholds) -> tuple[Tensor, Tensor]:
     is_zero = plan.weights & (now.grad[:, STAT["zero_fraction"]] == 1)
     may_miss = plan.trainable & (numbers["with_grad"] > 0)
     lost = may_miss & ~now.has_grad & trained.any()
-    yes = (unchanged, large, grown, shrunk, now.clamped, spike, collapse, is_zero, lost)
+    small = _is_small(now, limits)
+    yes = (unchanged, large, grown, shrunk, now.clamped, spike, collapse, is_zero, lost, small)
     no = (
         changes,
         trained_before & (now.change <= limits.largest_change),
@@ -293,6 +321,7 @@ def conditions(now: Now, limits: Thresholds) -> tuple[Tensor, Tensor]:
         finite & ~collapse,
         now.has_grad & ~is_zero,
         now.has_grad,
+        now.has_grad & ~small,
     )
     return torch.stack(yes, 1), torch.stack(no, 1)
 

@@ -138,6 +138,19 @@ def _lost(now: Now, row: int, limits: Thresholds) -> Evidence:
     return Evidence(math.nan, math.nan, message)
 
 
+def _small(now: Now, row: int, limits: Thresholds) -> Evidence:
+    assert now.update is not None
+    ratio = float(now.update[row])
+    lasting = _lasting(Condition.SMALL, now, row)
+    message = f"update norm {number(ratio)} times that of the weight {lasting}"
+    return Evidence(ratio, limits.smallest_update, message)
+
+
+_TOO_SMALL = (
+    "The steps are so small that the weight needs about a million of them to change. Raise the "
+    "learning rate; check its schedule and, with plain SGD, why gradients are small."
+)
+
 _TOO_LARGE = (
     "The learning rate is too high, or the step was too large: the weight is replaced instead of "
     "adjusted. Lower the learning rate, warm it up, or clip gradients."
@@ -206,6 +219,7 @@ TEXTS = {
         "All gradients are zero, so nothing is learned. Call watcher.step() after backward and "
         "before zero_grad(). Check that the loss is not constant, masked or underflowing.",
     ),
+    Condition.SMALL: Text(FindingCode.SMALL_UPDATE, "update", _TOO_SMALL, _small, _TOO_SMALL),
     Condition.LOST: Text(
         FindingCode.MISSING_GRADIENT,
         "grad",

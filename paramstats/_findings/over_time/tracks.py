@@ -13,9 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from paramstats._core.backend import active
 from paramstats._core.layout import Layout
-from paramstats._core.moments import Statistics
+from paramstats._core.moments import ROW, Statistics
 from paramstats._core.record import Record
+from paramstats._core.updates import UPDATE
 from paramstats._findings.updates import usual_norm
 
 WINDOW = 16
@@ -37,6 +39,7 @@ _NUMBERS = {
     "past": NAN,  # the median of the log norms of the gradient before that
     "spread": NAN,  # their median absolute deviation
     "away": 0.0,  # entries since then
+    "largest_update": 0.0,  # the largest norm of an update / that of the parameter or of a new one
 }
 
 SUMS = N, X, Y, XX, XY, YY = range(6)
@@ -169,6 +172,17 @@ class Rows:
     norms: Tensor
     sums: Tensor
     conditions: Tensor
+
+
+def update_norms(record: Record) -> Tensor | None:
+    """Return the norms of the last updates, NaN where they are not known; None if nowhere."""
+    optimizer, n = record.optimizer, record.layout.parameters
+    if optimizer is None or not n:
+        return None
+    begin, end = (optimizer.position(UPDATE, row) * ROW.size for row in (0, n))
+    table = active().finalize_table(optimizer.table[begin:end], record.correction, 1.0)
+    statistics = torch.frombuffer(bytearray(table), dtype=torch.float64)
+    return statistics.view(n, _COLUMNS)[:, STAT["norm"]]
 
 
 def statistics(record: Record) -> tuple[Tensor, Tensor]:
