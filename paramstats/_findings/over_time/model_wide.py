@@ -21,6 +21,14 @@ _SHRINKING = 0.01
 """All weights shrink if most lose more than this fraction of their norm per step."""
 
 
+_LOST_UPDATES = 2e-6
+"""Updates are lost if no weight in float16 or bfloat16 changes by more of its norm per step.
+
+One step of a bfloat16 number is 2e-3 of it or more. In trainings that lost most of their updates,
+norms of weights changed by at most 8e-7 per step, in healthy ones by 1e-3 or more.
+"""
+
+
 class Whole(enum.IntEnum):
     """A condition of the model; the position of its column in `Monitor`'s state."""
 
@@ -28,6 +36,7 @@ class Whole(enum.IntEnum):
     NOTHING_CHANGES = 1
     ACCUMULATED = 2
     SHRINKING = 3
+    LOST_UPDATES = 4
 
 
 WHOLE_RULES = {
@@ -35,6 +44,7 @@ WHOLE_RULES = {
     Whole.NOTHING_CHANGES: Rule(20, 20, 1),
     Whole.ACCUMULATED: Rule(3, 3, 3),
     Whole.SHRINKING: Rule(4, 9, 3),
+    Whole.LOST_UPDATES: Rule(4, 9, 2),
 }
 
 
@@ -80,8 +90,9 @@ def whole_conditions(now: Now, reads_gradients: bool) -> tuple[list[bool], list[
         not trained_changes and 2 * new_grads > comparable,
         bool(comparable) and _accumulated(now, trained),
         bool(weights) and _shrinking(now, trained & plan.weights),
+        bool(weights) and _loses_updates(now, trained),
     ]
-    known_now = [grads, trained_changes, comparable, weights]
+    known_now = [grads, trained_changes, comparable, weights, weights]
     return yes, [bool(is_known) and not x for x, is_known in zip(yes, known_now, strict=True)]
 
 
@@ -125,6 +136,15 @@ def _shrinking(now: Now, use: Tensor) -> bool:
     fallen, rate = _rates(now)
     shrinks = use & (rate < -_SHRINKING) & (fallen < -0.1)
     return float(shrinks.sum()) > 0.8 * float(use.sum())
+
+
+def _loses_updates(now: Now, trained: Tensor) -> bool:
+    """Return whether weights in low precision do not change, and some parameter not at all."""
+    low = trained & ~now.plan.is_precise & (now.relative_grad > SMALL_GRADIENT)
+    change = now.change[low & now.plan.weights]
+    if not len(change) or not float(change.amax()) < _LOST_UPDATES:
+        return False
+    return bool((low & now.same & now.new_grad).any())
 
 
 def _rates(now: Now) -> tuple[Tensor, Tensor]:
@@ -179,6 +199,15 @@ def make_whole_finding(condition: Whole, now: Now, state: Tensor, reads_gradient
         advice = (
             "Each backward adds to the gradients of all steps before. Call optimizer.zero_grad() "
             "after each optimizer step."
+        )
+    elif condition is Whole.LOST_UPDATES:
+        code, threshold = FindingCode.LOST_UPDATE, _LOST_UPDATES
+        value = float(now.change[now.plan.weights & ~now.plan.is_precise].nan_to_num(0.0).amax())
+        message = f"no weight in low precision changes by more than {number(value)} per step"
+        advice = (
+            "The updates are smaller than the dtype can add to the weights, so rounding removes "
+            "them. Keep the weights in float32 and use torch.autocast, use an optimizer with "
+            "float32 master weights or stochastic rounding, or raise the learning rate."
         )
     else:
         rate = float(_rates(now)[1][now.plan.weights].nanmedian())
