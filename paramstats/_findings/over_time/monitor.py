@@ -48,6 +48,7 @@ class Monitor:
             known.
     """
 
+    @without_modes()
     def __init__(self, thresholds: Thresholds, reads_gradients: bool = False) -> None:
         self._thresholds = thresholds
         self._reads_gradients = reads_gradients
