@@ -395,6 +395,19 @@ def layout_of(summary: Summary) -> Layout:
     return summary._description.layout
 
 
+def lacks_gradients(summary: Summary) -> bool:
+    """Return whether parameters require a gradient and none has one.
+
+    Does not wait: False if other ranks decide, and have not decided yet, what the summary has.
+    """
+    deferred = summary._deferred
+    record = summary._ready if deferred is None else deferred.record()
+    if record is None or not any(record.layout.requires_grad):
+        return False
+    n = len(record.layout)
+    return all(moments.is_absent(record.table, n + row) for row in range(n))
+
+
 def is_ready_within(summary: Summary, seconds: float) -> bool:
     """Return whether reading a statistic does not wait after at most `seconds` from now."""
     end = time.monotonic() + seconds

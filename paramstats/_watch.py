@@ -12,6 +12,7 @@ import torch
 from paramstats._core.detail_options import Selection, make_detail_options
 from paramstats._core.optimizers import make_request
 from paramstats._core.options import Pattern, check_keys, checked_stats, make_options, split_stats
+from paramstats._health_checks import HealthChecks, OnFinding
 from paramstats._optimizer_hooks import UpdateMethod, check_optimizers
 from paramstats._watcher import Appendable, Log, Watched, Watcher, has_group, is_first_rank
 
@@ -42,6 +43,8 @@ def watch(
     update: UpdateMethod = "auto",
     distribution: Selection = False,
     rows: Selection = False,
+    on_finding: OnFinding | None = None,
+    health: bool = False,
 ) -> Watcher:
     """Log the statistics of a model while it trains.
 
@@ -102,14 +105,24 @@ def watch(
         distribution, rows: what else is read: see `summarize`. They add no keys by themselves:
             statistics of the distribution are logged if `stats` names them ("skewness", "kurtosis"
             and "abs_mean"). `log` finds the histograms and rows of its step in `Watcher.summary`.
+        on_finding: called as `on_finding(finding)` for each `Finding` of the health check over
+            time: once when it begins, and once when it ends, with `finding.end` set. See
+            `History.findings` for what it finds. It is called after `log`, on the same rank and in
+            the order of steps. What it raises comes out of the training loop, as of `log`.
+        health: whether to read the distribution and the rows of all tensors, which some rules of
+            the health check need: dead units by index, equal rows, heavy tails and what float8
+            would lose. A due step then reads each tensor about three times instead of once.
+
+    If parameters require a gradient and none has one at a due step, a RuntimeWarning says so once.
 
     Raises:
         FileExistsError: `history` is the path of a file with content.
-        TypeError: `source` is neither a module nor a mapping, or `log` is not a function of
-            scalars and step.
-        ValueError: `every` is not a whole number > 0, neither `log` nor `history` is given, an
-            argument that `scalars` or `summarize` would refuse, an optimizer without a parameter of
-            `source`, or `stats` names statistics of the distribution without `distribution`.
+        TypeError: `source` is neither a module nor a mapping, `log` is not a function of scalars
+            and step, or `on_finding` is not a function.
+        ValueError: `every` is not a whole number > 0, none of `log`, `history` and `on_finding` is
+            given, an argument that `scalars` or `summarize` would refuse, an optimizer without a
+            parameter of `source`, or `stats` names statistics of the distribution without
+            `distribution` or `health`.
     """
     if not isinstance(source, (torch.nn.Module, Mapping)):
         raise TypeError(
@@ -130,15 +143,19 @@ def watch(
         )
     optimizers = () if optimizer is None else make_request(optimizer, "watch").optimizers
     check_optimizers(source, optimizers)
-    if log is None and history is None:
-        raise ValueError("paramstats.watch: expected log= or history=, got neither")
+    if log is None and history is None and on_finding is None:
+        raise ValueError("paramstats.watch: expected log=, history= or on_finding=, got none")
     _check_log(log)
+    if on_finding is not None and not callable(on_finding):
+        raise TypeError(
+            f"paramstats.watch: expected a function of a finding for on_finding, got {on_finding!r}"
+        )
     # All ranks check this, so that all raise: only rank 0 logs.
     plain, of_distributions = split_stats(stats)
     stats = checked_stats(plain, "watch")[0] + of_distributions
     check_keys(key, stats, totals)
     options = make_options(include, exclude, correction, 1.0, False, group is not None, async_op)
-    details = make_detail_options(distribution, rows)
+    details = make_detail_options(health or distribution, health or rows)
     if of_distributions and (details is None or details.distribution == ()):
         raise ValueError(
             f"paramstats.watch: expected distribution= with {of_distributions[0]!r} in stats, got "
@@ -165,8 +182,10 @@ def watch(
         "async_op": async_op,
     }
     logging = {"key": key, "stats": stats, "totals": totals}
-    hooked = (optimizers, update)
-    return Watcher(source, log, history, every, reading, logging, opened, *hooked)
+    checks = HealthChecks(on_finding, grads)
+    return Watcher(
+        source, log, history, every, reading, logging, opened, optimizers, update, checks
+    )
 
 
 def check_options(log: Log | None, every: int, history: object, options: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from paramstats._core.optimizers import Request, make_request
 from paramstats._core.options import Scaler, scale_of
 from paramstats._core.shard import LocalShard
 from paramstats._core.torch_private import skip_dynamo
+from paramstats._health_checks import HealthChecks
 from paramstats._optimizer_hooks import (
     OptimizerHooks,
     UpdateMethod,
@@ -72,6 +73,7 @@ class Watcher:
         opened: History | None = None,
         optimizers: tuple[torch.optim.Optimizer, ...] = (),
         update: UpdateMethod = "auto",
+        checks: HealthChecks | None = None,
     ) -> None:
         self._source = source
         self._log = log
@@ -79,6 +81,7 @@ class Watcher:
         self._reading = reading
         self._logging = logging
         self._opened = opened
+        self._checks = checks or HealthChecks(None, False)
         self._rounds = Rounds(every, max(1, len(optimizers)), self.give)
         self._unlogged: tuple[int, Summary] | None = None
         self._summary: Summary | None = None
@@ -200,13 +203,14 @@ class Watcher:
             self._rounds.add(summarize(self._source, **reading), layout)
 
     def give(self, step: int, summary: Summary) -> None:
-        """Append a summary to the history and log it."""
+        """Append a summary to the history, log it and check it."""
         self._summary = summary
         if not is_first_rank():
             return
         if self._history is not None:
             self._history.append(step, summary)
-        if self._log is not None:
+        self._checks.warn_without_gradients(step, summary)
+        if self._log is not None or self._checks.need_statistics:
             unlogged, self._unlogged = self._unlogged, (step, summary)  # kept if logging raises
             self._send(unlogged)
             if summary.ready():
@@ -250,14 +254,17 @@ class Watcher:
                 self._opened.__exit__(kind, error, trace)
 
     def _send(self, unlogged: tuple[int, Summary] | None) -> None:
-        if unlogged is not None and self._log is not None:
-            step, summary = unlogged
-            scalars = summary.scalars(**self._logging)
-            outer, self._logged = self._logged, summary  # `log` may call `close`
-            try:
-                self._log(scalars, step)
-            finally:
-                self._logged = outer
+        if unlogged is None:
+            return
+        step, summary = unlogged
+        self._checks.add(step, summary)
+        outer, self._logged = self._logged, summary  # `log` may call `close`
+        try:
+            if self._log is not None:
+                self._log(summary.scalars(**self._logging), step)
+            self._checks.report()
+        finally:
+            self._logged = outer
 
 
 def has_group() -> bool:

@@ -445,7 +445,7 @@ def test_the_log_finds_the_summary_of_its_step(model, transfers):
 
 def test_buffers_and_mappings_can_be_watched():
     model, logged = nn.BatchNorm1d(3), Logged()
-    paramstats.watch(model, logged, buffers=True).step()
+    paramstats.watch(model, logged, buffers=True, grads=False).step()
     assert "buffer_mean/running_var" in logged[0]
     logged = Logged()
     paramstats.watch(model.state_dict(), logged, grads=False).step()
@@ -463,7 +463,8 @@ class Module:
     ("arguments", "error", "message"),
     [
         ({"source": [1]}, TypeError, "expected a module or a mapping .*got list"),
-        ({"log": None}, ValueError, "expected log= or history=, got neither"),
+        ({"log": None}, ValueError, "expected log=, history= or on_finding=, got none"),
+        ({"on_finding": 3}, TypeError, "expected a function of a finding for on_finding, got 3"),
         ({"log": "wandb"}, TypeError, "expected a function of scalars and step .*'wandb'"),
         ({"log": Module().log_dict}, TypeError, r"take \(scalars, step\).*log_dict.*lambda"),
         ({"log": lambda scalars: None}, TypeError, r"take \(scalars, step\).*lambda scalars, step"),

@@ -87,6 +87,23 @@ class FindingCode(str, enum.Enum):
     HEAVY_TAILS = "heavy tails"
     #: Many elements would become 0 in float8.
     LOW_PRECISION = "too wide for float8"
+    # Those of a history or of `watch(on_finding=...)` follow.
+    #: A parameter has a gradient and does not change, while others do.
+    UNCHANGED_PARAMETER = "parameter does not change"
+    #: The norm of a weight has become a multiple of what it was.
+    GROWING_WEIGHT = "growing weight"
+    #: The norm of a weight has become a fraction of what it was.
+    SHRINKING_WEIGHT = "shrinking weight"
+    #: The smallest or largest element of a weight stays at a bound.
+    CLAMPED_WEIGHT = "clamped weight"
+    #: A gradient has left its own past, upwards.
+    GRADIENT_SPIKE = "gradient spike"
+    #: A gradient has left its own past, downwards, while others have not.
+    GRADIENT_COLLAPSE = "gradient collapse"
+    #: Steps have changed a weight by less than a millionth since the beginning.
+    SMALL_UPDATE = "small update"
+    #: Gradients grow in proportion to the step, as if they were never reset.
+    ACCUMULATED_GRADIENT = "gradients accumulate"
 
 
 @dataclass(frozen=True, repr=False)

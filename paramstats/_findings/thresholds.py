@@ -59,6 +59,22 @@ class Thresholds:
         below_eps: report a weight of whose elements with a gradient more than this fraction have a
             second moment below eps^2. Updates of the others are at least half as large as without
             eps.
+        largest_change: over time: report a weight that changes by more than this fraction of its
+            norm, or of that of a new weight of its shape, per step. Of the change between two
+            entries, a lower bound is known.
+        smallest_update: over time: report a weight whose updates have always been below ten times
+            this fraction of its norm, or of that of a new weight of its shape, and are below it.
+            It is a warning if it is true of most weights. Needs `watch(optimizer=...)`.
+        weight_growth: over time: report a weight whose norm is more than this many times its first
+            norm, and that of a new weight of its shape.
+        weight_collapse: over time: report a weight whose norm falls below this fraction of its
+            first norm.
+        spike: over time: report a gradient whose norm is more than this many times the median of
+            its latest entries, if `spike_score` is exceeded as well.
+        spike_score: the distance of its logarithm from that median, in robust standard deviations
+            (1.4826 times the median absolute deviation, plus 0.1).
+        gradient_collapse: over time: report a gradient whose norm falls below this fraction of the
+            median of its latest entries, compared with other gradients.
 
     Each rule looks at a single summary. To see changes between steps, record a `History`. The four
     gradient thresholds are at least ten times beyond the most extreme values measured in healthy
@@ -93,6 +109,13 @@ class Thresholds:
     equal_rows: float = 0.5
     heavy_tails: float = 1e3
     float8_underflow: float = 0.1
+    largest_change: float = 0.2
+    smallest_update: float = 1e-6
+    weight_growth: float = 10.0
+    weight_collapse: float = 0.1
+    spike: float = 50.0
+    spike_score: float = 6.0
+    gradient_collapse: float = 1e-3
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from paramstats._core.layout import Layout
 from paramstats._core.names import no_such_name
 from paramstats._core.optional import import_optional
 from paramstats._core.options import DISTRIBUTION_STATS, STATS, checked_stats, split_stats
+from paramstats._core.torch_private import skip_dynamo
+from paramstats._findings import Findings, Thresholds
+from paramstats._findings.over_time import Monitor
+from paramstats._findings.thresholds import make_thresholds
 from paramstats._history.json_lines import Entry
 from paramstats._history.selection import Names
 from paramstats._summary import Summary, layout_of, record_of
@@ -71,6 +75,41 @@ class Views:
     def steps(self) -> npt.NDArray[np.int64]:
         """The steps of the entries, increasing."""
         return _steps(self._entries())
+
+    @skip_dynamo
+    def findings(
+        self, thresholds: Thresholds | Mapping[str, float] | None = None, **changes: float
+    ) -> Findings:
+        """Run the health check over time: return what changed, the most severe first.
+
+        >>> import torch, paramstats
+        >>> model = torch.nn.Linear(8, 8)
+        >>> history = paramstats.History()
+        >>> for step in range(12):
+        ...     model.weight.grad = torch.full((8, 8), 1e5 if step == 10 else 1.0)
+        ...     history.append(step, paramstats.summarize(model))
+        >>> finding = history.findings()[0]
+        >>> finding.code.name, finding.name, finding.step, finding.end
+        ('GRADIENT_SPIKE', 'weight', 10, None)
+
+        It has the findings of changes between entries, and those of single summaries that last: in
+        three of the latest five entries that were checked. `Finding.step` is the step at which it
+        began, and `Finding.end` the one at which it had ended; None if it lasts. Findings of equal
+        severity are in the order of their first step, so that what left its past first comes first.
+
+        The entries in memory are used; `watch(on_finding=...)` uses every entry while it is taken.
+
+        Args:
+            thresholds, changes: as for `Summary.findings`.
+
+        Raises:
+            TypeError: there is no threshold of that name.
+            ValueError: a threshold is not a number of 0 or more.
+        """
+        monitor = Monitor(make_thresholds(thresholds, changes))
+        for entry in self._entries():
+            monitor.add(entry.step, record_of(entry.summary))
+        return monitor.findings()
 
     def to_pandas(self, stats: str | Sequence[str] = STATS) -> pandas.DataFrame:
         """Return a DataFrame with a row per step and tensor; columns as in `Summary.to_pandas`.

@@ -329,9 +329,8 @@ def test_after_an_error_the_file_has_the_entries_that_are_available(tmp_path, mo
     first.result = lambda: record_of(full(0))  # type: ignore[method-assign]
     summaries = [Summary(None, first), Summary(None, second)]
     monkeypatch.setattr("paramstats._watcher.summarize", lambda *_, **__: summaries.pop(0))
-    history: Any = (
-        History(path) if use == "history" else paramstats.watch({}, history=path, every=1)
-    )
+    watching = {"history": path, "every": 1, "grads": False}
+    history: Any = History(path) if use == "history" else paramstats.watch({}, **watching)
 
     def run() -> None:
         with history:

@@ -290,7 +290,7 @@ def test_gradients_without_autograd_are_reported(tmp_path):
 
 
 def test_bad_arguments_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="expected log= or history=, got neither"):
+    with pytest.raises(ValueError, match="expected log=, history= or on_finding=, got none"):
         ParamStatsCallback()
     with pytest.raises(ValueError, match="whole number > 0 for every, got 0"):
         ParamStatsCallback(0, log=print)

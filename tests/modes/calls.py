@@ -215,17 +215,17 @@ def read_summary(folder: Path) -> Any:
 
 
 def watch(folder: Path) -> Any:
-    model, logged = make_model(), []
+    model, logged, found = make_model(), [], []
     history = paramstats.History()
 
     def call() -> Any:
-        arguments = {"every": 1, "history": history, "group": None}
+        arguments = {"every": 1, "history": history, "group": None, "on_finding": found.append}
         with paramstats.watch(
             model, lambda scalars, step: logged.append((step, scalars)), **arguments
         ) as watcher:
             watcher.step()
             watcher.step(grad_scale=2.0)
-        return logged, watcher.summary, list(history)
+        return logged, watcher.summary, list(history), found
 
     return call
 
@@ -251,7 +251,7 @@ def use_history(folder: Path) -> Any:
     model = make_model()
     summaries = [
         paramstats.summarize(model, distribution=True, rows=True),
-        paramstats.summarize(model, grad_scale=3.0),
+        *[paramstats.summarize(model, grad_scale=scale) for scale in (3.0,) * 8 + (1e-3, 3.0)],
     ]
 
     def call() -> Any:
@@ -269,6 +269,7 @@ def use_history(folder: Path) -> Any:
             "arrays": [series.norm.tolist(), series.grad.mean.tolist(), series.dtype],
             "total": loaded.total.norm.tolist(),
             "pandas": loaded.to_pandas("norm").to_csv(),
+            "findings": list(loaded.findings()),
         }
 
     return call

@@ -1,0 +1,232 @@
+"""`Monitor`: the health check over time, entry by entry."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+
+import torch
+
+from paramstats._core.record import Record
+from paramstats._core.torch_private import without_modes
+from paramstats._findings.findings import Finding, Findings, Severity
+from paramstats._findings.over_time import signals
+from paramstats._findings.over_time.conditions import ACTIVE, RUN, advance, make_limits
+from paramstats._findings.over_time.model_wide import (
+    WHOLE_RULES,
+    Whole,
+    add_to_line,
+    make_whole_finding,
+    may_shrink,
+    whole_conditions,
+)
+from paramstats._findings.over_time.nonfinite import Nonfinite
+from paramstats._findings.over_time.persistent import Persistent
+from paramstats._findings.over_time.signals import RULES, Condition, Now
+from paramstats._findings.over_time.texts import TEXTS, make_finding
+from paramstats._findings.over_time.tracks import State, full, statistics, update_norms
+from paramstats._findings.thresholds import Thresholds
+
+_MAX_ENDED = 1000
+"""How many findings that have ended are kept."""
+
+_MANY = 3
+"""If more parameters than this, and more than half of all, have a finding, it is the model's."""
+
+Key = tuple[object, ...]
+
+
+class Monitor:
+    """Finds what changes from entry to entry of a training.
+
+    The state has a constant size per parameter, and an entry costs a constant number of torch
+    operators. Entries may have different parameters.
+
+    Args:
+        thresholds: the limits.
+        reads_gradients: whether gradients were read where there were any; False if that is not
+            known.
+    """
+
+    @without_modes()
+    def __init__(self, thresholds: Thresholds, reads_gradients: bool = False) -> None:
+        self._thresholds = thresholds
+        self._reads_gradients = reads_gradients
+        self._ended: deque[Finding] = deque(maxlen=_MAX_ENDED)
+        self._reset()
+
+    def _reset(self) -> None:
+        self._last_step: int | None = None
+        self._active: dict[Key, Finding] = {}
+        self._members: dict[Condition, set[str]] = {}
+        with torch.inference_mode():
+            self._state = State(len(Condition))
+            self._is_quiet = True  # no condition of a parameter was true in the last entry
+            self._whole_moves = False
+            self._whole = full((1, len(Whole), 4), 0.0)
+            self._limits = make_limits([RULES[condition] for condition in Condition])
+            self._whole_limits = make_limits([WHOLE_RULES[condition] for condition in Whole])
+        self._nonfinite = Nonfinite()
+        self._persistent = Persistent(self._thresholds)
+
+    @without_modes()
+    def add(self, step: int, record: Record) -> list[Finding]:
+        """Add an entry; return the findings that begin, and those that end, with `end` set.
+
+        If `step` is not greater than the last one, the run went back: the state begins anew, and
+        all findings end.
+        """
+        out: list[Finding] = []
+        if self._last_step is not None and step <= self._last_step:
+            for key in list(self._active):
+                self._end(key, step, out)
+            self._reset()
+        self._last_step = step
+        with torch.inference_mode():
+            self._add(step, record, out)
+        return out
+
+    def _add(self, step: int, record: Record, out: list[Finding]) -> None:
+        plan = self._state.plan(record.layout)
+        rows = self._state.read(plan)
+        optimizer = record.optimizer
+        self._reads_gradients |= optimizer is not None and "no gradient" in optimizer.methods
+        now = Now(step, plan, rows, *statistics(record), record.correction, update_norms(record))
+        is_away = signals.leave_past(now)
+        moved, may_happen = False, signals.may_happen(now, self._thresholds)
+        if is_away or may_happen or not self._is_quiet:
+            moved = self._tensors(now, out)
+        if add_to_line(now) or may_happen or may_shrink(now) or self._whole_moves:
+            self._whole_model(now, out)
+        after_step, is_scaled = record.optimizer is not None, record.grad_scale != 1
+        self._replace("nonfinite", self._nonfinite.add(now, after_step, is_scaled), step, out)
+        moved = moved or (is_away and bool((rows.numbers["onset"] == now.step).any()))
+        moved = moved or signals.has_new_zeros(now)
+        self._replace("summary", self._persistent.add(step, record, moved), step, out)
+        if is_away:
+            signals.come_back(now)
+        signals.remember(now)
+        self._state.write(plan, rows)
+        if is_away or may_happen or not self._is_quiet:
+            moving = self._state.conditions[:, :, [RUN, ACTIVE]] > 0
+            self._is_quiet = not bool(moving.any())
+
+    @without_modes()
+    def findings(self) -> Findings:
+        """Return all findings: the most severe first, then those that began first."""
+        found = {**self._active}
+        for finding in (*self._persistent.findings(), *self._nonfinite.findings()):
+            if not any(_same(finding, other) for other in found.values()):
+                found[_key("last", finding)] = finding
+        every = [*self._ended, *found.values()]
+        return Findings(sorted(every, key=_order))
+
+    def _tensors(self, now: Now, out: list[Finding]) -> bool:
+        """Report the conditions of parameters that begin and end; return whether there are any."""
+        yes, no = signals.conditions(now, self._thresholds)
+        needed = signals.needed_entries(now)
+        state, begun, ended = advance(now.rows.conditions, yes, no, now.step, self._limits, needed)
+        now.rows.conditions = state
+        for row, column in ended.nonzero().tolist():
+            condition, name = Condition(column), now.plan.names[row]
+            members = self._members.get(condition, set())
+            members.discard(name)
+            self._end((condition, name), int(now.step), out)
+            if not members:
+                self._end((condition, ""), int(now.step), out)
+        for column in begun.any(0).nonzero()[:, 0].tolist():
+            rows = begun[:, column].nonzero()[:, 0].tolist()
+            self._begin_in(Condition(column), now, rows, out)
+        return bool((begun | ended).any())
+
+    def _begin_in(
+        self, condition: Condition, now: Now, rows: list[int], out: list[Finding]
+    ) -> None:
+        """Report a condition that begins in some parameters, as one finding if these are many."""
+        members = self._members.setdefault(condition, set())
+        members.update(now.plan.names[row] for row in rows)
+        if (condition, "") in self._active:
+            return
+        found = [make_finding(condition, now, row, self._thresholds) for row in rows]
+        first = min(found, key=_order)
+        if condition is Condition.SPIKE:
+            if len(rows) > 1:
+                first = dataclasses.replace(first, message=f"{first.message}; {_count(found, now)}")
+            self._begin((condition, ""), first, out)
+            return
+        n_weights, n_trained = int(now.plan.weights.sum()), int(now.trained.sum())
+        advice = TEXTS[condition].wide
+        if advice and len(members) > _MANY and 2 * len(members) > n_weights:
+            message = f"{len(members)} weights, {first.name} first: {first.message}"
+            wide = dataclasses.replace(first, name="", message=message, advice=advice)
+            self._begin((condition, ""), wide, out)
+            return
+        is_on_purpose = condition is Condition.UNCHANGED and 2 * len(members) > n_trained
+        has_converged = condition is Condition.SMALL and 2 * len(members) <= n_weights
+        for finding in found:
+            if is_on_purpose or has_converged:
+                finding = dataclasses.replace(finding, severity=Severity.INFO)
+            self._begin((condition, finding.name), finding, out)
+
+    def _whole_model(self, now: Now, out: list[Finding]) -> None:
+        yes, no = whole_conditions(now, self._reads_gradients)
+        if not any(yes) and not self._whole_moves:
+            return
+        yes_row, no_row = torch.tensor([[yes], [no]], dtype=torch.bool, device="cpu")
+        limits = self._whole_limits
+        self._whole, begun, ended = advance(self._whole, yes_row, no_row, now.step, limits, None)
+        self._whole_moves = bool((self._whole[:, :, [RUN, ACTIVE]] > 0).any())
+        if bool((begun | ended).any()):
+            for condition in Whole:
+                if begun[0, condition]:
+                    state = self._whole[0, condition]
+                    reads = self._reads_gradients or bool(
+                        (self._state.numbers["with_grad"] > 0).any()
+                    )
+                    self._begin((condition,), make_whole_finding(condition, now, state, reads), out)
+                if ended[0, condition]:
+                    self._end((condition,), int(now.step), out)
+
+    def _has_seen_gradients(self) -> bool:
+        return bool((self._state.numbers["with_grad"] > 0).any())
+
+    def _begin(self, key: Key, finding: Finding, out: list[Finding]) -> None:
+        if key not in self._active and not any(_same(finding, f) for f in self._active.values()):
+            self._active[key] = finding
+            out.append(finding)
+
+    def _end(self, key: Key, step: int, out: list[Finding]) -> None:
+        finding = self._active.pop(key, None)
+        if finding is not None:
+            self._ended.append(dataclasses.replace(finding, end=step))
+            out.append(self._ended[-1])
+
+    def _replace(self, of: str, found: list[Finding], step: int, out: list[Finding]) -> None:
+        """Begin and end findings so that `found` are the active ones."""
+        wanted = {_key(of, finding): finding for finding in found}
+        for key in [key for key in self._active if key[0] == of and key not in wanted]:
+            self._end(key, step, out)
+        for key, finding in wanted.items():
+            self._begin(key, finding, out)
+
+
+def _key(of: str, finding: Finding) -> Key:
+    return of, finding.code, finding.name, finding.source, finding.severity
+
+
+def _same(a: Finding, b: Finding) -> bool:
+    """Return whether two findings say the same of the same parameter."""
+    return (a.code, a.name, a.source, a.end) == (b.code, b.name, b.source, b.end)
+
+
+def _order(finding: Finding) -> tuple[float, ...]:
+    """Sort by severity, then by onset, parameters before gradients, then by how much."""
+    step = finding.step or 0
+    value = finding.value if finding.value == finding.value else 0.0
+    ratio = max(value, 1 / value) if value > 0 else 0.0
+    return -finding.severity, step, finding.source != "param", -ratio
+
+
+def _count(found: list[Finding], now: Now) -> str:
+    others = len(found) - 1
+    return f"so did {others} of the other {int(now.has_grad.sum()) - 1}, by less or later"

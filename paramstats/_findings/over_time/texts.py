@@ -1,0 +1,232 @@
+"""The findings over time in words: code, severity, evidence and advice of every condition."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+from paramstats._core.format import number
+from paramstats._findings.findings import Finding, FindingCode, Severity, Source
+from paramstats._findings.over_time.conditions import RUN, SINCE
+from paramstats._findings.over_time.signals import Condition, Now
+from paramstats._findings.over_time.tracks import STAT
+from paramstats._findings.thresholds import Thresholds
+
+_NORM = STAT["norm"]
+
+
+class Evidence(NamedTuple):
+    """What a condition found in one parameter."""
+
+    value: float
+    threshold: float
+    message: str
+
+
+class Text(NamedTuple):
+    """What is the same for all parameters."""
+
+    code: FindingCode
+    source: Source
+    advice: str
+    evidence: Callable[[Now, int, Thresholds], Evidence]
+    wide: str
+    """What it means if it is true of most parameters; "" if each has a finding of its own."""
+
+
+def make_finding(condition: Condition, now: Now, row: int, limits: Thresholds) -> Finding:
+    """Return the finding of a condition that begins."""
+    text, nan = TEXTS[condition], math.nan
+    value, threshold, message = text.evidence(now, row, limits)
+    severity = Severity.WARNING
+    is_usual = now.plan.weights[row] | now.plan.is_precise[row]
+    if condition is Condition.UNCHANGED and not bool(is_usual):
+        severity = Severity.INFO  # such as ones in bfloat16, which change by steps of 0.004 only
+    return Finding(
+        severity,
+        text.code,
+        now.plan.names[row],
+        text.source,
+        nan if value != value else value,
+        threshold,
+        message,
+        text.advice,
+        step=_begin(condition, now, row),
+    )
+
+
+def _begin(condition: Condition, now: Now, row: int) -> int:
+    if condition in (Condition.SPIKE, Condition.COLLAPSE):
+        return int(now.rows.numbers["onset"][row])
+    return int(now.rows.conditions[row, condition, SINCE])
+
+
+def _lasting(condition: Condition, now: Now, row: int) -> str:
+    since, run = now.rows.conditions[row, condition, [SINCE, RUN]].tolist()
+    return f"in {run:.0f} entries since step {since:.0f}"
+
+
+def _unchanged(now: Now, row: int, limits: Thresholds) -> Evidence:
+    relative = float(now.relative_grad[row])
+    message = (
+        f"all statistics equal {_lasting(Condition.UNCHANGED, now, row)}, while others change; "
+        f"gradient norm {number(float(now.grad[row, _NORM]))}, {number(relative)} times the weight"
+    )
+    return Evidence(0.0, 0.0, message)
+
+
+def _large(now: Now, row: int, limits: Thresholds) -> Evidence:
+    steps = int(now.steps[row])
+    ratio = float(now.change[row])
+    per = "" if steps == 1 else f" per step, on average of {steps} steps"
+    before = float(now.rows.before[row, 0, _NORM])
+    message = (
+        f"changed by at least {number(ratio)} times its norm{per}; norm {number(before)} -> "
+        f"{number(float(now.norm[row]))}"
+    )
+    return Evidence(ratio, limits.largest_change, message)
+
+
+def _grown(now: Now, row: int, limits: Thresholds) -> Evidence:
+    norm, first = float(now.norm[row]), float(now.rows.numbers["first_norm"][row])
+    usual = max(first, float(now.plan.usual_norm[row]))
+    what = "its first norm" if usual == first else "that of a new weight of this shape"
+    message = f"norm {number(first)} -> {number(norm)}, {number(norm / usual)} times {what}"
+    return Evidence(norm / usual, limits.weight_growth, message)
+
+
+def _shrunk(now: Now, row: int, limits: Thresholds) -> Evidence:
+    norm, first = float(now.norm[row]), float(now.rows.numbers["first_norm"][row])
+    message = f"norm {number(first)} -> {number(norm)}, {number(norm / first)} times the first"
+    return Evidence(norm / first, limits.weight_collapse, message)
+
+
+def _clamped(now: Now, row: int, limits: Thresholds) -> Evidence:
+    low, high = float(now.value[row, STAT["min"]]), float(now.value[row, STAT["max"]])
+    before = now.rows.before[row, 0]
+    bounds = [
+        f"{name} {number(x)}"
+        for name, x in (("min", low), ("max", high))
+        if x == float(before[STAT[name]])
+    ]
+    lasting = _lasting(Condition.CLAMPED, now, row)
+    message = f"{' and '.join(bounds)} constant {lasting}, while the norm changes"
+    return Evidence(max(abs(low), abs(high)), math.nan, message)
+
+
+def _moved(now: Now, row: int, limit: float) -> Evidence:
+    past = float(now.rows.numbers["past"][row])
+    norm, ratio = float(now.grad[row, _NORM]), math.exp(float(now.log_grad[row]) - past)
+    message = (
+        f"norm {number(norm)}, {number(ratio)} times the median of its latest entries "
+        f"({number(math.exp(past))})"
+    )
+    return Evidence(ratio, limit, message)
+
+
+def _zero(now: Now, row: int, limits: Thresholds) -> Evidence:
+    message = f"all elements zero {_lasting(Condition.ZERO, now, row)}"
+    return Evidence(1.0, 1.0, message)
+
+
+def _lost(now: Now, row: int, limits: Thresholds) -> Evidence:
+    had, of = (float(now.rows.numbers[name][row]) for name in ("with_grad", "entries"))
+    message = (
+        f"none {_lasting(Condition.LOST, now, row)}; {had:.0f} of {of:.0f} earlier ones had one"
+    )
+    return Evidence(math.nan, math.nan, message)
+
+
+def _small(now: Now, row: int, limits: Thresholds) -> Evidence:
+    assert now.update is not None
+    ratio = float(now.update[row])
+    lasting = _lasting(Condition.SMALL, now, row)
+    message = f"update norm {number(ratio)} times that of the weight {lasting}"
+    return Evidence(ratio, limits.smallest_update, message)
+
+
+_TOO_SMALL = (
+    "The steps are so small that the weight needs about a million of them to change. Raise the "
+    "learning rate; check its schedule and, with plain SGD, why gradients are small."
+)
+
+_TOO_LARGE = (
+    "The learning rate is too high, or the step was too large: the weight is replaced instead of "
+    "adjusted. Lower the learning rate, warm it up, or clip gradients."
+)
+
+TEXTS = {
+    Condition.UNCHANGED: Text(
+        FindingCode.UNCHANGED_PARAMETER,
+        "param",
+        "The parameter has a gradient and never changes. Check that an optimizer has it and that "
+        "its learning rate is above 0; in bfloat16 or float16, rounding may remove its updates. "
+        "Freeze it with requires_grad_(False) if that is intended.",
+        _unchanged,
+        "",
+    ),
+    Condition.LARGE: Text(FindingCode.LARGE_UPDATE, "param", _TOO_LARGE, _large, _TOO_LARGE),
+    Condition.GROWN: Text(
+        FindingCode.GROWING_WEIGHT,
+        "param",
+        "The weight diverges. Lower the learning rate, add weight decay or clip gradients, and "
+        "resume from an earlier checkpoint.",
+        _grown,
+        "The weights diverge. Lower the learning rate, warm it up or clip gradients, and resume "
+        "from an earlier checkpoint.",
+    ),
+    Condition.SHRUNK: Text(
+        FindingCode.SHRINKING_WEIGHT,
+        "param",
+        "The weight is driven towards zero, so its layer passes less and less. Lower the weight "
+        "decay, or check the loss for a penalty of weights.",
+        _shrunk,
+        "Weights are driven towards zero. Lower the weight decay (learning rate x weight decay is "
+        "the share that each step removes), or check the loss for a penalty of weights.",
+    ),
+    Condition.CLAMPED: Text(
+        FindingCode.CLAMPED_WEIGHT,
+        "param",
+        "Elements are held at a bound, and their updates are lost. Look for clamp_ or clip on "
+        "parameters. If the bound is intended, check that few elements reach it.",
+        _clamped,
+        "",
+    ),
+    Condition.SPIKE: Text(
+        FindingCode.GRADIENT_SPIKE,
+        "grad",
+        "The gradient left its own past at this step. Check the batch of this step (labels, "
+        "padding, outliers), clip gradients, and lower the learning rate if it happens again.",
+        lambda now, row, limits: _moved(now, row, limits.spike),
+        "",
+    ),
+    Condition.COLLAPSE: Text(
+        FindingCode.GRADIENT_COLLAPSE,
+        "grad",
+        "The gradient has become tiny while others have not: the layers after this one no longer "
+        "pass it. Look for saturated activations or dead ReLUs, often after a step that was too "
+        "large: lower the learning rate and resume from before.",
+        lambda now, row, limits: _moved(now, row, limits.gradient_collapse),
+        "",
+    ),
+    Condition.ZERO: Text(
+        FindingCode.ZERO_GRADIENT,
+        "grad",
+        "No gradient reaches this weight any more. Check the following layers for dead ReLUs or "
+        "masks, and the loss for saturation or underflow.",
+        _zero,
+        "All gradients are zero, so nothing is learned. Call watcher.step() after backward and "
+        "before zero_grad(). Check that the loss is not constant, masked or underflowing.",
+    ),
+    Condition.SMALL: Text(FindingCode.SMALL_UPDATE, "update", _TOO_SMALL, _small, _TOO_SMALL),
+    Condition.LOST: Text(
+        FindingCode.MISSING_GRADIENT,
+        "grad",
+        "The parameter no longer contributes to the loss: a detach(), a branch that is not taken "
+        "any more, or an expert without tokens. Freeze it if that is intended.",
+        _lost,
+        "Most parameters no longer get a gradient. Look for a detach() or no_grad() between them "
+        "and the loss.",
+    ),
+}
