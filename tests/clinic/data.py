@@ -27,6 +27,13 @@ def images(size: int = 8, channels: int = 1) -> Tensor:
     return x.repeat(1, channels, 1, 1)
 
 
+def batch(n: int = 64) -> tuple[Tensor, Tensor]:
+    """Return random digits and their labels."""
+    x, labels = digits()
+    rows = torch.randint(0, len(x), (n,))
+    return x[rows], labels[rows]
+
+
 def tokens(batch: int, length: int, vocab: int) -> Tensor:
     """Return sequences in which each token is one of two functions of the token before."""
     out = torch.randint(0, vocab, (batch, length))

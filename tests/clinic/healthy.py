@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import functools
+
 import torch
 from torch import nn
 
-from tests.clinic import special
+from tests.clinic import loops, special
+from tests.clinic.attention import Experts, Transformer, VisionTransformer
 from tests.clinic.data import classify, language, masked, reconstruct, regress
 from tests.clinic.models import (
-    Experts,
-    Transformer,
-    VisionTransformer,
     autoencoder,
     branch,
     cnn,
@@ -159,9 +158,9 @@ _rows = [
      adamw(3e-3), 80, {}),
     ("deit 3 layer scale 1e-6", P(VisionTransformer, 6, scale=1e-6), classify, adamw(3e-3), 80,
      {"schedule": warmup_cosine(80)}),
-    ("vit mean", P(VisionTransformer, kind="mean"), classify, adamw(1e-3), 60, {}),
-    ("vit cls warm-up clip", VisionTransformer, classify, adamw(3e-3), 60,
-     {"schedule": warmup_cosine(), "clip": 1.0}),
+    ("vit mean", P(VisionTransformer, kind="mean"), classify, adamw(3e-3), 100, {}),
+    ("vit cls warm-up clip", VisionTransformer, classify, adamw(5e-3), 100,
+     {"schedule": warmup_cosine(100), "clip": 1.0}),
     # vision models of transformers
     ("convnext", P(transformers, "ConvNext", "ConvNextForImageClassification",
                    hidden_sizes=[16, 24, 32, 48], depths=[1, 1, 3, 1], **rgb), im32, adamw(3e-3),
@@ -176,10 +175,11 @@ _rows = [
                                  embedding_size=16, hidden_sizes=[32, 64, 64, 64],
                                  depths=[1, 2, 2, 1], **rgb), im32, adamw(1e-3), 60, {}),
     ("mobilenet v2", P(transformers, "MobileNetV2", "MobileNetV2ForImageClassification",
-                       depth_multiplier=0.25, image_size=32, **rgb), im32, rmsprop(1e-3), 50, {}),
-    ("efficientnet", P(transformers, "EfficientNet", "EfficientNetForImageClassification",
-                       width_coefficient=0.25, depth_coefficient=0.2, hidden_dim=64, image_size=32,
-                       num_hidden_layers=16, **rgb), im32, adamw(3e-3), 40, {}),
+                       depth_multiplier=0.25, image_size=32, classifier_dropout_prob=0.1, **rgb),
+     im32, rmsprop(1e-3), 60, {}),
+    ("mobilenet v1", P(transformers, "MobileNetV1", "MobileNetV1ForImageClassification",
+                       depth_multiplier=0.25, image_size=32, classifier_dropout_prob=0.1, **rgb),
+     im32, adamw(3e-3), 50, {}),
     ("swin", P(vision, "Swin", embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=2,
                patch_size=1), im8, adamw(3e-3), 60, {}),
     ("swin v2", P(vision, "Swinv2", embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=2,
@@ -216,9 +216,9 @@ _rows = [
     ("mixtral", P(text, "Mixtral", num_local_experts=4, num_key_value_heads=1), language,
      adamw(3e-3), 60, {}),
     ("stacked experts", moe, language, adamw(3e-3), 60, {}),
-    ("bert masked", P(text, "Bert", "ForMaskedLM"), masked, adamw(3e-3), 60, {}),
-    ("albert masked", P(text, "Albert", "ForMaskedLM", embedding_size=16), masked, adamw(3e-3), 60,
-     {"clip": 1.0}),
+    ("bert masked", P(text, "Bert", "ForMaskedLM"), masked, adamw(5e-3), 150, {}),
+    ("albert masked", P(text, "Albert", "ForMaskedLM", embedding_size=16), P(masked, vocab=16),
+     adamw(5e-3), 150, {"clip": 1.0}),
     ("roberta with unused pooler", P(text, "Roberta", "Model", hidden_size=32), special.pooled,
      adamw(1e-3), 60, {}),
     ("bert with unused pooler", P(text, "Bert", "Model", hidden_size=32), special.pooled,
@@ -236,7 +236,8 @@ _rows = [
     ("gemma", P(text, "Gemma", num_key_value_heads=1, head_dim=16), language, adamw(3e-3), 60, {}),
     ("phi", P(text, "Phi"), language, adam(3e-3), 60, {}),
     ("mamba", P(transformers, "Mamba", "MambaForCausalLM", vocab_size=32, hidden_size=32,
-                num_hidden_layers=2, state_size=8), P(language, length=8, batch=8), adamw(3e-3), 40, {}),
+                num_hidden_layers=2, state_size=8), P(language, length=8, batch=8),
+     adamw(3e-3), 40, {}),
     ("lstm", recurrent, classify, adamw(3e-3), 80, {}),
     ("gru", P(recurrent, "GRU"), classify, sgd(0.1), 80, {"clip": 1.0}),
     ("lstm language", recurrent_language, P(language, batch=8), adam(1e-2), 80, {"clip": 0.5}),
@@ -251,7 +252,7 @@ _rows = [
     ("amp float16 transformer", Transformer, language, adamw(3e-3), 80,
      {"autocast": torch.float16, "scale": 2.0**36, "clip": 1.0}),
     ("amp bfloat16 cnn", cnn, classify, sgd(0.05), 60, {"autocast": torch.bfloat16}),
-    ("amp bfloat16 vit", VisionTransformer, classify, adamw(1e-3), 60,
+    ("amp bfloat16 transformer", P(Transformer, 2), language, adamw(3e-3), 40,
      {"autocast": torch.bfloat16}),
     ("bfloat16 weights", lambda: mlp().bfloat16(), P(classify, dtype=torch.bfloat16), adamw(1e-2),
      60, {}),
@@ -296,19 +297,19 @@ _training = [
     ("simclr", special.simclr),
     ("graph network", special.graph),
     ("graph attention", P(special.graph, attention=True)),
-    ("byol target network", special.byol),
-    ("dqn target network", special.dqn),
-    ("actor-critic", special.actor_critic),
-    ("reinforce", P(special.actor_critic, critic=False)),
-    ("gan", special.gan),
-    ("wasserstein gan clipped", P(special.gan, wasserstein=True)),
+    ("byol target network", loops.byol),
+    ("dqn target network", loops.dqn),
+    ("actor-critic", loops.actor_critic),
+    ("reinforce", P(loops.actor_critic, critic=False)),
+    ("gan", loops.gan),
+    ("wasserstein gan clipped", P(loops.gan, wasserstein=True)),
     ("multi-task", special.multi_task),
     ("distillation", special.distillation),
-    ("stochastic weight averaging", special.averaged),
-    ("moving average of weights", P(special.averaged, decay=0.95)),
-    ("lightning", special.lightning),
+    ("stochastic weight averaging", loops.averaged),
+    ("moving average of weights", P(loops.averaged, decay=0.95)),
+    ("lightning", loops.lightning),
     ("maml-like second order", special.second_order),
-    ("sharpness-aware", special.sam),
+    ("sharpness-aware", loops.sam),
     ("normalizing flow", special.flow),
 ]
 

@@ -101,8 +101,8 @@ def nothing(*args: Any) -> None:
 def fit(
     model: nn.Module,
     loss_of: Callable[[int], Tensor],
-    make_optimizer: Callable[..., Any] = adamw(3e-3),
-    steps: int = 60,
+    make_optimizer: Callable[..., Any],
+    steps: int,
     *,
     clip: float | None = None,
     accumulate: int = 1,
@@ -185,8 +185,8 @@ def fit(
 def of(
     build: Callable[[], nn.Module],
     task: Callable[[nn.Module], Callable[[int], Tensor]],
-    make_optimizer: Callable[..., Any] = adamw(3e-3),
-    steps: int = 60,
+    make_optimizer: Callable[..., Any],
+    steps: int,
     **options: Any,
 ) -> Callable[[], Training]:
     """Return a function that builds the model and its task and makes their training."""
