@@ -13,7 +13,6 @@ from tests.clinic.attention import Transformer
 from tests.clinic.data import batch, digits, tokens
 from tests.clinic.models import (
     Layer,
-    Transformer,
     gpt2,
     mlp,
     transformers,
