@@ -9,11 +9,14 @@ import os
 import re
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from tests.clinic.judge import Verdict, judge
-from tests.clinic.runner import record, replay, slug
+from tests.clinic.runner import record, replay
 from tests.clinic.training import Case
 
 SCORE = 0.95
@@ -44,11 +47,7 @@ def main() -> int:
         wanted = arguments.half in (None, half) and arguments.kind in (None, kind)
         return wanted and bool(re.search(arguments.pattern, name))
 
-    if arguments.replay:
-        index = json.loads((arguments.replay / "index.json").read_text())
-        names = [c["name"] for c in index if selected(c["name"], c["half"], c["codes"])]
-    else:
-        names = [c.name for c in cases() if selected(c.name, c.half, c.codes)]
+    names = [c.name for c in cases() if selected(c.name, c.half, c.codes)]
     if arguments.record:
         arguments.record.mkdir(parents=True, exist_ok=True)
     work = partial(_run, folder=arguments.record, recorded=arguments.replay)
@@ -71,23 +70,17 @@ def _quiet() -> None:
     import logging
     import warnings
 
-    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     for library in ("transformers", "lightning.pytorch"):
         logging.getLogger(library).setLevel(logging.ERROR)
 
 
 def _run(name: str, folder: Path | None, recorded: Path | None) -> Verdict:
-    if recorded:
-        return judge(replay(recorded / f"{slug(name)}.json"))
-    recording = record(next(case for case in cases() if case.name == name), folder)
-    verdict = judge(recording)
-    verdict.case = Case(**{**vars(verdict.case), "make": _made})  # sent between processes
-    return verdict
-
-
-def _made() -> None:
-    """The training of a verdict: it is over."""
+    case = next(case for case in cases() if case.name == name)
+    verdict = judge(replay(case, recorded) if recorded else record(case, folder))
+    # Processes send verdicts to each other, but cannot send functions without a name.
+    return replace(verdict, case=replace(case, make=_run))
 
 
 def write_index(folder: Path) -> None:

@@ -44,15 +44,10 @@ def at(onset: int, edit: Callable[[nn.Module], Any]) -> Callable[[nn.Module, int
 
 @torch.no_grad()
 def kill(model: nn.Module, layer: str, units: int | None = None, bias: float = -100) -> None:
-    """Make units behind a ReLU dead; None: all."""
+    """Make units behind a ReLU dead, with weights of zero; None: all."""
     module = model.get_submodule(layer)
     module.weight[:units] = 0
     module.bias[:units] = bias
-
-
-@torch.no_grad()
-def zero_rows(model: nn.Module, name: str, rows: int) -> None:
-    model.get_parameter(name)[:rows] = 0
 
 
 @torch.no_grad()

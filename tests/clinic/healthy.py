@@ -302,7 +302,7 @@ _training = [
     ("actor-critic", loops.actor_critic),
     ("reinforce", P(loops.actor_critic, critic=False)),
     ("gan", loops.gan),
-    ("wasserstein gan clipped", P(loops.gan, wasserstein=True)),
+    ("wasserstein gan with penalty", P(loops.gan, wasserstein=True)),
     ("multi-task", special.multi_task),
     ("distillation", special.distillation),
     ("stochastic weight averaging", loops.averaged),

@@ -7,9 +7,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import paramstats
-from paramstats import Finding, Severity
+from paramstats import Finding, Severity, Thresholds
+from paramstats._summary import record_of
 from tests.clinic.runner import Recording
 from tests.clinic.training import Case
+
+try:
+    from paramstats._findings.over_time import Monitor
+except ImportError:  # this version has no findings over time
+    Monitor = None
 
 WITHIN = 50
 """Steps after the onset within which a disease must be named."""
@@ -71,24 +77,18 @@ def _views(recording: Recording) -> dict[str, list[tuple[int, Finding]]]:
     for kind, history in recording.histories.items():
         entries = list(history)
         views[kind] = [(step, f) for step, summary in entries for f in summary.findings()]
-        if kind != "health" and hasattr(history, "findings"):
+        if kind != "health" and Monitor is not None:
             views["history" if kind == "summary" else "watch history"] = list(_told(entries))
     return views
 
 
 def _told(entries: list[tuple[int, paramstats.Summary]]) -> Iterator[tuple[int, Finding]]:
-    """Yield each finding of a history with the step at which it was first found.
+    """Yield each finding over time with the step at which it was first found.
 
-    `Finding.step` is the step at which the problem began, which may be known later only. So the
-    findings of ever longer parts of the history are compared.
+    `Finding.step` is the step at which the problem began, which may be known later only.
     """
-    known = set()
-    history = paramstats.History()
-    for i, (step, summary) in enumerate(entries):
-        history.append(step, summary)
-        if i % 5 == 0 or i == len(entries) - 1:
-            for finding in history.findings():
-                key = finding.name, finding.code, finding.severity
-                if key not in known:
-                    known.add(key)
-                    yield step, finding
+    monitor = Monitor(Thresholds())
+    for step, summary in entries:
+        for finding in monitor.add(step, record_of(summary)):
+            if finding.end is None:
+                yield step, finding

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import torch
@@ -101,40 +102,43 @@ def actor_critic(critic: bool = True) -> Training:
 
 
 def gan(wasserstein: bool = False) -> Training:
-    """The figure that falls is the distance between the mean images."""
+    """Adversaries, with a gradient penalty if their loss is the Wasserstein distance.
+
+    The number that falls is the distance between the mean images.
+    """
+    leaky = functools.partial(nn.LeakyReLU, 0.2)
     model = nn.ModuleDict(
         {
             "generator": mlp(3, 64, inputs=16, outputs=64, norm=nn.BatchNorm1d),
-            "critic": mlp(3, 64, act=lambda: nn.LeakyReLU(0.2), outputs=1),
+            "critic": mlp(3, 64, act=leaky, outputs=1),
         }
     )
     generator, critic = model["generator"], model["critic"]
-    kind = torch.optim.RMSprop if wasserstein else torch.optim.Adam
-    betas = {} if wasserstein else {"betas": (0.5, 0.99)}
-    optimizers = [kind(part.parameters(), lr=1e-3, **betas) for part in (generator, critic)]
+    parts = (generator, critic)
+    optimizers = [torch.optim.Adam(p.parameters(), lr=1e-3, betas=(0.5, 0.99)) for p in parts]
+
+    def penalty(real: Tensor, fake: Tensor) -> Tensor:
+        mixed = real.lerp(fake, torch.rand(64, 1)).requires_grad_()
+        (slope,) = torch.autograd.grad(critic(mixed).sum(), mixed, create_graph=True)
+        return ((slope.norm(dim=1) - 1) ** 2).mean()
 
     def loop(observe: Observe) -> None:
         for _ in range(120):
             real, _ = batch()
             fake = generator(torch.randn(64, 16))
             model.zero_grad()
-            if wasserstein:
-                (-critic(fake).mean()).backward(retain_graph=True)
-            else:
-                F.softplus(-critic(fake)).mean().backward(retain_graph=True)
+            score = critic(fake)
+            (-score if wasserstein else F.softplus(-score)).mean().backward(retain_graph=True)
             critic.zero_grad()
+            fake = fake.detach()
             if wasserstein:
-                (critic(fake.detach()).mean() - critic(real).mean()).backward()
+                loss = (critic(fake) - critic(real)).mean() + 10 * penalty(real, fake)
             else:
-                both = F.softplus(critic(fake.detach())) + F.softplus(-critic(real))
-                both.mean().backward()
+                loss = (F.softplus(critic(fake)) + F.softplus(-critic(real))).mean()
+            loss.backward()
             observe((fake.mean(0) - real.mean(0)).norm().item())
             for o in optimizers:
                 o.step()
-            if wasserstein:
-                with torch.no_grad():
-                    for p in critic.parameters():
-                        p.clamp_(-0.1, 0.1)
 
     return Training(model, optimizers, loop)
 

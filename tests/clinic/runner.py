@@ -33,7 +33,6 @@ class Recording:
 
 def record(case: Case, folder: Path | None = None) -> Recording:
     """Run a training; with a folder, write its histories and its entry of the index there."""
-    torch.set_num_threads(1)
     torch.manual_seed(0)
     out = Recording(case)
     for kind in OBSERVATIONS:
@@ -72,23 +71,16 @@ def record(case: Case, folder: Path | None = None) -> Recording:
     return out
 
 
-def replay(path: Path) -> Recording:
-    """Load the recording whose index entry is the file `path`."""
-    fields = json.loads(path.read_text())
-    known = {k: fields[k] for k in ("name", "place", "onset", "half", "level")}
-    case = Case(**known, codes=tuple(fields["codes"]), make=_not_made)
-    histories = {}
-    for kind in OBSERVATIONS:
-        file = path.with_name(f"{path.stem}.{kind}.jsonl")
-        if file.exists():
-            histories[kind] = paramstats.History.load(file)
+def replay(case: Case, folder: Path) -> Recording:
+    """Load the recording of a case."""
+    fields = json.loads((folder / f"{slug(case.name)}.json").read_text())
+    histories = {
+        kind: paramstats.History.load(folder / f"{slug(case.name)}.{kind}.jsonl")
+        for kind in OBSERVATIONS
+    }
     return Recording(case, fields["losses"], fields["seconds"], histories)
 
 
 def slug(name: str) -> str:
     """Return a name as a part of a path."""
     return "".join(c if c.isalnum() else "-" for c in name)
-
-
-def _not_made() -> None:
-    raise RuntimeError("a recording cannot be run again; run the case of the same name")

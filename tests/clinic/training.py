@@ -6,7 +6,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ class Case:
     """A regular expression of tensors or blocks, one of which must be named; "": any."""
     onset: int = 0
     """The step at which the disease begins."""
-    half: str = field(default="set")
+    half: str = "set"
     """"set": thresholds may be chosen on it. "judged": they may not."""
     level: str = "WARNING"
     """The least severity of a finding that names the disease."""
@@ -46,9 +46,7 @@ class Case:
 
 def halves(cases: Iterable[Case]) -> list[Case]:
     """Assign the cases to the two halves in turns; tables list variants of a kind in pairs."""
-    table = [
-        Case(**{**vars(case), "half": ("set", "judged")[i % 2]}) for i, case in enumerate(cases)
-    ]
+    table = [replace(case, half=("set", "judged")[i % 2]) for i, case in enumerate(cases)]
     assert len({case.name for case in table}) == len(table), "two cases have the same name"
     return table
 
@@ -161,13 +159,16 @@ def fit(
             if zero_grad:
                 zero()
             total = step_once(step)
+            if scaler:
+                observe(total, scaler)
             if clip:
                 for o in optimizers if scaler else ():
                     scaler.unscale_(o)
                 nn.utils.clip_grad_norm_([p for _, p in names], clip)
             if observe_late:
                 zero()
-            observe(total, scaler if scaler and not clip else 1.0)
+            if not scaler:
+                observe(total)
             for o in optimizers:
                 if scaler:
                     scaler.step(o)
