@@ -30,7 +30,7 @@ SHIM_TEST := $(patsubst %,tests/cpp/test_cuda_%.cpp,kernels elements merge engin
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-cpp test-cuda-shim test-arm64 wheels test-elsewhere test-everywhere test-huge \
-	fuzz matrix accuracy sanitize sanitize-quick count count-arm64 cuda-compile gpu-check bench \
+	fuzz matrix clinic accuracy sanitize sanitize-quick count count-arm64 cuda-compile gpu-check bench \
 	bench-compare check format clean
 
 help:  ## list these commands
@@ -110,6 +110,9 @@ sanitize: $(VENV)/installed  ## run all tests under sanitizers, 15 minutes
 
 sanitize-quick: $(VENV)/installed  ## run the sanitizer tests that check every change, 2 minutes
 	$(BIN)/python -m tools.sanitize --quick
+
+clinic: $(VENV)/installed  ## judge the health check by 224 trainings, sick and healthy, 4 minutes
+	$(BIN)/python -m tests.clinic
 
 accuracy: $(VENV)/installed  ## check the error bound on a hundred thousand tensors, 10 minutes
 	$(BIN)/python -m tools.accuracy

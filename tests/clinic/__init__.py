@@ -1,0 +1,1 @@
+"""The clinic: short trainings, sick and healthy ones, that the health check is judged by."""
