@@ -14,7 +14,6 @@ from paramstats._core.entries import Entry
 from paramstats._findings.context import Context
 from paramstats._findings.structure import Part, parts_of
 
-_SMALLEST_STEP = math.log(2)
 _LARGEST_STEP = math.log(30)
 """A step of the profile from block to block counts up to this. A gate makes one large step, a
 vanishing gradient many."""
@@ -49,8 +48,8 @@ class Profile(NamedTuple):
 
     factor: float
     """The total rise, in which a single step counts up to 30."""
-    steps: int
-    """How many blocks double it, at least."""
+    steps: float
+    """How many steps as large as the largest one make up this rise."""
 
 
 def layers_of(context: Context) -> list[Layer]:
@@ -85,14 +84,14 @@ def profile_of(layers: Iterable[Layer]) -> Profile:
         if not (layer.part.is_tied or layer.part.is_lookup):
             block = layer.part.block
             blocks[block] = max(blocks.get(block, 0.0), layer.gradient)
-    largest, rise, steps = math.inf, 0.0, 0
+    largest, rise, largest_step = math.inf, 0.0, 0.0
     for gradient in blocks.values():
         if gradient > largest:
-            step = math.log(gradient / largest)
-            rise += min(step, _LARGEST_STEP)
-            steps += step >= _SMALLEST_STEP
+            step = min(math.log(gradient / largest), _LARGEST_STEP)
+            rise += step
+            largest_step = max(largest_step, step)
         largest = gradient if largest == math.inf else max(largest, gradient)
-    return Profile(math.exp(rise), steps)
+    return Profile(math.exp(rise), rise / largest_step if rise else 0.0)
 
 
 def last_activation(layers: Sequence[Layer]) -> float:

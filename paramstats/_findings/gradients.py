@@ -25,7 +25,8 @@ from paramstats._findings.findings import Finding, FindingCode, Severity
 from paramstats._findings.structure import parts_of
 
 _LEAST_STEPS = 4
-"""A gradient vanishes or explodes over at least so many blocks, or it is a gate."""
+"""A gradient vanishes or explodes in at least so many steps from block to block, or it is a gate.
+"""
 
 _LARGE_GRADIENT = 10.0
 """Relative to its weight. Clipping handles it, so that it is a finding with other evidence only."""

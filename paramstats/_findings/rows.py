@@ -179,8 +179,8 @@ def _distribution(
     scale = FORMATS[name].saturated / largest
     _, n, _ = below(distribution, largest, FORMATS[name].flushed / scale, True)
     share = n / max(1, distribution.n)
-    if share > limits.float8_underflow:
-        code, limit = FindingCode.LOW_PRECISION, limits.float8_underflow
+    if share > limits.low_precision:
+        code, limit = FindingCode.LOW_PRECISION, limits.low_precision
         message = f"{100 * share:.3g}% of the elements would become 0 in {name}"
         advice = (
             "That is with one scale for the tensor, that of its largest element. Use a scale for "
