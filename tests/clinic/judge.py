@@ -44,7 +44,7 @@ def judge(recording: Recording) -> Verdict:
     """Return what each view of a training says.
 
     The views are `summary`, `watch` and `health`: the findings of each single summary; and
-    `history` and `watch history`: `History.findings()` over those of `summary` and `watch`.
+    `history` and `watch history`: the findings over time of those of `summary` and `watch`.
     """
     case, named, alarms = recording.case, {}, {}
     for view, found in _views(recording).items():
@@ -83,11 +83,11 @@ def _views(recording: Recording) -> dict[str, list[tuple[int, Finding]]]:
 
 
 def _told(entries: list[tuple[int, paramstats.Summary]]) -> Iterator[tuple[int, Finding]]:
-    """Yield each finding over time with the step at which it was first found.
+    """Yield each finding over time, as `watch(on_finding=...)` reports it, with its step.
 
     `Finding.step` is the step at which the problem began, which may be known later only.
     """
-    monitor = Monitor(Thresholds())
+    monitor = Monitor(Thresholds(), reads_gradients=True)
     for step, summary in entries:
         for finding in monitor.add(step, record_of(summary)):
             if finding.end is None:

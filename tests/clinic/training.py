@@ -127,7 +127,7 @@ def fit(
         before, after: called with the model and the step before forward and after the step.
         alter: returns the loss that backward starts from.
         trained: the optimizer has only parameters whose name this expression does not exclude.
-        observe_late: observe after the gradients are reset.
+        observe_late: observe after the step, when the gradients are reset.
     """
     change(model)
     names = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
@@ -165,9 +165,7 @@ def fit(
                 for o in optimizers if scaler else ():
                     scaler.unscale_(o)
                 nn.utils.clip_grad_norm_([p for _, p in names], clip)
-            if observe_late:
-                zero()
-            if not scaler:
+            if not scaler and not observe_late:
                 observe(total)
             for o in optimizers:
                 if scaler:
@@ -177,6 +175,9 @@ def fit(
             if scaler:
                 scaler.update()
             after(model, step)
+            if observe_late:
+                zero()
+                observe(total)
             for s in schedulers:
                 s.step()
 
