@@ -134,7 +134,7 @@ def test_the_time_is_linear_in_the_number_of_tensors(monkeypatch):
             visited += len(self)
             return super().__iter__()
 
-    monkeypatch.setattr(rules, "entries", lambda record: Counted(entries(record)))
+    monkeypatch.setattr(rules, "entries", lambda record, with_state: Counted(entries(record)))
     source = {str(i): torch.randn(2, 2, requires_grad=True) for i in range(300)}
     sum(map(torch.sum, source.values())).backward()
     find(record_of(summarize(source)), Thresholds())

@@ -93,10 +93,11 @@ def gradient_sizes(context: Context) -> Iterator[Finding]:
     layers = layers_of(context)
     if not layers:
         return
+    found: list[Finding] = []
     if max(layer.gain for layer in layers) < context.thresholds.largest_gain:
-        yield from _vanishing(context, layers)  # otherwise a weight that is too large saturates it
-    yield from _exploding(context, layers)
-    yield from _ratios(context, layers)
+        found += _vanishing(context, layers)  # otherwise a weight that is too large saturates it
+    found += _exploding(context, layers)
+    yield from found or _ratios(context, layers)
 
 
 def _vanishing(context: Context, layers: Sequence[Layer]) -> Iterator[Finding]:
@@ -143,8 +144,8 @@ def _vanishing(context: Context, layers: Sequence[Layer]) -> Iterator[Finding]:
         ratio = layer.gradient / largest
         if ratio < limit and not layer.part.is_tied:
             message = (
-                f"norm {number(layer.gradient)} times that of the weight, "
-                f"{number(ratio)} times the largest of all weights"
+                f"{_in_words(layer)}, {number(ratio)} times as large, compared with its weight, "
+                f"as the largest gradient"
             )
             name = layer.name
             yield Finding(Severity.WARNING, code, name, "grad", ratio, limit, message, advice)
@@ -205,8 +206,8 @@ def _exploding(context: Context, layers: Sequence[Layer]) -> Iterator[Finding]:
         else:
             value, message = growth, "activations may grow, from the first to the last layer, by "
         message += (
-            f"{number(value)}; this weight scales its input by {number(cause.gain)}, "
-            f"{_in_words(cause)}"
+            f"{number(value)}; this weight scales its input by {number(cause.gain)}; gradients "
+            f"are up to {number(top.gradient)} times their weights"
         )
         yield Finding(severity, code, cause.name, "grad", value, limit, message, _TOO_LARGE)
         return
@@ -230,7 +231,9 @@ def _has_normalization(context: Context) -> bool:
 
 
 def _in_words(layer: Layer) -> str:
-    return f"gradient norm {number(layer.gradient)} times that of the weight"
+    """Return the relative gradient in words."""
+    of = "the weight" if layer.entry.value.norm >= layer.part.usual_norm else "a new weight"
+    return f"gradient norm {number(layer.gradient)} times that of {of}"
 
 
 def _ratios(context: Context, layers: Sequence[Layer]) -> Iterator[Finding]:
@@ -259,6 +262,4 @@ def _ratios(context: Context, layers: Sequence[Layer]) -> Iterator[Finding]:
             )
         else:
             continue
-        norm = layer.entry.grad.norm if layer.entry.grad is not None else math.nan
-        message = f"norm {number(norm)}, {number(ratio)} times the norm of the weight"
-        yield Finding(severity, code, layer.name, "grad", ratio, limit, message, advice)
+        yield Finding(severity, code, layer.name, "grad", ratio, limit, _in_words(layer), advice)

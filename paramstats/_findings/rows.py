@@ -28,6 +28,20 @@ _DEAD_EXPERTS = 0.1
 _LEAST_UNITS = 16
 """A smaller layer is likely a head, of whose outputs a loss may use some only."""
 
+_ADVICE = {
+    (False, False): "These units are inactive for the whole batch, such as dead ReLUs. Some are "
+    "normal in a small batch. If most stay so, lower the learning rate, check their biases, or use "
+    "GELU or leaky ReLU.",
+    (False, True): "These units have been inactive since the first step, such as dead ReLUs. Check "
+    "the initialization of the weight and the bias, lower the learning rate, or use GELU or leaky "
+    "ReLU.",
+    (True, False): "These experts received no tokens in this batch. If they never do, balance the "
+    "router: add a load-balancing loss, or noise, or a bias for each expert.",
+    (True, True): "These experts have never received a token. Balance the router: add a "
+    "load-balancing loss, or noise, or a bias for each expert.",
+}
+"""What to do, by whether it is about experts, and whether they are dead for certain."""
+
 _MAX_ROWS = 8
 """Number of rows that a message lists."""
 
@@ -100,21 +114,12 @@ def _dead_units(context: Context, part: Part, entry: Entry, grad: Detail) -> Ite
     if not share > limit:
         return
     never = _share_without_momentum(context, momentum_of)
-    severity = Severity.WARNING if never > limit else Severity.INFO
+    is_dead = never > limit
     message = _in_words(rows, n, f"of the gradient zero: these {what} do not learn")
-    if is_stacked:
-        advice = (
-            "These experts received no tokens in this batch. If they never do, balance the router: "
-            "add a load-balancing loss, or noise, or a bias for each expert."
-        )
-    else:
-        advice = (
-            "These units are inactive for the whole batch, such as dead ReLUs. Some are normal in "
-            "a small batch. If most stay so, lower the learning rate, check their biases, or use "
-            "GELU or leaky ReLU."
-        )
-    if severity == Severity.WARNING:
+    if is_dead:
         message += f"; {100 * never:.4g}% never had a gradient"
+    advice = _ADVICE[is_stacked, is_dead]
+    severity = Severity.WARNING if is_dead else Severity.INFO
     code = FindingCode.DEAD_UNITS
     yield Finding(severity, code, entry.name, "grad", share, limit, message, advice)
 
