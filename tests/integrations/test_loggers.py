@@ -111,7 +111,8 @@ def test_wandb_rows_have_the_statistics_of_their_step(folder, monkeypatch, is_de
             with torch.no_grad():
                 model[0].weight.mul_(0.5)
             watcher.step()
-            expected[step] = paramstats.summarize(model, grads=False).scalars() if step % 2 == 0 else {}
+            summary = paramstats.summarize(model, grads=False)
+            expected[step] = summary.scalars() if step % 2 == 0 else {}
             wandb.log({"loss": float(step)}, step=step)
     rows = {row["_step"]: row for row in rows_of_wandb(folder)}
     assert {step: statistics_in(row) for step, row in rows.items()} == expected

@@ -88,7 +88,7 @@ def whole_conditions(
         not trained_changes and 2 * new_grads > comparable,
         bool(comparable) and _accumulated(now, trained, now.step - first_step),
         bool(weights) and _shrinking(now, trained & plan.weights),
-        bool(weights) and _loses_updates(now, trained),
+        bool(weights and trained_changes) and _loses_updates(now, trained),
     ]
     known_now = [grads, trained_changes, comparable, weights, weights]
     return yes, [bool(is_known) and not x for x, is_known in zip(yes, known_now, strict=True)]

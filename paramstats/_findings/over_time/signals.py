@@ -69,7 +69,7 @@ class Condition(enum.IntEnum):
 RULES = {
     Condition.UNCHANGED: Rule(4, 9, 1),
     Condition.LARGE: Rule(1, 0, 3),
-    Condition.GROWN: Rule(2, 0, 3),
+    Condition.GROWN: Rule(1, 0, 3),
     Condition.SHRUNK: Rule(3, 0, 3),
     Condition.CLAMPED: Rule(4, 9, 2),
     Condition.SPIKE: Rule(1, 0, 3),
