@@ -48,36 +48,34 @@ WHOLE_RULES = {
 }
 
 
-def add_to_line(now: Now) -> bool:
+def add_to_line(now: Now, first_step: int) -> bool:
     """Add the entry to the sums for the line through log norms of gradients by log of the step.
 
     Returns whether it was early enough for that.
     """
-    steps = now.step - now.rows.numbers["first_step"].nan_to_num(now.step)
-    use = (now.log_grad.abs() < math.inf) & (steps <= _MAX_STEPS)
-    if not bool(use.any()):
+    steps = now.step - first_step
+    if steps > _MAX_STEPS:
         return False
-    x = (steps + 1).clamp(min=1).log() * use
-    y = torch.where(use, now.log_grad, 0.0)
-    now.rows.sums = now.rows.sums + torch.stack((use, x, y, x * x, x * y, y * y), 1)
+    x = math.log(steps + 1)
+    use = now.is_finite.to(torch.float64)
+    y = now.log_grad.where(now.is_finite, use)  # 0 where it is not finite
+    terms = (use, x * use, y, x * x * use, x * y, y * y)
+    now.rows.sums = now.rows.sums + torch.stack(terms, 1)
     return True
 
 
-def may_shrink(now: Now) -> bool:
-    """Return whether most weights have become smaller since the last entry."""
-    smaller = now.norm < now.rows.before[:, 0, STAT["norm"]] * (1 - _SHRINKING / 2)
-    return 2 * int((now.plan.weights & smaller).sum()) > now.plan.n_weights
-
-
-def whole_conditions(now: Now, reads_gradients: bool) -> tuple[list[bool], list[bool]]:
+def whole_conditions(
+    now: Now, first_step: int, reads_gradients: bool
+) -> tuple[list[bool], list[bool]]:
     """Return whether each condition is true, and whether it is not; an entry may say neither.
 
     Args:
         now: the entry.
+        first_step: the step of the first entry.
         reads_gradients: whether gradients were read, if there were any.
     """
     plan, rows = now.plan, now.rows
-    known = (now.norm == now.norm) & (rows.before[:, 0, 0] >= 0)
+    known = (now.norm == now.norm) & (rows.value[:, 0] >= 0)
     trained = now.trained & known
     changed = known & ~now.same
     masks = [plan.trainable & (now.norm == now.norm), now.has_grad, changed, trained]
@@ -88,9 +86,9 @@ def whole_conditions(now: Now, reads_gradients: bool) -> tuple[list[bool], list[
     yes = [
         bool(trainable and not grads and (changes or reads_gradients)),
         not trained_changes and 2 * new_grads > comparable,
-        bool(comparable) and _accumulated(now, trained),
+        bool(comparable) and _accumulated(now, trained, now.step - first_step),
         bool(weights) and _shrinking(now, trained & plan.weights),
-        bool(weights) and _loses_updates(now, trained),
+        bool(weights and trained_changes) and _loses_updates(now, trained),
     ]
     known_now = [grads, trained_changes, comparable, weights, weights]
     return yes, [bool(is_known) and not x for x, is_known in zip(yes, known_now, strict=True)]
@@ -109,13 +107,12 @@ def line(now: Now) -> tuple[Tensor, Tensor, Tensor]:
     return slope, (y - slope * x) / n, error
 
 
-def _accumulated(now: Now, trained: Tensor) -> bool:
+def _accumulated(now: Now, trained: Tensor, steps: float) -> bool:
     """Return whether all gradients grow in proportion to the step.
 
     Exponential growth, as when a plateau is left, does not fit to the line. Gradients that are
     behind a weight that starts at zero do, but that of this weight does not grow.
     """
-    steps = float((now.step - now.rows.numbers["first_step"]).nan_to_num(0.0).amax())
     if not 10 <= steps <= _MAX_STEPS:
         return False
     use = trained & (now.rows.sums[:, N] >= 5) & (now.relative_grad > SMALL_GRADIENT)
@@ -150,7 +147,7 @@ def _loses_updates(now: Now, trained: Tensor) -> bool:
 def _rates(now: Now) -> tuple[Tensor, Tensor]:
     """Return the change of the log norms of parameters within the window, and that per step."""
     norm, step = now.oldest.unbind(1)
-    fallen = now.norm.log() - norm
+    fallen = (now.norm / norm).log()
     return fallen, fallen / (now.step - step).clamp(min=1)
 
 

@@ -17,14 +17,13 @@ from paramstats._findings.over_time.model_wide import (
     Whole,
     add_to_line,
     make_whole_finding,
-    may_shrink,
     whole_conditions,
 )
 from paramstats._findings.over_time.nonfinite import Nonfinite
 from paramstats._findings.over_time.persistent import Persistent
 from paramstats._findings.over_time.signals import RULES, Condition, Now
 from paramstats._findings.over_time.texts import TEXTS, make_finding
-from paramstats._findings.over_time.tracks import State, full, statistics, update_norms
+from paramstats._findings.over_time.tracks import WINDOW, State, full, statistics, update_norms
 from paramstats._findings.thresholds import Thresholds
 
 _MAX_ENDED = 1000
@@ -56,6 +55,8 @@ class Monitor:
         self._reset()
 
     def _reset(self) -> None:
+        self._entries = 0
+        self._first_step: int | None = None
         self._last_step: int | None = None
         self._active: dict[Key, Finding] = {}
         self._members: dict[Condition, set[str]] = {}
@@ -82,6 +83,8 @@ class Monitor:
                 self._end(key, step, out)
             self._reset()
         self._last_step = step
+        if self._first_step is None:
+            self._first_step = step
         with torch.inference_mode():
             self._add(step, record, out)
         return out
@@ -92,22 +95,33 @@ class Monitor:
         optimizer = record.optimizer
         self._reads_gradients |= optimizer is not None and "no gradient" in optimizer.methods
         now = Now(step, plan, rows, *statistics(record), record.correction, update_norms(record))
-        is_away = signals.leave_past(now)
-        moved, may_happen = False, signals.may_happen(now, self._thresholds)
-        if is_away or may_happen or not self._is_quiet:
-            moved = self._tensors(now, out)
-        if add_to_line(now) or may_happen or may_shrink(now) or self._whole_moves:
+        limits = self._thresholds
+        seen = signals.screen(now, limits)
+        happens = seen.happens > 0 or (seen.stays > 0 and bool(now.clamped.any()))
+        happens = happens or not seen.grads
+        if seen.away:
+            signals.leave_past(now)
+        moved = seen.zeros > 0
+        checks_all = happens or seen.away > 0 or not self._is_quiet
+        if checks_all:
+            moved = self._tensors(now, out) or moved
+        assert self._first_step is not None
+        is_early = add_to_line(now, self._first_step)
+        entry, self._entries = self._entries, self._entries + 1
+        is_early = is_early and (entry <= WINDOW or entry % 8 == 0)
+        if is_early or happens or self._whole_moves or 2 * seen.smaller > plan.n_weights:
             self._whole_model(now, out)
-        after_step, is_scaled = record.optimizer is not None, record.grad_scale != 1
-        self._replace("nonfinite", self._nonfinite.add(now, after_step, is_scaled), step, out)
-        moved = moved or (is_away and bool((rows.numbers["onset"] == now.step).any()))
-        moved = moved or signals.has_new_zeros(now)
+        if seen.nonfinite or self._nonfinite.is_active:
+            after_step, is_scaled = optimizer is not None, record.grad_scale != 1
+            self._replace("nonfinite", self._nonfinite.add(now, after_step, is_scaled), step, out)
+        if seen.away:
+            moved = moved or bool((rows.numbers["onset"] == now.step).any())
         self._replace("summary", self._persistent.add(step, record, moved), step, out)
-        if is_away:
+        if seen.away:
             signals.come_back(now)
-        signals.remember(now)
+        signals.remember(now, limits)
         self._state.write(plan, rows)
-        if is_away or may_happen or not self._is_quiet:
+        if checks_all:
             moving = self._state.conditions[:, :, [RUN, ACTIVE]] > 0
             self._is_quiet = not bool(moving.any())
 
@@ -169,7 +183,7 @@ class Monitor:
             self._begin((condition, finding.name), finding, out)
 
     def _whole_model(self, now: Now, out: list[Finding]) -> None:
-        yes, no = whole_conditions(now, self._reads_gradients)
+        yes, no = whole_conditions(now, self._first_step or 0, self._reads_gradients)
         if not any(yes) and not self._whole_moves:
             return
         yes_row, no_row = torch.tensor([[yes], [no]], dtype=torch.bool, device="cpu")
@@ -203,6 +217,8 @@ class Monitor:
 
     def _replace(self, of: str, found: list[Finding], step: int, out: list[Finding]) -> None:
         """Begin and end findings so that `found` are the active ones."""
+        if not found and not any(key[0] == of for key in self._active):
+            return
         wanted = {_key(of, finding): finding for finding in found}
         for key in [key for key in self._active if key[0] == of and key not in wanted]:
             self._end(key, step, out)

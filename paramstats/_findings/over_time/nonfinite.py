@@ -49,11 +49,14 @@ class Nonfinite:
         self._parameter: Finding | None = None
         self._is_error = False
 
+    @property
+    def is_active(self) -> bool:
+        """Whether `add` must be called for an entry without NaN and Inf, too."""
+        return self._gradient is not None or self._parameter is not None
+
     def add(self, now: Now, after_step: bool, scaled: bool) -> list[Finding]:
         """Return the findings that exist at this entry."""
         values, grads = now.value[:, _COUNT] > 0, now.grad[:, _COUNT] > 0
-        if self._gradient is self._parameter is None and not bool((values | grads).any()):
-            return []
         self._scaled = scaled
         if bool(values.any()):
             self._is_error |= self._run > 0
@@ -111,7 +114,7 @@ def _in_parameters(now: Now, affected: Tensor, is_first: bool) -> Finding:
     message += _others(len(rows), len(affected), "parameters")
     last = now.rows.numbers["last_step"][row]
     if is_first and float(last) == float(last):
-        norm = float(now.rows.before[row, 1, _NORM])
+        norm = float(now.rows.grad[row, _NORM])
         message += f"; at step {int(last)} they were finite"
         if math.isfinite(norm):
             message += f", with a gradient norm of {number(norm)}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import enum
 import math
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,8 +18,10 @@ from paramstats._findings.over_time.tracks import NAN, STAT, WINDOW, Plan, Rows
 from paramstats._findings.thresholds import Thresholds
 
 _NORM, _MIN, _MAX = STAT["norm"], STAT["min"], STAT["max"]
-_COMPARED = STAT["zero_fraction"]
-"""The number of leading columns that are compared; the count of zeros is the last one."""
+_MEAN, _STD = STAT["mean"], STAT["std"]
+_ZEROS, _NONFINITE = STAT["zero_fraction"], STAT["nonfinite_count"]
+_COMPARED = slice(_NORM, _ZEROS)
+"""The columns that are compared, with the mean. The std of a single element is NaN."""
 
 _MIN_SAMPLES = 4
 """Entries before an entry is compared with their median."""
@@ -38,8 +41,11 @@ SMALL_GRADIENT = 1e-5
 _NEW_ZEROS = 0.25
 """Units may have died if this fraction of a gradient has become zero."""
 
-_FALLING = math.log(1.3)
-"""A weight shrinks if its norm has fallen by this factor within the window."""
+_FALLEN = 0.77
+"""A weight shrinks if its norm has fallen to this fraction within the window."""
+
+_SMALLER = 0.995
+"""Whether weights shrink is looked at if the norms of most are below this fraction of the last."""
 
 _MAX_AWAY = WINDOW // 2
 """Entries after which a level that is not remarkable is accepted as the new normal."""
@@ -63,7 +69,7 @@ class Condition(enum.IntEnum):
 RULES = {
     Condition.UNCHANGED: Rule(4, 9, 1),
     Condition.LARGE: Rule(1, 0, 3),
-    Condition.GROWN: Rule(2, 0, 3),
+    Condition.GROWN: Rule(1, 0, 3),
     Condition.SHRUNK: Rule(3, 0, 3),
     Condition.CLAMPED: Rule(4, 9, 2),
     Condition.SPIKE: Rule(1, 0, 3),
@@ -106,6 +112,7 @@ class Now:
         self.grad_norm = grad[:, _NORM]
         self.log_grad = self.grad_norm.log()
         """NaN without a gradient, -inf for one of zeros."""
+        self.is_finite = self.log_grad.abs() < math.inf
         self.has_grad = grad[:, 0] >= 0  # the count is known, also of a gradient with NaN
         self.steps = self.step - rows.numbers["last_step"]
         """The steps since the previous entry of the parameter; NaN without one."""
@@ -120,30 +127,37 @@ class Now:
         """A lower bound of the norm of the change since the previous entry, per step.
 
         As a fraction of the larger one of the norm in the previous entry and that of a new weight.
-        NaN if it is not known.
+        NaN if it is not known. Its mean and its deviations from the mean are orthogonal.
         """
-        value, before = self.value, self.rows.before[:, 0]
-        count, mean, std = value[:, 0], STAT["mean"], STAT["std"]
-        difference = value - before
-        deviation = difference[:, std].nan_to_num(0.0)  # NaN for one element
-        deviation *= (count - self._correction).clamp(min=0).sqrt()
-        bound = torch.hypot(deviation, difference[:, mean] * count.sqrt())
-        return bound / (torch.maximum(before[:, _NORM], self.plan.usual_norm) * self.steps)
+        before = self.rows.value
+        moved = self.value[:, _MEAN : _STD + 1] - before[:, _MEAN : _STD + 1]
+        root = (self.value[:, 0] - self._correction).clamp(min=0).sqrt()
+        scale = torch.maximum(before[:, _NORM], self.plan.usual_norm) * self.steps
+        return torch.hypot(moved[:, 0], moved[:, 1]) * root / scale
 
     @cached_property
     def same(self) -> Tensor:
         """Whether all statistics of the parameter are those of the previous entry."""
-        return (self.value[:, :_COMPARED] == self.rows.before[:, 0, :_COMPARED]).all(1)
+        return _equal(self.value, self.rows.value)
 
     @cached_property
     def new_grad(self) -> Tensor:
         """Whether a statistic of the gradient is not that of the previous entry."""
-        return (self.grad[:, :_COMPARED] != self.rows.before[:, 1, :_COMPARED]).any(1)
+        return ~_equal(self.grad, self.rows.grad)
 
     @cached_property
     def relative_grad(self) -> Tensor:
         """The norm of the gradient / the larger one of that of the parameter and of a new one."""
         return self.grad_norm / torch.maximum(self.norm, self.plan.usual_norm)
+
+    @cached_property
+    def stays(self) -> Tensor:
+        """Whether the smallest and the largest element are those of the previous entry.
+
+        [parameters, 2]; only of weights, and not in low precision, where equal numbers are common.
+        """
+        old = self.rows.value[:, _MIN : _MAX + 1]
+        return (self.value[:, _MIN : _MAX + 1] == old) & self.plan.precise_weights[:, None]
 
     @cached_property
     def clamped(self) -> Tensor:
@@ -153,46 +167,90 @@ class Now:
         largest one, too. A bound is recognized if it is a number of up to three digits, or if the
         smallest and the largest elements are opposite.
         """
-        value, before = self.value[:, _MIN : _MAX + 1], self.rows.before[:, 0, _MIN : _MAX + 1]
-        stays = (value == before) & (self.plan.weights & self.plan.is_precise)[:, None]
-        if not bool(stays.any()):
-            return stays[:, 0]
-        is_bound = (stays & _is_short(value)).any(1)
-        is_bound |= stays.all(1) & (value[:, 0] == -value[:, 1])
+        value = self.value[:, _MIN : _MAX + 1]
+        is_bound = (self.stays & _is_short(value)).any(1)
+        is_bound |= self.stays.all(1) & (value[:, 0] == -value[:, 1])
         return is_bound & (value[:, 1] > value[:, 0]) & ~self.same
 
     @cached_property
     def oldest(self) -> Tensor:
-        """The log norms of the parameters in the first entry of the window, and its step."""
+        """The norms of the parameters in the first entry of the window, and its step."""
         at = (self.rows.numbers["entries"] % WINDOW).to(torch.int64)
         return self.rows.norms.gather(2, at[:, None, None].expand(-1, 2, 1))[:, :, 0]
 
+    @cached_property
+    def was_away(self) -> Tensor:
+        """Whether the gradient has left its past before this entry."""
+        return self.rows.numbers["onset"] > -math.inf
 
-def leave_past(now: Now) -> bool:
-    """Find the gradients that leave their past: the window of their latest entries.
+    @cached_property
+    def outside(self) -> Tensor:
+        """Whether the gradient is outside of its window of latest entries."""
+        past, x = self.rows.grads, self.log_grad
+        outside = (x > past.amax(1) + _AWAY) | (x < past.amin(1) - _AWAY)
+        return outside & (self.rows.numbers["samples"] >= _MIN_SAMPLES) & self.is_finite
+
+
+class Screen(NamedTuple):
+    """How many parameters there are of which something may be true; see `screen`."""
+
+    happens: int
+    away: int
+    stays: int
+    zeros: int
+    nonfinite: int
+    grads: int
+    smaller: int
+
+
+def screen(now: Now, limits: Thresholds) -> Screen:
+    """Return what the entry may contain, so that the other functions are called for that only.
+
+    That is rare, and they take more time. Returns the number of parameters
+
+    - of which a condition may be true, except that of gradients that left their past;
+    - whose gradient has left its past;
+    - whose smallest or largest element stays;
+    - of whose gradient many more elements are zero than in the previous entry;
+    - with NaN or Inf;
+    - with a gradient;
+    - with two or more dimensions, whose norm has become smaller by half a percent.
+    """
+    plan, rows, numbers, norm = now.plan, now.rows, now.rows.numbers, now.norm
+    old_norm = rows.value[:, _NORM]
+    found = (now.change > limits.largest_change) | (norm > numbers["upper"])
+    found |= (norm < numbers["lower"]) | (now.grad_norm == 0)
+    found &= plan.weights
+    found |= now.trained & (norm == old_norm)
+    found |= plan.trainable & (numbers["with_grad"] > 0) & ~now.has_grad
+    if now.update is not None:
+        found |= _is_small(now, limits)
+    masks = (
+        found,
+        now.outside | now.was_away,
+        now.stays.any(1),
+        now.grad[:, _ZEROS] - rows.grad[:, _ZEROS] > _NEW_ZEROS,
+        (now.value[:, _NONFINITE] > 0) | (now.grad[:, _NONFINITE] > 0),
+        now.has_grad,
+        plan.weights & (norm < _SMALLER * old_norm),
+    )
+    return Screen._make(torch.stack(masks).sum(1).tolist())
+
+
+def leave_past(now: Now) -> None:
+    """Remember the past of the gradients that leave it: the window of their latest entries.
 
     What is outside of the window is not added to it until it has returned, or until it is clear
     that it is an ordinary new level.
-
-    Returns:
-        Whether a gradient is outside of its past.
     """
-    numbers, past, x = now.rows.numbers, now.rows.grads, now.log_grad
-    outside = (x > past.amax(1) + _AWAY) | (x < past.amin(1) - _AWAY)
-    outside &= (numbers["samples"] >= _MIN_SAMPLES) & (x.abs() < math.inf)
-    was_away = numbers["onset"] > -math.inf
-    is_away = outside | was_away
-    if not bool(is_away.any()):
-        return False
-    left = outside & ~was_away
+    numbers, left = now.rows.numbers, now.outside & ~now.was_away
     if bool(left.any()):
-        median, spread = _robust(past[left], numbers["samples"][left])
+        median, spread = _robust(now.rows.grads[left], numbers["samples"][left])
         numbers["past"], numbers["spread"] = numbers["past"].clone(), numbers["spread"].clone()
         numbers["past"][left], numbers["spread"][left] = median, spread
         numbers["onset"] = torch.where(left, now.step, numbers["onset"])
         numbers["away"] = torch.where(left, 0.0, numbers["away"])
-    numbers["away"] = numbers["away"] + is_away
-    return True
+    numbers["away"] = numbers["away"] + (left | now.was_away)
 
 
 def come_back(now: Now) -> None:
@@ -204,56 +262,29 @@ def come_back(now: Now) -> None:
     numbers["onset"] = torch.where(back, NAN, numbers["onset"])
 
 
-def remember(now: Now) -> None:
+def remember(now: Now, limits: Thresholds) -> None:
     """Add the entry to the state."""
     rows, numbers, x = now.rows, now.rows.numbers, now.log_grad
-    add = (x.abs() < math.inf) & ~(numbers["onset"] > -math.inf)
-    rows.grads = _put(rows.grads[:, None], numbers["samples"], add, x[:, None])[:, 0]
-    norm = torch.stack((now.norm.log(), torch.full_like(x, now.step)), 1)
-    rows.norms = _put(rows.norms, numbers["entries"], norm[:, 0].abs() < math.inf, norm)
-    rows.before = torch.stack((now.value, now.grad), 1)
+    add = now.is_finite & ~(numbers["onset"] > -math.inf)
+    at = (numbers["samples"] % WINDOW).to(torch.int64)[:, None]
+    rows.grads = rows.grads.scatter(
+        1, at, torch.where(add[:, None], x[:, None], rows.grads.gather(1, at))
+    )
+    at = (numbers["entries"] % WINDOW).to(torch.int64)[:, None, None].expand(-1, 2, 1)
+    step = torch.full_like(x, now.step)
+    rows.norms = rows.norms.scatter(2, at, torch.stack((now.norm, step), 1)[:, :, None])
+    rows.value, rows.grad = now.value, now.grad
+    first = add & (numbers["samples"] == 0) | ~(numbers["first_norm"] > 0)
+    if bool(first.any()):
+        _begin(now, add, limits)
     numbers["samples"] = numbers["samples"] + add
     numbers["not_zero"] = numbers["not_zero"] + (now.grad_norm > 0)
     numbers["with_grad"] = numbers["with_grad"] + now.has_grad
-    new = ~(numbers["first_norm"] > 0)
-    if bool(new.any()):
-        numbers["first_norm"] = torch.where(new & (now.norm > 0), now.norm, numbers["first_norm"])
-        first = numbers["entries"] == 0
-        numbers["first_step"] = torch.where(first, now.step, numbers["first_step"])
+    numbers["entries"] = numbers["entries"] + 1
+    numbers["last_step"] = step
     if now.update is not None:
         update = now.update.nan_to_num(0.0)
         numbers["largest_update"] = torch.maximum(numbers["largest_update"], update)
-    numbers["entries"] = numbers["entries"] + 1
-    numbers["last_step"] = torch.full_like(x, now.step)
-
-
-def _put(ring: Tensor, count: Tensor, add: Tensor, new: Tensor) -> Tensor:
-    """Return a ring, [parameters, series, window], with another element where `add` is true.
-
-    `count` is how many were added before. The first one fills the ring.
-    """
-    at = (count % WINDOW).to(torch.int64)[:, None, None].expand(-1, ring.shape[1], 1)
-    new = new[:, :, None]
-    out = ring.scatter(2, at, torch.where(add[:, None, None], new, ring.gather(2, at)))
-    first = add & (count == 0)
-    return torch.where(first[:, None, None], new, out) if bool(first.any()) else out
-
-
-def may_happen(now: Now, limits: Thresholds) -> bool:
-    """Return whether a condition may be true, except those of gradients that left their past.
-
-    That is rare, and the other functions take more time.
-    """
-    plan, rows, numbers, norm = now.plan, now.rows, now.rows.numbers, now.norm
-    usual = torch.maximum(numbers["first_norm"], plan.usual_norm)
-    of_weights = (now.change > limits.largest_change) | (norm > limits.weight_growth * usual)
-    of_weights |= (norm < limits.weight_collapse * numbers["first_norm"]) | (now.grad_norm == 0)
-    found = (now.trained & (norm == rows.before[:, 0, _NORM])) | now.clamped
-    found |= plan.weights & of_weights
-    found |= plan.trainable & (numbers["with_grad"] > 0) & ~now.has_grad
-    if now.update is not None:
-        found |= _is_small(now, limits)
-    return bool(found.any()) or not bool(now.has_grad.any())
 
 
 def _is_small(now: Now, limits: Thresholds) -> Tensor:
@@ -265,10 +296,18 @@ def _is_small(now: Now, limits: Thresholds) -> Tensor:
     return is_small & now.plan.weights & now.trained & (largest < 10 * limits.smallest_update)
 
 
-def has_new_zeros(now: Now) -> bool:
-    """Return whether many more elements of a gradient are zero than in the previous entry."""
-    zeros = STAT["zero_fraction"]
-    return bool((now.grad[:, zeros] - now.rows.before[:, 1, zeros] > _NEW_ZEROS).any())
+def _begin(now: Now, add: Tensor, limits: Thresholds) -> None:
+    """Fill windows with their first element, and find the norms to compare later ones with."""
+    rows, numbers = now.rows, now.rows.numbers
+    first = add & (numbers["samples"] == 0)
+    rows.grads = torch.where(first[:, None], now.log_grad[:, None], rows.grads)
+    is_new = numbers["entries"] == 0
+    latest = torch.stack((now.norm, torch.full_like(now.norm, now.step)), 1)[:, :, None]
+    rows.norms = torch.where(is_new[:, None, None], latest, rows.norms)
+    new = ~(numbers["first_norm"] > 0) & (now.norm > 0)
+    norm = torch.where(new, now.norm, numbers["first_norm"])
+    numbers["first_norm"], numbers["lower"] = norm, limits.weight_collapse * norm
+    numbers["upper"] = limits.weight_growth * torch.maximum(norm, now.plan.usual_norm)
 
 
 def conditions(now: Now, limits: Thresholds) -> tuple[Tensor, Tensor]:
@@ -287,13 +326,12 @@ def conditions(now: Now, limits: Thresholds) -> tuple[Tensor, Tensor]:
     if bool(unchanged.any()):
         unchanged &= (can_change & changes).any()
 
-    trained_before = weights & (trained | (rows.before[:, 1, 0] >= 0))
+    trained_before = weights & (trained | (rows.grad[:, 0] >= 0))
     large = trained_before & (now.change > limits.largest_change)
-    usual = torch.maximum(numbers["first_norm"], plan.usual_norm)
-    grown = weights & (norm > limits.weight_growth * usual)
-    shrunk = weights & (norm < limits.weight_collapse * numbers["first_norm"])
+    grown = weights & (norm > numbers["upper"])
+    shrunk = weights & (norm < numbers["lower"])
     if bool(shrunk.any()):
-        shrunk &= norm.log() - now.oldest[:, 0] < -_FALLING
+        shrunk &= norm < _FALLEN * now.oldest[:, 0]
         shrunk &= now.value[:, STAT["zero_fraction"]] < 0.5
 
     is_away = (numbers["onset"] > -math.inf) & weights
@@ -304,7 +342,6 @@ def conditions(now: Now, limits: Thresholds) -> tuple[Tensor, Tensor]:
     collapse = is_away & (away < math.log(limits.gradient_collapse))
     if bool(collapse.any()):  # not if all gradients have become smaller
         collapse &= away - _common_change(now) < math.log(limits.gradient_collapse)
-    finite = now.log_grad.abs() < math.inf
 
     is_zero = plan.weights & (now.grad[:, STAT["zero_fraction"]] == 1)
     may_miss = plan.trainable & (numbers["with_grad"] > 0)
@@ -317,8 +354,8 @@ def conditions(now: Now, limits: Thresholds) -> tuple[Tensor, Tensor]:
         is_weight & ~grown,
         is_weight & ~shrunk,
         is_weight & ~now.clamped,
-        finite & ~spike,
-        finite & ~collapse,
+        now.is_finite & ~spike,
+        now.is_finite & ~collapse,
         now.has_grad & ~is_zero,
         now.has_grad,
         now.has_grad & ~small,
@@ -336,6 +373,11 @@ def needed_entries(now: Now) -> Tensor:
     before = numbers["entries"] - run[:, Condition.LOST]
     needed[:, Condition.LOST] = _surprising(numbers["with_grad"], before)
     return needed
+
+
+def _equal(a: Tensor, b: Tensor) -> Tensor:
+    """Return which rows of statistics are those of equal elements, as far as statistics can say."""
+    return (a[:, _COMPARED] == b[:, _COMPARED]).all(1) & (a[:, _MEAN] == b[:, _MEAN])
 
 
 def _is_short(x: Tensor) -> Tensor:

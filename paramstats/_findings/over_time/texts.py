@@ -80,7 +80,7 @@ def _large(now: Now, row: int, limits: Thresholds) -> Evidence:
     steps = int(now.steps[row])
     ratio = float(now.change[row])
     per = "" if steps == 1 else f" per step, on average of {steps} steps"
-    before = float(now.rows.before[row, 0, _NORM])
+    before = float(now.rows.value[row, _NORM])
     message = (
         f"changed by at least {number(ratio)} times its norm{per}; norm {number(before)} -> "
         f"{number(float(now.norm[row]))}"
@@ -104,7 +104,7 @@ def _shrunk(now: Now, row: int, limits: Thresholds) -> Evidence:
 
 def _clamped(now: Now, row: int, limits: Thresholds) -> Evidence:
     low, high = float(now.value[row, STAT["min"]]), float(now.value[row, STAT["max"]])
-    before = now.rows.before[row, 0]
+    before = now.rows.value[row]
     bounds = [
         f"{name} {number(x)}"
         for name, x in (("min", low), ("max", high))

@@ -29,9 +29,10 @@ NAN = math.nan
 
 _NUMBERS = {
     "entries": 0.0,  # entries with this parameter
-    "first_step": NAN,
     "last_step": NAN,
     "first_norm": NAN,  # of the parameter, the first one above zero
+    "upper": NAN,  # the norms of the parameter above and below which it has grown or shrunk
+    "lower": NAN,
     "samples": 0.0,  # entries in the window of gradients since the beginning
     "not_zero": 0.0,  # entries with a gradient that is not zero
     "with_grad": 0.0,  # entries with a gradient, zero or not
@@ -68,6 +69,8 @@ class Plan(NamedTuple):
     trainable: Tensor
     weights: Tensor
     """Whether it has two or more dimensions longer than one."""
+    precise_weights: Tensor
+    """Whether it is a weight, and its dtype has the precision of float32 or more."""
     n_weights: int
     usual_norm: Tensor
     """The norm of a new weight of this shape; see `updates.usual_norm`."""
@@ -87,12 +90,14 @@ def make_plan(layout: Layout, slots: dict[str, int]) -> Plan:
     weights = [is_weight_shape(shape) for shape in shapes]
     norms = [usual_norm(s) if w and s else 0.0 for s, w in zip(shapes, weights, strict=True)]
     precise = [dtype in (torch.float32, torch.float64) for dtype in layout.dtypes[:n]]
+    both = [a and b for a, b in zip(weights, precise, strict=True)]
     return Plan(
         names,
         torch.tensor(rows, dtype=torch.int64, device="cpu"),
         rows == list(range(n)),
         torch.tensor(layout.requires_grad[:n], dtype=torch.bool, device="cpu"),
         torch.tensor(weights, dtype=torch.bool, device="cpu"),
+        torch.tensor(both, dtype=torch.bool, device="cpu"),
         sum(weights),
         float64(norms),
         torch.tensor(precise, dtype=torch.bool, device="cpu"),
@@ -106,12 +111,14 @@ class State:
         self.slots: dict[str, int] = {}
         self._plans: dict[Layout, Plan] = {}
         self.numbers = {name: full((0,), start) for name, start in _NUMBERS.items()}
-        self.before = full((0, 2, _COLUMNS), NAN)
-        """The statistics of the parameter and of its gradient in its previous entry."""
+        self.value = full((0, _COLUMNS), NAN)
+        """The statistics of the parameter in its previous entry."""
+        self.grad = full((0, _COLUMNS), NAN)
+        """Those of its gradient."""
         self.grads = full((0, WINDOW), NAN)
         """Log norms of the gradient in the latest entries, in the order of a ring."""
         self.norms = full((0, 2, WINDOW), NAN)
-        """Log norms of the parameter in the latest entries and their steps, in such an order."""
+        """Norms of the parameter in the latest entries and their steps, in such an order."""
         self.sums = full((0, len(SUMS)), 0.0)
         self.conditions = full((0, conditions, 4), 0.0)
 
@@ -125,7 +132,7 @@ class State:
         return plan
 
     def _grow(self) -> None:
-        new = len(self.slots) - len(self.before)
+        new = len(self.slots) - len(self.value)
         if not new:
             return
         for name, start in _NUMBERS.items():
@@ -158,7 +165,7 @@ class State:
         return plan.is_in_order and len(plan.names) == len(self.slots)
 
 
-_TABLES = {"before": NAN, "grads": NAN, "norms": NAN, "sums": 0.0, "conditions": 0.0}
+_TABLES = {"value": NAN, "grad": NAN, "grads": NAN, "norms": NAN, "sums": 0.0, "conditions": 0.0}
 """The tables of `State`, and the content of a new row."""
 
 
@@ -167,7 +174,8 @@ class Rows:
     """The rows of the state for the parameters of one entry; rules replace the tensors."""
 
     numbers: dict[str, Tensor]
-    before: Tensor
+    value: Tensor
+    grad: Tensor
     grads: Tensor
     norms: Tensor
     sums: Tensor
