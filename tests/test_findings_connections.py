@@ -189,3 +189,10 @@ def test_parameters_that_no_optimizer_has_need_no_gradient(digits):
         model(images[:8]).mean().backward()
         optimizer.step()
         assert set(found(summarize(model, optimizer=optimizer))) == codes
+
+
+def test_loss_that_has_reached_its_margin(backend, digits):
+    (summary,) = train(mlp(), digits, 1, loss_of=lambda out, labels: torch.relu(out - 1e3).mean())
+    (finding,) = summary.findings()
+    assert (finding.name, finding.code) == ("", FindingCode.ZERO_GRADIENT)
+    assert finding.severity == Severity.INFO and "margin" in finding.advice

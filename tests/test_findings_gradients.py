@@ -192,6 +192,18 @@ def test_summed_loss_is_no_problem_of_the_model(digits):
     assert finding.value > finding.threshold == 1e3 and "summing it" in finding.advice
 
 
+def test_large_targets_are_no_problem_of_the_model(digits):
+    """Activations grow, because the outputs must, but the weights are not too large."""
+
+    def loss(out: Tensor, labels: Tensor) -> Tensor:
+        return (out[:, 0] - 1000.0 * labels).square().mean()
+
+    model = mlp()
+    summary = train(model, digits, 250, torch.optim.AdamW(model.parameters()), loss)[-1]
+    assert summary["4.weight"].grad.norm > 100 * summary["4.bias"].grad.norm
+    assert found(summary) == {}
+
+
 def test_weight_that_started_at_zero_is_compared_with_a_new_one(digits):
     """Position embeddings: after a step with a small learning rate, they are still tiny."""
     model = Layer(

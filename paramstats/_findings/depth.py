@@ -111,10 +111,13 @@ def last_activation(layers: Sequence[Layer]) -> float:
 def growth_of(layers: Sequence[Layer]) -> float:
     """Return how much larger the input of the last layer is than that of the first.
 
-    Without biases, that is the product of the gains, divided by those of `kaiming_normal_`.
+    NaN if it is not known.
     """
     known = [layer.activation for layer in layers if layer.activation >= 0]
-    if len(known) > 1:
-        return last_activation(layers) / known[0]
+    return last_activation(layers) / known[0] if len(known) > 1 else math.nan
+
+
+def growth_by_gains(layers: Sequence[Layer]) -> float:
+    """Return by how much weights let activations grow, compared with those of `kaiming_normal_`."""
     gains = [layer.gain / math.sqrt(2) for layer in layers if not layer.part.is_lookup]
-    return math.exp(min(700.0, sum(math.log(gain) for gain in gains if gain > 0)))
+    return math.exp(min(700.0, sum(math.log(gain) for gain in gains if gain > 1)))

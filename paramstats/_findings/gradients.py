@@ -16,6 +16,7 @@ from paramstats._core.format import number, one_line_name
 from paramstats._findings.context import Context, nonfinite_elements
 from paramstats._findings.depth import (
     Layer,
+    growth_by_gains,
     growth_of,
     last_activation,
     layers_of,
@@ -33,6 +34,12 @@ _LARGE_GRADIENT = 10.0
 
 _UNUSUAL_INPUT = 1e4
 """The rms of the input of a model. Pixels up to 255, and features in thousands, are below it."""
+
+_EXPLAINED = 3.0
+"""Weights explain a growth of activations up to so many times the growth that their gains allow."""
+
+_ABSURD = 1e6
+"""An rms of activations that no targets need."""
 
 _SMALLEST_ACTIVATION = 1e-4
 _SMALL_GAIN, _LARGE_GAIN = 0.03, 3.0
@@ -193,9 +200,17 @@ def _exploding(context: Context, layers: Sequence[Layer]) -> Iterator[Finding]:
         )
         yield Finding(severity, code, name, "grad", value, _UNUSUAL_INPUT, message, advice)
         return
-    activation, growth = last_activation(layers), growth_of(layers)
+    activation, by_gains = last_activation(layers), growth_by_gains(layers)
     is_known = activation >= 0
-    if growth > limit and (activation > limit if is_known else not _has_normalization(context)):
+    growth = growth_of(layers) if is_known else by_gains
+    growth = activation if math.isnan(growth) else growth
+    if is_known:
+        # Large targets also make activations grow, by more than the weights explain.
+        is_explained = _EXPLAINED * by_gains > growth or activation > _ABSURD
+        is_exploding = min(activation, growth) > limit and is_explained
+    else:
+        is_exploding = growth > limit and not _has_normalization(context)
+    if is_exploding:
         cause = max(
             (layer for layer in layers[:-1] if not layer.part.is_lookup),
             key=lambda layer: layer.gain,

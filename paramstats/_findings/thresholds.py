@@ -24,8 +24,9 @@ class Thresholds:
     Args:
         exploding_activation: report a model with gradients of more than 10 times the weight, if the
             estimated rms of the last layer's input is more than this, and more than this many times
-            that of the first. Pascanu, Mikolov, Bengio 2013 describe the problem. Healthy: at most
-            9; in 20 layers of gain 1.5: 250 to 500.
+            that of the first, and the gains of the weights explain it. Pascanu, Mikolov, Bengio
+            2013 describe the problem. Healthy: at most 9, or 220 that gains do not explain; in 20
+            layers of gain 1.5: 250 to 500.
         vanishing_gradient: report weights whose relative gradient (norm / norm of the weight) is
             less than this fraction of the largest one, if it falls towards the input in 4 steps or
             more, in all by more. Glorot, Bengio 2010: all layers should have gradients of similar
