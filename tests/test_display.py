@@ -323,17 +323,17 @@ def test_rows_are_sorted_by_what_the_optimizer_knows(stepped, blocks, sort_by, h
 
 @pytest.fixture
 def sick(model):
-    model[0].weight.data[0, 0] = math.nan
-    model[2].weight.grad = None
+    model[2].weight.data[0, 0] = math.nan
+    model[0].weight.grad = None
     return summarize(model)
 
 
 def test_findings_are_shown_next_to_their_tensor(backend, sick):
     lines = sick.table().splitlines()
     assert lines[0].endswith("findings")
-    assert lines[2].endswith("! NaN or Inf in parameter") and lines[4].endswith("! no gradient")
+    assert lines[2].endswith("! no gradient") and lines[4].endswith("! NaN or Inf in parameter")
     assert lines[-1] == (
-        "1 error and 1 warning, first: 0.weight: NaN or Inf in parameter; "
+        "1 error and 1 warning, first: 2.weight: NaN or Inf in parameter; "
         "for advice, call summary.findings()"
     )
     grads = sick.table(kind="grad")
@@ -363,7 +363,7 @@ def test_colors_are_for_terminals(backend, sick, monkeypatch):
     assert not ESCAPES.search(str(sick))
     monkeypatch.setattr(sys, "stdout", Terminal())
     colored = str(sick)
-    assert "\x1b[1;31m0.weight" in colored and "\x1b[33m2.weight" in colored
+    assert "\x1b[1;31m2.weight" in colored and "\x1b[33m0.weight" in colored
     assert ESCAPES.sub("", colored) == sick.table() == ESCAPES.sub("", sick.table(color=True))
     assert not ESCAPES.search(sick.table())
     monkeypatch.setenv("NO_COLOR", "1")
@@ -411,9 +411,9 @@ def test_html_has_the_same_cells_as_the_text(backend, blocks):
 def test_html_shows_findings_in_the_second_column(sick):
     head, *rows = html_rows(sick)
     classes = [row.get("class") for row in rows]
-    assert classes == ["tensor error", "tensor", "tensor warning", "tensor", "total"]
-    assert [cells(row)[1] for row in (head, rows[0])] == ["findings", "NaN or Inf in parameter"]
-    assert "did not contribute to the loss" in rows[2][1].get("title")
+    assert classes == ["tensor warning", "tensor", "tensor error", "tensor", "total"]
+    assert [cells(row)[1] for row in (head, rows[2])] == ["findings", "NaN or Inf in parameter"]
+    assert "contributes to the loss" in rows[0][1].get("title")
 
 
 def test_html_is_escaped_and_has_at_most_a_thousand_tensors():

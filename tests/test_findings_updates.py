@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import paramstats
 from paramstats import FindingCode, Severity, Summary, summarize
-from tests.test_findings import (
+from tests.findings_models import (
     convolutional,
     digits,
     embedding,
@@ -228,7 +228,8 @@ def test_ratio_rules_are_silent_where_the_update_is_known(backend, digits):
     """Adam makes good updates of gradients that are much larger or smaller than the weight."""
     model = mlp()
     (summary,) = train(model, digits, 1, adamw(model.parameters(), lr=1e-3), lambda _: 1e6)
-    assert found(summary) == {} and FindingCode.GRADIENT_RATIO in found(summarize(model))
+    assert FindingCode.GRADIENT_RATIO not in found(summary, Severity.INFO)
+    assert FindingCode.GRADIENT_RATIO in found(summarize(model), Severity.INFO)
     small = {"smallest_gradient_ratio": 1e9, "largest_gradient_ratio": 1e10}
     assert summary.findings(**small) == () and len(summarize(model).findings(**small)) == 3
 

@@ -51,8 +51,8 @@ class Entry(NamedTuple):
         return None if self.update is None else ratio(self.update.norm, self.value.norm)
 
 
-def entries(record: Record) -> list[Entry]:
-    """Return an entry per tensor of a record, in its order."""
+def entries(record: Record, with_state: bool = True) -> list[Entry]:
+    """Return an entry per tensor of a record, in its order, with or without optimizers' state."""
     layout, n = record.layout, len(record.layout)
     rows = record.statistics()
     params, grads = rows[: len(rows) // 2], rows[len(rows) // 2 :]
@@ -60,7 +60,8 @@ def entries(record: Record) -> list[Entry]:
     states: list[Mapping[str, Statistics]] = [_NO_STATE] * n
     if record.optimizer is not None:
         updates = _decoded(statistics(record, "update"))
-        by_key = {key: _decoded(statistics(record, key)) for key in record.optimizer.keys}
+        keys = record.optimizer.keys if with_state else ()
+        by_key = {key: _decoded(statistics(record, key)) for key in keys}
         of_each = [[(key, row) for row in rows] for key, rows in by_key.items()]
         states = [
             {key: row for key, row in pairs if row is not None}

@@ -63,6 +63,9 @@ def lost_gradients(context: Context) -> Iterator[Finding]:
     ]
     if not lost:
         return
+    if all(_is_zero(entry) for entry in context.entries if entry.grad is not None):
+        yield _constant_loss()
+        return
     cut = _cut(context, set(lost))
     modules = {module_of(context.entries[row].name) for row in cut.before}
     for row in lost:
@@ -108,6 +111,17 @@ def _no_backward(context: Context) -> Iterator[Finding]:
         )
         code, nan = FindingCode.MISSING_GRADIENT, math.nan
         yield Finding(Severity.INFO, code, "", "grad", nan, nan, message, advice)
+
+
+def _constant_loss() -> Finding:
+    """Report, once, that every gradient is zero, those of the last biases included."""
+    advice = (
+        "The loss does not depend on the parameters for this batch: a margin is reached, all "
+        "targets are masked, or the loss underflows. If this stays so, check the loss, and the "
+        "loss scale in float16."
+    )
+    code, message = FindingCode.ZERO_GRADIENT, "all gradients are zero"
+    return Finding(Severity.INFO, code, "", "grad", 1.0, 1.0, message, advice)
 
 
 def _is_zero(entry: Entry) -> bool:

@@ -17,7 +17,7 @@ class Context(NamedTuple):
 
     record: Record
     entries: Sequence[Entry]
-    """All tensors of the record."""
+    """All tensors of the record, perhaps without the optimizers' state."""
     updates: Sequence[Statistics | None]
     """The last update of each entry; None where it is not known."""
     thresholds: Thresholds

@@ -14,10 +14,12 @@ from paramstats._core.entries import Entry
 from paramstats._findings.context import Context
 from paramstats._findings.structure import Part, parts_of
 
-_SMALLEST_STEP = math.log(2)
 _LARGEST_STEP = math.log(30)
 """A step of the profile from block to block counts up to this. A gate makes one large step, a
 vanishing gradient many."""
+
+_LEAST_ERROR = 1e-2
+"""Errors of an exploding model are larger than this. Those that cancel are not."""
 
 
 class Layer(NamedTuple):
@@ -33,10 +35,12 @@ class Layer(NamedTuple):
     activation: float
     """An estimate of the rms of the input; NaN if it is not known.
 
-    The gradients of a weight and its bias are sums of products with the same errors: over the
-    samples, the weight's also contain the input. If errors of different sign cancel in the bias,
-    the estimate is too large. It is never much too small.
+    The gradient of a weight is the sum of errors times inputs, that of its bias the sum of the same
+    errors. So the estimate is the rms of inputs, weighted by errors. It is too large where errors
+    of different sign cancel in the bias.
     """
+    error: float
+    """The norm of the gradient of its bias; NaN without one."""
 
 
 class Profile(NamedTuple):
@@ -44,8 +48,8 @@ class Profile(NamedTuple):
 
     factor: float
     """The total rise, in which a single step counts up to 30."""
-    steps: int
-    """How many blocks double it, at least."""
+    steps: float
+    """How many steps as large as the largest one make up this rise."""
 
 
 def layers_of(context: Context) -> list[Layer]:
@@ -56,14 +60,15 @@ def layers_of(context: Context) -> list[Layer]:
         grad, norm = entry.grad, entry.value.norm
         if grad is None or not (0 < grad.norm < math.inf and norm < math.inf):
             continue
-        activation = math.nan
+        activation = error = math.nan
         if part.bias is not None:
             bias = context.entries[part.bias].grad
             if bias is not None and bias.norm > 0:
-                activation = grad.norm / bias.norm / part.root_fan_in
+                error = bias.norm
+                activation = grad.norm / error / part.root_fan_in
         gradient = grad.norm / max(norm, part.usual_norm)
         gain = entry.value.rms * part.root_fan_in
-        layers.append(Layer(part, entry, entry.name, gradient, gain, activation))
+        layers.append(Layer(part, entry, entry.name, gradient, gain, activation, error))
     return layers
 
 
@@ -71,28 +76,48 @@ def profile_of(layers: Iterable[Layer]) -> Profile:
     """Return how the largest relative gradient rises along these layers.
 
     A block counts with its largest gradient, so that layers whose gradient is small by
-    construction, such as queries and keys, do not matter.
+    construction, such as queries and keys, do not matter. Tables, which are parallel inputs, do not
+    count.
     """
     blocks: dict[str, float] = {}
     for layer in layers:
-        if not layer.part.is_tied:
+        if not (layer.part.is_tied or layer.part.is_lookup):
             block = layer.part.block
             blocks[block] = max(blocks.get(block, 0.0), layer.gradient)
-    largest, rise, steps = math.inf, 0.0, 0
+    largest, rise, largest_step = math.inf, 0.0, 0.0
     for gradient in blocks.values():
         if gradient > largest:
-            step = math.log(gradient / largest)
-            rise += min(step, _LARGEST_STEP)
-            steps += step >= _SMALLEST_STEP
+            step = min(math.log(gradient / largest), _LARGEST_STEP)
+            rise += step
+            largest_step = max(largest_step, step)
         largest = gradient if largest == math.inf else max(largest, gradient)
-    return Profile(math.exp(rise), steps)
+    return Profile(math.exp(rise), rise / largest_step if rise else 0.0)
 
 
 def last_activation(layers: Sequence[Layer]) -> float:
-    """Return the estimate for the last layers; NaN if it is not known.
+    """Return the estimate for the last layer with a bias; NaN if it is not known.
 
-    The lower one of two, because errors of the last bias cancel if the loss compares outputs only
-    with each other.
+    If only rounding errors are left of its bias's gradient, because the loss compares outputs with
+    each other, that of the layer before it may be lower.
+    """
+    known = [layer for layer in layers if layer.activation >= 0][-2:]
+    if not known:
+        return math.nan
+    if known[-1].error > _LEAST_ERROR:
+        return known[-1].activation
+    return min(layer.activation for layer in known)
+
+
+def growth_of(layers: Sequence[Layer]) -> float:
+    """Return how much larger the input of the last layer is than that of the first.
+
+    NaN if it is not known.
     """
     known = [layer.activation for layer in layers if layer.activation >= 0]
-    return min(known[-2:], default=math.nan)
+    return last_activation(layers) / known[0] if len(known) > 1 else math.nan
+
+
+def growth_by_gains(layers: Sequence[Layer]) -> float:
+    """Return by how much weights let activations grow, compared with those of `kaiming_normal_`."""
+    gains = [layer.gain / math.sqrt(2) for layer in layers if not layer.part.is_lookup]
+    return math.exp(min(700.0, sum(math.log(gain) for gain in gains if gain > 1)))

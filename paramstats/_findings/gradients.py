@@ -14,22 +14,42 @@ import torch
 
 from paramstats._core.format import number, one_line_name
 from paramstats._findings.context import Context, nonfinite_elements
-from paramstats._findings.depth import Layer, last_activation, layers_of, profile_of
+from paramstats._findings.depth import (
+    Layer,
+    growth_by_gains,
+    growth_of,
+    last_activation,
+    layers_of,
+    profile_of,
+)
 from paramstats._findings.findings import Finding, FindingCode, Severity
+from paramstats._findings.structure import parts_of
 
 _LEAST_STEPS = 4
-"""A gradient vanishes or explodes over at least so many blocks, or it is a gate."""
+"""A gradient vanishes or explodes in at least so many steps from block to block, or it is a gate.
+"""
 
 _LARGE_GRADIENT = 10.0
 """Relative to its weight. Clipping handles it, so that it is a finding with other evidence only."""
 
-_UNUSUAL_INPUT = 1e3
-"""The rms of the model's input. Pixels up to 255 are below it."""
+_UNUSUAL_INPUT = 1e4
+"""The rms of the input of a model. Pixels up to 255, and features in thousands, are below it."""
+
+_EXPLAINED = 3.0
+"""Weights explain a growth of activations up to so many times the growth that their gains allow."""
+
+_ABSURD = 1e6
+"""An rms of activations that no targets need."""
 
 _SMALLEST_ACTIVATION = 1e-4
-_SMALL_GAIN = 0.04
-"""Common initializers give a gain of 0.1 to 1.4, and those of GPT-2's last layers of blocks 0.05.
-"""
+_SMALL_GAIN, _LARGE_GAIN = 0.03, 3.0
+"""Common initializers give a gain of 0.1 to 1.4, and that of GPT-2's residual layers 0.05."""
+
+_TOO_LARGE = (
+    "Activations grow from layer to layer, and gradients with them until activations overflow. "
+    "Initialize weights with a smaller std (torch.nn.init.kaiming_normal_ for ReLU), add "
+    "normalization, and clip gradients."
+)
 
 
 def nonfinite_gradients(context: Context) -> Iterator[Finding]:
@@ -70,13 +90,21 @@ def nonfinite_gradients(context: Context) -> Iterator[Finding]:
 
 
 def gradient_sizes(context: Context) -> Iterator[Finding]:
-    """Report gradients that vanish or explode along the depth, or are far from their weights."""
+    """Report gradients that vanish or explode along the depth, or are far from their weights.
+
+    Not if some contain NaN or infinities: the others say little then.
+    """
+    if any(entry.grad is not None and entry.grad.nonfinite_count for entry in context.entries):
+        return
+    yield from _overflown(context)
     layers = layers_of(context)
     if not layers:
         return
-    yield from _vanishing(context, layers)
-    yield from _exploding(context, layers)
-    yield from _ratios(context, layers)
+    found: list[Finding] = []
+    if max(layer.gain for layer in layers) < context.thresholds.largest_gain:
+        found += _vanishing(context, layers)  # otherwise a weight that is too large saturates it
+    found += _exploding(context, layers)
+    yield from found or _ratios(context, layers)
 
 
 def _vanishing(context: Context, layers: Sequence[Layer]) -> Iterator[Finding]:
@@ -84,12 +112,12 @@ def _vanishing(context: Context, layers: Sequence[Layer]) -> Iterator[Finding]:
     limit = context.thresholds.vanishing_gradient
     largest = max(layer.gradient for layer in layers)
     profile, activation = profile_of(layers), last_activation(layers)
-    tiny = [layer for layer in layers if layer.gain < _SMALL_GAIN and not layer.part.is_lookup]
     is_dead = activation < _SMALLEST_ACTIVATION
-    if not is_dead:  # a weight that starts at zero is small, too, but its gradient is not
-        tiny = [layer for layer in tiny if layer.gradient < limit * largest]
+    tiny = [layer for layer in layers if layer.gain < _SMALL_GAIN and not layer.part.is_lookup]
+    # A weight that starts at zero is small, too, but its gradient is not.
+    lost = [layer for layer in tiny if layer.gradient < limit * largest]
     code = FindingCode.VANISHING_GRADIENT
-    if len(tiny) >= (1 if is_dead else 2):
+    if tiny and (is_dead or len(lost) > 1):
         # Several weights are too small. Others may have small gradients because of them.
         advice = (
             "These weights are so small that activations and gradients shrink with every layer. "
@@ -123,11 +151,32 @@ def _vanishing(context: Context, layers: Sequence[Layer]) -> Iterator[Finding]:
         ratio = layer.gradient / largest
         if ratio < limit and not layer.part.is_tied:
             message = (
-                f"norm {number(layer.gradient)} times that of the weight, "
-                f"{number(ratio)} times the largest of all weights"
+                f"{_in_words(layer)}, {number(ratio)} times as large, compared with its weight, "
+                f"as the largest gradient"
             )
             name = layer.name
             yield Finding(Severity.WARNING, code, name, "grad", ratio, limit, message, advice)
+
+
+def _overflown(context: Context) -> Iterator[Finding]:
+    """Report weights that are too large, if their gradients are zero: activations overflow."""
+    gains = [
+        (entry.value.rms * part.root_fan_in, entry.name)
+        for part in parts_of(context.record.layout)
+        if (entry := context.entries[part.row]).grad is not None and not entry.grad.norm
+        if entry.value.norm > 0 and not part.is_lookup
+    ]
+    if len(gains) < _LEAST_STEPS:
+        return
+    mean = math.exp(sum(math.log(gain) for gain, _ in gains) / len(gains))
+    if mean > _LARGE_GAIN:
+        gain, name = max(gains)
+        message = (
+            f"{len(gains)} weights scale their input by {number(mean)} on average, and their "
+            f"gradients are zero; this one scales it by {number(gain)}"
+        )
+        code, severity = FindingCode.EXPLODING_GRADIENT, Severity.WARNING
+        yield Finding(severity, code, name, "param", mean, _LARGE_GAIN, message, _TOO_LARGE)
 
 
 def _exploding(context: Context, layers: Sequence[Layer]) -> Iterator[Finding]:
@@ -151,37 +200,55 @@ def _exploding(context: Context, layers: Sequence[Layer]) -> Iterator[Finding]:
         )
         yield Finding(severity, code, name, "grad", value, _UNUSUAL_INPUT, message, advice)
         return
-    activation = last_activation(layers)
-    if activation > limit:
+    activation, by_gains = last_activation(layers), growth_by_gains(layers)
+    is_known = activation >= 0
+    growth = growth_of(layers) if is_known else by_gains
+    growth = activation if math.isnan(growth) else growth
+    if is_known:
+        # Large targets also make activations grow, by more than the weights explain.
+        is_explained = _EXPLAINED * by_gains > growth or activation > _ABSURD
+        is_exploding = min(activation, growth) > limit and is_explained
+    else:
+        is_exploding = growth > limit and not _has_normalization(context)
+    if is_exploding:
         cause = max(
             (layer for layer in layers[:-1] if not layer.part.is_lookup),
             key=lambda layer: layer.gain,
             default=top,
         )
-        message = (
-            f"inputs of the last layers have an rms of about {number(activation)}; "
-            f"this weight scales its input by {number(cause.gain)}, {_in_words(cause)}"
+        if is_known:
+            value, message = activation, "the last layer's input has an rms of about "
+        else:
+            value, message = growth, "activations may grow, from the first to the last layer, by "
+        message += (
+            f"{number(value)}; this weight scales its input by {number(cause.gain)}; gradients "
+            f"are up to {number(top.gradient)} times their weights"
         )
-        advice = (
-            "Activations grow from layer to layer, and gradients with them. Initialize weights "
-            "with a smaller std (torch.nn.init.kaiming_normal_ for ReLU), add normalization, and "
-            "clip gradients."
-        )
-        yield Finding(severity, code, cause.name, "grad", activation, limit, message, advice)
+        yield Finding(severity, code, cause.name, "grad", value, limit, message, _TOO_LARGE)
         return
-    growth = profile_of(layers[::-1])
-    if growth.steps >= _LEAST_STEPS and growth.factor * context.thresholds.vanishing_gradient > 1:
-        message = f"{_in_words(top)}, {number(growth.factor)} times as large as in the last layers"
+    profile = profile_of(layers[::-1])
+    if profile.steps >= _LEAST_STEPS and profile.factor * context.thresholds.vanishing_gradient > 1:
+        message = f"{_in_words(top)}, {number(profile.factor)} times as large as in the last layers"
         advice = (
             "The gradient grows from layer to layer on its way back. Initialize weights with a "
             "smaller std, add normalization, and clip gradients."
         )
-        value, bound = growth.factor, 1 / context.thresholds.vanishing_gradient
+        value, bound = profile.factor, 1 / context.thresholds.vanishing_gradient
         yield Finding(severity, code, top.name, "grad", value, bound, message, advice)
 
 
+def _has_normalization(context: Context) -> bool:
+    """Return whether a parameter has one dimension, as in every normalization layer."""
+    return any(
+        entry.kind == "param" and entry.shape is not None and len(entry.shape) == 1
+        for entry in context.entries
+    )
+
+
 def _in_words(layer: Layer) -> str:
-    return f"gradient norm {number(layer.gradient)} times that of the weight"
+    """Return the relative gradient in words."""
+    of = "the weight" if layer.entry.value.norm >= layer.part.usual_norm else "a new weight"
+    return f"gradient norm {number(layer.gradient)} times that of {of}"
 
 
 def _ratios(context: Context, layers: Sequence[Layer]) -> Iterator[Finding]:
@@ -210,6 +277,4 @@ def _ratios(context: Context, layers: Sequence[Layer]) -> Iterator[Finding]:
             )
         else:
             continue
-        norm = layer.entry.grad.norm if layer.entry.grad is not None else math.nan
-        message = f"norm {number(norm)}, {number(ratio)} times the norm of the weight"
-        yield Finding(severity, code, layer.name, "grad", ratio, limit, message, advice)
+        yield Finding(severity, code, layer.name, "grad", ratio, limit, _in_words(layer), advice)

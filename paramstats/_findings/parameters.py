@@ -42,7 +42,9 @@ def nonfinite_parameters(context: Context) -> Iterator[Finding]:
         for entry in context.entries
         if (count := int(getattr(entry.value, _NONFINITE[entry.kind])))
     ]
-    is_new = context.has_trainable and not context.has_gradients and not _has_steps(context)
+    optimizer = context.record.optimizer
+    has_steps = optimizer is not None and len(optimizer.keys) > 0
+    is_new = context.has_trainable and not context.has_gradients and not has_steps
     for position, (entry, count) in enumerate(affected):
         advice = _NONFINITE_ADVICE[entry.kind]
         if is_new and entry.kind == "param":
@@ -51,11 +53,6 @@ def nonfinite_parameters(context: Context) -> Iterator[Finding]:
             advice = f"The first of {len(affected)} in model order. {advice}"
         code, message = FindingCode.NONFINITE_PARAMETER, nonfinite_elements(entry.value)
         yield Finding(Severity.ERROR, code, entry.name, entry.kind, count, 0, message, advice)
-
-
-def _has_steps(context: Context) -> bool:
-    """Return whether an optimizer has state of a parameter, as after its first step."""
-    return any(entry.state for entry in context.entries)
 
 
 def diverged_replicas(context: Context) -> Iterator[Finding]:

@@ -28,6 +28,20 @@ _DEAD_EXPERTS = 0.1
 _LEAST_UNITS = 16
 """A smaller layer is likely a head, of whose outputs a loss may use some only."""
 
+_ADVICE = {
+    (False, False): "These units are inactive for the whole batch, such as dead ReLUs. Some are "
+    "normal in a small batch. If most stay so, lower the learning rate, check their biases, or use "
+    "GELU or leaky ReLU.",
+    (False, True): "These units have been inactive since the first step, such as dead ReLUs. Check "
+    "the initialization of the weight and the bias, lower the learning rate, or use GELU or leaky "
+    "ReLU.",
+    (True, False): "These experts received no tokens in this batch. If they never do, balance the "
+    "router: add a load-balancing loss, or noise, or a bias for each expert.",
+    (True, True): "These experts have never received a token. Balance the router: add a "
+    "load-balancing loss, or noise, or a bias for each expert.",
+}
+"""What to do, by whether it is about experts, and whether they are dead for certain."""
+
 _MAX_ROWS = 8
 """Number of rows that a message lists."""
 
@@ -87,45 +101,37 @@ def _dead_units(context: Context, part: Part, entry: Entry, grad: Detail) -> Ite
     rows, n, limit = _zero(grad), entry.shape[0], context.thresholds.dead_units
     if not rows or part.is_lookup:
         return
-    share, what = len(rows) / n, "units"
+    share, what, momentum_of = len(rows) / n, "units", part.row
     is_stacked = len(entry.shape) == 3 and min(entry.shape[1:]) > 1 and part.units is None
     if is_stacked:
         what, limit = "experts", _DEAD_EXPERTS
     elif part.units is None or n < _LEAST_UNITS:
         return
     else:
-        units = context.entries[part.units].grad
+        momentum_of, units = part.units, context.entries[part.units].grad
         if units is None or units.zero_count < len(rows):
             return
     if not share > limit:
         return
-    never = _share_without_momentum(entry)
-    severity = Severity.WARNING if never > limit else Severity.INFO
+    never = _share_without_momentum(context, momentum_of)
+    is_dead = never > limit
     message = _in_words(rows, n, f"of the gradient zero: these {what} do not learn")
-    if is_stacked:
-        advice = (
-            "These experts received no tokens in this batch. If they never do, balance the router: "
-            "add a load-balancing loss, or noise, or a bias for each expert."
-        )
-    else:
-        advice = (
-            "These units are inactive for the whole batch, such as dead ReLUs. Some are normal in "
-            "a small batch. If most stay so, lower the learning rate, check their biases, or use "
-            "GELU or leaky ReLU."
-        )
-    if severity == Severity.WARNING:
+    if is_dead:
         message += f"; {100 * never:.4g}% never had a gradient"
+    advice = _ADVICE[is_stacked, is_dead]
+    severity = Severity.WARNING if is_dead else Severity.INFO
     code = FindingCode.DEAD_UNITS
     yield Finding(severity, code, entry.name, "grad", share, limit, message, advice)
 
 
-def _share_without_momentum(entry: Entry) -> float:
+def _share_without_momentum(context: Context, row: int) -> float:
     """Return the share of elements whose momentum is zero after many steps; 0 if not known."""
-    step = entry.state.get("step")
-    if step is None or not step.mean >= _STEPS:
+    optimizer = context.record.optimizer
+    columns = [optimizer.column(key) for key in ("step", "exp_avg")] if optimizer else []
+    if optimizer is None or None in columns:
         return 0.0
-    momentum = entry.state.get("exp_avg")
-    return 0.0 if momentum is None or momentum.count == 0 else momentum.zero_fraction
+    step, momentum = (optimizer.state(column, row) for column in columns if column is not None)
+    return momentum.zeros / momentum.count if step.mean >= _STEPS and momentum.count > 0 else 0.0
 
 
 def _equal_rows(context: Context, entry: Entry, value: Detail) -> Iterator[Finding]:
@@ -141,7 +147,8 @@ def _equal_rows(context: Context, entry: Entry, value: Detail) -> Iterator[Findi
     is_frozen = context.has_trainable and not entry.requires_grad
     severity = Severity.INFO if is_frozen else Severity.WARNING
     code = FindingCode.EQUAL_ROWS
-    message = _in_words(rows, entry.shape[0], f"equal to another one, in {len(groups)} groups")
+    what = "each other" if len(groups) == 1 else f"another one, in {len(groups)} groups"
+    message = _in_words(rows, entry.shape[0], f"equal to {what}")
     advice = (
         "Units with equal weights compute the same, and get equal gradients if the next layer "
         "treats them equally. Initialize every row with other random numbers, and check what "
@@ -177,8 +184,8 @@ def _distribution(
     scale = FORMATS[name].saturated / largest
     _, n, _ = below(distribution, largest, FORMATS[name].flushed / scale, True)
     share = n / max(1, distribution.n)
-    if share > limits.float8_underflow:
-        code, limit = FindingCode.LOW_PRECISION, limits.float8_underflow
+    if share > limits.low_precision:
+        code, limit = FindingCode.LOW_PRECISION, limits.low_precision
         message = f"{100 * share:.3g}% of the elements would become 0 in {name}"
         advice = (
             "That is with one scale for the tensor, that of its largest element. Use a scale for "

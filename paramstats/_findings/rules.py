@@ -46,6 +46,8 @@ def find(record: Record, thresholds: Thresholds, every: Sequence[Entry] | None =
 
     `every` holds the entries of the record, if the caller has decoded them already.
     """
-    context = make_context(record, thresholds, entries(record) if every is None else every)
+    if every is None:
+        every = entries(record, with_state=False)
+    context = make_context(record, thresholds, every)
     found = [finding for rule in _RULES for finding in rule(context)]
     return Findings(sorted(found, key=lambda finding: -finding.severity))
