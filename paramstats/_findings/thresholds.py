@@ -89,9 +89,10 @@ class Thresholds:
         gradient_collapse: over time: report a gradient whose norm falls below this fraction of the
             median of its latest entries, compared with other gradients.
 
-    "Healthy" is the most extreme value in about 120 trainings
-    of perceptrons, convolutional, recurrent and residual networks, language and vision
-    transformers; see docs/findings.md, also for the thresholds that need `optimizer=...`.
+    Rules look at a single summary, those over time at the entries of a history. "Healthy" is the
+    most extreme value in about 120 trainings of perceptrons, convolutional, recurrent and residual
+    networks, language and vision transformers; see docs/findings.md, also for the thresholds that
+    need `optimizer=...`.
     """
 
     exploding_activation: float = 30.0

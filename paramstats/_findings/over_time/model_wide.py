@@ -11,7 +11,8 @@ from torch import Tensor
 from paramstats._core.format import number
 from paramstats._findings.findings import Finding, FindingCode, Severity
 from paramstats._findings.over_time.conditions import SINCE, Rule
-from paramstats._findings.over_time.signals import SMALL_GRADIENT, Now
+from paramstats._findings.over_time.entry import Now
+from paramstats._findings.over_time.signals import SMALL_GRADIENT
 from paramstats._findings.over_time.tracks import NAN, STAT, N
 
 _MAX_STEPS = 200

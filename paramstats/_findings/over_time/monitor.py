@@ -12,6 +12,7 @@ from paramstats._core.torch_private import without_modes
 from paramstats._findings.findings import Finding, Findings, Severity
 from paramstats._findings.over_time import signals
 from paramstats._findings.over_time.conditions import ACTIVE, RUN, advance, make_limits
+from paramstats._findings.over_time.entry import Now
 from paramstats._findings.over_time.model_wide import (
     WHOLE_RULES,
     Whole,
@@ -21,7 +22,7 @@ from paramstats._findings.over_time.model_wide import (
 )
 from paramstats._findings.over_time.nonfinite import Nonfinite
 from paramstats._findings.over_time.persistent import Persistent
-from paramstats._findings.over_time.signals import RULES, Condition, Now
+from paramstats._findings.over_time.signals import RULES, Condition
 from paramstats._findings.over_time.texts import TEXTS, make_finding
 from paramstats._findings.over_time.tracks import WINDOW, State, full, statistics, update_norms
 from paramstats._findings.thresholds import Thresholds

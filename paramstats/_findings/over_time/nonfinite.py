@@ -9,7 +9,7 @@ from torch import Tensor
 
 from paramstats._core.format import number
 from paramstats._findings.findings import Finding, FindingCode, Severity, Source
-from paramstats._findings.over_time.signals import Now
+from paramstats._findings.over_time.entry import Now
 from paramstats._findings.over_time.tracks import STAT
 
 _MAX_SKIPPED = 4, 40

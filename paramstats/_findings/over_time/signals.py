@@ -7,27 +7,17 @@ from __future__ import annotations
 
 import enum
 import math
-from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from paramstats._findings.over_time.conditions import ACTIVE, RUN, Rule
-from paramstats._findings.over_time.tracks import NAN, STAT, WINDOW, Plan, Rows
+from paramstats._findings.over_time.entry import AWAY, Now
+from paramstats._findings.over_time.tracks import NAN, STAT, WINDOW
 from paramstats._findings.thresholds import Thresholds
 
-_NORM, _MIN, _MAX = STAT["norm"], STAT["min"], STAT["max"]
-_MEAN, _STD = STAT["mean"], STAT["std"]
-_ZEROS, _NONFINITE = STAT["zero_fraction"], STAT["nonfinite_count"]
-_COMPARED = slice(_NORM, _ZEROS)
-"""The columns that are compared, with the mean. The std of a single element is NaN."""
-
-_MIN_SAMPLES = 4
-"""Entries before an entry is compared with their median."""
-
-_AWAY = math.log(3)
-"""A gradient leaves its past if its norm is more than this factor outside of the window."""
+_NORM, _ZEROS, _NONFINITE = STAT["norm"], STAT["zero_fraction"], STAT["nonfinite_count"]
 
 _MIN_SPREAD = 0.1
 """Added to the spread of log norms: a constant gradient that changes by 10 % is no spike."""
@@ -78,117 +68,6 @@ RULES = {
     Condition.LOST: Rule(4, 10, 1),
     Condition.SMALL: Rule(4, 10, 1),
 }
-
-
-class Now:
-    """An entry, compared with the state before it; one row per parameter.
-
-    Args:
-        step: the number of the step.
-        plan: of the entry's layout.
-        rows: the state.
-        value: the statistics of the parameters; NaN where they were not read.
-        grad: the statistics of the gradients; NaN where there are none.
-        correction: that of the standard deviations.
-        updates: the norms of the last updates; NaN where they are not known.
-    """
-
-    def __init__(
-        self,
-        step: int,
-        plan: Plan,
-        rows: Rows,
-        value: Tensor,
-        grad: Tensor,
-        correction: float,
-        updates: Tensor | None = None,
-    ) -> None:
-        self.step = float(step)
-        self.plan = plan
-        self.rows = rows
-        self.value = value
-        self.grad = grad
-        self.norm = value[:, _NORM]
-        self.grad_norm = grad[:, _NORM]
-        self.log_grad = self.grad_norm.log()
-        """NaN without a gradient, -inf for one of zeros."""
-        self.is_finite = self.log_grad.abs() < math.inf
-        self.has_grad = grad[:, 0] >= 0  # the count is known, also of a gradient with NaN
-        self.steps = self.step - rows.numbers["last_step"]
-        """The steps since the previous entry of the parameter; NaN without one."""
-        self.trained = plan.trainable & self.has_grad
-        self.update = None  # as a fraction of the parameter's norm or that of a new one
-        if updates is not None:
-            self.update = updates / torch.maximum(self.norm, plan.usual_norm)
-        self._correction = correction
-
-    @cached_property
-    def change(self) -> Tensor:
-        """A lower bound of the norm of the change since the previous entry, per step.
-
-        As a fraction of the larger one of the norm in the previous entry and that of a new weight.
-        NaN if it is not known. Its mean and its deviations from the mean are orthogonal.
-        """
-        before = self.rows.value
-        moved = self.value[:, _MEAN : _STD + 1] - before[:, _MEAN : _STD + 1]
-        root = (self.value[:, 0] - self._correction).clamp(min=0).sqrt()
-        scale = torch.maximum(before[:, _NORM], self.plan.usual_norm) * self.steps
-        return torch.hypot(moved[:, 0], moved[:, 1]) * root / scale
-
-    @cached_property
-    def same(self) -> Tensor:
-        """Whether all statistics of the parameter are those of the previous entry."""
-        return _equal(self.value, self.rows.value)
-
-    @cached_property
-    def new_grad(self) -> Tensor:
-        """Whether a statistic of the gradient is not that of the previous entry."""
-        return ~_equal(self.grad, self.rows.grad)
-
-    @cached_property
-    def relative_grad(self) -> Tensor:
-        """The norm of the gradient / the larger one of that of the parameter and of a new one."""
-        return self.grad_norm / torch.maximum(self.norm, self.plan.usual_norm)
-
-    @cached_property
-    def stays(self) -> Tensor:
-        """Whether the smallest and the largest element are those of the previous entry.
-
-        [parameters, 2]; only of weights, and not in low precision, where equal numbers are common.
-        """
-        old = self.rows.value[:, _MIN : _MAX + 1]
-        return (self.value[:, _MIN : _MAX + 1] == old) & self.plan.precise_weights[:, None]
-
-    @cached_property
-    def clamped(self) -> Tensor:
-        """Whether the largest or smallest element stays at a bound while others change.
-
-        An element that is never updated, such as that of a token that does not occur, may be the
-        largest one, too. A bound is recognized if it is a number of up to three digits, or if the
-        smallest and the largest elements are opposite.
-        """
-        value = self.value[:, _MIN : _MAX + 1]
-        is_bound = (self.stays & _is_short(value)).any(1)
-        is_bound |= self.stays.all(1) & (value[:, 0] == -value[:, 1])
-        return is_bound & (value[:, 1] > value[:, 0]) & ~self.same
-
-    @cached_property
-    def oldest(self) -> Tensor:
-        """The norms of the parameters in the first entry of the window, and its step."""
-        at = (self.rows.numbers["entries"] % WINDOW).to(torch.int64)
-        return self.rows.norms.gather(2, at[:, None, None].expand(-1, 2, 1))[:, :, 0]
-
-    @cached_property
-    def was_away(self) -> Tensor:
-        """Whether the gradient has left its past before this entry."""
-        return self.rows.numbers["onset"] > -math.inf
-
-    @cached_property
-    def outside(self) -> Tensor:
-        """Whether the gradient is outside of its window of latest entries."""
-        past, x = self.rows.grads, self.log_grad
-        outside = (x > past.amax(1) + _AWAY) | (x < past.amin(1) - _AWAY)
-        return outside & (self.rows.numbers["samples"] >= _MIN_SAMPLES) & self.is_finite
 
 
 class Screen(NamedTuple):
@@ -257,7 +136,7 @@ def come_back(now: Now) -> None:
     """Forget that a gradient left its past where it has returned or has an ordinary new level."""
     numbers, x = now.rows.numbers, now.log_grad
     active = now.rows.conditions[:, Condition.SPIKE : Condition.COLLAPSE + 1, ACTIVE].amax(1) > 0
-    returned = (x - numbers["past"]).abs() < _AWAY
+    returned = (x - numbers["past"]).abs() < AWAY
     back = ~active & (returned | (numbers["away"] >= _MAX_AWAY))
     numbers["onset"] = torch.where(back, NAN, numbers["onset"])
 
@@ -373,17 +252,6 @@ def needed_entries(now: Now) -> Tensor:
     before = numbers["entries"] - run[:, Condition.LOST]
     needed[:, Condition.LOST] = _surprising(numbers["with_grad"], before)
     return needed
-
-
-def _equal(a: Tensor, b: Tensor) -> Tensor:
-    """Return which rows of statistics are those of equal elements, as far as statistics can say."""
-    return (a[:, _COMPARED] == b[:, _COMPARED]).all(1) & (a[:, _MEAN] == b[:, _MEAN])
-
-
-def _is_short(x: Tensor) -> Tensor:
-    """Return whether x, rounded to float32, is a decimal number of at most three digits."""
-    unit = 10.0 ** (x.abs().log10().floor() - 2)
-    return ((x / unit).round() * unit - x).abs() <= 6e-8 * x.abs()
 
 
 def _robust(past: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:

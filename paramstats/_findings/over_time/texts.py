@@ -9,7 +9,8 @@ from typing import NamedTuple
 from paramstats._core.format import number
 from paramstats._findings.findings import Finding, FindingCode, Severity, Source
 from paramstats._findings.over_time.conditions import RUN, SINCE
-from paramstats._findings.over_time.signals import Condition, Now
+from paramstats._findings.over_time.entry import Now
+from paramstats._findings.over_time.signals import Condition
 from paramstats._findings.over_time.tracks import STAT
 from paramstats._findings.thresholds import Thresholds
 
