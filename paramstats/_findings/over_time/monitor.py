@@ -114,10 +114,12 @@ class Monitor:
             self._whole_model(now, out)
         if seen.nonfinite or self._nonfinite.is_active:
             after_step, is_scaled = optimizer is not None, record.grad_scale != 1
-            self._replace("nonfinite", self._nonfinite.add(now, after_step, is_scaled), step, out)
+            self._set_active(
+                "nonfinite", self._nonfinite.add(now, after_step, is_scaled), step, out
+            )
         if seen.away:
             moved = moved or bool((rows.numbers["onset"] == now.step).any())
-        self._replace("summary", self._persistent.add(step, record, moved), step, out)
+        self._set_active("summary", self._persistent.add(step, record, moved), step, out)
         if seen.away:
             signals.come_back(now)
         signals.remember(now, limits)
@@ -216,7 +218,7 @@ class Monitor:
             self._ended.append(dataclasses.replace(finding, end=step))
             out.append(self._ended[-1])
 
-    def _replace(self, of: str, found: list[Finding], step: int, out: list[Finding]) -> None:
+    def _set_active(self, of: str, found: list[Finding], step: int, out: list[Finding]) -> None:
         """Begin and end findings so that `found` are the active ones."""
         if not found and not any(key[0] == of for key in self._active):
             return
