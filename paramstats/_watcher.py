@@ -209,7 +209,8 @@ class Watcher:
             return
         if self._history is not None:
             self._history.append(step, summary)
-        self._checks.warn_without_gradients(step, summary)
+        if self._hooks is None:  # an optimizer may clear gradients in its step
+            self._checks.warn_without_gradients(step, summary)
         if self._log is not None or self._checks.need_statistics:
             unlogged, self._unlogged = self._unlogged, (step, summary)  # kept if logging raises
             self._send(unlogged)

@@ -61,6 +61,11 @@ def nonfinite_gradients(context: Context) -> Iterator[Finding]:
     severity = Severity.ERROR
     if any(entry.kind == "param" and entry.value.nonfinite_count for entry in context.entries):
         advice = "Parameters contain NaN/Inf, which spreads to gradients. Fix the parameters first."
+        if context.record.optimizer is not None:
+            advice = (
+                "The optimizer has used these gradients, so parameters may be NaN/Inf because of "
+                "them. Check the batch and the loss of the first such step."
+            )
     elif context.record.grad_scale != 1:
         severity = Severity.INFO
         advice = (
@@ -70,7 +75,8 @@ def nonfinite_gradients(context: Context) -> Iterator[Finding]:
     elif len(affected) == len(gradients):
         advice = (
             "All gradients contain NaN/Inf, so it comes from the loss or the data. Check the batch "
-            "and the computation of the loss."
+            "and the computation of the loss. If a GradScaler is used, which skips such steps, "
+            "pass it as grad_scale."
         )
     else:
         advice = (
@@ -117,7 +123,8 @@ def _vanishing(context: Context, layers: Sequence[Layer]) -> Iterator[Finding]:
     # A weight that starts at zero is small, too, but its gradient is not.
     lost = [layer for layer in tiny if layer.gradient < limit * largest]
     code = FindingCode.VANISHING_GRADIENT
-    if tiny and (is_dead or len(lost) > 1):
+    n = sum(not layer.part.is_lookup for layer in layers)
+    if tiny and (is_dead or (len(lost) > 1 and 2 * len(tiny) > n)):
         # Several weights are too small. Others may have small gradients because of them.
         advice = (
             "These weights are so small that activations and gradients shrink with every layer. "

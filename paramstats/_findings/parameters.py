@@ -105,7 +105,8 @@ def weight_values(context: Context) -> Iterator[Finding]:
                     "The weight is zero but gets a gradient (e.g. LoRA B). It becomes non-zero "
                     "after the first step; earlier layers get no gradient until then."
                 )
-            if is_zero_with_gradient(entry) or is_frozen or is_new or is_additive(entry):
+            is_gate = is_zero_with_gradient(entry) or context.has_zero_gates
+            if is_gate or is_frozen or is_new or is_additive(entry):
                 severity = Severity.INFO
         elif value.std == 0 and value.count > 1:
             code, number_found, limit = FindingCode.CONSTANT_WEIGHT, 0.0, 0.0

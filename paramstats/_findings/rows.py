@@ -42,6 +42,9 @@ _ADVICE = {
 }
 """What to do, by whether it is about experts, and whether they are dead for certain."""
 
+_CONVERGED = 1e-8
+"""A gradient below this fraction of its weight may be zero because of rounding."""
+
 _MAX_ROWS = 8
 """Number of rows that a message lists."""
 
@@ -99,7 +102,9 @@ def _dead_units(context: Context, part: Part, entry: Entry, grad: Detail) -> Ite
     """
     assert entry.shape is not None  # as of every weight
     rows, n, limit = _zero(grad), entry.shape[0], context.thresholds.dead_units
-    if not rows or part.is_lookup:
+    if not rows or part.is_lookup or entry.grad is None:
+        return
+    if entry.grad.norm < _CONVERGED * entry.value.norm:
         return
     share, what, momentum_of = len(rows) / n, "units", part.row
     is_stacked = len(entry.shape) == 3 and min(entry.shape[1:]) > 1 and part.units is None
@@ -145,7 +150,9 @@ def _equal_rows(context: Context, entry: Entry, value: Detail) -> Iterator[Findi
     if not share > limit:
         return
     is_frozen = context.has_trainable and not entry.requires_grad
-    severity = Severity.INFO if is_frozen else Severity.WARNING
+    # Other parameters, such as the decay rates of state-space models, may be equal by design.
+    is_weight = "weight" in entry.name.rpartition(".")[2]
+    severity = Severity.WARNING if is_weight and not is_frozen else Severity.INFO
     code = FindingCode.EQUAL_ROWS
     what = "each other" if len(groups) == 1 else f"another one, in {len(groups)} groups"
     message = _in_words(rows, entry.shape[0], f"equal to {what}")

@@ -26,6 +26,10 @@ _SMALL_STEP = 0.1
 """Adam's steps are not large, whatever a new weight is, if they are this fraction of the weight."""
 
 
+_REPLACED = 0.5
+"""A step replaces the weight if its norm is this fraction of that of the new weight."""
+
+
 def forgotten_parameters(context: Context) -> Iterator[Finding]:
     """Report parameters with a gradient that no optimizer has, if optimizers have others."""
     optimizer = context.record.optimizer
@@ -55,14 +59,17 @@ def large_updates(context: Context) -> Iterator[Finding]:
 
     A weight that starts at zero is as large as its first update, so the weight alone is no measure.
     Later, a weight has grown with its updates. Adam moves an element by up to the learning rate, so
-    that is compared as well.
+    that is compared as well. Its steps keep their size, while those of other optimizers shrink with
+    the gradient: there, a large step of a single weight is no warning, unless it replaces it.
     """
     limit = context.thresholds.largest_update_ratio
     code = FindingCode.LARGE_UPDATE
     advice = "A step replaces a large part of the weight. Lower the learning rate."
     usual = " A usual learning rate of AdamW is 1e-3 for small models and 1e-4 for large ones."
+    found, n = [], 0
     for step in _steps(context):
         assert step.entry.shape is not None  # as is_weight says
+        n += 1
         weight, norm, new_norm = step.entry.value, step.update.norm, usual_norm(step.entry.shape)
         if not weight.norm < math.inf or "history_size" in step.hyperparameters:
             continue  # LBFGS makes several steps in one
@@ -73,25 +80,33 @@ def large_updates(context: Context) -> Iterator[Finding]:
             ratio = step.lr / (new_norm / math.sqrt(weight.count))
             message = f"lr {number(step.lr)}, {number(ratio)} times the std of a new weight"
         if ratio > limit:
-            name = step.entry.name
-            text = advice + usual * step.is_adam()
-            yield Finding(Severity.WARNING, code, name, "update", ratio, limit, message, text)
+            found.append((step, ratio, message))
+    is_global = 3 * len(found) >= n
+    for step, ratio, message in found:
+        is_adam = step.is_adam()
+        is_warning = is_adam or is_global or ratio > _REPLACED
+        severity = Severity.WARNING if is_warning else Severity.INFO
+        text, name = advice + usual * is_adam, step.entry.name
+        yield Finding(severity, code, name, "update", ratio, limit, message, text)
 
 
 def lost_updates(context: Context) -> Iterator[Finding]:
     """Report weights most of whose elements have a gradient and do not change.
 
-    It is a warning if most elements of all weights are lost. A single weight may have converged.
+    It is a warning if most elements of all weights are lost. A single weight may have converged. In
+    float32, it is one if no weight keeps its updates: layers behind a tiny gate have small ones.
     """
     limit = context.thresholds.lost_updates
     lost = [(step, share) for step in _steps(context) if (share := _lost(step)) is not None]
     total = sum(_with_gradient(step) for step, _ in lost)
     is_most = sum(share * _with_gradient(step) for step, share in lost) > limit * total
+    is_every = all(share > limit for _, share in lost)
     for step, share in lost:
         if not share > limit:
             continue
-        severity = Severity.WARNING if is_most else Severity.INFO
-        if torch.finfo(step.entry.dtype).bits >= 32:
+        is_precise = torch.finfo(step.entry.dtype).bits >= 32
+        severity = Severity.WARNING if (is_every if is_precise else is_most) else Severity.INFO
+        if is_precise:
             advice = (
                 "The updates are so small that rounding removes them. Raise the learning rate, use "
                 "Adam, which rescales small gradients, or check why the gradients are so small."

@@ -16,6 +16,9 @@ _MEAN, _STD, _ZEROS = STAT["mean"], STAT["std"], STAT["zero_fraction"]
 _COMPARED = slice(_NORM, _ZEROS)
 """The columns that are compared, with the mean. The std of a single element is NaN."""
 
+_MASKED = 0.4
+"""The share of a gradient's elements that are zero, from which on elements may be masked."""
+
 _MIN_SAMPLES = 4
 """Entries before an entry is compared with their median."""
 
@@ -108,12 +111,13 @@ class Now:
 
         An element that is never updated, such as that of a token that does not occur, may be the
         largest one, too. A bound is recognized if it is a number of up to three digits, or if the
-        smallest and the largest elements are opposite.
+        smallest and the largest elements are opposite. Elements that are masked have no gradient.
         """
         value = self.value[:, _MIN : _MAX + 1]
         is_bound = (self.stays & _is_short(value)).any(1)
         is_bound |= self.stays.all(1) & (value[:, 0] == -value[:, 1])
-        return is_bound & (value[:, 1] > value[:, 0]) & ~self.same
+        is_masked = self.grad[:, STAT["zero_fraction"]] > _MASKED
+        return is_bound & (value[:, 1] > value[:, 0]) & ~self.same & ~is_masked
 
     @cached_property
     def oldest(self) -> Tensor:

@@ -84,10 +84,12 @@ def whole_conditions(
     masks += [trained & plan.weights]
     counts = torch.stack(masks).sum(1).tolist()
     trainable, grads, changes, comparable, trained_changes, new_grads, weights = counts
+    # Without changes, gradients of several backward passes are added on purpose.
+    accumulates = bool(comparable) and _accumulated(now, trained, now.step - first_step)
     yes = [
         bool(trainable and not grads and (changes or reads_gradients)),
-        not trained_changes and 2 * new_grads > comparable,
-        bool(comparable) and _accumulated(now, trained, now.step - first_step),
+        not trained_changes and 2 * new_grads > comparable and not accumulates,
+        accumulates and 2 * trained_changes > comparable,
         bool(weights) and _shrinking(now, trained & plan.weights),
         bool(weights and trained_changes) and _loses_updates(now, trained),
     ]
@@ -120,7 +122,7 @@ def _accumulated(now: Now, trained: Tensor, steps: float) -> bool:
     slope, start, error = (x[use] for x in line(now))
     if not len(slope):
         return False
-    grows = float((slope > 0.35).to(torch.float64).mean()) >= 0.98
+    grows = float((slope > 0.35).to(torch.float64).mean()) >= 0.9
     return bool(
         grows
         and slope[int(start.argmax())] > 0.45

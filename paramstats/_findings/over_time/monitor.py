@@ -9,7 +9,7 @@ import torch
 
 from paramstats._core.record import Record
 from paramstats._core.torch_private import without_modes
-from paramstats._findings.findings import Finding, Findings, Severity
+from paramstats._findings.findings import Finding, FindingCode, Findings, Severity
 from paramstats._findings.over_time import signals
 from paramstats._findings.over_time.conditions import ACTIVE, RUN, advance, make_limits
 from paramstats._findings.over_time.entry import Now
@@ -243,7 +243,8 @@ def _order(finding: Finding) -> tuple[float, ...]:
     step = finding.step or 0
     value = finding.value if finding.value == finding.value else 0.0
     ratio = max(value, 1 / value) if value > 0 else 0.0
-    return -finding.severity, step, finding.source != "param", -ratio
+    is_consequence = finding.code is not FindingCode.NONFINITE_GRADIENT
+    return -finding.severity, step, is_consequence, finding.source != "param", -ratio
 
 
 def _count(found: list[Finding], now: Now) -> str:

@@ -60,6 +60,9 @@ class Nonfinite:
         self._scaled = scaled
         if bool(values.any()):
             self._is_error |= self._run > 0
+            is_first = self._parameter is self._gradient is None and _has_past(now)
+            if is_first and after_step and bool(grads.any()):  # the optimizer has used them
+                self._gradient, self._is_error = _in_gradients(now, grads), True
             if self._parameter is None:
                 self._parameter = _in_parameters(now, values, self._gradient is None)
         elif bool(grads.any()):
@@ -95,6 +98,11 @@ class Nonfinite:
                         gradient, severity=Severity.INFO, advice=_SKIPPED
                     )
         return found if self._parameter is None else [*found, self._parameter]
+
+
+def _has_past(now: Now) -> bool:
+    """Return whether there was an entry before, in which parameters were finite."""
+    return bool((now.rows.numbers["last_step"] > -math.inf).any())
 
 
 def _in_gradients(now: Now, affected: Tensor) -> Finding:

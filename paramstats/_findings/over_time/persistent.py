@@ -72,7 +72,8 @@ class Persistent:
         self._runs.append({_key(finding): finding for finding in every})
         self._active = self._lasting(_NEEDED)
         for finding in every:
-            if finding.severity is Severity.ERROR:
+            is_first = finding.code is FindingCode.CONSTANT_WEIGHT and len(self._runs) == 1
+            if finding.severity >= (Severity.WARNING if is_first else Severity.ERROR):
                 self._active.setdefault(_key(finding), finding)
         self._active.update((_key(one), one) for one in self._never_alive(step, record, every))
 

@@ -41,6 +41,11 @@ _MAX_AWAY = WINDOW // 2
 """Entries after which a level that is not remarkable is accepted as the new normal."""
 
 
+_REPLACED = 0.5
+"""A weight that changes by this fraction of its norm in a step is remarkable, even if no other is.
+"""
+
+
 class Condition(enum.IntEnum):
     """A condition of one parameter; the position of its column in `State.conditions`."""
 
@@ -207,6 +212,9 @@ def conditions(now: Now, limits: Thresholds) -> tuple[Tensor, Tensor]:
 
     trained_before = weights & (trained | (rows.grad[:, 0] >= 0))
     large = trained_before & (now.change > limits.largest_change)
+    if bool(large.any()):  # a learning rate that is too high is so for many weights
+        known = trained_before & (now.change == now.change)
+        large &= (now.change > _REPLACED) | (3 * large.sum() >= known.sum())
     grown = weights & (norm > numbers["upper"])
     shrunk = weights & (norm < numbers["lower"])
     if bool(shrunk.any()):
@@ -246,7 +254,7 @@ def needed_entries(now: Now) -> Tensor:
     """Return how many entries each condition must last, if that depends on the past."""
     numbers, run = now.rows.numbers, now.rows.conditions[:, :, RUN]
     needed = torch.zeros_like(run)
-    needed[:, Condition.LARGE] = torch.where(now.change > 1, 1.0, 2.0)
+    needed[:, Condition.LARGE] = torch.where(now.change > 1, 1.0, 3.0)
     before = numbers["with_grad"] - run[:, Condition.ZERO]
     needed[:, Condition.ZERO] = _surprising(numbers["not_zero"], before)
     before = numbers["entries"] - run[:, Condition.LOST]
