@@ -10,6 +10,7 @@ import torch
 pytest.importorskip("sklearn", reason="scikit-learn is not installed")
 pytest.importorskip("transformers", reason="transformers is not installed")
 
+import paramstats
 from tests.clinic.__main__ import cases, report
 from tests.clinic.judge import judge
 from tests.clinic.runner import record, replay
@@ -25,6 +26,10 @@ SICK = (
     "hidden and last layer zero",
     "NaN in the loss at step 20",
     "root of zero in a convolution",
+    "12 sigmoid layers",
+    "init std 1e-3",
+    "zero_grad forgotten transformer",
+    "one layer clamped lstm",
 )
 HEALTHY = (
     "mlp sgd momentum",
@@ -39,6 +44,13 @@ HEALTHY = (
     "lora mlp",
     "actor-critic",
     "sharpness-aware",
+    "convnext",
+    "beit",
+    "cait layer scale 1e-5",
+    "transformer sum loss",
+    "transformer stochastic depth",
+    "amp float16 searches its scale",
+    "byol target network",
 )
 
 
@@ -71,6 +83,11 @@ def test_the_clinic_is_large_and_has_all_kinds_in_both_halves():
         assert len(sick) >= 40 and len(of_half) - len(sick) >= 60
     names = [{c.codes for c in CASES.values() if c.half == half} for half in ("set", "judged")]
     assert names[0] == names[1]
+
+
+def test_the_codes_exist():
+    codes = {code for case in CASES.values() for code in case.codes}
+    assert codes <= set(paramstats.FindingCode.__members__)
 
 
 def test_a_recording_gives_the_same_verdict(tmp_path):

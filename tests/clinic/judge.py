@@ -8,14 +8,10 @@ from dataclasses import dataclass
 
 import paramstats
 from paramstats import Finding, Severity, Thresholds
+from paramstats._findings.over_time import Monitor
 from paramstats._summary import record_of
 from tests.clinic.runner import Recording
 from tests.clinic.training import Case
-
-try:
-    from paramstats._findings.over_time import Monitor
-except ImportError:  # this version has no findings over time
-    Monitor = None
 
 WITHIN = 50
 """Steps after the onset within which a disease must be named."""
@@ -77,7 +73,7 @@ def _views(recording: Recording) -> dict[str, list[tuple[int, Finding]]]:
     for kind, history in recording.histories.items():
         entries = list(history)
         views[kind] = [(step, f) for step, summary in entries for f in summary.findings()]
-        if kind != "health" and Monitor is not None:
+        if kind != "health":
             views["history" if kind == "summary" else "watch history"] = list(_told(entries))
     return views
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from paramstats._core.format import number
 from paramstats._findings.findings import Finding, FindingCode, Severity
-from paramstats._findings.over_time.conditions import SINCE, Rule
+from paramstats._findings.over_time.conditions import RUN, SINCE, Rule
 from paramstats._findings.over_time.entry import Now
 from paramstats._findings.over_time.signals import SMALL_GRADIENT
 from paramstats._findings.over_time.tracks import NAN, STAT, N
@@ -185,6 +185,9 @@ def make_whole_finding(condition: Whole, now: Now, state: Tensor, reads_gradient
             "than this model (created before the model was moved or wrapped), or a gradient scaler "
             "skips all steps."
         )
+        if float(now.rows.numbers["entries"].amax()) > float(state[RUN]) + 1:
+            severity = Severity.INFO
+            advice = f"With gradient accumulation, this is expected. Otherwise: {advice}"
     elif condition is Whole.ACCUMULATED:
         slope, start, _ = line(now)
         use = now.plan.trainable & now.has_grad & (now.rows.sums[:, N] >= 5)
