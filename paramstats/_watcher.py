@@ -256,6 +256,7 @@ class Watcher:
 
     def _send(self, unlogged: tuple[int, Summary] | None) -> None:
         if unlogged is None:
+            self._checks.report()  # what is left after an error
             return
         step, summary = unlogged
         self._checks.add(step, summary)

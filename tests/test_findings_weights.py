@@ -212,3 +212,10 @@ def test_elements_that_become_zero_in_float8(backend, scale):
     w.grad = torch.randn(64, 64) * 1e-9
     codes = {f.code for f in summarize({"w": w}, **options).findings()}
     assert FindingCode.LOW_PRECISION not in codes, "small, but a scale helps"
+
+
+def test_infinity_with_a_distribution_is_named():
+    weight = torch.randn(16, 16)
+    weight[3, 4] = math.inf
+    (finding,) = summarize({"weight": weight}, distribution=True).findings()
+    assert finding.code == FindingCode.NONFINITE_PARAMETER

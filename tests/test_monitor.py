@@ -125,3 +125,41 @@ def test_an_empty_history_has_no_findings():
     history.append(0, paramstats.summarize({}))
     history.append(1, paramstats.summarize({"w": torch.ones(0)}))
     assert history.findings() == ()
+
+
+def test_freezing_a_parameter_ends_its_findings():
+    """A parameter that never changes, until it is frozen as the advice says."""
+    model, history = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), History()
+    for step in range(40):
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        with torch.no_grad():
+            model[0].weight += 0.01 * torch.randn(8, 8)
+        if step == 25:
+            model[1].requires_grad_(False)
+        history.append(step, paramstats.summarize(model))
+    found = {f.name: f.end for f in history.findings() if f.code == C.UNCHANGED_PARAMETER}
+    assert found["0.bias"] is None and found["1.weight"] == found["1.bias"] == 25
+
+
+def test_a_gradient_that_becomes_zero_is_a_warning():
+    """Single summaries say INFO; that must not hide that it lasts."""
+    for begin in (3, 30):
+        model, history = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), History()
+        for step in range(60):
+            for parameter in model.parameters():
+                parameter.grad = torch.randn_like(parameter)
+            if step >= begin:
+                model[1].weight.grad.zero_()
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter += 0.01 * torch.randn_like(parameter)
+            history.append(step, paramstats.summarize(model))
+        found = [f for f in history.findings() if f.code == C.ZERO_GRADIENT and f.end is None]
+        assert [(f.name, f.severity.name) for f in found] == [("1.weight", "WARNING")]
+
+
+def test_a_threshold_of_zero(digits):
+    history = Training(digits, loss_of=loss_times(1e3, 30), steps=40).run()
+    assert C.GRADIENT_COLLAPSE not in {f.code for f in history.findings(gradient_collapse=0)}
+    assert C.GRADIENT_SPIKE in {f.code for f in history.findings(spike=0)}

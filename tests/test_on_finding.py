@@ -186,3 +186,21 @@ def test_health_reads_rows_and_distributions():
     watcher.step()
     entry = watcher.summary["weight"]
     assert entry.rows is not None and entry.histogram is not None
+
+
+def test_closing_passes_the_findings_that_an_error_held_back():
+    model = {f"{i}.weight": torch.nn.Parameter(torch.full((8, 8), 0.5)) for i in range(3)}
+    names: list[str] = []
+
+    def on_finding(finding: Finding) -> None:
+        names.append(finding.name)
+        if len(names) == 1:
+            raise RuntimeError("stop")
+
+    watcher = paramstats.watch(model, every=1, on_finding=on_finding)
+    for weight in model.values():
+        weight.grad = torch.randn(8, 8)
+    with pytest.raises(RuntimeError, match="stop"):
+        watcher.step()
+    watcher.close()
+    assert sorted(names) == sorted(model)

@@ -91,7 +91,7 @@ def profile_of(layers: Iterable[Layer]) -> Profile:
             rise += step
             largest_step = max(largest_step, step)
         largest = gradient if largest == math.inf else max(largest, gradient)
-    return Profile(math.exp(rise), rise / largest_step if rise else 0.0)
+    return Profile(math.exp(min(700.0, rise)), rise / largest_step if rise else 0.0)
 
 
 def last_activation(layers: Sequence[Layer]) -> float:

@@ -203,10 +203,10 @@ def _distribution(
 
 def _abs_max(context: Context, entry: Entry, source: Source) -> float:
     """Return the largest magnitude as in memory."""
-    if source == "param":
-        return entry.value.abs_max
-    assert entry.grad is not None
-    largest = entry.grad.abs_max * context.record.grad_scale
+    largest = entry.value.abs_max
+    if source == "grad":
+        assert entry.grad is not None
+        largest = entry.grad.abs_max * context.record.grad_scale
     return largest if largest < math.inf else math.nan
 
 

@@ -8,8 +8,8 @@ import math
 import torch
 from torch import Tensor
 
-from paramstats._core.format import number
-from paramstats._findings.findings import Finding, FindingCode, Severity
+from paramstats._core.format import number, one_line_name
+from paramstats._findings.findings import Finding, FindingCode, Severity, Source
 from paramstats._findings.over_time.conditions import RUN, SINCE, Rule
 from paramstats._findings.over_time.entry import Now
 from paramstats._findings.over_time.signals import SMALL_GRADIENT
@@ -197,7 +197,7 @@ def make_whole_finding(condition: Whole, now: Now, state: Tensor, reads_gradient
         first = math.exp(float(start[largest]))
         message = (
             f"norms of all gradients grow like step^{value:.2f}, such as that of "
-            f"{now.plan.names[largest]} from {number(first)} to {number(norm)}"
+            f"{one_line_name(now.plan.names[largest])} from {number(first)} to {number(norm)}"
         )
         advice = (
             "Each backward adds to the gradients of all steps before. Call optimizer.zero_grad() "
@@ -220,4 +220,6 @@ def make_whole_finding(condition: Whole, now: Now, state: Tensor, reads_gradient
             "Weights are driven towards zero. Lower the weight decay: learning rate x weight decay "
             "is the share that each step removes."
         )
-    return Finding(severity, code, "", "param", value, threshold, message, advice, step=since)
+    of_gradients = FindingCode.MISSING_GRADIENT, FindingCode.ACCUMULATED_GRADIENT
+    source: Source = "grad" if code in of_gradients else "param"
+    return Finding(severity, code, "", source, value, threshold, message, advice, step=since)

@@ -7,6 +7,7 @@ from collections import deque
 
 import torch
 
+from paramstats._core.format import one_line_name
 from paramstats._core.record import Record
 from paramstats._core.torch_private import without_modes
 from paramstats._findings.findings import Finding, FindingCode, Findings, Severity
@@ -60,6 +61,7 @@ class Monitor:
         self._first_step: int | None = None
         self._last_step: int | None = None
         self._active: dict[Key, Finding] = {}
+        self._keys: dict[tuple[FindingCode, str, str], Key] = {}
         self._members: dict[Condition, set[str]] = {}
         with torch.inference_mode():
             self._state = State(len(Condition))
@@ -133,7 +135,7 @@ class Monitor:
         """Return all findings: the most severe first, then those that began first."""
         found = {**self._active}
         for finding in (*self._persistent.findings(), *self._nonfinite.findings()):
-            if not any(_same(finding, other) for other in found.values()):
+            if _what(finding) not in self._keys:
                 found[_key("last", finding)] = finding
         every = [*self._ended, *found.values()]
         return Findings(sorted(every, key=_order))
@@ -174,7 +176,8 @@ class Monitor:
         n_weights, n_trained = int(now.plan.weights.sum()), int(now.trained.sum())
         advice = TEXTS[condition].wide
         if advice and len(members) > _MANY and 2 * len(members) > n_weights:
-            message = f"{len(members)} weights, {first.name} first: {first.message}"
+            label = one_line_name(first.name)
+            message = f"{len(members)} parameters, {label} first: {first.message}"
             wide = dataclasses.replace(first, name="", message=message, advice=advice)
             self._begin((condition, ""), wide, out)
             return
@@ -204,17 +207,25 @@ class Monitor:
                 if ended[0, condition]:
                     self._end((condition,), int(now.step), out)
 
-    def _has_seen_gradients(self) -> bool:
-        return bool((self._state.numbers["with_grad"] > 0).any())
-
     def _begin(self, key: Key, finding: Finding, out: list[Finding]) -> None:
-        if key not in self._active and not any(_same(finding, f) for f in self._active.values()):
-            self._active[key] = finding
-            out.append(finding)
+        """Begin a finding, unless one of the parameter or the model says the same as severely."""
+        if key in self._active:
+            return
+        what = _what(finding)
+        for known in (what, (*what[:2], "")):
+            other = self._keys.get(known)
+            if other is not None and self._active[other].severity >= finding.severity:
+                return
+        if what in self._keys:
+            assert self._last_step is not None
+            self._end(self._keys[what], self._last_step, out)
+        self._active[key], self._keys[what] = finding, key
+        out.append(finding)
 
     def _end(self, key: Key, step: int, out: list[Finding]) -> None:
         finding = self._active.pop(key, None)
         if finding is not None:
+            del self._keys[_what(finding)]
             self._ended.append(dataclasses.replace(finding, end=step))
             out.append(self._ended[-1])
 
@@ -233,9 +244,9 @@ def _key(of: str, finding: Finding) -> Key:
     return of, finding.code, finding.name, finding.source, finding.severity
 
 
-def _same(a: Finding, b: Finding) -> bool:
-    """Return whether two findings say the same of the same parameter."""
-    return (a.code, a.name, a.source, a.end) == (b.code, b.name, b.source, b.end)
+def _what(finding: Finding) -> tuple[FindingCode, str, str]:
+    """Return what a finding says, and of which parameter."""
+    return finding.code, finding.source, finding.name
 
 
 def _order(finding: Finding) -> tuple[float, ...]:

@@ -34,7 +34,7 @@ _MIN_PAUSE, _MAX_PAUSE = 16, 128
 class Persistent:
     """Runs the rules of single summaries on some of the entries.
 
-    A run takes milliseconds for a model of 500 tensors. There are nine runs in the first 16
+    A run takes milliseconds for a model of 500 tensors. There are nine runs in the first 17
     entries, then in every fourth entry, and from the 32nd entry on in every 32nd. A change that
     other rules have seen starts that again.
     """

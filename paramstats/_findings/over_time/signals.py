@@ -223,12 +223,12 @@ def conditions(now: Now, limits: Thresholds) -> tuple[Tensor, Tensor]:
 
     is_away = (numbers["onset"] > -math.inf) & weights
     away = now.log_grad - numbers["past"]
-    spike = is_away & (away > math.log(limits.spike)) & (relative > _SMALL_SPIKE)
+    spike = is_away & (away > _log(limits.spike)) & (relative > _SMALL_SPIKE)
     unknown = 1.5 / numbers["samples"]  # of the spread of few samples
     spike &= away > limits.spike_score * (1.4826 * numbers["spread"] + _MIN_SPREAD + unknown)
-    collapse = is_away & (away < math.log(limits.gradient_collapse))
+    collapse = is_away & (away < _log(limits.gradient_collapse))
     if bool(collapse.any()):  # not if all gradients have become smaller
-        collapse &= away - _common_change(now) < math.log(limits.gradient_collapse)
+        collapse &= away - _common_change(now) < _log(limits.gradient_collapse)
 
     is_zero = plan.weights & (now.grad[:, STAT["zero_fraction"]] == 1)
     may_miss = plan.trainable & (numbers["with_grad"] > 0)
@@ -247,7 +247,8 @@ def conditions(now: Now, limits: Thresholds) -> tuple[Tensor, Tensor]:
         now.has_grad,
         now.has_grad & ~small,
     )
-    return torch.stack(yes, 1), torch.stack(no, 1)
+    # What is frozen has no condition any more.
+    return torch.stack(yes, 1), torch.stack(no, 1) | ~plan.trainable[:, None]
 
 
 def needed_entries(now: Now) -> Tensor:
@@ -260,6 +261,10 @@ def needed_entries(now: Now) -> Tensor:
     before = numbers["entries"] - run[:, Condition.LOST]
     needed[:, Condition.LOST] = _surprising(numbers["with_grad"], before)
     return needed
+
+
+def _log(x: float) -> float:
+    return math.log(x) if x > 0 else -math.inf
 
 
 def _robust(past: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:

@@ -118,7 +118,7 @@ def _clamped(now: Now, row: int, limits: Thresholds) -> Evidence:
 
 def _moved(now: Now, row: int, limit: float) -> Evidence:
     past = float(now.rows.numbers["past"][row])
-    norm, ratio = float(now.grad[row, _NORM]), math.exp(float(now.log_grad[row]) - past)
+    norm, ratio = float(now.grad[row, _NORM]), math.exp(min(700.0, float(now.log_grad[row]) - past))
     message = (
         f"norm {number(norm)}, {number(ratio)} times the median of its latest entries "
         f"({number(math.exp(past))})"

@@ -82,6 +82,9 @@ def is_weight_shape(shape: tuple[int, ...] | None) -> bool:
     return shape is not None and 0 not in shape and sum(size > 1 for size in shape) >= 2
 
 
+_PRECISE = frozenset({torch.float32, torch.float64, torch.complex64, torch.complex128})
+
+
 def make_plan(layout: Layout, slots: dict[str, int]) -> Plan:
     """Return the plan of a layout; adds new names to `slots`."""
     n = layout.parameters
@@ -89,7 +92,7 @@ def make_plan(layout: Layout, slots: dict[str, int]) -> Plan:
     rows = [slots.setdefault(name, len(slots)) for name in names]
     weights = [is_weight_shape(shape) for shape in shapes]
     norms = [usual_norm(s) if w and s else 0.0 for s, w in zip(shapes, weights, strict=True)]
-    precise = [dtype in (torch.float32, torch.float64) for dtype in layout.dtypes[:n]]
+    precise = [dtype in _PRECISE for dtype in layout.dtypes[:n]]
     both = [a and b for a, b in zip(weights, precise, strict=True)]
     return Plan(
         names,
