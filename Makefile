@@ -111,7 +111,7 @@ sanitize: $(VENV)/installed  ## run all tests under sanitizers, 15 minutes
 sanitize-quick: $(VENV)/installed  ## run the sanitizer tests that check every change, 2 minutes
 	$(BIN)/python -m tools.sanitize --quick
 
-clinic: $(VENV)/installed  ## judge the health check by 224 trainings, sick and healthy, 4 minutes
+clinic: $(VENV)/installed  ## judge the health check by 224 trainings, sick and healthy
 	$(BIN)/python -m tests.clinic
 
 accuracy: $(VENV)/installed  ## check the error bound on a hundred thousand tensors, 10 minutes
