@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
-import torch
 
 pytest.importorskip("sklearn", reason="scikit-learn is not installed")
 pytest.importorskip("transformers", reason="transformers is not installed")
@@ -14,6 +11,9 @@ import paramstats
 from tests.clinic.__main__ import cases, report
 from tests.clinic.judge import judge
 from tests.clinic.runner import record, replay
+from tests.findings_models import one_thread
+
+__all__ = ["one_thread"]  # a fixture
 
 CASES = {case.name: case for case in cases()}
 
@@ -52,15 +52,6 @@ HEALTHY = (
     "amp float16 searches its scale",
     "byol target network",
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Use one thread: for networks this small, more threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("name", SICK)

@@ -15,7 +15,7 @@ import paramstats
 from paramstats import Finding, History, Thresholds
 from paramstats._findings.over_time import Monitor, persistent
 from paramstats._summary import record_of
-from tests.test_findings import digits, one_thread
+from tests.findings_models import digits, one_thread
 from tests.test_over_time import SICK, C, Training, alarms, loss_times
 
 __all__ = ["digits", "one_thread"]  # fixtures

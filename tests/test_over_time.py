@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import paramstats
 from paramstats import Finding, FindingCode, History, Severity
-from tests.test_findings import convolutional, digits, mlp, one_thread, recurrent, transformer
+from tests.findings_models import convolutional, digits, mlp, one_thread, recurrent, transformer
 
 __all__ = ["digits", "one_thread"]  # fixtures
 

@@ -18,6 +18,7 @@ from paramstats._core.layout import Layout
 from paramstats._core.moments import ROW, Statistics
 from paramstats._core.record import Record
 from paramstats._core.updates import UPDATE
+from paramstats._findings.context import is_weight_shape
 from paramstats._findings.updates import usual_norm
 
 WINDOW = 16
@@ -78,10 +79,6 @@ class Plan(NamedTuple):
     """Whether the dtype has the precision of float32 or more."""
 
 
-def is_weight_shape(shape: tuple[int, ...] | None) -> bool:
-    return shape is not None and 0 not in shape and sum(size > 1 for size in shape) >= 2
-
-
 _PRECISE = frozenset({torch.float32, torch.float64, torch.complex64, torch.complex128})
 
 
@@ -90,7 +87,7 @@ def make_plan(layout: Layout, slots: dict[str, int]) -> Plan:
     n = layout.parameters
     names, shapes = layout.names[:n], layout.shapes[:n]
     rows = [slots.setdefault(name, len(slots)) for name in names]
-    weights = [is_weight_shape(shape) for shape in shapes]
+    weights = [s is not None and 0 not in s and is_weight_shape(s) for s in shapes]
     norms = [usual_norm(s) if w and s else 0.0 for s, w in zip(shapes, weights, strict=True)]
     precise = [dtype in _PRECISE for dtype in layout.dtypes[:n]]
     both = [a and b for a, b in zip(weights, precise, strict=True)]
