@@ -111,7 +111,7 @@ class Summary(Mapping[str, ParamStats]):
     __hash__ = None  # type: ignore[assignment]  # as every Mapping
 
     def _identity(self) -> tuple[object, ...]:
-        layout, table, correction, grad_scale, *_, optimizer, details = self._record
+        layout, table, correction, grad_scale, *_, optimizer, details, _ = self._record
         asked_for = {row: one.asked_for for row, one in details.items()}
         details = {row: one for row, one in asked_for.items() if any(one)}
         rows = [layout.row(row) for row in range(len(layout))]
@@ -134,7 +134,7 @@ class Summary(Mapping[str, ParamStats]):
         merged = record.merged(0, record.layout.parameters)  # Record.total doubles the time
         optimizer, details = None, NO_DETAILS
         if record.optimizer is not None or record.details:
-            *_, optimizer, details = record.total()
+            *_, optimizer, details, _ = record.total()
         return TotalStats(merged, record.correction, record.grad_scale, optimizer, 0, details)
 
     @property

@@ -24,6 +24,17 @@ from paramstats._core.torch_private import without_modes
 NO_NAMES: Mapping[str, str] = MappingProxyType({})
 
 
+class FileSource(NamedTuple):
+    """What is known of the tensors of a checkpoint file beyond their statistics."""
+
+    groups: Mapping[str, str]
+    """What each tensor belongs to: "model", "optimizer" or "other"."""
+    labels: Mapping[str, str]
+    """What a reader must know of a tensor's elements, where there is anything, by name."""
+    notes: tuple[str, ...]
+    """Lines about what the file contains and is not among the tensors."""
+
+
 class Record(NamedTuple):
     """The states of a model's tensors and gradients, and what is needed to interpret them.
 
@@ -46,6 +57,8 @@ class Record(NamedTuple):
     """The updates and the optimizers' state, if they were asked for."""
     details: Details = NO_DETAILS
     """Distributions, rows and zero rows, by the row of the table, where there are any."""
+    file: FileSource | None = None
+    """Set if the tensors are those of a checkpoint file."""
 
     def state(self, row: int) -> Moments:
         """Return the state of a row of the table."""

@@ -59,7 +59,8 @@ def compare_files(
     """
     with naming_errors("compare_files"), without_modes(), Files() as files:
         all_a, all_b, prefix_a, prefix_b = pairing.without_prefixes(
-            list_tensors(files, a, include, exclude), list_tensors(files, b, include, exclude)
+            list_tensors(files, a, include, exclude).tensors,
+            list_tensors(files, b, include, exclude).tensors,
         )
         pairs = list(pairing.pair_tensors(all_a, all_b))
         skipped = {x.name: x.unread_reason or y.unread_reason or "" for x, y in pairs}

@@ -19,7 +19,7 @@ from paramstats.checkpoints import _torch_save as torch_save
 from paramstats.checkpoints._errors import CheckpointError, PickleError, brief, unexpected
 from paramstats.checkpoints._files import Files
 from paramstats.checkpoints._pickles import Global, RecordedCall
-from paramstats.checkpoints._stored_tensors import Part, StoredTensor, check_parts
+from paramstats.checkpoints._stored_tensors import Contents, Part, StoredTensor, check_parts
 from paramstats.checkpoints._torch_pickle import DTYPES, are_sizes, check_size
 
 METADATA = ".metadata"
@@ -49,7 +49,7 @@ class _Place(NamedTuple):
     length: int
 
 
-def read(files: Files, folder: Path) -> list[StoredTensor]:
+def read(files: Files, folder: Path) -> Contents:
     """Return the tensors of a folder, in the order of its metadata."""
     path = folder / METADATA
     budget = files.budget
@@ -65,7 +65,7 @@ def read(files: Files, folder: Path) -> list[StoredTensor]:
                 attributes = _attributes(entry, "TensorStorageMetadata")
                 budget.charge(_TENSOR + _PART * len(attributes["chunks"]))
                 tensors.append(_tensor(_text(name), attributes, places, files, folder))
-        return tensors
+        return Contents(tensors)
     except CheckpointError:
         raise
     except (PickleError, TypeError, ValueError, LookupError, AttributeError) as error:
@@ -167,7 +167,7 @@ def _find(
         if place.offset + place.length > end:
             wanted = f"{place.length} bytes of {tensor.name!r} at byte {place.offset}"
             raise unexpected(wanted, f"{end} bytes", path, "the file is truncated")
-        found = torch_save.read(file, str(path), files.budget, place.offset, place.length)
+        found = torch_save.read(file, str(path), files.budget, place.offset, place.length).tensors
     expected = tensor._replace(shape=part.sizes)
     descriptions = [_describe(tensor) for tensor in found]
     is_whole = math.prod(part.sizes) * tensor.dtype.itemsize <= place.length  # repeats no element

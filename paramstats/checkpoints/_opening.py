@@ -18,7 +18,7 @@ from paramstats.checkpoints import _safetensors as safetensors
 from paramstats.checkpoints import _torch_save as torch_save
 from paramstats.checkpoints._errors import brief, unexpected
 from paramstats.checkpoints._files import Files
-from paramstats.checkpoints._stored_tensors import StoredTensor, merge_files
+from paramstats.checkpoints._stored_tensors import Contents, merge_files
 
 _INDEX = ".index.json"
 _EXPECTED = "a .safetensors or torch.save file, their .index.json, or a checkpoint folder"
@@ -33,16 +33,17 @@ def list_tensors(
     path: str | bytes | os.PathLike[str],
     include: Pattern | Iterable[Pattern] | None,
     exclude: Pattern | Iterable[Pattern] | None,
-) -> list[StoredTensor]:
+) -> Contents:
     """Return the tensors of a checkpoint whose names `include` and `exclude` let pass.
 
     Raises CheckpointError if it is not a checkpoint or damaged, OSError if a file cannot be opened.
     """
-    tensors = _read_path(files, Path(os.fsdecode(path)))
+    contents = _read_path(files, Path(os.fsdecode(path)))
     included = None if include is None else compile_patterns(include, "include")
     excluded = () if exclude is None else compile_patterns(exclude, "exclude")
     if included is None and not excluded:
-        return tensors
+        return contents
+    tensors = contents.tensors
     selected = [t for t in tensors if any(passes((name,), included, excluded) for name in t.names)]
     if tensors and not selected:
         warnings.warn(
@@ -51,10 +52,10 @@ def list_tensors(
             RuntimeWarning,
             stacklevel=3,
         )
-    return selected
+    return contents._replace(tensors=selected)
 
 
-def _read_path(files: Files, path: Path) -> list[StoredTensor]:
+def _read_path(files: Files, path: Path) -> Contents:
     mode = path.stat().st_mode
     if stat.S_ISDIR(mode):
         return _read_folder(files, path)
@@ -67,7 +68,7 @@ def _read_path(files: Files, path: Path) -> list[StoredTensor]:
     return _read_file(files, path)
 
 
-def _read_file(files: Files, path: Path) -> list[StoredTensor]:
+def _read_file(files: Files, path: Path) -> Contents:
     with files.open(path) as file:
         prefix = file.read(max(_SHOWN_BYTES, len(torch_save.LEGACY_PREFIX)))
         if prefix.startswith(b"PK\3\4"):
@@ -88,7 +89,7 @@ def _read_file(files: Files, path: Path) -> list[StoredTensor]:
     raise unexpected(_EXPECTED, content, path, remedy)
 
 
-def _read_folder(files: Files, folder: Path) -> list[StoredTensor]:
+def _read_folder(files: Files, folder: Path) -> Contents:
     """Return the tensors of a distributed checkpoint, of safetensors files or of .bin files."""
     if (folder / distributed.METADATA).is_file():
         return distributed.read(files, folder)
@@ -113,14 +114,15 @@ def _read_folder(files: Files, folder: Path) -> list[StoredTensor]:
     raise unexpected(_EXPECTED, "no such file", folder, remedy)
 
 
-def _read_index(files: Files, path: Path) -> list[StoredTensor]:
+def _read_index(files: Files, path: Path) -> Contents:
     """Return the tensors of the files that an index names, in the order of the index."""
     file_of = _files_of(files, path)
-    tensors_of = {
+    contents_of = {
         name: _read_file(files, path.parent / name) for name in sorted(set(file_of.values()))
     }
     names = {
-        file: {name for t in tensors for name in t.names} for file, tensors in tensors_of.items()
+        file: {name for t in contents.tensors for name in t.names}
+        for file, contents in contents_of.items()
     }
     for name, file_name in file_of.items():
         if name not in names[file_name]:
@@ -128,10 +130,9 @@ def _read_index(files: Files, path: Path) -> list[StoredTensor]:
             raise unexpected(expected, "none", path)
     position = {name: i for i, name in enumerate(file_of)}
     last = len(position)  # for tensors that the index does not name
-    return sorted(
-        merge_files(tensors_of.items(), str(path)),
-        key=lambda tensor: min(position.get(name, last) for name in tensor.names),
-    )
+    contents = merge_files(contents_of.items(), str(path))
+    contents.tensors.sort(key=lambda t: min(position.get(name, last) for name in t.names))
+    return contents
 
 
 def _files_of(files: Files, path: Path) -> dict[str, str]:

@@ -16,7 +16,7 @@ from typing import IO, Any
 import torch
 
 from paramstats.checkpoints._errors import unexpected
-from paramstats.checkpoints._stored_tensors import StoredTensor, contiguous_part
+from paramstats.checkpoints._stored_tensors import Contents, StoredTensor, contiguous_part
 
 _MAX_HEADER_BYTES = 100_000_000
 """The format's own limit."""
@@ -43,7 +43,7 @@ _BITS = {
 }
 
 
-def read(file: IO[bytes], path: str) -> list[StoredTensor]:
+def read(file: IO[bytes], path: str) -> Contents:
     """Return the tensors of a file, in the order of its header."""
     size = file.seek(0, io.SEEK_END)
     entries, begin = _header(file, size, path)
@@ -69,7 +69,7 @@ def read(file: IO[bytes], path: str) -> list[StoredTensor]:
     if end != size:
         reason = "the file is truncated" if size < end else "there is data after the last tensor"
         raise unexpected(f"{end} bytes", size, path, reason)
-    return tensors
+    return Contents(tensors)
 
 
 def _header(file: IO[bytes], size: int, path: str) -> tuple[dict[str, Any], int]:

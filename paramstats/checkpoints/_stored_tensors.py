@@ -6,13 +6,23 @@ import functools
 import math
 import secrets
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 
 from paramstats.checkpoints._errors import unexpected
 
 _PRIME = (1 << 127) - 1
+
+Group = Literal["model", "optimizer", "other"]
+"""What a tensor of a checkpoint belongs to. Only those of the model are in the total."""
+
+
+class Decoder(Protocol):
+    """Converts the stored codes of a quantized tensor to its values."""
+
+    def decode(self, codes: torch.Tensor, first: int) -> torch.Tensor:
+        """Return the values of codes, which begin at index `first` of the flattened tensor."""
 
 
 class Part(NamedTuple):
@@ -42,10 +52,22 @@ class StoredTensor(NamedTuple):
     aliases: tuple[str, ...] = ()
     is_conj: bool = False
     """Whether the tensor is the complex conjugate of the stored elements (torch's conj bit)."""
+    group: Group = "model"
+    label: str = ""
+    """What a reader must know of the elements, such as "rank 0's shard of [8, 4]"."""
+    decoder: Decoder | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
         return self.name, *self.aliases
+
+
+class Contents(NamedTuple):
+    """What a checkpoint contains."""
+
+    tensors: list[StoredTensor]
+    notes: tuple[str, ...] = ()
+    """Lines about what is not in the list, such as objects of unknown classes, and files."""
 
 
 def contiguous_part(path: str, offset: int, shape: tuple[int, ...]) -> Part:
@@ -80,14 +102,14 @@ def is_dense(sizes: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     return True
 
 
-def merge_files(
-    files: Iterable[tuple[str, list[StoredTensor]]], checkpoint: str
-) -> list[StoredTensor]:
-    """Return the tensors of several files as one list; raise if a name is in two of the files."""
+def merge_files(files: Iterable[tuple[str, Contents]], checkpoint: str) -> Contents:
+    """Return the contents of several files as one; raise if a name is in two of the files."""
     file_of: dict[str, str] = {}
     merged: list[StoredTensor] = []
-    for path, tensors in files:
-        for tensor in tensors:
+    notes: list[str] = []
+    for path, contents in files:
+        notes += contents.notes
+        for tensor in contents.tensors:
             for name in tensor.names:
                 if name in file_of:
                     raise unexpected(
@@ -98,7 +120,7 @@ def merge_files(
                     )
                 file_of[name] = path
             merged.append(tensor)
-    return merged
+    return Contents(merged, tuple(notes))
 
 
 def check_parts(tensor: StoredTensor, path: str) -> None:

@@ -6,6 +6,7 @@ import math
 import os
 import warnings
 from collections.abc import Iterable
+from typing import get_args
 
 import torch
 
@@ -14,7 +15,7 @@ from paramstats._core.format import one_line_name
 from paramstats._core.layout import Layout
 from paramstats._core.moments import ABSENT_ROW, ROW, unread
 from paramstats._core.options import Pattern
-from paramstats._core.record import Record
+from paramstats._core.record import FileSource, Record
 from paramstats._core.torch_private import without_modes
 from paramstats._summary import Summary
 from paramstats.checkpoints._errors import naming_errors
@@ -28,9 +29,10 @@ from paramstats.checkpoints._reading import (
     join_blocks,
 )
 from paramstats.checkpoints._states import States
-from paramstats.checkpoints._stored_tensors import StoredTensor
+from paramstats.checkpoints._stored_tensors import Group, StoredTensor
 
 _CPU = torch.device("cpu")
+_GROUPS: tuple[Group, ...] = get_args(Group)
 
 
 def summarize_file(
@@ -72,7 +74,9 @@ def summarize_file(
             f"{correction!r}"
         )
     with naming_errors("summarize_file"), without_modes(), Files() as files:
-        tensors = list_tensors(files, path, include, exclude)
+        contents = list_tensors(files, path, include, exclude)
+        # The rows of the model are its "parameters", of which the total is made.
+        tensors = sorted(contents.tensors, key=lambda tensor: _GROUPS.index(tensor.group))
         table, skipped = _read(files, tensors, progress)
     if skipped:
         name, reason = next(iter(skipped.items()))
@@ -86,13 +90,18 @@ def summarize_file(
     layout = Layout(
         tuple(t.name for t in tensors),
         tuple(t.aliases for t in tensors),
-        len(tensors),
+        sum(t.group == "model" for t in tensors),
         tuple(t.shape for t in tensors),
         tuple(t.dtype for t in tensors),
         (_CPU,) * len(tensors),
         tuple(t.requires_grad for t in tensors),
     )
-    return Summary(Record(layout, table, float(correction), skipped=skipped))
+    source = FileSource(
+        groups={t.name: t.group for t in tensors},
+        labels={t.name: t.label for t in tensors if t.label},
+        notes=contents.notes,
+    )
+    return Summary(Record(layout, table, float(correction), skipped=skipped, file=source))
 
 
 def _read(

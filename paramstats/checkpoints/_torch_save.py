@@ -17,7 +17,7 @@ from paramstats.checkpoints import _pickles as pickles
 from paramstats.checkpoints import _torch_pickle as torch_pickle
 from paramstats.checkpoints._budget import Budget
 from paramstats.checkpoints._errors import CheckpointError, PickleError, unexpected
-from paramstats.checkpoints._stored_tensors import StoredTensor
+from paramstats.checkpoints._stored_tensors import Contents
 
 _MAX_DIRECTORY_BYTES = 100 << 20
 """Longest directory of an archive: a million records."""
@@ -37,7 +37,7 @@ _DAMAGED = (
 
 def read(
     file: IO[bytes], path: str, budget: Budget, begin: int = 0, size: int | None = None
-) -> list[StoredTensor]:
+) -> Contents:
     """Return the tensors of an archive: `size` bytes from `begin`, or all up to the file's end."""
     end = file.seek(0, io.SEEK_END) if size is None else begin + size
     window: Any = _Window(file, begin, end - begin)
@@ -72,12 +72,12 @@ def read(
         value = pickles.load(file, torch_pickle.ALLOWED, budget, torch_pickle.read_storage)
         if file.tell() > position + length:
             raise PickleError("a pickle that is longer than its record")
-        return torch_pickle.list_tensors(value, places, path, budget)
+        return Contents(torch_pickle.list_tensors(value, places, path, budget))
     except (PickleError, *_DAMAGED) as error:
         raise _no_tensors(path, error) from None
 
 
-def read_legacy(file: IO[bytes], path: str, budget: Budget) -> list[StoredTensor]:
+def read_legacy(file: IO[bytes], path: str, budget: Budget) -> Contents:
     """Return the tensors of a file of torch before 1.6."""
     end = file.seek(0, io.SEEK_END)
     file.seek(len(LEGACY_PREFIX))
@@ -102,7 +102,7 @@ def read_legacy(file: IO[bytes], path: str, budget: Budget) -> list[StoredTensor
             if not 0 <= nbytes <= end - file.tell():
                 raise PickleError(f"a file that ends within storage {key!r}")
             file.seek(nbytes, io.SEEK_CUR)
-        return torch_pickle.list_tensors(value, places, path, budget)
+        return Contents(torch_pickle.list_tensors(value, places, path, budget))
     except (PickleError, *_DAMAGED) as error:
         raise _no_tensors(path, error) from None
 
