@@ -189,7 +189,7 @@ def summarize(
             skipped = reasons_by_name(reasons, layout.row_name)
             warn_once(skipped)
     numbers = options.correction, options.grad_scale
-    fields = (layout, table, *numbers, skipped, NO_NAMES, False, None, details)
+    fields = (layout, table, *numbers, skipped, NO_NAMES, False, None, details, None)
     record = tuple.__new__(Record, fields)  # takes half the time of Record(...)
     return Summary(None, DeferredRecord(record, transfers)) if transfers else Summary(record)
 
