@@ -15,7 +15,7 @@ WORKERS ?= 2
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*)
 CXX_FILES := $(NATIVE) $(wildcard tests/cpp/*.* tests/cpp/*/* tests/fake_cuda/*.cpp tests/fake_device/*.cpp tests/fake_device/*.h)
 # The C++ tests of the CPU backend: tests/cpp/test_*.cpp.
-CPU_TESTS := kernels threads updates details distribution
+CPU_TESTS := crc32 kernels threads updates details distribution
 CPU := -std=c++17 -O2 -Wall -Wextra -Werror -pthread
 CPU_BUILD := build/cpp/cpu-$(lastword $(notdir $(CXX)))
 CPU_PROGRAMS := $(patsubst %,$(CPU_BUILD)/test_%,moments $(CPU_TESTS))

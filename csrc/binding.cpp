@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "cpu/crc32.h"
 #include "cpu/engine.h"
 #include "cuda_group.h"
 #include "module_tree.h"
@@ -21,6 +22,17 @@ void connect(const py::dict& found) {
   torch_abi::connect(found);
   set_module_class(found["module"]);
   set_statistics_class(found["statistics"]);
+}
+
+uint32_t crc32(const py::object& data, uint32_t value) {
+  Py_buffer bytes;
+  if (PyObject_GetBuffer(data.ptr(), &bytes, PyBUF_SIMPLE) != 0) throw py::error_already_set();
+  {
+    const py::gil_scoped_release release;
+    value = cpu::crc32(bytes.buf, static_cast<size_t>(bytes.len), value);
+  }
+  PyBuffer_Release(&bytes);
+  return value;
 }
 
 }  // namespace
@@ -80,6 +92,7 @@ PYBIND11_MODULE(_native, m) {
       "updates"_a = py::tuple());
   m.def("read", &paramstats::read, "tensors"_a, "params"_a, "grads"_a, "cuda_devices"_a = 0,
         "hold"_a = false, "updates"_a = py::tuple(), "details"_a = py::bytes());
+  m.def("crc32", &paramstats::crc32, "data"_a, "value"_a = 0);
   m.def("merge_rows", &paramstats::merge_rows, "table"_a, "begin"_a, "end"_a);
   m.def("scalars", &paramstats::scalars, "table"_a, "total"_a, "keys"_a, "columns"_a,
         "correction"_a, "grad_scale"_a);

@@ -7,6 +7,7 @@ import os
 import platform
 import sys
 import warnings
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -39,6 +40,8 @@ class Implementation:
     statistic: Callable[[bytes, int, int, float, float], float]
     finalize_row: Callable[[bytes, int, float, float], moments.Statistics]
     finalize_table: Callable[[bytes, float, float], bytes]
+    crc32: Callable[..., int]
+    """`(data, value=0)`, as zlib.crc32."""
     native: Any = None
     """The extension module of the native backend; None in the reference backend."""
     missing: str | None = None
@@ -169,6 +172,7 @@ def choose(wanted: str | None) -> Implementation:
             native.statistic,
             native.finalize_row,
             native.finalize_table,
+            native.crc32,
             native,
             cuda=cuda,
             cuda_missing=cuda_missing,
@@ -235,6 +239,7 @@ def _reference(missing: str | None) -> Implementation:
         moments.statistic,
         moments.finalize_row,
         moments.finalize_table,
+        zlib.crc32,
         missing=missing,
         cuda_missing=missing,
     )
