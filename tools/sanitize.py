@@ -37,6 +37,7 @@ def sources(folder: str) -> list[str]:
 
 CPU = sources("csrc/cpu")
 SOURCES = {
+    "crc32": ["tests/cpp/test_crc32.cpp", "csrc/cpu/crc32.cpp"],
     "moments": ["tests/cpp/test_moments.cpp"],
     "kernels": ["tests/cpp/test_kernels.cpp", *CPU],
     "threads": ["tests/cpp/test_threads.cpp", *CPU],
