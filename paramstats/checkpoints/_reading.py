@@ -5,8 +5,10 @@ Files are not mapped into memory: the pages that were read would count as memory
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from io import BufferedReader
 from typing import NamedTuple
 
@@ -156,15 +158,14 @@ Filled = tuple[tuple[Piece, torch.Tensor], ...]
 
 
 class Reader:
-    """Read pieces into one buffer for each checkpoint; one piece of each at a time.
+    """Read pieces, the next ones while the caller computes with the current ones.
 
-    There is no thread that reads ahead: the system does that, and the piece is still in the
-    processor's cache when its statistics are computed.
+    There are two buffers for each checkpoint. The pieces are read by one thread, in order.
     """
 
     def __init__(self, files: Files, checkpoints: int = 1) -> None:
         self._files = files
-        self._buffers = [bytearray(PIECE) for _ in range(checkpoints)]
+        self._buffers = [[bytearray(PIECE) for _ in range(checkpoints)] for _ in range(2)]
         self._open: list[BufferedReader | None] = [None] * checkpoints
 
     def __enter__(self) -> Reader:
@@ -177,10 +178,20 @@ class Reader:
 
     def read(self, rows: Iterable[tuple[Piece, ...]]) -> Iterator[Filled]:
         """Yield the pieces with their bytes, which are valid until the next iteration."""
-        for row in rows:
-            yield tuple((piece, self._read_piece(i, piece)) for i, piece in enumerate(row))
+        with ThreadPoolExecutor(1, "paramstats-reader") as thread:
+            current = None
+            for row, buffers in zip(rows, itertools.cycle(self._buffers)):
+                following = thread.submit(self._read_row, row, buffers)
+                if current is not None:
+                    yield current.result()
+                current = following
+            if current is not None:
+                yield current.result()
 
-    def _read_piece(self, checkpoint: int, piece: Piece) -> torch.Tensor:
+    def _read_row(self, row: tuple[Piece, ...], buffers: list[bytearray]) -> Filled:
+        return tuple((piece, self._read_piece(i, piece, buffers[i])) for i, piece in enumerate(row))
+
+    def _read_piece(self, checkpoint: int, piece: Piece, buffer: bytearray) -> torch.Tensor:
         file = self._open[checkpoint]
         if file is None or file.name != piece.path:
             if file is not None:
@@ -188,7 +199,6 @@ class Reader:
             self._open[checkpoint] = file = self._files.open(piece.path)
         size = piece.end - piece.begin
         file.seek(piece.begin)
-        buffer = self._buffers[checkpoint]
         n = file.readinto(memoryview(buffer)[:size])
         if n < size:
             raise unexpected(f"{piece.end} bytes or more", piece.begin + n, piece.path)
