@@ -10,6 +10,7 @@ from paramstats._core import moments
 from paramstats._core.options import Pattern
 from paramstats._core.torch_private import without_modes
 from paramstats.checkpoints import _pairing as pairing
+from paramstats.checkpoints._checksums import Checksums
 from paramstats.checkpoints._comparison import Change, Comparison, sort_changes
 from paramstats.checkpoints._differences import Differences, States
 from paramstats.checkpoints._errors import naming_errors
@@ -58,16 +59,17 @@ def compare_files(
     and NaN in both places, count as unchanged.
     """
     with naming_errors("compare_files"), without_modes(), Files() as files:
+        contents = [list_tensors(files, path, include, exclude) for path in (a, b)]
         all_a, all_b, prefix_a, prefix_b = pairing.without_prefixes(
-            list_tensors(files, a, include, exclude).tensors,
-            list_tensors(files, b, include, exclude).tensors,
+            contents[0].tensors, contents[1].tensors
         )
         pairs = list(pairing.pair_tensors(all_a, all_b))
         skipped = {x.name: x.unread_reason or y.unread_reason or "" for x, y in pairs}
         skipped = {name: reason for name, reason in skipped.items() if reason}
         readable = [(x, y) for x, y in pairs if x.name not in skipped]
         same_shape = [(x, y) for x, y in readable if x.shape == y.shape]
-        differences = _read(files, same_shape, progress)
+        checksums = [Checksums(of_file.checksums) for of_file in contents]
+        differences = _read(files, same_shape, progress, checksums)
         changes = [
             _change(x, y, differences.states[row], differences.changed.get(row))
             for row, (x, y) in enumerate(same_shape)
@@ -86,7 +88,12 @@ def compare_files(
     )
 
 
-def _read(files: Files, pairs: list[pairing.Pair], progress: Progress | None) -> Differences:
+def _read(
+    files: Files,
+    pairs: list[pairing.Pair],
+    progress: Progress | None,
+    checksums: list[Checksums],
+) -> Differences:
     """Read tensors of equal shapes, in the order of the first file."""
     differences = Differences(len(pairs))
     order = sorted(
@@ -96,7 +103,10 @@ def _read(files: Files, pairs: list[pairing.Pair], progress: Progress | None) ->
     total = sum(math.prod(x.shape) * (x.dtype.itemsize + y.dtype.itemsize) for x, y in pairs)
     done = 0
     with Reader(files, 2) as reader:
-        for (piece_a, data_a), (piece_b, data_b) in reader.read(join_blocks(blocks)):
+        for filled in reader.read(join_blocks(blocks)):
+            for of_file, (piece, data) in zip(checksums, filled, strict=True):
+                of_file.update(piece.path, piece.begin, data)
+            (piece_a, data_a), (piece_b, data_b) = filled
             for block_a, block_b in zip(piece_a.blocks, piece_b.blocks, strict=True):
                 a, b = pairs[block_a.row]
                 x, y = block_view(data_a, piece_a, block_a), block_view(data_b, piece_b, block_b)
@@ -106,6 +116,8 @@ def _read(files: Files, pairs: list[pairing.Pair], progress: Progress | None) ->
                 done += x.numel() * (x.itemsize + y.itemsize)
             if progress is not None:
                 progress(done, total)
+    for of_file, tensors in zip(checksums, zip(*pairs, strict=True), strict=False):
+        differences.skipped.update(of_file.damage(tensors))
     return differences
 
 

@@ -18,26 +18,19 @@ from paramstats.checkpoints import _pickles as pickles
 from paramstats.checkpoints import _torch_save as torch_save
 from paramstats.checkpoints._errors import CheckpointError, PickleError, brief, unexpected
 from paramstats.checkpoints._files import Files
+from paramstats.checkpoints._notes import not_tensors
+from paramstats.checkpoints._pickle_dtypes import DTYPES
 from paramstats.checkpoints._pickles import Global, RecordedCall
-from paramstats.checkpoints._stored_tensors import Contents, Part, StoredTensor, check_parts
-from paramstats.checkpoints._torch_pickle import DTYPES, are_sizes, check_size
+from paramstats.checkpoints._stored_tensors import (
+    Checksum,
+    Contents,
+    Part,
+    StoredTensor,
+    check_parts,
+)
+from paramstats.checkpoints._tensor_sizes import are_sizes, check_size
 
 METADATA = ".metadata"
-
-_CLASSES = (
-    *("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "_MEM_FORMAT_ENCODING"),
-    *("TensorStorageMetadata", "ChunkStorageMetadata", "BytesStorageMetadata"),
-)
-_ALLOWED = frozenset(
-    {
-        *(name for name in DTYPES if not name.endswith("Storage")),
-        *(f"torch.distributed.checkpoint.metadata.{name}" for name in _CLASSES),
-        *("torch.Size", "torch.serialization._get_layout", "collections.OrderedDict"),
-        *(f"{module}.PosixPath" for module in ("pathlib", "pathlib._local")),
-        *("torch.device", "torch.distributed.checkpoint.filesystem._StorageInfo"),
-    }
-)
-"""The names that a `.metadata` pickle may contain. None of them is ever called."""
 
 _TENSOR, _PART = 1000, 500
 """Bytes of memory that a tensor and a part of it need until the statistics are returned."""
@@ -55,17 +48,21 @@ def read(files: Files, folder: Path) -> Contents:
     budget = files.budget
     try:
         with files.open(path) as file:
-            metadata = _attributes(pickles.load(file, _ALLOWED, budget), "Metadata")
+            metadata = _state(pickles.load(file, budget), "Metadata")
         places = _places(metadata["storage_data"])
         for name in sorted({place.file_name for place in places.values()}):
             _note(files, folder, name)
-        tensors = []
+        tensors, others, checksums = [], [], []
         for name, entry in metadata["state_dict_metadata"].items():
-            if not entry.function.endswith(".BytesStorageMetadata"):
-                attributes = _attributes(entry, "TensorStorageMetadata")
-                budget.charge(_TENSOR + _PART * len(attributes["chunks"]))
-                tensors.append(_tensor(_text(name), attributes, places, files, folder))
-        return Contents(tensors)
+            if _is_bytes(entry):
+                others.append(("", _text(name)))
+                continue
+            attributes = _attributes(entry, "TensorStorageMetadata")
+            budget.charge(_TENSOR + _PART * len(attributes["chunks"]))
+            tensor, of_tensor = _tensor(_text(name), attributes, places, files, folder)
+            tensors.append(tensor)
+            checksums += of_tensor
+        return Contents(tensors, not_tensors("value", others), tuple(checksums))
     except CheckpointError:
         raise
     except (PickleError, TypeError, ValueError, LookupError, AttributeError) as error:
@@ -75,9 +72,21 @@ def read(files: Files, folder: Path) -> Contents:
 
 def _attributes(call: Any, class_name: str) -> dict[str, Any]:
     """Return the attributes of an object in the pickle, which must be of a class."""
-    if not isinstance(call, RecordedCall) or call.function.rpartition(".")[2] != class_name:
+    if isinstance(call, RecordedCall) and call.function.rpartition(".")[2] == class_name:
+        return _state(call, class_name)
+    raise PickleError(f"another object in place of {class_name}")
+
+
+def _state(call: Any, class_name: str) -> dict[str, Any]:
+    """Return the attributes of an object in the pickle, of the class or of one derived from it."""
+    if not isinstance(call, RecordedCall) or type(call.state) is not dict:
         raise PickleError(f"another object in place of {class_name}")
-    return call.state  # type: ignore[no-any-return]
+    return call.state
+
+
+def _is_bytes(entry: Any) -> bool:
+    is_call = isinstance(entry, RecordedCall)
+    return is_call and entry.function.rpartition(".")[2] == "BytesStorageMetadata"
 
 
 def _text(value: Any) -> str:
@@ -133,7 +142,8 @@ def _note(files: Files, folder: Path, name: str) -> None:
 
 def _tensor(
     name: str, entry: dict[str, Any], places: dict[str, _Place], files: Files, folder: Path
-) -> StoredTensor:
+) -> tuple[StoredTensor, list[Checksum]]:
+    """Return a tensor, and the checksums of its parts."""
     dtype, requires_grad = _properties(entry["properties"], name)
     shape = _sizes(entry["size"])
     check_size(shape)
@@ -142,8 +152,9 @@ def _tensor(
     parts = tuple(Part("", 0, sizes, (), starts) for starts, sizes in sorted(ranges))
     tensor = StoredTensor(name, shape, dtype, parts, requires_grad)
     check_parts(tensor, str(folder / METADATA))
-    parts = tuple(_find(part, tensor, places, files, folder) for part in parts)
-    return tensor._replace(parts=parts)
+    found = [_find(part, tensor, places, files, folder) for part in parts]
+    checksums = [checksum for _, of_part in found for checksum in of_part]
+    return tensor._replace(parts=tuple(part for part, _ in found)), checksums
 
 
 def _properties(properties: Any, name: str) -> tuple[torch.dtype, bool]:
@@ -156,8 +167,9 @@ def _properties(properties: Any, name: str) -> tuple[torch.dtype, bool]:
 
 def _find(
     part: Part, tensor: StoredTensor, places: dict[str, _Place], files: Files, folder: Path
-) -> Part:
-    """Return a part with its position in the archive that holds it, and nothing else."""
+) -> tuple[Part, tuple[Checksum, ...]]:
+    """Return a part with its position in the archive that holds it and nothing else, and the
+    checksums of the archive."""
     place = places.get(_part_key(tensor.name, part.starts))
     if place is None:
         raise PickleError(f"no place for the part of {tensor.name!r} at {list(part.starts)}")
@@ -167,12 +179,12 @@ def _find(
         if place.offset + place.length > end:
             wanted = f"{place.length} bytes of {tensor.name!r} at byte {place.offset}"
             raise unexpected(wanted, f"{end} bytes", path, "the file is truncated")
-        found = torch_save.read(file, str(path), files.budget, place.offset, place.length).tensors
+        found, _, checksums = torch_save.read(file, str(path), files, place.offset, place.length)
     expected = tensor._replace(shape=part.sizes)
     descriptions = [_describe(tensor) for tensor in found]
     is_whole = math.prod(part.sizes) * tensor.dtype.itemsize <= place.length  # repeats no element
     if descriptions == [_describe(expected)] and not found[0].unread_reason and is_whole:
-        return found[0].parts[0]._replace(starts=part.starts)
+        return found[0].parts[0]._replace(starts=part.starts), checksums
     raise unexpected(
         f"a part of {tensor.name!r}, {_describe(expected)}",
         f"{', '.join(descriptions[:2]) or 'no tensor'} at byte {place.offset}",

@@ -6,7 +6,9 @@ import io
 import os
 import stat
 import time
-from typing import Any
+from collections.abc import Callable
+from io import BufferedIOBase
+from typing import Any, cast
 
 from paramstats.checkpoints._budget import Budget
 from paramstats.checkpoints._errors import CheckpointError, unexpected
@@ -30,6 +32,7 @@ class Files:
         self.budget = Budget()
         """For the data structures of all files together."""
         self._identities: dict[str, tuple[int, ...]] = {}
+        self._views: dict[str, Callable[[], BufferedIOBase]] = {}
 
     def __enter__(self) -> Files:
         return self
@@ -53,9 +56,15 @@ class Files:
                 raise _changed(path) from None
             raise
 
+    def add_view(self, path: str, opener: Callable[[], BufferedIOBase]) -> None:
+        """Let `open` call a function for a path: bytes that are in no file as they are needed."""
+        self._views[path] = opener
+
     def open(self, path: str | os.PathLike[str]) -> io.BufferedReader:
         """Open a file for reading; its errors name the path."""
         path = os.fspath(path)
+        if path in self._views:
+            return cast(io.BufferedReader, self._views[path]())
         self.note(path)
         raw = RawFile(path, opener=_open)
         try:

@@ -69,24 +69,24 @@ def _read_path(files: Files, path: Path) -> Contents:
 
 
 def _read_file(files: Files, path: Path) -> Contents:
+    if path.suffix == ".distcp":
+        remedy = f"pass the path of its folder {path.parent}"
+        raise unexpected(_EXPECTED, "part of a distributed checkpoint", path, remedy)
     with files.open(path) as file:
         prefix = file.read(max(_SHOWN_BYTES, len(torch_save.LEGACY_PREFIX)))
         if prefix.startswith(b"PK\3\4"):
-            return torch_save.read(file, str(path), files.budget)
+            return torch_save.read(file, str(path), files)
         if prefix.startswith(torch_save.LEGACY_PREFIX):
-            return torch_save.read_legacy(file, str(path), files.budget)
+            return torch_save.read_legacy(file, str(path), files)
+        if torch_save.is_pickle(prefix, path.suffix):
+            return torch_save.read_pickle(file, str(path), files)
         if prefix and (path.suffix == ".safetensors" or prefix[8:9] == b"{"):
             if prefix.startswith(b"version https"):
                 remedy = "fetch the file with git lfs pull"
                 raise unexpected("a safetensors file", "a Git LFS pointer", path, remedy)
             return safetensors.read(file, str(path))
     content = f"first bytes {prefix[:_SHOWN_BYTES]!r}" if prefix else "an empty file"
-    remedy = ""
-    if path.suffix == ".distcp":
-        content, remedy = "one file of a distributed checkpoint", "pass the path of its folder"
-    elif prefix.startswith(b"\x80"):
-        content = "a pickle that torch.save did not write (nothing was executed)"
-    raise unexpected(_EXPECTED, content, path, remedy)
+    raise unexpected(_EXPECTED, content, path)
 
 
 def _read_folder(files: Files, folder: Path) -> Contents:

@@ -1,21 +1,21 @@
 """Read a pickle as plain data: import nothing that it names, and call nothing.
 
 A pickle is a program for a stack machine, and may name any function and have it called. The machine
-in this file has no such instruction. It refuses every name that is not on the caller's list, and a
-call of a name on the list only becomes a `RecordedCall`. (`pickle.Unpickler` with its own
-`find_class` would not be enough: it still calls what `find_class` returns.)
+in this file has no such instruction. A name only becomes a `Global`, and a call a `RecordedCall`.
+(`pickle.Unpickler` with its own `find_class` would not be enough: it still calls what `find_class`
+returns.)
 """
 
 from __future__ import annotations
 
-import pickletools
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import IO, Any
 
 from paramstats.checkpoints._budget import Budget
 from paramstats.checkpoints._errors import PickleError
+from paramstats.checkpoints._pickle_instructions import read_instructions
 
 
 @dataclass(eq=False, repr=False, slots=True)
@@ -23,6 +23,9 @@ class Global:
     """A function or class in a pickle: only its name, as "module.name"."""
 
     name: str
+
+    def __repr__(self) -> str:
+        return self.name
 
 
 @dataclass(eq=False, repr=False, slots=True)
@@ -33,8 +36,13 @@ class RecordedCall:
     args: tuple[Any, ...]
     state: Any = None
     """What the pickle sets as attributes of the result."""
-    items: Any = None
-    """What the pickle adds to the result."""
+    entries: dict[Any, Any] | None = None
+    """What the pickle adds to the result under keys."""
+    members: list[Any] | None = None
+    """What the pickle appends to the result."""
+
+    def __repr__(self) -> str:
+        return f"{self.function}(...)"
 
 
 @dataclass(eq=False, repr=False, slots=True)
@@ -48,13 +56,17 @@ class Key:
     value: Any
 
 
-_MAPPINGS = frozenset({"collections.OrderedDict", "collections.defaultdict", "collections.Counter"})
-"""Classes that are read as plain dicts."""
+UNNAMED = "an unnamed function"
+"""The function of a call of an object. The object is the first argument."""
+
+_CONSTRUCTORS = frozenset(
+    f"{module}.{name}"
+    for module in ("copyreg", "copy_reg")
+    for name in ("_reconstructor", "__newobj__", "__newobj_ex__")
+)
+"""Functions that make an object of the class in their first argument."""
 
 _MAX_NAME_LENGTH = 1000
-_MAX_VALUE_BYTES = 64 << 20
-_MAX_LINE_BYTES = 1 << 16
-"""Converting a longer line of digits to a number would take long."""
 
 _MAX_KEY = 1 << 60
 """Smaller integers all have different hashes."""
@@ -90,24 +102,16 @@ _VALUES = frozenset(
 """Instructions that push their argument."""
 
 
-def load(
-    file: IO[bytes],
-    allowed: Collection[str],
-    budget: Budget,
-    persistent: Callable[[Any], Any] | None = None,
-) -> Any:
+def load(file: IO[bytes], budget: Budget, persistent: Callable[[Any], Any] | None = None) -> Any:
     """Return the value of the pickle at the current position of a file.
 
-    Names ("module.name") must be `allowed`. `persistent` converts persistent ids, with which torch
-    refers to storages. Raises PickleError if the pickle is damaged or refused.
+    `persistent` converts persistent ids, with which torch refers to storages. Raises PickleError if
+    the pickle is damaged.
     """
-    machine = _Machine(allowed, budget, persistent)
-    limited: Any = _LimitedFile(file, budget)
+    machine = _Machine(budget, persistent)
     try:
-        for opcode, argument, _ in pickletools.genops(limited):
-            if opcode.name == "STOP":
-                break
-            machine.step(opcode.name, argument)
+        for name, argument in read_instructions(file, budget):
+            machine.step(name, argument)
         return machine.pop()
     except (PickleError, OSError):
         raise
@@ -115,35 +119,10 @@ def load(
         raise PickleError(f"a damaged pickle ({type(error).__name__}: {error})") from None
 
 
-class _LimitedFile:
-    """A file that refuses to read more bytes at once than a value of a pickle may have."""
-
-    def __init__(self, file: IO[bytes], budget: Budget) -> None:
-        self._file, self._budget = file, budget
-
-    def read(self, size: int) -> bytes:
-        if size > _MAX_VALUE_BYTES:
-            raise PickleError(f"a pickle with a value of {size:,} bytes")
-        data = self._file.read(size)
-        self._budget.add(len(data))
-        return data
-
-    def readline(self) -> bytes:
-        data = self._file.readline(_MAX_LINE_BYTES)
-        self._budget.add(len(data))
-        return data
-
-
 class _Machine:
     """The stack machine that executes the instructions of a pickle."""
 
-    def __init__(
-        self,
-        allowed: Collection[str],
-        budget: Budget,
-        persistent: Callable[[Any], Any] | None,
-    ) -> None:
-        self._allowed = allowed
+    def __init__(self, budget: Budget, persistent: Callable[[Any], Any] | None) -> None:
         self._charge = budget.charge
         self._persistent = persistent
         self._stack: list[Any] = []
@@ -175,8 +154,14 @@ class _Machine:
             before = sys.getsizeof(target)
             (target.extend if kind is list else target.update)(values)
             self._charge(sys.getsizeof(target) - before)
-        elif name not in ("PROTO", "FRAME"):
-            self._step_with_names(name, argument)
+        elif name == "POP":
+            self._stack.pop()
+        elif name == "POP_MARK":
+            self._pop_values(None)
+        elif name == "DUP":
+            self._stack.append(self._stack[-1])
+        elif name not in ("PROTO", "FRAME", "STOP"):
+            self._push_new(self._opaque_value(name, argument))
 
     def pop(self) -> Any:
         return _checked(self._stack.pop())
@@ -203,31 +188,31 @@ class _Machine:
             self._memo += [_MARK] * gap
         self._memo[index] = value
 
-    def _step_with_names(self, name: str, argument: Any) -> None:
-        """Execute an instruction that concerns names, calls, storages, or the stack alone."""
-        push = self._push_new
+    def _opaque_value(self, name: str, argument: Any) -> Any:
+        """Execute an instruction about a name, a call or a persistent id; return what to push."""
         if name == "GLOBAL":
-            push(self._global(*argument.split(" ", 1)))
-        elif name == "STACK_GLOBAL":
-            attribute, module = self.pop(), self.pop()
-            push(self._global(module, attribute))
-        elif name in ("REDUCE", "NEWOBJ"):
-            args, function = self.pop(), self.pop()
-            push(self._record_call(function, args))
-        elif name == "BUILD":
-            state, target = self.pop(), self._stack[-1]
-            if isinstance(target, RecordedCall):
-                target.state = state
-            elif not isinstance(target, dict):  # attributes of an OrderedDict are ignored
-                raise PickleError("a damaged pickle (a state for an object without one)")
-        elif name == "BINPERSID" and self._persistent is not None:
-            push(self._persistent(self.pop()))
-        elif name == "POP":
-            self._stack.pop()
-        elif name == "POP_MARK":
-            self._pop_values(None)
-        else:
-            raise PickleError(f"a pickle with the instruction {name}, which no checkpoint needs")
+            return self._global(*argument.split(" ", 1))
+        if name == "STACK_GLOBAL":
+            module, attribute = self._pop_values(2)
+            return self._global(module, attribute)
+        if name in ("REDUCE", "NEWOBJ"):
+            return self._call(*self._pop_values(2))
+        if name == "NEWOBJ_EX":
+            return self._call(*self._pop_values(3))
+        if name == "INST":
+            return self._call(self._global(*argument.split(" ", 1)), tuple(self._pop_values(None)))
+        if name == "OBJ":
+            function, *args = self._pop_values(None)
+            return self._call(function, tuple(args))
+        if name == "BUILD":
+            return self._with_state(*self._pop_values(2))
+        if name in ("PERSID", "BINPERSID"):
+            reference = argument if name == "PERSID" else self.pop()
+            known = self._persistent and self._persistent(reference)
+            return known or RecordedCall("a persistent id", (reference,))
+        if name in ("EXT1", "EXT2", "EXT4"):
+            return RecordedCall("a registered extension", (argument,))
+        raise PickleError(f"a pickle whose data is in another file (instruction {name})")
 
     def _container(self, kind: type, values: list[Any]) -> Any:
         if kind is not dict:
@@ -244,13 +229,14 @@ class _Machine:
         return new
 
     def _container_on_top(self, kind: type) -> Any:
-        """Return the container on top of the stack, or the items of a RecordedCall there."""
+        """Return the container on top of the stack, or what is added to a RecordedCall there."""
         target = self._stack[-1]
         if isinstance(target, RecordedCall):
-            if target.items is None:
-                target.items = kind()
-                self._charge(sys.getsizeof(target.items))
-            target = target.items
+            field = "members" if kind is list else "entries"
+            if getattr(target, field) is None:
+                setattr(target, field, kind())
+                self._charge(sys.getsizeof(getattr(target, field)))
+            target = getattr(target, field)
         if type(target) is not kind:
             raise PickleError(f"a damaged pickle (items for {type(target).__name__})")
         return target
@@ -259,27 +245,31 @@ class _Machine:
         if not (isinstance(module, str) and isinstance(attribute, str)):
             raise PickleError("a damaged pickle (a name that is not a string)")
         name = f"{module}.{attribute}"[:_MAX_NAME_LENGTH]
-        if name not in self._allowed:
-            raise PickleError(
-                f"a pickle that refers to {name!r}, which is neither a tensor nor plain data "
-                "(nothing was executed)"
-            )
         self._charge(sys.getsizeof(name))
         return Global(name)
 
-    def _record_call(self, function: Any, args: Any) -> Any:
-        """Return what stands for a call: plain data for containers, a RecordedCall otherwise."""
-        if not isinstance(function, Global) or not isinstance(args, tuple):
-            raise PickleError("a damaged pickle (a call of an object that is not a function)")
-        first = args[0] if args else None
-        if function.name in _MAPPINGS:
-            if isinstance(first, list):
-                self._charge(_SLOT * len(first))
-                return self._container(dict, [x for key, value in first for x in (key, value)])
-            return dict(first) if isinstance(first, dict) else {}
-        if function.name == "torch.Size":
-            return tuple(first) if isinstance(first, (tuple, list)) else ()
-        return RecordedCall(function.name, args)
+    def _call(self, function: Any, args: Any, kwargs: Any = None) -> Any:
+        """Return what stands for a call."""
+        if type(args) is not tuple or kwargs or not isinstance(function, Global):
+            args = args if type(args) is tuple else (args,)
+            args = (*args, kwargs) if kwargs else args
+            args = args if isinstance(function, Global) else (function, *args)
+            self._charge(sys.getsizeof(args))
+        name = function.name if isinstance(function, Global) else UNNAMED
+        if name in _CONSTRUCTORS and args and isinstance(args[0], Global):
+            begin = 2 if name.endswith("_reconstructor") else 1  # after the class and its base
+            name, args = args[0].name, args[begin:]
+            self._charge(sys.getsizeof(args))
+        if name == "torch.Size":
+            return tuple(args[0]) if args and type(args[0]) in (tuple, list) else ()
+        return RecordedCall(name, args)
+
+    def _with_state(self, target: Any, state: Any) -> Any:
+        """Return an object after the pickle set its attributes."""
+        if not isinstance(target, RecordedCall):
+            return RecordedCall(UNNAMED, (target,), state)
+        target.state = state if target.state is None else (target.state, state)
+        return target
 
 
 def _index(number: int) -> int:

@@ -62,12 +62,24 @@ class StoredTensor(NamedTuple):
         return self.name, *self.aliases
 
 
+class Checksum(NamedTuple):
+    """The CRC-32 of a range of a file."""
+
+    path: str
+    begin: int
+    nbytes: int
+    crc: int
+    name: str
+    """What messages call the range, such as "archive/data/3"."""
+
+
 class Contents(NamedTuple):
     """What a checkpoint contains."""
 
     tensors: list[StoredTensor]
     notes: tuple[str, ...] = ()
     """Lines about what is not in the list, such as objects of unknown classes, and files."""
+    checksums: tuple[Checksum, ...] = ()
 
 
 def contiguous_part(path: str, offset: int, shape: tuple[int, ...]) -> Part:
@@ -107,8 +119,10 @@ def merge_files(files: Iterable[tuple[str, Contents]], checkpoint: str) -> Conte
     file_of: dict[str, str] = {}
     merged: list[StoredTensor] = []
     notes: list[str] = []
+    checksums: list[Checksum] = []
     for path, contents in files:
         notes += contents.notes
+        checksums += contents.checksums
         for tensor in contents.tensors:
             for name in tensor.names:
                 if name in file_of:
@@ -120,7 +134,7 @@ def merge_files(files: Iterable[tuple[str, Contents]], checkpoint: str) -> Conte
                     )
                 file_of[name] = path
             merged.append(tensor)
-    return Contents(merged, tuple(notes))
+    return Contents(merged, tuple(notes), tuple(checksums))
 
 
 def check_parts(tensor: StoredTensor, path: str) -> None:

@@ -18,6 +18,7 @@ from paramstats._core.options import Pattern
 from paramstats._core.record import FileSource, Record
 from paramstats._core.torch_private import without_modes
 from paramstats._summary import Summary
+from paramstats.checkpoints._checksums import Checksums
 from paramstats.checkpoints._errors import naming_errors
 from paramstats.checkpoints._files import Files
 from paramstats.checkpoints._opening import list_tensors
@@ -77,7 +78,7 @@ def summarize_file(
         contents = list_tensors(files, path, include, exclude)
         # The rows of the model are its "parameters", of which the total is made.
         tensors = sorted(contents.tensors, key=lambda tensor: _GROUPS.index(tensor.group))
-        table, skipped = _read(files, tensors, progress)
+        table, skipped = _read(files, tensors, progress, Checksums(contents.checksums))
     if skipped:
         name, reason = next(iter(skipped.items()))
         more = f" and {len(skipped) - 1} more" if len(skipped) > 1 else ""
@@ -105,7 +106,7 @@ def summarize_file(
 
 
 def _read(
-    files: Files, tensors: list[StoredTensor], progress: Progress | None
+    files: Files, tensors: list[StoredTensor], progress: Progress | None, checksums: Checksums
 ) -> tuple[bytes, dict[str, str]]:
     """Return the table of a record, and why a tensor could not be read, by name."""
     parts = [(row, part, t.dtype) for row, t in enumerate(tensors) for part in t.parts]
@@ -118,11 +119,13 @@ def _read(
     with Reader(files) as reader, threads_with_denormals(PIECE):
         for ((piece, data),) in reader.read(join_blocks((block,) for block in blocks)):
             states.update(piece, data)
+            checksums.update(piece.path, piece.begin, data)
             done += sum(block.nbytes for block in piece.blocks)
             if progress is not None:
                 progress(done, total)
     skipped = {t.name: t.unread_reason for t in tensors if t.unread_reason is not None}
-    skipped |= {tensors[row].name: reason for row, reason in states.skipped.items()}
+    reasons = states.skipped | checksums.damage(tensors)
+    skipped |= {tensors[row].name: reason for row, reason in reasons.items()}
     rows = [
         ROW.pack(*(unread(math.prod(t.shape)) if t.name in skipped else state))
         for t, state in zip(tensors, states.states, strict=True)

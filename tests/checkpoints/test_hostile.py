@@ -13,6 +13,7 @@ import torch
 
 from paramstats.checkpoints import summarize_file
 from paramstats.checkpoints._budget import Budget
+from paramstats.checkpoints._torch_storages import LEGACY_PREFIX
 from tests.checkpoints.files import safetensors_bytes, save
 from tests.checkpoints.test_broken_files import pickled
 
@@ -28,6 +29,10 @@ DENSE = (
     b"ctorch._utils\n_rebuild_tensor_v2\n((Vstorage\nctorch\nFloatStorage\nV0\nVcpu\nK\x02tQ"
     b"K\x00K\x01\x85K\x01\x85\x89)tR"
 )
+OBJECT, ARRAY = b"cos\nx\n", b"cnumpy.core.multiarray\n_reconstruct\n"
+DTYPE = b"cnumpy\ndtype\nVu1\n\x85R(K\x03V|\ntb"
+SUBCLASS = b"ctorch._tensor\n_rebuild_from_type_v2\n"
+WRAPPED = b"ctorch._utils\n_rebuild_wrapper_subclass\ncos\nx\n(cos\nx\nctorch\nfloat32\nK\x01\x85t"
 PRIME = (1 << 61) - 1
 """Its multiples have one hash."""
 
@@ -87,6 +92,34 @@ PICKLES = {
     "colliding keys": b"\x80\x02}(" + integers(50_000, PRIME) + b"u.",
     "colliding pairs": b"\x80\x02}(" + integers(50_000, PRIME, b"\x85N") + b"u.",
     "colliding members": b"\x80\x04\x8f(" + integers(50_000, PRIME, b"") + b"\x90.",
+    "objects that share a state": repeated(
+        b"}(" + integers(30_000, 1) + b"K\x00]s", OBJECT, b"h\x01)Rh\x02b", 20_000
+    ),
+    "subclasses that share a state": repeated(
+        b"}(" + integers(30_000, 1) + b"u", SUBCLASS, b"h\x01(" + WRAPPED + b"h\x02tR", 10_000
+    ),
+    "subclasses in subclasses": ENTRY + SUBCLASS + b"q\x010Nq\x020"
+    + (b"h\x01(" + WRAPPED + b"}Vx\nh\x02stRq\x020") * 8_000 + b"h\x02s.",
+    "objects in objects": ENTRY + OBJECT + b"q\x010Nq\x020" + b"h\x01h\x02\x85Rq\x020" * 60_000
+    + b"h\x02s.",
+    "arrays of the same bytes": repeated(
+        b"B\x00\x00\x03\x00" + bytes(0x30000), ARRAY,
+        b"h\x01)R(K\x01J\x00\x00\x03\x00\x85" + DTYPE + b"\x89h\x02tb", 5_000
+    ),
+    "views of the same array": repeated(
+        b"B\x00\x00\x03\x00" + bytes(0x30000), ARRAY,
+        b"".join(
+            b"h\x01)R(K\x01(" + b"K\x01" * n + b"J\x00\x00\x03\x00t" + DTYPE + b"\x89h\x02tb"
+            for n in range(60)
+        ),
+        60,
+    ),
+    "storages in the same bytes": repeated(
+        b"B\x00\x20\x00\x00" + LEGACY_PREFIX + b"x" * (0x2000 - len(LEGACY_PREFIX)),
+        b"ctorch.storage\n_load_from_bytes\n", b"h\x01h\x02\x85R", 20_000
+    ),
+    "cycle": b"\x80\x02]q\x01(" + b"h\x01" * 100_000 + b"e.",
+    "equal names": b"\x80\x02" + DENSE + b"q\x010}(" + (OBJECT + b"h\x01") * 30_000 + b"u.",
     "large index in the memo": b"\x80\x02Nr\xff\xff\xff\xef.",
     "digits": b"\x80\x02L" + b"9" * 200_000 + b"L\n.",
     "long number": ENTRY[:3] + b"\x8b\x40\x0d\x03\x00" + b"\x7f" * 200_000 + DENSE + b"s.",

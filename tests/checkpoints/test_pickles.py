@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import io
 import pickle
+import sys
 
 import pytest
 import torch
@@ -26,18 +28,16 @@ PLAIN = {
 }
 
 
-def load(data: bytes, allowed=()):
-    return pickles.load(io.BytesIO(data), allowed, Budget())
+def load(data: bytes):
+    return pickles.load(io.BytesIO(data), Budget())
 
 
 @pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
 def test_plain_data_of_every_protocol(protocol):
-    allowed = {"builtins.bytearray", "_codecs.encode", "builtins.set", "__builtin__.set"}
-    allowed |= {"builtins.frozenset", "__builtin__.frozenset", "__builtin__.bytearray"}
     value = {**PLAIN, "again": PLAIN["nested"]}
     if protocol < 5:
         value = {name: value[name] for name in ("none", "numbers", "nested", "again")}
-    loaded = load(pickle.dumps(value, protocol), allowed)
+    loaded = load(pickle.dumps(value, protocol))
     if protocol == 5:
         loaded |= {"set": set(loaded["set"]), "frozen": frozenset(loaded["frozen"])}
     assert loaded == value
@@ -45,12 +45,62 @@ def test_plain_data_of_every_protocol(protocol):
 
 
 def test_calls_are_recorded():
-    value = collections.Counter("aab"), complex(1, 2), collections.OrderedDict(x=1)
-    allowed = {"collections.Counter", "collections.OrderedDict", "builtins.complex"}
-    counter, number, ordered = load(pickle.dumps(value), allowed)
-    assert counter == {"a": 2, "b": 1} and ordered == {"x": 1}
-    assert isinstance(number, RecordedCall)
+    value = complex(1, 2), collections.OrderedDict(x=1), collections.deque([3])
+    number, ordered, deque = load(pickle.dumps(value))
     assert (number.function, number.args) == ("builtins.complex", (1, 2))
+    assert (ordered.function, ordered.entries) == ("collections.OrderedDict", {"x": 1})
+    assert (deque.function, deque.members) == ("collections.deque", [3])
+
+
+def call(function, *args, **others):
+    return RecordedCall(function, args, **others)
+
+
+class Point:
+    def __init__(self):
+        self.x = 1
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_objects_of_any_class_are_recorded_with_their_attributes(protocol):
+    function = f"{__name__}.Point"
+    loaded = load(pickle.dumps(Point(), protocol))
+    assert (loaded.function, loaded.state) == (function, {"x": 1})
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (b"cos\nsystem\n(S'true'\ntR.", call("os.system", "true")),
+        (b"\x80\x04\x8c\x02os\x8c\x06system\x93)\x81.", call("os.system")),
+        (b"(S'true'\nios\nsystem\n.", call("os.system", "true")),  # INST
+        (b"(cos\nsystem\nK\x01o.", call("os.system", 1)),  # OBJ
+        (b"cos\nx\n)}(S'a'\nK\x01u\x92.", call("os.x", {"a": 1})),  # NEWOBJ_EX
+        (b"cos\nx\nK\x01R.", call("os.x", 1)),  # arguments that are no tuple
+        (b"K\x01)R.", call(pickles.UNNAMED, 1)),
+        (b"cos\nx\n)R(K\x02tR.", call(pickles.UNNAMED, call("os.x"), 2)),
+        (b"]K\x02b.", call(pickles.UNNAMED, [], state=2)),
+        (b"cos\nx\n)R}b}K\x01K\x02sb.", call("os.x", state=({}, {1: 2}))),
+        (b"\x82\x07.", call("a registered extension", 7)),
+        (b"K\x01Q.", call("a persistent id", 1)),
+        (b"Pid\n.", call("a persistent id", "id")),
+    ],
+)
+def test_calls_become_opaque_values(data, expected):
+    def plain(value):
+        if isinstance(value, RecordedCall):
+            return value.function, [plain(x) for x in value.args], value.state
+        return value
+
+    assert plain(load(data)) == plain(expected)
+
+
+def test_long_values_stay_in_the_file():
+    data = pickle.dumps([b"x" * 5000, "y" * 5000, bytearray(b"z" * 5000)], 5)
+    values = load(data)
+    assert [value.nbytes for value in values] == [5000] * 3
+    assert [data[value.offset] for value in values] == list(b"xyz")
+    assert [value.is_text for value in values] == [False, True, False]
 
 
 @pytest.mark.parametrize(
@@ -60,14 +110,12 @@ def test_calls_are_recorded():
         (b"(K\x01K\x02d.", {1: 2}),  # DICT
         (b"K\x01K\x020.", 1),  # POP
         (b"K\x01(K\x02K\x031.", 1),  # POP_MARK
-        (b"ccollections\nOrderedDict\n(]K\x01K\x02\x86atR.", {1: 2}),
-        (b"ccollections\nOrderedDict\n)R}b.", {}),
+        (b"K\x012\x86.", (1, 1)),  # DUP
         (b"ctorch\nSize\n(K\x01K\x02\x86tR.", (1, 2)),
     ],
 )
 def test_instructions_that_pickle_rarely_writes(data, expected):
-    allowed = ("collections.OrderedDict", "torch.Size")
-    assert load(data, allowed) == expected
+    assert load(data) == expected
 
 
 @pytest.mark.parametrize(
@@ -78,27 +126,24 @@ def test_instructions_that_pickle_rarely_writes(data, expected):
         (b"\x80\x02K\x01", "damaged pickle"),
         (b"\x80\x02.", "damaged pickle"),
         (b"\x80\x02(.", "a mark in place of a value"),
-        (b"\x80\x02K\x01K\x02R.", "a call of an object that is not a function"),
         (b"\x80\x02K\x01K\x02a.", "items for int"),
-        (b"\x80\x02]K\x02b.", "a state for an object without one"),
         (b"\x80\x02K\x01K\x02\x93.", "a name that is not a string"),
         (b"\x80\x02h\x07.", "damaged pickle"),
-        (b"\x80\x02K\x01Q.", "the instruction BINPERSID"),
-        (b"cos\nsystem\n.", r"refers to 'os\.system'"),
-        (b"cbuiltins\neval\n.", r"refers to 'builtins\.eval'"),
-        (b"\x80\x04\x8c\x02os\x8c\x06system\x93.", r"refers to 'os\.system'"),
-        (b"\x80\x04\x8c\x05torch\x8c\x06load.x\x93.", r"refers to 'torch\.load\.x'"),
-        (b"(S'true'\nios\nsystem\n.", "the instruction INST"),
-        (b"(cos\nsystem\no.", r"refers to 'os\.system'"),
-        (b"\x82\x01.", "the instruction EXT1"),
-        (b"\x80\x04\x8d" + b"\xff" * 7 + b"\x7f.", "a value of 9,223,"),
+        (b"\x80\x04\x8d" + b"\xff" * 7 + b"\x7f.", "damaged pickle"),
+        (b"\x80\x05\x97.", "data is in another file"),
+        (b"\x80\x02\x00.", "unknown instruction"),
+        (b"\x80\x02B\x09\x00\x00\x00abc", "its end is missing"),
+        (b"\x80\x02B\x09\x20\x00\x00abc", "its end is missing"),
+        (b"cos\nsystem", "damaged pickle"),
+        (b"\x80\x02\x8b\xff\xff\xff\x0f.", "a value of 268,435,455 bytes"),
+        (b"\x80\x02L" + b"9" * 70_000 + b"L\n.", "a line of more than 65,536 bytes"),
         (b"\x80\x02r\xff\xff\xff\x7f.", "damaged pickle"),
         (b"Np-1\n.", "a negative number"),
         (b"Np3\ng-1\n.", "a negative number"),
         (b"Nq\x02h\x01.", "a mark in place of a value"),
     ],
 )
-def test_damaged_or_forbidden_pickle_is_refused(data, message):
+def test_damaged_pickle_is_refused(data, message):
     with pytest.raises(PickleError, match=message):
         load(data)
 
@@ -114,32 +159,45 @@ class Calls:
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_file_with_code_is_refused_and_not_executed(tmp_path, zipped):
+def test_code_in_a_file_is_not_executed(tmp_path, zipped):
     marker, path = tmp_path / "marker", tmp_path / "a.pt"
     saved = {"w": torch.ones(2), "z": Calls(open, str(marker), "w")}
     torch.save(saved, path, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(CheckpointError, match=r"refers to '_?i?o\.open'.*nothing was executed"):
-        summarize_file(path)
+    assert list(summarize_file(path)) == ["w"]
     assert not marker.exists()
     torch.load(path, weights_only=False)
     assert marker.exists(), "torch.load would have executed it"
 
 
-def test_whole_model_is_refused_with_the_remedy(tmp_path):
-    torch.save(torch.nn.Linear(2, 2), tmp_path / "a.pt")
-    with pytest.raises(CheckpointError, match=r"'torch.nn.*Linear'.*save the state_dict\(\)"):
-        summarize_file(tmp_path / "a.pt")
+def test_cycles_end(tmp_path):
+    cyclic: dict[str, object] = {"w": torch.ones(1)}
+    cyclic["again"] = [cyclic]
+    point = Point()
+    point.x = {"w": torch.ones(2), "point": point}
+    torch.save({"cyclic": cyclic, "point": point}, tmp_path / "a.pt")
+    assert list(summarize_file(tmp_path / "a.pt")) == ["cyclic.w", "point.x.w"]
 
 
 def test_endless_lists_are_refused(tmp_path):
-    cyclic: list[object] = []
-    cyclic.append(cyclic)
     doubled: list[object] = [torch.ones(1)]
     for _ in range(60):
         doubled = [doubled, doubled]
-    for saved in (cyclic, doubled):
-        torch.save(saved, tmp_path / "a.pt")
-        with pytest.raises(
-            CheckpointError, match=r"lists in lists without end|describes very large"
-        ):
-            summarize_file(tmp_path / "a.pt")
+    deep: list[object] = [torch.ones(1)]
+    for _ in range(2000):
+        deep = [deep]
+    with raised_recursion_limit():
+        for saved in (doubled, deep):
+            torch.save(saved, tmp_path / "a.pt")
+            with pytest.raises(CheckpointError, match=r"without end|describes very large"):
+                summarize_file(tmp_path / "a.pt")
+
+
+@contextlib.contextmanager
+def raised_recursion_limit():
+    """Allow pickle to write what this module then refuses."""
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(20_000)
+    try:
+        yield
+    finally:
+        sys.setrecursionlimit(limit)
