@@ -27,6 +27,17 @@ def unexpected(
     return CheckpointError(one_line_name(message))
 
 
+_SHOWN = 4
+"""Names that a message lists. The others are counted."""
+
+
+def listed(names: list[str]) -> str:
+    """Return names with commas between them, the first few and the number of the others."""
+    more = f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
+    short = (name if len(name) < 200 else f"{name[:200]}..." for name in names[:_SHOWN])
+    return ", ".join(short) + more
+
+
 @contextmanager
 def naming_errors(function: str) -> Iterator[None]:
     """Put "paramstats.checkpoints.FUNCTION: " before the message of a CheckpointError."""

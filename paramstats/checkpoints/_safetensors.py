@@ -16,6 +16,7 @@ from typing import IO, Any
 import torch
 
 from paramstats.checkpoints._errors import unexpected
+from paramstats.checkpoints._files import Files
 from paramstats.checkpoints._stored_tensors import Contents, StoredTensor, contiguous_part
 
 _MAX_HEADER_BYTES = 100_000_000
@@ -43,13 +44,18 @@ _BITS = {
 }
 
 
-def read(file: IO[bytes], path: str) -> Contents:
+def read(file: IO[bytes], path: str, _: Files) -> Contents:
     """Return the tensors of a file, in the order of its header."""
     size = file.seek(0, io.SEEK_END)
     entries, begin = _header(file, size, path)
-    metadata = entries.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise unexpected("strings in __metadata__", "another type", path)
+    metadata = entries.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata  # null is allowed
+    if not isinstance(metadata, dict):
+        raise unexpected("__metadata__ of names and strings", reprlib.repr(metadata), path)
+    for name, value in metadata.items():
+        if not isinstance(value, str):
+            got = f"{reprlib.repr(value)} for {reprlib.repr(name)}"
+            raise unexpected("strings in __metadata__", got, path)
     if "DCP_SHARDING_INFO" in metadata:
         raise unexpected(
             "whole tensors",
@@ -97,7 +103,7 @@ def _header(file: IO[bytes], size: int, path: str) -> tuple[dict[str, Any], int]
 
 def _tensor(name: str, entry: Any, begin: int, path: str) -> StoredTensor:
     """Return the tensor that an entry of the header describes; its offsets count from `begin`."""
-    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+    if not isinstance(entry, dict) or not entry.keys() >= {"dtype", "shape", "data_offsets"}:
         raise unexpected(f"dtype, shape and data_offsets of {name!r}", reprlib.repr(entry), path)
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     bits = _BITS.get(dtype) if isinstance(dtype, str) else None

@@ -64,8 +64,8 @@ def test_folder_without_an_index_is_read(tmp_path):
     save_file({"b": torch.ones(3)}, tmp_path / "two.safetensors")
     torch.save({"optimizer": torch.ones(9)}, tmp_path / "training_args.bin")
     assert list(summarize_file(tmp_path)) == ["a", "b"]
-    shutil.copy(tmp_path / "two.safetensors", tmp_path / "two.fp16.safetensors")
-    with pytest.raises(CheckpointError, match=r"got 'b' in two\.fp16\.safetensors and in two\.saf"):
+    shutil.copy(tmp_path / "two.safetensors", tmp_path / "again.safetensors")
+    with pytest.raises(CheckpointError, match=r"got 'b' in again\.safetensors and in two\.saf"):
         summarize_file(tmp_path)
 
 
