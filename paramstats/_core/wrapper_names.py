@@ -13,6 +13,15 @@ _MARK_NAMES = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"
 _MARKS = re.compile(rf"(?<![^.])(?:{'|'.join(_MARK_NAMES)})\.(?=.)")
 """Parts of names that only wrappers add: torch.compile, activation checkpointing, FSDP."""
 
+_FILE_MARK_NAMES = (
+    *(*_MARK_NAMES, "_forward_module", "module"),  # DeepSpeed and Fabric; DDP
+    *(r"base_model\.model", "base_layer", r"modules_to_save\.default"),  # PEFT
+    *(rf"(?<=\.lora_{kind}\.)default" for kind in "AB"),
+)
+FILE_MARKS = re.compile(rf"(?<![^.])(?:{'|'.join(_FILE_MARK_NAMES)})\.(?=.)")
+"""Parts of names in files that wrappers add. A model may use some of them itself, such as "module".
+So they are ignored only where names differ otherwise."""
+
 _WRAPPERS = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel, AveragedModel)
 """Wrappers that keep the model as their child `module`, a name that models use, too."""
 

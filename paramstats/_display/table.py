@@ -23,6 +23,9 @@ from paramstats._findings.rules import find
 _COLUMNS = ("mean", "std", "norm", "zero_fraction")
 _COLUMNS_OF_ONE_KIND = ("mean", "std", "norm", "min", "max", "zero_fraction")
 _COUNT, _NORM = STATS.index("count"), STATS.index("norm")
+ALIAS = "  = "
+"""What the label of an alias begins with."""
+
 UNREMARKABLE = ("0%", "none", "frozen", "buffer", "-")
 """Cells that are displayed dimmed."""
 
@@ -208,7 +211,7 @@ class _Builder:
             findings = self.findings.get(entry.name, ())
             yield Line("tensor", node.depth, label, entry.name, cells, findings)
             for alias in entry.aliases:
-                label = f"  = {one_line_name(alias)}"
+                label = ALIAS + one_line_name(alias)
                 yield Line("alias", node.depth, label, alias, self.no_cells)
             shown += 1
         if shown < len(self.rows):

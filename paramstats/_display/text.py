@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from paramstats._core import format as formats
 from paramstats._core.format import elide, printable
 from paramstats._core.optional import import_optional
-from paramstats._display.table import UNREMARKABLE, Table
+from paramstats._display.shorten import common_prefix, shorten
+from paramstats._display.table import ALIAS, UNREMARKABLE, Line, Table
 from paramstats._findings import Severity
 
 if TYPE_CHECKING:
@@ -32,8 +33,12 @@ _DROP_ORDER = (
     "mean",
     "std",
     "update.zero_fraction",
+    "norm b",
+    "largest",
+    "norm a",
     "shape",
     "update_ratio",
+    "|b - a|",
 )
 """The order in which columns are left out if the width is too small."""
 
@@ -43,6 +48,9 @@ _MAX_WHOLE_NAME = 48
 """Names of up to this length are not shortened; columns are left out instead."""
 
 _MIN_NAME = 12
+_NAMED = ("block", "tensor", "alias")
+"""Kinds of lines that have a name; the others have a text."""
+
 _MARKS = "findings"
 _LEFT = ("[", "s", "l")
 """First characters of a shape, of the heading "shape" and of "lazy"; counts are right-aligned."""
@@ -59,7 +67,7 @@ def plain(table: Table, width: int | None = None) -> str:
     head, *lines = ("".join(texts).rstrip() for texts in zip(*grid.texts, strict=True))
     is_total = [line.kind == "total" for line in table.lines]
     lines = [f"{grid.rule}\n{text}" if t else text for text, t in zip(lines, is_total, strict=True)]
-    return "\n".join([head, grid.rule, *lines, *grid.left_out, *table.notes])
+    return "\n".join([*grid.above, head, grid.rule, *lines, *grid.below, *table.notes])
 
 
 def rich_lines(table: Table, width: int | None = None) -> Iterator[Text]:
@@ -98,26 +106,72 @@ class _Grid(NamedTuple):
     texts: list[list[str]]
     """The same, aligned."""
     rule: str
-    left_out: list[str]
+    above: list[str]
+    """The line on what all names begin with, if it is left out of the names."""
+    below: list[str]
     """The note on columns that have no room."""
 
 
 def _grid(table: Table, width: int | None) -> _Grid:
     width = formats.columns(width)
-    labels = [_INDENT * line.depth + line.label for line in table.lines]
+    labels = [line.label for line in table.lines]
     marks = [f"! {line.marks}" if line.findings else "" for line in table.lines]
     rows = (table.headings, *(line.cells for line in table.lines))
     columns = list(map(list, zip(*rows, strict=True)))
     if any(marks):
         columns.append([_MARKS, *marks])
-    longest = max(map(len, ("parameter", *labels)))
+    prefix = ""
+    longest = _longest(table.lines, labels)
+    if longest + _total_width(columns) > width:
+        prefix = _prefix_of_all(table.lines)
+        labels = [line.label.replace(prefix, "", line.kind in _NAMED) for line in table.lines]
+        longest = _longest(table.lines, labels)
     columns, left_out = _fit(columns, width - min(longest, _MAX_WHOLE_NAME), table.kept)
     name_width = min(longest, max(width - _total_width(columns), _MIN_NAME))
-    names = [elide(name, name_width).ljust(name_width) for name in ("parameter", *labels)]
+    names = ["parameter", *_names(table.lines, labels, name_width)]
+    names = [name.ljust(name_width) for name in names]
     texts = [names, *map(_aligned, columns)]
     rule = printable("─", "-") * sum(len(column[0]) for column in texts)
     note = f"no room for {', '.join(left_out)}" if left_out else ""
-    return _Grid([names, *columns], texts, rule, wrap(note, max(width, _MIN_NAME)))
+    above = [f"all names begin with {prefix}"] if prefix else []
+    return _Grid([names, *columns], texts, rule, above, wrap(note, max(width, _MIN_NAME)))
+
+
+def _longest(lines: Sequence[Line], labels: Sequence[str]) -> int:
+    """Return the number of columns that the names need, heading included."""
+    pairs = zip(lines, labels, strict=True)
+    return max([len("parameter"), *(len(_INDENT) * line.depth + len(x) for line, x in pairs)])
+
+
+def _prefix_of_all(lines: Sequence[Line]) -> str:
+    """Return what all names of a list begin with; "" for an outline, which shows it once anyway."""
+    labels = [line.label.removeprefix(ALIAS) for line in lines if line.kind in _NAMED]
+    return common_prefix(labels) if all(line.depth == 0 for line in lines) else ""
+
+
+def _names(lines: Sequence[Line], labels: Sequence[str], width: int) -> list[str]:
+    """Return the texts of the names, which differ for any two lines of one module."""
+    texts = [elide(label, width) for label in labels]
+    rows_of: dict[tuple[int, str], list[int]] = {}
+    blocks = [-1]  # the lines of the modules around the current line
+    for row, line in enumerate(lines):
+        del blocks[line.depth + 1 :]
+        if line.kind in _NAMED:
+            rows_of.setdefault((blocks[-1], line.kind), []).append(row)
+        if line.kind == "block":
+            blocks.append(row)
+    for (_, kind), rows in rows_of.items():
+        indent = _INDENT * lines[rows[0]].depth + (ALIAS if kind == "alias" else "")
+        own = [labels[row].removeprefix(ALIAS) if kind == "alias" else labels[row] for row in rows]
+        if len(indent) + max(map(len, own)) > width:
+            indent = indent[max(0, len(indent) + _MIN_NAME - width) :]
+        # A module with parameters and buffers has a line for each; these have the same name.
+        keys = own if kind == "block" else rows
+        short = dict(zip(keys, own, strict=True))
+        short = dict(zip(short, shorten([*short.values()], width - len(indent)), strict=True))
+        for row, key in zip(rows, keys, strict=True):
+            texts[row] = indent + short[key]
+    return texts
 
 
 def _spans(table: Table, width: int | None) -> Iterator[list[Span]]:
@@ -125,6 +179,7 @@ def _spans(table: Table, width: int | None) -> Iterator[list[Span]]:
     grid = _grid(table, width)
     cells, texts = zip(*grid.columns, strict=True), zip(*grid.texts, strict=True)
     headings = next(cells)
+    yield from ([(line, "dim")] for line in grid.above)
     yield _stripped([(text, "bold") for text in next(texts)])
     yield [(grid.rule, "dim")]
     for line, own_cells, own_texts in zip(table.lines, cells, texts, strict=True):
@@ -140,7 +195,7 @@ def _spans(table: Table, width: int | None) -> Iterator[list[Span]]:
                 cell_style = "dim"
             spans.append((text, cell_style))
         yield _stripped(spans)
-    yield from ([(line, "dim")] for line in grid.left_out)
+    yield from ([(line, "dim")] for line in grid.below)
     yield from ([(note, "")] for note in table.notes)
 
 

@@ -5,12 +5,9 @@ from __future__ import annotations
 import os
 import re
 import stat
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
-from paramstats._core.format import one_line_name
-from paramstats._core.names import compile_patterns, passes
 from paramstats._core.options import Pattern
 from paramstats.checkpoints import _distributed as distributed
 from paramstats.checkpoints._errors import unexpected
@@ -18,6 +15,7 @@ from paramstats.checkpoints._files import Files
 from paramstats.checkpoints._folders import read_folder
 from paramstats.checkpoints._formats import EXPECTED, read_file
 from paramstats.checkpoints._index import INDEX, PART, read_index
+from paramstats.checkpoints._selection import select_names, select_part, split_path
 from paramstats.checkpoints._stored_tensors import Contents
 
 _MAX_NOTES = 10
@@ -34,27 +32,19 @@ def list_tensors(
 ) -> Contents:
     """Return the tensors of a checkpoint whose names `include` and `exclude` let pass.
 
+    After the path may follow "#" and a part of the checkpoint, such as "model.pt#ema".
+
     Raises CheckpointError if it is not a checkpoint or damaged, OSError if a file cannot be opened.
     """
-    contents = _read_path(files, Path(os.fsdecode(path)))
-    included = None if include is None else compile_patterns(include, "include")
-    excluded = () if exclude is None else compile_patterns(exclude, "exclude")
-    tensors = contents.tensors
-    notes = contents.notes if tensors else ("no tensors in it", *contents.notes)
+    file, part = split_path(path)
+    contents = _read_path(files, file)
+    notes = contents.notes if contents.tensors else ("no tensors in it", *contents.notes)
     if len(notes) > _MAX_NOTES:
         notes = (*notes[:_MAX_NOTES], f"{len(notes) - _MAX_NOTES:,} more notes")
     contents = contents._replace(notes=notes)
-    if included is None and not excluded:
-        return contents
-    selected = [t for t in tensors if any(passes((name,), included, excluded) for name in t.names)]
-    if tensors and not selected:
-        warnings.warn(
-            f"paramstats.checkpoints: expected include and exclude to select tensors, got none of "
-            f"{len(tensors):,} in {one_line_name(os.fsdecode(path))}",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-    return contents._replace(tensors=selected)
+    if part is not None:
+        contents = select_part(contents, part, file)
+    return select_names(contents, include, exclude, os.fsdecode(path), stacklevel=3)
 
 
 def _read_path(files: Files, path: Path) -> Contents:

@@ -1,4 +1,4 @@
-"""Pair the tensors of two checkpoints by name, and the elements of two tensors by position."""
+"""Pair the elements of two tensors by position."""
 
 from __future__ import annotations
 
@@ -13,67 +13,18 @@ from paramstats.checkpoints._stored_tensors import Part, StoredTensor, is_dense
 _MAX_PAIRS = 1 << 21
 """Pairs of parts of a tensor that may overlap: rows on 1,448 ranks and columns on as many."""
 
-Pair = tuple[StoredTensor, StoredTensor]
 
-
-def all_names(tensors: list[StoredTensor]) -> set[str]:
-    return {name for tensor in tensors for name in tensor.names}
-
-
-def without_prefixes(
-    all_a: list[StoredTensor], all_b: list[StoredTensor]
-) -> tuple[list[StoredTensor], list[StoredTensor], str, str]:
-    """Remove a prefix, such as "model." or "module.", from the names of one checkpoint.
-
-    It is the prefix whose removal gives most names in common. Nothing is removed if the checkpoints
-    already have a name in common.
-
-    Returns:
-        The tensors of a, the tensors of b, the prefix of a, the prefix of b.
-    """
-    names_a, names_b = all_names(all_a), all_names(all_b)
-    if names_a & names_b:
-        return all_a, all_b, "", ""
-    prefix_a, count_a = _best_prefix(names_a, names_b)
-    prefix_b, count_b = _best_prefix(names_b, names_a)
-    if count_a >= count_b:
-        return _without_prefix(all_a, prefix_a), all_b, prefix_a, ""
-    return all_a, _without_prefix(all_b, prefix_b), "", prefix_b
-
-
-def _best_prefix(prefixed: set[str], plain: set[str]) -> tuple[str, int]:
-    """Return the prefix whose removal gives most names of `plain`, and their number."""
-    counts: dict[str, int] = {}
-    lengths = set(map(len, plain))  # comparing with others would take long for a long name
-    for name in prefixed:
-        end = name.find(".") + 1
-        while end > 0:
-            if len(name) - end in lengths and name[end:] in plain:
-                counts[name[:end]] = counts.get(name[:end], 0) + 1
-            end = name.find(".", end) + 1
-    return max(counts.items(), key=lambda item: (item[1], -len(item[0])), default=("", 0))
-
-
-def _without_prefix(tensors: list[StoredTensor], prefix: str) -> list[StoredTensor]:
-    return [
-        tensor._replace(
-            name=tensor.name.removeprefix(prefix),
-            aliases=tuple(alias.removeprefix(prefix) for alias in tensor.aliases),
-        )
-        for tensor in tensors
+def why_uncompared(a: StoredTensor, b: StoredTensor) -> str:
+    """Return why two tensors cannot be compared, or an empty text."""
+    unread = [
+        f"{x.unread_reason} (in {side})" for side, x in (("a", a), ("b", b)) if x.unread_reason
     ]
+    codes = [f"{x.label} (in {side})" for side, x in (("a", a), ("b", b)) if _is_codes(x)]
+    return "; ".join(unread or codes)
 
 
-def pair_tensors(all_a: list[StoredTensor], all_b: list[StoredTensor]) -> Iterator[Pair]:
-    """Yield the tensors with a common name, under the first such name.
-
-    A tied tensor of one checkpoint may be several tensors in the other.
-    """
-    row_of = {name: row for row, tensor in enumerate(all_b) for name in tensor.names}
-    for a in all_a:
-        for row in dict.fromkeys(row_of[name] for name in a.names if name in row_of):
-            name = next(name for name in a.names if name in all_b[row].names)
-            yield a._replace(name=name), all_b[row]
+def _is_codes(tensor: StoredTensor) -> bool:
+    return tensor.group == "other" and tensor.label.startswith("codes")
 
 
 def pair_blocks(row: int, a: StoredTensor, b: StoredTensor) -> Iterator[tuple[Block, Block]]:

@@ -1,20 +1,21 @@
-"""`compare_files` against tensors in memory."""
+"""`compare` of checkpoints and of tensors in memory, against torch and numpy."""
 
 from __future__ import annotations
 
 import collections
 import json
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 
-from paramstats.checkpoints import CheckpointError, compare_files
+from paramstats import checkpoints
+from paramstats.checkpoints import CheckpointError, compare_files, summarize_file
+from paramstats.checkpoints import _compare_files as comparing
 from paramstats.checkpoints import _pairing as pairing
 from paramstats.checkpoints import _reading as reading
+from paramstats.checkpoints._comparison import sort_changes
 from paramstats.checkpoints._stored_tensors import Part, contiguous_part
 from tests.checkpoints.files import FORMATS, save
 
@@ -125,7 +126,9 @@ def test_tensors_that_cannot_be_compared_are_named(backend, tmp_path):
         "other shape: shape: [3] in a, [3, 1] in b",
         f"not read: s: {result.skipped['s']}",
         "other dtype: tied: float32 and float16",
+        "model: 0 of 1 tensors unchanged, relative change of all 1",
     ]
+    assert result.skipped["s"].endswith(" (in a)")
     content = json.loads(json.dumps(result.to_dict()))
     assert content["tensors"]["tied"]["shape"] == [2]
     assert content["other_shape"] == {"shape": [[3], [3, 1]]}
@@ -199,32 +202,18 @@ def test_prefix_of_all_names_is_removed(tmp_path, is_reversed):
     net = {"0.w": torch.ones(4) * 3, "1.w": torch.ones(4) * 6}
     wrapped = {"model": {"net": net}, "optimizer": {"v": torch.ones(9)}}
     result = compare(tmp_path, *((plain, wrapped) if is_reversed else (wrapped, plain)))
-    assert sorted(row.name for row in result.rows) == ["0.w", "1.w"]
+    assert len(result.rows) == 2
     for row in result.rows:
         assert row.relative_change == pytest.approx(2 if is_reversed else 2 / 3)
-    sides = [(result.prefix_a, result.only_in_a), (result.prefix_b, result.only_in_b)]
+    names = {f"model.net.{name}": name for name in net}
+    only_in = [("optimizer.v",), ("new",)]
+    line = "renamed: a 'model.net.*' = b '*' (2 tensors)"
     if is_reversed:
-        sides.reverse()
-    assert sides == [("model.net.", ("optimizer.v",)), ("", ("new",))]
-    side = "b" if is_reversed else "a"
-    assert f"removed from the names of {side}: 'model.net.'" in result.table()
-    assert result.to_dict()[f"prefix_{side}"] == "model.net."
-
-
-def test_prefixes_of_a_long_name_are_found_in_linear_time():
-    code = """
-from paramstats.checkpoints._pairing import _best_prefix
-print(_best_prefix({"a." * 1_000_000 + "w"}, {"w", "b"}) == ("a." * 1_000_000, 1))
-"""
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert done.stdout == "True\n", done.stderr
-
-
-def test_common_name_keeps_all_prefixes(tmp_path):
-    one = torch.ones(1)
-    result = compare(tmp_path, {"w": one, "model.v": one.clone()}, {"w": one, "v": one.clone()})
-    assert [row.name for row in result.rows] == ["w"] and result.prefix_a == result.prefix_b == ""
+        names = {y: x for x, y in names.items()}
+        line = "renamed: a '*' = b 'model.net.*' (2 tensors)"
+        only_in.reverse()
+    assert [result.only_in_a, result.only_in_b] == only_in and result.mapped == names
+    assert line in result.table().splitlines() and result.to_dict()["mapped"] == names
 
 
 def test_table_fits_the_width_and_shortens_lists(tmp_path):
@@ -234,15 +223,119 @@ def test_table_fits_the_width_and_shortens_lists(tmp_path):
     lines = result.table(width=100).splitlines()
     assert max(map(len, lines[:3])) <= 100 and "…" in lines[2]
     assert len(result.only_in_a) == 30 and result.table().count("only in a: ") == 11
-    assert result.table().endswith("only in a: ... and 20 more")
+    assert "\nonly in a: ... and 20 more\n" in result.table()
     assert "... and 1 more" in result.table(limit=0)
 
 
 def test_files_without_a_common_name_print_what_each_has(tmp_path):
-    for name in "ab":
-        torch.save({name: torch.ones(2)}, tmp_path / f"{name}.pt")
-    text = str(compare_files(tmp_path / "a.pt", tmp_path / "b.pt"))
-    assert "only in a: a" in text and "only in b: b" in text
+    text = str(compare(tmp_path, {"a": torch.ones(2)}, {"b": torch.ones(2)}))
+    assert "only in a: a" in text and "only in b: b" in text and "no tensor was compared" in text
+
+
+LONG = [
+    f"model.language_model.layers.{i}.self_attn.{p}_proj.weight" for i in (1, 11) for p in "qkv"
+]
+EXPERTS = [f"{'x' * 30}.{i}.{'y' * 30}.{i * 7}.{'z' * 30}" for i in range(200)]
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 120])
+@pytest.mark.parametrize("names", [LONG, EXPERTS, [*LONG, "lm_head.weight"]])
+def test_names_differ_at_every_width(width, names):
+    a = {name: torch.ones(2) for name in names}
+    lines = checkpoints.compare(a, a).table(width=width).splitlines()
+    if lines[0].startswith("all names begin with "):
+        prefix = lines.pop(0).rpartition(" ")[2]
+        assert all(name.startswith(prefix) for name in names) and prefix.endswith(".")
+    assert len({line.split()[0] for line in lines[2 : 2 + len(names)]}) == len(names)
+    assert max(map(len, lines[: 2 + len(names)])) <= width
+    assert "relative" in lines[0] and "changed" in lines[0]
+
+
+def test_parts_of_files_are_compared(tmp_path):
+    """The average is the model itself, as the training forgot to copy it."""
+    sd = {"net.w": torch.ones(2), "net.b": torch.zeros(1)}
+    ema = {"shadow": {name: x * 2 for name, x in sd.items()}, "decay": torch.tensor(0.9)}
+    path = tmp_path / "last.ckpt"
+    torch.save({"model": sd, "same": sd, "ema": ema, "b#c": {"w": torch.ones(1)}}, path)
+    rows = compare_files(f"{path}#model", f"{path}#same").rows
+    assert {row.name: row.changed_count for row in rows} == {"net.w": 0, "net.b": 0}
+    result = compare_files(f"{path}#model", f"{path}#ema")
+    assert result.mapped == {"net.w": "shadow.net.w", "net.b": "shadow.net.b"}
+    result = compare_files(f"{path}#model.net", f"{path}#ema.shadow.net")
+    assert {row.name: row.changed_count for row in result.rows} == {"w": 2, "b": 0}
+    assert list(summarize_file(f"{path}#ema")) == ["shadow.net.w", "shadow.net.b", "decay"]
+    assert list(summarize_file(f"{path}#ema.decay")) == ["ema.decay"]
+    assert list(summarize_file(f"{path}#b#c")) == ["w"]
+    assert list(summarize_file(f"{path}#ema", include="decay")) == ["decay"]
+    with pytest.raises(CheckpointError, match=r"got 'mod'.*it has #model, #ema, #b#c"):
+        summarize_file(f"{path}#mod")
+    with pytest.raises(FileNotFoundError, match=r"gone\.pt#model"):
+        summarize_file(tmp_path / "gone.pt#model")
+
+
+def test_a_file_with_a_number_sign_in_its_name(tmp_path):
+    for name in ("a#model", "a", "dir#1/a"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        torch.save({"model": {name: torch.ones(1)}}, tmp_path / name)
+    assert list(summarize_file(tmp_path / "a#model")) == ["model.a#model"]
+    assert list(summarize_file(tmp_path / "a#model#model")) == ["a#model"]
+    assert list(summarize_file(f"{tmp_path}/dir#1/a#model")) == ["dir#1/a"]
+
+
+def grouped(groups):
+    """Return a function that gives the tensors of a checkpoint their group and label by name."""
+
+    def give(contents):
+        tensors = []
+        for tensor in contents.tensors:
+            group, label = groups.get(tensor.name, ("model", ""))
+            tensors.append(tensor._replace(group=group, label=label))
+        return contents._replace(tensors=tensors)
+
+    return give
+
+
+def test_groups_have_totals_and_codes_are_not_compared(tmp_path, monkeypatch):
+    groups = {
+        "o.same": ("optimizer", ""),
+        "o.m": ("optimizer", ""),
+        "q": ("other", "codes of int4 without a scale"),
+        "r": ("other", "this rank's shard of [8]"),
+    }
+    list_tensors = comparing.list_tensors
+    give = grouped(groups)
+    monkeypatch.setattr(comparing, "list_tensors", lambda *args: give(list_tensors(*args)))
+    a = {
+        "w": [3.0, 0, 0],
+        "v": [0.0, 4],
+        "u": [9.0],
+        "o.same": [1.0],
+        "o.m": [1.0],
+        "q": [3],
+        "r": [1],
+    }
+    b = a | {"w": [3.0, 0, 1], "v": [2.0, 4], "o.m": [100.0], "q": [5]}
+    a, b = ({name: torch.tensor(x) for name, x in c.items()} for c in (a, b))
+    result = compare(tmp_path, a, b)
+    groups = {row.name: row.group for row in result.rows}
+    assert list(groups) == ["v", "w", "u", "o.m", "o.same", "r"]
+    assert list(groups.values()) == [*["model"] * 3, *["optimizer"] * 2, "other"]
+    model = result.groups["model"]
+    assert (model.tensors, model.unchanged, model.count, model.changed_count) == (3, 1, 6, 2)
+    assert model.relative_change == pytest.approx(math.sqrt((1 + 4) / (9 + 16 + 81)))
+    assert (model.norm_a, model.change_norm) == pytest.approx((math.sqrt(106), math.sqrt(5)))
+    assert list(result.groups) == ["model", "optimizer", "other"]
+    assert result.groups["optimizer"].relative_change == pytest.approx(99 / math.sqrt(2))
+    reason = "codes of int4 without a scale (in a); codes of int4 without a scale (in b)"
+    assert result.skipped == {"q": reason}
+    lines = result.table().splitlines()
+    assert f"not compared: q: {reason}" in lines
+    assert "note: r: a: this rank's shard of [8]; b: this rank's shard of [8]" in lines
+    assert "model: 1 of 3 tensors unchanged, relative change of all 0.2172" in lines
+    assert json.loads(json.dumps(result.to_dict()))["groups"]["model"]["unchanged"] == 1
+    unchanged = sort_changes(result.rows, "unchanged")
+    assert [row.name for row in unchanged] == ["u", "o.same", "r", "v", "w", "o.m"]
+    assert [row.name for row in sort_changes(result.rows, "-unchanged")][:3] == ["v", "w", "o.m"]
 
 
 def test_parts_that_all_overlap_are_bounded():
