@@ -137,7 +137,7 @@ class ParamStats(TotalStats):
     `grad` is None where there is no gradient, which differs from a gradient of zeros.
     """
 
-    __slots__ = ("_layout",)
+    __slots__ = ("_file", "_layout")
 
     def __init__(self, record: Record, row: int) -> None:
         table, begin = record.table, row * ROW.size
@@ -151,6 +151,7 @@ class ParamStats(TotalStats):
             self, own, *numbers, record.optimizer, row, record.details, grad_row, row_count
         )
         self._layout = record.layout
+        self._file = record.file
 
     @property
     def name(self) -> str:
@@ -184,8 +185,8 @@ class ParamStats(TotalStats):
 
     @property
     def kind(self) -> str:
-        """Either "param" or "buffer"."""
-        return self._layout.kind(self._row)
+        """Either "param" or "buffer"; for a checkpoint file "param", "optimizer" or "other"."""
+        return self._layout.kind(self._row) if self._file is None else self._file.kind(self.name)
 
     def _identity(self) -> tuple[object, ...]:
         return *super()._identity(), self._layout.row(self._row)

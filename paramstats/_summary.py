@@ -13,7 +13,7 @@ from paramstats._core.details import NO_DETAILS
 from paramstats._core.layout import Layout
 from paramstats._core.names import no_such_name
 from paramstats._core.options import STATS, Pattern, make_options, warn_no_match
-from paramstats._core.record import Deferred, Record
+from paramstats._core.record import Deferred, FileSource, Record
 from paramstats._core.torch_private import skip_dynamo
 from paramstats._findings import Findings, Thresholds
 from paramstats._findings.rules import find
@@ -125,7 +125,8 @@ class Summary(Mapping[str, ParamStats]):
         """The statistics of all parameters together; `.grad` has those of all gradients together.
 
         Each parameter counts once. Buffers and tensors that could not be read do not count. All
-        tensors of a mapping, such as a `state_dict()`, are parameters and count. For complex
+        tensors of a mapping, such as a `state_dict()`, are parameters and count. Those of a
+        checkpoint file count if they are the model's, not an optimizer's or others. For complex
         parameters, `norm` and the counts are exact; `mean` and `std` use the absolute value of each
         parameter's mean. There is a histogram if all of the tensors have one; see
         `summarize(distribution=...)`.
@@ -158,6 +159,16 @@ class Summary(Mapping[str, ParamStats]):
         deferred = self._deferred
         record = self._ready if deferred is None else deferred.record()
         return record is not None and record.is_local  # without one, all ranks are asked
+
+    @property
+    def file(self) -> FileSource | None:
+        """Groups, labels and notes of a checkpoint file; None if the tensors are not those of one.
+
+        `file.groups` has "model", "optimizer" or "other" for every tensor, by name. `file.labels`
+        says what is unusual about the elements of a tensor. `file.notes` are lines about what else
+        is in the file. See `paramstats.checkpoints.summarize_file`.
+        """
+        return self._description.file
 
     @skip_dynamo
     def ready(self) -> bool:
@@ -339,7 +350,8 @@ class Summary(Mapping[str, ParamStats]):
                 "-norm": the smallest first. "name": by name. None: the order of the model.
             limit: show at most this many tensors.
             kind: show only the statistics of "param", "grad", "update" or "buffer", with min and
-                max. "grad" and "update" leave out frozen parameters.
+                max. "grad" and "update" leave out frozen parameters. For a checkpoint file,
+                "buffer" shows what is not the model's.
             trainable: show only parameters that require a gradient.
             color: add escape codes for a terminal (needs rich). `print(summary)` adds them on a
                 terminal; `rich.print(summary)` always does.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,26 @@ def test_wrong_arguments_are_a_one_line_error(capsys, arguments):
         _cli.main(arguments)
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("paramstats") and err[:-1].isprintable()
+
+
+def test_help_of_show_is_complete(capsys):
+    with pytest.raises(SystemExit) as done:
+        _cli.main(["show", "--help"])
+    out = capsys.readouterr().out
+    assert done.value.code == 0 and max(map(len, out.splitlines())) <= 100
+    page = (DEMO.parent.parent / "docs" / "checkpoints.md").read_text()
+    options = set(re.findall(r"--[a-z-]+", out)) - {"--help"}
+    assert len(options) == 13
+    assert all(f"`{option}" in page for option in options), "each is documented"
+    for status in ("0    success", "1    --fail-on found something", "2    a file is missing"):
+        assert status in out
+
+
+def test_wrong_arguments_point_to_the_help(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        _cli.main(["show"])
+    expected = "the following arguments are required: FILE; for help, run: paramstats show --help"
+    assert capsys.readouterr().err.startswith(f"paramstats show: {expected}")
 
 
 @pytest.mark.parametrize("arguments", ["info", "--help"])

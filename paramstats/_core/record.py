@@ -28,11 +28,16 @@ class FileSource(NamedTuple):
     """What is known of the tensors of a checkpoint file beyond their statistics."""
 
     groups: Mapping[str, str]
-    """What each tensor belongs to: "model", "optimizer" or "other"."""
+    """What each tensor belongs to, by name: "model", "optimizer" or "other"."""
     labels: Mapping[str, str]
     """What a reader must know of a tensor's elements, where there is anything, by name."""
     notes: tuple[str, ...]
     """Lines about what the file contains and is not among the tensors."""
+
+    def kind(self, name: str) -> str:
+        """Return "param" for a tensor of the model, otherwise its group."""
+        group = self.groups.get(name, "model")
+        return "param" if group == "model" else group
 
 
 class Record(NamedTuple):

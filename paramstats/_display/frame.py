@@ -30,7 +30,9 @@ def frame(record: Record) -> pandas.DataFrame:
         "device": map(str, layout.devices),
         "requires_grad": layout.requires_grad,
         "aliases": map(list, layout.aliases),
-        "kind": map(layout.kind, range(n)),
+        "kind": map(layout.kind, range(n))
+        if record.file is None
+        else map(record.file.kind, layout.names),
     }
     columns = {name: list(column) for name, column in columns.items()}
     for kind in column_kinds(record):

@@ -8,10 +8,10 @@ from html import escape
 
 from paramstats._core.format import one_line_name
 from paramstats._core.record import Record
-from paramstats._display.table import UNREMARKABLE, Line, table
+from paramstats._display.table import UNREMARKABLE, Line, Table, table
 from paramstats._findings import Severity
 
-_MAX_TENSORS = 1000
+MAX_TENSORS = 1000
 """Maximum number of tensors shown; browsers become slow with more."""
 
 # The header needs an opaque background: the body scrolls below it. The variables are those of
@@ -42,11 +42,15 @@ _CSS = """
 
 
 def html(record: Record) -> str:
-    """Return the table as HTML. Tooltips show full names and the advice of findings.
+    """Return the table of a record as HTML."""
+    return html_of(table(record, limit=MAX_TENSORS))
+
+
+def html_of(content: Table) -> str:
+    """Return a table as HTML. Tooltips show full names and the advice of findings.
 
     Findings follow the name, so that they are visible without scrolling to the right.
     """
-    content = table(record, limit=_MAX_TENSORS)
     has_marks = any(line.marks for line in content.lines)
     headings = ["parameter", *(["findings"] if has_marks else []), *content.headings]
     head = "".join(

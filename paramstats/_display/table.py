@@ -15,6 +15,7 @@ from paramstats._core.moments import Statistics
 from paramstats._core.options import STATS
 from paramstats._core.record import Record
 from paramstats._core.updates import ratio
+from paramstats._display.file_notes import file_notes
 from paramstats._display.order import UPDATE_RATIO, Order, heading, known_kinds, order
 from paramstats._display.tree import Node, outline
 from paramstats._findings import Finding, Findings, Severity, Thresholds
@@ -25,6 +26,8 @@ _COLUMNS_OF_ONE_KIND = ("mean", "std", "norm", "min", "max", "zero_fraction")
 _COUNT, _NORM = STATS.index("count"), STATS.index("norm")
 ALIAS = "  = "
 """What the label of an alias begins with."""
+NO_TENSORS = "no tensors in it"
+"""The line of a checkpoint file that has none."""
 
 UNREMARKABLE = ("0%", "none", "frozen", "buffer", "-")
 """Cells that are displayed dimmed."""
@@ -95,7 +98,8 @@ def table(
     findings = Findings(
         finding for finding in findings if finding.name in names and kind in (None, finding.source)
     )
-    headings = _headings(rows, kind)
+    is_file = record.file is not None
+    headings = _headings(rows, "param" if is_file and kind is None else kind)
     kept = wanted.heading if wanted else None
     if kept is not None and kept not in headings:
         headings.append(kept)
@@ -103,8 +107,12 @@ def table(
     lines = [*builder.body(wanted, limit)]
     if frozen:
         lines.append(builder.note(f"... {frozen:,} frozen"))
-    lines.append(builder.total())
-    return Table(headings, lines, findings, _notes(record, findings), kept)
+    if not every and is_file:
+        lines.append(builder.note(NO_TENSORS))
+    elif record.layout.parameters or kind == "buffer" or not is_file:
+        lines.append(builder.total())
+    notes = [*file_notes(record), *_notes(record, findings)]
+    return Table(headings, lines, findings, notes, kept)
 
 
 def _headings(rows: Sequence[Entry], kind: str | None) -> list[str]:
@@ -207,7 +215,10 @@ class _Builder:
             missing = "none" if entry.requires_grad else "frozen"
             if entry.kind == "buffer":
                 missing = "buffer"
-            cells = self._cells(shape(entry.shape), entry.of, missing)
+            size = shape(entry.shape)
+            if entry.shape is None and is_read(entry.value):  # a module of `Record.by_module`
+                size = f"{entry.value.count:,.0f}"
+            cells = self._cells(size, entry.of, missing)
             findings = self.findings.get(entry.name, ())
             yield Line("tensor", node.depth, label, entry.name, cells, findings)
             for alias in entry.aliases:
@@ -224,7 +235,8 @@ class _Builder:
     def total(self) -> Line:
         """Return the line of all parameters together, or of all buffers in a table of buffers."""
         end = len(self.rows) if self.kind == "buffer" else self.record.layout.parameters
-        return Line("total", 0, "total", "", self._merged(0, end))
+        of = " of the model" if self.record.file is not None and end < len(self.rows) else ""
+        return Line("total", 0, f"total{of}", "", self._merged(0, end))
 
     def _nodes(self, wanted: Order | None) -> Iterator[tuple[Node, int, Entry]]:
         """Yield the nodes of the outline, what to add to their rows, and their first tensor."""

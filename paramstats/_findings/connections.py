@@ -103,7 +103,7 @@ def lost_gradients(context: Context) -> Iterator[Finding]:
 def _no_backward(context: Context) -> Iterator[Finding]:
     """Report, once, that no parameter has a gradient though some require one."""
     n = sum(context.record.layout.requires_grad)
-    if n:
+    if context.has_trainable:
         message = f"none of {n:,} parameters that require a gradient has one"
         advice = (
             "This is normal before the first backward pass, and with grads=False. Otherwise call "

@@ -22,7 +22,7 @@ class Context(NamedTuple):
     """The last update of each entry; None where it is not known."""
     thresholds: Thresholds
     has_trainable: bool
-    """Whether any tensor requires a gradient. In a state_dict, none does."""
+    """Whether any tensor requires a gradient. In a state_dict, none does. False for a file."""
     has_gradients: bool
     has_zero_gates: bool
     """Whether a zero parameter that gets a gradient, such as LoRA B, blocks other gradients.
@@ -38,7 +38,7 @@ def make_context(record: Record, thresholds: Thresholds, every: Sequence[Entry])
         every,
         updates=[u if (u := entry.update) is not None and is_read(u) else None for entry in every],
         thresholds=thresholds,
-        has_trainable=any(record.layout.requires_grad),
+        has_trainable=record.file is None and any(record.layout.requires_grad),
         has_gradients=any(entry.grad is not None for entry in every),
         has_zero_gates=any(
             (is_zero_with_gradient(entry) or _was_zero(entry)) and not is_additive(entry)

@@ -186,18 +186,23 @@ class Findings(tuple[Finding, ...]):
     __str__ = __repr__
 
     def _repr_html_(self) -> str:
-        if not self:
-            return "<p>no findings</p>"
-        lines = []
-        for group in _groups(self):
-            first = group[0]
-            names = "<br>".join(
-                f"<code>{escape(name)}</code> {escape(message)}" if message else escape(name)
-                for name, message in _rows(group)
-            )
-            cells = (first.severity.name, first.code.value, names, escape(first.advice))
-            lines.append(_HTML_ROW.format(_COLORS[first.severity], *cells))
-        return f"<table><tbody>{''.join(lines)}</tbody></table>"
+        return html_of_findings(self)
+
+
+def html_of_findings(findings: Findings) -> str:
+    """Return the report as an HTML table."""
+    if not findings:
+        return "<p>no findings</p>"
+    lines = []
+    for group in _groups(findings):
+        first = group[0]
+        names = "<br>".join(
+            f"<code>{escape(name)}</code> {escape(message)}" if message else escape(name)
+            for name, message in _rows(group)
+        )
+        cells = (first.severity.name, first.code.value, names, escape(first.advice))
+        lines.append(_HTML_ROW.format(_COLORS[first.severity], *cells))
+    return f"<table><tbody>{''.join(lines)}</tbody></table>"
 
 
 def _groups(findings: Iterable[Finding]) -> list[list[Finding]]:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 
 from paramstats._core.format import number, one_line_name
+from paramstats._core.moments import Moments
 from paramstats._findings.context import (
     Context,
     count_elements,
@@ -35,12 +36,14 @@ _NOT_TRAINED = (
 def nonfinite_parameters(context: Context) -> Iterator[Finding]:
     """Report NaN in parameters and buffers, and infinities in parameters.
 
-    Infinities in buffers are masks.
+    Infinities in buffers are masks. A file does not say what is a buffer: there, a mask is what has
+    -Inf and one other value.
     """
     affected = [
         (entry, count)
-        for entry in context.entries
+        for row, entry in enumerate(context.entries)
         if (count := int(getattr(entry.value, _NONFINITE[entry.kind])))
+        and not (context.record.file is not None and is_mask(context.record.state(row)))
     ]
     optimizer = context.record.optimizer
     has_steps = optimizer is not None and len(optimizer.keys) > 0
@@ -49,10 +52,15 @@ def nonfinite_parameters(context: Context) -> Iterator[Finding]:
         advice = _NONFINITE_ADVICE[entry.kind]
         if is_new and entry.kind == "param":
             advice = _NOT_TRAINED
-        if len(affected) > 1 and position == 0:
+        if len(affected) > 1 and position == 0 and context.record.file is None:
             advice = f"The first of {len(affected)} in model order. {advice}"
         code, message = FindingCode.NONFINITE_PARAMETER, nonfinite_elements(entry.value)
         yield Finding(Severity.ERROR, code, entry.name, entry.kind, count, 0, message, advice)
+
+
+def is_mask(state: Moments) -> bool:
+    """Return whether elements are -Inf and one other value, as in the mask of attention."""
+    return not (state.nans or state.pos_infs or state.m2) and state.neg_infs < state.count
 
 
 def diverged_replicas(context: Context) -> Iterator[Finding]:

@@ -8,6 +8,7 @@ from paramstats._core.entries import Entry, entries
 from paramstats._core.record import Record
 from paramstats._findings.connections import lost_gradients
 from paramstats._findings.context import Context, make_context
+from paramstats._findings.files import advise_on_file
 from paramstats._findings.findings import Finding, Findings
 from paramstats._findings.gradients import gradient_sizes, nonfinite_gradients
 from paramstats._findings.half_precision import half_precision_ranges
@@ -50,4 +51,6 @@ def find(record: Record, thresholds: Thresholds, every: Sequence[Entry] | None =
         every = entries(record, with_state=False)
     context = make_context(record, thresholds, every)
     found = [finding for rule in _RULES for finding in rule(context)]
+    if record.file is not None:
+        found = [advise_on_file(finding, record.file) for finding in found]
     return Findings(sorted(found, key=lambda finding: -finding.severity))

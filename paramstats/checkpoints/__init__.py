@@ -5,6 +5,7 @@ two, or between a checkpoint and a model in memory. `compare_files` is another n
 `paramstats show` prints both on the command line.
 """
 
+from paramstats._core.record import FileSource
 from paramstats.checkpoints._compare_files import compare, compare_files
 from paramstats.checkpoints._comparison import Change, Comparison, GroupChange
 from paramstats.checkpoints._errors import CheckpointError
@@ -14,6 +15,7 @@ __all__ = [
     "Change",
     "CheckpointError",
     "Comparison",
+    "FileSource",
     "GroupChange",
     "compare",
     "compare_files",

@@ -15,6 +15,7 @@ from paramstats._core.layout import Layout
 from paramstats._core.options import Pattern
 from paramstats._core.shard import children, is_dtensor, is_zero_parameter
 from paramstats.checkpoints._files import Files
+from paramstats.checkpoints._groups import assign_groups
 from paramstats.checkpoints._selection import select_names
 from paramstats.checkpoints._stored_tensors import Contents, Part, StoredTensor
 
@@ -74,7 +75,7 @@ def list_memory(
     stored = [_stored(files, *row) for row in rows if id(row[2]) not in left_out]
     for device in {x.device for x in tensors if x.is_cuda}:  # streams that still write to them
         torch.cuda.current_stream(device).synchronize()
-    return select_names(Contents(stored), include, exclude, type(source).__qualname__, stacklevel=3)
+    return select_names(Contents(assign_groups(stored)), include, exclude, type(source).__qualname__, stacklevel=3)
 
 
 def _names(source: object, names: Any, aliases: Any, *others: object) -> tuple[Any, Any]:

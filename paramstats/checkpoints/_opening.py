@@ -14,6 +14,7 @@ from paramstats.checkpoints._errors import unexpected
 from paramstats.checkpoints._files import Files
 from paramstats.checkpoints._folders import read_folder
 from paramstats.checkpoints._formats import EXPECTED, read_file
+from paramstats.checkpoints._groups import assign_groups
 from paramstats.checkpoints._index import INDEX, PART, read_index
 from paramstats.checkpoints._selection import select_names, select_part, split_path
 from paramstats.checkpoints._stored_tensors import Contents
@@ -44,6 +45,7 @@ def list_tensors(
     contents = contents._replace(notes=notes)
     if part is not None:
         contents = select_part(contents, part, file)
+    contents = contents._replace(tensors=assign_groups(contents.tensors))
     return select_names(contents, include, exclude, os.fsdecode(path), stacklevel=3)
 
 

@@ -3,140 +3,263 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
-import importlib
-import io
 import json
-import sys
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from paramstats import _display as display
+from paramstats._core.entries import entries, is_read
 from paramstats._core.format import one_line_name
 from paramstats._core.options import STATS, did_you_mean
-from paramstats._output import print_error
-from paramstats._summary import record_of
+from paramstats._core.record import Record
+from paramstats._display.html import MAX_TENSORS
+from paramstats._display.table import NO_TENSORS, Table
+from paramstats._findings import Findings, Severity
+from paramstats._findings.parameters import is_mask
+from paramstats._output import ERROR
+from paramstats._summary import Summary, record_of
 from paramstats.checkpoints._compare_files import compare_files
-from paramstats.checkpoints._comparison import Change, list_uncompared, make_table, sort_changes
-from paramstats.checkpoints._reading import Progress
+from paramstats.checkpoints._comparison import (
+    Change,
+    Comparison,
+    list_uncompared,
+    make_table,
+    sort_changes,
+)
+from paramstats.checkpoints._csv import csv_text
+from paramstats.checkpoints._page import check_page_path, write_page
+from paramstats.checkpoints._progress import COMMAND, print_lines, reporting
 from paramstats.checkpoints._summarize_file import summarize_file
 
-_COMMAND = "paramstats show"
-_CHANGE_STATS = tuple(
-    field for field in Change._fields if field not in ("name", "shape", "dtype_a", "dtype_b")
-)
+FOUND = 1
+"""Exit status if --fail-on finds something, and if two checkpoints have nothing to compare."""
 
-_FORMULA_STARTS = tuple("=+-@\uff1d\uff0b\uff0d\uff20")
-"""Spreadsheets run a cell that begins with one of these; the last four are the wide forms."""
+_FIELDS = ("name", "group", "shape", "dtype", "aliases", *STATS, "label")
+_FINDING_FIELDS = ("severity", "code", "name", "message", "advice")
+_NOT_SORTED_BY = ("name", "shape", "dtype_a", "dtype_b", "group")
+_CHANGE_STATS = tuple(field for field in Change._fields if field not in _NOT_SORTED_BY)
+_NOT_READ = "not read"
+_DAMAGED = "damaged"
+"""What the reason begins with if a tensor could not be read because its bytes are wrong."""
 
 
-def make_text(arguments: argparse.Namespace) -> str:
+class Output(NamedTuple):
+    """What the command prints, and its exit status."""
+
+    text: str
+    status: int = 0
+
+
+def make_output(arguments: argparse.Namespace) -> Output:
     """Return what the arguments ask for."""
-    if arguments.limit is not None and arguments.limit < 0:
-        raise ValueError(f"paramstats show: expected --limit 0 or more, got {arguments.limit}")
-    return _summarize(arguments) if arguments.other is None else _compare(arguments)
+    for option, least in (("limit", 0), ("depth", 1)):
+        value = getattr(arguments, option)
+        if value is not None and value < least:
+            raise ValueError(f"{COMMAND}: expected --{option} {least} or more, got {value}")
+    if arguments.html is not None:
+        check_page_path(arguments.html)
+        arguments.limit = MAX_TENSORS if arguments.limit is None else arguments.limit
+    wanted = {"findings": arguments.findings, "depth": arguments.depth}
+    missing = {"map": arguments.map, "strip-a": arguments.strip_a, "strip-b": arguments.strip_b}
+    is_one = arguments.other is None
+    for option, value in (missing if is_one else wanted).items():
+        if value:
+            files = "two checkpoints" if is_one else "one checkpoint"
+            raise ValueError(f"{COMMAND}: expected {files} with --{option}")
+    return _summarize(arguments) if is_one else _compare(arguments)
 
 
-def _summarize(arguments: argparse.Namespace) -> str:
+def _summarize(arguments: argparse.Namespace) -> Output:
     _check_sort(arguments.sort, STATS)
-    with _reporting() as progress:
+    with reporting() as progress:
         summary = summarize_file(
             arguments.file, include=arguments.include, exclude=arguments.exclude, progress=progress
         )
-    record = record_of(summary)
-    names = display.ordered(record, arguments.sort)[: arguments.limit]
-    if arguments.json:
-        content = summary.to_dict()
-        content["params"] = {name: content["params"][name] for name in names}
-        content["skipped"] = dict(summary.skipped)
-        return json.dumps(content, indent=1) + "\n"
-    if arguments.csv:
-        rows = [{"name": name, **summary[name].to_dict()} for name in names]
-        return _csv(("name", "shape", "dtype", "aliases", *STATS), rows)
-    table = display.table(record, arguments.sort, arguments.limit, "param")
-    table.notes = ["", str(table.findings)] if table.findings else []
-    return display.for_print(table) + "\n"
+    record, findings, limit = record_of(summary), summary.findings(), arguments.limit
+    status = _status(arguments.fail_on, record.skipped, findings, _nonfinite(record))
+    notes = display.file_notes(record)
+    if arguments.findings:
+        return Output(_findings_text(arguments, findings[:limit], notes), status)
+    if not len(summary):
+        is_selection = arguments.include or arguments.exclude
+        first = "no tensors selected" if is_selection else NO_TENSORS
+        notes = [first, *(note for note in notes if note != NO_TENSORS)]
+    shown = record if arguments.depth is None else _by_module(record, arguments.depth)
+    if arguments.json or arguments.csv:
+        names = display.ordered(shown, arguments.sort)[:limit]
+        rows = list(_rows(shown, names))
+        if arguments.csv:
+            print_lines(notes)
+            return Output(csv_text(_FIELDS, rows), status)
+        content = {
+            "params": {row.pop("name"): row for row in rows},
+            "total": summary.total.to_dict(),
+            "skipped": dict(record.skipped),
+            "findings": [_finding_fields(finding) for finding in findings],
+            "notes": list(notes),
+        }
+        return Output(json.dumps(content, indent=1) + "\n", status)
+    table = display.table(shown, arguments.sort, limit)
+    table.findings, table.notes = findings.at_least(Severity.WARNING), notes
+    if arguments.html is not None:
+        return Output(_write_page(arguments, table), status)
+    if not len(summary):
+        return Output("".join(f"{note}\n" for note in notes), status)
+    if table.findings:
+        table.notes = [*notes, "", str(table.findings)]
+    return Output(display.for_print(table) + "\n", status)
 
 
-def _compare(arguments: argparse.Namespace) -> str:
+def _compare(arguments: argparse.Namespace) -> Output:
     a, b, sort, limit = arguments.file, arguments.other, arguments.sort, arguments.limit
-    _check_sort(sort, _CHANGE_STATS)
-    with _reporting() as progress:
+    _check_sort(sort, (*_CHANGE_STATS, "unchanged"))
+    with reporting() as progress:
         comparison = compare_files(
-            a, b, include=arguments.include, exclude=arguments.exclude, progress=progress
+            a,
+            b,
+            include=arguments.include,
+            exclude=arguments.exclude,
+            map=[_replacement(text) for text in arguments.map],
+            strip_a=arguments.strip_a,
+            strip_b=arguments.strip_b,
+            progress=progress,
         )
+    status = _status(arguments.fail_on, comparison.skipped, Findings(), _nonfinite_rows(comparison))
+    if not comparison.rows:
+        status = status or FOUND
     if sort is not None:
         rows = tuple(sort_changes(comparison.rows, sort))
         comparison = dataclasses.replace(comparison, rows=rows)
     if arguments.json:
         shown = dataclasses.replace(comparison, rows=comparison.rows[:limit])
-        return json.dumps(shown.to_dict(), indent=1) + "\n"
+        return Output(json.dumps(shown.to_dict(), indent=1) + "\n", status)
     if arguments.csv:
-        for line in list_uncompared(comparison):
-            print_error(_COMMAND, line)
-        return _csv(Change._fields, [row.to_dict() for row in comparison.rows[:limit]])
-    table = display.for_print(make_table(comparison, limit))
-    return f"a: {one_line_name(a)}\nb: {one_line_name(b)}\n{table}\n"
+        print_lines(list_uncompared(comparison))
+        rows = comparison.rows[:limit]
+        return Output(csv_text(Change._fields, [row.to_dict() for row in rows]), status)
+    table = make_table(comparison, limit, sort)
+    if arguments.html is not None:
+        return Output(_write_page(arguments, table), status)
+    text = f"a: {one_line_name(a)}\nb: {one_line_name(b)}\n"
+    if not comparison.rows:
+        return Output(text + "".join(f"{note}\n" for note in table.notes), status)
+    return Output(f"{text}{display.for_print(table)}\n", status)
 
 
 def _check_sort(sort: str | None, stats: Sequence[str]) -> None:
     """Raise ValueError for an unknown --sort, before a file is read."""
     if sort is not None and sort != "name" and sort.removeprefix("-") not in stats:
         raise ValueError(
-            f"paramstats show: expected --sort out of name, {', '.join(stats)}, or --sort=-STAT "
+            f"{COMMAND}: expected --sort out of name, {', '.join(stats)}, or --sort=-STAT "
             f"for the smallest first, got {sort!r}{did_you_mean(sort)}"
         )
 
 
-def _csv(fields: Sequence[str], rows: list[dict[str, Any]]) -> str:
-    """Return CSV text; a shape is written as 2x3, and several names with spaces between them."""
-    out = io.StringIO()
-    writer = csv.DictWriter(out, fields, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        row["shape"] = "x".join(map(str, row["shape"]))
-        row["aliases"] = " ".join(row.get("aliases", ()))
-        writer.writerow({field: _cell(value) for field, value in row.items()})
-    return out.getvalue()
+def _replacement(text: str) -> tuple[str, str]:
+    """Return the regular expression and the replacement of a --map."""
+    pattern, equals, replacement = text.rpartition("=")
+    if not equals:
+        raise ValueError(f"{COMMAND}: expected --map REGEX=REPLACEMENT, got {text!r}")
+    return pattern, replacement
 
 
-def _cell(value: Any) -> Any:
-    """Return a number as it is, and a text so that no spreadsheet or terminal acts on it."""
-    if not isinstance(value, str):
-        return value
-    text = one_line_name(value)
-    return f"'{text}" if text.startswith(_FORMULA_STARTS) else text
+def _status(
+    fail_on: str | None, skipped: Mapping[str, str], findings: Findings, nonfinite: list[str]
+) -> int:
+    """Return the exit status; print why, if it is not 0.
+
+    Args:
+        fail_on: "error", "warning" or None.
+        skipped: why tensors could not be read, by name.
+        findings: of the model.
+        nonfinite: names of tensors with NaN or infinite elements.
+    """
+    damaged = [name for name, reason in skipped.items() if reason.startswith(_DAMAGED)]
+    if damaged:
+        print_lines([f"{COMMAND}: {_count(damaged, 'tensor')} damaged, first {damaged[0]}"])
+        return ERROR
+    if fail_on is None:
+        return 0
+    names = [finding.name for finding in findings.at_least(Severity[fail_on.upper()])]
+    failing = list(dict.fromkeys([*names, *nonfinite]))
+    if failing:
+        which = f"{_count(failing, 'tensor')}, first {failing[0]}"
+        print_lines([f"{COMMAND}: --fail-on {fail_on}: {which}"])
+    return FOUND if failing else 0
 
 
-@contextmanager
-def _reporting() -> Iterator[Progress | None]:
-    """Yield a function that shows progress, or None; print warnings as single lines at the end."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        with _progress_bar() as progress:
-            yield progress
-    for warning in caught:
-        print_error(_COMMAND, str(warning.message))
+def _count(things: Sequence[str], what: str) -> str:
+    return f"{len(things):,} {what}{'s' if len(things) > 1 else ''}"
 
 
-@contextmanager
-def _progress_bar() -> Iterator[Progress | None]:
-    """Yield a function that updates a tqdm bar if stderr is a terminal; None without tqdm."""
-    try:
-        is_terminal = sys.stderr is not None and sys.stderr.isatty()
-        tqdm = importlib.import_module("tqdm") if is_terminal else None
-    except ImportError:
-        tqdm = None
-    if tqdm is None:
-        yield None
-        return
-    with tqdm.tqdm(unit="B", unit_scale=True, leave=False, file=sys.stderr) as bar:
+def _nonfinite(record: Record) -> list[str]:
+    """Return the names of tensors with NaN or infinite elements, in all groups, without masks."""
+    return [
+        entry.name
+        for row, entry in enumerate(entries(record))
+        if is_read(entry.value) and entry.value.nonfinite_count and not is_mask(record.state(row))
+    ]
 
-        def update(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
 
-        yield update
+def _nonfinite_rows(comparison: Comparison) -> list[str]:
+    rows = comparison.rows
+    return [row.name for row in rows if not math.isfinite(row.norm_a + row.norm_b)]
+
+
+def _by_module(record: Record, depth: int) -> Record:
+    """Return a record with a row per module, which has the group of its first tensor."""
+    merged, rows = record.by_module(depth), record.layout.by_module(depth)[1]
+    assert record.file is not None
+    names = record.layout.names
+    firsts = zip(merged.layout.names, rows, strict=True)
+    groups = {module: record.file.groups[names[row[0]]] for module, row in firsts}
+    return merged._replace(file=record.file._replace(groups=groups))
+
+
+def _rows(record: Record, names: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """Yield the properties and statistics of tensors, with group and label."""
+    summary, file = Summary(record), record.file
+    assert file is not None
+    for name in names:
+        row = summary[name].to_dict()
+        del row["kind"]  # the group says more
+        yield {
+            "name": name,
+            **row,
+            "group": file.groups[name],
+            "label": file.labels.get(name, ""),
+        }
+
+
+def _finding_fields(finding: Any) -> dict[str, str]:
+    texts = (finding.severity.name, finding.code.value, finding.name)
+    return dict(zip(_FINDING_FIELDS, (*texts, finding.message, finding.advice), strict=True))
+
+
+def _findings_text(
+    arguments: argparse.Namespace, findings: Iterable[Any], notes: Sequence[str]
+) -> str:
+    """Return all findings: a line for each tensor, then the advice on each kind of finding.
+
+    What was not read goes to stderr: it has no findings.
+    """
+    rows = [_finding_fields(finding) for finding in findings]
+    if arguments.json:
+        return json.dumps({"findings": rows, "notes": list(notes)}, indent=1) + "\n"
+    print_lines(note for note in notes if note.startswith(_NOT_READ))
+    if arguments.csv:
+        return csv_text(_FINDING_FIELDS, rows)
+    lines = [
+        f"{row['severity']} {one_line_name(row['name'])}: {row['code']}: {row['message']}"
+        for row in rows
+    ]
+    advice = dict.fromkeys(f"{row['code']}: {row['advice']}" for row in rows)
+    return "\n".join([*lines, "", *advice] if lines else ["no findings"]) + "\n"
+
+
+def _write_page(arguments: argparse.Namespace, table: Table) -> str:
+    sources = [arguments.file] if arguments.other is None else [arguments.file, arguments.other]
+    write_page(arguments.html, sources, table)
+    return f"wrote {one_line_name(arguments.html)}\n"

@@ -60,8 +60,9 @@ def summarize_file(
         progress: called with (bytes done, bytes in all) after every piece.
 
     Returns:
-        A `Summary` in the order of the file. Tensors in nested dicts have dotted names. `skipped`
-        names the tensors that cannot be read, with the reason.
+        A `Summary` in the order of the file, the tensors of the model first; `total` is theirs.
+        Tensors in nested dicts have dotted names. `skipped` names the tensors that cannot be read,
+        with the reason. `file` has the group and label of each, and notes on the file.
 
     Raises:
         CheckpointError: (a ValueError) the path is not a checkpoint, or it is damaged.

@@ -84,7 +84,7 @@ def test_nested_containers_give_dotted_names(backend, tmp_path):
         "list": [torch.ones(1), (torch.ones(4), "text"), None],
         "set": {1, 2},
     }
-    names = ["model.w", "model.deep.b", "optimizer.state.0.exp_avg", "list.0", "list.1.0"]
+    names = ["model.w", "model.deep.b", "list.0", "list.1.0", "optimizer.state.0.exp_avg"]
     for value, expected in ((saved, names), (torch.ones(3), ["tensor"]), ({}, [])):
         torch.save(value, tmp_path / "a.pt")
         assert list(summarize_file(tmp_path / "a.pt")) == expected

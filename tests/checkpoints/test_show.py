@@ -7,18 +7,23 @@ import io
 import json
 import math
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import time
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import torch
 
 from paramstats import _output as output
+from paramstats import summarize
 from paramstats._cli import main
+from paramstats.checkpoints import _opening as opening
 from paramstats.checkpoints import _show as show
+from paramstats.checkpoints import _summarize_file as summarizing
 from paramstats.checkpoints import summarize_file
 from tests.checkpoints.files import entry, safetensors_bytes
 
@@ -29,17 +34,6 @@ def path(tmp_path):
     bad = torch.tensor([math.nan])
     torch.save({"w": w, "tied": w, "b": -torch.ones(4), "bad": bad}, tmp_path / "a.pt")
     return str(tmp_path / "a.pt")
-
-
-@pytest.fixture
-def shown(capsys):
-    """A function that runs `paramstats show` and returns its output, and what is on stderr."""
-
-    def run(*arguments: str) -> tuple[str, str]:
-        assert main(["show", *map(str, arguments)]) == 0
-        return capsys.readouterr()
-
-    return run
 
 
 def first_words(table: str) -> list[str]:
@@ -55,7 +49,7 @@ def csv_rows(text: str) -> list[dict[str, str]]:
 
 def test_table_and_advice(backend, path, shown):
     out, err = shown(path)
-    table = summarize_file(path).table(kind="param").splitlines()[:-1]  # without its note
+    table = summarize_file(path).table().splitlines()[:-1]  # without its note
     assert out.splitlines()[: len(table)] == table and err == ""
     assert first_words(out) == ["w", "=", "b", "bad"]
     assert "! NaN or Inf in parameter" in out and "summary.findings()" not in out
@@ -82,7 +76,13 @@ def test_order_and_selection(path, shown, arguments, expected):
 
 def test_json(path, shown):
     content = json.loads(shown(path, "--json")[0])
-    expected = {**summarize_file(path).to_dict(), "skipped": {}}
+    summary = summarize_file(path)
+    (finding,) = summary.findings()
+    expected = {**summary.to_dict(), "skipped": {}, "notes": []}
+    for row in expected["params"].values():
+        assert row.pop("kind") == "param"
+        row |= {"group": "model", "label": ""}
+    assert content.pop("findings")[0]["advice"] == finding.advice
     assert json.dumps(content) == json.dumps(expected)
     content = json.loads(shown(path, "--json", "--sort", "max", "--limit", "2")[0])
     assert list(content["params"]) == ["bad", "w"]
@@ -97,45 +97,222 @@ def test_csv(path, shown):
     ]
 
 
+# ---- groups, labels, notes
+
+
 @pytest.fixture
-def paths(tmp_path):
-    """Two checkpoints that differ in every way."""
-    w = torch.ones(2)
-    a = {"w": w, "same": torch.ones(4), "gone": w + 1, "sparse": torch.eye(2).to_sparse()}
-    b = {"w": w.half() * 2, "same": torch.ones(4), "new": w + 1, "sparse": torch.eye(2)}
-    torch.save({**a, "shape": w + 2, "nan": w}, tmp_path / "a.pt")
-    torch.save({**b, "shape": torch.ones(3), "nan": w * math.nan}, tmp_path / "b.pt")
-    return str(tmp_path / "a.pt"), str(tmp_path / "b.pt")
+def training(tmp_path):
+    """The path of a training checkpoint, whose model has 3 elements and a norm of 5."""
+    state = {0: {"step": torch.tensor(1.0), "exp_avg": torch.full((2,), 9.0)}}
+    content = {"rng": torch.get_rng_state(), "optimizer": {"state": state}}
+    model = {"a.w": torch.tensor([3.0, 4.0]), "b": torch.zeros(1)}
+    torch.save({**content, "model": model}, tmp_path / "training.pt")
+    return str(tmp_path / "training.pt")
 
 
-def test_comparison(paths, shown):
-    uncompared = ["only in a: gone", "only in b: new", "other shape: shape: ", "not read: sparse: "]
-    lines = shown(*paths)[0].splitlines()
-    assert lines[:2] == [f"a: {paths[0]}", f"b: {paths[1]}"]
-    assert [line.split()[0] for line in lines[4:7]] == ["nan", "w", "same"]
-    assert all(map(str.startswith, lines[7:], [*uncompared, "other dtype: w: float32 and float16"]))
-    out, err = shown(*paths, "--csv")
-    assert [row["dtype_b"] for row in csv_rows(out)] == ["float32", "float16", "float32"]
-    assert all(map(str.startswith, err.splitlines(), uncompared)) and err.count("\n") == 4
-    out, err = shown(*paths, "--json", "--limit", "2")
-    content = json.loads(out)
-    assert list(content["tensors"]) == ["nan", "w"] and err == ""
-    assert content["tensors"]["w"]["relative_change"] == 1 and content["only_in_a"] == ["gone"]
+@pytest.fixture
+def altered(monkeypatch):
+    """A function that changes what the readers find in a file: the tensors by name, the notes."""
+
+    def alter(notes=(), **changes):
+        def list_tensors(*arguments):
+            contents = opening.list_tensors(*arguments)
+            tensors = [t._replace(**changes.get(t.name, {})) for t in contents.tensors]
+            return contents._replace(tensors=tensors, notes=tuple(notes))
+
+        monkeypatch.setattr(summarizing, "list_tensors", list_tensors)
+
+    return alter
+
+
+def test_groups_are_told_apart(training, shown):
+    out, _ = shown(training)
+    lines = out.splitlines()
+    assert lines[-3].split()[:5] == ["total", "of", "the", "model", "3"]
+    assert lines[-2:] == [
+        "optimizer: 2 tensors, 3 elements, not in the total",
+        f"other: 1 tensor, {len(torch.get_rng_state()):,} elements, not in the total",
+    ]
+    state = ["optimizer.state.0.step", "optimizer.state.0.exp_avg"]
+    assert first_words(out) == ["model.a.w", "model.b", *state, "rng"]
+    content = json.loads(shown(training, "--json")[0])
+    groups = {name: row["group"] for name, row in content["params"].items()}
+    assert list(groups.values()) == ["model"] * 2 + ["optimizer"] * 2 + ["other"]
+    assert content["total"]["norm"] == 5 and content["total"]["count"] == 3
+    rows = csv_rows(shown(training, "--csv")[0])
+    assert [row["group"] for row in rows] == list(groups.values())
+    summary = summarize_file(training)
+    assert summary["rng"].kind == "other" and summary["model.b"].kind == "param"
+    assert summary.file.groups == groups and summarize({"w": torch.ones(1)}).file is None
+
+
+def test_groups_in_a_data_frame_and_after_pickling(training):
+    pytest.importorskip("pandas", reason="pandas is not installed")
+    summary = pickle.loads(pickle.dumps(summarize_file(training)))
+    kinds = ["param"] * 2 + ["optimizer"] * 2 + ["other"]
+    assert list(summary.to_pandas()["kind"]) == kinds
+    assert summary.file == summarize_file(training).file
+    assert summary.filter("optimizer").table(kind="buffer").count("optimizer.state") == 2
+
+
+def test_an_optimizer_alone_has_no_total(training, shown):
+    out, _ = shown(training, "--include", "optimizer")
+    assert "total  " not in out and out.endswith(
+        "no total: none of these tensors is a weight of a model\n"
+    )
+
+
+def test_labels_and_notes(path, shown, altered):
+    codes = {"label": "int8 codes without a scale"}
+    altered(["objects of 2 unknown classes: a.B", "x\x1by"], w=codes, b=codes, bad={"label": "odd"})
+    expected = ["w and 1 more: int8 codes without a scale", "bad: odd"]
+    expected += ["objects of 2 unknown classes: a.B", "x\\x1by"]
+    out, err = shown(path, "--exclude", "bad")
+    assert out.splitlines()[-3:] == [expected[0], *expected[2:]] and err == ""
+    out, err = shown(path, "--csv")
+    assert [row["label"] for row in csv_rows(out)] == [codes["label"], codes["label"], "odd"]
+    assert err.splitlines() == expected
+    content = json.loads(shown(path, "--json")[0])
+    assert content["notes"] == expected and content["params"]["bad"]["label"] == "odd"
+    summary = summarize_file(path)
+    assert summary.file.labels["bad"] == "odd" and summary.file.notes[1] == "x\x1by"
+
+
+def test_many_labels_are_counted(tmp_path, shown, altered):
+    torch.save({f"w{i}": torch.ones(1) for i in range(30)}, tmp_path / "a.pt")
+    altered(**{f"w{i}": {"label": f"label {i}"} for i in range(30)})
+    lines = shown(tmp_path / "a.pt")[0].splitlines()
+    assert lines[-2:] == ["w19: label 19", "... and 10 more"]
+
+
+@pytest.mark.parametrize("notes", [[], ["no tensors in it"]])
+def test_a_file_without_tensors(tmp_path, shown, altered, notes):
+    torch.save({"epoch": 3}, tmp_path / "a.pt")
+    altered([*notes, "nothing else"])
+    assert shown(tmp_path / "a.pt")[0] == "no tensors in it\nnothing else\n"
+    assert csv_rows(shown(tmp_path / "a.pt", "--csv")[0]) == []
+    assert "total" not in str(summarize_file(tmp_path / "a.pt"))
+
+
+# ---- what the exit status says
 
 
 @pytest.mark.parametrize(
-    ("sort", "expected"),
+    ("tensors", "option", "status"),
     [
-        ("largest_change", ["nan", "w", "same"]),
-        ("-largest_change", ["nan", "same", "w"]),
-        ("count", ["same", "nan", "w"]),
-        ("-changed_count", ["same", "nan", "w"]),
-        ("name", ["nan", "same", "w"]),
+        ({"w": torch.eye(9)}, "warning", 0),
+        ({"w": torch.zeros(9, 9)}, "warning", 1),
+        ({"w": torch.zeros(9, 9)}, "error", 0),
+        ({"w": torch.tensor([math.nan])}, "error", 1),
+        (
+            {"w": torch.eye(9), "optimizer": {"state": {0: {"exp_avg": torch.tensor(math.inf)}}}},
+            "error",
+            1,
+        ),
+        ({"w": torch.eye(9).to_sparse()}, "warning", 0),
+        ({"mask": torch.full((4, 4), -math.inf).triu(1)}, "error", 0),
     ],
 )
-def test_order_of_changes(paths, shown, sort, expected):
-    rows = csv_rows(shown(*paths, "--csv", f"--sort={sort}")[0])
-    assert [row["name"] for row in rows] == expected
+def test_fail_on(tmp_path, capsys, tensors, option, status):
+    torch.save(tensors, tmp_path / "a.pt")
+    assert main(["show", str(tmp_path / "a.pt")]) == 0
+    plain = capsys.readouterr()
+    assert main(["show", str(tmp_path / "a.pt"), "--fail-on", option]) == status
+    out, err = capsys.readouterr()
+    assert out == plain.out and plain.err == ""
+    assert err.startswith(f"paramstats show: --fail-on {option}: 1 tensor, first ") or not status
+
+
+@pytest.mark.parametrize("form", [[], ["--json"], ["--csv"], ["--findings"]])
+def test_damage_is_status_2_and_the_rest_is_shown(path, capsys, altered, form):
+    altered(b={"parts": (), "unread_reason": "damaged: wrong checksum"})
+    assert main(["show", path, *form]) == 2
+    out, err = capsys.readouterr()
+    assert "bad" in out and "paramstats show: 1 tensor damaged, first b" in err
+
+
+# ---- modules, findings, a page
+
+
+def test_depth_merges_modules(training, shown):
+    out, _ = shown(training, "--depth", "1")
+    assert first_words(out) == ["model", "optimizer", "rng"]
+    assert out.splitlines()[2].split()[:2] == ["model", "3"]
+    assert out.splitlines()[-2].startswith("optimizer: 2 tensors")
+    rows = csv_rows(shown(training, "--depth", "1", "--csv")[0])
+    assert [(row["name"], row["group"]) for row in rows] == [
+        ("model", "model"),
+        ("optimizer", "optimizer"),
+        ("rng", "other"),
+    ]
+    assert float(rows[0]["norm"]) == 5
+
+
+def test_findings_name_every_tensor(tmp_path, shown, altered):
+    torch.save({f"w{i}": torch.zeros(3, 3) for i in range(12)}, tmp_path / "a.pt")
+    out, _ = shown(tmp_path / "a.pt", "--findings")
+    lines = out.splitlines()
+    assert lines[11] == "WARNING w11: zero weight: all 9 elements zero" and len(lines) == 14
+    assert lines[13].startswith("zero weight: All elements are zero")
+    assert len(json.loads(shown(tmp_path / "a.pt", "--findings", "--json")[0])["findings"]) == 12
+    rows = csv_rows(shown(tmp_path / "a.pt", "--findings", "--csv", "--limit", "3")[0])
+    assert [row["name"] for row in rows] == ["w0", "w1", "w2"]
+    assert shown(tmp_path / "a.pt", "--findings", "--include", "x")[0] == "no findings\n"
+    assert shown(tmp_path / "a.pt", "--include", "x")[0] == "no tensors selected\n"
+    altered(w0={"parts": (), "unread_reason": "a sparse tensor"})
+    out, err = shown(tmp_path / "a.pt", "--findings", "--include", "w0")
+    assert (out, err) == ("no findings\n", "not read: w0: a sparse tensor\n")
+
+
+class Page(HTMLParser):
+    """The tags and texts of a page; every tag must be closed."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.texts: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self._open: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self._open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in ("meta", "wbr", "br"):
+            self._open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self._open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+def test_html_page(tmp_path, shown, altered):
+    name = "<script>alert(1)</script>\" onload='x' \x1b\ud800"
+    torch.save({name: torch.zeros(3, 3), "w": torch.ones(1)}, tmp_path / "<b>.pt")
+    altered(["<i>a note</i>"])
+    target = tmp_path / "page.html"
+    assert shown(tmp_path / "<b>.pt", "--html", target)[0] == f"wrote {target}\n"
+    page = Page(target.read_text(encoding="utf-8"))
+    assert not {"script", "i", "b", "link", "img"} & set(page.tags)
+    assert {key for key, _ in page.attributes} <= {
+        *("lang", "charset", "http-equiv", "content", "name", "class", "style", "title"),
+    }
+    text = "".join(page.texts)
+    for part in ("<script>alert(1)", "zero weight", "All elements are zero", "<i>a note</i>"):
+        assert part in text
+    assert "\x1b" not in text
+    assert page.texts.count("paramstats: <b>.pt") == 2, "title and heading"
+
+
+def test_page_of_many_tensors_is_cut(tmp_path, shown):
+    torch.save({f"w{i}": torch.ones(1) for i in range(1002)}, tmp_path / "a.pt")
+    for limit, cut in (([], "... and 2 more"), (["--limit", "1"], "... and 1,001 more")):
+        shown(tmp_path / "a.pt", "--html", tmp_path / "page.html", *limit)
+        assert cut in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
 CONTROLS = "\x00\x07\t\n\r\x1b[31m\x7f\x85\x9b\u2028\u2029\u202a\u202e\u2066\u2069\ud800"
@@ -151,16 +328,15 @@ def hostile_names(path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("form", [[], ["--csv"], ["--json"], ["--sort", "name"]])
+@pytest.mark.parametrize(
+    "form", [[], ["--csv"], ["--json"], ["--sort", "name"], ["--findings"], ["--depth", "1"]]
+)
 def test_output_has_no_control_characters(tmp_path, shown, form):
     folder = tmp_path / "x\x1b[31m\u202ey"
     folder.mkdir()
     path = hostile_names(folder / "a.safetensors")
-    other = folder / "b.safetensors"
-    other.write_bytes(safetensors_bytes({"a\x07b": entry("U8", (2,), (0, 2))}, bytes(2)))
-    for paths in ([path], [path, path], [path, other]):
-        for text in shown(*paths, *form):
-            assert all(line.isprintable() for line in text.split("\n")), text
+    for text in shown(path, *form):
+        assert all(line.isprintable() for line in text.split("\n")), text
 
 
 def test_csv_cells_are_no_formulas(tmp_path, shown):
@@ -186,8 +362,10 @@ def test_warnings_are_lines_on_stderr(path, tmp_path, shown):
     _, err = shown(path, "--include", "nope")
     assert err.startswith("paramstats show: expected include and exclude to select tensors, got no")
     torch.save({"s": torch.eye(2).to_sparse(), "w": torch.ones(1)}, tmp_path / "s.pt")
-    (line,) = shown(tmp_path / "s.pt")[1].splitlines()
-    assert line.startswith("paramstats show: 's' could not be read, statistics are NaN: a sparse")
+    out, err = shown(tmp_path / "s.pt")
+    assert "\nnot read: s: a sparse" in out and err == ""
+    out, err = shown(tmp_path / "s.pt", "--csv")
+    assert "not read" not in out and err.startswith("not read: s: a sparse")
 
 
 @pytest.mark.parametrize(
@@ -198,6 +376,13 @@ def test_warnings_are_lines_on_stderr(path, tmp_path, shown):
         (["--sort", "grad.norm"], "--sort=-STAT for the smallest first, got 'grad.norm'"),
         (["other.pt", "--sort=-name"], "or --sort=-STAT for the smallest first, got '-name'"),
         (["--limit", "-1"], "paramstats show: expected --limit 0 or more, got -1"),
+        (["--depth", "0"], "paramstats show: expected --depth 1 or more, got 0"),
+        (["--html", "a.pt"], "the name of the page to write, which ends in .html, got 'a.pt'"),
+        (["--html", "/no/such/a.html"], "cannot write /no/such/a.html: No such file"),
+        (["--map", "a=b"], "paramstats show: expected two checkpoints with --map"),
+        (["--strip-b", "a."], "paramstats show: expected two checkpoints with --strip-b"),
+        (["other.pt", "--findings"], "paramstats show: expected one checkpoint with --findings"),
+        (["other.pt", "--depth", "1"], "paramstats show: expected one checkpoint with --depth"),
         (["--include", "("], "expected regular expressions for include"),
     ],
 )
