@@ -75,7 +75,8 @@ def list_memory(
     stored = [_stored(files, *row) for row in rows if id(row[2]) not in left_out]
     for device in {x.device for x in tensors if x.is_cuda}:  # streams that still write to them
         torch.cuda.current_stream(device).synchronize()
-    return select_names(Contents(assign_groups(stored)), include, exclude, type(source).__qualname__, stacklevel=3)
+    contents = Contents(assign_groups(stored))
+    return select_names(contents, include, exclude, type(source).__qualname__, stacklevel=3)
 
 
 def _names(source: object, names: Any, aliases: Any, *others: object) -> tuple[Any, Any]:
@@ -117,9 +118,7 @@ def _flat(source: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
             remaining += reversed(named)
 
 
-def _stored(
-    files: Files, name: str, aliases: tuple[str, ...], x: torch.Tensor
-) -> StoredTensor:
+def _stored(files: Files, name: str, aliases: tuple[str, ...], x: torch.Tensor) -> StoredTensor:
     stored = StoredTensor(name, (), x.dtype, (), x.requires_grad, aliases=aliases)
     try:
         stored = stored._replace(shape=tuple(int(size) for size in x.shape))

@@ -16,6 +16,7 @@ from paramstats.checkpoints._folders import read_folder
 from paramstats.checkpoints._formats import EXPECTED, read_file
 from paramstats.checkpoints._groups import assign_groups
 from paramstats.checkpoints._index import INDEX, PART, read_index
+from paramstats.checkpoints._quantized._resolve import resolve
 from paramstats.checkpoints._selection import select_names, select_part, split_path
 from paramstats.checkpoints._stored_tensors import Contents
 
@@ -38,7 +39,7 @@ def list_tensors(
     Raises CheckpointError if it is not a checkpoint or damaged, OSError if a file cannot be opened.
     """
     file, part = split_path(path)
-    contents = _read_path(files, file)
+    contents = resolve(_read_path(files, file), files)
     notes = contents.notes if contents.tensors else ("no tensors in it", *contents.notes)
     if len(notes) > _MAX_NOTES:
         notes = (*notes[:_MAX_NOTES], f"{len(notes) - _MAX_NOTES:,} more notes")

@@ -19,12 +19,8 @@ def why_uncompared(a: StoredTensor, b: StoredTensor) -> str:
     unread = [
         f"{x.unread_reason} (in {side})" for side, x in (("a", a), ("b", b)) if x.unread_reason
     ]
-    codes = [f"{x.label} (in {side})" for side, x in (("a", a), ("b", b)) if _is_codes(x)]
+    codes = [f"{x.label} (in {side})" for side, x in (("a", a), ("b", b)) if x.is_codes]
     return "; ".join(unread or codes)
-
-
-def _is_codes(tensor: StoredTensor) -> bool:
-    return tensor.group == "other" and tensor.label.startswith("codes")
 
 
 def pair_blocks(row: int, a: StoredTensor, b: StoredTensor) -> Iterator[tuple[Block, Block]]:
@@ -36,6 +32,13 @@ def pair_blocks(row: int, a: StoredTensor, b: StoredTensor) -> Iterator[tuple[Bl
             for s, n, t, m, start in zip(x.starts, x.sizes, y.starts, y.sizes, starts, strict=True)
         )
         if any(size <= 0 for size in sizes):
+            continue
+        if a.decoder is not None or b.decoder is not None:
+            of_a, of_b = (x, a.stored_dtype), (y, b.stored_dtype)
+            sides = [(*of_a, a.decoder), (*of_b, b.decoder)]
+            for box in reading.split_groups((starts, sizes), sides):
+                block_a = block_of_box(row, *of_a, box, a.decoder)
+                yield block_a, block_of_box(row, *of_b, box, b.decoder)
             continue
         # Where both are dense and in the same order, the order does not matter. Blocks are then
         # flattened, which is faster. Most checkpoints are stored like this.

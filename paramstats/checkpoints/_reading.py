@@ -17,7 +17,7 @@ import torch
 from paramstats._core.states import CHUNK
 from paramstats.checkpoints._errors import unexpected
 from paramstats.checkpoints._files import Files
-from paramstats.checkpoints._stored_tensors import Part, is_dense, span
+from paramstats.checkpoints._stored_tensors import Box, Decoder, Part, is_dense, span
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all) after every piece."""
@@ -27,6 +27,10 @@ PIECE = 1 << 22
 
 _MAX_GAP = 1 << 16
 """Bytes between two blocks that are read and ignored. A second call would take longer."""
+
+_DECODED = (1 << 15) - 1
+"""Values that are decoded at a time: fewer than torch divides among threads. Waking these for every
+operator takes longer than they save."""
 
 
 class Block(NamedTuple):
@@ -42,6 +46,9 @@ class Block(NamedTuple):
     sizes: tuple[int, ...]
     strides: tuple[int, ...]
     is_dense: bool
+    decoder: Decoder | None = None
+    box: Box | None = None
+    """The values that the block holds as codes, if there is a decoder."""
 
     def flattened(self) -> Block:
         """Return a block without gaps as one dimension."""
@@ -57,8 +64,14 @@ class Piece(NamedTuple):
     blocks: tuple[Block, ...]
 
 
-def blocks_of_part(row: int, part: Part, dtype: torch.dtype) -> Iterator[Block]:
+def blocks_of_part(
+    row: int, part: Part, dtype: torch.dtype, decoder: Decoder | None = None
+) -> Iterator[Block]:
     """Yield a part in blocks of at most a piece; a dense part in memory order and whole chunks."""
+    if decoder is not None:
+        for box in split_groups((part.starts, part.sizes), [(part, decoder.dtype, decoder)]):
+            yield block_of_box(row, part, decoder.dtype, box, decoder)
+        return
     numel = math.prod(part.sizes)
     itemsize = dtype.itemsize
     if numel and is_dense(part.sizes, part.strides):
@@ -72,20 +85,84 @@ def blocks_of_part(row: int, part: Part, dtype: torch.dtype) -> Iterator[Block]:
             yield block_of_box(row, part, dtype, box)
 
 
-Box = tuple[tuple[int, ...], tuple[int, ...]]
-"""A rectangular range of a tensor: index of the first element, and sizes."""
-
-
-def block_of_box(row: int, part: Part, dtype: torch.dtype, box: Box) -> Block:
-    """Return the block of a part that holds the elements of a box."""
+def block_of_box(
+    row: int, part: Part, dtype: torch.dtype, box: Box, decoder: Decoder | None = None
+) -> Block:
+    """Return the block of a part that holds the elements of a box, or their codes."""
     starts, sizes = box
-    first = sum(
-        (start - begin) * stride
-        for start, begin, stride in zip(starts, part.starts, part.strides, strict=True)
-    )
+    distances = tuple(start - begin for start, begin in zip(starts, part.starts, strict=True))
+    if decoder is not None:
+        distances, sizes = codes_of(distances, decoder), codes_of(sizes, decoder)
+    first = sum(n * stride for n, stride in zip(distances, part.strides, strict=True))
     offset = part.offset + first * dtype.itemsize
     nbytes = span(sizes, part.strides) * dtype.itemsize
-    return Block(row, part.path, offset, nbytes, dtype, sizes, part.strides, False)
+    decoded = None if decoder is None else box
+    return Block(
+        row, part.path, offset, nbytes, dtype, sizes, part.strides, False, decoder, decoded
+    )
+
+
+def codes_of(sizes: tuple[int, ...], decoder: Decoder) -> tuple[int, ...]:
+    """Return how many codes are stored for so many values in each dimension."""
+    if decoder.codes == decoder.values:
+        return sizes
+    d = decoder.dim
+    return (*sizes[:d], -(-sizes[d] * decoder.codes // decoder.values), *sizes[d + 1 :])
+
+
+Side = tuple[Part, torch.dtype, "Decoder | None"]
+"""A part of a tensor, the dtype that is stored, and the tensor's decoder."""
+
+
+def split_groups(box: Box, sides: list[Side]) -> Iterator[Box]:
+    """Split a box into whole groups of codes that fit in a piece, in the files of all sides.
+
+    Raises CheckpointError if the box is not made of whole groups, or a group is too large.
+    """
+    starts, sizes = box
+    if not math.prod(sizes):
+        return
+    group = [1] * len(sizes)
+    for part, _, decoder in sides:
+        if decoder is not None and decoder.values > 1:
+            d = decoder.dim
+            first = starts[d] - part.starts[d]
+            if first % decoder.values or (
+                sizes[d] % decoder.values and first + sizes[d] != part.sizes[d]
+            ):
+                raise unexpected("parts of whole groups of codes", "a part of one", part.path)
+            group[d] = math.lcm(group[d], decoder.values)
+    counts = tuple(-(-size // n) for size, n in zip(sizes, group, strict=True))
+    limits = [_limit(side, tuple(group)) for side in sides]
+    # The order of the first side, which is the one that is decoded in a summary.
+    order = sorted(range(len(counts)), key=lambda d: sides[0][0].strides[d])
+    strides = [0] * len(counts)
+    step = 1
+    for d in order:
+        strides[d], step = step, step * counts[d]
+    numbers = sides[0][0]._replace(strides=tuple(strides))
+    limits.append((numbers, max(1, _DECODED // math.prod(group))))
+    for first_groups, n_groups in split_box(((0,) * len(counts), counts), limits):
+        offsets = [first * n for first, n in zip(first_groups, group, strict=True)]
+        ends = [
+            min(size, offset + count * n)
+            for size, offset, count, n in zip(sizes, offsets, n_groups, group, strict=True)
+        ]
+        yield (
+            tuple(start + offset for start, offset in zip(starts, offsets, strict=True)),
+            tuple(end - offset for end, offset in zip(ends, offsets, strict=True)),
+        )
+
+
+def _limit(side: Side, group: tuple[int, ...]) -> tuple[Part, int]:
+    """Return a part with the strides of groups, and how many of its elements fit in a piece."""
+    part, dtype, decoder = side
+    stored = group if decoder is None else codes_of(group, decoder)
+    limit = PIECE // dtype.itemsize - span(stored, part.strides) + 1
+    if limit < 1:
+        raise unexpected("groups of codes near each other", "a group beyond a piece", part.path)
+    strides = tuple(n * stride for n, stride in zip(stored, part.strides, strict=True))
+    return part._replace(strides=strides), limit
 
 
 def split_box(box: Box, limits: list[tuple[Part, int]]) -> Iterator[Box]:
@@ -206,10 +283,13 @@ class Reader:
 
 
 def block_view(data: torch.Tensor, piece: Piece, block: Block) -> torch.Tensor:
-    """Return the elements of a block, given the bytes of its piece."""
+    """Return the elements of a block, decoded if they are codes, given the bytes of its piece."""
     begin = block.offset - piece.begin
     block_bytes = data[begin : begin + block.nbytes]
     if block_bytes.data_ptr() % block.dtype.itemsize:  # the dtype needs aligned memory
         block_bytes = block_bytes.clone()
     flat = block_bytes.view(block.dtype)
-    return flat if block.is_dense else flat.as_strided(block.sizes, block.strides)
+    elements = flat if block.is_dense else flat.as_strided(block.sizes, block.strides)
+    if block.decoder is None or block.box is None:
+        return elements
+    return block.decoder.decode(elements, block.box)

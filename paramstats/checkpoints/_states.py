@@ -11,7 +11,7 @@ from paramstats._core.backend import active
 from paramstats._core.moments import Moments
 from paramstats._core.reading import read_rows
 from paramstats._core.states import CHUNK
-from paramstats.checkpoints._reading import Piece, block_view
+from paramstats.checkpoints._reading import PIECE, Piece, block_view
 
 _COMPLEX_CHUNK = 1 << 19
 """Complex elements that are read at a time: torch needs 80 bytes of memory for each."""
@@ -39,11 +39,20 @@ class States:
         """Read all blocks of a piece and merge them into the states of their tensors."""
         rows: list[int] = []
         chunks: list[torch.Tensor] = []
+        decoded = 0
         for block in piece.blocks:
             x = block_view(data, piece, block)
+            if block.decoder is not None:  # values can take more memory than the piece
+                decoded += x.nbytes
+                if decoded > PIECE:
+                    self._update(rows, chunks)
+                    rows, chunks, decoded = [], [], x.nbytes
             size = _COMPLEX_CHUNK if block.dtype.is_complex else CHUNK
             chunks += x.split(size) if block.is_dense else (x,)
             rows += [block.row] * (len(chunks) - len(rows))
+        self._update(rows, chunks)
+
+    def _update(self, rows: list[int], chunks: list[torch.Tensor]) -> None:
         for row, x, state in zip(rows, chunks, self._read(rows, chunks), strict=True):
             self._merge(row, state, _complex_mean(x) if x.is_complex() else None)
 

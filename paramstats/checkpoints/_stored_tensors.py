@@ -18,11 +18,37 @@ Group = Literal["model", "optimizer", "other"]
 """What a tensor of a checkpoint belongs to. Only those of the model are in the total."""
 
 
-class Decoder(Protocol):
-    """Converts the stored codes of a quantized tensor to its values."""
+Box = tuple[tuple[int, ...], tuple[int, ...]]
+"""A rectangular range of a tensor: index of the first element, and sizes."""
 
-    def decode(self, codes: torch.Tensor, first: int) -> torch.Tensor:
-        """Return the values of codes, which begin at index `first` of the flattened tensor."""
+
+class Decoder(Protocol):
+    """Converts the stored codes of a quantized tensor to its values.
+
+    Along the dimension `dim`, groups of `values` values are stored as `codes` codes. The last group
+    may have fewer of both. Along other dimensions a value is stored as one code. Readers pass whole
+    groups.
+    """
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the codes."""
+
+    @property
+    def dim(self) -> int: ...
+
+    @property
+    def codes(self) -> int: ...
+
+    @property
+    def values(self) -> int: ...
+
+    def decode(self, codes: torch.Tensor, box: Box) -> torch.Tensor:
+        """Return the values in a box of the tensor as float32 or float64, given their codes.
+
+        `codes` has any strides. It has the sizes of the box, except for the dimension `dim`. No
+        codes may raise: NaN stands for a value that is not a number.
+        """
 
 
 class Part(NamedTuple):
@@ -33,7 +59,8 @@ class Part(NamedTuple):
     """Position of the first element in the file, in bytes."""
     sizes: tuple[int, ...]
     strides: tuple[int, ...]
-    """In elements, never negative."""
+    """In elements, never negative. If the tensor has a decoder, these are distances of codes, while
+    `sizes` and `starts` count values."""
     starts: tuple[int, ...]
     """Index of the part's first element in the tensor."""
 
@@ -44,6 +71,7 @@ class StoredTensor(NamedTuple):
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    """Of the values, if there is a decoder."""
     parts: tuple[Part, ...]
     """Cover every element once; empty if the elements cannot be read."""
     requires_grad: bool = False
@@ -56,10 +84,20 @@ class StoredTensor(NamedTuple):
     label: str = ""
     """What a reader must know of the elements, such as "rank 0's shard of [8, 4]"."""
     decoder: Decoder | None = None
+    weight_name: str = ""
+    """The name of this weight in a checkpoint that is not quantized, if it differs."""
+    is_codes: bool = False
+    """Whether the elements are codes of values that are not known. They cannot be compared."""
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """The dtype in the file."""
+        return self.dtype if self.decoder is None else self.decoder.dtype
 
     @property
     def names(self) -> tuple[str, ...]:
-        return self.name, *self.aliases
+        names = (self.name, *self.aliases)
+        return (*names, self.weight_name) if self.weight_name else names
 
 
 class Checksum(NamedTuple):

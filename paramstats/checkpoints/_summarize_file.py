@@ -110,7 +110,9 @@ def _read(
     files: Files, tensors: list[StoredTensor], progress: Progress | None, checksums: Checksums
 ) -> tuple[bytes, dict[str, str]]:
     """Return the table of a record, and why a tensor could not be read, by name."""
-    parts = [(row, part, t.dtype) for row, t in enumerate(tensors) for part in t.parts]
+    parts = [
+        (row, part, t.stored_dtype, t.decoder) for row, t in enumerate(tensors) for part in t.parts
+    ]
     parts.sort(key=lambda item: (item[1].path, item[1].offset))
     blocks = (block for row_part in parts for block in blocks_of_part(*row_part))
     done = total = 0

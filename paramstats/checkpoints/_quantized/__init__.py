@@ -1,0 +1,1 @@
+"""Show the weights of quantized checkpoints as values, or say that their elements are codes."""
