@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import bisect
-import ctypes
 from collections.abc import Iterable
 from typing import IO, NamedTuple
 
-import torch
-
-from paramstats._core.crc32 import crc32
+from paramstats._core.backend import active
 from paramstats.checkpoints._stored_tensors import Checksum, StoredTensor
 
 _CHUNK = 1 << 20
@@ -35,10 +32,9 @@ class Checksums:
         self._progress: dict[tuple[str, int], _Progress] = {}
         self._damaged: list[Checksum] = []
 
-    def update(self, path: str, begin: int, data: torch.Tensor) -> None:
-        """Note bytes that were read: those of a file from `begin` on, as a uint8 tensor."""
+    def update(self, path: str, begin: int, data: memoryview) -> None:
+        """Note bytes that were read: those of a file from `begin` on."""
         records = self._records.get(path, ())
-        view = memoryview((ctypes.c_char * len(data)).from_address(data.data_ptr())).cast("B")
         end = begin + len(data)
         first = max(bisect.bisect_right(records, begin, key=lambda record: record.begin) - 1, 0)
         for i in range(first, len(records)):
@@ -49,7 +45,7 @@ class Checksums:
             progress = self._progress.get(key) or _Progress(record.begin, 0)
             last = min(end, record.begin + record.nbytes)
             if begin <= progress.end < last:
-                crc = crc32(view[progress.end - begin : last - begin], progress.crc)
+                crc = active().crc32(data[progress.end - begin : last - begin], progress.crc)
                 self._progress[key] = _Progress(last, crc)
                 if last == record.begin + record.nbytes and crc != record.crc:
                     self._damaged.append(record)
@@ -74,6 +70,6 @@ def crc_of_file(file: IO[bytes], begin: int, nbytes: int) -> int:
     crc = 0
     file.seek(begin)
     while nbytes > 0 and (data := file.read(min(nbytes, _CHUNK))):
-        crc = crc32(data, crc)
+        crc = active().crc32(data, crc)
         nbytes -= len(data)
     return crc

@@ -224,11 +224,8 @@ def _read(
     blocks = (row_blocks for row in order for row_blocks in pairing.pair_blocks(row, *pairs[row]))
     total = sum(_elements(x, y) * (x.dtype.itemsize + y.dtype.itemsize) for x, y in pairs)
     done = 0
-    with Reader(files, 2) as reader:
-        for filled in reader.read(join_blocks(blocks)):
-            for of_file, (piece, data) in zip(checksums, filled, strict=True):
-                of_file.update(piece.path, piece.begin, data)
-            (piece_a, data_a), (piece_b, data_b) = filled
+    with Reader(files, 2, checksums) as reader:
+        for (piece_a, data_a), (piece_b, data_b) in reader.read(join_blocks(blocks)):
             for block_a, block_b in zip(piece_a.blocks, piece_b.blocks, strict=True):
                 a, b = pairs[block_a.row]
                 x, y = block_view(data_a, piece_a, block_a), block_view(data_b, piece_b, block_b)
@@ -238,8 +235,9 @@ def _read(
                 done += x.numel() * (x.itemsize + y.itemsize)
             if progress is not None:
                 progress(done, total)
-    for of_file, tensors in zip(checksums, zip(*pairs, strict=True), strict=False):
-        differences.skipped.update(of_file.damage(tensors))
+    for side, of_file, tensors in zip("ab", checksums, zip(*pairs, strict=True), strict=False):
+        damage = of_file.damage(tensors).items()
+        differences.skipped.update((row, f"{reason} (in {side})") for row, reason in damage)
     return differences
 
 

@@ -12,6 +12,7 @@ from paramstats._core.format import dtype_name, number, one_line_name, percent, 
 from paramstats._display import for_print, in_order, plain
 from paramstats._display.table import Line, Table
 from paramstats._findings import Findings
+from paramstats.checkpoints._pairing import NOT_COMPARED
 from paramstats.checkpoints._stored_tensors import Group
 
 _HEADINGS = ["shape", "norm a", "norm b", "|b - a|", "relative", "largest", "changed"]
@@ -164,7 +165,11 @@ def list_uncompared(comparison: Comparison) -> list[str]:
     """Return lines on mapped names, on tensors that have no row, and on why there is no row."""
     c = comparison
     shapes = {name: f"{list(a)} in a, {list(b)} in b" for name, (a, b) in c.other_shape.items()}
-    codes = {name: why for name, why in c.skipped.items() if why.startswith("codes")}
+    codes = {
+        name: why.removeprefix(NOT_COMPARED)
+        for name, why in c.skipped.items()
+        if why.startswith(NOT_COMPARED)
+    }
     unread = {name: why for name, why in c.skipped.items() if name not in codes}
     lines = [
         *c.notes,

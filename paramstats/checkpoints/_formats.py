@@ -54,8 +54,8 @@ def read_file(files: Files, path: Path) -> Contents:
     """Return the tensors of a file. Raise CheckpointError if its format is not known."""
     with files.open(path) as file:
         if path.suffix == ".distcp":
-            remedy = f"pass the path of its folder, {path.parent}"
-            raise unexpected(EXPECTED, "one file of a distributed checkpoint", path, remedy)
+            remedy = f"pass the path of its folder {path.parent}"
+            raise unexpected(EXPECTED, "part of a distributed checkpoint", path, remedy)
         prefix = file.read(_PREFIX_BYTES)
         read = _reader(prefix, path)
         if read is None:

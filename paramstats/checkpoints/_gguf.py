@@ -50,8 +50,6 @@ _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 """Bytes of the types of values: integers of 8 to 32 bits, float, bool, and those of 64 bits."""
 
 _Q8_0 = 8
-_CAN_DECODE = hasattr(StoredTensor, "stored_dtype")
-"""Whether the reader of elements calls decoders with boxes."""
 
 _UINT32, _TEXT, _ARRAY = 4, 8, 9
 
@@ -172,7 +170,7 @@ def _tensor(
     if math.prod(shape[-1:]) % values:
         raise unexpected(f"rows of {name!r} in blocks of {values}", list(shape), path)
     size = math.prod(shape) // values * nbytes
-    if kind == _Q8_0 and _CAN_DECODE:
+    if kind == _Q8_0:
         decoder: Any = Q8Blocks(len(shape) - 1)
         codes = (*shape[:-1], shape[-1] // values * nbytes)
         part = contiguous_part(path, begin, codes)._replace(sizes=shape)
@@ -200,4 +198,5 @@ class Q8Blocks:
         blocks = codes.unflatten(-1, (-1, self.codes))
         factors = blocks[..., :2].contiguous().view(torch.float16).float()
         integers = blocks[..., 2:].contiguous().view(torch.int8).float()
-        return (integers * factors).flatten(-2)
+        values: torch.Tensor = (integers * factors).flatten(-2)
+        return values

@@ -18,7 +18,6 @@ from typing import IO, NamedTuple
 
 import torch
 
-from paramstats.checkpoints._budget import Budget
 from paramstats.checkpoints._errors import listed, unexpected
 from paramstats.checkpoints._files import Files
 from paramstats.checkpoints._stored_tensors import Contents, StoredTensor, contiguous_part
@@ -31,6 +30,7 @@ _MAX_DIMENSIONS = 64
 """numpy's own limit."""
 
 _MAX_DIRECTORY_BYTES = 16 << 20
+_RECORDS = "records of several fields; save each field as an array"
 _COMPRESSED = "compressed elements; save them with numpy.savez, not savez_compressed"
 _TENSOR = 2000
 """Bytes of memory that an array of an archive needs."""
@@ -98,8 +98,8 @@ def read_npy(file: IO[bytes], path: str, _: Files) -> Contents:
 def read_npz(file: IO[bytes], path: str, files: Files) -> Contents:
     """Return the arrays of a `.npz` file by name. Compressed ones are listed with the reason."""
     try:
-        with zipfile.ZipFile(_Bounded(file)) as archive:  # type: ignore[call-overload]
-            return _read_records(archive, file, path, files.budget)
+        with zipfile.ZipFile(_Bounded(file)) as archive:
+            return _read_records(archive, file, path, files)
     except _DAMAGED as error:
         if isinstance(error.__context__, OSError):  # zipfile takes it for damage
             raise error.__context__ from None
@@ -118,14 +118,14 @@ class _Bounded:
         return self._file.read(size if size >= 0 else _MAX_DIRECTORY_BYTES)
 
 
-def _read_records(archive: zipfile.ZipFile, file: IO[bytes], path: str, budget: Budget) -> Contents:
+def _read_records(archive: zipfile.ZipFile, file: IO[bytes], path: str, files: Files) -> Contents:
     tensors: dict[str, StoredTensor] = {}
     ranges: list[tuple[int, int]] = []
     others = []
     end = file.seek(0, io.SEEK_END)
     for info in archive.infolist():
-        budget.add(len(info.filename) + _LOCAL_HEADER.size)
-        budget.charge(_TENSOR)
+        files.budget.add(len(info.filename) + _LOCAL_HEADER.size)
+        files.budget.charge(_TENSOR)
         name, extension = os.path.splitext(info.filename)
         if extension != ".npy":
             others.append(info.filename)
@@ -189,10 +189,7 @@ def _header(file: IO[bytes], path: str) -> _Header:
     shape = tuple(map(int, numbers))
     if math.prod(shape) >> 62:
         raise unexpected("a shape", "more elements than can be counted", path)
-    if descr[1] is None:
-        dtype, reason = torch.bits8, "records of several fields; save each field as an array"
-    else:
-        dtype, reason = element_type(descr[1])
+    dtype, reason = element_type(descr[1]) if descr[1] else (torch.bits8, _RECORDS)
     is_fortran = order[1] == "True"
     return _Header(dtype, reason, shape, is_fortran, len(start) + more + nbytes)
 

@@ -13,6 +13,9 @@ from paramstats.checkpoints._stored_tensors import Part, StoredTensor, is_dense
 _MAX_PAIRS = 1 << 21
 """Pairs of parts of a tensor that may overlap: rows on 1,448 ranks and columns on as many."""
 
+NOT_COMPARED = "not compared: "
+"""What the reason begins with if tensors could be read, but not compared."""
+
 
 def why_uncompared(a: StoredTensor, b: StoredTensor) -> str:
     """Return why two tensors cannot be compared, or an empty text."""
@@ -20,7 +23,7 @@ def why_uncompared(a: StoredTensor, b: StoredTensor) -> str:
         f"{x.unread_reason} (in {side})" for side, x in (("a", a), ("b", b)) if x.unread_reason
     ]
     codes = [f"{x.label} (in {side})" for side, x in (("a", a), ("b", b)) if x.is_codes]
-    return "; ".join(unread or codes)
+    return "; ".join(unread) or (NOT_COMPARED + "; ".join(codes) if codes else "")
 
 
 def pair_blocks(row: int, a: StoredTensor, b: StoredTensor) -> Iterator[tuple[Block, Block]]:

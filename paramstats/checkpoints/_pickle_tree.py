@@ -55,13 +55,15 @@ _Child = tuple["str | None", Any]
 
 
 @dataclass(eq=False, slots=True)
-class Skipped:
+class _Object:
     """An object of a class that is neither a tensor nor plain data."""
 
     name: str
     class_name: str
+    owner: _Object | None
+    """The object that it is inside of."""
+    holds_bytes: bool
     holds_tensors: bool = False
-    holds_bytes: bool = False
 
 
 class _Frame(NamedTuple):
@@ -70,8 +72,8 @@ class _Frame(NamedTuple):
     children: Iterator[_Child]
     name: str
     label: str
-    owner: Skipped | None
-    """The outermost object that it is inside of."""
+    owner: _Object | None
+    """The innermost object that it is inside of."""
     container: int
     """id of the container."""
 
@@ -83,16 +85,17 @@ class Walk:
         self, budget: Budget, find: Callable[[str, Any], StoredTensor | Inside | None]
     ) -> None:
         self._budget, self._find = budget, find
-        self._objects: dict[int, Skipped | None] = {}
+        self._objects: dict[int, _Object] = {}
         """Objects that were visited, by id."""
+        self._noted: list[_Object] = []
         self._open: set[int] = set()
         """ids of the containers that are being walked over, so that cycles end."""
 
     @property
-    def skipped(self) -> list[Skipped]:
-        """The objects whose data is in no tensor."""
-        found = (item for item in self._objects.values() if item is not None)
-        return [item for item in found if item.holds_bytes or not item.holds_tensors]
+    def skipped(self) -> list[tuple[str, str]]:
+        """Classes and names of the objects whose data is in no tensor."""
+        skipped = (item for item in self._noted if item.holds_bytes or not item.holds_tensors)
+        return [(item.class_name, item.name) for item in skipped]
 
     def tensors(self, value: Any) -> Iterator[StoredTensor]:
         """Yield the tensors in nested values in order; a tensor can occur several times."""
@@ -109,8 +112,7 @@ class Walk:
                     self._budget.charge(_NAME + sys.getsizeof(name))
                 found = self._find(name or "tensor", child)
                 if isinstance(found, StoredTensor):
-                    if frame.owner is not None:
-                        frame.owner.holds_tensors = True
+                    _mark(frame.owner)
                     labels = (label for label in (found.label, frame.label) if label)
                     yield found._replace(label="; ".join(labels))
                 inner = self._enter(frame, name, child, found)
@@ -138,7 +140,10 @@ class Walk:
             children = _states(attributes)
         else:
             if isinstance(value, RecordedCall) and value.function not in _PLAIN:
-                if id(value) in self._objects:
+                known = self._objects.get(id(value))
+                if known is not None:
+                    if known.holds_tensors:
+                        _mark(owner)
                     return None
                 self._budget.charge(_NAME)
                 owner = self._note_object(name, value, owner)
@@ -148,15 +153,22 @@ class Walk:
         self._open.add(id(value))
         return _Frame(children, name, label, owner, id(value))
 
-    def _note_object(self, name: str, call: RecordedCall, owner: Skipped | None) -> Skipped | None:
-        """Note an object, and return the outermost one that it belongs to."""
+    def _note_object(self, name: str, call: RecordedCall, owner: _Object | None) -> _Object:
+        """Note an object that is visited for the first time."""
         holds_bytes = any(_has_bytes(value) for value in (call.args, call.state))
         is_small = not holds_bytes and call.state is None and all(map(_is_leaf, call.args))
         is_small = is_small and not call.entries and not call.members
-        new = Skipped(name, call.function, holds_bytes=holds_bytes)
-        is_noted = holds_bytes or (owner is None and not is_small)
-        self._objects[id(call)] = new if is_noted else None
-        return owner or new
+        new = self._objects[id(call)] = _Object(name, call.function, owner, holds_bytes)
+        if holds_bytes or (owner is None and not is_small):
+            self._noted.append(new)
+        return new
+
+
+def _mark(item: _Object | None) -> None:
+    """Note that an object holds a tensor, and those that it is inside of."""
+    while item is not None and not item.holds_tensors:
+        item.holds_tensors = True
+        item = item.owner
 
 
 def _is_leaf(value: Any) -> bool:

@@ -36,7 +36,9 @@ def with_prefix(contents: Contents, component: str) -> Contents:
         tensor._replace(
             name=f"{component}.{tensor.name}",
             aliases=tuple(f"{component}.{alias}" for alias in tensor.aliases),
+            weight_name=f"{component}.{tensor.weight_name}" if tensor.weight_name else "",
         )
         for tensor in contents.tensors
     ]
-    return Contents(tensors, tuple(f"{component}: {note}" for note in contents.notes))
+    notes = tuple(f"{component}: {note}" for note in contents.notes)
+    return contents._replace(tensors=tensors, notes=notes)

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from io import BufferedReader
 from typing import NamedTuple
 
 import torch
 
 from paramstats._core.states import CHUNK
+from paramstats.checkpoints._checksums import Checksums
 from paramstats.checkpoints._errors import unexpected
 from paramstats.checkpoints._files import Files
 from paramstats.checkpoints._stored_tensors import Box, Decoder, Part, is_dense, span
@@ -240,8 +241,11 @@ class Reader:
     There are two buffers for each checkpoint. The pieces are read by one thread, in order.
     """
 
-    def __init__(self, files: Files, checkpoints: int = 1) -> None:
+    def __init__(
+        self, files: Files, checkpoints: int = 1, checksums: Sequence[Checksums] = ()
+    ) -> None:
         self._files = files
+        self._checksums = checksums
         self._buffers = [[bytearray(PIECE) for _ in range(checkpoints)] for _ in range(2)]
         self._open: list[BufferedReader | None] = [None] * checkpoints
 
@@ -258,12 +262,22 @@ class Reader:
         with ThreadPoolExecutor(1, "paramstats-reader") as thread:
             current = None
             for row, buffers in zip(rows, itertools.cycle(self._buffers)):
-                following = thread.submit(self._read_row, row, buffers)
+                following = self._start(thread, row, buffers)
                 if current is not None:
                     yield current.result()
                 current = following
             if current is not None:
                 yield current.result()
+
+    def _start(
+        self, thread: ThreadPoolExecutor, row: tuple[Piece, ...], buffers: list[bytearray]
+    ) -> Future[Filled]:
+        try:
+            return thread.submit(self._read_row, row, buffers)
+        except RuntimeError:  # no thread can be started while the interpreter exits
+            done: Future[Filled] = Future()
+            done.set_result(self._read_row(row, buffers))
+            return done
 
     def _read_row(self, row: tuple[Piece, ...], buffers: list[bytearray]) -> Filled:
         return tuple((piece, self._read_piece(i, piece, buffers[i])) for i, piece in enumerate(row))
@@ -279,6 +293,9 @@ class Reader:
         n = file.readinto(memoryview(buffer)[:size])
         if n < size:
             raise unexpected(f"{piece.end} bytes or more", piece.begin + n, piece.path)
+        if self._checksums:
+            data = memoryview(buffer)[:size]
+            self._checksums[checkpoint].update(piece.path, piece.begin, data)
         return torch.frombuffer(buffer, dtype=torch.uint8)[:size]
 
 

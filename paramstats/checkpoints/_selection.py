@@ -42,9 +42,12 @@ def select_part(contents: Contents, part: str, path: Path) -> Contents:
     """
     tensors = []
     for tensor in contents.tensors:
-        names = [n.removeprefix(f"{part}.") for n in tensor.names if f"{n}.".startswith(f"{part}.")]
+        own = (tensor.name, *tensor.aliases)
+        names = [n.removeprefix(f"{part}.") for n in own if f"{n}.".startswith(f"{part}.")]
         if names:
-            tensors.append(tensor._replace(name=names[0], aliases=tuple(names[1:])))
+            weight_name = tensor.weight_name.removeprefix(f"{part}.")
+            aliases = tuple(names[1:])
+            tensors.append(tensor._replace(name=names[0], aliases=aliases, weight_name=weight_name))
     if not tensors:
         words = dict.fromkeys(t.name.partition(".")[0] for t in contents.tensors)
         listed = ", ".join(f"#{brief(word)[1:-1]}" for word in itertools.islice(words, _MAX_LISTED))

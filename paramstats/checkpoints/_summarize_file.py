@@ -119,10 +119,9 @@ def _read(
     if progress is not None:
         total = sum(block.nbytes for row_part in parts for block in blocks_of_part(*row_part))
     states = States(len(tensors))
-    with Reader(files) as reader, threads_with_denormals(PIECE):
+    with Reader(files, 1, [checksums]) as reader, threads_with_denormals(PIECE):
         for ((piece, data),) in reader.read(join_blocks((block,) for block in blocks)):
             states.update(piece, data)
-            checksums.update(piece.path, piece.begin, data)
             done += sum(block.nbytes for block in piece.blocks)
             if progress is not None:
                 progress(done, total)

@@ -48,8 +48,8 @@ def list_tensors(value: Any, source: Source) -> Contents:
             tensors[key] = tensor._replace(name=name)
         names.setdefault(key, []).append(name)
     listed = [tensor._replace(aliases=tuple(names[key][1:])) for key, tensor in tensors.items()]
-    skipped = [(item.class_name, item.name) for item in walk.skipped]
-    return Contents(listed, (*_notes_of_names(repeated), *not_tensors("object", skipped)))
+    notes = (*_notes_of_names(repeated), *not_tensors("object", walk.skipped))
+    return Contents(listed, notes)
 
 
 def _unused(name: str, used: dict[str, int]) -> str:

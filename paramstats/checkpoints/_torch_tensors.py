@@ -12,6 +12,7 @@ import torch
 
 from paramstats._core.format import dtype_name
 from paramstats.checkpoints._errors import PickleError
+from paramstats.checkpoints._notes import shorten
 from paramstats.checkpoints._pickle_dtypes import DTYPES
 from paramstats.checkpoints._pickled_arrays import array
 from paramstats.checkpoints._pickled_bytes import Source
@@ -141,7 +142,7 @@ class Tensors:
         inner = [(str(k), x) for of in attributes for k, x in of.items() if _may_be_tensor(x)]
         if inner:
             return Inside(tuple(inner), f"inside subclass {_class_name(kind)} {list(sizes)}")
-        reason = f"a tensor of subclass {kind.name}, which holds no tensor"
+        reason = f"a tensor of subclass {shorten(kind.name)}, which holds no tensor"
         return _unread(StoredTensor(name, sizes, dtype, ()), reason)
 
     def _whole_storage(self, name: str, storage: Storage) -> StoredTensor:
@@ -241,7 +242,7 @@ def _may_be_tensor(value: Any) -> bool:
 
 
 def _class_name(kind: Global) -> str:
-    return kind.name.rpartition(".")[2]
+    return shorten(kind.name.rpartition(".")[2])
 
 
 def _unread(tensor: StoredTensor, reason: str) -> StoredTensor:

@@ -289,7 +289,8 @@ def grouped(groups):
         tensors = []
         for tensor in contents.tensors:
             group, label = groups.get(tensor.name, ("model", ""))
-            tensors.append(tensor._replace(group=group, label=label))
+            is_codes = "codes" in label
+            tensors.append(tensor._replace(group=group, label=label, is_codes=is_codes))
         return contents._replace(tensors=tensors)
 
     return give
@@ -299,7 +300,7 @@ def test_groups_have_totals_and_codes_are_not_compared(tmp_path, monkeypatch):
     groups = {
         "o.same": ("optimizer", ""),
         "o.m": ("optimizer", ""),
-        "q": ("other", "codes of int4 without a scale"),
+        "q": ("other", "int4 codes: no scale found"),
         "r": ("other", "this rank's shard of [8]"),
     }
     list_tensors = comparing.list_tensors
@@ -326,8 +327,8 @@ def test_groups_have_totals_and_codes_are_not_compared(tmp_path, monkeypatch):
     assert (model.norm_a, model.change_norm) == pytest.approx((math.sqrt(106), math.sqrt(5)))
     assert list(result.groups) == ["model", "optimizer", "other"]
     assert result.groups["optimizer"].relative_change == pytest.approx(99 / math.sqrt(2))
-    reason = "codes of int4 without a scale (in a); codes of int4 without a scale (in b)"
-    assert result.skipped == {"q": reason}
+    reason = "int4 codes: no scale found (in a); int4 codes: no scale found (in b)"
+    assert result.skipped == {"q": f"not compared: {reason}"}
     lines = result.table().splitlines()
     assert f"not compared: q: {reason}" in lines
     assert "note: r: a: this rank's shard of [8]; b: this rank's shard of [8]" in lines

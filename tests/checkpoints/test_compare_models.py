@@ -51,11 +51,15 @@ def test_a_model_in_memory_is_compared_with_a_file(tmp_path, form, wrap):
 def test_sources_in_memory(backend):
     w = torch.arange(12.0).view(3, 4)
     a = {"model": {"w": w.t(), "every": w[:, ::2], "one": torch.ones(1).expand(3)}, "lists": [w[0]]}
-    a |= {"conj": torch.tensor([1 + 2j]).conj(), "neg": torch.tensor([1 + 2j]).conj().imag}
+    a |= {
+        "offset": torch.arange(9.0)[4:],
+        "conj": torch.tensor([1 + 2j]).conj(),
+        "neg": torch.tensor([1 + 2j]).conj().imag,
+    }
     b = {name: x.clone() for name, x in memory._flat(a)}
     for x in (a, dict(reversed(a.items()))):
         rows = compare(x, b).rows
-        assert len(rows) == 6 and all(row.changed_count == 0 for row in rows)
+        assert len(rows) == 7 and all(row.changed_count == 0 for row in rows)
     assert compare(a, b, include="w").rows[0].name == "model.w"
     cyclic = {"w": w}
     cyclic["self"] = cyclic

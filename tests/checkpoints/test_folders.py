@@ -328,9 +328,9 @@ def test_distributed_checkpoint_names_the_files_next_to_it(tmp_path):
     assert list(summary) == ["a"]
     assert record_of(summary).file.notes == ("not read: common.pt (not named by .metadata)",)
     (part,) = tmp_path.glob("*.distcp")
-    with pytest.raises(CheckpointError, match="one file of a distributed") as caught:
+    with pytest.raises(CheckpointError, match="part of a distributed") as caught:
         summarize_file(part)
-    assert f"pass the path of its folder, {tmp_path}" in str(caught.value)
+    assert f"pass the path of its folder {tmp_path}" in str(caught.value)
 
 
 def test_links_between_folders_end(tmp_path):

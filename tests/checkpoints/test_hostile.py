@@ -51,7 +51,7 @@ def repeated(value: bytes, function: bytes, instructions: bytes, count: int) -> 
 
 NUMBERS = b"](" + b"J\xff\xff\x00\x00" * 50_000 + b"e"
 PAIRS = b"](" + STRING + b"N\x86q\x03" + b"h\x03" * 30_000 + b"e"
-LONG_TEXT = b"X\xa0\x86\x01\x00" + b"k" * 100_000
+LONG_TEXT = b"X\xa0\x0f\x00\x00" + b"k" * 4000
 ODD_TEXT = b"X\x44\x0d\x03\x00" + "\U000e0001".encode() * 50_000 + "\U0001f600".encode()
 """Its repr needs ten times its memory."""
 WIDE_TEXT = b"X\x40\x9c\x00\x00" + "\U0001f600".encode() * 10_000
@@ -93,7 +93,7 @@ PICKLES = {
     "colliding pairs": b"\x80\x02}(" + integers(50_000, PRIME, b"\x85N") + b"u.",
     "colliding members": b"\x80\x04\x8f(" + integers(50_000, PRIME, b"") + b"\x90.",
     "objects that share a state": repeated(
-        b"}(" + integers(30_000, 1) + b"K\x00]s", OBJECT, b"h\x01)Rh\x02b", 20_000
+        b"}(" + integers(30_000, 1) + b"K\x00](K\x00K\x00eu", OBJECT, b"h\x01)Rh\x02b", 20_000
     ),
     "subclasses that share a state": repeated(
         b"}(" + integers(30_000, 1) + b"u", SUBCLASS, b"h\x01(" + WRAPPED + b"h\x02tR", 10_000

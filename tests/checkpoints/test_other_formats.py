@@ -412,6 +412,28 @@ def test_hdf5_never_leaves_its_file(tmp_path, h5py):
     )
 
 
+def test_filters_of_hdf5_are_never_loaded(tmp_path, h5py):
+    plugins, path = tmp_path / "plugins", tmp_path / "a.h5"
+    plugins.mkdir()
+    with h5py.File(path, "w") as file:
+        properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        properties.set_chunk((4,))
+        properties.set_filter(32015, h5py.h5z.FLAG_OPTIONAL, (1,))  # zstd, a plugin
+        space = h5py.h5s.create_simple((4,))
+        dataset = h5py.h5d.create(file.id, b"w", h5py.h5t.NATIVE_FLOAT, space, properties)
+        dataset.write_direct_chunk((0,), bytes(16), 0)
+    h5py.h5pl.prepend(bytes(plugins))
+    try:
+        with opened_files(plugins) as opened:
+            assert unread(path).skipped["w"].startswith("compressed elements")
+            assert not opened()
+            with h5py.File(path) as file, pytest.raises(OSError):
+                file["w"][()]
+            assert opened()
+    finally:
+        h5py.h5pl.remove(0)
+
+
 def test_datasets_that_cannot_be_read_are_listed_with_the_reason(tmp_path, h5py):
     path = tmp_path / "a.h5"
     with h5py.File(path, "w") as file:

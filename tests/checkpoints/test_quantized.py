@@ -340,7 +340,7 @@ def test_parts_on_several_ranks_are_read(tmp_path):
     tensors, name, values = FORMATS["partial blocks"]()
     path = save(tensors, "safetensors", tmp_path)
     files = Files()
-    contents = resolve(safetensors.read(files.open(path), str(path)), files)
+    contents = resolve(safetensors.read(files.open(path), str(path), files), files)
     tensor = next(t for t in contents.tensors if t.name == name)
     (whole,) = tensor.parts
     parts = []
@@ -482,13 +482,6 @@ def test_large_companions_are_not_read(tmp_path, monkeypatch):
     tensors, name, _ = FORMATS["groups of columns"]()
     summary = summarize_file(save(tensors, "safetensors", tmp_path))
     assert "'l.weight_scale' has 240 bytes" in labels(summary)[name]
-    torch.save(
-        {"l.weight": tensors[name], "l.weight_scale": torch.ones(1).expand(1 << 45)},
-        tmp_path / "a.pt",
-    )
-    with pytest.warns(RuntimeWarning, match="an expanded tensor"):
-        summary = summarize_file(tmp_path / "a.pt")
-    assert labels(summary)[name] == "float8_e4m3fn codes: 'l.weight_scale' cannot be read"
 
 
 def test_companions_are_dropped_when_there_are_many(tmp_path, monkeypatch):
@@ -579,11 +572,11 @@ def test_a_quantization_changes_little_and_codes_are_not_compared(tmp_path):
     expected = np.linalg.norm(values - original) / np.linalg.norm(original)
     assert 0.02 < expected < 0.04
     assert row.relative_change == pytest.approx(expected, rel=1e-5)
-    for a, b in (("bf16", "codes"), ("codes", "bf16"), ("fp8", "codes")):
+    for a, b, side in (("bf16", "codes", "b"), ("codes", "bf16", "a"), ("fp8", "codes", "b")):
         comparison = compare_files(paths[a], paths[b])
         assert not comparison.rows
         assert comparison.skipped == {
-            "l.weight": "not compared: float8_e4m3fn codes: no scale found"
+            "l.weight": f"not compared: float8_e4m3fn codes: no scale found (in {side})"
         }
 
 

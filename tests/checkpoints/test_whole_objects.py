@@ -21,6 +21,8 @@ import paramstats
 from paramstats import checkpoints
 from paramstats._summary import record_of
 from paramstats.checkpoints import summarize_file
+from tests.checkpoints.test_broken_files import pickled
+from tests.checkpoints.test_hostile import DENSE
 
 FORMATS = {
     "zip": torch.save,
@@ -175,14 +177,17 @@ def test_every_tensor_is_listed(backend, tmp_path, kind, form):
 
 @pytest.mark.parametrize("form", ["zip", "legacy", "protocol 2", "protocol 5"])
 def test_notes_name_the_objects_without_tensors(tmp_path, form):
+    shared = Config(weight=ones(4))
     value = {
         "w": ones(2),
+        "shared": shared,
         "loss": nn.MSELoss(),
         "model": nn.Sequential(nn.Linear(2, 2), nn.ReLU()),
         "extra": io.BytesIO(bytes(100)),
         "config": Config(),
         "inside": Config(weight={"w": ones(3), "extra": io.BytesIO(bytes(100))}),
-        # plain data:
+        # plain data, and objects whose tensors are listed elsewhere:
+        "same": Config(weight=shared),
         "dtype": torch.float16,
         "class": Config,
         "size": torch.Size([2]),
@@ -194,7 +199,13 @@ def test_notes_name_the_objects_without_tensors(tmp_path, form):
     }
     FORMATS[form](value, tmp_path / "a.pkl")
     summary = summarize_file(tmp_path / "a.pkl")
-    assert list(summary) == ["w", "model.0.weight", "model.0.bias", "inside.weight.w"]
+    assert list(summary) == [
+        "w",
+        "shared.weight",
+        "model.0.weight",
+        "model.0.bias",
+        "inside.weight.w",
+    ]
     assert notes(summary) == (
         "not read: 4 objects that are not tensors (torch.nn.modules.loss.MSELoss at "
         f"'loss', _io.BytesIO at 'extra', {__name__}.Config at 'config', and 1 more)",
@@ -215,6 +226,14 @@ def test_object_without_tensors_gives_a_note_alone(tmp_path):
     summary = summarize_file(tmp_path / "a.pt")
     expected = f"not read: 1 object that is not a tensor ({__name__}.Config)"
     assert not list(summary) and notes(summary) == (expected,)
+
+
+def test_mapping_of_pairs_of_python_2_is_read(backend, tmp_path):
+    mapping = b"}Vx\nccollections\nOrderedDict\n(]Vw\n" + DENSE + b"\x86atRs."
+    name, content = pickled(b"\x80\x02" + mapping)
+    (tmp_path / name).write_bytes(content)
+    summary = summarize_file(tmp_path / name)
+    assert [(key, entry.shape) for key, entry in summary.items()] == [("x.w", (1,))]
 
 
 def test_bytes_after_a_pickle_are_named(tmp_path):

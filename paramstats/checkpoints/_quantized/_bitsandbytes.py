@@ -34,7 +34,7 @@ def decode_bitsandbytes(source: Source, tensor: StoredTensor, name: str) -> Stor
         for kind in ("nf4", "fp4")
         if (state := source.find(f"{name}.quant_state.bitsandbytes__{kind}", "state", name))
     ]
-    if len(states) != 1:
+    if len(states) != 1 or states[0].dtype != torch.uint8 or len(states[0].shape) != 1:
         raise UnclearError("no quant_state found")
     info = _json(source.companions.read(states[0], _MAX_STATE))
     shape, block = info.get("shape"), info.get("blocksize")
@@ -106,7 +106,7 @@ def _nested(
 def _json(data: torch.Tensor) -> dict[str, Any]:
     """Return the JSON object in a tensor of bytes."""
     try:
-        state = json.loads(bytes(data.contiguous().view(torch.uint8).tolist()).decode())
+        state = json.loads(bytes(data.tolist()).decode())
     except (ValueError, RecursionError):
         state = None
     if not isinstance(state, dict):
