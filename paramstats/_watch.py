@@ -106,12 +106,13 @@ def watch(
             statistics of the distribution are logged if `stats` names them ("skewness", "kurtosis"
             and "abs_mean"). `log` finds the histograms and rows of its step in `Watcher.summary`.
         on_finding: called as `on_finding(finding)` for each `Finding` of the health check over
-            time: once when it begins, and once when it ends, with `finding.end` set. See
+            time: once when it begins, and once when it ends, with `finding.end` set. A problem of
+            many tensors is one finding. `Watcher.close` reports what the last step says. See
             `History.findings` for what it finds. It is called after `log`, on the same rank and in
             the order of steps. What it raises comes out of the training loop, as of `log`.
         health: whether to read the distribution and the rows of all tensors, which some rules of
             the health check need: dead units by index, equal rows, heavy tails and what float8
-            would lose. A due step then reads each tensor about three times instead of once.
+            would lose. A due step then takes about ten times as long.
 
     If parameters require a gradient and none has one at a due step, a RuntimeWarning says so once.
 

@@ -90,6 +90,8 @@ class Watcher:
         self._hooks: OptimizerHooks | None = None
         if optimizers:
             self._hooks = OptimizerHooks(source, optimizers, update, reading, self._rounds)
+            if self._checks.need_statistics and reading["params"]:
+                self._hooks.before_next = self._check_before
 
     def __repr__(self) -> str:
         source, rounds = type(self._source).__name__, self._rounds
@@ -219,6 +221,12 @@ class Watcher:
             elif self._hooks is not None:
                 self._hooks.before_next = self.flush
 
+    def _check_before(self) -> None:
+        """Read the parameters before the first step: NaN in them is not the optimizer's fault."""
+        selection = {name: self._reading[name] for name in ("include", "exclude")}
+        if is_first_rank() and not selected_tensors(self._source, self._reading)[0].is_sharded:
+            self._checks.add_before(summarize(self._source, grads=False, **selection))
+
     def flush(self) -> None:
         """Wait for what has not been logged yet, and log it."""
         unlogged, self._unlogged = self._unlogged, None
@@ -234,6 +242,8 @@ class Watcher:
         try:
             self._rounds.finish()
             self.flush()
+            self._checks.finish()
+            self._checks.report()
             if self._summary is not None:
                 with contextlib.suppress(Exception):  # ranks that do not log take part in it, too
                     self._summary.wait()

@@ -51,7 +51,7 @@ def root_of_zero() -> nn.Module:
             detached,
             "no gradient",
             ["first.weight", "first.bias"],
-            "it and 'second.weight', look for detach()",
+            "before 'second.weight' gets a gradient",
         ),
         (dead_relus, "zero gradient", ["0.weight", "2.weight", "4.weight"], "for dead ReLUs"),
         (root_of_zero, "NaN or Inf in gradient", ["0.bias", "0.weight"], "NaN/Inf after '0.bias'"),

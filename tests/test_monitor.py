@@ -81,7 +81,7 @@ def test_a_run_that_goes_back_begins_anew(digits):
     assert found
     first = next(iter(history))[1]
     ended = monitor.add(10, record_of(first))
-    assert ended and all(f.end == 10 for f in ended)
+    assert {f.step for f in ended} == {20, 21} and all(f.end == 30 for f in ended), "after step 29"
     assert monitor.add(11, record_of(first)) == []
 
 
@@ -163,3 +163,18 @@ def test_a_threshold_of_zero(digits):
     history = Training(digits, loss_of=loss_times(1e3, 30), steps=40).run()
     assert C.GRADIENT_COLLAPSE not in {f.code for f in history.findings(gradient_collapse=0)}
     assert C.GRADIENT_SPIKE in {f.code for f in history.findings(spike=0)}
+
+
+def test_findings_of_parameters_that_are_removed_end():
+    history, names = History(), [f"{i}.weight" for i in range(3)]
+    for step in range(60):
+        model = {name: nn.Parameter(torch.randn(8, 8)) for name in names}
+        model[names[-1]] = nn.Parameter(torch.full((8, 8), 0.5))  # a constant weight
+        if step >= 30:
+            del model[names[-1]]
+        for weight in model.values():
+            weight.grad = torch.randn(8, 8)
+        history.append(step, paramstats.summarize(model))
+    constant = [f for f in history.findings() if f.code == C.CONSTANT_WEIGHT]
+    assert [(f.name, f.step) for f in constant] == [("2.weight", 0)]
+    assert constant[0].end is not None and 30 < constant[0].end <= 50

@@ -81,6 +81,11 @@ def clamp(training: Training, step: int) -> None:
 
 
 @torch.no_grad()
+def clamp_at_zero(training: Training, step: int) -> None:
+    training.model[2].weight.clamp_(min=0)
+
+
+@torch.no_grad()
 def enlarge_one(training: Training, step: int) -> None:
     if step == 40:
         training.model[2].weight.mul_(1000)
@@ -147,6 +152,7 @@ SICK: dict[str, tuple[dict[str, Any], FindingCode, str, int]] = {
         1,
     ),
     "clamped": ({"after_step": clamp}, C.CLAMPED_WEIGHT, "2.weight", 2),
+    "clamped at 0": ({"after_step": clamp_at_zero}, C.CLAMPED_WEIGHT, "2.weight", 2),
     "weight x1000": ({"after_step": enlarge_one}, C.LARGE_UPDATE, "2.weight", 41),
     "loss x1000": ({"loss_of": loss_times(1e3, 40)}, C.GRADIENT_SPIKE, "*", 40),
     "loss NaN": ({"loss_of": loss_times(math.nan, 20)}, C.NONFINITE_GRADIENT, "4.bias", 20),

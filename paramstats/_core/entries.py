@@ -63,10 +63,11 @@ def entries(record: Record, with_state: bool = True) -> list[Entry]:
         keys = record.optimizer.keys if with_state else ()
         by_key = {key: _decoded(statistics(record, key)) for key in keys}
         of_each = [[(key, row) for row in rows] for key, rows in by_key.items()]
-        states = [
-            {key: row for key, row in pairs if row is not None}
-            for pairs in (zip(*of_each, strict=True) if of_each else [()] * n)
-        ]
+        if of_each:
+            states = [
+                {key: row for key, row in pairs if row is not None}
+                for pairs in zip(*of_each, strict=True)
+            ]
     columns = (
         layout.names,
         layout.aliases,

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from paramstats._core import moments
 from paramstats._core.backend import active
-from paramstats._core.moments import ABSENT_ROW, ROW, Moments
+from paramstats._core.moments import ABSENT_ROW, ROW, Moments, State
 from paramstats._core.updates import ROWS
 
 MOMENTA = ("exp_avg", "momentum_buffer", "momentum", "exp_moving_average")
@@ -33,6 +33,11 @@ class OptimizerRecord(NamedTuple):
     def state(self, column: int, row: int) -> Moments:
         """Return the state of a row of a column."""
         return moments.row(self.table, self.position(column, row))
+
+    def column_states(self, column: int) -> list[State]:
+        """Return the fields of `Moments` of all rows of a column."""
+        begin, end = (self.position(column, row) * ROW.size for row in (0, len(self.methods)))
+        return list(ROW.iter_unpack(self.table[begin:end]))
 
     def position(self, column: int, row: int) -> int:
         """Return the position of a row of a column in the table."""

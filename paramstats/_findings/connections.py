@@ -81,9 +81,9 @@ def lost_gradients(context: Context) -> Iterator[Finding]:
             advice = cut.reasons.get(row, _UNUSED)
             if is_cut:
                 advice = (
-                    f"Nothing up to this layer contributes to the loss. Between it and {cut.at}, "
-                    "look for detach(), .data, item(), argmax or torch.no_grad(). If this is "
-                    "intended, freeze these layers with requires_grad_(False)."
+                    f"No layer before {cut.at} gets a gradient. Just before it, look for detach(), "
+                    ".data, item(), argmax or torch.no_grad(). If this is intended, freeze these "
+                    "layers with requires_grad_(False)."
                 )
         else:
             is_cut &= not context.has_zero_gates
@@ -92,9 +92,8 @@ def lost_gradients(context: Context) -> Iterator[Finding]:
             advice = _GATED if context.has_zero_gates else cut.reasons.get(row, _ZERO)
             if is_cut:
                 advice = (
-                    "No gradient reaches this parameter, nor those before it. Check the layers up "
-                    f"to {cut.at} for dead ReLUs or masks, and the loss for saturation or "
-                    "underflow."
+                    f"No gradient reaches the layers before {cut.at}. Check them for dead ReLUs or "
+                    "masks, and the loss for saturation or underflow."
                 )
         severity = Severity.WARNING if is_cut else Severity.INFO
         yield Finding(severity, code, entry.name, "grad", value, value, message, advice)
@@ -116,9 +115,9 @@ def _no_backward(context: Context) -> Iterator[Finding]:
 def _constant_loss() -> Finding:
     """Report, once, that every gradient is zero, those of the last biases included."""
     advice = (
-        "The loss does not depend on the parameters for this batch: a margin is reached, all "
-        "targets are masked, or the loss underflows. If this stays so, check the loss, and the "
-        "loss scale in float16."
+        "Call paramstats after backward and before zero_grad(): zero_grad(set_to_none=False) "
+        "leaves zeros. Otherwise the loss does not depend on the parameters for this batch: a "
+        "margin is reached, all targets are masked, or the loss underflows."
     )
     code, message = FindingCode.ZERO_GRADIENT, "all gradients are zero"
     return Finding(Severity.INFO, code, "", "grad", 1.0, 1.0, message, advice)
@@ -136,7 +135,7 @@ def _cut(context: Context, lost: set[int]) -> _Cut:
     if optimizer is not None and any(numbers for numbers in optimizer.hyperparameters):
         absent = {row for row in lost if optimizer.hyperparameters[row] is None}
         reasons.update(dict.fromkeys(absent, _NO_OPTIMIZER))
-    before: list[int] = []
+    before: set[int] = set()
     at = "the loss"
     for part in parts_of(context.record.layout):
         row = part.row
@@ -146,9 +145,9 @@ def _cut(context: Context, lost: set[int]) -> _Cut:
             at = f"'{one_line_name(entries[row].name)}'"
             break
         if reasons.get(row) not in (_TWIN, _NO_OPTIMIZER):
-            before.append(row)
+            before.add(row)
     if _is_one_block(context, before):
-        before = [row for row in before if reasons.get(row) != _SKIPPED]
+        before = {row for row in before if reasons.get(row) != _SKIPPED}
     return _Cut(before, at, reasons)
 
 

@@ -75,7 +75,7 @@ def _was_zero(entry: Entry) -> bool:
     The update of a bfloat16 parameter may be known with the parameter's precision only.
     """
     value, update = entry.value, entry.update
-    if update is None or not value.norm > 0:
+    if update is None or not value.norm > 0 or update.norm < 0.9 * value.norm:
         return False
     pairs = (value.norm, update.norm), (value.min, update.min), (value.max, update.max)
     return all(math.isclose(a, b, rel_tol=0.01) for a, b in pairs)

@@ -102,6 +102,8 @@ class FindingCode(str, enum.Enum):
     GRADIENT_COLLAPSE = "gradient collapse"
     #: Steps have changed a weight by less than a millionth since the beginning.
     SMALL_UPDATE = "small update"
+    #: Something besides the optimizer's step has changed a parameter.
+    CHANGED_OUTSIDE = "changed outside of the optimizer"
     #: Gradients grow in proportion to the step, as if they were never reset.
     ACCUMULATED_GRADIENT = "gradients accumulate"
 

@@ -74,9 +74,9 @@ def nonfinite_gradients(context: Context) -> Iterator[Finding]:
         )
     elif len(affected) == len(gradients):
         advice = (
-            "All gradients contain NaN/Inf, so it comes from the loss or the data. Check the batch "
-            "and the computation of the loss. If a GradScaler is used, which skips such steps, "
-            "pass it as grad_scale."
+            "All gradients contain NaN/Inf, so it comes from the loss or the data: check the batch "
+            "and the computation of the loss. If a GradScaler skips such steps, pass it as "
+            "grad_scale."
         )
     else:
         advice = (
@@ -85,10 +85,7 @@ def nonfinite_gradients(context: Context) -> Iterator[Finding]:
             "division, square root or logarithm near 0."
         )
     if severity == Severity.ERROR and any(entry.dtype == torch.float16 for entry, _ in affected):
-        advice += (
-            " Or a gradient exceeded 65,504, the maximum of float16. In that case, reduce the loss "
-            "scale."
-        )
+        advice += " In float16, a value above 65,504 is Inf: a smaller loss scale avoids that."
     code = FindingCode.NONFINITE_GRADIENT
     for entry, grad in affected:
         count, message = int(grad.nonfinite_count), nonfinite_elements(grad)
@@ -151,15 +148,15 @@ def _vanishing(context: Context, layers: Sequence[Layer]) -> Iterator[Finding]:
         return
     advice = (
         "The gradient shrinks from layer to layer on its way back, so the first layers learn "
-        "almost nothing. Use ReLU or GELU instead of sigmoid or tanh, initialize weights with "
-        "torch.nn.init.kaiming_normal_, or add residual connections or normalization."
+        "almost nothing. Add residual connections or normalization, initialize weights for their "
+        "activation (torch.nn.init.kaiming_normal_ for ReLU), or replace an activation that "
+        "saturates, such as sigmoid."
     )
     for layer in layers:
         ratio = layer.gradient / largest
         if ratio < limit and not layer.part.is_tied:
             message = (
-                f"{_in_words(layer)}, {number(ratio)} times as large, compared with its weight, "
-                f"as the largest gradient"
+                f"{_in_words(layer)}; in the layer with the largest one, {number(largest)} times"
             )
             name = layer.name
             yield Finding(Severity.WARNING, code, name, "grad", ratio, limit, message, advice)
@@ -224,12 +221,18 @@ def _exploding(context: Context, layers: Sequence[Layer]) -> Iterator[Finding]:
             default=top,
         )
         if is_known:
-            value, message = activation, "the last layer's input has an rms of about "
+            value = activation
+            start = next(layer for layer in layers if layer.activation > limit)
+            message = (
+                f"inputs have an rms of more than {number(limit)} from "
+                f"'{one_line_name(start.name)}' on, and of about {number(value)} in the last layer"
+            )
         else:
-            value, message = growth, "activations may grow, from the first to the last layer, by "
+            value = growth
+            message = f"activations may grow by {number(value)} from the first to the last layer"
         message += (
-            f"{number(value)}; this weight scales its input by {number(cause.gain)}; gradients "
-            f"are up to {number(top.gradient)} times their weights"
+            f"; this weight scales its input by {number(cause.gain)}; gradients are up to "
+            f"{number(top.gradient)} times their weights"
         )
         yield Finding(severity, code, cause.name, "grad", value, limit, message, _TOO_LARGE)
         return

@@ -135,10 +135,10 @@ def weight_values(context: Context) -> Iterator[Finding]:
             limit = limits.largest_gain
             message = f"rms {number(value.rms)}, scales its input by {number(number_found)}"
             advice = (
-                "A layer should keep the scale of its input: a std of about 1 / sqrt(fan-in). "
-                "This one saturates what follows, or makes the loss explode. In a new model, "
-                "correct the initialization. Otherwise the weight diverged: lower the learning "
-                "rate and resume from an earlier checkpoint."
+                "The layer saturates what follows or makes the loss explode: a std of about "
+                "1 / sqrt(fan-in) keeps the scale of its input. In a new model, correct the "
+                "initialization. Otherwise the weight diverged: lower the learning rate and resume "
+                "from an earlier checkpoint."
             )
             if is_frozen:
                 severity = Severity.INFO

@@ -29,9 +29,8 @@ _LEAST_UNITS = 16
 """A smaller layer is likely a head, of whose outputs a loss may use some only."""
 
 _ADVICE = {
-    (False, False): "These units are inactive for the whole batch, such as dead ReLUs. Some are "
-    "normal in a small batch. If most stay so, lower the learning rate, check their biases, or use "
-    "GELU or leaky ReLU.",
+    (False, False): "These units are inactive for the whole batch, such as dead ReLUs. If they "
+    "stay so, lower the learning rate, check their biases, or use GELU or leaky ReLU.",
     (False, True): "These units have been inactive since the first step, such as dead ReLUs. Check "
     "the initialization of the weight and the bias, lower the learning rate, or use GELU or leaky "
     "ReLU.",
@@ -41,6 +40,9 @@ _ADVICE = {
     "load-balancing loss, or noise, or a bias for each expert.",
 }
 """What to do, by whether it is about experts, and whether they are dead for certain."""
+
+_USUAL = 0.6
+"""Up to this share of the units are inactive in a small batch of a healthy training."""
 
 _CONVERGED = 1e-8
 """A gradient below this fraction of its weight may be zero because of rounding."""
@@ -89,7 +91,7 @@ def _zero_rows(
     if not is_stuck:
         advice += " They have a gradient, so they will change with the next step."
     code, share = FindingCode.ZERO_ROWS, len(rows) / entry.shape[0]
-    message = _in_words(rows, entry.shape[0], "zero")
+    message = in_words(rows, entry.shape[0], "zero")
     yield Finding(severity, code, entry.name, "param", share, limit, message, advice)
 
 
@@ -120,7 +122,9 @@ def _dead_units(context: Context, part: Part, entry: Entry, grad: Detail) -> Ite
         return
     never = _share_without_momentum(context, momentum_of)
     is_dead = never > limit
-    message = _in_words(rows, n, f"of the gradient zero: these {what} do not learn")
+    message = in_words(rows, n, f"of the gradient zero: these {what} do not learn")
+    if share <= _USUAL and not is_stacked:
+        message += ", as is usual in a small batch"
     if is_dead:
         message += f"; {100 * never:.4g}% never had a gradient"
     advice = _ADVICE[is_stacked, is_dead]
@@ -155,7 +159,7 @@ def _equal_rows(context: Context, entry: Entry, value: Detail) -> Iterator[Findi
     severity = Severity.WARNING if is_weight and not is_frozen else Severity.INFO
     code = FindingCode.EQUAL_ROWS
     what = "each other" if len(groups) == 1 else f"another one, in {len(groups)} groups"
-    message = _in_words(rows, entry.shape[0], f"equal to {what}")
+    message = in_words(rows, entry.shape[0], f"equal to {what}")
     advice = (
         "Units with equal weights compute the same, and get equal gradients if the next layer "
         "treats them equally. Initialize every row with other random numbers, and check what "
@@ -210,7 +214,7 @@ def _abs_max(context: Context, entry: Entry, source: Source) -> float:
     return largest if largest < math.inf else math.nan
 
 
-def _in_words(rows: Sequence[int], n: int, what: str) -> str:
+def in_words(rows: Sequence[int], n: int, what: str) -> str:
     """Return which rows these are, such as "rows 0, 1, 2 of 8 zero"."""
     shown = ", ".join(map(str, rows[:_MAX_ROWS]))
     if len(rows) > _MAX_ROWS:

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 from paramstats._core.layout import Layout
 from paramstats._findings.context import is_weight_shape
-from paramstats._findings.updates import usual_norm
 
 _LOOKUP = re.compile(r"emb|pos|bias|table|token|wte|wpe|shared", re.IGNORECASE)
 """Names of tables whose rows are looked up, and of additive tables: no matrix product, no fan-in.
@@ -87,6 +86,15 @@ def _parts(layout: Layout) -> list[Part]:
         )
         parts.append(part)
     return parts
+
+
+def usual_norm(shape: tuple[int, ...]) -> float:
+    """Return the norm of a new weight of this shape.
+
+    Its elements have the std 1 / sqrt(fan), where fan is the smaller one of fan-in and fan-out:
+    stacked weights and those of transposed layers have them in another order.
+    """
+    return math.sqrt(max(shape[0], math.prod(shape[1:])))
 
 
 def _fan_in(shape: tuple[int, ...]) -> int:

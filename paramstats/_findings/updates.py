@@ -7,7 +7,7 @@ zero, and the key bias of attention is moved by rounding errors alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,12 +19,15 @@ from paramstats._core.moments import Moments, Statistics
 from paramstats._core.optimizer_record import OptimizerRecord
 from paramstats._core.optimizers import VARIANCES
 from paramstats._core.updates import LAG, ROWS, root_mean
-from paramstats._findings.context import Context, is_weight
+from paramstats._findings.context import Context
 from paramstats._findings.findings import Finding, FindingCode, Severity
+from paramstats._findings.structure import Part, parts_of, usual_norm
 
 _SMALL_STEP = 0.1
 """Adam's steps are not large, whatever a new weight is, if they are this fraction of the weight."""
 
+_NORMAL_GRADIENT = 1e-5
+"""A gradient of more than this fraction of its weight is not below eps because it vanished."""
 
 _REPLACED = 0.5
 """A step replaces the weight if its norm is this fraction of that of the new weight."""
@@ -68,17 +71,24 @@ def large_updates(context: Context) -> Iterator[Finding]:
     usual = " A usual learning rate of AdamW is 1e-3 for small models and 1e-4 for large ones."
     found, n = [], 0
     for step in _steps(context):
-        assert step.entry.shape is not None  # as is_weight says
         n += 1
-        weight, norm, new_norm = step.entry.value, step.update.norm, usual_norm(step.entry.shape)
+        weight, norm, new_norm = step.entry.value, step.update.norm, step.part.usual_norm
         if not weight.norm < math.inf or "history_size" in step.hyperparameters:
             continue  # LBFGS makes several steps in one
-        ratio = norm / max(weight.norm, new_norm)
-        of = "the weight" if weight.norm >= new_norm else "a new weight of this shape"
-        message = f"norm {number(norm)}, {number(ratio)} times that of {of}{step.lr_in_words()}"
-        if not ratio > limit and step.is_adam() and _SMALL_STEP * weight.rms < step.lr:
-            ratio = step.lr / (new_norm / math.sqrt(weight.count))
-            message = f"lr {number(step.lr)}, {number(ratio)} times the std of a new weight"
+        ratio, message = norm / max(weight.norm, new_norm), ""
+        if ratio > limit:
+            of = "the weight" if weight.norm >= new_norm else "a new weight of this shape"
+            message = (
+                f"one step changed it by a norm of {number(norm)}, {number(ratio)} times that of "
+                f"{of}{step.lr_in_words()}"
+            )
+        elif _SMALL_STEP * weight.rms < step.lr and step.is_adam():
+            std = new_norm / math.sqrt(weight.count)
+            ratio = step.lr / std
+            message = (
+                f"lr {number(step.lr)}: each step moves an element by up to that; elements are "
+                f"about {number(weight.rms)}, those of a new weight {number(std)}"
+            )
         if ratio > limit:
             found.append((step, ratio, message))
     is_global = 3 * len(found) >= n
@@ -132,10 +142,14 @@ def adam_state(context: Context) -> Iterator[Finding]:
     limits, optimizer = context.thresholds, context.record.optimizer
     if optimizer is None:
         return
-    for row, entry in enumerate(context.entries):
-        lag = optimizer.state(LAG, row)
-        if not lag.count > 0 or moments.is_unread(lag) or not is_weight(entry):
+    n, is_below = 0, []
+    lags = optimizer.column_states(LAG)
+    for part in parts_of(context.record.layout):
+        row, lag = part.row, lags[part.row]
+        if not lag[0] > 0 or moments.is_unread(lag):
             continue
+        lag, entry = Moments._make(lag), context.entries[row]
+        n += 1
         rms = root_mean(lag, context.record.grad_scale)
         if rms > limits.largest_lag:
             code, limit = FindingCode.LAGGING_VARIANCE, limits.largest_lag
@@ -147,27 +161,70 @@ def adam_state(context: Context) -> Iterator[Finding]:
             )
             name = entry.name
             yield Finding(Severity.INFO, code, name, "grad", rms, limit, message, advice)
+        if not lag.zeros > limits.below_eps * lag.count:
+            continue
         never = _never_had_gradient(optimizer, row)
         below = (lag.zeros / lag.count - never) / (1 - never) if never < 1 else 0.0
         if below > limits.below_eps:
-            code, limit = FindingCode.BELOW_EPS, limits.below_eps
-            eps = (optimizer.hyperparameters[row] or {}).get("eps", math.nan)
-            message = f"{100 * below:.4g}% of the elements below eps {number(eps)}"
-            advice = (
-                "Gradients are smaller than Adam's eps, which makes the updates smaller. Check why "
-                "they are so small: a scaled loss or vanishing gradients. If they should be, lower "
-                "eps. At the end of a training, this is expected."
+            is_below.append((entry, below, optimizer.hyperparameters[row] or {}))
+    yield from _below_eps(context, is_below, n)
+
+
+def _below_eps(
+    context: Context, below: Sequence[tuple[Entry, float, Mapping[str, float]]], n: int
+) -> Iterator[Finding]:
+    """Report weights whose gradients are below Adam's eps.
+
+    The steps are then lr x gradient / eps. It is a warning if gradients are normal and eps stops
+    all weights.
+
+    Args:
+        context: the context.
+        below: the weights, the share of their elements, and their hyperparameters.
+        n: the number of weights with a second moment.
+    """
+    found, stopped = [], 0
+    limits, code = context.thresholds, FindingCode.BELOW_EPS
+    for entry, share, numbers in below:
+        assert entry.shape is not None and entry.grad is not None  # as of every weight with a lag
+        eps, lr = (numbers.get(key, math.nan) for key in ("eps", "lr"))
+        scale = max(entry.value.norm, usual_norm(entry.shape))
+        gradient = entry.grad.norm / scale
+        message = f"{100 * share:.4g}% of the elements below eps {number(eps)}"
+        advice = (
+            "Gradients are smaller than Adam's eps, which makes the updates smaller. Check for "
+            "vanishing gradients and a loss that is scaled down; otherwise lower eps. At the end "
+            "of a training, this is expected."
+        )
+        if gradient > _NORMAL_GRADIENT:
+            step = lr * gradient / eps
+            usual = lr * math.sqrt(entry.value.count) / scale
+            stopped += step < limits.smallest_update and usual > 10 * limits.smallest_update
+            message += (
+                f"; the gradient is normal, {number(gradient)} times the weight, and lr x gradient "
+                f"/ eps {number(step)} times the weight"
             )
-            yield Finding(Severity.INFO, code, entry.name, "grad", below, limit, message, advice)
+            advice = (
+                "Adam's eps is too large for these gradients: it divides them by eps instead of "
+                "their own size, so the steps are small. Lower eps; its default is 1e-8."
+            )
+        found.append((entry.name, share, message, advice))
+    severity = Severity.WARNING if stopped == n else Severity.INFO
+    for name, share, message, advice in found:
+        yield Finding(severity, code, name, "grad", share, limits.below_eps, message, advice)
 
 
 class _Step(NamedTuple):
     """The last update of a weight."""
 
-    row: int
+    part: Part
     entry: Entry
     update: Statistics
     optimizer: OptimizerRecord
+
+    @property
+    def row(self) -> int:
+        return self.part.row
 
     @property
     def hyperparameters(self) -> Mapping[str, float]:
@@ -191,18 +248,10 @@ def _steps(context: Context) -> Iterator[_Step]:
     """Yield the update of every weight whose update is known and finite."""
     optimizer = context.record.optimizer
     if optimizer is not None:
-        for row, (entry, update) in enumerate(zip(context.entries, context.updates, strict=True)):
-            if update is not None and not update.nonfinite_count and is_weight(entry):
-                yield _Step(row, entry, update, optimizer)
-
-
-def usual_norm(shape: tuple[int, ...]) -> float:
-    """Return the norm of a new weight of this shape.
-
-    Its elements have the std 1 / sqrt(fan), where fan is the smaller one of fan-in and fan-out:
-    stacked weights and those of transposed layers have them in another order.
-    """
-    return math.sqrt(max(shape[0], math.prod(shape[1:])))
+        for part in parts_of(context.record.layout):
+            update = context.updates[part.row]
+            if update is not None and not update.nonfinite_count:
+                yield _Step(part, context.entries[part.row], update, optimizer)
 
 
 def _with_gradient(step: _Step) -> float:

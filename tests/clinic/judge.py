@@ -52,7 +52,7 @@ def judge(recording: Recording) -> Verdict:
                 and case.onset <= step <= case.onset + WITHIN
                 and finding.severity >= Severity[case.level]
                 and finding.code.name in case.codes
-                and re.search(case.place, finding.name)
+                and any(re.search(case.place, name) for name in _names(finding))
             ),
             None,
         )
@@ -65,6 +65,12 @@ def judge(recording: Recording) -> Verdict:
     n = max(3, len(losses) // 10)
     first, last = (sum(part) / len(part) for part in (losses[:n], losses[-n:]))
     return Verdict(case, first, last, recording.seconds, named, alarms)
+
+
+def _names(finding: Finding) -> list[str]:
+    """Return the name of a finding, or those that the finding of many tensors lists."""
+    listed = re.search(r"[\d,]+ of [\d,]+ (?:weights|parameters): ([^;]*)", finding.message)
+    return [finding.name, *(listed[1].split(", ") if listed else ())]
 
 
 def _views(recording: Recording) -> dict[str, list[tuple[int, Finding]]]:

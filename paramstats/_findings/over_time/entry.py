@@ -36,7 +36,7 @@ class Now:
         value: the statistics of the parameters; NaN where they were not read.
         grad: the statistics of the gradients; NaN where there are none.
         correction: that of the standard deviations.
-        updates: the norms of the last updates; NaN where they are not known.
+        updates: the statistics of the last updates; NaN where they are not known.
     """
 
     def __init__(
@@ -65,8 +65,16 @@ class Now:
         self.trained = plan.trainable & self.has_grad
         self.update = None  # as a fraction of the parameter's norm or that of a new one
         if updates is not None:
-            self.update = updates / torch.maximum(self.norm, plan.usual_norm)
+            self.update = updates[:, _NORM] / torch.maximum(self.norm, plan.usual_norm)
+        self.updates = updates
         self._correction = correction
+
+    @cached_property
+    def _moved(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The changes of the mean and the std since the previous entry, and the root of count."""
+        moved = self.value[:, _MEAN : _STD + 1] - self.rows.value[:, _MEAN : _STD + 1]
+        root = (self.value[:, 0] - self._correction).clamp(min=0).sqrt()
+        return moved[:, 0], moved[:, 1], root
 
     @cached_property
     def change(self) -> Tensor:
@@ -75,11 +83,26 @@ class Now:
         As a fraction of the larger one of the norm in the previous entry and that of a new weight.
         NaN if it is not known. Its mean and its deviations from the mean are orthogonal.
         """
-        before = self.rows.value
-        moved = self.value[:, _MEAN : _STD + 1] - before[:, _MEAN : _STD + 1]
-        root = (self.value[:, 0] - self._correction).clamp(min=0).sqrt()
-        scale = torch.maximum(before[:, _NORM], self.plan.usual_norm) * self.steps
-        return torch.hypot(moved[:, 0], moved[:, 1]) * root / scale
+        mean, std, root = self._moved
+        scale = torch.maximum(self.rows.value[:, _NORM], self.plan.usual_norm) * self.steps
+        return torch.hypot(mean, std) * root / scale
+
+    @cached_property
+    def beside(self) -> Tensor:
+        """A lower bound of the norm of the change that is not the optimizer's last update.
+
+        0 if it may be rounding. NaN if it is not known, as if the previous entry is not that of the
+        previous step. The change of the mean is the mean of the change.
+        """
+        assert self.updates is not None
+        mean, std, root = self._moved
+        update = self.updates[:, _NORM]
+        other = (mean - self.updates[:, _MEAN]).abs() * root
+        other = torch.maximum(other, torch.hypot(mean, std) * root - update)
+        size = torch.maximum(self.norm, self.rows.value[:, _NORM])
+        rounding = torch.where(self.plan.is_precise, 3e-7, 1e-2) * size
+        other = torch.where(other > rounding + 1e-3 * update, other, 0.0 * other)
+        return torch.where(self.steps == 1, other, math.nan)
 
     @cached_property
     def same(self) -> Tensor:
@@ -111,11 +134,14 @@ class Now:
 
         An element that is never updated, such as that of a token that does not occur, may be the
         largest one, too. A bound is recognized if it is a number of up to three digits, or if the
-        smallest and the largest elements are opposite. Elements that are masked have no gradient.
+        smallest and the largest elements are opposite. It is 0 if all elements have the same sign
+        and other ones become 0. Elements that are masked have no gradient.
         """
         value = self.value[:, _MIN : _MAX + 1]
         is_bound = (self.stays & _is_short(value)).any(1)
         is_bound |= self.stays.all(1) & (value[:, 0] == -value[:, 1])
+        new_zeros = self.value[:, _ZEROS] != self.rows.value[:, _ZEROS]
+        is_bound |= (self.stays & (value == 0)).any(1) & new_zeros
         is_masked = self.grad[:, STAT["zero_fraction"]] > _MASKED
         return is_bound & (value[:, 1] > value[:, 0]) & ~self.same & ~is_masked
 

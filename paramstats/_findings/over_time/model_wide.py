@@ -21,7 +21,6 @@ _MAX_STEPS = 200
 _SHRINKING = 0.01
 """All weights shrink if most lose more than this fraction of their norm per step."""
 
-
 _LOST_UPDATES = 2e-6
 """Updates are lost if no weight in float16 or bfloat16 changes by more of its norm per step.
 
@@ -38,6 +37,7 @@ class Whole(enum.IntEnum):
     ACCUMULATED = 2
     SHRINKING = 3
     LOST_UPDATES = 4
+    ZERO_GRADIENTS = 5
 
 
 WHOLE_RULES = {
@@ -46,6 +46,7 @@ WHOLE_RULES = {
     Whole.ACCUMULATED: Rule(3, 3, 3),
     Whole.SHRINKING: Rule(4, 9, 3),
     Whole.LOST_UPDATES: Rule(4, 9, 2),
+    Whole.ZERO_GRADIENTS: Rule(4, 3, 1),
 }
 
 
@@ -81,9 +82,10 @@ def whole_conditions(
     changed = known & ~now.same
     masks = [plan.trainable & (now.norm == now.norm), now.has_grad, changed, trained]
     masks += [trained & changed, trained & now.new_grad & (now.grad_norm < math.inf)]
-    masks += [trained & plan.weights]
+    masks += [trained & plan.weights, now.has_grad & (now.grad_norm != 0)]
+    masks += [rows.numbers["not_zero"] > 0]
     counts = torch.stack(masks).sum(1).tolist()
-    trainable, grads, changes, comparable, trained_changes, new_grads, weights = counts
+    trainable, grads, changes, comparable, trained_changes, new_grads, weights, *nonzero = counts
     # Without changes, gradients of several backward passes are added on purpose.
     accumulates = bool(comparable) and _accumulated(now, trained, now.step - first_step)
     yes = [
@@ -92,8 +94,9 @@ def whole_conditions(
         accumulates and 2 * trained_changes > comparable,
         bool(weights) and _shrinking(now, trained & plan.weights),
         bool(weights and trained_changes) and _loses_updates(now, trained),
+        bool(grads and not any(nonzero)),
     ]
-    known_now = [grads, trained_changes, comparable, weights, weights]
+    known_now = [grads, trained_changes, comparable, weights, weights, grads]
     return yes, [bool(is_known) and not x for x, is_known in zip(yes, known_now, strict=True)]
 
 
@@ -188,6 +191,18 @@ def make_whole_finding(condition: Whole, now: Now, state: Tensor, reads_gradient
         if float(now.rows.numbers["entries"].amax()) > float(state[RUN]) + 1:
             severity = Severity.INFO
             advice = f"With gradient accumulation, this is expected. Otherwise: {advice}"
+    elif condition is Whole.ZERO_GRADIENTS:
+        code, value = FindingCode.ZERO_GRADIENT, 1.0
+        message = f"all gradients have been exactly zero since step {since}"
+        advice = (
+            "The loss does not depend on the parameters: check that it is not constant, masked or "
+            "underflowing."
+        )
+        if now.updates is None:  # otherwise gradients are read in the optimizer's step
+            advice = (
+                "watcher.step() was probably called after zero_grad(). Call it after backward and "
+                f"before zero_grad(). Otherwise, {advice[0].lower()}{advice[1:]}"
+            )
     elif condition is Whole.ACCUMULATED:
         slope, start, _ = line(now)
         use = now.plan.trainable & now.has_grad & (now.rows.sums[:, N] >= 5)
@@ -220,6 +235,5 @@ def make_whole_finding(condition: Whole, now: Now, state: Tensor, reads_gradient
             "Weights are driven towards zero. Lower the weight decay: learning rate x weight decay "
             "is the share that each step removes."
         )
-    of_gradients = FindingCode.MISSING_GRADIENT, FindingCode.ACCUMULATED_GRADIENT
-    source: Source = "grad" if code in of_gradients else "param"
+    source: Source = "grad" if "GRADIENT" in code.name else "param"
     return Finding(severity, code, "", source, value, threshold, message, advice, step=since)

@@ -7,7 +7,9 @@ import math
 
 from torch import Tensor
 
+from paramstats._core.entries import entries
 from paramstats._core.format import number
+from paramstats._core.record import Record
 from paramstats._findings.findings import Finding, FindingCode, Severity, Source
 from paramstats._findings.over_time.entry import Now
 from paramstats._findings.over_time.tracks import STAT
@@ -32,6 +34,11 @@ _PARAMETER = (
     "An optimizer update introduced NaN/Inf, and the run cannot recover. Resume from a checkpoint "
     "before this step, with a lower learning rate or clipped gradients."
 )
+_FROM_THE_START = (
+    "No step that was watched caused this. The parameter was probably created with torch.empty and "
+    "not initialized, or loaded from a broken checkpoint. Initialize it, for example with "
+    "torch.nn.init.kaiming_uniform_."
+)
 
 
 class Nonfinite:
@@ -48,6 +55,15 @@ class Nonfinite:
         self._gradient: Finding | None = None
         self._parameter: Finding | None = None
         self._is_error = False
+        self._before: frozenset[str] | None = None
+
+    def set_before(self, record: Record) -> None:
+        """Tell which parameters had NaN or Inf before the first step."""
+        self._before = frozenset(
+            entry.name
+            for entry in entries(record, with_state=False)
+            if entry.value.nonfinite_count > 0
+        )
 
     @property
     def is_active(self) -> bool:
@@ -60,11 +76,12 @@ class Nonfinite:
         self._scaled = scaled
         if bool(values.any()):
             self._is_error |= self._run > 0
-            is_first = self._parameter is self._gradient is None and _has_past(now)
+            was_finite = _has_past(now) or self._before == frozenset()
+            is_first = self._parameter is self._gradient is None and was_finite
             if is_first and after_step and bool(grads.any()):  # the optimizer has used them
                 self._gradient, self._is_error = _in_gradients(now, grads), True
             if self._parameter is None:
-                self._parameter = _in_parameters(now, values, self._gradient is None)
+                self._parameter = self._in_parameters(now, values, was_finite)
         elif bool(grads.any()):
             self._parameter = None
             self._run += 1
@@ -99,6 +116,26 @@ class Nonfinite:
                     )
         return found if self._parameter is None else [*found, self._parameter]
 
+    def _in_parameters(self, now: Now, affected: Tensor, was_finite: bool) -> Finding:
+        """Return the finding of the first parameter in the order of the model."""
+        rows = affected.nonzero()[:, 0].tolist()
+        advice = _PARAMETER if was_finite else _FROM_THE_START
+        if not was_finite and self._before:  # the step has spread it
+            rows = [row for row in rows if now.plan.names[row] in self._before] or rows
+        row, count = rows[0], int(now.value[rows[0], _COUNT])
+        message = f"{count:,} of {int(now.value[row, 0]):,} elements NaN or Inf"
+        if not was_finite and self._before:
+            message = f"NaN or Inf before the first step, now {message}"
+        message += _others(len(rows), len(affected), "parameters")
+        last = now.rows.numbers["last_step"][row]
+        if self._gradient is None and float(last) == float(last):
+            norm = float(now.rows.grad[row, _NORM])
+            message += f"; at step {int(last)} they were finite"
+            if math.isfinite(norm):
+                message += f", with a gradient norm of {number(norm)}"
+        code = FindingCode.NONFINITE_PARAMETER
+        return _finding(code, now, row, "param", count, message, advice)
+
 
 def _has_past(now: Now) -> bool:
     """Return whether there was an entry before, in which parameters were finite."""
@@ -112,21 +149,6 @@ def _in_gradients(now: Now, affected: Tensor) -> Finding:
     message = f"{count:,} of {int(now.grad[row, 0]):,} elements NaN or Inf"
     message += _others(len(rows), int(now.has_grad.sum()), "gradients")
     return _finding(FindingCode.NONFINITE_GRADIENT, now, row, "grad", count, message, _GRADIENT)
-
-
-def _in_parameters(now: Now, affected: Tensor, is_first: bool) -> Finding:
-    """Return the finding of the first parameter in the order of the model."""
-    rows = affected.nonzero()[:, 0].tolist()
-    row, count = rows[0], int(now.value[rows[0], _COUNT])
-    message = f"{count:,} of {int(now.value[row, 0]):,} elements NaN or Inf"
-    message += _others(len(rows), len(affected), "parameters")
-    last = now.rows.numbers["last_step"][row]
-    if is_first and float(last) == float(last):
-        norm = float(now.rows.grad[row, _NORM])
-        message += f"; at step {int(last)} they were finite"
-        if math.isfinite(norm):
-            message += f", with a gradient norm of {number(norm)}"
-    return _finding(FindingCode.NONFINITE_PARAMETER, now, row, "param", count, message, _PARAMETER)
 
 
 def _others(affected: int, of: int, what: str) -> str:

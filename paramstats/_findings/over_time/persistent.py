@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
+from collections.abc import Collection
 from typing import NamedTuple
 
 from paramstats._core.details import NOT_KNOWN, zero_rows_of
 from paramstats._core.record import Record
 from paramstats._findings.findings import Finding, FindingCode, Severity
+from paramstats._findings.rows import in_words
 from paramstats._findings.rules import find
 from paramstats._findings.thresholds import Thresholds
 
@@ -95,7 +97,8 @@ class Persistent:
                 continue
             dead[finding.name] = _Dead(first, runs, rows)
             if runs >= _DEAD_RUNS and step - first >= _DEAD_STEPS:
-                message = f"{len(rows)} of {n:.0f} rows of the gradient zero since step {first}"
+                what = f"of the gradient zero in all batches since step {first}"
+                message = in_words(sorted(rows), round(n), what)
                 value, severity = len(rows) / n, Severity.WARNING
                 out.append(
                     dataclasses.replace(
@@ -104,6 +107,12 @@ class Persistent:
                 )
         self._dead = dead
         return out
+
+    def forget(self, names: Collection[str]) -> None:
+        """Forget tensors that exist no more."""
+        for found in (self._active, *self._runs):
+            for key in [key for key in found if key[1] in names]:
+                del found[key]
 
     def findings(self) -> list[Finding]:
         """Return the findings that exist; of fewer than three runs, those that all of them have."""
@@ -144,7 +153,7 @@ def _is_due(entry: int, since: int) -> bool:
 
 def _is_found_over_time(finding: Finding) -> bool:
     """Return whether other rules find it, and say what it led to."""
-    if finding.code is FindingCode.MISSING_GRADIENT and not finding.name:
+    if not finding.name:  # no gradient at all, or gradients of zeros only
         return True
     nonfinite = FindingCode.NONFINITE_GRADIENT, FindingCode.NONFINITE_PARAMETER
     return finding.code in nonfinite and finding.source != "buffer"

@@ -59,6 +59,7 @@ class Condition(enum.IntEnum):
     ZERO = 7
     LOST = 8
     SMALL = 9
+    OUTSIDE = 10
 
 
 RULES = {
@@ -72,6 +73,7 @@ RULES = {
     Condition.ZERO: Rule(4, 10, 2),
     Condition.LOST: Rule(4, 10, 1),
     Condition.SMALL: Rule(4, 10, 1),
+    Condition.OUTSIDE: Rule(1, 0, 50),
 }
 
 
@@ -108,7 +110,7 @@ def screen(now: Now, limits: Thresholds) -> Screen:
     found |= now.trained & (norm == old_norm)
     found |= plan.trainable & (numbers["with_grad"] > 0) & ~now.has_grad
     if now.update is not None:
-        found |= _is_small(now, limits)
+        found |= _is_small(now, limits) | (now.beside > 0)
     masks = (
         found,
         now.outside | now.was_away,
@@ -151,12 +153,10 @@ def remember(now: Now, limits: Thresholds) -> None:
     rows, numbers, x = now.rows, now.rows.numbers, now.log_grad
     add = now.is_finite & ~(numbers["onset"] > -math.inf)
     at = (numbers["samples"] % WINDOW).to(torch.int64)[:, None]
-    rows.grads = rows.grads.scatter(
-        1, at, torch.where(add[:, None], x[:, None], rows.grads.gather(1, at))
-    )
+    rows.grads.scatter_(1, at, torch.where(add[:, None], x[:, None], rows.grads.gather(1, at)))
     at = (numbers["entries"] % WINDOW).to(torch.int64)[:, None, None].expand(-1, 2, 1)
     step = torch.full_like(x, now.step)
-    rows.norms = rows.norms.scatter(2, at, torch.stack((now.norm, step), 1)[:, :, None])
+    rows.norms.scatter_(2, at, torch.stack((now.norm, step), 1)[:, :, None])
     rows.value, rows.grad = now.value, now.grad
     first = add & (numbers["samples"] == 0) | ~(numbers["first_norm"] > 0)
     if bool(first.any()):
@@ -234,7 +234,11 @@ def conditions(now: Now, limits: Thresholds) -> tuple[Tensor, Tensor]:
     may_miss = plan.trainable & (numbers["with_grad"] > 0)
     lost = may_miss & ~now.has_grad & trained.any()
     small = _is_small(now, limits)
-    yes = (unchanged, large, grown, shrunk, now.clamped, spike, collapse, is_zero, lost, small)
+    outside = inside = torch.zeros_like(small)
+    if now.update is not None:
+        outside, inside = now.beside > 0, now.beside == 0
+    yes = [unchanged, large, grown, shrunk, now.clamped, spike, collapse, is_zero, lost]
+    yes += [small, outside]
     no = (
         changes,
         trained_before & (now.change <= limits.largest_change),
@@ -246,6 +250,7 @@ def conditions(now: Now, limits: Thresholds) -> tuple[Tensor, Tensor]:
         now.has_grad & ~is_zero,
         now.has_grad,
         now.has_grad & ~small,
+        inside,
     )
     # What is frozen has no condition any more.
     return torch.stack(yes, 1), torch.stack(no, 1) | ~plan.trainable[:, None]

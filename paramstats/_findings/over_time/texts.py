@@ -23,6 +23,8 @@ class Evidence(NamedTuple):
     value: float
     threshold: float
     message: str
+    advice: str = ""
+    """What it means and what to do, if that is not `Text.advice`."""
 
 
 class Text(NamedTuple):
@@ -33,14 +35,14 @@ class Text(NamedTuple):
     advice: str
     evidence: Callable[[Now, int, Thresholds], Evidence]
     wide: str
-    """What it means if it is true of most parameters; "" if each has a finding of its own."""
+    """What it means if it is true of most parameters; "" if that is the same."""
 
 
 def make_finding(condition: Condition, now: Now, row: int, limits: Thresholds) -> Finding:
     """Return the finding of a condition that begins."""
     text, nan = TEXTS[condition], math.nan
-    value, threshold, message = text.evidence(now, row, limits)
-    severity = Severity.WARNING
+    value, threshold, message, advice = text.evidence(now, row, limits)
+    severity = Severity.INFO if condition is Condition.OUTSIDE else Severity.WARNING
     is_usual = now.plan.weights[row] | now.plan.is_precise[row]
     if condition is Condition.UNCHANGED and not bool(is_usual):
         severity = Severity.INFO  # such as ones in bfloat16, which change by steps of 0.004 only
@@ -52,7 +54,7 @@ def make_finding(condition: Condition, now: Now, row: int, limits: Thresholds) -
         nan if value != value else value,
         threshold,
         message,
-        text.advice,
+        advice or text.advice,
         step=_begin(condition, now, row),
     )
 
@@ -86,7 +88,20 @@ def _large(now: Now, row: int, limits: Thresholds) -> Evidence:
         f"changed by at least {number(ratio)} times its norm{per}; norm {number(before)} -> "
         f"{number(float(now.norm[row]))}"
     )
+    if now.updates is not None and float(now.beside[row]) > 0:
+        message += f"; norm of the optimizer's update {number(float(now.updates[row, _NORM]))}"
+        return Evidence(ratio, limits.largest_change, message, _NOT_BY_THE_OPTIMIZER)
     return Evidence(ratio, limits.largest_change, message)
+
+
+def _outside(now: Now, row: int, limits: Thresholds) -> Evidence:
+    assert now.updates is not None
+    beside, norm = float(now.beside[row]), float(now.norm[row])
+    message = (
+        f"changed by a norm of at least {number(beside)} besides the optimizer's update, whose "
+        f"norm is {number(float(now.updates[row, _NORM]))}; norm of the parameter {number(norm)}"
+    )
+    return Evidence(beside / norm if norm else math.inf, math.nan, message)
 
 
 def _grown(now: Now, row: int, limits: Thresholds) -> Evidence:
@@ -149,7 +164,7 @@ def _small(now: Now, row: int, limits: Thresholds) -> Evidence:
 
 _TOO_SMALL = (
     "The steps are so small that the weight needs about a million of them to change. Raise the "
-    "learning rate; check its schedule and, with plain SGD, why gradients are small."
+    "learning rate and check its schedule. With plain SGD, check why gradients are small."
 )
 
 _TOO_LARGE = (
@@ -157,17 +172,22 @@ _TOO_LARGE = (
     "adjusted. Lower the learning rate, warm it up, or clip gradients."
 )
 
+_NOT_BY_THE_OPTIMIZER = (
+    "Something besides the optimizer has changed the weight. If nothing was loaded, reset or "
+    "rescaled on purpose, look for in-place edits after optimizer.step()."
+)
+
 TEXTS = {
     Condition.UNCHANGED: Text(
         FindingCode.UNCHANGED_PARAMETER,
         "param",
-        "The parameter has a gradient and never changes. Check that an optimizer has it and that "
-        "its learning rate is above 0; in bfloat16 or float16, rounding may remove its updates. "
-        "Freeze it with requires_grad_(False) if that is intended.",
+        "The parameter has a gradient and never changes. Check that an optimizer has it, that its "
+        "learning rate is above 0, and in bfloat16 or float16 that rounding does not remove its "
+        "updates. Freeze it with requires_grad_(False) if that is intended.",
         _unchanged,
         "",
     ),
-    Condition.LARGE: Text(FindingCode.LARGE_UPDATE, "param", _TOO_LARGE, _large, _TOO_LARGE),
+    Condition.LARGE: Text(FindingCode.LARGE_UPDATE, "param", _TOO_LARGE, _large, ""),
     Condition.GROWN: Text(
         FindingCode.GROWING_WEIGHT,
         "param",
@@ -206,8 +226,8 @@ TEXTS = {
         FindingCode.GRADIENT_COLLAPSE,
         "grad",
         "The gradient has become tiny while others have not: the layers after this one no longer "
-        "pass it. Look for saturated activations or dead ReLUs, often after a step that was too "
-        "large: lower the learning rate and resume from before.",
+        "pass it. Look for saturated activations or dead ReLUs. Often a step was too large: lower "
+        "the learning rate and resume from an earlier checkpoint.",
         lambda now, row, limits: _moved(now, row, limits.gradient_collapse),
         "",
     ),
@@ -217,10 +237,10 @@ TEXTS = {
         "No gradient reaches this weight any more. Check the following layers for dead ReLUs or "
         "masks, and the loss for saturation or underflow.",
         _zero,
-        "All gradients are zero, so nothing is learned. Call watcher.step() after backward and "
-        "before zero_grad(). Check that the loss is not constant, masked or underflowing.",
+        "Most gradients have become zero, so these weights learn nothing. Check whether the loss "
+        "is constant, masked or underflowing, and the last layers for dead ReLUs or saturation.",
     ),
-    Condition.SMALL: Text(FindingCode.SMALL_UPDATE, "update", _TOO_SMALL, _small, _TOO_SMALL),
+    Condition.SMALL: Text(FindingCode.SMALL_UPDATE, "update", _TOO_SMALL, _small, ""),
     Condition.LOST: Text(
         FindingCode.MISSING_GRADIENT,
         "grad",
@@ -229,5 +249,14 @@ TEXTS = {
         _lost,
         "Most parameters no longer get a gradient. Look for a detach() or no_grad() between them "
         "and the loss.",
+    ),
+    Condition.OUTSIDE: Text(
+        FindingCode.CHANGED_OUTSIDE,
+        "param",
+        "Something besides the optimizer's step changes this parameter. That is expected of a "
+        "moving average, a pruning mask, clipping, max_norm of an embedding, or loaded weights. "
+        "Otherwise, look for in-place edits after optimizer.step().",
+        _outside,
+        "",
     ),
 }

@@ -19,7 +19,7 @@ from paramstats._core.moments import ROW, Statistics
 from paramstats._core.record import Record
 from paramstats._core.updates import UPDATE
 from paramstats._findings.context import is_weight_shape
-from paramstats._findings.updates import usual_norm
+from paramstats._findings.structure import usual_norm
 
 WINDOW = 16
 """The number of latest entries that an entry is compared with."""
@@ -74,7 +74,7 @@ class Plan(NamedTuple):
     """Whether it is a weight, and its dtype has the precision of float32 or more."""
     n_weights: int
     usual_norm: Tensor
-    """The norm of a new weight of this shape; see `updates.usual_norm`."""
+    """The norm of a new weight of this shape; see `structure.usual_norm`."""
     is_precise: Tensor
     """Whether the dtype has the precision of float32 or more."""
 
@@ -182,15 +182,14 @@ class Rows:
     conditions: Tensor
 
 
-def update_norms(record: Record) -> Tensor | None:
-    """Return the norms of the last updates, NaN where they are not known; None if nowhere."""
+def updates_of(record: Record) -> Tensor | None:
+    """Return the statistics of the last updates, NaN where they are not known; None if nowhere."""
     optimizer, n = record.optimizer, record.layout.parameters
     if optimizer is None or not n:
         return None
     begin, end = (optimizer.position(UPDATE, row) * ROW.size for row in (0, n))
     table = active().finalize_table(optimizer.table[begin:end], record.correction, 1.0)
-    statistics = torch.frombuffer(bytearray(table), dtype=torch.float64)
-    return statistics.view(n, _COLUMNS)[:, STAT["norm"]]
+    return torch.frombuffer(bytearray(table), dtype=torch.float64).view(n, _COLUMNS)
 
 
 def statistics(record: Record) -> tuple[Tensor, Tensor]:
