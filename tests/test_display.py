@@ -413,7 +413,7 @@ def test_html_shows_findings_in_the_second_column(sick):
     classes = [row.get("class") for row in rows]
     assert classes == ["tensor warning", "tensor", "tensor error", "tensor", "total"]
     assert [cells(row)[1] for row in (head, rows[2])] == ["findings", "NaN or Inf in parameter"]
-    assert "contributes to the loss" in rows[0][1].get("title")
+    assert "No layer before" in rows[0][1].get("title")
 
 
 def test_html_is_escaped_and_has_at_most_a_thousand_tensors():

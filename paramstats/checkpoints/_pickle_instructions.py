@@ -18,9 +18,6 @@ LONGEST_IN_MEMORY = 1 << 12
 _MAX_ARGUMENT_BYTES = 1 << 20
 """Longest number of a pickle."""
 
-_MAX_SKIPPED_BYTES = 1 << 60
-"""Systems refuse positions from 2^63 on."""
-
 _MAX_LINE_BYTES = 1 << 16
 """Converting a longer line of digits to a number would take long."""
 
@@ -113,8 +110,8 @@ class _LimitedFile:
 
     def skip(self, size: int) -> int:
         """Skip bytes and return their position."""
-        if size > _MAX_SKIPPED_BYTES:
-            raise PickleError(f"a pickle with a value of {size:,} bytes")
         offset = self._file.tell()
-        self._file.seek(size, io.SEEK_CUR)
+        if size > self._file.seek(0, io.SEEK_END) - offset:
+            raise PickleError("a damaged pickle (its end is missing)")
+        self._file.seek(offset + size)
         return offset

@@ -5,10 +5,11 @@ Files are not mapped into memory: the pages that were read would count as memory
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent import futures
 from io import BufferedReader
 from typing import NamedTuple
 
@@ -246,7 +247,7 @@ class Reader:
     ) -> None:
         self._files = files
         self._checksums = checksums
-        self._buffers = [[bytearray(PIECE) for _ in range(checkpoints)] for _ in range(2)]
+        self._space = [[bytearray(PIECE) for _ in range(checkpoints)] for _ in range(2)]
         self._open: list[BufferedReader | None] = [None] * checkpoints
 
     def __enter__(self) -> Reader:
@@ -259,25 +260,23 @@ class Reader:
 
     def read(self, rows: Iterable[tuple[Piece, ...]]) -> Iterator[Filled]:
         """Yield the pieces with their bytes, which are valid until the next iteration."""
-        with ThreadPoolExecutor(1, "paramstats-reader") as thread:
+        calls = (
+            functools.partial(self._read_row, row, buffers)
+            for row, buffers in zip(rows, itertools.cycle(self._space))
+        )
+        thread = _new_thread()
+        if thread is None:
+            yield from (call() for call in calls)
+            return
+        with thread:
             current = None
-            for row, buffers in zip(rows, itertools.cycle(self._buffers)):
-                following = self._start(thread, row, buffers)
+            for call in calls:
+                following = thread.submit(call)
                 if current is not None:
                     yield current.result()
                 current = following
             if current is not None:
                 yield current.result()
-
-    def _start(
-        self, thread: ThreadPoolExecutor, row: tuple[Piece, ...], buffers: list[bytearray]
-    ) -> Future[Filled]:
-        try:
-            return thread.submit(self._read_row, row, buffers)
-        except RuntimeError:  # no thread can be started while the interpreter exits
-            done: Future[Filled] = Future()
-            done.set_result(self._read_row(row, buffers))
-            return done
 
     def _read_row(self, row: tuple[Piece, ...], buffers: list[bytearray]) -> Filled:
         return tuple((piece, self._read_piece(i, piece, buffers[i])) for i, piece in enumerate(row))
@@ -297,6 +296,16 @@ class Reader:
             data = memoryview(buffer)[:size]
             self._checksums[checkpoint].update(piece.path, piece.begin, data)
         return torch.frombuffer(buffer, dtype=torch.uint8)[:size]
+
+
+def _new_thread() -> futures.Executor | None:
+    """Return a thread that executes calls in order; None while the interpreter exits."""
+    try:
+        thread = futures.ThreadPoolExecutor(1, "paramstats-reader")
+        thread.submit(int)
+    except RuntimeError:
+        return None
+    return thread
 
 
 def block_view(data: torch.Tensor, piece: Piece, block: Block) -> torch.Tensor:

@@ -129,7 +129,7 @@ def test_instructions_that_pickle_rarely_writes(data, expected):
         (b"\x80\x02K\x01K\x02a.", "items for int"),
         (b"\x80\x02K\x01K\x02\x93.", "a name that is not a string"),
         (b"\x80\x02h\x07.", "damaged pickle"),
-        (b"\x80\x04\x8d" + b"\xff" * 7 + b"\x7f.", "a value of 9,223,"),
+        (b"\x80\x04\x8d" + b"\xff" * 7 + b"\x7f.", "its end is missing"),
         (b"\x80\x05\x97.", "data is in another file"),
         (b"\x80\x02\x00.", "unknown instruction"),
         (b"\x80\x02B\x09\x00\x00\x00abc", "its end is missing"),

@@ -225,7 +225,7 @@ def test_object_without_tensors_gives_a_note_alone(tmp_path):
     torch.save(Config(), tmp_path / "a.pt")
     summary = summarize_file(tmp_path / "a.pt")
     expected = f"not read: 1 object that is not a tensor ({__name__}.Config)"
-    assert not list(summary) and notes(summary) == (expected,)
+    assert not list(summary) and notes(summary) == ("no tensors in it", expected)
 
 
 def test_mapping_of_pairs_of_python_2_is_read(backend, tmp_path):

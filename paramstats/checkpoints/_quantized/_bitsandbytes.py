@@ -96,7 +96,7 @@ def _nested(
         out = torch.empty(codes.shape, dtype=torch.float32, device="cpu")
         for first in range(0, len(codes), _CHUNK):
             end = min(first + _CHUNK, len(codes))
-            blocks = torch.arange(first, end, device="cpu") // block
+            blocks = torch.arange(first, end, dtype=torch.int64, device="cpu") // block
             out[first:end] = values[codes[first:end].long()] * scales()[blocks] + offset
         return out
 

@@ -15,7 +15,9 @@ from paramstats.checkpoints._stored_tensors import Part, StoredTensor
 _E8M0 = torch.float8_e8m0fnu
 
 _VALUES = torch.tensor(
-    [0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], device="cpu"
+    [0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6],
+    dtype=torch.float32,
+    device="cpu",
 )
 """Values of float4_e2m1, by their bits."""
 

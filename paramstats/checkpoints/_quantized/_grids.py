@@ -69,7 +69,7 @@ class Grid:
 @functools.lru_cache(16)
 def _blocks(start: int, size: int, block: int) -> torch.Tensor:
     """Return which block each element is in; the boxes of a tensor often need the same."""
-    return torch.arange(start, start + size, device="cpu") // block
+    return torch.arange(start, start + size, dtype=torch.int64, device="cpu") // block
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class FlatBlocks:
         """Return the numbers of the elements in a box."""
         positions = torch.zeros((), dtype=torch.int64, device="cpu")
         for start, size, full in zip(*box, self.shape, strict=True):
-            here = torch.arange(start, start + size, device="cpu")
+            here = torch.arange(start, start + size, dtype=torch.int64, device="cpu")
             positions = (positions * full).unsqueeze(-1) + here
         return self.load()[positions // self.block]
 

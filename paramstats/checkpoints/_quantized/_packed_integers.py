@@ -70,7 +70,7 @@ def _sorted_groups(
         raise UnclearError(f"'{tensor.name}' does not fit {list(shape)}")
 
     def groups(index: torch.Tensor) -> torch.Tensor:
-        order = torch.arange(n, device="cpu")
+        order = torch.arange(n, dtype=torch.int64, device="cpu")
         if not (index == -1).any():
             order = index.argsort(stable=True).argsort()
         return order // (n // count)
