@@ -62,6 +62,7 @@ def _unused(name: str, used: dict[str, int]) -> str:
 def _notes_of_names(repeated: list[str]) -> tuple[str, ...]:
     if not repeated:
         return ()
-    name = shorten(repeated[0])
+    name = repeated[0]
     more = f", and {len(repeated) - 1:,} more" if len(repeated) > 1 else ""
-    return (f"two tensors are named '{name}': the second is listed as '{name} (2)'{more}",)
+    first, second = f"'{shorten(name)}'", f"'{shorten(name)} (2)'"
+    return (f"two tensors are named {first}: the second is listed as {second}{more}",)

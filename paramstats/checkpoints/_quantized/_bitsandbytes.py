@@ -72,7 +72,7 @@ def decode_bitsandbytes(source: Source, tensor: StoredTensor, name: str) -> Stor
     decoder = ScaledCodes(torch.uint8, scale, 0, _HIGH_FIRST, len(shape) - 1, numbers)
     packed = contiguous_part(part.path, part.offset, (*shape[:-1], shape[-1] // 2))
     parts = (packed._replace(sizes=shape),)
-    return decoded(tensor, shape, parts, decoder, f"times '{absmax.name}'", "", "4-bit")
+    return decoded(tensor, shape, parts, decoder, f"times {absmax.name!r}", "", "4-bit")
 
 
 def _nested(

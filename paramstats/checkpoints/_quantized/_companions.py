@@ -78,9 +78,9 @@ def check_size(tensor: StoredTensor, limit: int | None = None) -> None:
     The default is `MAX_BYTES`.
     """
     if tensor.unread_reason is not None or tensor.decoder is not None:
-        raise UnclearError(f"'{tensor.name}' cannot be read")
+        raise UnclearError(f"{tensor.name!r} cannot be read")
     sizes = [math.prod(tensor.shape), *(span(part.sizes, part.strides) for part in tensor.parts)]
     nbytes = max(sizes) * tensor.dtype.itemsize
     limit = MAX_BYTES if limit is None else limit
     if nbytes > limit:
-        raise UnclearError(f"'{tensor.name}' has {nbytes:,} bytes, {limit:,} at most are read")
+        raise UnclearError(f"{tensor.name!r} has {nbytes:,} bytes, {limit:,} at most are read")

@@ -41,7 +41,7 @@ def decode_packed_float4(source: Source, tensor: StoredTensor, name: str) -> Sto
         (*(1,) * (len(shape) - 1), 16),
         convert=lambda x: x.to(torch.float32) / load_total(),
     )
-    text = f"times '{scale.name}' / '{total.name}'"
+    text = f"times {scale.name!r} / {total.name!r}"
     return _float4(tensor, tensor.parts, shape, grid, text, base)
 
 
@@ -73,7 +73,7 @@ def _microscaled(
     """Decode MXFP4: blocks of 32 float4 with a power of two as scale."""
     shape = (*packed[:-1], 2 * packed[-1])
     if scale.dtype not in (torch.uint8, _E8M0):
-        raise UnclearError(f"'{scale.name}' has the dtype {scale.dtype}")
+        raise UnclearError(f"{scale.name!r} has the dtype {scale.dtype}")
     _check_blocks(scale, shape, 32)
     grid = Grid(
         source.companions.loader(scale, lambda x: x.view(torch.uint8)),
@@ -82,7 +82,7 @@ def _microscaled(
     )
     moved = tensor._replace(shape=packed, parts=parts)
     return _float4(
-        moved, parts, shape, grid, f"times the powers of two '{scale.name}'", weight_name
+        moved, parts, shape, grid, f"times the powers of two {scale.name!r}", weight_name
     )
 
 

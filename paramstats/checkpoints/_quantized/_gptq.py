@@ -84,5 +84,5 @@ def decode_gptq_or_awq(source: Source, tensor: StoredTensor, name: str) -> Store
     )
     parts = unpacked_parts(transposed, shape, d, packing)
     kind = "AWQ" if is_awq else "GPTQ v2" if plus == 0 else "GPTQ"
-    text = f"of {bits} bits ({kind}) times '{scale.name}', transposed"
+    text = f"of {bits} bits ({kind}) times {scale.name!r}, transposed"
     return decoded(tensor, shape, parts, decoder, text, f"{module}weight")

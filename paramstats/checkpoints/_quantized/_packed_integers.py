@@ -34,7 +34,7 @@ def decode_packed_integers(source: Source, tensor: StoredTensor, name: str) -> S
         zero = Grid(zero.load, grid.blocks, grid.groups)
     parts = unpacked_parts(tensor, shape, d, packing)
     decoder = ScaledCodes(torch.int32, grid, zero, packing, d)
-    text = f"of {bits} bits times '{scale.name}'"
+    text = f"of {bits} bits times {scale.name!r}"
     return decoded(tensor, shape, parts, decoder, text, f"{base}")
 
 
@@ -49,7 +49,7 @@ def _packed_zeros(
     rows, columns = shape[0], scale.shape[-1] if scale.shape else 0
     expected = (-(-rows * packing.bits // 32), columns)
     if tensor.dtype != torch.int32 or len(shape) != 2 or tensor.shape != expected:
-        raise UnclearError(f"'{tensor.name}' has the shape {list(tensor.shape)}")
+        raise UnclearError(f"{tensor.name!r} has the shape {list(tensor.shape)}")
 
     def unpack(x: torch.Tensor) -> torch.Tensor:
         return packing.unpack(x.t(), rows).t().to(torch.uint8)
@@ -67,7 +67,7 @@ def _sorted_groups(
     if tensor is None or count <= 1:
         return {}
     if tensor.shape != (n,) or tensor.dtype not in (torch.int32, torch.int64) or n % count:
-        raise UnclearError(f"'{tensor.name}' does not fit {list(shape)}")
+        raise UnclearError(f"{tensor.name!r} does not fit {list(shape)}")
 
     def groups(index: torch.Tensor) -> torch.Tensor:
         order = torch.arange(n, dtype=torch.int64, device="cpu")
@@ -81,7 +81,7 @@ def _sorted_groups(
 def _shape(source: Source, tensor: StoredTensor) -> tuple[int, ...]:
     """Return the shape that a tensor holds."""
     if tensor.dtype not in (torch.int64, torch.int32) or len(tensor.shape) != 1:
-        raise UnclearError(f"'{tensor.name}' holds no shape")
+        raise UnclearError(f"{tensor.name!r} holds no shape")
     shape = tuple(source.companions.read(tensor, 512).tolist())
     if not all(0 < n < 1 << 40 for n in shape):
         raise UnclearError(f"the shape {list(shape)}")

@@ -62,7 +62,7 @@ def resolve(contents: Contents, files: Files) -> Contents:
             module = tensor.name[: tensor.name.rfind(".") + 1]
             for name in _NAMES_BESIDE_CODES:
                 if (beside := by_name.get(module + name)) is not None:
-                    source.used.setdefault(beside.name, f"belongs to '{tensor.name}'")
+                    source.used.setdefault(beside.name, f"belongs to {tensor.name!r}")
     for name, label in source.used.items():
         if name not in resolved or resolved[name].decoder is None:
             resolved[name] = by_name[name]._replace(group="other", label=label)

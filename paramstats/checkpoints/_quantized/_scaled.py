@@ -60,4 +60,4 @@ def decode_scaled(source: Source, tensor: StoredTensor, name: str) -> StoredTens
         0 if zero is None else make_grid(source, tensor.shape, zero, like=scale),
         table=_FLOAT8_VALUES.get(tensor.dtype),
     )
-    return decoded(tensor, tensor.shape, tensor.parts, decoder, f"times '{scale.name}'")
+    return decoded(tensor, tensor.shape, tensor.parts, decoder, f"times {scale.name!r}")

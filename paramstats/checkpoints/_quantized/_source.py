@@ -36,7 +36,7 @@ class Source:
         """Return a companion of `owner`, if there is one."""
         tensor = self.tensors.get(name)
         if tensor is not None:
-            self.used[tensor.name] = f"{what} of '{owner}'"
+            self.used[tensor.name] = f"{what} of {owner!r}"
         return tensor
 
     def need(self, name: str, what: str, owner: str) -> StoredTensor:
@@ -64,9 +64,9 @@ def make_grid(
     if like is not None:
         allowed = FLOATS | {torch.int8, torch.uint8, torch.int32}
     if tensor.dtype not in allowed:
-        raise UnclearError(f"'{tensor.name}' has the dtype {tensor.dtype}")
+        raise UnclearError(f"{tensor.name!r} has the dtype {tensor.dtype}")
     if like is not None and tensor.shape != like.shape and math.prod(tensor.shape) != 1:
-        raise UnclearError(f"'{tensor.name}' has the shape {list(tensor.shape)}")
+        raise UnclearError(f"{tensor.name!r} has the shape {list(tensor.shape)}")
     grid, blocks = grid_of(shape, tensor.shape)
     load = source.companions.loader(tensor, lambda x: x.reshape(grid))
     return Grid(load, blocks, groups or {}, convert)
