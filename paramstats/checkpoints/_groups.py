@@ -36,6 +36,11 @@ _COUNTERS = frozenset({"step", "steps", "epoch", "epochs", "iter", "iteration", 
 _SCORES = frozenset({"best", "loss", "score", "fitness"})
 _AVERAGES = frozenset({"ema", "swa", "averaged"})
 
+_MAX_DEPTH = 8
+"""Keys to the state of an optimizer."""
+
+_CAMEL_CASE = re.compile("(?<=[a-z])(?=[A-Z])")
+
 _Path = tuple[str, ...]
 
 
@@ -47,8 +52,14 @@ def assign_groups(tensors: Sequence[StoredTensor]) -> list[StoredTensor]:
     to say that most of its shapes are among those of the model.
     """
     paths = [[_path(name) for name in t.names] for t in tensors]
+    states = {state for several in paths for path in several if (state := _state_of(path))}
+    ends = {len(state) for state in states}
+
+    def is_of_optimizer(path: _Path) -> bool:
+        return _is_of_optimizer(path) or any(path[:end] in states for end in ends)
+
     groups: list[Group] = [
-        "optimizer" if t.group == "model" and all(map(_is_of_optimizer, path)) else t.group
+        "optimizer" if t.group == "model" and all(map(is_of_optimizer, path)) else t.group
         for t, path in zip(tensors, paths, strict=True)
     ]
 
@@ -72,13 +83,26 @@ def assign_groups(tensors: Sequence[StoredTensor]) -> list[StoredTensor]:
 
 
 def _path(name: str) -> _Path:
-    """Return the keys of nested containers. Those of Megatron have slashes as well."""
-    return tuple(re.split("[./]", name.lower()))
+    """Return the keys of nested containers. Those of Megatron have slashes as well.
+
+    "optimizerG" becomes "optimizer_g".
+    """
+    return tuple(re.split("[./]", _CAMEL_CASE.sub("_", name).lower()))
 
 
 def _words(key: str) -> set[str]:
     """Return the words of a key, such as {"model", "ema"}; "model0" counts as "model"."""
     return {word.rstrip("0123456789") or word for word in key.split("_")}
+
+
+def _state_of(path: _Path) -> _Path | None:
+    """Return the path of an optimizer's states if a key says that this is one of them.
+
+    All that is there is of the optimizer then, under any name: "sgd.state.0.step" as well, if there
+    is "sgd.state.0.momentum_buffer".
+    """
+    is_state = 3 < len(path) <= _MAX_DEPTH and path[-3] == "state" and path[-1] in _STATE_KEYS
+    return path[:-2] if is_state else None
 
 
 def _is_of_optimizer(path: _Path) -> bool:

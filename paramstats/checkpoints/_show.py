@@ -196,16 +196,30 @@ def _count(things: Sequence[str], what: str) -> str:
 
 def _nonfinite(record: Record) -> list[str]:
     """Return the names of tensors with NaN or infinite elements, in all groups, without masks."""
+    assert record.file is not None
+    groups = record.file.groups
     return [
         entry.name
         for row, entry in enumerate(entries(record))
-        if is_read(entry.value) and entry.value.nonfinite_count and not is_mask(record.state(row))
+        if is_read(entry.value)
+        and entry.value.nonfinite_count
+        and not is_mask(record.state(row))
+        and not _is_first_score(groups[entry.name], entry.value.count, entry.value.norm)
     ]
 
 
 def _nonfinite_rows(comparison: Comparison) -> list[str]:
-    rows = comparison.rows
-    return [row.name for row in rows if not math.isfinite(row.norm_a + row.norm_b)]
+    return [
+        row.name
+        for row in comparison.rows
+        if not math.isfinite(norm := row.norm_a + row.norm_b)
+        and not _is_first_score(row.group, row.count, norm)
+    ]
+
+
+def _is_first_score(group: str, count: float, norm: float) -> bool:
+    """Return whether it is infinite because nothing is the best so far, as callbacks keep it."""
+    return group == "other" and count == 1 and math.isinf(norm)
 
 
 def _by_module(record: Record, depth: int) -> Record:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Collection
 from pathlib import Path
 
@@ -18,11 +19,14 @@ _LATEST = ("latest", "latest_checkpointed_iteration.txt")
 _RESTORE = "restore it with the library that wrote it, and save it with safetensors"
 _FOREIGN = (
     ({"_CHECKPOINT_METADATA", "_METADATA", "manifest.ocdbt"}, "an orbax checkpoint"),
-    ({"saved_model.pb", "checkpoint"}, "a TensorFlow checkpoint"),
+    ({"saved_model.pb"}, "a TensorFlow checkpoint"),
     ({"flax_model.msgpack", "diffusion_flax_model.msgpack"}, "a Flax checkpoint"),
     ({"model.onnx"}, "an ONNX model"),
 )
 """Files of formats that are not read."""
+
+_TENSORFLOW = re.compile(r"\.data-\d{5}-of-\d{5}$")
+"""Beside these is a file "checkpoint". Folders of other libraries have that name as well."""
 
 
 def weight_files(folder: Path, names: list[str]) -> list[str]:
@@ -81,6 +85,8 @@ def _names(folder: Path) -> list[str]:
 
 def _foreign(names: Collection[str]) -> str:
     """Return the format of a folder with these files, or nothing."""
+    if any(_TENSORFLOW.search(name) for name in names):
+        return "a TensorFlow checkpoint"
     return next((text for marks, text in _FOREIGN if not marks.isdisjoint(names)), "")
 
 

@@ -274,7 +274,14 @@ REFUSED: dict[str, tuple[dict[str, object], list[str]]] = {
     "orbax": ({"_CHECKPOINT_METADATA": {}, "d/0": b"x"}, ["an orbax checkpoint", "restore it"]),
     "orbax in a folder": ({"5/_CHECKPOINT_METADATA": {}}, ["pass the path of one of 5"]),
     "Flax": ({"flax_model.msgpack": b"x"}, ["a Flax checkpoint, which paramstats does not read"]),
-    "TensorFlow": ({"checkpoint": b"x"}, ["a TensorFlow checkpoint"]),
+    "TensorFlow": (
+        {"checkpoint": b"x", "model.ckpt-5.data-00000-of-00001": b"x", "model.ckpt-5.index": b"x"},
+        ["a TensorFlow checkpoint"],
+    ),
+    "Lightning with DeepSpeed": (
+        {"checkpoint/mp_rank_00_model_states.pt": "a", "latest": b"checkpoint"},
+        ["a folder of checkpoint folders", "pass the path of one of checkpoint (the last one is"],
+    ),
     "pipeline that is no JSON": ({"model_index.json": b"[", **PIPELINE}, ["a pipeline in JSON"]),
     "pipeline without a shard": (
         {"model_index.json": {}, **{f"unet/{k}": v for k, v in shards("m", 2, "1").items()}},

@@ -50,6 +50,9 @@ CHECKPOINTS = {
     "ema of a codebook": "m:embedding m:ema_w m:quantize.ema_w",
     "gan": "m:generator.w m:discriminator.w o:optim_g.state.0.step o:d_optim.state.0.step",
     "gan, short": "m:g.w m:d.w x:g_ema.w o:g_optim.state.0.exp_avg",
+    "gan, camel case": "m:netG.w m:netD.w o:optG.state.0.step o:optimizerD.state.0.sum",
+    "optimizers of other names": "m:w o:sgd.state.0.step o:sgd.state.0.momentum_buffer "
+    "m:sgd.weight o:a.adam.state.w.step o:a.adam.state.w.exp_avg m:a.state.0.step",
     "flax": "m:params.dense.kernel o:opt_state.0.mu.dense.kernel x:step",
 }
 

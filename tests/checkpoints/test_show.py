@@ -211,6 +211,8 @@ def test_a_file_without_tensors(tmp_path, shown, altered, notes):
         ),
         ({"w": torch.eye(9).to_sparse()}, "warning", 0),
         ({"mask": torch.full((4, 4), -math.inf).triu(1)}, "error", 0),
+        ({"state_dict": {"w": torch.eye(9)}, "best_loss": torch.tensor(math.inf)}, "error", 0),
+        ({"state_dict": {"w": torch.eye(9)}, "best_loss": torch.tensor(math.nan)}, "error", 1),
     ],
 )
 def test_fail_on(tmp_path, capsys, tensors, option, status):

@@ -121,6 +121,12 @@ def test_fail_on(tmp_path, value, status):
     assert main(["show", a, b, "--fail-on", "error"]) == status
 
 
+def test_fail_on_lets_a_first_score_pass(tmp_path):
+    values = {"state_dict.w": torch.ones(1), "callbacks.best": torch.tensor(math.inf)}
+    a, b = save(tmp_path / "a.pt", **values), save(tmp_path / "b.pt", **values)
+    assert main(["show", a, b, "--fail-on", "error"]) == 0
+
+
 def test_damage_is_status_2(tmp_path, capsys, monkeypatch):
     def list_tensors(*arguments):
         contents = opening.list_tensors(*arguments)
