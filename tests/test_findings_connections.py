@@ -196,3 +196,20 @@ def test_loss_that_has_reached_its_margin(backend, digits):
     (finding,) = summary.findings()
     assert (finding.name, finding.code) == ("", FindingCode.ZERO_GRADIENT)
     assert finding.severity == Severity.INFO and "margin" in finding.advice
+
+
+def test_frozen_parameter_of_zeros_is_named(backend, digits):
+    model = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.Linear(64, 10))
+    nn.init.zeros_(model[1].weight).requires_grad_(False)
+    nn.init.ones_(model[1].bias)
+    (summary,) = train(model, digits, 1)
+    assert "'1.weight' is frozen at zero" in advice_of(summary, "0.weight")
+    assert "'1.weight' is frozen at zero" in advice_of(summary, "0.bias")
+
+
+def test_the_cause_of_zero_gradients_precedes_them(digits):
+    model = mlp()
+    for parameter in model.parameters():
+        nn.init.zeros_(parameter)
+    (summary,) = train(model, digits, 1)
+    assert summary.findings()[0].code == FindingCode.ZERO_WEIGHT

@@ -219,3 +219,24 @@ def test_infinity_with_a_distribution_is_named():
     weight[3, 4] = math.inf
     (finding,) = summarize({"weight": weight}, distribution=True).findings()
     assert finding.code == FindingCode.NONFINITE_PARAMETER
+
+
+def test_constant_image_is_only_information(backend):
+    image = nn.Parameter(torch.full((8, 8), 0.5))
+    (image * torch.randn(8, 8)).sum().backward()
+    assert found(summarize({"image": image})) == {}
+    assert found(summarize({"weight": image})) == {FindingCode.CONSTANT_WEIGHT: ["weight"]}
+
+
+@pytest.mark.parametrize(("scale", "is_alarm"), [(1.0, True), (1e-3, False)])
+def test_large_weights_that_forward_scales_down(backend, digits, scale, is_alarm):
+    model = mlp()
+    with torch.no_grad():
+        for layer in model[::2]:
+            layer.weight /= 1e-3
+    images, labels = digits
+    hidden = images[:64]
+    for i, layer in enumerate(model[::2]):
+        hidden = nn.functional.linear(hidden.relu() if i else hidden, layer.weight * scale)
+    nn.functional.cross_entropy(hidden, labels[:64]).backward()
+    assert (FindingCode.HUGE_WEIGHT in found(summarize(model))) == is_alarm

@@ -56,7 +56,8 @@ class Training:
             rows = torch.randint(0, len(self.images), (64,))
             self.loss_of(self, step, self.images[rows], self.labels[rows]).backward()
             self.before_step(self, step)
-            watcher.step()
+            if "optimizer" not in watching:
+                watcher.step()
             self.step_optimizer(self)
             self.after_step(self, step)
             self.zero_grad(self)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from paramstats._core.entries import Entry
 from paramstats._core.format import one_line_name
-from paramstats._findings.context import Context, count_elements, is_weight
+from paramstats._findings.context import Context, count_elements, is_additive, is_weight
 from paramstats._findings.findings import Finding, FindingCode, Severity
 from paramstats._findings.structure import module_of, parts_of
 
@@ -29,7 +29,7 @@ _TWIN = (
     "moving average; freeze it with requires_grad_(False)."
 )
 _NO_OPTIMIZER = "No optimizer has the parameter, so it is not trained in this step."
-_UNUSED = (
+UNUSED = (
     "The parameter did not contribute to the loss of this step: unused in forward(), such as a "
     "pooler or a mask token. If this is intended for all steps, freeze it with "
     "requires_grad_(False)."
@@ -49,6 +49,8 @@ class _Cut(NamedTuple):
     """In words, the first layer with a gradient after these."""
     reasons: dict[int, str]
     """Why it is no problem, for some of the others."""
+    zero: str
+    """The name of a frozen parameter of zeros before that layer, which may be the reason."""
 
 
 def lost_gradients(context: Context) -> Iterator[Finding]:
@@ -78,7 +80,7 @@ def lost_gradients(context: Context) -> Iterator[Finding]:
                 math.nan,
                 "requires a gradient, has none",
             )
-            advice = cut.reasons.get(row, _UNUSED)
+            advice = cut.reasons.get(row, UNUSED)
             if is_cut:
                 advice = (
                     f"No layer before {cut.at} gets a gradient. Just before it, look for detach(), "
@@ -90,11 +92,16 @@ def lost_gradients(context: Context) -> Iterator[Finding]:
             code, value = FindingCode.ZERO_GRADIENT, 1.0
             message = f"all {count_elements(entry.grad)} zero"
             advice = _GATED if context.has_zero_gates else cut.reasons.get(row, _ZERO)
-            if is_cut:
+            if is_cut or (module_of(entry.name) in modules and advice != _GATED):
                 advice = (
                     f"No gradient reaches the layers before {cut.at}. Check them for dead ReLUs or "
                     "masks, and the loss for saturation or underflow."
                 )
+                if cut.zero:
+                    advice = (
+                        f"No gradient reaches the layers before {cut.at}: '{cut.zero}' is frozen "
+                        "at zero, so nothing passes it. Set it to another value, or train it."
+                    )
         severity = Severity.WARNING if is_cut else Severity.INFO
         yield Finding(severity, code, entry.name, "grad", value, value, message, advice)
 
@@ -136,19 +143,23 @@ def _cut(context: Context, lost: set[int]) -> _Cut:
         absent = {row for row in lost if optimizer.hyperparameters[row] is None}
         reasons.update(dict.fromkeys(absent, _NO_OPTIMIZER))
     before: set[int] = set()
-    at = "the loss"
+    at, end = "the loss", len(entries)
     for part in parts_of(context.record.layout):
         row = part.row
         if not entries[row].requires_grad or part.is_tied:
             continue
         if row not in lost:
-            at = f"'{one_line_name(entries[row].name)}'"
+            at, end = f"'{one_line_name(entries[row].name)}'", row
             break
         if reasons.get(row) not in (_TWIN, _NO_OPTIMIZER):
             before.add(row)
     if _is_one_block(context, before):
         before = {row for row in before if reasons.get(row) != _SKIPPED}
-    return _Cut(before, at, reasons)
+    zero = ""
+    for entry in entries[:end]:
+        if entry.kind == "param" and not entry.requires_grad and entry.value.zero_fraction == 1:
+            zero = zero if is_additive(entry) else one_line_name(entry.name)
+    return _Cut(before, at, reasons, zero)
 
 
 def _is_one_block(context: Context, rows: Collection[int]) -> bool:

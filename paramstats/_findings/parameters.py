@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+from paramstats._core.entries import Entry
 from paramstats._core.format import number, one_line_name
 from paramstats._core.moments import Moments
 from paramstats._findings.context import (
@@ -15,10 +16,13 @@ from paramstats._findings.context import (
     nonfinite_elements,
 )
 from paramstats._findings.findings import Finding, FindingCode, Severity, Source
-from paramstats._findings.structure import parts_of
+from paramstats._findings.structure import Part, parts_of
 
 _LARGE_RMS = 2.0
 """A weight below this is not too large, whatever fan-in is: new embeddings have an rms of 1."""
+
+_SCALED_DOWN = 1e-4
+"""The relative gradient of all weights of a model that multiplies them by a small constant."""
 
 _NONFINITE = {"param": "nonfinite_count", "buffer": "nan_count"}
 _NONFINITE_ADVICE = {
@@ -93,6 +97,7 @@ def weight_values(context: Context) -> Iterator[Finding]:
     # A new model may contain a few zero weights on purpose. The first backward pass shows whether
     # they get a gradient.
     is_new = context.has_trainable and not context.has_gradients and not mostly_zero
+    is_scaled_down = _is_scaled_down(weights)
     for part, entry in weights:
         value = entry.value
         if value.nonfinite_count:
@@ -110,8 +115,8 @@ def weight_values(context: Context) -> Iterator[Finding]:
             )
             if is_zero_with_gradient(entry):
                 advice = (
-                    "The weight is zero but gets a gradient (e.g. LoRA B). It becomes non-zero "
-                    "after the first step; earlier layers get no gradient until then."
+                    "The weight is zero but gets a gradient (e.g. LoRA B). The next step changes "
+                    "it, unless something resets it. Earlier layers get no gradient until then."
                 )
             is_gate = is_zero_with_gradient(entry) or context.has_zero_gates
             if is_gate or is_frozen or is_new or is_additive(entry):
@@ -123,8 +128,10 @@ def weight_values(context: Context) -> Iterator[Finding]:
                 "All units of this layer compute the same and stay equal. Initialize the weight "
                 "randomly."
             )
-            # All ones is a normalization over several dimensions.
-            if is_frozen or value.mean == 1 or is_additive(entry):
+            # All ones is a normalization over several dimensions. An image that is optimized may be
+            # constant, too: its elements have other gradients.
+            varies = entry.grad is not None and entry.grad.std > 0 and not _is_called_weight(entry)
+            if is_frozen or value.mean == 1 or is_additive(entry) or varies:
                 severity = Severity.INFO
         elif (
             value.rms > _LARGE_RMS
@@ -140,7 +147,7 @@ def weight_values(context: Context) -> Iterator[Finding]:
                 "initialization. Otherwise the weight diverged: lower the learning rate and resume "
                 "from an earlier checkpoint."
             )
-            if is_frozen:
+            if is_frozen or is_scaled_down:
                 severity = Severity.INFO
         elif value.zero_fraction >= limits.sparse_weight:
             code, severity = FindingCode.SPARSE_WEIGHT, Severity.INFO
@@ -153,3 +160,21 @@ def weight_values(context: Context) -> Iterator[Finding]:
         else:
             continue
         yield Finding(severity, code, entry.name, "param", number_found, limit, message, advice)
+
+
+def _is_called_weight(entry: Entry) -> bool:
+    return "weight" in entry.name.rpartition(".")[2]
+
+
+def _is_scaled_down(weights: Sequence[tuple[Part, Entry]]) -> bool:
+    """Return whether the gradients of all weights are tiny, those of large ones included.
+
+    A model that multiplies large weights by a small constant in forward() (equalized learning rate)
+    has such gradients. The last layer of others has a normal one, even if layers saturate.
+    """
+    ratios = [
+        entry.grad.norm / entry.value.norm
+        for _, entry in weights
+        if entry.grad is not None and entry.value.norm > 0
+    ]
+    return bool(ratios) and max(ratios) < _SCALED_DOWN and min(ratios) > 0

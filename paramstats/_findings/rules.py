@@ -30,8 +30,8 @@ _RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (
     nonfinite_parameters,
     nonfinite_gradients,
     diverged_replicas,
+    weight_values,  # a zero weight is the reason for a zero gradient
     lost_gradients,
-    weight_values,
     gradient_sizes,
     half_precision_ranges,
     rows_and_distributions,

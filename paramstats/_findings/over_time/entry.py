@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from paramstats._findings.over_time.tracks import STAT, WINDOW, Plan, Rows
+from paramstats._findings.over_time.tracks import STAT, WINDOW, Plan, Rows, float64
 
 _NORM, _MIN, _MAX = STAT["norm"], STAT["min"], STAT["max"]
 _MEAN, _STD, _ZEROS = STAT["mean"], STAT["std"], STAT["zero_fraction"]
@@ -37,6 +38,7 @@ class Now:
         grad: the statistics of the gradients; NaN where there are none.
         correction: that of the standard deviations.
         updates: the statistics of the last updates; NaN where they are not known.
+        hyperparameters: those of each parameter, such as "lr", as far as they are known.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class Now:
         grad: Tensor,
         correction: float,
         updates: Tensor | None = None,
+        hyperparameters: Sequence[Mapping[str, float] | None] = (),
     ) -> None:
         self.step = float(step)
         self.plan = plan
@@ -68,6 +71,13 @@ class Now:
             self.update = updates[:, _NORM] / torch.maximum(self.norm, plan.usual_norm)
         self.updates = updates
         self._correction = correction
+        self._hyperparameters = hyperparameters
+
+    def hyperparameter(self, key: str) -> Tensor:
+        """Return the hyperparameter of each parameter; NaN where it is not known."""
+        known = self._hyperparameters or [None] * len(self.norm)
+        values = [math.nan if x is None else x.get(key, math.nan) for x in known]
+        return float64(values[: len(self.norm)])
 
     @cached_property
     def _moved(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,6 +14,7 @@ from paramstats._findings.over_time.conditions import RUN, SINCE, Rule
 from paramstats._findings.over_time.entry import Now
 from paramstats._findings.over_time.signals import SMALL_GRADIENT
 from paramstats._findings.over_time.tracks import NAN, STAT, N
+from paramstats._findings.structure import module_of
 
 _MAX_STEPS = 200
 """Steps after the first entry in which gradients may be found to grow like their number."""
@@ -29,6 +30,14 @@ norms of weights changed by at most 8e-7 per step, in healthy ones by 1e-3 or mo
 """
 
 
+_MAX_ACCUMULATION = 20
+"""Entries in a row without a change are usual if gradients only grow: they may be added up."""
+
+
+_MIN_NOISE, _LEAST_NOISE = 16, 0.03
+"""Entries before the noise of gradients is compared, and the usual noise of batches."""
+
+
 class Whole(enum.IntEnum):
     """A condition of the model; the position of its column in `Monitor`'s state."""
 
@@ -38,15 +47,17 @@ class Whole(enum.IntEnum):
     SHRINKING = 3
     LOST_UPDATES = 4
     ZERO_GRADIENTS = 5
+    ACCUMULATED_PART = 6
 
 
 WHOLE_RULES = {
     Whole.NO_GRADIENT: Rule(2, 1, 1),
-    Whole.NOTHING_CHANGES: Rule(20, 20, 1),
+    Whole.NOTHING_CHANGES: Rule(4, 16, 1),
     Whole.ACCUMULATED: Rule(3, 3, 3),
     Whole.SHRINKING: Rule(4, 9, 3),
     Whole.LOST_UPDATES: Rule(4, 9, 2),
     Whole.ZERO_GRADIENTS: Rule(4, 3, 1),
+    Whole.ACCUMULATED_PART: Rule(3, 3, 3),
 }
 
 
@@ -81,23 +92,34 @@ def whole_conditions(
     trained = now.trained & known
     changed = known & ~now.same
     masks = [plan.trainable & (now.norm == now.norm), now.has_grad, changed, trained]
-    masks += [trained & changed, trained & now.new_grad & (now.grad_norm < math.inf)]
+    masks += [trained & changed, trained & (now.grad_norm > 0), now.grad_norm == math.inf]
     masks += [trained & plan.weights, now.has_grad & (now.grad_norm != 0)]
-    masks += [rows.numbers["not_zero"] > 0]
+    masks += [rows.numbers["not_zero"] > 0, now.grad_norm.isnan() & now.has_grad]
     counts = torch.stack(masks).sum(1).tolist()
-    trainable, grads, changes, comparable, trained_changes, new_grads, weights, *nonzero = counts
+    trainable, grads, changes, comparable, trained_changes, moving, *counts = counts
+    infinite, weights, *nonzero, nans = counts
     # Without changes, gradients of several backward passes are added on purpose.
     accumulates = bool(comparable) and _accumulated(now, trained, now.step - first_step)
     yes = [
         bool(trainable and not grads and (changes or reads_gradients)),
-        not trained_changes and 2 * new_grads > comparable and not accumulates,
+        not trained_changes and 2 * moving > comparable and not (accumulates or infinite or nans),
         accumulates and 2 * trained_changes > comparable,
         bool(weights) and _shrinking(now, trained & plan.weights),
         bool(weights and trained_changes) and _loses_updates(now, trained),
         bool(grads and not any(nonzero)),
+        not accumulates and bool(len(accumulated_part(now, now.step - first_step))),
     ]
-    known_now = [grads, trained_changes, comparable, weights, weights, grads]
+    known_now = [grads, trained_changes, comparable, weights, weights, grads, comparable]
     return yes, [bool(is_known) and not x for x, is_known in zip(yes, known_now, strict=True)]
+
+
+def needed_of_whole(now: Now, state: Tensor) -> Tensor:
+    """Return how many entries each condition must last, if that depends on the past."""
+    needed = torch.zeros_like(state[:, :, RUN])
+    rises = now.rows.numbers["rises"][now.trained]
+    if len(rises) and float(rises.median()) >= float(state[0, Whole.NOTHING_CHANGES, RUN]):
+        needed[:, Whole.NOTHING_CHANGES] = _MAX_ACCUMULATION
+    return needed
 
 
 def line(now: Now) -> tuple[Tensor, Tensor, Tensor]:
@@ -134,11 +156,45 @@ def _accumulated(now: Now, trained: Tensor, steps: float) -> bool:
     )
 
 
+def accumulated_part(now: Now, steps: float) -> list[int]:
+    """Return the weights of modules whose gradients alone grow in proportion to the step.
+
+    New gradients vary from batch to batch, as those of the other weights do. A sum of gradients is
+    smooth.
+    """
+    if not 10 <= steps <= _MAX_STEPS:
+        return []
+    use = now.trained & now.plan.weights & now.is_finite & (now.rows.sums[:, N] >= _MIN_NOISE)
+    slope, start, error = line(now)
+    grows = use & (slope > 0.55) & (slope < 1.4) & (error < 0.15)
+    grows &= (now.log_grad - start > math.log(3)) & (now.relative_grad > SMALL_GRADIENT)
+    if not bool(grows.any()) or 2 * int(grows.sum()) > int(use.sum()):
+        return []
+    noise = now.rows.numbers["noise"]
+    usual = float(noise[use & ~grows].nanmedian())
+    if not usual > _LEAST_NOISE:
+        return []
+    names, rows = now.plan.names, set((grows & (noise < usual / 5)).nonzero()[:, 0].tolist())
+    modules = {module_of(names[row]) for row in rows}
+    of_modules = [row for row in use.nonzero()[:, 0].tolist() if module_of(names[row]) in modules]
+    return of_modules if rows >= set(of_modules) else []
+
+
 def _shrinking(now: Now, use: Tensor) -> bool:
-    """Return whether most weights shrink by more than `_SHRINKING` per step."""
+    """Return whether most weights shrink by more than `_SHRINKING` per step, as by a decay.
+
+    A decay multiplies a weight by a factor: its range shrinks like its norm, whatever its gradient
+    is. Gradients and clamps change both by different factors.
+    """
     fallen, rate = _rates(now)
     shrinks = use & (rate < -_SHRINKING) & (fallen < -0.1)
-    return float(shrinks.sum()) > 0.8 * float(use.sum())
+    if not float(shrinks.sum()) > 0.8 * float(use.sum()):
+        return False
+    if float((now.hyperparameter("weight_decay")[use] == 0).sum()) > 0.5 * float(use.sum()):
+        return False
+    span, before = (x[:, STAT["max"]] - x[:, STAT["min"]] for x in (now.value, now.rows.value))
+    factors = (span / before).log() / (now.norm / now.rows.value[:, STAT["norm"]]).log()
+    return 0.6 < float(factors[shrinks].nanmedian()) < 1.6
 
 
 def _loses_updates(now: Now, trained: Tensor) -> bool:
@@ -167,7 +223,7 @@ def make_whole_finding(condition: Whole, now: Now, state: Tensor, reads_gradient
         reads_gradients: whether gradients were read, if there were any.
     """
     since = int(state[SINCE])
-    severity, value, threshold = Severity.WARNING, NAN, NAN
+    severity, value, threshold, name = Severity.WARNING, NAN, NAN, ""
     if condition is Whole.NO_GRADIENT:
         code = FindingCode.MISSING_GRADIENT
         message = f"no parameter has a gradient since step {since}"
@@ -182,13 +238,16 @@ def make_whole_finding(condition: Whole, now: Now, state: Tensor, reads_gradient
             advice += " With grads=False, this is expected."
     elif condition is Whole.NOTHING_CHANGES:
         code = FindingCode.UNCHANGED_PARAMETER
-        message = f"no parameter changes since step {since}, although gradients do"
+        message = f"no parameter changes since step {since}, although gradients are not zero"
         advice = (
-            "The optimizer makes no steps, or its learning rate is 0, or it has other parameters "
-            "than this model (created before the model was moved or wrapped), or a gradient scaler "
-            "skips all steps."
+            "optimizer.step() is missing, or the learning rate is 0, or the optimizer has other "
+            "tensors than this model (it was created before the model was moved, wrapped or "
+            "copied), or a gradient scaler skips all steps."
         )
-        if float(now.rows.numbers["entries"].amax()) > float(state[RUN]) + 1:
+        if bool((now.hyperparameter("lr")[now.trained] == 0).all()):
+            message += "; the learning rate is 0"
+            advice = "Nothing is learned any more. Check the learning rate and its schedule."
+        elif float(now.rows.numbers["entries"].amax()) > float(state[RUN]) + 1:
             severity = Severity.INFO
             advice = f"With gradient accumulation, this is expected. Otherwise: {advice}"
     elif condition is Whole.ZERO_GRADIENTS:
@@ -203,6 +262,21 @@ def make_whole_finding(condition: Whole, now: Now, state: Tensor, reads_gradient
                 "watcher.step() was probably called after zero_grad(). Call it after backward and "
                 f"before zero_grad(). Otherwise, {advice[0].lower()}{advice[1:]}"
             )
+    elif condition is Whole.ACCUMULATED_PART:
+        rows = accumulated_part(now, _MIN_NOISE)
+        code = FindingCode.ACCUMULATED_GRADIENT
+        slope, start, _ = line(now)
+        row, value = rows[0], float(slope[rows].median())
+        name = now.plan.names[row]
+        message = (
+            f"norms of the gradients of {one_line_name(module_of(name))} alone grow like "
+            f"step^{value:.2f}, from {number(math.exp(float(start[row])))} to "
+            f"{number(float(now.grad_norm[row]))}, without the noise of batches that others have"
+        )
+        advice = (
+            "Each backward adds to the gradients of all steps before. Call zero_grad() of the "
+            "optimizer of these parameters, too, after each of its steps."
+        )
     elif condition is Whole.ACCUMULATED:
         slope, start, _ = line(now)
         use = now.plan.trainable & now.has_grad & (now.rows.sums[:, N] >= 5)
@@ -236,4 +310,4 @@ def make_whole_finding(condition: Whole, now: Now, state: Tensor, reads_gradient
             "is the share that each step removes."
         )
     source: Source = "grad" if "GRADIENT" in code.name else "param"
-    return Finding(severity, code, "", source, value, threshold, message, advice, step=since)
+    return Finding(severity, code, name, source, value, threshold, message, advice, step=since)

@@ -20,6 +20,7 @@ from paramstats._findings.over_time.model_wide import (
     Whole,
     add_to_line,
     make_whole_finding,
+    needed_of_whole,
     whole_conditions,
 )
 from paramstats._findings.over_time.nonfinite import Nonfinite
@@ -91,7 +92,10 @@ class Monitor:
         rows = self._state.read(plan)
         optimizer = record.optimizer
         self._reads_gradients |= optimizer is not None and "no gradient" in optimizer.methods
-        now = Now(step, plan, rows, *statistics(record), record.correction, updates_of(record))
+        known = () if optimizer is None else optimizer.hyperparameters
+        now = Now(
+            step, plan, rows, *statistics(record), record.correction, updates_of(record), known
+        )
         limits = self._thresholds
         seen = signals.screen(now, limits)
         happens = seen.happens > 0 or (seen.stays > 0 and bool(now.clamped.any()))
@@ -189,8 +193,8 @@ class Monitor:
         if not any(yes) and not self._whole_moves:
             return
         yes_row, no_row = torch.tensor([[yes], [no]], dtype=torch.bool, device="cpu")
-        limits = self._whole_limits
-        self._whole, begun, ended = advance(self._whole, yes_row, no_row, now.step, limits, None)
+        limits, needed = self._whole_limits, needed_of_whole(now, self._whole)
+        self._whole, begun, ended = advance(self._whole, yes_row, no_row, now.step, limits, needed)
         self._whole_moves = bool((self._whole[:, :, [RUN, ACTIVE]] > 0).any())
         if bool((begun | ended).any()):
             for condition in Whole:
@@ -200,9 +204,14 @@ class Monitor:
                         (self._state.numbers["with_grad"] > 0).any()
                     )
                     found = make_whole_finding(condition, now, state, reads)
-                    self._reports.begin(("whole", condition), [found], int(now.step), each)
+                    self._reports.begin(("whole", condition), [found], int(now.step), _as_whole)
                 if ended[0, condition]:
                     self._reports.end(("whole", condition), "", int(now.step))
+
+
+def _as_whole(found: Sequence[Finding]) -> Groups:
+    """Report a finding of the model, or of several tensors, which ends as a whole."""
+    return [(finding, {"", finding.name}) for finding in found]
 
 
 def _first(found: Sequence[Finding], now: Now) -> Groups:

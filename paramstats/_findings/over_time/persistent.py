@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Collection
 from typing import NamedTuple
 
 from paramstats._core.details import NOT_KNOWN, zero_rows_of
+from paramstats._core.format import one_line_name
 from paramstats._core.record import Record
+from paramstats._findings.connections import UNUSED
 from paramstats._findings.findings import Finding, FindingCode, Severity
 from paramstats._findings.rows import in_words
 from paramstats._findings.rules import find
+from paramstats._findings.structure import module_of
 from paramstats._findings.thresholds import Thresholds
 
 Key = tuple[FindingCode, str, str]
@@ -28,6 +31,11 @@ In healthy trainings, up to 0.57 of a layer of ReLUs had none. Of experts, one i
 
 _DEAD_UNITS = 0.5
 """The threshold of units; that of experts is lower."""
+
+_BRANCH = (
+    "A whole branch of the model is not trained. Look for torch.no_grad() or detach() around it. "
+    "If it is unused on purpose, freeze it with requires_grad_(False)."
+)
 
 _MIN_PAUSE, _MAX_PAUSE = 16, 128
 """Entries between two series of frequent runs: at first and, after several series, later."""
@@ -49,6 +57,7 @@ class Persistent:
         self._runs: deque[dict[Key, Finding]] = deque(maxlen=_RUNS)
         self._active: dict[Key, Finding] = {}
         self._dead: dict[str, _Dead] = {}
+        self._unused: _Unused | None = None
 
     def add(self, step: int, record: Record, changed: bool) -> list[Finding]:
         """Return the findings that exist at this entry.
@@ -78,6 +87,7 @@ class Persistent:
             if finding.severity >= (Severity.WARNING if is_first else Severity.ERROR):
                 self._active.setdefault(_key(finding), finding)
         self._active.update((_key(one), one) for one in self._never_alive(step, record, every))
+        self._active.update((_key(one), one) for one in self._never_used(step, record, every))
 
     def _never_alive(self, step: int, record: Record, every: list[Finding]) -> list[Finding]:
         """Return findings of units without a gradient in several runs, as warnings."""
@@ -108,6 +118,31 @@ class Persistent:
         self._dead = dead
         return out
 
+    def _never_used(self, step: int, record: Record, every: list[Finding]) -> list[Finding]:
+        """Return findings of branches that an optimizer has and that never had a gradient."""
+        unused = {
+            one.name: one
+            for one in every
+            if one.code is FindingCode.MISSING_GRADIENT and one.advice == UNUSED
+        }
+        first, runs, names = self._unused or _Unused(step, 0, frozenset(unused))
+        self._unused = now = _Unused(first, runs + 1, names & unused.keys())
+        if record.optimizer is None or now.runs < _DEAD_RUNS or step - first < _DEAD_STEPS:
+            return []
+        return [
+            dataclasses.replace(
+                unused[name],
+                severity=Severity.WARNING,
+                step=first,
+                message=f"none since step {first}, as all {n} parameters of "
+                f"'{one_line_name(branch)}', which an optimizer has",
+                advice=_BRANCH,
+            )
+            for branch, n in _branches(record, now.names)
+            for name in sorted(now.names, key=record.layout.index.__getitem__)
+            if name.startswith(f"{branch}.")
+        ]
+
     def forget(self, names: Collection[str]) -> None:
         """Forget tensors that exist no more."""
         for found in (self._active, *self._runs):
@@ -130,6 +165,41 @@ class Persistent:
             elif active is not None and any(key in run for run in list(self._runs)[-_NEEDED:]):
                 out[key] = active
         return out
+
+
+def _branches(record: Record, names: Collection[str]) -> list[tuple[str, int]]:
+    """Return the modules all of whose parameters are among `names`, and their number.
+
+    They have three parameters or more, a quarter of the model's. Numbered modules are layers.
+    """
+    layout = record.layout
+    trainable = [
+        name for name, needed in zip(layout.names, layout.requires_grad, strict=False) if needed
+    ]
+    counts: Counter[str] = Counter()
+    kept: set[str] = set()
+    for name in trainable:
+        path = module_of(name)
+        while path:
+            counts[path] += 1
+            if name not in names:
+                kept.add(path)
+            path = module_of(path)
+    return [
+        (path, n)
+        for path, n in counts.items()
+        if path not in kept and n >= max(3, len(trainable) / 4)
+        if not path.rpartition(".")[2].isdigit()
+        if module_of(path) in kept or not module_of(path)
+    ]
+
+
+class _Unused(NamedTuple):
+    """Parameters without a gradient in all runs since a step."""
+
+    step: int
+    runs: int
+    names: frozenset[str]
 
 
 class _Dead(NamedTuple):

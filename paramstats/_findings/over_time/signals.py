@@ -37,6 +37,9 @@ _FALLEN = 0.77
 _SMALLER = 0.995
 """Whether weights shrink is looked at if the norms of most are below this fraction of the last."""
 
+_KEPT = 0.8
+"""The factor of the moving average of noise, per entry."""
+
 _MAX_AWAY = WINDOW // 2
 """Entries after which a level that is not remarkable is accepted as the new normal."""
 
@@ -157,6 +160,13 @@ def remember(now: Now, limits: Thresholds) -> None:
     at = (numbers["entries"] % WINDOW).to(torch.int64)[:, None, None].expand(-1, 2, 1)
     step = torch.full_like(x, now.step)
     rows.norms.scatter_(2, at, torch.stack((now.norm, step), 1)[:, :, None])
+    rises = now.grad_norm >= rows.grad[:, _NORM]
+    numbers["rises"] = (numbers["rises"] + 1) * rises
+    delta = x - rows.grad[:, _NORM].log()
+    noise, change = numbers["noise"], (delta - numbers["delta"]).abs()
+    noise = torch.where(noise == noise, _KEPT * noise + (1 - _KEPT) * change, change)
+    numbers["noise"] = torch.where(change < math.inf, noise, numbers["noise"])
+    numbers["delta"] = delta
     rows.value, rows.grad = now.value, now.grad
     first = add & (numbers["samples"] == 0) | ~(numbers["first_norm"] > 0)
     if bool(first.any()):
@@ -211,11 +221,11 @@ def conditions(now: Now, limits: Thresholds) -> tuple[Tensor, Tensor]:
         unchanged &= (can_change & changes).any()
 
     trained_before = weights & (trained | (rows.grad[:, 0] >= 0))
-    large = trained_before & (now.change > limits.largest_change)
+    large = trained_before & (now.change > limits.largest_change) & (norm < math.inf)
     if bool(large.any()):  # a learning rate that is too high is so for many weights
         known = trained_before & (now.change == now.change)
         large &= (now.change > _REPLACED) | (3 * large.sum() >= known.sum())
-    grown = weights & (norm > numbers["upper"])
+    grown = weights & (norm > numbers["upper"]) & (norm < math.inf)
     shrunk = weights & (norm < numbers["lower"])
     if bool(shrunk.any()):
         shrunk &= norm < _FALLEN * now.oldest[:, 0]
@@ -228,7 +238,7 @@ def conditions(now: Now, limits: Thresholds) -> tuple[Tensor, Tensor]:
     spike &= away > limits.spike_score * (1.4826 * numbers["spread"] + _MIN_SPREAD + unknown)
     collapse = is_away & (away < _log(limits.gradient_collapse))
     if bool(collapse.any()):  # not if all gradients have become smaller
-        collapse &= away - _common_change(now) < _log(limits.gradient_collapse)
+        collapse &= away - _common_change(now, collapse) < _log(limits.gradient_collapse)
 
     is_zero = plan.weights & (now.grad[:, STAT["zero_fraction"]] == 1)
     may_miss = plan.trainable & (numbers["with_grad"] > 0)
@@ -261,10 +271,13 @@ def needed_entries(now: Now) -> Tensor:
     numbers, run = now.rows.numbers, now.rows.conditions[:, :, RUN]
     needed = torch.zeros_like(run)
     needed[:, Condition.LARGE] = torch.where(now.change > 1, 1.0, 3.0)
-    before = numbers["with_grad"] - run[:, Condition.ZERO]
-    needed[:, Condition.ZERO] = _surprising(numbers["not_zero"], before)
-    before = numbers["entries"] - run[:, Condition.LOST]
-    needed[:, Condition.LOST] = _surprising(numbers["with_grad"], before)
+    for condition, seen, of in (
+        (Condition.ZERO, "not_zero", "with_grad"),
+        (Condition.LOST, "with_grad", "entries"),
+    ):
+        before = numbers[of] - run[:, condition]
+        is_enough = _is_surprising(numbers[seen], before, run[:, condition] + 1)
+        needed[:, condition] = torch.where(is_enough, 0.0, math.inf)
     return needed
 
 
@@ -280,17 +293,32 @@ def _robust(past: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:
     return median, (past - median[:, None]).abs().nanmedian(1).values
 
 
-def _common_change(now: Now) -> Tensor:
-    """Return by how much the logarithms of the gradients' norms have changed, as a median."""
+def _common_change(now: Now, collapse: Tensor) -> Tensor:
+    """Return by how much the logarithms of the gradients' norms have changed, as a median.
+
+    If the gradients of (almost) all weights up to some layer have collapsed, it is the median of
+    the weights after that layer. When a model converges, these fall as well.
+    """
     change = now.log_grad - now.rows.grads.median(1).values
+    last = int(collapse.nonzero()[-1])
+    use = now.plan.weights & (change > -math.inf)
+    if float(collapse.sum()) >= 0.9 * float(use[: last + 1].sum()) and bool(use[last + 1 :].any()):
+        change = change[last + 1 :][use[last + 1 :]]
     return change.nanmedian().clamp(max=0.0)
 
 
-def _surprising(seen: Tensor, of: Tensor) -> Tensor:
-    """Return how many absences in a row have a probability below 1e-6.
+def _is_surprising(seen: Tensor, of: Tensor, run: Tensor) -> Tensor:
+    """Return whether so many absences in a row are unlikely, given the entries before them.
+
+    That is their probability if nothing is known of the rate of presence but these entries (its
+    prior is uniform). It must be below 1e-4, or 1e-6 if there were absences before.
 
     Args:
-        seen, of: in how many of the entries it was present.
+        seen, of: in how many of the entries before it was present.
+        run: the number of absences.
     """
-    share = (seen / of.clamp(min=1)).clamp(max=0.97)
-    return torch.where(seen > 0, math.log(1e-6) / (1 - share).log(), 0.0)
+    absent = of - seen
+    log = (absent + run + 1).lgamma() - (absent + 1).lgamma()
+    log = log + (of + 2).lgamma() - (of + run + 2).lgamma()
+    limit = torch.where(absent > 0, math.log(1e-6), math.log(1e-4))
+    return (seen == 0) | (log < limit)

@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
+
 from paramstats._core.format import number
 from paramstats._findings.findings import Finding, FindingCode, Severity, Source
 from paramstats._findings.over_time.conditions import RUN, SINCE
@@ -46,6 +48,8 @@ def make_finding(condition: Condition, now: Now, row: int, limits: Thresholds) -
     is_usual = now.plan.weights[row] | now.plan.is_precise[row]
     if condition is Condition.UNCHANGED and not bool(is_usual):
         severity = Severity.INFO  # such as ones in bfloat16, which change by steps of 0.004 only
+    if advice is _NO_DECAY:
+        severity = Severity.INFO
     return Finding(
         severity,
         text.code,
@@ -74,8 +78,10 @@ def _unchanged(now: Now, row: int, limits: Thresholds) -> Evidence:
     relative = float(now.relative_grad[row])
     message = (
         f"all statistics equal {_lasting(Condition.UNCHANGED, now, row)}, while others change; "
-        f"gradient norm {number(float(now.grad[row, _NORM]))}, {number(relative)} times the weight"
+        f"gradient norm {number(float(now.grad[row, _NORM]))}"
     )
+    if relative < math.inf:
+        message += f", {number(relative)} times the weight"
     return Evidence(0.0, 0.0, message)
 
 
@@ -115,7 +121,23 @@ def _grown(now: Now, row: int, limits: Thresholds) -> Evidence:
 def _shrunk(now: Now, row: int, limits: Thresholds) -> Evidence:
     norm, first = float(now.norm[row]), float(now.rows.numbers["first_norm"][row])
     message = f"norm {number(first)} -> {number(norm)}, {number(norm / first)} times the first"
-    return Evidence(norm / first, limits.weight_collapse, message)
+    advice = ""
+    if _is_jump(now, row):
+        advice = _JUMP
+    elif _has_no_decay(now, row):
+        advice = _NO_DECAY
+    return Evidence(norm / first, limits.weight_collapse, message, advice)
+
+
+def _is_jump(now: Now, row: int) -> bool:
+    """Return whether the norm has fallen mostly between two entries of the window."""
+    norms, steps = now.rows.norms[row]
+    norms = torch.cat((norms[steps.argsort(stable=True)], now.norm[row : row + 1])).log()
+    return bool(norms.diff().amin() < 0.7 * (norms[-1] - norms.amax()))
+
+
+def _has_no_decay(now: Now, row: int) -> bool:
+    return float(now.hyperparameter("weight_decay")[row]) == 0
 
 
 def _clamped(now: Now, row: int, limits: Thresholds) -> Evidence:
@@ -143,11 +165,13 @@ def _moved(now: Now, row: int, limit: float) -> Evidence:
 
 def _zero(now: Now, row: int, limits: Thresholds) -> Evidence:
     message = f"all elements zero {_lasting(Condition.ZERO, now, row)}"
-    return Evidence(1.0, 1.0, message)
+    has_had = float(now.rows.numbers["not_zero"][row]) > 0
+    return Evidence(1.0, 1.0, message, "" if has_had else _NEVER)
 
 
 def _lost(now: Now, row: int, limits: Thresholds) -> Evidence:
     had, of = (float(now.rows.numbers[name][row]) for name in ("with_grad", "entries"))
+    of -= float(now.rows.conditions[row, Condition.LOST, RUN]) - 1  # without those of the gap
     message = (
         f"none {_lasting(Condition.LOST, now, row)}; {had:.0f} of {of:.0f} earlier ones had one"
     )
@@ -158,6 +182,12 @@ def _small(now: Now, row: int, limits: Thresholds) -> Evidence:
     assert now.update is not None
     ratio = float(now.update[row])
     lasting = _lasting(Condition.SMALL, now, row)
+    if float(now.hyperparameter("lr")[row]) == 0:
+        message = f"the learning rate of this parameter is 0; no change {lasting}"
+        return Evidence(ratio, limits.smallest_update, message, _LR_ZERO)
+    if not ratio:
+        message = f"the update is exactly 0 {lasting}"
+        return Evidence(ratio, limits.smallest_update, message, _NO_UPDATE)
     message = f"update norm {number(ratio)} times that of the weight {lasting}"
     return Evidence(ratio, limits.smallest_update, message)
 
@@ -167,9 +197,31 @@ _TOO_SMALL = (
     "learning rate and check its schedule. With plain SGD, check why gradients are small."
 )
 
+_NEVER = (
+    "No gradient has reached this weight yet. Check what follows it for a factor of 0, dead ReLUs "
+    "or masks. An expert may get no tokens: balance the router."
+)
+_LR_ZERO = (
+    "Check the learning rate of its parameter group, and the schedule. If it is not trained on "
+    "purpose, requires_grad_(False) saves the time of its gradient."
+)
+_NO_UPDATE = (
+    "The steps are so small that rounding removes them. Raise the learning rate and check its "
+    "schedule."
+)
+
 _TOO_LARGE = (
     "The learning rate is too high, or the step was too large: the weight is replaced instead of "
     "adjusted. Lower the learning rate, warm it up, or clip gradients."
+)
+
+_JUMP = (
+    "Something has set the weight to (almost) zero between two entries; a decay takes many steps. "
+    "Look for in-place edits, masks and loading."
+)
+_NO_DECAY = (
+    "The optimizer has no weight decay, so the loss drives the weight towards zero. Check that "
+    "this is intended, as with a penalty of weights."
 )
 
 _NOT_BY_THE_OPTIMIZER = (
@@ -235,7 +287,8 @@ TEXTS = {
         FindingCode.ZERO_GRADIENT,
         "grad",
         "No gradient reaches this weight any more. Check the following layers for dead ReLUs or "
-        "masks, and the loss for saturation or underflow.",
+        "masks, and the loss for saturation or underflow. An expert may get no tokens: balance the "
+        "router.",
         _zero,
         "Most gradients have become zero, so these weights learn nothing. Check whether the loss "
         "is constant, masked or underflowing, and the last layers for dead ReLUs or saturation.",
