@@ -13,9 +13,9 @@ from paramstats._output import fail, run, write
 from paramstats.checkpoints import _show as show
 
 _EPILOG = """\
-FILE is a .safetensors, .pt, .pth, .ckpt, .bin, .npz, .gguf or similar file, an .index.json, or a
-folder with a checkpoint. FILE#PART is a part of one: last.ckpt#ema. Nothing in a file is executed
-or loaded whole.
+FILE is a safetensors, torch.save (.pt, .pth, .ckpt, .bin), pickle, numpy (.npz, .npy), GGUF or HDF5
+file, an .index.json, or a folder with a checkpoint. FILE#PART is a part of it, such as
+last.ckpt#ema. No file is loaded whole, and nothing in it is executed.
 
 examples:
   paramstats show model.safetensors
@@ -26,7 +26,7 @@ examples:
 exit status:
   0    success
   1    --fail-on found something, or the two checkpoints have nothing to compare
-  2    a file is missing, damaged or no checkpoint, or an argument is wrong
+  2    a file is missing, damaged or not a checkpoint, or an argument is wrong
 """
 
 
@@ -92,8 +92,8 @@ def _add_show(commands: Any) -> None:
         "--sort",
         metavar="STAT",
         help="sort by norm, std, zero_fraction or another statistic, the largest first "
-        "(--sort=-STAT: the smallest first), or by name; with two checkpoints by largest_change, "
-        "unchanged and others",
+        "(--sort=-STAT: the smallest first), or by name; with two checkpoints by relative_change, "
+        "largest_change, unchanged or another column",
     )
     group.add_argument("--limit", type=int, metavar="N", help="show only the first N tensors")
     group.add_argument(
@@ -104,16 +104,19 @@ def _add_show(commands: Any) -> None:
     form = group.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print everything as JSON")
     form.add_argument("--csv", action="store_true", help="print a row per tensor as CSV")
-    form.add_argument("--html", metavar="PAGE", help="write the report as one HTML file to share")
+    form.add_argument(
+        "--html", metavar="PAGE", help="write the report to PAGE, an .html file to share"
+    )
     group.add_argument(
         "--findings",
         action="store_true",
-        help="print only what is wrong or unusual, tensor by tensor",
+        help="print only the findings of the health check: a line per tensor, then advice",
     )
     group.add_argument(
         "--fail-on",
         choices=("error", "warning"),
-        help="exit with status 1 if a finding is as severe as this, or a value is NaN or infinite",
+        help="exit with status 1 if a finding is as severe or more, or a value is NaN or infinite; "
+        "with two checkpoints only for NaN and infinite values",
     )
 
     group = command.add_argument_group("names that differ between two checkpoints")

@@ -34,7 +34,7 @@ def run(command: str, make_text: Callable[[], str]) -> int:
         path = elide(str(error.filename), _MAX_LINE_LENGTH // 2)
         place = "" if error.filename is None else f"cannot read {path}: "
         return fail(command, f"{place}{error.strerror or error}")
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, re.error) as error:
         return fail(command, str(error) or type(error).__name__)
     except Exception as error:
         reason = f": {error}" if str(error) else ""

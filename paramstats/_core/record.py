@@ -25,14 +25,14 @@ NO_NAMES: Mapping[str, str] = MappingProxyType({})
 
 
 class FileSource(NamedTuple):
-    """What is known of the tensors of a checkpoint file beyond their statistics."""
+    """The group and label of each tensor of a checkpoint file, and notes on the file."""
 
     groups: Mapping[str, str]
     """What each tensor belongs to, by name: "model", "optimizer" or "other"."""
     labels: Mapping[str, str]
-    """What a reader must know of a tensor's elements, where there is anything, by name."""
+    """What the elements of a tensor are if it is not an ordinary one, by name."""
     notes: tuple[str, ...]
-    """Lines about what the file contains and is not among the tensors."""
+    """Lines about what is in the file but not among the tensors."""
 
     def kind(self, name: str) -> str:
         """Return "param" for a tensor of the model, otherwise its group."""

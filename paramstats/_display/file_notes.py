@@ -26,7 +26,7 @@ def file_notes(record: Record) -> list[str]:
         counts[group] = tensors + 1, elements + int(record.state(row).count)
     where = ", not in the total" if parameters else ""
     lines = [
-        f"{group}: {tensors:,} tensor{'s' if tensors > 1 else ''}, {elements:,} elements{where}"
+        f"{group}: {_count(tensors, 'tensor')}, {_count(elements, 'element')}{where}"
         for group, (tensors, elements) in counts.items()
     ]
     if names and not parameters:
@@ -35,6 +35,10 @@ def file_notes(record: Record) -> list[str]:
     lines += _merged("not read: ", record.skipped.items())
     lines += _merged("", ((name, labels[name]) for name in names if name in labels))
     return lines + [one_line_name(note) for note in record.file.notes]
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
 
 
 def _merged(begin: str, texts: Iterable[tuple[str, str]]) -> list[str]:

@@ -132,7 +132,7 @@ def _grid(table: Table, width: int | None) -> _Grid:
     names = [name.ljust(name_width) for name in names]
     texts = [names, *map(_aligned, columns)]
     rule = printable("─", "-") * sum(len(column[0]) for column in texts)
-    note = f"no room for {', '.join(left_out)}" if left_out else ""
+    note = f"left out, as the table is too wide: {', '.join(left_out)}" if left_out else ""
     above = [f"all names begin with {prefix}"] if prefix else []
     return _Grid([names, *columns], texts, rule, above, wrap(note, max(width, _MIN_NAME)))
 

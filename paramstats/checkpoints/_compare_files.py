@@ -76,6 +76,7 @@ def compare(
         OSError: a file cannot be opened.
         TypeError: a or b is not one of these.
         ValueError: `map`, `strip_a` or `strip_b` cannot be applied, or gives two tensors one name.
+        re.error: a pattern is not a regular expression.
 
     Tensors whose names do not agree are compared if their names differ only in what wrappers add
     (`module.`, `_orig_mod.`, `base_model.model.`, ...) or in what they begin with, such as `model.`

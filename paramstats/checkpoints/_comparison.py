@@ -28,7 +28,7 @@ _MAX_NAMES = 10
 
 
 class Change(NamedTuple):
-    """How far a tensor of checkpoint b is from the tensor of checkpoint a."""
+    """How much a tensor of checkpoint b differs from the tensor of checkpoint a."""
 
     name: str
     """The name in a."""
@@ -64,7 +64,7 @@ class Change(NamedTuple):
 
 
 class GroupChange(NamedTuple):
-    """How far all tensors of a group are from those of checkpoint a, taken as one vector."""
+    """How much all tensors of a group differ from those of checkpoint a, taken as one vector."""
 
     tensors: int
     """Number of tensors that were compared."""

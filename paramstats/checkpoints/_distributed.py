@@ -178,7 +178,7 @@ def _find(
         end = file.seek(0, io.SEEK_END)
         if place.offset + place.length > end:
             wanted = f"{place.length} bytes of {tensor.name!r} at byte {place.offset}"
-            raise unexpected(wanted, f"{end} bytes", path, "the file is truncated")
+            raise unexpected(wanted, f"{end} bytes", path, "the file is truncated: copy it again")
         found, _, checksums = torch_save.read(file, str(path), files, place.offset, place.length)
     expected = tensor._replace(shape=part.sizes)
     descriptions = [_describe(tensor) for tensor in found]

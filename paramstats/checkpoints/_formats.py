@@ -39,6 +39,10 @@ _FORMATS: tuple[tuple[bytes, _Read], ...] = (
     (b"\x89HDF\r\n\x1a\n", hdf5.read),
 )
 _DOWNLOAD = "download it again; a private or gated file needs a login"
+_JSON = (
+    "if it belongs to a checkpoint, pass the folder; if a server sent it instead of the file, the "
+    "file needs a login: download it again"
+)
 _OTHERS = (
     (b"version https://git-lfs", "a Git LFS pointer", "fetch the file with git lfs pull"),
     *((start, "an HTML or XML page", _DOWNLOAD) for start in (b"<!", b"<html", b"<HTML", b"<?xml")),
@@ -93,5 +97,6 @@ def _describe(prefix: bytes) -> tuple[str, str]:
     for signature, content, remedy in _OTHERS:
         if text.startswith(signature):
             return content, remedy
-    remedy = _DOWNLOAD if text.startswith((b"{", b"[")) else ""
-    return f"first bytes {prefix[:_SHOWN_BYTES]!r}", remedy
+    is_json = text.startswith((b"{", b"["))
+    kind, remedy = ("JSON with ", _JSON) if is_json else ("", "")
+    return f"{kind}first bytes {prefix[:_SHOWN_BYTES]!r}", remedy

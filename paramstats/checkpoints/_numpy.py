@@ -90,7 +90,7 @@ def read_npy(file: IO[bytes], path: str, _: Files) -> Contents:
     header = _header(file, path)
     past = size if header.unread_reason else header.end()
     if past > size:
-        raise unexpected(f"{past} bytes", size, path, "the file is truncated")
+        raise unexpected(f"{past} bytes", size, path, "the file is truncated: copy it again")
     notes = (f"not read: {size - past:,} bytes after the array",) if past < size else ()
     return Contents([_tensor("tensor", header, path, 0)], notes)
 

@@ -73,7 +73,11 @@ def read(file: IO[bytes], path: str, _: Files) -> Contents:
             raise unexpected("tensors without gaps and overlaps", got, path)
         end = past
     if end != size:
-        reason = "the file is truncated" if size < end else "there is data after the last tensor"
+        reason = (
+            "the file is truncated: copy or download it again"
+            if size < end
+            else "there is data after the last tensor"
+        )
         raise unexpected(f"{end} bytes", size, path, reason)
     return Contents(tensors)
 

@@ -58,6 +58,8 @@ def make_output(arguments: argparse.Namespace) -> Output:
         value = getattr(arguments, option)
         if value is not None and value < least:
             raise ValueError(f"{COMMAND}: expected --{option} {least} or more, got {value}")
+    if arguments.findings and (arguments.html is not None or arguments.depth is not None):
+        raise ValueError(f"{COMMAND}: expected --findings without --html and --depth")
     if arguments.html is not None:
         check_page_path(arguments.html)
         arguments.limit = MAX_TENSORS if arguments.limit is None else arguments.limit
@@ -66,8 +68,8 @@ def make_output(arguments: argparse.Namespace) -> Output:
     is_one = arguments.other is None
     for option, value in (missing if is_one else wanted).items():
         if value:
-            files = "two checkpoints" if is_one else "one checkpoint"
-            raise ValueError(f"{COMMAND}: expected {files} with --{option}")
+            files = "two checkpoints, got one" if is_one else "one checkpoint, got two"
+            raise ValueError(f"{COMMAND}: --{option}: expected {files}")
     return _summarize(arguments) if is_one else _compare(arguments)
 
 
@@ -150,10 +152,14 @@ def _compare(arguments: argparse.Namespace) -> Output:
 
 def _check_sort(sort: str | None, stats: Sequence[str]) -> None:
     """Raise ValueError for an unknown --sort, before a file is read."""
-    if sort is not None and sort != "name" and sort.removeprefix("-") not in stats:
+    if sort is not None and sort != "name" and (word := sort.removeprefix("-")) not in stats:
+        near = [repr(stat) for stat in stats if word in stat]
+        hint = f"; did you mean {' or '.join(near)}?" if word and near else ""
+        if stats is STATS:
+            hint = did_you_mean(word) or hint
         raise ValueError(
-            f"{COMMAND}: expected --sort out of name, {', '.join(stats)}, or --sort=-STAT "
-            f"for the smallest first, got {sort!r}{did_you_mean(sort)}"
+            f"{COMMAND}: expected --sort to be one of name, {', '.join(stats)}, or --sort=-STAT "
+            f"for the smallest first, got {sort!r}{hint}"
         )
 
 

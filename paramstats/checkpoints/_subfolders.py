@@ -62,7 +62,7 @@ def no_checkpoint(folder: Path, names: list[str]) -> CheckpointError:
         said = f" (the last one is {latest})" if folders[0].partition("/")[0] == latest else ""
         remedy = f"pass the path of one of {listed(folders)}{said}"
         return unexpected(EXPECTED, "a folder of checkpoint folders", folder, remedy)
-    return unexpected(EXPECTED, "no such file", folder)
+    return unexpected(EXPECTED, "an empty folder" if not names else "a folder without one", folder)
 
 
 def _folders(folder: Path) -> list[str]:

@@ -54,8 +54,8 @@ def summarize_file(
     2.0
 
     Args:
-        path: a safetensors file, a torch.save file, the `.index.json` of several of these, a folder
-            with one of them, or a folder that `torch.distributed.checkpoint` wrote.
+        path: a safetensors, torch.save, pickle, numpy, GGUF or HDF5 file, an `.index.json`, or a
+            folder with a checkpoint. "#" selects a part: `"last.ckpt#ema"`.
         include, exclude, correction: as in `summarize`.
         progress: called with (bytes done, bytes in all) after every piece.
 
@@ -67,6 +67,7 @@ def summarize_file(
     Raises:
         CheckpointError: (a ValueError) the path is not a checkpoint, or it is damaged.
         OSError: a file cannot be opened.
+        TypeError: the path is not a path. For a model in memory, use `paramstats.summarize`.
 
     Nothing in a file is imported or executed. At most two pieces of 4 MB are in memory at a time.
     """
@@ -74,6 +75,11 @@ def summarize_file(
         raise ValueError(
             "paramstats.checkpoints.summarize_file: expected a finite number for correction, got "
             f"{correction!r}"
+        )
+    if not isinstance(path, (str, bytes, os.PathLike)):
+        raise TypeError(
+            "paramstats.checkpoints.summarize_file: expected a path, got "
+            f"{type(path).__name__}; for a model in memory, use paramstats.summarize"
         )
     with naming_errors("summarize_file"), without_modes(), Files() as files:
         contents = list_tensors(files, path, include, exclude)

@@ -42,7 +42,10 @@ def read_directory(file: IO[bytes], path: str, begin: int, end: int) -> list[zip
         if isinstance(error.__context__, OSError):  # zipfile takes it for damage
             raise error.__context__ from None
         raise unexpected(
-            "a complete torch.save archive", f"a file that is not ({error})", path
+            "a complete torch.save archive",
+            f"a truncated or damaged one ({error})",
+            path,
+            "copy or download it again",
         ) from None
 
 

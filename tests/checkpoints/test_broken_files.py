@@ -164,7 +164,7 @@ def test_broken_file_gives_one_line(tmp_path, name, capsys):
 def test_path_that_is_not_a_file_gives_one_line(tmp_path, capsys):
     assert_one_line(tmp_path / "nothing.pt", "nothing.pt: No such file", capsys)
     (tmp_path / "other.txt").touch()
-    assert_one_line(tmp_path, "got no such file", capsys)
+    assert_one_line(tmp_path, "got a folder without one", capsys)
     for name in ("pipe.pt", "model.safetensors.index.json"):
         os.mkfifo(tmp_path / name)
         assert_one_line(tmp_path / name, "got no regular file", capsys)

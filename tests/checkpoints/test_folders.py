@@ -287,7 +287,7 @@ REFUSED: dict[str, tuple[dict[str, object], list[str]]] = {
         {"model_index.json": {}, **{f"unet/{k}": v for k, v in shards("m", 2, "1").items()}},
         ["without m-00002-of-00002.safetensors"],
     ),
-    "nothing": ({"README.md": b"x"}, ["got no such file"]),
+    "nothing": ({"README.md": b"x"}, ["got a folder without one"]),
 }  # fmt: skip
 
 
@@ -351,7 +351,10 @@ DOWNLOADS = {
     b"": ["an empty file", "download it again"],
     b"version https://git-lfs.github.com/spec/v1\n": ["a Git LFS pointer", "git lfs pull"],
     b"<!DOCTYPE html><html><body>401</body></html>": ["an HTML or XML page", "needs a login"],
-    b'{"error": "Invalid username or password."}': ['first bytes b\'{"error"', "needs a login"],
+    b'{"error": "Invalid username or password."}': [
+        'JSON with first bytes b\'{"error"',
+        "needs a login",
+    ],
     bytes(4096): ["a file that begins with zeros", "it is not complete"],
     b"\x1f\x8b\x08" + bytes(20): ["a gzip archive", "decompress it"],
 }

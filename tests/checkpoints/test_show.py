@@ -373,18 +373,28 @@ def test_warnings_are_lines_on_stderr(path, tmp_path, shown):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--sort", "median"], "paramstats show: expected --sort out of name, count, mean"),
+        (["--sort", "median"], "paramstats show: expected --sort to be one of name, count, mean"),
         (["--sort", "stddev"], "got 'stddev'; did you mean 'std'?"),
+        (["other.pt", "--sort", "std"], "smallest first, got 'std'\n"),
+        (["other.pt", "--sort", "relative"], "did you mean 'relative_change'?"),
         (["--sort", "grad.norm"], "--sort=-STAT for the smallest first, got 'grad.norm'"),
         (["other.pt", "--sort=-name"], "or --sort=-STAT for the smallest first, got '-name'"),
         (["--limit", "-1"], "paramstats show: expected --limit 0 or more, got -1"),
         (["--depth", "0"], "paramstats show: expected --depth 1 or more, got 0"),
         (["--html", "a.pt"], "the name of the page to write, which ends in .html, got 'a.pt'"),
         (["--html", "/no/such/a.html"], "cannot write /no/such/a.html: No such file"),
-        (["--map", "a=b"], "paramstats show: expected two checkpoints with --map"),
-        (["--strip-b", "a."], "paramstats show: expected two checkpoints with --strip-b"),
-        (["other.pt", "--findings"], "paramstats show: expected one checkpoint with --findings"),
-        (["other.pt", "--depth", "1"], "paramstats show: expected one checkpoint with --depth"),
+        (["--findings", "--html", "a.html"], "expected --findings without --html and --depth"),
+        (["--findings", "--depth", "1"], "expected --findings without --html and --depth"),
+        (["--map", "a=b"], "paramstats show: --map: expected two checkpoints, got one"),
+        (["--strip-b", "a."], "paramstats show: --strip-b: expected two checkpoints, got one"),
+        (
+            ["other.pt", "--findings"],
+            "paramstats show: --findings: expected one checkpoint, got two",
+        ),
+        (
+            ["other.pt", "--depth", "1"],
+            "paramstats show: --depth: expected one checkpoint, got two",
+        ),
         (["--include", "("], "expected regular expressions for include"),
     ],
 )
