@@ -24,6 +24,7 @@ from paramstats._findings.depth import (
 )
 from paramstats._findings.findings import Finding, FindingCode, Severity
 from paramstats._findings.structure import parts_of
+from paramstats._findings.tiny_layers import tiny_layers
 
 _LEAST_STEPS = 4
 """A gradient vanishes or explodes in at least so many steps from block to block, or it is a gate.
@@ -44,11 +45,6 @@ _ABSURD = 1e6
 _SMALLEST_ACTIVATION = 1e-4
 _SMALL_GAIN, _LARGE_GAIN = 0.03, 3.0
 """Common initializers give a gain of 0.1 to 1.4, and that of GPT-2's residual layers 0.05."""
-
-_TINY_GAIN = 0.01
-_FAINT, _FAINTER = 0.01, 0.03
-"""The rms of a layer's input if the signal is lost; and as a fraction of that of the layer before.
-"""
 
 _TOO_LARGE = (
     "Activations grow from layer to layer, and gradients with them until activations overflow. "
@@ -112,7 +108,7 @@ def gradient_sizes(context: Context) -> Iterator[Finding]:
     if max(layer.gain for layer in layers) < context.thresholds.largest_gain:
         # otherwise a weight that is too large saturates it
         found += _vanishing(context, layers)
-        found += () if found else _tiny_layers(layers)
+        found += () if found else tiny_layers(layers)
     found += _exploding(context, layers)
     yield from found or _ratios(context, layers)
 
@@ -167,34 +163,6 @@ def _vanishing(context: Context, layers: Sequence[Layer]) -> Iterator[Finding]:
             )
             name = layer.name
             yield Finding(Severity.WARNING, code, name, "grad", ratio, limit, message, advice)
-
-
-def _tiny_layers(layers: Sequence[Layer]) -> Iterator[Finding]:
-    """Report single weights that are so small that they stop the signal and the gradient.
-
-    The input of the next layer and the gradients of layers before show it. A small weight at the
-    end of a residual branch, of a LoRA adapter or of the model stops nothing.
-    """
-    for i, layer in enumerate(layers[:-1]):
-        if layer.gain > _TINY_GAIN or layer.part.is_lookup or layer.part.is_tied:
-            continue
-        after = layers[i + 1]
-        before = max((one.gradient for one in layers[:i]), default=0.0)
-        is_stopped = before < _FAINTER * max(one.gradient for one in layers[i:])
-        faint = _FAINT if math.isnan(layer.activation) else _FAINTER * layer.activation
-        if not (is_stopped and after.activation < min(faint, _FAINT)):
-            continue
-        message = (
-            f"std {number(layer.entry.value.rms)}, scales its input by {number(layer.gain)}; the "
-            f"input of '{one_line_name(after.name)}' has an rms of about {number(after.activation)}"
-        )
-        advice = (
-            "This weight is so small that it stops the signal, and the gradient on its way back. "
-            "Initialize it with a std of about 1 / sqrt(fan-in): torch.nn.init.kaiming_normal_."
-        )
-        code, value = FindingCode.VANISHING_GRADIENT, layer.gain
-        severity, name = Severity.WARNING, layer.name
-        yield Finding(severity, code, name, "param", value, _TINY_GAIN, message, advice)
 
 
 def _overflown(context: Context) -> Iterator[Finding]:

@@ -10,14 +10,17 @@ from torch import Tensor
 
 from paramstats._core.format import number, one_line_name
 from paramstats._findings.findings import Finding, FindingCode, Severity, Source
+from paramstats._findings.over_time.accumulation import (
+    accumulated,
+    accumulated_part,
+    is_early,
+    line,
+)
 from paramstats._findings.over_time.conditions import RUN, SINCE, Rule
 from paramstats._findings.over_time.entry import Now
 from paramstats._findings.over_time.signals import SMALL_GRADIENT
 from paramstats._findings.over_time.tracks import NAN, STAT, N
 from paramstats._findings.structure import module_of
-
-_MAX_STEPS = 200
-"""Steps after the first entry in which gradients may be found to grow like their number."""
 
 _SHRINKING = 0.01
 """All weights shrink if most lose more than this fraction of their norm per step."""
@@ -32,10 +35,6 @@ norms of weights changed by at most 8e-7 per step, in healthy ones by 1e-3 or mo
 
 _MAX_ACCUMULATION = 20
 """Entries in a row without a change are usual if gradients only grow: they may be added up."""
-
-
-_MIN_NOISE, _LEAST_NOISE = 16, 0.03
-"""Entries before the noise of gradients is compared, and the usual noise of batches."""
 
 
 class Whole(enum.IntEnum):
@@ -61,22 +60,6 @@ WHOLE_RULES = {
 }
 
 
-def add_to_line(now: Now, first_step: int) -> bool:
-    """Add the entry to the sums for the line through log norms of gradients by log of the step.
-
-    Returns whether it was early enough for that.
-    """
-    steps = now.step - first_step
-    if steps > _MAX_STEPS:
-        return False
-    x = math.log(steps + 1)
-    use = now.is_finite.to(torch.float64)
-    y = now.log_grad.where(now.is_finite, use)  # 0 where it is not finite
-    terms = (use, x * use, y, x * x * use, x * y, y * y)
-    now.rows.sums = now.rows.sums + torch.stack(terms, 1)
-    return True
-
-
 def whole_conditions(
     now: Now, first_step: int, reads_gradients: bool
 ) -> tuple[list[bool], list[bool]]:
@@ -99,7 +82,8 @@ def whole_conditions(
     trainable, grads, changes, comparable, trained_changes, moving, *counts = counts
     infinite, weights, *nonzero, nans = counts
     # Without changes, gradients of several backward passes are added on purpose.
-    accumulates = bool(comparable) and _accumulated(now, trained, now.step - first_step)
+    accumulates = bool(comparable) and accumulated(now, trained, now.step - first_step)
+    steps_are_few = is_early(now.step - first_step)
     yes = [
         bool(trainable and not grads and (changes or reads_gradients)),
         not trained_changes and 2 * moving > comparable and not (accumulates or infinite or nans),
@@ -107,7 +91,7 @@ def whole_conditions(
         bool(weights) and _shrinking(now, trained & plan.weights),
         bool(weights and trained_changes) and _loses_updates(now, trained),
         bool(grads and not any(nonzero)),
-        not accumulates and bool(len(accumulated_part(now, now.step - first_step))),
+        not accumulates and steps_are_few and bool(accumulated_part(now)),
     ]
     known_now = [grads, trained_changes, comparable, weights, weights, grads, comparable]
     return yes, [bool(is_known) and not x for x, is_known in zip(yes, known_now, strict=True)]
@@ -120,64 +104,6 @@ def needed_of_whole(now: Now, state: Tensor) -> Tensor:
     if len(rises) and float(rises.median()) >= float(state[0, Whole.NOTHING_CHANGES, RUN]):
         needed[:, Whole.NOTHING_CHANGES] = _MAX_ACCUMULATION
     return needed
-
-
-def line(now: Now) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the exponent of growth of each gradient's norm, the norm at its start, and the error.
-
-    The exponent is 1 for a norm that is proportional to the number of steps. The error is the root
-    mean square of the deviations of the log norms from the line.
-    """
-    n, x, y, xx, xy, yy = now.rows.sums.unbind(1)
-    centered = xy - x * y / n
-    slope = centered / (xx - x * x / n)
-    error = ((yy - y * y / n - slope * centered) / n).clamp(min=0).sqrt()
-    return slope, (y - slope * x) / n, error
-
-
-def _accumulated(now: Now, trained: Tensor, steps: float) -> bool:
-    """Return whether all gradients grow in proportion to the step.
-
-    Exponential growth, as when a plateau is left, does not fit to the line. Gradients that are
-    behind a weight that starts at zero do, but that of this weight does not grow.
-    """
-    if not 10 <= steps <= _MAX_STEPS:
-        return False
-    use = trained & (now.rows.sums[:, N] >= 5) & (now.relative_grad > SMALL_GRADIENT)
-    slope, start, error = (x[use] for x in line(now))
-    if not len(slope):
-        return False
-    grows = float((slope > 0.35).to(torch.float64).mean()) >= 0.9
-    return bool(
-        grows
-        and slope[int(start.argmax())] > 0.45
-        and 0.55 < float(slope.median()) < 1.4
-        and float(error.median()) < 0.15
-    )
-
-
-def accumulated_part(now: Now, steps: float) -> list[int]:
-    """Return the weights of modules whose gradients alone grow in proportion to the step.
-
-    New gradients vary from batch to batch, as those of the other weights do. A sum of gradients is
-    smooth.
-    """
-    if not 10 <= steps <= _MAX_STEPS:
-        return []
-    use = now.trained & now.plan.weights & now.is_finite & (now.rows.sums[:, N] >= _MIN_NOISE)
-    slope, start, error = line(now)
-    grows = use & (slope > 0.55) & (slope < 1.4) & (error < 0.15)
-    grows &= (now.log_grad - start > math.log(3)) & (now.relative_grad > SMALL_GRADIENT)
-    if not bool(grows.any()) or 2 * int(grows.sum()) > int(use.sum()):
-        return []
-    noise = now.rows.numbers["noise"]
-    usual = float(noise[use & ~grows].nanmedian())
-    if not usual > _LEAST_NOISE:
-        return []
-    names, rows = now.plan.names, set((grows & (noise < usual / 5)).nonzero()[:, 0].tolist())
-    modules = {module_of(names[row]) for row in rows}
-    of_modules = [row for row in use.nonzero()[:, 0].tolist() if module_of(names[row]) in modules]
-    return of_modules if rows >= set(of_modules) else []
 
 
 def _shrinking(now: Now, use: Tensor) -> bool:
@@ -263,7 +189,7 @@ def make_whole_finding(condition: Whole, now: Now, state: Tensor, reads_gradient
                 f"before zero_grad(). Otherwise, {advice[0].lower()}{advice[1:]}"
             )
     elif condition is Whole.ACCUMULATED_PART:
-        rows = accumulated_part(now, _MIN_NOISE)
+        rows = accumulated_part(now)
         code = FindingCode.ACCUMULATED_GRADIENT
         slope, start, _ = line(now)
         row, value = rows[0], float(slope[rows].median())

@@ -13,12 +13,12 @@ from paramstats._core.record import Record
 from paramstats._core.torch_private import without_modes
 from paramstats._findings.findings import Finding, Findings, Severity
 from paramstats._findings.over_time import signals
+from paramstats._findings.over_time.accumulation import add_to_line
 from paramstats._findings.over_time.conditions import ACTIVE, RUN, advance, make_limits
 from paramstats._findings.over_time.entry import Now
 from paramstats._findings.over_time.model_wide import (
     WHOLE_RULES,
     Whole,
-    add_to_line,
     make_whole_finding,
     needed_of_whole,
     whole_conditions,
