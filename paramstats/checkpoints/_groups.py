@@ -69,6 +69,7 @@ def assign_groups(tensors: Sequence[StoredTensor]) -> list[StoredTensor]:
                 groups[i] = "other"
 
     move(_is_random_state)
+    move(lambda path, _: path[-1] == "num_batches_tracked")  # a count, not a weight
     tops = {path[0] for several in paths for path in several}
     if "optimizer" in groups or any(_MODEL & _words(top) for top in tops):
         move(_is_beside_model)

@@ -82,6 +82,9 @@ def _summarize(arguments: argparse.Namespace) -> Output:
     record, findings, limit = record_of(summary), summary.findings(), arguments.limit
     status = _status(arguments.fail_on, record.skipped, findings, _nonfinite(record))
     notes = display.file_notes(record)
+    if arguments.fail_on is not None and not len(summary):
+        print_lines([f"{COMMAND}: --fail-on {arguments.fail_on}: there is no tensor to check"])
+        status = status or FOUND
     if arguments.findings:
         return Output(_findings_text(arguments, findings[:limit], notes), status)
     if not len(summary):

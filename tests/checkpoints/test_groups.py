@@ -12,7 +12,7 @@ from paramstats.checkpoints._stored_tensors import StoredTensor
 KINDS = {"m": "model", "o": "optimizer", "x": "other"}
 
 CHECKPOINTS = {
-    "plain": "m:layers.0.weight m:layers.0.bias m:bn.num_batches_tracked m:logit_scale",
+    "plain": "m:layers.0.weight m:layers.0.bias x:bn.num_batches_tracked m:logit_scale",
     "plain, module of an unlucky name": "m:optimizer_head.weight m:optimizer.weight m:opt.bias "
     "m:state.0.weight m:optimizer_state_embedding.weight m:metrics.weight m:scaler.mean",
     "nested": "m:model.w o:optimizer.state.0.step o:optimizer.state.0.exp_avg x:epoch",

@@ -590,7 +590,6 @@ def test_include_does_not_separate_a_weight_from_its_scale(tmp_path):
 
 def test_integers_that_are_no_codes_stay(tmp_path):
     tensors = {
-        "n.num_batches_tracked": torch.tensor(7),
         "e.position_ids": torch.arange(9)[None],
         "tokens": torch.arange(9, dtype=torch.int32),
         "mask": torch.ones(9, dtype=torch.uint8),

@@ -225,6 +225,14 @@ def test_fail_on(tmp_path, capsys, tensors, option, status):
     assert err.startswith(f"paramstats show: --fail-on {option}: 1 tensor, first ") or not status
 
 
+def test_fail_on_needs_a_tensor_to_check(tmp_path, capsys):
+    torch.save({"w": torch.eye(9)}, tmp_path / "a.pt")
+    path = str(tmp_path / "a.pt")
+    assert main(["show", path, "--include", "typo"]) == 0
+    assert main(["show", path, "--include", "typo", "--fail-on", "error"]) == 1
+    assert "there is no tensor to check" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("form", [[], ["--json"], ["--csv"], ["--findings"]])
 def test_damage_is_status_2_and_the_rest_is_shown(path, capsys, altered, form):
     altered(b={"parts": (), "unread_reason": "damaged: wrong checksum"})

@@ -131,7 +131,7 @@ _rows = [
     ("mlp he init depth 8", P(mlp, 8, gain=1.0), classify, adamw(1e-3), 60, {}),
     ("mlp he init depth 8 gelu", P(mlp, 8, gain=1.2, act=nn.GELU), classify, sgd(0.02), 60, {}),
     ("mlp batch norm depth 12", P(mlp, 12, norm=nn.BatchNorm1d), classify, adamw(3e-3), 60, {}),
-    ("mlp layer norm depth 12", P(mlp, 12, norm=nn.LayerNorm), classify, sgd(0.05), 60, {}),
+    ("mlp layer norm depth 12", P(mlp, 12, norm=nn.LayerNorm), classify, adamw(1e-3), 60, {}),
     ("mlp sgd 0.5", mlp, classify, sgd(0.5, 0), 100, {}),
     ("cnn sgd 0.5", cnn, classify, sgd(0.5, 0), 60, {}),
     ("mlp full batch", mlp, P(classify, batch=0), adamw(3e-3), 60, {}),
