@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from paramstats import FindingCode, Severity, Thresholds, summarize
+from paramstats import FindingCode, Findings, Severity, Thresholds, summarize
 from paramstats._core.entries import entries
 from paramstats._findings import rules
 from paramstats._findings.rules import find
@@ -243,6 +244,10 @@ def test_finding_can_be_serialized(backend, model):
     assert json.loads(json.dumps(record))["code"] == "zero gradient"
     assert str(finding).startswith("WARNING 0.weight: zero gradient: all 48 elements zero. No ")
     assert repr(finding) == "<WARNING 0.weight: zero gradient: all 48 elements zero>"
+    begun, ended = replace(finding, step=2000), replace(finding, step=7, end=9)
+    assert str(begun).startswith("step 2,000: WARNING 0.weight: zero gradient: all 48 ")
+    assert str(ended).startswith("step 7, ended at step 9: WARNING 0.weight: zero gradient: ")
+    assert "    0.weight  step 7, ended at step 9: all 48 " in str(Findings([ended]))
     assert finding == summarize(model).findings()[0] and len({finding, finding}) == 1
 
 

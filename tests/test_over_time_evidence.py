@@ -92,6 +92,11 @@ def predict_zero(t: Training, step: int, images: Tensor, labels: Tensor) -> Tens
     return t.model(torch.randn(64, 16)).square().mean()
 
 
+def noise(t: Training, step: int, images: Tensor, labels: Tensor) -> Tensor:
+    """A loss whose gradients have no common direction: sums of n of them grow like sqrt(n)."""
+    return (t.model(images) * torch.randn(64, 10)).mean()
+
+
 def every_eighteenth(t: Training) -> None:
     t.micro = getattr(t, "micro", 0) + 1
     if t.micro % 18 == 0:
@@ -107,7 +112,11 @@ HEALTHY: dict[str, dict[str, Any]] = {
         "loss_of": predict_zero,
         "optimize": lambda m: torch.optim.Adam(m.parameters(), lr=1e-2),
     },
-    "accumulation over 18": {"step_optimizer": every_eighteenth, "zero_grad": lambda t: None},
+    "accumulation over 18": {
+        "loss_of": noise,
+        "step_optimizer": every_eighteenth,
+        "zero_grad": lambda t: None,
+    },
 }
 
 

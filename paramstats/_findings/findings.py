@@ -146,7 +146,7 @@ class Finding:
         return f"<{self.severity.name} {name}: {self.code.value}: {self.message}>"
 
     def __str__(self) -> str:
-        return f"{repr(self)[1:-1]}. {self.advice}"
+        return f"{_when(self)}{repr(self)[1:-1]}. {self.advice}"
 
 
 class Findings(tuple[Finding, ...]):
@@ -218,9 +218,17 @@ def _groups(findings: Iterable[Finding]) -> list[list[Finding]]:
 
 def _rows(group: list[Finding]) -> list[tuple[str, str]]:
     """Return (name, message) of the first findings, and how many more there are."""
-    rows = [(_shown(finding.name), finding.message) for finding in group[:_MAX_NAMES]]
+    rows = [(_shown(f.name), f"{_when(f)}{f.message}") for f in group[:_MAX_NAMES]]
     more = len(group) - _MAX_NAMES
     return [*rows, (f"... and {more:,} more", "")] if more > 0 else rows
+
+
+def _when(finding: Finding) -> str:
+    """Return the steps of a finding over time, to put before its text; "" if it has none."""
+    if finding.step is None:
+        return ""
+    end = "" if finding.end is None else f", ended at step {finding.end:,}"
+    return f"step {finding.step:,}{end}: "
 
 
 def _shown(name: str) -> str:

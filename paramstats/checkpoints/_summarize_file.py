@@ -11,6 +11,7 @@ from typing import get_args
 import torch
 
 from paramstats._core.denormals import threads_with_denormals
+from paramstats._core.forked import threads_that_exist
 from paramstats._core.format import one_line_name
 from paramstats._core.layout import Layout
 from paramstats._core.moments import ABSENT_ROW, ROW, unread
@@ -125,7 +126,8 @@ def _read(
     if progress is not None:
         total = sum(block.nbytes for row_part in parts for block in blocks_of_part(*row_part))
     states = States(len(tensors))
-    with Reader(files, 1, [checksums]) as reader, threads_with_denormals(PIECE):
+    reader = Reader(files, 1, [checksums])
+    with threads_that_exist(), reader, threads_with_denormals(PIECE):
         for ((piece, data),) in reader.read(join_blocks((block,) for block in blocks)):
             states.update(piece, data)
             done += sum(block.nbytes for block in piece.blocks)

@@ -34,7 +34,7 @@ norms of weights changed by at most 8e-7 per step, in healthy ones by 1e-3 or mo
 
 
 _MAX_ACCUMULATION = 20
-"""Entries in a row without a change are usual if gradients only grow: they may be added up."""
+"""Entries in a row without a change are usual if gradients grow: they may be added up."""
 
 
 class Whole(enum.IntEnum):
@@ -100,8 +100,9 @@ def whole_conditions(
 def needed_of_whole(now: Now, state: Tensor) -> Tensor:
     """Return how many entries each condition must last, if that depends on the past."""
     needed = torch.zeros_like(state[:, :, RUN])
-    rises = now.rows.numbers["rises"][now.trained]
-    if len(rises) and float(rises.median()) >= float(state[0, Whole.NOTHING_CHANGES, RUN]):
+    # A sum of n gradients without a common direction is sqrt(n) times as large as one.
+    growth = (now.log_grad - now.rows.grads.amin(1))[now.trained & now.is_finite]
+    if len(growth) and float(growth.nanmedian()) > math.log(2):
         needed[:, Whole.NOTHING_CHANGES] = _MAX_ACCUMULATION
     return needed
 

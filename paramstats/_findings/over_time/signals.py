@@ -160,8 +160,6 @@ def remember(now: Now, limits: Thresholds) -> None:
     at = (numbers["entries"] % WINDOW).to(torch.int64)[:, None, None].expand(-1, 2, 1)
     step = torch.full_like(x, now.step)
     rows.norms.scatter_(2, at, torch.stack((now.norm, step), 1)[:, :, None])
-    rises = now.grad_norm >= rows.grad[:, _NORM]
-    numbers["rises"] = (numbers["rises"] + 1) * rises
     delta = x - rows.grad[:, _NORM].log()
     noise, change = numbers["noise"], (delta - numbers["delta"]).abs()
     noise = torch.where(noise == noise, _KEPT * noise + (1 - _KEPT) * change, change)

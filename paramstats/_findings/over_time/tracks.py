@@ -37,7 +37,6 @@ _NUMBERS = {
     "samples": 0.0,  # entries in the window of gradients since the beginning
     "not_zero": 0.0,  # entries with a gradient that is not zero
     "with_grad": 0.0,  # entries with a gradient, zero or not
-    "rises": 0.0,  # entries in a row whose gradient was not smaller than the one before
     "delta": NAN,  # the last change of the log norm of the gradient
     "noise": NAN,  # a moving average of how much that differs from the one before
     "onset": NAN,  # the step at which the gradient left its past
