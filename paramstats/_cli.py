@@ -10,7 +10,7 @@ import torch
 
 import paramstats
 from paramstats._output import fail, run, write
-from paramstats.checkpoints import _show as show
+from paramstats.checkpoints._show import show
 
 _EPILOG = """\
 FILE is a safetensors, torch.save (.pt, .pth, .ckpt, .bin), pickle, numpy (.npz, .npy), GGUF or HDF5

@@ -12,10 +12,10 @@ from torch import nn
 
 import paramstats
 from paramstats._history import reader, writer
-from paramstats.checkpoints import _differences as differences
-from paramstats.checkpoints import _pickles as pickles
-from paramstats.checkpoints import _torch_save as torch_save
 from paramstats.checkpoints import compare_files, summarize_file
+from paramstats.checkpoints._compare import differences
+from paramstats.checkpoints._formats import torch_save
+from paramstats.checkpoints._pickles import machine as pickles
 from tests.test_inputs import Wrapper
 
 

@@ -99,7 +99,7 @@ def lost_gradients(context: Context) -> Iterator[Finding]:
                 )
                 if cut.zero:
                     advice = (
-                        f"No gradient reaches the layers before {cut.at}: '{cut.zero}' is frozen "
+                        f"No gradient reaches the layers before {cut.at}: {cut.zero!r} is frozen "
                         "at zero, so nothing passes it. Set it to another value, or train it."
                     )
         severity = Severity.WARNING if is_cut else Severity.INFO

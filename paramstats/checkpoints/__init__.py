@@ -6,8 +6,8 @@ two, or between a checkpoint and a model in memory. `compare_files` is another n
 """
 
 from paramstats._core.record import FileSource
-from paramstats.checkpoints._compare_files import compare, compare_files
-from paramstats.checkpoints._comparison import Change, Comparison, GroupChange
+from paramstats.checkpoints._compare.compare import compare, compare_files
+from paramstats.checkpoints._compare.comparison import Change, Comparison, GroupChange
 from paramstats.checkpoints._errors import CheckpointError
 from paramstats.checkpoints._summarize_file import summarize_file
 

@@ -32,6 +32,9 @@ _BESIDE_MODEL = frozenset(
 )
 """Words in the keys of a training checkpoint that hold neither a model nor an optimizer."""
 
+_GENERATOR_BYTES = 5056
+"""Size of the state of torch's generator for the CPU."""
+
 _COUNTERS = frozenset({"step", "steps", "epoch", "epochs", "iter", "iteration", "iterations"})
 _SCORES = frozenset({"best", "loss", "score", "fitness"})
 _AVERAGES = frozenset({"ema", "swa", "averaged"})
@@ -131,6 +134,8 @@ def _is_random_state(path: _Path, tensor: StoredTensor) -> bool:
     if any("rng" in one or {"random", "state"} <= one or "seed" in one for one in words):
         return True
     is_bytes = tensor.dtype.itemsize == 1 and len(tensor.shape) == 1
+    if is_bytes and tensor.shape[0] == _GENERATOR_BYTES:
+        return True
     return is_bytes and path[0] in ("cpu", "cuda") and len(path) <= 2
 
 

@@ -9,14 +9,14 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from paramstats._core.options import Pattern
-from paramstats.checkpoints import _distributed as distributed
 from paramstats.checkpoints._errors import unexpected
 from paramstats.checkpoints._files import Files
-from paramstats.checkpoints._folders import read_folder
-from paramstats.checkpoints._formats import EXPECTED, read_file
+from paramstats.checkpoints._folders.choice import read_folder
+from paramstats.checkpoints._folders.index import INDEX, PART, read_index
+from paramstats.checkpoints._formats import distributed
+from paramstats.checkpoints._formats.detection import EXPECTED, read_file
 from paramstats.checkpoints._groups import assign_groups
-from paramstats.checkpoints._index import INDEX, PART, read_index
-from paramstats.checkpoints._quantized._resolve import resolve
+from paramstats.checkpoints._quantized.resolve import resolve
 from paramstats.checkpoints._selection import select_names, select_part, split_path
 from paramstats.checkpoints._stored_tensors import Contents
 

@@ -24,9 +24,11 @@ def split_path(path: str | bytes | os.PathLike[str]) -> tuple[Path, str | None]:
     >>> split_path("/dev/null#model.encoder")
     (PosixPath('/dev/null'), 'model.encoder')
 
-    A "#" belongs to the path if such a file exists.
+    A "#" belongs to the path if such a file exists. Raises FileNotFoundError for an empty path.
     """
     text = os.fsdecode(path)
+    if not text:
+        os.stat(text)  # raises: it must not become Path("."), the current folder
     end = len(text)
     while end > 0:
         if os.path.lexists(text[:end]):

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch.optim.swa_utils import AveragedModel
 
-from paramstats.checkpoints import _alignment as alignment
 from paramstats.checkpoints import compare
+from paramstats.checkpoints._compare import alignment
 from paramstats.checkpoints._stored_tensors import StoredTensor
 from tests.checkpoints.files import save_file
 
@@ -311,7 +311,7 @@ def test_tied_tensors_are_aligned_under_all_names():
 
 
 HOSTILE = r"""
-from paramstats.checkpoints._alignment import align
+from paramstats.checkpoints._compare.alignment import align
 from paramstats.checkpoints._stored_tensors import StoredTensor
 import torch
 n = 10_000

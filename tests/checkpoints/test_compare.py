@@ -12,10 +12,10 @@ import torch
 
 from paramstats import checkpoints
 from paramstats.checkpoints import CheckpointError, compare_files, summarize_file
-from paramstats.checkpoints import _compare_files as comparing
-from paramstats.checkpoints import _pairing as pairing
 from paramstats.checkpoints import _reading as reading
-from paramstats.checkpoints._comparison import sort_changes
+from paramstats.checkpoints._compare import compare as comparing
+from paramstats.checkpoints._compare import pairing
+from paramstats.checkpoints._compare.comparison import sort_changes
 from paramstats.checkpoints._stored_tensors import Part, contiguous_part
 from tests.checkpoints.files import FORMATS, save
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from paramstats.checkpoints import _memory as memory
 from paramstats.checkpoints import compare
+from paramstats.checkpoints._compare import memory
 from tests.checkpoints.files import save
 
 

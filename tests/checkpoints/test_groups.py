@@ -11,6 +11,14 @@ from paramstats.checkpoints._stored_tensors import StoredTensor
 
 KINDS = {"m": "model", "o": "optimizer", "x": "other"}
 
+
+def test_state_of_a_generator_is_told_by_its_size(tmp_path):
+    state = torch.Generator().get_state()
+    torch.save({"w": torch.ones(2), "gen": state}, tmp_path / "a.pt")
+    summary = summarize_file(tmp_path / "a.pt")
+    assert summary.file.groups == {"w": "model", "gen": "other"} and summary.total.count == 2
+
+
 CHECKPOINTS = {
     "plain": "m:layers.0.weight m:layers.0.bias x:bn.num_batches_tracked m:logit_scale",
     "plain, module of an unlucky name": "m:optimizer_head.weight m:optimizer.weight m:opt.bias "

@@ -13,7 +13,7 @@ import torch
 
 from paramstats.checkpoints import summarize_file
 from paramstats.checkpoints._budget import Budget
-from paramstats.checkpoints._torch_storages import LEGACY_PREFIX
+from paramstats.checkpoints._pickles.storages import LEGACY_PREFIX
 from tests.checkpoints.files import safetensors_bytes, save
 from tests.checkpoints.test_broken_files import pickled
 

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 import paramstats
 from paramstats._summary import record_of
 from paramstats.checkpoints import CheckpointError, summarize_file
-from paramstats.checkpoints._gguf import Q8Blocks
+from paramstats.checkpoints._formats.gguf import Q8Blocks
 from tests import oracle
 from tests.checkpoints.test_any_bytes import edited, edits, read
 from tests.checkpoints.test_hostile import MAX_MEGABYTES, SCRIPT

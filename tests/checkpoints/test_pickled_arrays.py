@@ -15,9 +15,9 @@ import torch
 import paramstats
 from paramstats._summary import record_of
 from paramstats.checkpoints import CheckpointError, summarize_file
-from paramstats.checkpoints import _pickled_bytes as pickled_bytes
 from paramstats.checkpoints._files import Files
 from paramstats.checkpoints._opening import list_tensors
+from paramstats.checkpoints._pickles import stored_bytes as pickled_bytes
 
 np = pytest.importorskip("numpy", reason="numpy is not installed")
 

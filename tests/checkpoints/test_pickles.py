@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from paramstats.checkpoints import CheckpointError, summarize_file
-from paramstats.checkpoints import _pickles as pickles
 from paramstats.checkpoints._budget import Budget
 from paramstats.checkpoints._errors import PickleError
-from paramstats.checkpoints._pickles import RecordedCall
+from paramstats.checkpoints._pickles import machine as pickles
+from paramstats.checkpoints._pickles.machine import RecordedCall
 
 PLAIN = {
     "none": [None, True, False],

@@ -13,12 +13,12 @@ from paramstats import Summary
 from paramstats._core.format import dtype_name
 from paramstats._summary import record_of
 from paramstats.checkpoints import _reading as reading
-from paramstats.checkpoints import _safetensors as safetensors
 from paramstats.checkpoints import compare_files, summarize_file
 from paramstats.checkpoints._files import Files
-from paramstats.checkpoints._quantized import _companions as companions
-from paramstats.checkpoints._quantized._grids import block_size
-from paramstats.checkpoints._quantized._resolve import resolve
+from paramstats.checkpoints._formats import safetensors
+from paramstats.checkpoints._quantized import companions as companions
+from paramstats.checkpoints._quantized.grids import block_size
+from paramstats.checkpoints._quantized.resolve import resolve
 from paramstats.checkpoints._reading import block_view
 from paramstats.checkpoints._stored_tensors import check_parts
 from tests.checkpoints.files import save, save_file

@@ -22,9 +22,9 @@ from paramstats import _output as output
 from paramstats import summarize
 from paramstats._cli import main
 from paramstats.checkpoints import _opening as opening
-from paramstats.checkpoints import _show as show
 from paramstats.checkpoints import _summarize_file as summarizing
 from paramstats.checkpoints import summarize_file
+from paramstats.checkpoints._show import show
 from tests.checkpoints.files import entry, safetensors_bytes
 
 
@@ -223,6 +223,13 @@ def test_fail_on(tmp_path, capsys, tensors, option, status):
     out, err = capsys.readouterr()
     assert out == plain.out and plain.err == ""
     assert err.startswith(f"paramstats show: --fail-on {option}: 1 tensor, first ") or not status
+
+
+def test_empty_path_is_not_the_current_folder(tmp_path, monkeypatch, capsys):
+    torch.save({"w": torch.eye(9)}, tmp_path / "a.pt")
+    monkeypatch.chdir(tmp_path)
+    assert main(["show", ""]) == 2 and main(["show", "."]) == 0
+    assert "No such file" in capsys.readouterr().err
 
 
 def test_fail_on_needs_a_tensor_to_check(tmp_path, capsys):

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from paramstats._cli import main
-from paramstats.checkpoints import _compare_files as comparing
 from paramstats.checkpoints import _opening as opening
+from paramstats.checkpoints._compare import compare as comparing
 from tests.checkpoints.files import entry, safetensors_bytes
 from tests.checkpoints.test_show import Page, csv_rows, hostile_names
 

@@ -1,0 +1,1 @@
+"""Compare two checkpoints, or a checkpoint and a model in memory."""

@@ -1,0 +1,1 @@
+"""Choose which files of a folder make up a checkpoint."""

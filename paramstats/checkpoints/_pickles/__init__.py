@@ -1,0 +1,1 @@
+"""Read pickles as plain data, without executing them, and find the tensors in them."""
