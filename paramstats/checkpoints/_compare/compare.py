@@ -10,7 +10,6 @@ from typing import Any, get_args
 import torch
 
 from paramstats._core import moments
-from paramstats._core.forked import threads_that_exist
 from paramstats._core.format import elide, one_line_name
 from paramstats._core.options import Pattern
 from paramstats._core.torch_private import without_modes
@@ -226,7 +225,7 @@ def _read(
     blocks = (row_blocks for row in order for row_blocks in pairing.pair_blocks(row, *pairs[row]))
     total = sum(_elements(x, y) * (x.dtype.itemsize + y.dtype.itemsize) for x, y in pairs)
     done = 0
-    with threads_that_exist(), Reader(files, 2, checksums) as reader:
+    with Reader(files, 2, checksums) as reader:
         for (piece_a, data_a), (piece_b, data_b) in reader.read(join_blocks(blocks)):
             for block_a, block_b in zip(piece_a.blocks, piece_b.blocks, strict=True):
                 a, b = pairs[block_a.row]
