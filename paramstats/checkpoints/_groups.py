@@ -25,7 +25,7 @@ _MODEL = frozenset(
 )
 """Words in the keys of a training checkpoint that hold a model."""
 
-_BESIDE_MODEL = frozenset(
+_NOT_A_MODEL = frozenset(
     {"scheduler", "schedulers", "callback", "callbacks", "loop", "loops", "metric", "metrics"}
     | {"scaler", "sampler", "dataloader", "dataloaders", "datamodule", "hub", "trainer", "args"}
     | {"hyper", "hparams", "config", "history"}
@@ -75,7 +75,7 @@ def assign_groups(tensors: Sequence[StoredTensor]) -> list[StoredTensor]:
     move(lambda path, _: path[-1] == "num_batches_tracked")  # a count, not a weight
     tops = {path[0] for several in paths for path in several}
     if "optimizer" in groups or any(_MODEL & _words(top) for top in tops):
-        move(_is_beside_model)
+        move(_is_not_of_a_model)
     averages = {i for i, path in enumerate(paths) if all(map(_is_average, path))}
     shapes = {t.shape for i, t in enumerate(tensors) if groups[i] == "model" and i not in averages}
     if 2 * sum(tensors[i].shape in shapes for i in averages) > len(averages):
@@ -139,13 +139,13 @@ def _is_random_state(path: _Path, tensor: StoredTensor) -> bool:
     return is_bytes and path[0] in ("cpu", "cuda") and len(path) <= 2
 
 
-def _is_beside_model(path: _Path, tensor: StoredTensor) -> bool:
+def _is_not_of_a_model(path: _Path, tensor: StoredTensor) -> bool:
     """Return whether it is something else that a training checkpoint contains."""
     words = _words(path[0])
     if len(path) == 1:
         is_scalar = math.prod(tensor.shape) == 1
         return is_scalar and not (_COUNTERS | _SCORES).isdisjoint(words)
-    return not _BESIDE_MODEL.isdisjoint(words)
+    return not _NOT_A_MODEL.isdisjoint(words)
 
 
 def _is_average(path: _Path) -> bool:

@@ -114,7 +114,7 @@ READ: dict[str, tuple[dict[str, object], str, list[str]]] = {
     "shards": (shards("model", 3, "123"), "a b c", []),
     "shards from 0": (shards("model", 2, "01"), "a b", []),
     "shards of .bin": (shards("pytorch_model", 2, "12", ".bin"), "a b", []),
-    "shards beside others": (
+    "shards next to others": (
         {**shards("model", 1, "1"), f"consolidated{ST}": "b"},
         "a",
         [f"not read: consolidated{ST} (model-00001-of-00001{ST} is read)"],
@@ -168,7 +168,7 @@ READ: dict[str, tuple[dict[str, object], str, list[str]]] = {
     "one rank": ({"model_world_size_1_rank_0.pt": "a", "optim_world_size_1_rank_0.pt": "o"}, "a", [
         "not read: optim_world_size_1_rank_0.pt (training state)"
     ]),
-    "pickle beside weights": (
+    "pickle next to weights": (
         {"model.pt": "a", "words.pkl": "b"},
         "a",
         ["not read: words.pkl (model.pt is read)"],

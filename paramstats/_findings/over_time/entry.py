@@ -98,7 +98,7 @@ class Now:
         return torch.hypot(mean, std) * root / scale
 
     @cached_property
-    def beside(self) -> Tensor:
+    def other_change(self) -> Tensor:
         """A lower bound of the norm of the change that is not the optimizer's last update.
 
         0 if it may be rounding. NaN if it is not known, as if the previous entry is not that of the

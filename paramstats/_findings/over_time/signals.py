@@ -113,7 +113,7 @@ def screen(now: Now, limits: Thresholds) -> Screen:
     found |= now.trained & (norm == old_norm)
     found |= plan.trainable & (numbers["with_grad"] > 0) & ~now.has_grad
     if now.update is not None:
-        found |= _is_small(now, limits) | (now.beside > 0)
+        found |= _is_small(now, limits) | (now.other_change > 0)
     masks = (
         found,
         now.outside | now.was_away,
@@ -244,7 +244,7 @@ def conditions(now: Now, limits: Thresholds) -> tuple[Tensor, Tensor]:
     small = _is_small(now, limits)
     outside = inside = torch.zeros_like(small)
     if now.update is not None:
-        outside, inside = now.beside > 0, now.beside == 0
+        outside, inside = now.other_change > 0, now.other_change == 0
     yes = [unchanged, large, grown, shrunk, now.clamped, spike, collapse, is_zero, lost]
     yes += [small, outside]
     no = (

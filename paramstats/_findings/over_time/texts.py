@@ -94,7 +94,7 @@ def _large(now: Now, row: int, limits: Thresholds) -> Evidence:
         f"changed by at least {number(ratio)} times its norm{per}; norm {number(before)} -> "
         f"{number(float(now.norm[row]))}"
     )
-    if now.updates is not None and float(now.beside[row]) > 0:
+    if now.updates is not None and float(now.other_change[row]) > 0:
         message += f"; norm of the optimizer's update {number(float(now.updates[row, _NORM]))}"
         return Evidence(ratio, limits.largest_change, message, _NOT_BY_THE_OPTIMIZER)
     return Evidence(ratio, limits.largest_change, message)
@@ -102,12 +102,12 @@ def _large(now: Now, row: int, limits: Thresholds) -> Evidence:
 
 def _outside(now: Now, row: int, limits: Thresholds) -> Evidence:
     assert now.updates is not None
-    beside, norm = float(now.beside[row]), float(now.norm[row])
+    change, norm = float(now.other_change[row]), float(now.norm[row])
     message = (
-        f"changed by a norm of at least {number(beside)} besides the optimizer's update, whose "
+        f"changed by a norm of at least {number(change)} besides the optimizer's update, whose "
         f"norm is {number(float(now.updates[row, _NORM]))}; norm of the parameter {number(norm)}"
     )
-    return Evidence(beside / norm if norm else math.inf, math.nan, message)
+    return Evidence(change / norm if norm else math.inf, math.nan, message)
 
 
 def _grown(now: Now, row: int, limits: Thresholds) -> Evidence:

@@ -26,7 +26,7 @@ _FOREIGN = (
 """Files of formats that are not read."""
 
 _TENSORFLOW = re.compile(r"\.data-\d{5}-of-\d{5}$")
-"""Beside these is a file "checkpoint". Folders of other libraries have that name as well."""
+"""Next to these is a file "checkpoint". Folders of other libraries have that name as well."""
 
 
 def weight_files(folder: Path, names: list[str]) -> list[str]:

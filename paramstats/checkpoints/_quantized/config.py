@@ -1,4 +1,4 @@
-"""Read the quantization method from config.json, as Hugging Face writes it beside the weights."""
+"""Read the quantization method from config.json, as Hugging Face writes it next to the weights."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ _BY_SUFFIX = (
 )
 _CODES = frozenset({torch.int8, torch.uint8, torch.int32})
 _NAMES_OF_CODES = frozenset({"weight", "qweight", "weight_packed", "q_weight", "W_q"})
-_NAMES_BESIDE_CODES = (
+_NAMES_NEXT_TO_CODES = (
     *("weight_scale", "weight_scale_inv", "weight_scale_2", "weight_global_scale", "scale_weight"),
     *("weight_zero_point", "weight_shape", "weight_g_idx", "g_idx", "scales", "qzeros", "SCB"),
     *("weight_format", "comfy_quant", "input_scale", "scale_input", "input_global_scale"),
@@ -60,9 +60,9 @@ def resolve(contents: Contents, files: Files) -> Contents:
     for tensor in resolved.values():
         if tensor.decoder is not None or tensor.is_codes:
             module = tensor.name[: tensor.name.rfind(".") + 1]
-            for name in _NAMES_BESIDE_CODES:
-                if (beside := by_name.get(module + name)) is not None:
-                    source.used.setdefault(beside.name, f"belongs to {tensor.name!r}")
+            for name in _NAMES_NEXT_TO_CODES:
+                if (companion := by_name.get(module + name)) is not None:
+                    source.used.setdefault(companion.name, f"belongs to {tensor.name!r}")
     for name, label in source.used.items():
         if name not in resolved or resolved[name].decoder is None:
             resolved[name] = by_name[name]._replace(group="other", label=label)
